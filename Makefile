@@ -1,0 +1,73 @@
+# make train   set up .venv and train a small LLaMA on real text, Adam against Adam+MoLS
+# make test    set up .venv and run all tests
+# Variables: PYTHON (3.11+), NPROC, ACCELERATOR (cpu, cuda, ...), ARGS (more flags for train.py or pytest), PIP_FLAGS.
+
+PYTHON ?= python3
+VENV ?= .venv
+NPROC ?= 2
+ACCELERATOR ?= cpu
+ARGS ?=
+PIP_FLAGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev train test lint format bench clean distclean
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+# DeepSpeed compiles its kernels when they are first used, never while it is installed.
+export DS_BUILD_OPS := 0
+# What runs on the CPU does so in several processes: one thread each, or they fight over the cores.
+CPU_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=$(ACCELERATOR)
+# launch/ comes first, so that `deepspeed` is the shim that takes --config.
+RUN_PATH := PATH="$(CURDIR)/launch:$(BIN):$$PATH"
+
+help:
+	@sed -n 's/^# //p' Makefile | head -3
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; $(PYTHON) is not: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is written only after its install succeeded, so an interrupted one is repeated.
+$(VENV)/.stamp-train: $(VENV)/pyvenv.cfg setup.py pyproject.toml constraints.txt
+	$(PIP) torch
+	$(PIP) -e '.[train,report]'
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-train
+	$(PIP) -e '.[train,report,dev]'
+	@touch $@
+
+setup: $(VENV)/.stamp-train
+
+setup-dev: $(VENV)/.stamp-dev
+
+train: setup
+	$(RUN_PATH) $(CPU_ENV) deepspeed --num_accelerators $(NPROC) --config configs/ds_mols.json \
+		train.py --compare adam $(ARGS)
+
+test: setup-dev
+	$(RUN_PATH) $(CPU_ENV) python -m pytest $(ARGS)
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup-dev
+	$(RUN_PATH) $(CPU_ENV) python benchmarks/overhead.py $(ARGS)
+	$(RUN_PATH) $(CPU_ENV) python benchmarks/convergence.py $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis mols_report runs
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,87 @@
+"""The command `mols-ds`: launch a job, show a model's module groups, show a report."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from mols_ds.errors import MolsConfigError, MolsError
+
+USER_MISTAKE = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise MolsConfigError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `mols-ds` on `argv` (default: the command line). Returns its status: 2 for a user's mistake, stated in one
+    line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["launch"]:
+        from mols_ds.launcher import main as launch
+
+        return launch(arguments[1:])
+    try:
+        args = _parser().parse_args(arguments)
+        print(args.text(args))
+    except MolsError as error:
+        print(f"mols-ds: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_MISTAKE
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mols-ds", description="MoLS: module-wise learning rates from the gradients' SNR.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    launch = "start a script as DeepSpeed's launcher does: mols-ds launch --config FILE train.py ..."
+    commands.add_parser("launch", help=launch, add_help=False)
+    groups = commands.add_parser("groups", help="the module groups of a model, without building its weights")
+    groups.add_argument("model", help="model file (configs/models/*.json) or transformers checkpoint folder")
+    groups.add_argument(
+        "--config", metavar="FILE", help='DeepSpeed config whose "mols" section has rules or granularity'
+    )
+    groups.add_argument("--parameters", action="store_true", help="the groups of each parameter too")
+    groups.set_defaults(text=groups_text)
+    report = commands.add_parser("report", help="the content of a mols_report.json")
+    report.add_argument("report", help="mols_report.json or its folder")
+    report.set_defaults(text=report_text)
+    return parser
+
+
+def report_text(args: argparse.Namespace) -> str:
+    """The report of `args.report` as a table."""
+    from mols_ds.report import format_report, load_report
+
+    return format_report(load_report(args.report))
+
+
+def groups_text(args: argparse.Namespace) -> str:
+    """The group table of `args.model`: group, parameters (tensors), elements, share of all trainable elements."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mols_ds.config import MolsConfig
+    from mols_ds.groups import group_table
+    from mols_ds.models import load_model_config
+    from mols_ds.settings import read_config
+
+    section = MolsConfig.parse(read_config(args.config).get("mols", {}) if args.config else {})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_model_config(args.model))
+    table = group_table(model, section.rules, section.granularity)
+    lines = [f"{'group':<12} {'parameters':>10} {'elements':>16} {'share':>8}"]
+    lines += [f"{row.group:<12} {row.parameters:>10,} {row.elements:>16,} {row.share:>8.2%}" for row in table]
+    if args.parameters:
+        width = max(map(len, table.layouts))
+        lines.append("")
+        lines += [
+            f"{name:<{width}}  {'x'.join(map(str, table.shapes[name]))}  {', '.join(layout.groups)}"
+            for name, layout in table.layouts.items()
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The "mols" section of a DeepSpeed config: typed, frozen, validated on construction, unknown keys refused.
+
+Every default stands here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
+
+from mols_ds.errors import MolsConfigError
+
+Estimator = Literal["mean", "median", "pooled", "damping"]
+Mode = Literal["probe", "online", "moments"]
+StepOrShare = StrictInt | StrictFloat
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "robust": {},
+    # The paper to the letter: plain average of SNR_i (sec. 3.2), no correction, no bounds, the largest SNR as reference.
+    "paper": {
+        "estimator": "mean",
+        "noise_floor_correction": False,
+        "reference": "max",
+        "alpha_min": None,
+        "alpha_max": None,
+        "mode": "probe",
+        "samples": 32,
+    },
+}
+MIN_SAMPLES_CORRECTED = 4
+"""The correction divides by K - 3 degrees of freedom (METHOD: noncentral F), so it needs K > 3."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AccumulatorConfig(_Frozen):
+    """Where the streaming mean and M2 live during a calibration: 8 bytes per owned element, freed afterwards."""
+
+    device: Literal["cpu", "accelerator"] = "cpu"
+    dtype: Literal["float32"] = "float32"
+
+
+class RecalibrateConfig(_Frozen):
+    """Measure again every `every` optimizer steps after the previous calibration."""
+
+    every: Annotated[StrictInt, Field(ge=1)]
+
+
+class MolsConfig(_Frozen):
+    """The "mols" section. A float `start` / `ramp_end` is a share of all steps, an integer is a step.
+
+    Raises `MolsConfigError` through `parse`; the message names the key, the value and what is allowed.
+    """
+
+    enabled: StrictBool = True
+    preset: Literal["robust", "paper"] = "robust"
+    start: StepOrShare = 0.01
+    samples: Annotated[StrictInt, Field(ge=2)] | Literal["auto"] = 32
+    max_samples: Annotated[StrictInt, Field(ge=16)] = 256
+    alpha_rtol: Annotated[float, Field(gt=0)] = 0.1
+    mode: Mode = "probe"
+    estimator: Estimator = "median"
+    noise_floor_correction: StrictBool = True
+    reference: str = "vo"
+    alpha_min: Annotated[float, Field(gt=0, le=1)] | None = 0.1
+    alpha_max: Annotated[float, Field(ge=1)] | None = 10.0
+    ramp: Literal["linear", "cosine"] = "linear"
+    ramp_end: StepOrShare | Literal["auto"] = 0.10
+    granularity: Literal["type", "layer_type"] = "type"
+    rules: tuple[tuple[str, str], ...] = ()
+    accumulators: AccumulatorConfig = AccumulatorConfig()
+    recalibrate: RecalibrateConfig | None = None
+    fixed_alphas: dict[str, float] | None = None
+    total_steps: Annotated[StrictInt, Field(ge=1)] | None = None
+    report_dir: str = "mols_report"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            preset = values.get("preset", "robust")
+            if isinstance(preset, str) and preset in PRESETS:
+                return {**PRESETS[preset], **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> MolsConfig:
+        for key in ("start", "ramp_end"):
+            value = getattr(self, key)
+            if isinstance(value, float) and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{key}: a float is a share of all steps in [0, 1], an integer is a step; got {value}")
+            if isinstance(value, int) and value < 0:
+                raise ValueError(f"{key}: a step must be >= 0, got {value}")
+        if type(self.start) is type(self.ramp_end) and self.start > self.ramp_end:
+            raise ValueError(f"start ({self.start}) lies after ramp_end ({self.ramp_end}); the ramp must end later")
+        if isinstance(self.samples, int) and self.noise_floor_correction and self.samples < MIN_SAMPLES_CORRECTED:
+            raise ValueError(
+                f"samples: {self.samples} is too few for noise_floor_correction (needs K >= {MIN_SAMPLES_CORRECTED}); "
+                'use more samples or set "noise_floor_correction": false'
+            )
+        if self.mode == "moments" and self.samples == "auto":
+            raise ValueError('samples: "auto" needs gradient samples; use mode "probe" or "online", or a number')
+        for group, alpha in (self.fixed_alphas or {}).items():
+            if not (math.isfinite(alpha) and alpha > 0):
+                raise ValueError(f"fixed_alphas.{group}: must be a finite number > 0, got {alpha}")
+        if self.fixed_alphas is not None and not self.fixed_alphas:
+            raise ValueError("fixed_alphas: is empty; name at least one group or set it to null")
+        if self.fixed_alphas is not None and self.recalibrate is not None:
+            raise ValueError("recalibrate: cannot go with fixed_alphas (nothing is ever calibrated); drop one of them")
+        return self
+
+    @classmethod
+    def parse(cls, section: Mapping[str, Any] | MolsConfig) -> MolsConfig:
+        """Validate a section. Raises `MolsConfigError` with one line that names every wrong key."""
+        if isinstance(section, MolsConfig):
+            return section
+        if not isinstance(section, Mapping):
+            raise MolsConfigError(f'"mols": must be an object (a JSON section), got {type(section).__name__}')
+        try:
+            return cls.model_validate(dict(section))
+        except ValidationError as error:
+            raise MolsConfigError("; ".join(_one_line(cls, e) for e in error.errors())) from None
+
+
+def _one_line(cls: type[BaseModel], error: Any) -> str:
+    """One pydantic error as `"mols.key": what (got value)`, with a suggestion for a misspelt key."""
+    path = [str(part) for part in error["loc"] if not str(part).startswith(("function", "constrained", "literal"))]
+    where = ".".join(["mols", *path])
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(path[-1], cls.model_fields, n=1) if len(path) == 1 else []
+        hint = f'; did you mean "{close[0]}"?' if close else f"; allowed: {', '.join(cls.model_fields)}"
+        return f'"{where}": unknown key{hint if len(path) == 1 else ""}'
+    if error["type"] == "value_error":
+        return f'"{where}": {error["ctx"]["error"]}'
+    return f'"{where}": {error["msg"]} (got {error["input"]!r})'

@@ -1,0 +1,498 @@
+"""What `engine.mols` is: joins groups, moments, sums, alphas and the phases. Knows no engine.
+
+An engine adapter tells it which elements this rank owns, feeds it gradient samples between `open_sample` and
+`close_sample`, calls `advance` after each optimizer step, and asks `rates(t)` for the multipliers of step t.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mols_ds import estimators
+from mols_ds.calibration import Calibration, Phase, Schedule
+from mols_ds.config import MolsConfig
+from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError, MolsWarning
+from mols_ds.groups import ElementLayout, GroupTable, base_group, format_group_table
+from mols_ds.moments import STRIDE, Moments
+from mols_ds.report import format_report, write_report
+from mols_ds.snr import GroupSums, NoiseFloor, noise_floor, share
+
+STATE_VERSION = 1
+
+
+class Owned(NamedTuple):
+    """Elements [start, start + numel) of parameter `name` that this rank measures, at `offset` of its accumulators."""
+
+    name: str
+    start: int
+    offset: int
+    numel: int
+
+
+@dataclass
+class Context:
+    """What the engine adapter knows and the controller needs.
+
+    Attributes:
+        reduce: SUM over exactly the ranks whose owned elements are disjoint; float64 CPU tensor in, the sums out.
+        device: where the accumulators live.
+        rank: 0 writes the report.
+        world: sizes for the report: data, tensor, pipeline, expert.
+        versions: package versions for the report.
+        log: prints one message once per job.
+    """
+
+    reduce: Callable[[Tensor], Tensor]
+    device: torch.device
+    rank: int
+    world: dict[str, int]
+    versions: dict[str, str]
+    log: Callable[[str], None] = print
+
+
+@dataclass
+class _Result:
+    """What the last calibration found; goes into the report and the checkpoint."""
+
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class Controller:
+    """The MoLS state of one engine. The same calls in the same order on every rank give identical bits everywhere.
+
+    Raises:
+        MolsConfigError: the reference group or a group of `fixed_alphas` does not exist in this model.
+    """
+
+    def __init__(
+        self, config: MolsConfig, table: GroupTable, owned: Sequence[Owned], schedule: Schedule, context: Context
+    ) -> None:
+        self.config = config
+        self.table = table
+        self.owned = list(owned)
+        self.context = context
+        self.groups: tuple[str, ...] = tuple(row.group for row in table)
+        self.numel = sum(piece.numel for piece in self.owned)
+        self.state = Calibration(
+            schedule, config.samples, config.max_samples, config.recalibrate.every if config.recalibrate else None
+        )
+        self.multipliers: dict[str, float] = {}
+        self.applied_lrs: dict[str, float] = {}
+        self._moments: Moments | None = None
+        self._sums: GroupSums | None = None
+        self._result = _Result()
+        self._check_names()
+        self.log(f"MoLS module groups\n{format_group_table(table)}")
+
+    def _check_names(self) -> None:
+        known = ", ".join(self.groups)
+        bases = {base_group(g) for g in self.groups}
+        reference = self.config.reference
+        if reference != "max" and reference not in bases | set(self.groups) and self.config.fixed_alphas is None:
+            raise MolsConfigError(f'"mols.reference": no group "{reference}" in this model; groups: {known}, or "max"')
+        for group in self.config.fixed_alphas or {}:
+            if group not in self.groups:
+                raise MolsConfigError(f'"mols.fixed_alphas": no group "{group}" in this model; groups: {known}')
+            if base_group(group) == "other" or base_group(group).startswith("other_"):
+                raise MolsConfigError(f'"mols.fixed_alphas": group "{group}" is measured but never scaled; remove it')
+
+    # ------------------------------------------------------------------ what users read
+
+    @property
+    def phase(self) -> Phase:
+        """Phase of the step that comes next."""
+        return self.state.phase
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """group -> multiplier after the ramp; empty before they exist."""
+        return dict(self.state.alphas)
+
+    @property
+    def samples(self) -> int:
+        """Usable gradient samples of the current or last calibration."""
+        return self.state.samples
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Bytes of the streaming accumulators that this rank holds now; 0 outside a calibration."""
+        return self._moments.nbytes if self._moments is not None else 0
+
+    def report(self) -> dict[str, Any]:
+        """The content of mols_report.json (see docs/deepspeed.md); empty before the alphas exist."""
+        return json.loads(json.dumps(self._result.report)) if self._result.report else {}
+
+    # ------------------------------------------------------------------ steps
+
+    def log(self, message: str) -> None:
+        """Print once per job."""
+        if self.context.rank == 0:
+            self.context.log(message)
+
+    def warn(self, message: str) -> None:
+        """Warn once per job: as a `MolsWarning` and in the log."""
+        if self.context.rank == 0:
+            warnings.warn(message, MolsWarning, stacklevel=3)
+            self.context.log(f"MoLS WARNING: {message}")
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the next step's gradients are a sample."""
+        return self.state.phase == "calibrating"
+
+    @property
+    def discards_steps(self) -> bool:
+        """Whether the next `engine.step()` measures only and does not update (mode "probe")."""
+        return self.measuring and self.config.mode == "probe"
+
+    def advance(self, t: int) -> None:
+        """Called before step t (at attach, after each step, after a load): moves the phase on."""
+        self.state.advance(t)
+        if not self.state.due(t):
+            return
+        late = self.state.phase == "waiting" and t > self.state.schedule.start
+        if self.config.fixed_alphas is not None:
+            self.state.begin(t)
+            alphas = {g: self.config.fixed_alphas.get(g, 1.0) for g in self.groups}
+            self._result.report = self._fixed_report(t, alphas)
+            self._finish(t, alphas)
+            return
+        self.state.begin(t)
+        if late:
+            self.warn(f"step {t} is past mols.start (step {self.state.schedule.start}): the calibration begins now")
+        if self.config.mode == "probe":
+            self.log(
+                f"MoLS: the next {self.state.window} calls of engine.step() at an accumulation boundary measure gradients and do not "
+                "update; engine.global_steps and the schedule stand still (a loop that counts its own iterations "
+                f"trains {self.state.window} updates fewer)"
+            )
+
+    def rates(self, t: int) -> dict[str, float]:
+        """group -> multiplier for step t, every group named."""
+        current = self.state.multipliers(t)
+        return {group: current.get(group, 1.0) for group in self.groups}
+
+    def applied(self, t: int, base_lrs: Mapping[str, float]) -> None:
+        """Remember what step t applied; `base_lrs` is the scheduler's rate per group."""
+        self.multipliers = self.rates(t)
+        self.applied_lrs = {g: lr * self.multipliers[g] for g, lr in base_lrs.items()}
+
+    # ------------------------------------------------------------------ samples
+
+    def open_sample(self) -> None:
+        """Begin one gradient sample; allocates the accumulators at the first one."""
+        if self._moments is None:
+            index = self._group_index()
+            self._moments = Moments(
+                self.numel, device=self.context.device, group_index=index, n_groups=len(self.groups)
+            )
+        self._moments.open()
+
+    def add(self, offset: int, gradient: Tensor, scale: float = 1.0) -> None:
+        """Gradient of owned elements [offset, offset + numel) of the open sample, to be multiplied by `scale`."""
+        assert self._moments is not None
+        self._moments.update(offset, gradient, scale)
+
+    def close_sample(self, t: int, *, usable: bool) -> None:
+        """End one attempted sample; `t` is the step that comes next. All ranks pass the same `usable`.
+
+        An unusable sample must never have been opened: a non-finite gradient would stay in the accumulators.
+        """
+        if usable:
+            assert self._moments is not None
+            self._moments.close()
+        self.count(t, usable=usable)
+
+    def count(self, t: int, *, usable: bool) -> None:
+        """Count an attempt and end the calibration when it was the last (mode "moments" counts steps alone)."""
+        self.state.count(usable)
+        if not usable:
+            self.warn(
+                f"gradient sample {self.state.attempts} is not finite (or its step was skipped) and is left out on "
+                f"every rank ({self.state.skipped} so far)"
+            )
+        outcome = self.state.exhausted()
+        if self.config.mode == "moments":
+            return
+        if outcome == "complete" or (outcome == "no" and usable and self.state.check_due() and self._precise()):
+            self.end_calibration(t, self.gradient_sums())
+        elif outcome == "failed":
+            self.give_up(
+                t, f"only {self.state.samples} of {self.state.attempts} gradient samples were finite; check the loss"
+            )
+
+    def _group_index(self) -> Tensor:
+        """Group number of every STRIDE-th owned element, for the between-sample blocks (uint8, or int16)."""
+        number = {group: i for i, group in enumerate(self.groups)}
+        dtype = torch.uint8 if len(self.groups) <= 255 else torch.int16
+        index = torch.zeros((self.numel + STRIDE - 1) // STRIDE, dtype=dtype)
+        for piece in self.owned:
+            first = -piece.offset % STRIDE
+            if first >= piece.numel:
+                continue
+            elements = torch.arange(piece.start + first, piece.start + piece.numel, STRIDE)
+            where = (piece.offset + first) // STRIDE
+            layout = self.table.layouts[piece.name]
+            edges = torch.tensor([length for length, _ in layout.pattern]).cumsum(0)
+            slot = (elements // layout.inner) % int(edges[-1])
+            names = torch.tensor([number[group] for _, group in layout.pattern], dtype=dtype)
+            index[where : where + elements.numel()] = names[torch.bucketize(slot, edges, right=True)]
+        return index
+
+    def segments(self) -> list[tuple[ElementLayout, int, int, int]]:
+        """(layout, start, offset, numel) of the owned elements; neighbours of one and the same group are merged."""
+        merged: list[tuple[ElementLayout, int, int, int]] = []
+        for piece in self.owned:
+            layout = self.table.layouts[piece.name]
+            if len(layout.groups) == 1:
+                layout = ElementLayout.whole(layout.groups[0])
+                if merged and merged[-1][0] == layout and merged[-1][2] + merged[-1][3] == piece.offset:
+                    last = merged[-1]
+                    merged[-1] = (layout, last[1], last[2], last[3] + piece.numel)
+                    continue
+            merged.append((layout, piece.start, piece.offset, piece.numel))
+        return merged
+
+    def gradient_sums(self) -> GroupSums:
+        """This rank's group sums of the samples taken so far, summed over all ranks: the one all-reduce."""
+        assert self._moments is not None
+        moments = self._moments
+        blocks = moments.block_sums
+        sums = GroupSums.zeros(self.groups, noise_floor(moments.count), len(blocks), moments.block_length)
+        for layout, start, offset, numel in self.segments():
+            sums.add_moments(moments, offset, layout, start, numel)
+        sums.add_blocks(blocks)
+        sums.load_packed(self.context.reduce(sums.pack()))
+        return sums
+
+    def _precise(self) -> bool:
+        """samples="auto": whether every alpha's 95 % interval lies within alpha_rtol of it (one small all-reduce)."""
+        try:
+            _, found = self._compute(self.gradient_sums())
+        except MolsError:
+            return False
+        wide = [
+            g for g, a in found.items() if base_group(g)[:5] != "other" and not _narrow(a, self.config.alpha_rtol)
+        ]
+        return not wide
+
+    # ------------------------------------------------------------------ mode "moments"
+
+    def open_moment_sums(self, floor: NoiseFloor) -> None:
+        """Begin to collect group sums of Adam's own moments (no accumulators)."""
+        self._sums = GroupSums.zeros(self.groups, floor)
+
+    def add_moment_squares(self, index: int, mu2: Tensor, s2: Tensor) -> None:
+        """Plain mu_i^2 and s_i^2 of owned piece `index` (1-D)."""
+        assert self._sums is not None
+        piece = self.owned[index]
+        layout = self.table.layouts[piece.name]
+        for (group, mean), (_, spread) in zip(
+            layout.views(mu2, piece.start), layout.views(s2, piece.start), strict=True
+        ):
+            self._sums.add_squares(group, mean, spread)
+
+    @property
+    def collecting_moments(self) -> bool:
+        return self._sums is not None
+
+    @property
+    def reads_moments_next(self) -> bool:
+        """Mode "moments": whether the step that comes next is the last of the window, whose state is read."""
+        return self.measuring and self.config.mode == "moments" and self.state.samples + 1 >= self.state.window
+
+    def close_moments(self, t: int) -> None:
+        """End the calibration from the collected sums of all ranks."""
+        assert self._sums is not None
+        sums, self._sums = self._sums, None
+        sums.load_packed(self.context.reduce(sums.pack()))
+        self.end_calibration(t, sums)
+
+    # ------------------------------------------------------------------ alphas
+
+    def _compute(self, sums: GroupSums) -> tuple[str, dict[str, estimators.Alpha]]:
+        config = self.config
+        return estimators.compute_alphas(
+            sums,
+            estimator=config.estimator,
+            correction=config.noise_floor_correction,
+            reference=config.reference,
+            alpha_min=config.alpha_min,
+            alpha_max=config.alpha_max,
+        )
+
+    def end_calibration(self, t: int, sums: GroupSums) -> None:
+        """Alphas from global sums; the accumulators are freed, the report written, the ramp begun at step t."""
+        try:
+            reference, found = self._compute(sums)
+        except MolsConfigError:
+            raise
+        except MolsError as error:
+            self.give_up(t, str(error))
+            return
+        self._result.report = self._measured_report(t, sums, reference, found)
+        for group, alpha in found.items():
+            if alpha.clamped:
+                self.warn(
+                    f'alpha of group "{group}" hit its bound: {alpha.alpha:g} '
+                    f"(alpha_min {self.config.alpha_min}, alpha_max {self.config.alpha_max})"
+                )
+            if self._result.report["groups"][group]["never_moved_share"] == 1.0:
+                self.warn(f'no element of group "{group}" had a gradient in any sample; its alpha stays 1')
+        self._finish(t, {group: alpha.alpha for group, alpha in found.items()})
+
+    def give_up(self, t: int, why: str) -> None:
+        """Go on with the multipliers as they were (1 the first time), loudly."""
+        keep = {group: self.state.old.get(group, 1.0) for group in self.groups}
+        self.warn(f"calibration failed at step {t}: {why}. Training goes on with alpha = 1 for every group")
+        self._result.report = self._fixed_report(t, keep) | {"failed": why}
+        self._finish(t, keep)
+
+    def _finish(self, t: int, alphas: dict[str, float]) -> None:
+        self._free()
+        if not self.state.end(t, alphas):
+            self.warn(
+                f"the calibration ended at step {t}, after mols.ramp_end (step {self.state.schedule.ramp_end}); "
+                f"the ramp ends at step {self.state.ramp_until} instead"
+            )
+        self.log(format_report(self._result.report))
+        if self.context.rank == 0:
+            write_report(self._result.report, self.config.report_dir)
+
+    def _free(self) -> None:
+        if self._moments is not None:
+            self._moments.free()
+        self._moments = self._sums = None
+
+    # ------------------------------------------------------------------ report
+
+    def _header(self, t: int, reference: str) -> dict[str, Any]:
+        return {
+            "schema": 1,
+            "step": t,
+            "samples": self.state.samples,
+            "mode": self.config.mode,
+            "estimator": self.config.estimator,
+            "noise_floor_correction": self.config.noise_floor_correction,
+            "reference": reference,
+            "skipped_samples": self.state.skipped,
+            "world": dict(self.context.world),
+            "versions": dict(self.context.versions),
+        }
+
+    def _fixed_report(self, t: int, alphas: Mapping[str, float]) -> dict[str, Any]:
+        keys = (
+            "snr snr_mean snr_median snr_pooled damping snr_low snr_high never_moved_share moved_once_share".split()
+        )
+        groups = {
+            group: {"elements": self.table.elements[group]}
+            | dict.fromkeys(keys)
+            | {"alpha": alphas[group], "clamped": False}
+            for group in self.groups
+        }
+        mode = "fixed" if self.config.fixed_alphas is not None else self.config.mode
+        return self._header(t, self.config.reference) | {"mode": mode, "groups": groups}
+
+    def _measured_report(
+        self, t: int, sums: GroupSums, reference: str, found: Mapping[str, estimators.Alpha]
+    ) -> dict[str, Any]:
+        chosen = estimators.estimate(sums, self.config.estimator, self.config.noise_floor_correction)
+        plain = {name: estimators.estimate(sums, name, False) for name in ("mean", "median", "pooled", "damping")}
+        spread = estimators.intervals(sums, self.config.estimator, self.config.noise_floor_correction)
+        total, never, once = (sums.column(name) for name in ("total", "never_moved", "moved_once"))
+        groups = {}
+        for group in self.groups:
+            row: dict[str, Any] = {
+                "elements": self.table.elements[group],
+                "snr": chosen[group],
+                "snr_mean": plain["mean"][group],
+                "snr_median": plain["median"][group],
+                "snr_pooled": plain["pooled"][group],
+                "damping": plain["damping"][group],
+                "snr_low": spread[group][0],
+                "snr_high": spread[group][1],
+                "alpha": found[group].alpha,
+                "alpha_low": found[group].low,
+                "alpha_high": found[group].high,
+                "never_moved_share": share(never[group], total[group]),
+                "moved_once_share": share(once[group], total[group]) if self.config.mode != "moments" else None,
+                "clamped": found[group].clamped,
+            }
+            groups[group] = {
+                key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()
+            }
+        return self._header(t, reference) | {"groups": groups}
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint carries, identical on every rank. Accumulators go into side files (`sample_state`).
+
+        Deliberately not in it: the config and the schedule (the resumed run's own count), `multipliers` and
+        `applied_lrs` (facts of the last step).
+        """
+        return {
+            "version": STATE_VERSION,
+            "groups": dict(self.table.elements),
+            "state": self.state.state_dict(),
+            "report": self._result.report,
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take over phase, alphas and report.
+
+        Raises:
+            MolsCheckpointError: another version, or other groups than this model's; nothing is changed then.
+        """
+        if saved.get("version") != STATE_VERSION:
+            raise MolsCheckpointError(f"MoLS state of version {saved.get('version')}; this release reads {STATE_VERSION}")
+        if dict(saved["groups"]) != dict(self.table.elements):
+            raise MolsCheckpointError(
+                f"the checkpoint's module groups {dict(saved['groups'])} are not this model's "
+                f"{dict(self.table.elements)}; use the same model, mols.rules and mols.granularity"
+            )
+        self._free()
+        self.state.load_state_dict(dict(saved["state"]))
+        self._result.report = dict(saved["report"])
+
+    def restart(self, t: int, why: str) -> None:
+        """Drop a half-done calibration or an unknown past and begin anew where the schedule says, seen from step t."""
+        self._free()
+        self.warn(why)
+        if self.state.phase == "calibrating" and self.state.ended_at is not None:
+            self.state.begin(t)
+            return
+        old = self.state
+        self.state = Calibration(old.schedule, old.wanted, old.max_samples, old.every)
+        self._result = _Result()
+        self.advance(t)
+
+    def sample_state(self) -> dict[str, Any] | None:
+        """This rank's accumulators, keyed by parameter name and range, or None when there are none."""
+        if self._moments is None:
+            return None
+        return {"owned": [tuple(piece) for piece in self.owned], "moments": self._moments.state_dict()}
+
+    def load_sample_state(self, saved: Mapping[str, Any]) -> None:
+        """Put the accumulators back. Raises `MolsCheckpointError` where this rank owns other elements."""
+        if [Owned(*piece) for piece in saved["owned"]] != self.owned:
+            raise MolsCheckpointError("the saved accumulators belong to other elements than this rank owns")
+        moments = Moments(
+            self.numel, device=self.context.device, group_index=self._group_index(), n_groups=len(self.groups)
+        )
+        moments.load_state_dict(saved["moments"])
+        self._moments = moments
+
+
+def _narrow(alpha: estimators.Alpha, rtol: float) -> bool:
+    if not (math.isfinite(alpha.low) and math.isfinite(alpha.high)):
+        return False
+    return (alpha.high - alpha.low) / 2.0 <= rtol * alpha.alpha

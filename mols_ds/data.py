@@ -1,0 +1,227 @@
+"""Text for pre-training: where it comes from, how it is cut into documents and which documents are held out.
+
+A source is the Python standard library's own source (the default: every machine has it), a local file or folder of
+text, JSONL or parquet files, or the name of a data set on the Hugging Face hub, which is streamed. Everything above
+plain text (tokens, packing, shuffling, batches) lives in `tokens` and `batches`.
+"""
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from mols_ds.errors import MolsConfigError
+
+STDLIB = "stdlib"
+READERS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+"""Suffix of a local file -> builder of HF `datasets` that reads it."""
+PIECE_CHARACTERS = 16384
+"""A text file longer than this is cut at blank lines, so that one big file still has documents to hold out."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataSpec:
+    """What to read. `source` is "stdlib", a path or a hub name; the other fields matter to hub names only, except
+    `text_key` (column that holds the text, JSONL and parquet too) and `eval_share` (share of documents held out,
+    where no `eval_split` of the data set is named)."""
+
+    source: str = STDLIB
+    subset: str | None = None
+    text_key: str = "text"
+    train_split: str = "train"
+    eval_split: str | None = None
+    eval_share: float = 0.02
+    shuffle_buffer: int = 10_000
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.eval_share < 1.0:
+            raise MolsConfigError(f"eval_share is {self.eval_share!r}: give a share between 0 and 1, such as 0.02")
+        if self.shuffle_buffer < 1:
+            raise MolsConfigError(f"shuffle_buffer is {self.shuffle_buffer!r}: give a number of documents, at least 1")
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the source is a hub data set, which is read as a stream instead of being tokenized whole."""
+        return self.source != STDLIB and not Path(self.source).exists()
+
+    @classmethod
+    def parse(cls, value: str, **overrides: Any) -> "DataSpec":
+        """Reads the value of `--data`: "stdlib", a data file or folder, a JSON file with a "source" key (see
+        configs/data/), or a hub name. Raises MolsConfigError for a path that is not there or an unknown key."""
+        path = Path(value)
+        settings: dict[str, Any] = {"source": value}
+        if path.suffix == ".json" and path.is_file():
+            settings = _settings_file(path) or settings
+        settings.update({key: given for key, given in overrides.items() if given is not None})
+        known = [field.name for field in fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise MolsConfigError(f"{value}: unknown key {key!r}; known keys: {', '.join(known)}")
+        spec = cls(**settings)
+        looks_local = Path(spec.source).suffix in READERS or spec.source.startswith((".", "/", "~"))
+        if spec.streaming and (looks_local or spec.source.count("/") > 1):
+            raise MolsConfigError(f"data {spec.source}: no such file or folder")
+        return spec
+
+
+def _settings_file(path: Path) -> dict[str, Any] | None:
+    """The object of a data settings file, or None where the file holds data rather than settings."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and "source" in content else None
+
+
+def local_files(spec: DataSpec) -> list[Path]:
+    """The files of a local source in a fixed order, sorted by path. Raises MolsConfigError where there are none."""
+    if spec.source == STDLIB:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [p for p in root.rglob("*.py") if "site-packages" not in p.parts and "dist-packages" not in p.parts]
+    else:
+        root = Path(spec.source)
+        files = [root] if root.is_file() else [p for p in root.rglob("*") if p.is_file() and p.suffix in READERS]
+        if root.is_file() and root.suffix not in READERS:
+            raise MolsConfigError(f"data {root}: suffix {root.suffix!r} is not one of {', '.join(READERS)}")
+    if not files:
+        raise MolsConfigError(f"data {root}: no file with a suffix among {', '.join(READERS)} below this folder")
+    return sorted(files)
+
+
+def fingerprint(spec: DataSpec, *extra: object) -> str:
+    """16 hex digits that change when the source's settings, its files (path, size, time) or `extra` change."""
+    state: list[object] = [sorted(asdict(spec).items()), [str(part) for part in extra]]
+    if not spec.streaming:
+        state.append([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in local_files(spec)])
+    return hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()
+
+
+def cut(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """Cuts text at blank lines into pieces of at least `limit` characters (the last may be shorter). Joined together,
+    the pieces are the text again."""
+    start = 0
+    while len(text) - start > limit:
+        found = text.find("\n\n", start + limit)
+        if found < 0:
+            break
+        yield text[start : found + 2]
+        start = found + 2
+    if start < len(text):
+        yield text[start:]
+
+
+def local_documents(spec: DataSpec) -> Iterator[str]:
+    """The documents of a local source in a fixed order, empty ones left out. A Python file of the standard library is
+    one document, a row of JSONL or parquet too; other text files are cut by `cut`.
+
+    Raises MolsConfigError for a file that cannot be read and where no document has any text.
+    """
+    found = False
+    readers = _stdlib(spec) if spec.source == STDLIB else chain.from_iterable(_rows(spec, p) for p in local_files(spec))
+    for text in readers:
+        if text.strip():
+            found = True
+            yield text
+    if not found:
+        raise MolsConfigError(f"data {spec.source}: there is no text in it")
+
+
+def _stdlib(spec: DataSpec) -> Iterator[str]:
+    for path in local_files(spec):
+        try:
+            yield path.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue  # some files of the library's own tests are badly encoded on purpose
+
+
+def _rows(spec: DataSpec, path: Path) -> Iterator[str]:
+    """The texts of one local file, read by HF `datasets`."""
+    from datasets import load_dataset
+
+    if path.stat().st_size == 0:
+        return
+    reader = READERS[path.suffix]
+    options: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
+    key = "text" if reader == "text" else spec.text_key
+    try:
+        rows = load_dataset(reader, data_files=str(path), split="train", streaming=True, **options)
+        for row in rows:
+            text = _text(row, key, str(path))
+            yield from cut(text) if reader == "text" else (text,)
+    except MolsConfigError:
+        raise
+    except Exception as error:  # datasets wraps each reader's own errors in several types
+        raise MolsConfigError(f"data {path}: cannot be read as {reader}: {one_line(error)}") from error
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    text = row.get(key)
+    if not isinstance(text, str):
+        columns = ", ".join(map(str, row))
+        raise MolsConfigError(f"data {where}: no text in column {key!r}; its columns are {columns} (set --text-key)")
+    return text
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def document_hash(text: str, seed: int) -> int:
+    """A 64-bit hash of a document's text under `seed`: equal documents always fall on the same side of the split."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=seed.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def hash_threshold(share: float) -> int:
+    """Documents whose hash is below this are held out: `share` of them on average."""
+    return int(share * 2**64)
+
+
+def local_threshold(documents: Iterable[str], share: float, seed: int) -> int:
+    """Like `hash_threshold`, moved where a small source would else have nothing held out or nothing left to train on.
+
+    Raises MolsConfigError where all documents are the same one, so that no split exists.
+    """
+    usual = hash_threshold(share)
+    hashes: set[int] = set()
+    for text in documents:
+        hashes.add(document_hash(text, seed))
+        if min(hashes) < usual <= max(hashes):
+            return usual
+    if len(hashes) < 2:
+        raise MolsConfigError("the data has only one document: at least two are needed, one of them held out")
+    return min(hashes) + 1 if min(hashes) >= usual else max(hashes)
+
+
+def stream_documents(spec: DataSpec, split: str, *, seed: int | None, rank: int = 0, world: int = 1) -> Iterator[str]:
+    """The documents of one split of a hub data set, this rank's part of them, shuffled under `seed` by a buffer of
+    `shuffle_buffer` documents (in the data set's order where `seed` is None).
+
+    Raises MolsConfigError where the hub or the data set cannot be reached.
+    """
+    from datasets import load_dataset
+    from datasets.distributed import split_dataset_by_node
+
+    try:
+        rows = load_dataset(spec.source, spec.subset, split=split, streaming=True)
+        first = next(iter(rows.take(1)), None)
+        if seed is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=spec.shuffle_buffer)
+        if world > 1:
+            rows = split_dataset_by_node(rows, rank=rank, world_size=world)
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        raise MolsConfigError(
+            f"data {spec.source}: neither a local file or folder nor a data set that the hub gives: {one_line(error)}"
+        ) from error
+    if first is not None:
+        _text(first, spec.text_key, spec.source)
+    for row in rows:
+        text = _text(row, spec.text_key, spec.source)
+        if text.strip():
+            yield text

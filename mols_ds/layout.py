@@ -1,0 +1,156 @@
+"""Which module group each element of a parameter belongs to, without a mask of the parameter's size.
+
+Two elements of one parameter can belong to different groups (fused projections). All such cases are periodic in the
+flat (row-major) index, so a few integers describe them and every shard of the parameter can be cut from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+GROUPS = ("embedding", "head", "qk", "vo", "mlp", "other")
+"""The module groups of the paper (arXiv 2605.05794), and `other` for everything else (norms, biases, routers)."""
+
+SCALED_GROUPS = GROUPS[:-1]
+"""The groups whose learning rate is scaled; `other` is measured and reported only."""
+
+
+@dataclass(frozen=True, slots=True)
+class ElementLayout:
+    """A repeating pattern over the flat index of one parameter.
+
+    Element i belongs to the entry of `pattern` that `(i // inner) mod sum(lengths)` falls in. Fused rows (the output
+    features of an `nn.Linear`): `inner` is the product of the trailing dimensions. Fused columns (those of a
+    `Conv1D`): `inner` is 1. One entry: the whole parameter is one group.
+
+    inner: elements that share one step of the pattern, >= 1.
+    pattern: (length in steps >= 1, group) in the order of the flat index.
+    Raises ValueError when one of these does not hold.
+    """
+
+    inner: int
+    pattern: tuple[tuple[int, str], ...]
+
+    def __post_init__(self) -> None:
+        if self.inner < 1 or not self.pattern or any(length < 1 for length, _ in self.pattern):
+            raise ValueError(f"a layout needs inner >= 1 and lengths >= 1, not inner={self.inner}, {self.pattern!r}")
+
+    @classmethod
+    def whole(cls, group: str) -> ElementLayout:
+        """Every element of the parameter in `group`."""
+        return cls(1, ((1, group),))
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The distinct groups in order of appearance."""
+        return tuple(dict.fromkeys(group for _, group in self.pattern))
+
+    @property
+    def period(self) -> int:
+        """Number of elements after which the pattern repeats."""
+        return self.inner * sum(length for length, _ in self.pattern)
+
+    def relabel(self, rename: Callable[[str], str]) -> ElementLayout:
+        """The same layout with every group name g replaced by rename(g)."""
+        return ElementLayout(self.inner, tuple((length, rename(group)) for length, group in self.pattern))
+
+    def counts(self, start: int, numel: int) -> dict[str, int]:
+        """How many of the elements [start, start + numel) belong to each group; groups without any are left out.
+
+        Exact integer arithmetic in O(len(pattern)), no tensor. Raises ValueError for a negative argument.
+        """
+        _check_range(start, numel)
+        period, result = self.period, dict[str, int]()
+        for begin, end, group in self._segments():
+            length = end - begin
+
+            def before(index: int, begin: int = begin, length: int = length) -> int:
+                periods, rest = divmod(index, period)
+                return periods * length + min(max(rest - begin, 0), length)
+
+            count = before(start + numel) - before(start)
+            if count:
+                result[group] = result.get(group, 0) + count
+        return result
+
+    def runs(self, start: int, numel: int) -> Iterator[tuple[str, int, int]]:
+        """Maximal contiguous runs (group, offset relative to start, length) of [start, start + numel), in order.
+
+        Raises ValueError for a negative argument. A column layout has about two runs per row of the parameter:
+        prefer `views` for arithmetic.
+        """
+        _check_range(start, numel)
+        segments, period, stop = self._segments(), self.period, start + numel
+        if len(segments) == 1:
+            if numel:
+                yield segments[0][2], 0, numel
+            return
+        held: tuple[str, int, int] | None = None  # the last run, which the next piece may still extend
+        for base in range(start // period * period, stop, period):
+            for begin, end, group in segments:
+                low, high = max(base + begin, start), min(base + end, stop)
+                if low >= high:
+                    continue
+                if held is not None and held[0] == group:
+                    held = (group, held[1], held[2] + high - low)
+                    continue
+                if held is not None:
+                    yield held
+                held = (group, low - start, high - low)
+        if held is not None:
+            yield held
+
+    def views(self, flat: Tensor, start: int) -> list[tuple[str, Tensor]]:
+        """(group, view of flat) pairs that cover `flat` exactly once, without a copy; at most 3 * len(pattern).
+
+        flat: 1-D tensor of any dtype, device and stride that holds elements [start, start + flat.numel()).
+        Each view is 1-D, or 2-D (periods, elements of the entry) where the pattern repeats inside `flat`. Writing to
+        a view writes to `flat`. Raises ValueError when `flat` is not 1-D or start is negative.
+        """
+        if flat.dim() != 1:
+            raise ValueError(f"views() takes a 1-D tensor, not one of shape {tuple(flat.shape)}")
+        _check_range(start, flat.numel())
+        segments, period, stop = self._segments(), self.period, start + flat.numel()
+        if not flat.numel():
+            return []
+        if len(segments) == 1:
+            return [(segments[0][2], flat)]
+        first, last = -(-start // period), stop // period  # the whole periods inside the shard are [first, last)
+        if last > first:
+            pieces = [(start, first * period), (last * period, stop)]
+        else:
+            # at most one period boundary lies inside the shard
+            boundary = min(first * period, stop)
+            pieces = [(start, boundary), (boundary, stop)]
+        middle = flat[first * period - start : last * period - start].view(-1, period) if last > first else None
+        result = []
+        for begin, end, group in segments:
+            for low, high in pieces:
+                base = low // period * period
+                a, b = max(base + begin, low), min(base + end, high)
+                if a < b:
+                    result.append((group, flat[a - start : b - start]))
+            if middle is not None:
+                result.append((group, middle[:, begin:end]))
+        return result
+
+    def _segments(self) -> list[tuple[int, int, str]]:
+        """(begin, end, group) of one period in elements; neighbours of one group are joined."""
+        segments: list[tuple[int, int, str]] = []
+        position = 0
+        for length, group in self.pattern:
+            end = position + length * self.inner
+            if segments and segments[-1][2] == group:
+                segments[-1] = (segments[-1][0], end, group)
+            else:
+                segments.append((position, end, group))
+            position = end
+        return segments
+
+
+def _check_range(start: int, numel: int) -> None:
+    if start < 0 or numel < 0:
+        raise ValueError(f"start and numel must not be negative: start={start}, numel={numel}")

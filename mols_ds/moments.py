@@ -1,0 +1,267 @@
+"""Streaming per-element mean and squared deviation of K gradient samples over flat shards (Welford's method)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
+from mols_ds.snr import BLOCK_COLUMNS, block_table
+
+if TYPE_CHECKING:
+    from mols_ds.groups import ElementLayout
+
+STRIDE = 127  # prime, so that it shares no period with the rows of a matrix; 9 / 127 byte an element is 0.9 % of 8
+CPU_CHUNK = 131072  # elements: 4 arrays of 512 KiB stay in the cache between the operations, and the calls' own cost is below 10 %
+DEVICE_CHUNK = 1 << 24  # elements: on an accelerator a few large kernels, and 64 MiB of scratch
+ACCUMULATORS = (torch.float32, torch.float64)
+
+
+def subsample(offset: int, numel: int) -> tuple[int, int, int]:
+    """Which of the elements [offset, offset + numel) feed the sample blocks: every STRIDE-th of the accumulators' index space.
+
+    Returns (first, index, count): relative to `offset` they are first, first + STRIDE, ...; their place in the block arrays starts at index.
+    """
+    first = -offset % STRIDE
+    count = max(0, -(-(numel - first) // STRIDE))
+    return first, (offset + first) // STRIDE, count
+
+
+def subsampled(numel: int) -> int:
+    """How many of `numel` accumulator elements feed the sample blocks: the length of `group_index`."""
+    return -(-numel // STRIDE)
+
+
+def fill_group_index(
+    index: Tensor, offset: int, layout: ElementLayout, start: int, numel: int, codes: Mapping[str, int]
+) -> None:
+    """Write the groups of accumulator elements [offset, offset + numel) into a `group_index`.
+
+    Args:
+        index: integer, 1-D of `subsampled(total)` elements, filled in place.
+        layout, start: those elements are [start, start + numel) of a parameter with this layout.
+        codes: group -> row of the group sums.
+    """
+    first, at, count = subsample(offset, numel)
+    element = start + first + STRIDE * torch.arange(count)
+    entry = (element // layout.inner) % sum(length for length, _ in layout.pattern)
+    ends = torch.tensor([length for length, _ in layout.pattern]).cumsum(0)
+    rows = torch.tensor([codes[group] for _, group in layout.pattern])
+    index[at : at + count] = rows[torch.bucketize(entry, ends, right=True)].to(index.dtype)
+
+
+class Moments:
+    """Mean and M2 = sum_k (g_k - mean)^2 of each of `numel` elements, over gradient samples that arrive one after the other.
+
+    Welford's update for sample k of an element: d = g - mean; mean += d / k; M2 += d^2 (k-1)/k, which equals the usual
+    d * (g - new mean) and cannot make M2 fall. Elements that are zero in every sample keep mean = M2 = 0 exactly, and elements of
+    one value in all samples keep M2 = 0 exactly. All arithmetic has the accumulators' dtype (fp32): 16-bit gradients are converted
+    first. Squares of deviations below about 1e-19 leave fp32's normal range and below 1e-23 are 0: such an element reads "constant".
+
+    Every STRIDE-th element also feeds a second pair of accumulators, over blocks of `block_length` consecutive samples only; a
+    finished block leaves its per-group sums (`snr.block_table`) in `block_sums` and starts over. Their spread is what the
+    confidence intervals are made of. They make the accumulators 8.07 bytes an element.
+
+    Attributes:
+        mean, m2: 1-D of `numel` elements on `device`; the variance is m2 / (count - 1), left to the reader of a chunk.
+        count: number of finished samples.
+        block_sums: one float64 (n_groups, len(BLOCK_COLUMNS)) CPU tensor per finished block.
+    """
+
+    def __init__(
+        self,
+        numel: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        group_index: Tensor | None = None,
+        n_groups: int = 0,
+        block_length: int = 8,
+    ) -> None:
+        """Zeroed accumulators.
+
+        Args:
+            numel: elements that this rank owns; may be 0.
+            device: where the accumulators live; gradients may come from another device.
+            dtype: float32, or float64 for reference computations.
+            group_index: uint8 or int16, 1-D of `subsampled(numel)`: the group row of each subsampled element (`fill_group_index`).
+                None: no sample blocks, hence no intervals.
+            n_groups: rows of the block sums.
+            block_length: samples a block, at least 4 (the noise-floor correction of a block needs that many).
+        """
+        if dtype not in ACCUMULATORS:
+            raise MolsConfigError(f"accumulators.dtype={dtype}: 16-bit accumulators lose the variance; use float32")
+        if block_length < 4:
+            raise MolsConfigError(f"block_length={block_length}: a sample block needs at least 4 samples")
+        self.numel, self.device, self.dtype = numel, torch.device(device), dtype
+        self.block_length, self.n_groups = block_length, n_groups
+        self.mean, self.m2 = self._zeros(numel), self._zeros(numel)
+        self.count = 0
+        self.block_sums: list[Tensor] = []
+        self._group_index: Tensor | None = None
+        self._block_mean, self._block_m2 = self._zeros(0), self._zeros(0)
+        if group_index is not None:
+            size = subsampled(numel)
+            if group_index.shape != (size,) or group_index.dtype not in (torch.uint8, torch.int16):
+                raise MolsError(f"group_index must be uint8 or int16 of shape ({size},), not {group_index.dtype} {tuple(group_index.shape)}")
+            self._group_index = group_index.to(self.device)
+            self._block_mean, self._block_m2 = self._zeros(size), self._zeros(size)
+        self._chunk = CPU_CHUNK if self.device.type == "cpu" else DEVICE_CHUNK
+        self._scratch: Tensor | None = None
+        self._pieces: list[tuple[int, int]] | None = None
+        self._freed = False
+
+    def open(self) -> None:
+        """Begin a gradient sample. Raises `MolsError` if one is open or the accumulators were freed."""
+        self._alive()
+        if self._pieces is not None:
+            raise MolsError("a gradient sample is open already: close() or abort() it first")
+        self._pieces = []
+
+    @torch.no_grad()
+    def update(self, offset: int, grad: Tensor, scale: float = 1.0) -> None:
+        """Feed elements [offset, offset + grad.numel()) of the open sample with grad * scale.
+
+        Args:
+            grad: 1-D, any float dtype, stride and device; not modified. From another device it is copied in chunks, synchronously.
+            scale: for example 1 / loss scale. The product is rounded to the accumulators' dtype once.
+
+        Non-finite gradients are the caller's to refuse before the first update of a sample: they cannot be taken back.
+        Raises `MolsError` where no sample is open or the piece does not fit.
+        """
+        if self._pieces is None:
+            raise MolsError("update() without an open gradient sample: call open() first")
+        numel = grad.numel()
+        if grad.dim() != 1 or not grad.is_floating_point():
+            raise MolsError(f"a gradient piece must be a 1-D float tensor, not {grad.dtype} of shape {tuple(grad.shape)}")
+        if offset < 0 or offset + numel > self.numel:
+            raise MolsError(f"gradient piece [{offset}, {offset + numel}) is outside of the {self.numel} owned elements")
+        self._pieces.append((offset, numel))
+        if grad.device == self.device:
+            self._accumulate(offset, grad.detach(), scale)
+            return
+        for start in range(0, numel, DEVICE_CHUNK):
+            piece = grad[start : start + DEVICE_CHUNK].detach().to(self.device)
+            self._accumulate(offset + start, piece, scale)
+
+    def close(self) -> None:
+        """Finish the open sample. Raises `MolsError` unless its updates covered every element exactly once."""
+        if self._pieces is None:
+            raise MolsError("close() without an open gradient sample")
+        end = 0
+        for offset, numel in sorted(piece for piece in self._pieces if piece[1] > 0):
+            if offset != end:
+                what = "missed" if offset > end else "updated twice"
+                raise MolsError(f"elements [{min(offset, end)}, {max(offset, end)}) were {what} in gradient sample {self.count + 1}")
+            end = offset + numel
+        if end != self.numel:
+            raise MolsError(f"elements [{end}, {self.numel}) were missed in gradient sample {self.count + 1}")
+        self._pieces = None
+        self.count += 1
+        if self._group_index is not None and self.count % self.block_length == 0:
+            self.block_sums.append(
+                block_table(self._block_mean, self._block_m2, self.block_length, self._group_index, self.n_groups)
+            )
+
+    def abort(self) -> None:
+        """Drop the open sample. Raises `MolsError` if it was updated: accumulators hold no copy to go back to."""
+        if self._pieces:
+            raise MolsError("an updated gradient sample cannot be dropped: check it before its first update")
+        self._pieces = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all accumulators, those of the sample blocks and their group index included; not the fixed scratch of one chunk."""
+        tensors = [self.mean, self.m2, self._block_mean, self._block_m2]
+        if self._group_index is not None:
+            tensors.append(self._group_index)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def free(self) -> None:
+        """Release all memory. `count` and `block_sums` stay; every other use raises `MolsError` from now on."""
+        self.mean = self.m2 = self._block_mean = self._block_m2 = torch.empty(0)
+        self._group_index = self._scratch = self._pieces = None
+        self._freed = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors (the accumulators themselves, not copies) and ints. Raises `MolsError` inside a sample."""
+        self._alive()
+        if self._pieces is not None:
+            raise MolsError("the state cannot be taken inside of a gradient sample: close() or abort() it first")
+        blocks = torch.stack(self.block_sums) if self.block_sums else torch.zeros(0, self.n_groups, len(BLOCK_COLUMNS), dtype=torch.float64)
+        return {
+            "numel": self.numel,
+            "count": self.count,
+            "block_length": self.block_length,
+            "mean": self.mean,
+            "m2": self.m2,
+            "block_mean": self._block_mean,
+            "block_m2": self._block_m2,
+            "block_sums": blocks,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state of equally made accumulators, bit for bit. Raises `MolsCheckpointError` where it does not fit."""
+        self._alive()
+        mine = self.state_dict()
+        missing = [key for key in mine if key not in state]
+        if missing:
+            raise MolsCheckpointError(f"the state of the accumulators lacks {', '.join(missing)}")
+        for key in ("numel", "block_length"):
+            if state[key] != mine[key]:
+                raise MolsCheckpointError(f"the state of the accumulators has {key}={state[key]}, this run {mine[key]}")
+        for key in ("mean", "m2", "block_mean", "block_m2"):
+            if state[key].shape != mine[key].shape or state[key].dtype != mine[key].dtype:
+                raise MolsCheckpointError(f"the accumulators' {key!r} is {state[key].dtype} {tuple(state[key].shape)}, not {mine[key].dtype} {tuple(mine[key].shape)}")
+        if state["block_sums"].shape[1:] != mine["block_sums"].shape[1:]:
+            raise MolsCheckpointError("the sample blocks in the state are of other groups than this run's")
+        for key in ("mean", "m2", "block_mean", "block_m2"):
+            mine[key].copy_(state[key])
+        self.block_sums = [table.clone() for table in state["block_sums"].cpu()]
+        self.count = int(state["count"])
+
+    def _zeros(self, numel: int) -> Tensor:
+        return torch.zeros(numel, dtype=self.dtype, device=self.device)
+
+    def _alive(self) -> None:
+        if self._freed:
+            raise MolsError("the accumulators were freed after their calibration")
+
+    def _accumulate(self, offset: int, grad: Tensor, scale: float) -> None:
+        """One Welford step of one piece on the accumulators' device."""
+        numel = grad.numel()
+        if self._group_index is not None:
+            first, at, count = subsample(offset, numel)
+            if count:
+                sub = grad[first::STRIDE].to(self.dtype) * scale
+                k = self.count % self.block_length + 1
+                welford(self._block_mean[at : at + count], self._block_m2[at : at + count], sub, k)
+        if self._scratch is None:
+            self._scratch = torch.empty(min(self._chunk, self.numel), dtype=self.dtype, device=self.device)
+        pieces = zip(
+            grad.split(self._chunk),
+            self.mean[offset : offset + numel].split(self._chunk),
+            self.m2[offset : offset + numel].split(self._chunk),
+            strict=True,
+        )
+        direct = grad.dtype == self.dtype and scale == 1.0
+        for chunk, mean, m2 in pieces:
+            scratch = self._scratch[: chunk.numel()]
+            if not direct:
+                # Converted first: a product in 16 bits would be rounded to 16 bits.
+                chunk = scratch.copy_(chunk).mul_(scale)
+            welford(mean, m2, chunk, self.count + 1, scratch)
+
+
+def welford(mean: Tensor, m2: Tensor, value: Tensor, k: int, scratch: Tensor | None = None) -> None:
+    """In place: fold the k-th value (1-based) into equally shaped mean and m2. `scratch` may be `value` itself, which is then lost."""
+    if k == 1:
+        mean.copy_(value)
+        m2.zero_()
+        return
+    delta = torch.sub(value, mean, out=scratch)
+    mean.add_(delta, alpha=1.0 / k)
+    m2.addcmul_(delta, delta, value=(k - 1) / k)

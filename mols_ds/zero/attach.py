@@ -1,0 +1,420 @@
+"""MoLS on a DeepSpeed engine: `initialize`, `attach`, and the object behind `engine.mols`.
+
+Attaching puts torch step hooks on the inner optimizer (rates, online samples) and patches `_take_model_step`,
+`save_checkpoint` and `load_checkpoint` on the instance. No class and no module is patched; `detach()` undoes it all.
+A proxy in the place of DeepSpeed's optimizer was seen to train silently wrong, so there is none.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from deepspeed.utils import logger
+from torch import Tensor
+
+from mols_ds.calibration import Phase, resolve_schedule
+from mols_ds.config import MolsConfig
+from mols_ds.controller import Context, Controller, Owned
+from mols_ds.errors import MolsConfigError, MolsError
+from mols_ds.groups import GroupTable, group_table
+from mols_ds.scaler import Piece, RateScaler, make_plan
+from mols_ds.snr import NoiseFloor, adam_moments
+from mols_ds.zero.checkpoint import Checkpoints
+from mols_ds.zero.shards import Replicated, find_shards
+from mols_ds.zero.support import check_supported, scheduler_hints
+
+
+class DisabledMols:
+    """`engine.mols` where MoLS is off: DeepSpeed is exactly stock."""
+
+    phase: Phase = "disabled"
+    alphas: dict[str, float] = {}  # noqa: RUF012 - read-only by contract
+    multipliers: dict[str, float] = {}  # noqa: RUF012
+    applied_lrs: dict[str, float] = {}  # noqa: RUF012
+    samples = 0
+    accumulator_bytes = 0
+
+    def report(self) -> dict[str, Any]:
+        """Empty: nothing was measured."""
+        return {}
+
+    def detach(self) -> None:
+        """Nothing to undo."""
+
+
+class EngineMols:
+    """MoLS on one engine; `engine.mols`. Made by `attach`.
+
+    In mode "probe", during the calibration, `engine.step()` at an accumulation boundary measures the batch that the
+    training loop just ran forward and backward, and does not update: it consumes the next K global batches of the
+    user's loop (K = samples), while weights, optimizer state, scheduler, loss scale, `global_steps`, `micro_steps` and
+    the random state of dropout end as if those batches had never been run.
+    """
+
+    def __init__(self, engine: Any, config: MolsConfig) -> None:
+        check_supported(engine, config)
+        self.engine = engine
+        self.config = config
+        self.shards = find_shards(engine)
+        self._check_options()
+        total, warmup = scheduler_hints(engine.lr_scheduler)
+        schedule = resolve_schedule(config, total, warmup)
+        table = self._table()
+        self.controller = Controller(config, table, self._owned(), schedule, self._context())
+        self._check_counts(table)
+        self._lr_group = self._groups_of_lr(table)
+        plans = {
+            id(tensor): make_plan(size, pieces, table.layouts)
+            for tensor, size, pieces in zip(
+                self.shards.tensors, self.shards.sizes, self.shards.pieces, strict=True
+            )
+        }
+        self._sampling = False
+        self._sampled = False
+        self._scale_before = 1.0
+        self._random: tuple[Tensor, Tensor] | None = None
+        self._hooks = [
+            self.shards.inner.register_step_pre_hook(self._on_inner_step),
+        ]
+        self.scaler = RateScaler(self.shards.inner, plans, lambda: self.controller.rates(engine.global_steps))
+        self._hooks += [
+            self.shards.inner.register_step_post_hook(self._after_inner_step),
+            engine.module.register_forward_pre_hook(self._before_forward),
+        ]
+        self._take_model_step = engine._take_model_step
+        engine._take_model_step = self._step
+        self.checkpoints = Checkpoints(self)
+        self.controller.advance(engine.global_steps)
+
+    # ------------------------------------------------------------------ what users read
+
+    @property
+    def phase(self) -> Phase:
+        """ "waiting", "calibrating", "ramping" or "fixed": the phase of the step that comes next."""
+        return self.controller.phase
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """Module group -> multiplier after the ramp; empty before the calibration has ended."""
+        return self.controller.alphas
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """Module group -> multiplier that the last optimizer step applied; empty before the first step."""
+        return dict(self.controller.multipliers)
+
+    @property
+    def applied_lrs(self) -> dict[str, float]:
+        """Module group -> learning rate of the last step.
+
+        Where a module group spans several parameter groups (weight decay or not), it is the rate of the one that
+        holds most of its elements.
+        """
+        return dict(self.controller.applied_lrs)
+
+    @property
+    def samples(self) -> int:
+        """Usable gradient samples of the current or last calibration."""
+        return self.controller.samples
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Bytes that this rank's accumulators take now; 0 outside a calibration."""
+        return self.controller.accumulator_bytes
+
+    def report(self) -> dict[str, Any]:
+        """The content of mols_report.json as a dict; empty before the alphas exist."""
+        return self.controller.report()
+
+    def detach(self) -> None:
+        """Take everything off the engine again: it steps as a stock engine from here on."""
+        self.scaler.remove()
+        for hook in self._hooks:
+            hook.remove()
+        del self.engine._take_model_step
+        self.checkpoints.remove()
+        self.controller._free()
+        del self.engine.mols
+
+    # ------------------------------------------------------------------ build
+
+    def _check_options(self) -> None:
+        for group in self.shards.inner.param_groups:
+            if group.get("lr") is None:
+                raise MolsConfigError("the optimizer's lr is None (it makes its own rate): give it an lr to be scaled")
+
+    def _table(self) -> GroupTable:
+        """The groups of the parameters that the optimizer holds, in the model's order."""
+        model = self.engine.module
+        full = group_table(model, self.config.rules, self.config.granularity)
+        names = self.shards.param_group
+        left_out = [name for name in full.layouts if name not in names]
+        if left_out and self.engine.global_rank == 0:
+            logger.warning(
+                f"MoLS: {len(left_out)} trainable parameters are not in the optimizer and are left alone: {left_out[:3]}"
+            )
+        return GroupTable(
+            {name: layout for name, layout in full.layouts.items() if name in names},
+            {name: shape for name, shape in full.shapes.items() if name in names},
+        )
+
+    def _owned(self) -> list[Owned]:
+        owned, offset = [], 0
+        for _, piece in self.shards.owned:
+            owned.append(Owned(piece.name, piece.start, offset, piece.numel))
+            offset += piece.numel
+        return owned
+
+    def _context(self) -> Context:
+        accelerator = get_accelerator()
+        on_cpu = self.config.accumulators.device == "cpu"
+        world = dist.get_world_size(self.engine.seq_data_parallel_group)
+        return Context(
+            reduce=self._reduce,
+            device=torch.device("cpu") if on_cpu else torch.device(accelerator.current_device_name()),
+            rank=self.engine.global_rank,
+            world={"data": world, "tensor": 1, "pipeline": 1, "expert": 1},
+            versions=versions(),
+            log=logger.info,
+        )
+
+    def _check_counts(self, table: GroupTable) -> None:
+        """One small reduction: every logical element is owned by exactly one rank."""
+        groups = list(table.elements)
+        mine = dict.fromkeys(groups, 0)
+        for owned in self.controller.owned:
+            for group, count in table.layouts[owned.name].counts(owned.start, owned.numel).items():
+                mine[group] += count
+        counted = self._reduce(torch.tensor([float(mine[g]) for g in groups], dtype=torch.float64)).tolist()
+        for group, count in zip(groups, counted, strict=True):
+            if int(count) != table.elements[group]:
+                raise MolsError(
+                    f'group "{group}" has {table.elements[group]} elements, but the ranks together own {int(count)}: '
+                    "this engine's shards are not disjoint and complete over its data-parallel group"
+                )
+
+    def _groups_of_lr(self, table: GroupTable) -> dict[str, int]:
+        """Module group -> index of the parameter group that holds most of its elements."""
+        held: dict[str, dict[int, int]] = {group: {} for group in table.elements}
+        for name, layout in table.layouts.items():
+            index = self.shards.param_group[name]
+            for group, count in layout.counts(0, math.prod(table.shapes[name])).items():
+                held[group][index] = held[group].get(index, 0) + count
+        return {group: max(by_index, key=lambda i: by_index[i]) for group, by_index in held.items()}
+
+    # ------------------------------------------------------------------ communication
+
+    def _reduce(self, values: Tensor) -> Tensor:
+        """SUM over the data-parallel ranks, whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
+        device = values.to(get_accelerator().current_device_name())
+        dist.all_reduce(device, op=dist.ReduceOp.SUM, group=self.engine.seq_data_parallel_group)
+        return device.cpu()
+
+    def agree(self, ok: bool) -> bool:
+        """Whether every rank says True: one all-reduce of 8 bytes."""
+        return int(self._reduce(torch.tensor([0.0 if ok else 1.0], dtype=torch.float64)).item()) == 0
+
+    # ------------------------------------------------------------------ steps
+
+    def _base_lrs(self) -> dict[str, float]:
+        groups = self.shards.inner.param_groups
+        return {group: float(groups[index]["lr"]) for group, index in self._lr_group.items()}
+
+    def _step(self, lr_kwargs: Any = None) -> None:
+        """In the place of `engine._take_model_step`: measure, or step with the multipliers of this step."""
+        controller, engine = self.controller, self.engine
+        t = engine.global_steps
+        if controller.discards_steps:
+            self._probe(t)
+            return
+        base = self._base_lrs()
+        self._begin_sample()
+        reads_moments = controller.reads_moments_next
+        try:
+            self._take_model_step(lr_kwargs)
+        finally:
+            self.scaler.restore()
+        if engine.was_step_applied():
+            controller.applied(t, base)
+        self._end_sample(engine.global_steps, reads_moments)
+        controller.advance(engine.global_steps)
+
+    def _probe(self, t: int) -> None:
+        """Measure this boundary's gradient and throw it away. Adds one 8-byte reduction in the place of the norm's."""
+        shards, controller, engine = self.shards, self.controller, self.engine
+        finite = all(bool(torch.isfinite(gradient).all()) for _, gradient in shards.read())
+        usable = self.agree(finite)
+        if usable:
+            scale = 1.0 / shards.loss_scale()
+            controller.open_sample()
+            for offset, gradient in shards.read():
+                controller.add(offset, gradient, scale)
+        shards.discard()
+        engine.micro_steps -= engine.gradient_accumulation_steps()
+        engine.losses = None
+        controller.close_sample(t, usable=usable)
+        if not controller.discards_steps:
+            self._restore_random()
+        controller.advance(t)
+
+    def _begin_sample(self) -> None:
+        controller, shards = self.controller, self.shards
+        self._sampling = controller.measuring and self.config.mode == "online"
+        self._sampled = False
+        self._scale_before = shards.loss_scale()
+        if self._sampling and isinstance(shards, Replicated) and shards.finite():
+            controller.open_sample()
+            for offset, gradient in shards.read():
+                controller.add(offset, gradient)
+            self._sampled = True
+
+    def _end_sample(self, t: int, reads_moments: bool) -> None:
+        controller = self.controller
+        if self._sampling:
+            self._sampling = False
+            controller.close_sample(t, usable=self._sampled)
+        elif controller.measuring and self.config.mode == "moments":
+            controller.count(t, usable=True)
+            if controller.collecting_moments:
+                controller.close_moments(t)
+            elif reads_moments:
+                controller.give_up(t, "the optimizer step in which Adam's moments were to be read was skipped")
+
+    def _on_inner_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Online samples of stages 1-3: the fp32 shard gradients, with clipping and a changed loss scale undone.
+
+        Every rank sees the same global norm, which is not finite when any rank's gradient is not: no reduction needed.
+        """
+        if not self._sampling or self.shards.reads_before_clipping:
+            return
+        factor = self.shards.undo_factor(self._scale_before)
+        if math.isnan(factor):
+            return
+        if not self._sampled:
+            self.controller.open_sample()
+            self._sampled = True
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                for offset, piece in self.shards.by_tensor.get(id(tensor), []):
+                    gradient = tensor.grad.view(-1).narrow(0, piece.offset, piece.numel)
+                    self.controller.add(offset, gradient, factor)
+
+    def _after_inner_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Mode "moments": group sums of Adam's moments while the state of these tensors is at hand (NVMe)."""
+        if not self.controller.reads_moments_next:
+            return
+        first: dict[int, list[tuple[int, Piece]]] = {}
+        for number, (i, piece) in enumerate(self.shards.owned):
+            first.setdefault(id(self.shards.tensors[i]), []).append((number, piece))
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                for number, piece in first.get(id(tensor), []):
+                    self._add_moments(group, optimizer.state[tensor], number, piece.offset, piece.numel)
+        if not self.controller.collecting_moments:
+            self.controller.open_moment_sums(NoiseFloor(1.0, self._moment_weight(optimizer)))
+
+    def _add_moments(self, group: Mapping[str, Any], state: Mapping[str, Any], number: int, lo: int, n: int) -> None:
+        mean = state["exp_avg"].view(-1)[lo : lo + n]
+        square = state["exp_avg_sq"].view(-1)[lo : lo + n]
+        step = int(state.get("step", group.get("step", 0)))
+        mu2, s2, c = adam_moments(mean, square, step, *group["betas"])
+        if not self.controller.collecting_moments:
+            self.controller.open_moment_sums(NoiseFloor(1.0, c))
+        self.controller.add_moment_squares(number, mu2, s2)
+
+    def _moment_weight(self, optimizer: Any) -> float:
+        """c of a rank that owns nothing of this inner step: from any state at hand, else from the step count."""
+        beta1, beta2 = optimizer.param_groups[0]["betas"]
+        steps = [int(s["step"]) for s in optimizer.state.values() if "step" in s]
+        step = max(steps, default=max(2, self.engine.global_steps + 1))
+        return adam_moments(torch.zeros(1), torch.zeros(1), step, beta1, beta2)[2]
+
+    # ------------------------------------------------------------------ random state of a probe window
+
+    def _before_forward(self, module: Any, args: Any) -> None:
+        """At the first forward pass of a probe window: remember the random state."""
+        if self._random is None and self.controller.discards_steps and module.training:
+            self._random = (torch.get_rng_state(), get_accelerator().get_rng_state())
+
+    def _restore_random(self) -> None:
+        if self._random is not None:
+            torch.set_rng_state(self._random[0])
+            get_accelerator().set_rng_state(self._random[1])
+            self._random = None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("mols-ds", "torch", "deepspeed", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def attach(engine: Any, config: Mapping[str, Any] | MolsConfig) -> EngineMols | DisabledMols:
+    """Put MoLS on a DeepSpeed engine that exists already. Collective: every rank calls it at the same point.
+
+    Args:
+        engine: what `deepspeed.initialize` returned; ZeRO stage 0-3, before or after any number of steps.
+        config: a "mols" section (dict) or a `MolsConfig`.
+
+    Returns:
+        The object that is also `engine.mols`; its `detach()` makes the engine stock again.
+
+    Raises:
+        MolsConfigError: the section, a rule or a group name is wrong.
+        MolsUnsupportedError: the engine, its optimizer or a setting of it cannot be supported; named, with the way out.
+    """
+    section = MolsConfig.parse(config)
+    if isinstance(getattr(engine, "mols", None), EngineMols):
+        raise MolsError("this engine has MoLS already; call engine.mols.detach() first")
+    engine.mols = EngineMols(engine, section) if section.enabled else DisabledMols()
+    return engine.mols  # type: ignore[no-any-return]
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """`deepspeed.initialize` with the "mols" section of the DeepSpeed config.
+
+    Same arguments and same four results (deepspeed/__init__.py). Without a "mols" section, or with
+    `"enabled": false`, the result is bit for bit that of `deepspeed.initialize`.
+
+    Raises:
+        MolsConfigError, MolsUnsupportedError: as `attach`; a wrong section is refused before the engine is built.
+    """
+    section = _find_section(inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments)
+    results: tuple[Any, Any, Any, Any] = deepspeed.initialize(*args, **kwargs)
+    if section is None or not section.enabled:
+        results[0].mols = DisabledMols()
+    else:
+        attach(results[0], section)
+    return results
+
+
+def _find_section(arguments: Mapping[str, Any]) -> MolsConfig | None:
+    """The validated "mols" section of the config that these arguments name, read by DeepSpeed's own loader."""
+    config = arguments.get("config") or arguments.get("config_params")
+    if config is None:
+        launched = arguments.get("args")
+        config = getattr(launched, "deepspeed_config", None) or getattr(launched, "deepscale_config", None)
+    if config is None:
+        return None
+    if not isinstance(config, Mapping):
+        if not Path(config).is_file() and str(config).endswith(".json"):
+            raise MolsConfigError(f"DeepSpeed config {config}: no such file")
+        config = load_ds_config(config)
+    section = config.get("mols")
+    return None if section is None else MolsConfig.parse(section)

@@ -1,0 +1,119 @@
+"""What an engine cannot do with MoLS, refused by name with the way out, and what its scheduler tells about the schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mols_ds.config import MolsConfig
+from mols_ds.errors import MolsUnsupportedError
+
+ENGINE_NAMES = ("_take_model_step", "global_steps", "micro_steps", "seq_data_parallel_group", "param_names")
+NOT_PROPORTIONAL = {"Rprop", "ASGD", "LBFGS"}
+"""Optimizers whose step is not proportional to lr, so that neither views nor delta give a rate per module."""
+
+
+def check_supported(engine: Any, config: MolsConfig) -> None:
+    """Raise `MolsUnsupportedError` for an engine or optimizer that would silently train wrong."""
+    for refuse, what, way_out in _refusals(engine, config):
+        if refuse:
+            raise MolsUnsupportedError(f"MoLS does not support {what}: {way_out}")
+
+
+def _refusals(engine: Any, config: MolsConfig) -> list[tuple[bool, str, str]]:
+    outer = engine.optimizer
+    inner = getattr(outer, "optimizer", outer)
+    wrapper, name = type(outer).__name__, type(inner).__name__
+    missing = [n for n in ENGINE_NAMES if not hasattr(engine, n)]
+    return [
+        (
+            outer is None or name == "DummyOptim",
+            "an engine without an optimizer",
+            'pass one, or add an "optimizer" section',
+        ),
+        (bool(missing), f"this DeepSpeed engine, which lacks {', '.join(missing)}", "install DeepSpeed 0.19.8"),
+        (
+            type(engine).__name__ in ("PipelineEngine", "DualPipeVEngine"),
+            type(engine).__name__,
+            "train without a PipelineModule",
+        ),
+        (type(engine).__name__ == "DeepSpeedHybridEngine", "the hybrid engine", 'set "hybrid_engine.enabled": false'),
+        (
+            bool(getattr(engine, "zenflow", False)) or "ZenFlow" in wrapper,
+            "ZenFlow (it updates a changing selection of columns outside the optimizer's step)",
+            'remove "zero_optimization.zenflow"',
+        ),
+        (
+            "SuperOffload" in wrapper,
+            "SuperOffload (it steps the optimizer in other processes)",
+            'set "offload_optimizer.super_offload": false',
+        ),
+        (
+            getattr(outer, "backup_optimizer", None) is not None or getattr(outer, "partial_offload", 1.0) != 1.0,
+            "offload_optimizer.ratio < 1 (a second optimizer steps the rest)",
+            'set "offload_optimizer.ratio": 1.0',
+        ),
+        (
+            "Muon" in name or any(g.get("use_muon") for g in inner.param_groups) if hasattr(inner, "param_groups") else False,
+            "Muon under DeepSpeed (its gradients are already orthogonalised when they can be read)",
+            "use Adam or AdamW",
+        ),
+        (
+            name.startswith(("OneBit", "ZeroOneAdam")),
+            f"{name} (its step communicates and freezes the variance)",
+            "use Adam or AdamW",
+        ),
+        (name in NOT_PROPORTIONAL, f"{name} (its step is not proportional to lr)", "use Adam, AdamW, SGD, Lion, ..."),
+        (
+            bool(getattr(engine, "has_moe_layers", False)),
+            "DeepSpeed's expert parallelism (deepspeed.moe)",
+            "use a model whose experts are ordinary parameters",
+        ),
+        (
+            int(getattr(engine, "mp_world_size", 1)) > 1,
+            "tensor parallelism (mpu, AutoTP) in this release",
+            "use ZeRO data parallelism alone",
+        ),
+        (
+            bool(engine.config.get("sparse_gradients")),
+            "sparse gradients",
+            'set "sparse_gradients": false',
+        ),
+        (
+            getattr(engine, "torch_autocast_z0_gradscaler", None) is not None,
+            "torch_autocast with a gradient scaler at stage 0",
+            "use ZeRO stage 1 or bf16",
+        ),
+        (
+            not engine.managed_gradient_accumulation() and config.mode == "probe",
+            '"managed_gradient_accumulation": false in mode "probe"',
+            'use "mode": "online"',
+        ),
+        (
+            config.mode == "moments" and not _has_adam_moments(inner),
+            f'mode "moments" with {name}, which keeps no Adam moments',
+            'use "mode": "probe" or "online"',
+        ),
+    ]
+
+
+def _has_adam_moments(inner: Any) -> bool:
+    betas = [group.get("betas") for group in inner.param_groups]
+    return "Lion" not in type(inner).__name__ and all(b is not None and len(b) == 2 for b in betas)
+
+
+def scheduler_hints(scheduler: Any) -> tuple[int | None, int | None]:
+    """(total steps, warm-up steps) as far as the learning-rate scheduler tells them.
+
+    Known: DeepSpeed's WarmupDecayLR and WarmupCosineLR, WarmupLR (warm-up only); torch's OneCycleLR and
+    CosineAnnealingLR; transformers' LambdaLR schedules, whose steps are keywords of the lambda.
+    """
+    if scheduler is None:
+        return None, None
+    total = getattr(scheduler, "total_num_steps", None) or getattr(scheduler, "total_steps", None)
+    total = total or getattr(scheduler, "T_max", None)
+    warmup = getattr(scheduler, "warmup_num_steps", None)
+    for function in getattr(scheduler, "lr_lambdas", None) or []:
+        keywords = getattr(function, "keywords", {})
+        total = total or keywords.get("num_training_steps")
+        warmup = warmup if warmup is not None else keywords.get("num_warmup_steps")
+    return (int(total) if total else None), (int(warmup) if warmup is not None else None)

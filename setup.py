@@ -1,0 +1,49 @@
+"""Package metadata. Tool settings (ruff, mypy, pytest) are in pyproject.toml, tested versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+# Read, not imported: importing the package would need torch before pip has installed it.
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "mols_ds/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+if VERSION is None:
+    raise SystemExit('mols_ds/__init__.py has no line __version__ = "..."')
+
+TRAIN = ["transformers>=4.48", "datasets>=3.0", "tokenizers>=0.21", "rich>=13.0", "tensorboard>=2.16"]
+REPORT = ["matplotlib>=3.8", "rich>=13.0"]
+TEST_TOOLS = ["pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"]
+
+setup(
+    name="mols-ds",
+    version=VERSION[1],
+    description="Module-wise learning-rate scaling by gradient signal-to-noise ratio (MoLS) for DeepSpeed ZeRO",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["mols_ds", "mols_ds.*", "megatron_patches", "megatron_patches.*"]),
+    package_data={"mols_ds": ["py.typed"], "megatron_patches": ["py.typed"]},
+    # torch is deliberately not pinned: its build has to match the machine's accelerator.
+    install_requires=["torch>=2.4", "deepspeed>=0.16", "pydantic>=2.0"],
+    extras_require={
+        "train": TRAIN,
+        "megatron": ["megatron-core>=0.16"],
+        "optimizers": ["pytorch-optimizer>=3.0", "bitsandbytes>=0.43", "torchao>=0.8", "peft>=0.14"],
+        "report": REPORT,
+        "dev": [*TEST_TOOLS, *TRAIN, *REPORT, "peft>=0.14"],
+    },
+    # No script named `deepspeed` is installed: it would overwrite DeepSpeed's own. The shim is launch/deepspeed.
+    entry_points={"console_scripts": ["mols-ds = mols_ds.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

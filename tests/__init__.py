@@ -1,0 +1,1 @@
+"""Tests of mols_ds. The slow single-process twin is in `oracle`, the launcher of gloo ranks in `harness`."""

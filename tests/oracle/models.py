@@ -1,0 +1,151 @@
+"""Three tiny models of transformers, their data, and hand-written masks of their module groups.
+
+The sizes are chosen so that shards straddle tensors and elements do not divide evenly: 97 tokens, 67 inner features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import AttentionInterface
+
+MODELS = ("llama", "gpt2", "qwen2")
+GROUPS = ("embedding", "head", "qk", "vo", "mlp", "other")
+VOCABULARY, HIDDEN, INNER, LAYERS, HEADS, KEY_HEADS, POSITIONS = 97, 40, 67, 2, 4, 2, 32
+SEQUENCES, LENGTH = 2, 16  # of one micro-batch
+USED_TOKENS = 80  # ids from here on never occur in the data: embedding rows that never move
+COMMON_TOKENS = 60  # ids below occur often, those up to USED_TOKENS rarely: rows that move once
+RARE_SHARE = 0.03
+NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None}
+INITIAL_STD = 0.1  # larger than usual, so that a tiny model's attention is not flat
+
+
+def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, scale: int = 1) -> nn.Module:
+    """One of `MODELS` with reproducible weights; `scale` multiplies the vocabulary (more elements, same shape)."""
+    torch.manual_seed(seed)
+    common = {
+        "vocab_size": VOCABULARY * scale,
+        "initializer_range": INITIAL_STD,
+        "use_cache": False,
+        **NO_SPECIAL_TOKENS,
+    }
+    rotary = {
+        **common,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": POSITIONS,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+    }
+    model: nn.Module
+    if name == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**rotary, num_key_value_heads=HEADS))
+    elif name == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**rotary, num_key_value_heads=KEY_HEADS))
+    elif name == "gpt2":
+        config = GPT2Config(
+            **common,
+            n_embd=HIDDEN,
+            n_inner=INNER,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            n_positions=POSITIONS,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        config._attn_implementation = "sink"
+        model = GPT2LMHeadModel(config)
+    else:
+        raise ValueError(f"{name!r} is not one of {MODELS}")
+    with torch.no_grad():  # norms and biases away from 1 and 0, where their gradients are special
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += INITIAL_STD * torch.randn_like(parameter)
+    model.config.loss_type = "ForCausalLM"
+    return model.to(dtype)
+
+
+def sink_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
+) -> tuple[Tensor, None]:
+    """Causal attention whose softmax has one more, constant logit of 0.
+
+    Without rotary embeddings, softmax does not see a bias of all keys: the exact gradient of GPT-2's key bias is 0 and
+    the computed one is float noise, different on each number of ranks, which SNR_i = mu^2/s^2 and Adam would both blow
+    up to full size. The sink makes that gradient real, and the model comparable element by element.
+    """
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5)
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    sink = scores.new_zeros(*scores.shape[:-1], 1)
+    weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
+    return (weights @ value).transpose(1, 2), None
+
+
+AttentionInterface.register("sink", sink_attention)
+AttentionMaskInterface.register("sink", eager_mask)
+
+
+def batch(iteration: int, micro: int, rank: int) -> Tensor:
+    """Token ids (SEQUENCES, LENGTH), int64: the data of one micro-batch, the same for every model and stage."""
+    generator = torch.Generator().manual_seed(10_000 * iteration + 100 * micro + rank)
+    shape = (SEQUENCES, LENGTH)
+    common = torch.randint(0, COMMON_TOKENS, shape, generator=generator)
+    rare = torch.randint(COMMON_TOKENS, USED_TOKENS, shape, generator=generator)
+    return torch.where(torch.rand(shape, generator=generator) < RARE_SHARE, rare, common)
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean next-token cross entropy, as transformers computes it."""
+    loss = model(input_ids=tokens, labels=tokens).loss
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def masks(name: str, model: nn.Module) -> dict[str, Tensor]:
+    """Index into GROUPS of every element of every trainable parameter, int64, in the parameter's shape."""
+    result = {}
+    for parameter_name, parameter in model.named_parameters():
+        group = _gpt2_group(parameter_name) if name == "gpt2" else _rotary_group(parameter_name)
+        mask = torch.full(parameter.shape, GROUPS.index(group))
+        if name == "gpt2" and parameter_name.endswith("attn.c_attn.weight"):
+            assert parameter.shape == (HIDDEN, 3 * HIDDEN)  # Conv1D: (in, out), so q | k | v are columns
+            mask[:, : 2 * HIDDEN] = GROUPS.index("qk")
+            mask[:, 2 * HIDDEN :] = GROUPS.index("vo")
+        result[parameter_name] = mask
+    return result
+
+
+def _rotary_group(name: str) -> str:
+    if name.endswith("bias") or "norm" in name:
+        return "other"
+    table = {
+        "embed_tokens": "embedding",
+        "lm_head": "head",
+        "q_proj": "qk",
+        "k_proj": "qk",
+        "v_proj": "vo",
+        "o_proj": "vo",
+        "gate_proj": "mlp",
+        "up_proj": "mlp",
+        "down_proj": "mlp",
+    }
+    return table[name.split(".")[-2]]
+
+
+def _gpt2_group(name: str) -> str:
+    if name.endswith("bias") or ".ln_" in name:
+        return "other"
+    if name in ("transformer.wte.weight", "transformer.wpe.weight"):
+        return "embedding"
+    if name.endswith("attn.c_proj.weight"):
+        return "vo"
+    if ".mlp." in name:
+        return "mlp"
+    assert name.endswith("attn.c_attn.weight"), name
+    return "qk"

@@ -1,0 +1,308 @@
+"""Ordered rules, tied weights, granularity, the group table, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from mols_ds.errors import MolsConfigError
+from mols_ds.groups import (
+    GROUPS,
+    SCALED_GROUPS,
+    ElementLayout,
+    GroupRow,
+    base_group,
+    build_layouts,
+    format_group_table,
+    group_table,
+    is_scaled,
+    order_groups,
+)
+
+whole = ElementLayout.whole
+NANO = {  # names and nn.Linear shapes of nanoGPT, width 8
+    "transformer.wte.weight": (30, 8),
+    "transformer.wpe.weight": (16, 8),
+    "transformer.h.0.ln_1.weight": (8,),
+    "transformer.h.0.attn.c_attn.weight": (24, 8),
+    "transformer.h.0.attn.c_attn.bias": (24,),
+    "transformer.h.0.attn.c_proj.weight": (8, 8),
+    "transformer.h.0.mlp.c_fc.weight": (32, 8),
+    "transformer.h.0.mlp.c_proj.weight": (8, 32),
+    "lm_head.weight": (30, 8),
+}
+
+
+def tiny(tied: bool = False, layers: int = 2) -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+# --------------------------------------------------------------------------------------------------- rules and presets
+
+
+def test_a_plain_gpt_without_a_transformers_config() -> None:
+    layouts = build_layouts(NANO, None)
+    assert list(layouts) == list(NANO)
+    assert layouts["transformer.h.0.attn.c_attn.weight"] == ElementLayout(8, ((16, "qk"), (8, "vo")))
+    assert layouts["transformer.h.0.attn.c_attn.bias"] == whole("other")
+    assert layouts["transformer.h.0.attn.c_proj.weight"] == whole("vo")
+    assert layouts["transformer.h.0.mlp.c_proj.weight"] == layouts["transformer.h.0.mlp.c_fc.weight"] == whole("mlp")
+    assert layouts["transformer.wpe.weight"] == layouts["transformer.wte.weight"] == whole("embedding")
+    assert layouts["lm_head.weight"] == whole("head")
+    assert layouts["transformer.h.0.ln_1.weight"] == whole("other")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "base_model.model."])
+def test_wrapper_prefixes_do_not_matter(prefix: str) -> None:
+    rules = [(r"^transformer\.wpe", "other_positions")]
+    plain = build_layouts(NANO, None, rules)
+    wrapped = build_layouts({prefix + name: shape for name, shape in NANO.items()}, None, rules)
+    assert wrapped == {prefix + name: layout for name, layout in plain.items()}
+
+
+def test_user_rules_come_first_and_the_first_of_them_wins() -> None:
+    rules = [(r"h\.0\.attn\.c_attn\.weight$", "mlp"), (r"attn", "other_attention"), (r"ln_1", "qk")]
+    layouts = build_layouts(NANO, None, rules)
+    assert layouts["transformer.h.0.attn.c_attn.weight"] == whole("mlp"), "a rule replaces a fused layout"
+    assert layouts["transformer.h.0.attn.c_attn.bias"] == whole("other_attention")
+    assert layouts["transformer.h.0.attn.c_proj.weight"] == whole("other_attention")
+    assert layouts["transformer.h.0.ln_1.weight"] == whole("qk"), "a user may scale a norm"
+    assert layouts["transformer.h.0.mlp.c_fc.weight"] == whole("mlp")
+
+
+def test_own_groups() -> None:
+    rules = [(r"mlp\.experts\.", "experts"), (r"wpe", "other_positions")]
+    shapes = NANO | {"transformer.h.0.mlp.experts.gate_up_proj": (4, 16, 8)}
+    layouts = build_layouts(shapes, None, rules)
+    assert layouts["transformer.h.0.mlp.experts.gate_up_proj"] == whole("experts")
+    assert is_scaled("experts") and is_scaled("experts.3") and is_scaled("otherwise")
+    assert not is_scaled("other_positions") and not is_scaled("other")
+    assert all(is_scaled(group) for group in SCALED_GROUPS) and set(GROUPS) - set(SCALED_GROUPS) == {"other"}
+
+
+def test_a_weight_called_gate_is_a_router_only_with_one_row_per_expert() -> None:
+    name = "model.layers.0.mlp.gate.weight"
+    assert build_layouts({name: (8, 32)}, SimpleNamespace(num_local_experts=8))[name] == whole("other")
+    with pytest.raises(MolsConfigError, match=r"mlp\.gate\.weight"):
+        build_layouts({name: (64, 32)}, SimpleNamespace(num_local_experts=8))
+    with pytest.raises(MolsConfigError, match=r"mlp\.gate\.weight"):
+        build_layouts({name: (64, 32)}, None)
+
+
+def test_the_config_may_be_a_mapping_or_hold_a_text_config() -> None:
+    shapes = {"layers.0.attention.query_key_value.weight": (24, 8)}
+    config = {"model_type": "gpt_neox", "hidden_size": 8, "num_attention_heads": 2}
+    expected = {"layers.0.attention.query_key_value.weight": ElementLayout(8, ((8, "qk"), (4, "vo")))}
+    assert build_layouts(shapes, config) == expected
+    assert build_layouts(shapes, SimpleNamespace(model_type="both", text_config=config)) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+def test_group_table_of_a_small_model_by_hand() -> None:
+    table = group_table(tiny(layers=2))
+    # width 8, inner 12, vocabulary 40; q, k, v, o are 8 x 8; 2 norms a layer and 1 at the end
+    expected = {"embedding": 320, "head": 320, "qk": 256, "vo": 256, "mlp": 576, "other": 40}
+    assert table.elements == expected
+    assert list(table) == [
+        GroupRow(group, parameters, expected[group], expected[group] / 1768)
+        for group, parameters in [("embedding", 1), ("head", 1), ("qk", 4), ("vo", 4), ("mlp", 6), ("other", 5)]
+    ]
+    assert table.shapes["model.layers.1.mlp.down_proj.weight"] == (8, 12)
+    assert list(table.layouts) == list(table.shapes)
+
+
+def test_a_fused_parameter_counts_in_both_of_its_groups() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=40))
+    rows = {row.group: row for row in group_table(model)}
+    assert (rows["qk"].parameters, rows["vo"].parameters) == (1, 2)
+
+
+def test_tied_embeddings_are_one_embedding_group() -> None:
+    table = group_table(tiny(tied=True))
+    assert "head" not in table.elements
+    assert table.elements["embedding"] == 320
+
+
+class HeadFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head = nn.Linear(8, 40, bias=False)
+        self.wte = nn.Embedding(40, 8)
+        self.wte.weight = self.lm_head.weight
+
+
+def test_tied_weights_whose_first_name_is_the_heads_are_embedding() -> None:
+    table = group_table(HeadFirst())
+    assert table.layouts == {"lm_head.weight": whole("embedding")}
+    assert group_table(HeadFirst(), rules=[("wte", "mlp")]).layouts == {"lm_head.weight": whole("mlp")}
+
+
+def test_only_trainable_parameters_count() -> None:
+    model = tiny()
+    model.get_parameter("model.embed_tokens.weight").requires_grad_(False)
+    table = group_table(model)
+    assert "embedding" not in table.elements and "model.embed_tokens.weight" not in table.layouts
+
+
+def test_partitioned_parameters_count_with_their_logical_shape() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(8, 6)})])})
+    weight = model.get_parameter("layers.0.q_proj.weight")
+    weight.ds_shape = torch.Size((6, 8))  # what zero.Init leaves: the shape, and no data
+    weight.data = torch.empty(0)
+    assert group_table(model).elements == {"qk": 48, "other": 6}
+
+
+def test_the_config_of_the_inner_model_is_found_behind_an_engine() -> None:
+    with torch.device("meta"):
+        inner = AutoModelForCausalLM.from_config(
+            transformers.GPTNeoXConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=40)
+        )
+
+    class Engine(nn.Module):  # as DeepSpeed's: the model is `module`, and `config` is something else
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = inner
+            self.config = {"train_batch_size": 8}
+
+    table = group_table(Engine())
+    assert table.elements == group_table(inner).elements
+    assert all(name.startswith("module.") for name in table.layouts)
+
+
+def test_format_group_table() -> None:
+    lines = format_group_table(group_table(tiny())).splitlines()
+    assert lines[0].split() == ["group", "parameters", "elements", "share"]
+    assert [line.split()[0] for line in lines[1:]] == [*GROUPS, "total"]
+    assert lines[3].split() == ["qk", "4", "256", "14.48", "%"]
+    assert lines[-1].split() == ["total", "21", "1,768", "100.00", "%"]
+    assert len({len(line) for line in lines}) == 1, "columns are aligned"
+
+
+# --------------------------------------------------------------------------------------------------------- granularity
+
+
+def test_layer_type_puts_the_layer_behind_the_group() -> None:
+    table = group_table(tiny(layers=12), granularity="layer_type")
+    layers = range(12)
+    expected = ["embedding", "head", *(f"{group}.{i}" for group in ("qk", "vo", "mlp") for i in layers), "other"]
+    assert [row.group for row in table] == expected, "ordered by number, not as text"
+    assert table.elements["qk.11"] == 128
+    assert base_group("qk.11") == "qk" and base_group("other") == "other"
+
+
+def test_layer_type_keeps_fused_layouts_and_expert_numbers_apart() -> None:
+    layouts = build_layouts(NANO, None, granularity="layer_type")
+    assert layouts["transformer.h.0.attn.c_attn.weight"] == ElementLayout(8, ((16, "qk.0"), (8, "vo.0")))
+    assert layouts["transformer.wpe.weight"] == whole("embedding")
+    shapes = {
+        "model.layers.7.block_sparse_moe.experts.3.w1.weight": (8, 8),
+        "experts.3.w1.weight": (8, 8),
+        "0.layers.4.q_proj.weight": (8, 8),
+        "stack.5.q_proj.weight": (8, 8),
+    }
+    assert [layout.groups for layout in build_layouts(shapes, None, granularity="layer_type").values()] == [
+        ("mlp.7",),
+        ("mlp",),
+        ("qk.4",),
+        ("qk.5",),
+    ]
+
+
+def test_order_groups() -> None:
+    keys = ["late", "other", "mlp.10", "mlp.9", "early", "qk", "embedding", "mlp", "mlp.9"]
+    assert order_groups(keys) == ["embedding", "qk", "mlp", "mlp.9", "mlp.10", "other", "late", "early"]
+
+
+# ----------------------------------------------------------------------------------------------------- user's mistakes
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([("no_such_layer", "qk")], r"'no_such_layer'.*matches no trainable parameter"),
+        ([("attn", "vo"), (r"c_attn\.weight", "qk")], r"c_attn.*earlier rules took"),
+        ([("attn", "q k")], r"'q k' is not a group name.*embedding"),
+        ([("attn", "qk.3")], r"'qk\.3' is not a group name"),
+        ([("attn", "max")], r"'max' is not a group name"),
+        ([("attn(", "qk")], r"rules\[0\].*'attn\(' is not a regular expression"),
+        ([("attn",)], r"rules\[0\]"),
+        (["attn"], r"rules\[0\]"),
+        ([("attn", 3)], r"rules\[0\]"),
+        ([("attn", "vo"), 3], r"rules\[1\]"),
+        ("attn", r"rules"),
+    ],
+)
+def test_a_bad_rule_is_named(rules: object, message: str) -> None:
+    with pytest.raises(MolsConfigError, match=message) as error:
+        build_layouts(NANO, None, rules)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+def test_a_weight_that_no_rule_matches_is_named_with_the_way_out() -> None:
+    shapes = NANO | {"transformer.h.0.mixer.weight": (8, 8), "transformer.h.0.conv.weight": (8, 1, 4)}
+    with pytest.raises(MolsConfigError, match=r"transformer\.h\.0\.mixer\.weight.*1 more.*rules") as error:
+        build_layouts(shapes, None)
+    assert "\n" not in str(error.value)
+    assert build_layouts(shapes, None, [("mixer|conv", "vo")])["transformer.h.0.conv.weight"] == whole("vo")
+
+
+def test_rules_are_not_needed_for_frozen_weights() -> None:
+    model = nn.ModuleDict({"mixer": nn.Linear(4, 4), "lm_head": nn.Linear(4, 9)})
+    model["mixer"].requires_grad_(False)
+    assert group_table(model).elements == {"head": 36, "other": 9}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "config", "message"),
+    [
+        ("h.0.query_key_value.weight", (24, 8), None, "no model config was given"),
+        ("h.0.query_key_value.weight", (24, 8), {"model_type": "unheard_of"}, "unheard_of"),
+        ("h.0.query_key_value.weight", (24, 8), {"model_type": "gpt_neox"}, "num_attention_heads"),
+        (
+            "h.0.query_key_value.weight",
+            (32, 8),
+            {"model_type": "gpt_neox", "num_attention_heads": 2, "hidden_size": 8},
+            "32 output features where the model's config says 24",
+        ),
+        ("h.0.qkv_proj.weight", (24, 8), None, "no model config was given"),
+        ("h.0.qkv_proj.weight", (24, 8), {"model_type": "codegen"}, "codegen"),
+        ("h.0.kv_b_proj.weight", (24, 8), {"num_attention_heads": 2}, "qk_nope_head_dim"),
+        ("h.0.kv_a_proj_with_mqa.weight", (24, 8), {"kv_lora_rank": 16, "qk_rope_head_dim": 4}, "says 20"),
+        ("h.0.attn.c_attn.weight", (8, 25), None, "3 does not divide"),
+    ],
+)
+def test_a_fused_weight_that_does_not_fit_its_config(
+    name: str, shape: tuple[int, ...], config: dict[str, object] | None, message: str
+) -> None:
+    with pytest.raises(MolsConfigError, match=message) as error:
+        build_layouts({name: shape}, config)
+    assert repr(name) in str(error.value) and "rule" in str(error.value)
+    assert build_layouts({name: shape}, config, [(re.escape(name), "qk")]) == {name: whole("qk")}, "the way out works"
+
+
+def test_an_unknown_granularity_is_named() -> None:
+    with pytest.raises(MolsConfigError, match=r"'layer'.*'layer_type'"):
+        build_layouts(NANO, None, granularity="layer")  # type: ignore[arg-type]
+
+
+def test_a_model_without_trainable_parameters() -> None:
+    with pytest.raises(MolsConfigError, match="no trainable parameter"):
+        group_table(nn.Linear(3, 3).requires_grad_(False))
