@@ -10,8 +10,8 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +21,13 @@ from mols_ds.calibration import Calibration, Phase, Schedule
 from mols_ds.config import MolsConfig
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError, MolsWarning
 from mols_ds.groups import ElementLayout, GroupTable, base_group, format_group_table
-from mols_ds.moments import STRIDE, Moments
+from mols_ds.moments import Moments
 from mols_ds.report import format_report, write_report
-from mols_ds.snr import GroupSums, NoiseFloor, noise_floor, share
+from mols_ds.owned import Owned, group_index
+from mols_ds.snr import GroupSums, NoiseFloor, noise_floor
+from mols_ds.summary import measured_rows, unmeasured_rows
 
 STATE_VERSION = 1
-
-
-class Owned(NamedTuple):
-    """Elements [start, start + numel) of parameter `name` that this rank measures, at `offset` of its accumulators."""
-
-    name: str
-    start: int
-    offset: int
-    numel: int
 
 
 @dataclass
@@ -56,13 +49,6 @@ class Context:
     world: dict[str, int]
     versions: dict[str, str]
     log: Callable[[str], None] = print
-
-
-@dataclass
-class _Result:
-    """What the last calibration found; goes into the report and the checkpoint."""
-
-    report: dict[str, Any] = field(default_factory=dict)
 
 
 class Controller:
@@ -88,7 +74,7 @@ class Controller:
         self.applied_lrs: dict[str, float] = {}
         self._moments: Moments | None = None
         self._sums: GroupSums | None = None
-        self._result = _Result()
+        self._report: dict[str, Any] = {}
         self._check_names()
         self.log(f"MoLS module groups\n{format_group_table(table)}")
 
@@ -128,7 +114,7 @@ class Controller:
 
     def report(self) -> dict[str, Any]:
         """The content of mols_report.json (see docs/deepspeed.md); empty before the alphas exist."""
-        return json.loads(json.dumps(self._result.report)) if self._result.report else {}
+        return json.loads(json.dumps(self._report)) if self._report else {}
 
     # ------------------------------------------------------------------ steps
 
@@ -162,7 +148,7 @@ class Controller:
         if self.config.fixed_alphas is not None:
             self.state.begin(t)
             alphas = {g: self.config.fixed_alphas.get(g, 1.0) for g in self.groups}
-            self._result.report = self._fixed_report(t, alphas)
+            self._report = self._header(t, self.config.reference) | {"groups": unmeasured_rows(self.table, alphas)}
             self._finish(t, alphas)
             return
         self.state.begin(t)
@@ -190,10 +176,7 @@ class Controller:
     def open_sample(self) -> None:
         """Begin one gradient sample; allocates the accumulators at the first one."""
         if self._moments is None:
-            index = self._group_index()
-            self._moments = Moments(
-                self.numel, device=self.context.device, group_index=index, n_groups=len(self.groups)
-            )
+            self._moments = self._new_moments()
         self._moments.open()
 
     def add(self, offset: int, gradient: Tensor, scale: float = 1.0) -> None:
@@ -229,23 +212,9 @@ class Controller:
                 t, f"only {self.state.samples} of {self.state.attempts} gradient samples were finite; check the loss"
             )
 
-    def _group_index(self) -> Tensor:
-        """Group number of every STRIDE-th owned element, for the between-sample blocks (uint8, or int16)."""
-        number = {group: i for i, group in enumerate(self.groups)}
-        dtype = torch.uint8 if len(self.groups) <= 255 else torch.int16
-        index = torch.zeros((self.numel + STRIDE - 1) // STRIDE, dtype=dtype)
-        for piece in self.owned:
-            first = -piece.offset % STRIDE
-            if first >= piece.numel:
-                continue
-            elements = torch.arange(piece.start + first, piece.start + piece.numel, STRIDE)
-            where = (piece.offset + first) // STRIDE
-            layout = self.table.layouts[piece.name]
-            edges = torch.tensor([length for length, _ in layout.pattern]).cumsum(0)
-            slot = (elements // layout.inner) % int(edges[-1])
-            names = torch.tensor([number[group] for _, group in layout.pattern], dtype=dtype)
-            index[where : where + elements.numel()] = names[torch.bucketize(slot, edges, right=True)]
-        return index
+    def _new_moments(self) -> Moments:
+        index = group_index(self.owned, self.table.layouts, self.groups)
+        return Moments(self.numel, device=self.context.device, group_index=index, n_groups=len(self.groups))
 
     def segments(self) -> list[tuple[ElementLayout, int, int, int]]:
         """(layout, start, offset, numel) of the owned elements; neighbours of one and the same group are merged."""
@@ -338,14 +307,15 @@ class Controller:
         except MolsError as error:
             self.give_up(t, str(error))
             return
-        self._result.report = self._measured_report(t, sums, reference, found)
+        rows = measured_rows(self.table, sums, found, self.config)
+        self._report = self._header(t, reference) | {"groups": rows}
         for group, alpha in found.items():
             if alpha.clamped:
                 self.warn(
                     f'alpha of group "{group}" hit its bound: {alpha.alpha:g} '
                     f"(alpha_min {self.config.alpha_min}, alpha_max {self.config.alpha_max})"
                 )
-            if self._result.report["groups"][group]["never_moved_share"] == 1.0:
+            if rows[group]["never_moved_share"] == 1.0:
                 self.warn(f'no element of group "{group}" had a gradient in any sample; its alpha stays 1')
         self._finish(t, {group: alpha.alpha for group, alpha in found.items()})
 
@@ -353,7 +323,8 @@ class Controller:
         """Go on with the multipliers as they were (1 the first time), loudly."""
         keep = {group: self.state.old.get(group, 1.0) for group in self.groups}
         self.warn(f"calibration failed at step {t}: {why}. Training goes on with alpha = 1 for every group")
-        self._result.report = self._fixed_report(t, keep) | {"failed": why}
+        rows = unmeasured_rows(self.table, keep)
+        self._report = self._header(t, self.config.reference) | {"groups": rows, "failed": why}
         self._finish(t, keep)
 
     def _finish(self, t: int, alphas: dict[str, float]) -> None:
@@ -363,73 +334,29 @@ class Controller:
                 f"the calibration ended at step {t}, after mols.ramp_end (step {self.state.schedule.ramp_end}); "
                 f"the ramp ends at step {self.state.ramp_until} instead"
             )
-        self.log(format_report(self._result.report))
+        self.log(format_report(self._report))
         if self.context.rank == 0:
-            write_report(self._result.report, self.config.report_dir)
+            write_report(self._report, self.config.report_dir)
 
     def _free(self) -> None:
         if self._moments is not None:
             self._moments.free()
         self._moments = self._sums = None
 
-    # ------------------------------------------------------------------ report
-
     def _header(self, t: int, reference: str) -> dict[str, Any]:
+        config = self.config
         return {
             "schema": 1,
             "step": t,
             "samples": self.state.samples,
-            "mode": self.config.mode,
-            "estimator": self.config.estimator,
-            "noise_floor_correction": self.config.noise_floor_correction,
+            "mode": "fixed" if config.fixed_alphas is not None else config.mode,
+            "estimator": config.estimator,
+            "noise_floor_correction": config.noise_floor_correction,
             "reference": reference,
             "skipped_samples": self.state.skipped,
             "world": dict(self.context.world),
             "versions": dict(self.context.versions),
         }
-
-    def _fixed_report(self, t: int, alphas: Mapping[str, float]) -> dict[str, Any]:
-        keys = (
-            "snr snr_mean snr_median snr_pooled damping snr_low snr_high never_moved_share moved_once_share".split()
-        )
-        groups = {
-            group: {"elements": self.table.elements[group]}
-            | dict.fromkeys(keys)
-            | {"alpha": alphas[group], "clamped": False}
-            for group in self.groups
-        }
-        mode = "fixed" if self.config.fixed_alphas is not None else self.config.mode
-        return self._header(t, self.config.reference) | {"mode": mode, "groups": groups}
-
-    def _measured_report(
-        self, t: int, sums: GroupSums, reference: str, found: Mapping[str, estimators.Alpha]
-    ) -> dict[str, Any]:
-        chosen = estimators.estimate(sums, self.config.estimator, self.config.noise_floor_correction)
-        plain = {name: estimators.estimate(sums, name, False) for name in ("mean", "median", "pooled", "damping")}
-        spread = estimators.intervals(sums, self.config.estimator, self.config.noise_floor_correction)
-        total, never, once = (sums.column(name) for name in ("total", "never_moved", "moved_once"))
-        groups = {}
-        for group in self.groups:
-            row: dict[str, Any] = {
-                "elements": self.table.elements[group],
-                "snr": chosen[group],
-                "snr_mean": plain["mean"][group],
-                "snr_median": plain["median"][group],
-                "snr_pooled": plain["pooled"][group],
-                "damping": plain["damping"][group],
-                "snr_low": spread[group][0],
-                "snr_high": spread[group][1],
-                "alpha": found[group].alpha,
-                "alpha_low": found[group].low,
-                "alpha_high": found[group].high,
-                "never_moved_share": share(never[group], total[group]),
-                "moved_once_share": share(once[group], total[group]) if self.config.mode != "moments" else None,
-                "clamped": found[group].clamped,
-            }
-            groups[group] = {
-                key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()
-            }
-        return self._header(t, reference) | {"groups": groups}
 
     # ------------------------------------------------------------------ state
 
@@ -443,7 +370,7 @@ class Controller:
             "version": STATE_VERSION,
             "groups": dict(self.table.elements),
             "state": self.state.state_dict(),
-            "report": self._result.report,
+            "report": self._report,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -461,7 +388,7 @@ class Controller:
             )
         self._free()
         self.state.load_state_dict(dict(saved["state"]))
-        self._result.report = dict(saved["report"])
+        self._report = dict(saved["report"])
 
     def restart(self, t: int, why: str) -> None:
         """Drop a half-done calibration or an unknown past and begin anew where the schedule says, seen from step t."""
@@ -472,7 +399,7 @@ class Controller:
             return
         old = self.state
         self.state = Calibration(old.schedule, old.wanted, old.max_samples, old.every)
-        self._result = _Result()
+        self._report = {}
         self.advance(t)
 
     def sample_state(self) -> dict[str, Any] | None:
@@ -485,9 +412,7 @@ class Controller:
         """Put the accumulators back. Raises `MolsCheckpointError` where this rank owns other elements."""
         if [Owned(*piece) for piece in saved["owned"]] != self.owned:
             raise MolsCheckpointError("the saved accumulators belong to other elements than this rank owns")
-        moments = Moments(
-            self.numel, device=self.context.device, group_index=self._group_index(), n_groups=len(self.groups)
-        )
+        moments = self._new_moments()
         moments.load_state_dict(saved["moments"])
         self._moments = moments
 

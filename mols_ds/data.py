@@ -19,6 +19,7 @@ from mols_ds.errors import MolsConfigError
 STDLIB = "stdlib"
 READERS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 """Suffix of a local file -> builder of HF `datasets` that reads it."""
+HUB_SECONDS = 20.0
 PIECE_CHARACTERS = 16384
 """A text file longer than this is cut at blank lines, so that one big file still has documents to hold out."""
 
@@ -199,6 +200,24 @@ def local_threshold(documents: Iterable[str], share: float, seed: int) -> int:
     return min(hashes) + 1 if min(hashes) >= usual else max(hashes)
 
 
+def check_hub(spec: DataSpec) -> None:
+    """Asks the hub once for a streamed source, so that a wrong name fails at once. Raises MolsConfigError."""
+    if not spec.streaming:
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(spec.source, timeout=HUB_SECONDS)
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        raise _no_source(spec, error) from error
+
+
+def _no_source(spec: DataSpec, error: Exception) -> MolsConfigError:
+    return MolsConfigError(
+        f"data {spec.source}: neither a local file or folder nor a data set that the hub gives: {one_line(error)}"
+    )
+
+
 def stream_documents(spec: DataSpec, split: str, *, seed: int | None, rank: int = 0, world: int = 1) -> Iterator[str]:
     """The documents of one split of a hub data set, this rank's part of them, shuffled under `seed` by a buffer of
     `shuffle_buffer` documents (in the data set's order where `seed` is None).
@@ -216,9 +235,7 @@ def stream_documents(spec: DataSpec, split: str, *, seed: int | None, rank: int 
         if world > 1:
             rows = split_dataset_by_node(rows, rank=rank, world_size=world)
     except Exception as error:  # the hub's client raises a dozen unrelated types
-        raise MolsConfigError(
-            f"data {spec.source}: neither a local file or folder nor a data set that the hub gives: {one_line(error)}"
-        ) from error
+        raise _no_source(spec, error) from error
     if first is not None:
         _text(first, spec.text_key, spec.source)
     for row in rows:

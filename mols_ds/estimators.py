@@ -1,4 +1,7 @@
-"""From summed statistics to signal-to-noise ratios, 95 % intervals and learning-rate multipliers. Pure functions of `GroupSums`."""
+"""From summed statistics to signal-to-noise ratios, 95 % intervals and learning-rate multipliers.
+
+Pure functions of `GroupSums`: fed the same sums, every rank computes the same bits.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
-from mols_ds.snr import BLOCK_COLUMN, BINS_PER_OCTAVE, COLUMN, N_BINS, OCTAVES, GroupSums, noise_floor
+from mols_ds.groups import base_group, is_scaled
+from mols_ds.snr import BINS_PER_OCTAVE, BLOCK_COLUMN, COLUMN, N_BINS, OCTAVES, GroupSums, noise_floor
 
 Estimator = Literal["mean", "median", "pooled", "damping"]
 ESTIMATORS: tuple[Estimator, ...] = ("mean", "median", "pooled", "damping")
@@ -34,16 +38,22 @@ class Alpha(NamedTuple):
 
 
 def estimate(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[str, float]:
-    """Every group's SNR_m (or, for "damping", its mean effective signal step d_m in [0, 1]); NaN where no element counts.
+    """Every group's SNR_m, or for "damping" its mean effective signal step d_m in [0, 1]; NaN where no element counts.
 
-    With K samples, shrink = (K-3)/(K-1), floor = 1/K (`sums.floor`), N the counted elements (s_i^2 > 0):
-      mean     (1/N) sum SNR_i                          corrected: shrink * mean - floor
-      median   of SNR_i, within a bin of at most 1 %    corrected: shrink * median - floor (a monotone map of each SNR_i)
-      pooled   sum mu_i^2 / sum s_i^2                   corrected: (sum mu_i^2 - floor * sum s_i^2) / sum s_i^2
-      damping  (1/N) sum |mu_i| / sqrt(mu_i^2 + s_i^2)  corrected: (1/N) sum sqrt(c_i/(1+c_i)), c_i = max(0, shrink * SNR_i - floor)
+    shrink and floor are `sums.floor`: (K-3)/(K-1) and 1/K for K samples. N is the number of elements with s_i^2 > 0.
 
-    Raises `MolsConfigError` for an unknown estimator, or for a correction of K <= 3 samples. Warns about elements whose statistics are
-    not finite: they are left out.
+      mean     (1/N) sum SNR_i                               corrected: shrink * mean - floor
+      median   of SNR_i, exact to a bin of at most 1 %       corrected: shrink * median - floor (monotone in each SNR_i)
+      pooled   sum mu_i^2 / sum s_i^2                        corrected: (sum mu_i^2 - floor * sum s_i^2) / sum s_i^2
+      damping  (1/N) sum |mu_i| / sqrt(mu_i^2 + s_i^2)       corrected: (1/N) sum sqrt(c_i / (1 + c_i))
+                                                             with c_i = max(0, shrink * SNR_i - floor)
+
+    Corrected `mean` and `pooled` are unbiased for Gaussian noise. Corrected `median` is not (the median of a skewed
+    distribution lies below its mean: pure noise reads -0.5/K), and corrected `damping` has the bias of the clamp.
+    Warns (`MolsWarning`) about elements whose statistics overflowed or are NaN: they are left out.
+
+    Raises:
+        MolsConfigError: an unknown estimator, or a correction of K <= 3 samples.
     """
     if estimator not in ESTIMATORS:
         raise MolsConfigError(f"estimator={estimator!r} is not known: use one of {', '.join(ESTIMATORS)}")
@@ -69,66 +79,46 @@ def estimate(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[st
 
 
 def intervals(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[str, tuple[float, float]]:
-    """95 % intervals of `estimate`, from the spread between blocks of consecutive samples; (NaN, NaN) with fewer than 2 blocks.
+    """95 % intervals of `estimate`, from the spread between sample blocks; (NaN, NaN) with fewer than 2 blocks.
 
-    Elements of one sample are correlated, so counting elements says nothing about the error: only samples are independent. Each of
-    the B blocks of L samples gives the estimator's value on every 127th element; half width = t(0.975, B-1) * spread / sqrt(B), where
-      mean, pooled  the spread is that of the blocks' plain value relative to its mean. It applies to the value that L samples would read,
-                    (SNR + 1/L) / shrink_L, since that, not the corrected SNR (which may be near 0), is what was seen to vary. For pure
-                    noise this is wide (the error of K samples falls as 1/K, this as 1/sqrt(K L)), for signal it is right.
-      median        blocks keep no histogram; the proxy is the geometric mean. SNR_i is a shape times a common level as far as shared
-                    batch noise goes, and both the median and the geometric mean move with the level. Applied multiplicatively as above.
-      damping       the absolute spread of the block values (plain or corrected with L's own floor): |mu_i|/s_i has a standard error that
-                    falls as 1/sqrt(K) for signal and noise alike, so the spread of L samples over sqrt(B) is that of B * L samples.
-    The interval covers the sampling error of the gradients (and, in mode "online", the drift during the window), not the bias that
-    the estimator itself has for K samples.
+    Elements of one sample are correlated, so the number of elements says nothing about the error: samples are what is
+    independent. Each of the B blocks of L consecutive samples gives the estimator's value on every 127th element. The
+    half width is t(0.975, B - 1) * spread / sqrt(B), where the spread is
+
+      mean, pooled  of the blocks' plain values, relative to their mean. It is applied to what L samples would read,
+                    SNR + 1/L: that was seen to vary, while a corrected SNR may be near 0.
+      median        of the logarithm of the geometric mean, since blocks keep no histogram: noise that the elements
+                    share moves both by the same factor. Applied as a factor on SNR + 1/L.
+      damping       of the blocks' values, absolute (corrected with L's own floor where K's is): the error of |mu_i|/s_i
+                    falls as 1/sqrt(K) for signal and noise alike.
+
+    They are rather too wide than too narrow. On synthetic gradients with K = 32, B = 4 and 12,700 elements, up to 81 %
+    of whose variance was common to all, they held the estimator's long-run value (its expectation for K samples) in
+    93 to 100 % of the runs, with half widths of 1 to 8 times 1.96 standard deviations where noise is shared, and more
+    where it is not: t(0.975, 3) is 3.2, a subsample has more element noise, and in pure noise the true error falls as
+    1/K, this one as 1/sqrt(K L). They cover sampling error (and in mode "online" the drift within the window), not the
+    bias named in `estimate`.
     """
     value = estimate(sums, estimator, correction)
-    shrink, floor = _floor(sums, correction)
     result = {group: (math.nan, math.nan) for group in sums.groups}
-    if sums.blocks.shape[0] < 2:
-        return result
-    block_floor = noise_floor(sums.block_length)
     for row, group in enumerate(sums.groups):
         table = sums.blocks[:, row]
         table = table[table[:, BLOCK_COLUMN["count"]] > 0]
-        if table.shape[0] < 2 or math.isnan(value[group]):
+        blocks = table.shape[0]
+        if blocks < 2 or math.isnan(value[group]):
             continue
-        values = _block_values(table, estimator, correction)
-        error = t_quantile(table.shape[0] - 1) * float(values.std()) / math.sqrt(table.shape[0])
+        spread = _block_values(table, estimator, correction)
+        error = t_quantile(blocks - 1) * float(spread.std()) / math.sqrt(blocks)
         if estimator == "damping":
             result[group] = (max(0.0, value[group] - error), min(1.0, value[group] + error))
             continue
-        # The corrected estimate plus 1/L: what L samples would read, up to the factor shrink_L, which is put back below.
-        own = sums.floor
-        corrected = value[group] if correction else _corrected(value[group], own.shrink, own.floor, estimator)
-        level = max(corrected, 0.0) + block_floor.floor
+        level, unit = _level(value[group], sums, estimator, correction)
         if estimator == "median":
-            low, high = level * math.expm1(-error), level * math.expm1(error)
+            down, up = -math.expm1(-error), math.expm1(min(error, 700.0))
         else:
-            low, high = -level * error / float(values.mean()), level * error / float(values.mean())
-        scale = 1.0 if correction or estimator == "pooled" or own.shrink <= 0 else 1.0 / own.shrink
-        result[group] = (value[group] + low * scale, value[group] + high * scale)
-    return result
-
-
-class Shares(NamedTuple):
-    """Shares of all elements of a group, in [0, 1]; NaN for a group without elements."""
-
-    never_moved: float
-    moved_once: float
-    constant: float
-
-
-def shares(sums: GroupSums) -> dict[str, Shares]:
-    """What part of each group never moved, moved in exactly one sample (reads exactly 1/K), or had one non-zero value throughout."""
-    result: dict[str, Shares] = {}
-    for row, group in enumerate(sums.groups):
-        line = sums.table[row].tolist()
-        total = line[COLUMN["total"]]
-        result[group] = Shares(
-            *(line[COLUMN[name]] / total if total else math.nan for name in ("never_moved", "moved_once", "constant"))
-        )
+            middle = float(spread.mean())
+            down = up = error / middle if middle > 0 else 0.0  # 0 only where every mean is exactly 0, without spread
+        result[group] = (value[group] - level * down * unit, value[group] + level * up * unit)
     return result
 
 
@@ -141,57 +131,57 @@ def compute_alphas(
     alpha_min: float | None,
     alpha_max: float | None,
 ) -> tuple[str, dict[str, Alpha]]:
-    """The resolved reference and every group's multiplier: sqrt(SNR_ref / SNR_m) (paper), for "damping" d_ref / d_m (eq. 4).
+    """The resolved reference and every group's multiplier.
+
+    alpha_m = sqrt(SNR_ref / SNR_m) (the paper's), for "damping" d_ref / d_m, which by eq. 4 makes the groups' effective
+    signal steps equal.
 
     Args:
-        reference: a group of `sums.groups`; or a group type whose layers are groups ("vo" for "vo.0", "vo.1", ...: their union is the
-            reference); or "max": the scaled group with the largest value.
-        alpha_min, alpha_max: bounds, or None. A multiplier that a bound cut has `clamped` set.
+        reference: a group of `sums.groups`; or a group type whose layers are groups ("vo" for "vo.0", "vo.1", ...):
+            their union is the reference; or "max": the scaled group with the largest value.
+        alpha_min, alpha_max: bounds of all but the reference, or None. Hitting one sets `clamped`.
 
-    Groups of type "other", and groups without a counted element (all never moved), have alpha 1. A value <= 0 (no signal above the noise
-    floor) gives alpha_max, clamped. `low` and `high` are of the multiplier after the bounds, from `intervals` of both groups taken as
-    independent (batch noise that they share makes that wide, not narrow); (1, 1) for the reference itself.
+    The reference, groups that are not scaled (`other`) and groups without a counted element have alpha 1. A value <= 0,
+    no signal above the noise floor, gives alpha_max, clamped. `low` and `high` are of the multiplier after the bounds,
+    from the `intervals` of both groups taken as independent (batch noise that they share makes that too wide, not too
+    narrow); NaN where there are no intervals.
 
     Raises:
         MolsConfigError: the reference has no elements; the message names the groups that exist.
         MolsError: the reference's value is <= 0 or undefined, or a group's value is <= 0 and there is no alpha_max.
     """
-    values = estimate(sums, estimator, correction)
-    bounds = intervals(sums, estimator, correction)
+    values, bounds = estimate(sums, estimator, correction), intervals(sums, estimator, correction)
     name = _largest(values) if reference == "max" else reference
     if name not in values:
-        values, bounds = dict(values), dict(bounds)
         union = _reference_union(sums, name)
-        values[name] = estimate(union, estimator, correction)[name]
-        bounds[name] = intervals(union, estimator, correction)[name]
+        values |= estimate(union, estimator, correction)
+        bounds |= intervals(union, estimator, correction)
     elif sums.column("total")[name] == 0:
         raise MolsConfigError(_absent(sums, name))
     if math.isnan(values[name]) or values[name] <= 0:
-        raise MolsError(f"reference group {name!r} has no usable SNR ({estimator}: {values[name]:g}): no multiplier can be computed")
+        found = f"{estimator}: {values[name]:g}"
+        raise MolsError(f"reference group {name!r} has no usable SNR ({found}): no multiplier can be computed")
     power = 1.0 if estimator == "damping" else 0.5
     alphas: dict[str, Alpha] = {}
     for group in sums.groups:
-        if _base(group) == "other" or math.isnan(values[group]):
+        if group == name or not is_scaled(group) or math.isnan(values[group]):
             alphas[group] = Alpha(1.0, False, 1.0, 1.0)
             continue
         if values[group] <= 0 and alpha_max is None:
             raise MolsError(
-                f"group {group!r} has no signal above the noise ({estimator}: {values[group]:g}) and there is no alpha_max; "
-                "set alpha_max, take more samples or another estimator"
+                f"group {group!r} has no signal above the noise ({estimator}: {values[group]:g}) and there is no "
+                "alpha_max; set alpha_max, take more samples or another estimator"
             )
-        raw = (values[name] / values[group]) ** power if values[group] > 0 else math.inf
-        alpha = _bounded(raw, alpha_min, alpha_max)
-        down, up = (0.0, 0.0) if group == name else _log_errors(values, bounds, name, group)
-        low = _bounded(raw * math.exp(-power * down), alpha_min, alpha_max)
-        high = _bounded(raw * math.exp(min(power * up, 700.0)) if up < math.inf else math.inf, alpha_min, alpha_max)
+        raw, *ends = _ratio(values, bounds, name, group, power)
+        alpha, low, high = (_bounded(number, alpha_min, alpha_max) for number in (raw, *ends))
         alphas[group] = Alpha(alpha, alpha != raw, low, high)
     return name, alphas
 
 
 def histogram_median(histogram: Tensor) -> float:
-    """The median of the values counted in a 1-D histogram of `N_BINS` bins (mean of the two middle ones), interpolated within its bin.
+    """The median (mean of the two middle values) of what a 1-D histogram of `N_BINS` bins counted, by interpolation.
 
-    In the outermost bins, which are open, it is the finite edge (9e-10 or 1e9). NaN for an empty histogram.
+    In the two open bins it is their finite edge, 9e-10 or 1e9. NaN for an empty histogram.
     """
     cumulative = histogram.cumsum(0)
     total = int(cumulative[-1])
@@ -201,7 +191,7 @@ def histogram_median(histogram: Tensor) -> float:
 
 
 def t_quantile(degrees: int) -> float:
-    """Two-sided 95 % quantile of Student's t; above 30 degrees of freedom by Cornish and Fisher's expansion (relative error < 1e-6)."""
+    """Two-sided 95 % quantile of Student's t; Cornish and Fisher's expansion (to 1e-6) above 30 degrees of freedom."""
     if degrees <= len(_T95):
         return _T95[degrees - 1]
     z, n = 1.959963984540054, float(degrees)
@@ -221,12 +211,16 @@ def _floor(sums: GroupSums, correction: bool) -> tuple[float, float]:
     return sums.floor
 
 
-def _corrected(plain: float, shrink: float, floor: float, estimator: Estimator) -> float:
-    return plain - floor if estimator == "pooled" else shrink * plain - floor
+def _level(value: float, sums: GroupSums, estimator: Estimator, correction: bool) -> tuple[float, float]:
+    """What a relative error applies to, corrected SNR + 1/L, and what one unit of corrected SNR is in `value`."""
+    shrink, floor = sums.floor
+    unit = 1.0 if correction or estimator == "pooled" or shrink <= 0 else 1.0 / shrink
+    corrected = value if correction else value / unit - floor
+    return max(corrected, 0.0) + noise_floor(sums.block_length).floor, unit
 
 
 def _block_values(table: Tensor, estimator: Estimator, correction: bool) -> Tensor:
-    """The value of each block, (B,), from its sums (B, len(BLOCK_COLUMNS)); the logarithm of the geometric mean for "median"."""
+    """The value of each block, (B,), from its sums (B, len(BLOCK_COLUMNS)); for "median" the mean logarithm."""
     if estimator == "pooled":
         return table[:, BLOCK_COLUMN["mu2"]] / table[:, BLOCK_COLUMN["s2"]]
     damping = "damping_corrected" if correction else "damping"
@@ -234,19 +228,33 @@ def _block_values(table: Tensor, estimator: Estimator, correction: bool) -> Tens
     return table[:, BLOCK_COLUMN[column]] / table[:, BLOCK_COLUMN["count"]]
 
 
-def _log_errors(
-    values: Mapping[str, float], bounds: Mapping[str, tuple[float, float]], reference: str, group: str
-) -> tuple[float, float]:
-    """How far log(value_ref / value_m) can be (down, up) at 95 %, both groups' errors added in quadrature; inf where a bound is <= 0."""
+def _ratio(
+    values: Mapping[str, float], bounds: Mapping[str, tuple[float, float]], reference: str, group: str, power: float
+) -> tuple[float, float, float]:
+    """(value_ref / value_m) ** power and its 95 % interval, the logarithms' errors added in quadrature.
 
-    def side(name: str) -> tuple[float, float]:
-        low, high = bounds[name]
-        if math.isnan(low) or values[name] <= 0:
-            return (math.nan, math.nan) if math.isnan(low) else (0.0, math.inf)
-        return (math.log(values[name] / low) if low > 0 else math.inf), math.log(high / values[name])
+    Infinite where value_m <= 0, and an end is 0 or infinite where an interval reaches 0.
+    """
+    low, high = bounds[group]
+    ref_low, ref_high = bounds[reference]
+    value, ref = values[group], values[reference]
+    raw = (ref / value) ** power if value > 0 else math.inf
+    if math.isnan(low) or math.isnan(ref_low):
+        return raw, math.nan, math.nan
+    # Without signal the multiplier's low end is all that is known: the one of the interval's high end.
+    base = raw if value > 0 else (ref / high) ** power if high > 0 else math.inf
+    below = math.hypot(_log(ref, ref_low), _log(high, value) if value > 0 else 0.0)
+    above = math.hypot(_log(ref_high, ref), _log(value, low) if value > 0 else math.inf)
+    return raw, base * math.exp(-power * below) if below < math.inf else 0.0, base * _exp(power * above)
 
-    (ref_down, ref_up), (down, up) = side(reference), side(group)
-    return math.hypot(ref_down, up), math.hypot(ref_up, down)
+
+def _log(top: float, bottom: float) -> float:
+    """log(top / bottom) of top > 0; infinite where bottom <= 0."""
+    return math.log(top / bottom) if bottom > 0 else math.inf
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700.0 else math.inf
 
 
 def _ranked(histogram: Tensor, cumulative: Tensor, rank: int) -> float:
@@ -266,12 +274,8 @@ def _bounded(alpha: float, low: float | None, high: float | None) -> float:
     return high if high is not None and alpha > high else alpha
 
 
-def _base(group: str) -> str:
-    return group.partition(".")[0]
-
-
 def _largest(values: Mapping[str, float]) -> str:
-    usable = {group: value for group, value in values.items() if _base(group) != "other" and not math.isnan(value)}
+    usable = {group: value for group, value in values.items() if is_scaled(group) and not math.isnan(value)}
     if not usable:
         raise MolsError("reference='max': no scaled group has an element that moved, no multiplier can be computed")
     return max(usable, key=lambda group: usable[group])
@@ -280,12 +284,12 @@ def _largest(values: Mapping[str, float]) -> str:
 def _reference_union(sums: GroupSums, reference: str) -> GroupSums:
     """The sums of all layers of a group type, for a reference that is not a group itself."""
     total = sums.column("total")
-    members = [group for group in sums.groups if _base(group) == reference and total[group] > 0]
+    members = [group for group in sums.groups if base_group(group) == reference and total[group] > 0]
     if not members:
         raise MolsConfigError(_absent(sums, reference))
     return sums.combined(members, reference)
 
 
 def _absent(sums: GroupSums, reference: str) -> str:
-    present = [group for group, total in sums.column("total").items() if total > 0 and _base(group) != "other"]
+    present = [group for group, total in sums.column("total").items() if total > 0 and is_scaled(group)]
     return f"reference={reference!r}: the model has no element in that group; use one of {', '.join(present)} or 'max'"

@@ -14,11 +14,13 @@ from typing import Any, NoReturn
 import torch
 
 from mols_ds.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
-from mols_ds.data import DataSpec
+from mols_ds.compare import ADAM, print_comparison, print_outcome, split_arms
+from mols_ds.data import DataSpec, check_hub
 from mols_ds.errors import MolsConfigError, MolsError
 from mols_ds.models import build_model, load_model_config, zero_init
 from mols_ds.settings import check_with_deepspeed, model_dtype, read_config, resolve
 from mols_ds.tokens import Tokenizer, prepare
+from mols_ds.training import Job, has_checkpoint, train
 
 USER_MISTAKE = 2
 PATIENCE_SECONDS = 15.0
@@ -115,6 +117,11 @@ def run(args: argparse.Namespace) -> None:
         raise MolsConfigError(f'--compare adam: config {args.config} has no enabled "mols" section to compare with')
     model_config = load_model_config(args.model)
     spec = DataSpec.parse(args.data, text_key=args.text_key, eval_share=args.eval_share)
+    check_hub(spec)
+    if args.tokenizer is not None and not args.tokenizer.is_dir():
+        raise MolsConfigError(f"--tokenizer {args.tokenizer}: no such folder")
+    if args.resume and not has_checkpoint(args.out / ADAM if args.compare else args.out):
+        raise MolsConfigError(f"--resume: there is no checkpoint below {args.out}; leave it out to start a new run")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -163,9 +170,6 @@ def _arms(
     args: argparse.Namespace, config: dict[str, Any], model: Any, batches: Batches, held_out: Any, shape: BatchShape
 ) -> None:
     """Trains the one arm, or Adam's first, and prints what came out."""
-    from mols_ds.compare import print_comparison, print_outcome, split_arms
-    from mols_ds.training import Job, train
-
     job = Job(
         config=config, model=model, batches=batches, held_out=held_out, shape=shape, steps=args.steps, out=args.out,
         seed=args.seed, eval_every=args.eval_every, save_every=args.save_every, log_every=args.log_every,
@@ -178,7 +182,9 @@ def _arms(
         return
     outcomes = {}
     for name, arm_config in split_arms(config, args.out).items():
-        arm = replace(job, out=args.out / name, config=copy.deepcopy(arm_config))
+        # An interrupted comparison may not have come to its second arm yet
+        resume = args.resume and has_checkpoint(args.out / name)
+        arm = replace(job, out=args.out / name, config=copy.deepcopy(arm_config), resume=resume)
         arm.out.mkdir(exist_ok=True)
         outcomes[name] = train(arm)
     if shape.rank == 0:

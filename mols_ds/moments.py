@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,59 +11,46 @@ from torch import Tensor
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
 from mols_ds.snr import BLOCK_COLUMNS, block_table
 
-if TYPE_CHECKING:
-    from mols_ds.groups import ElementLayout
-
 STRIDE = 127  # prime, so that it shares no period with the rows of a matrix; 9 / 127 byte an element is 0.9 % of 8
-CPU_CHUNK = 131072  # elements: 4 arrays of 512 KiB stay in the cache between the operations, and the calls' own cost is below 10 %
+CPU_CHUNK = 131072  # elements a thread: 4 arrays of 512 KiB stay in the cache between operations, calls cost under 10 %
 DEVICE_CHUNK = 1 << 24  # elements: on an accelerator a few large kernels, and 64 MiB of scratch
 ACCUMULATORS = (torch.float32, torch.float64)
 
 
 def subsample(offset: int, numel: int) -> tuple[int, int, int]:
-    """Which of the elements [offset, offset + numel) feed the sample blocks: every STRIDE-th of the accumulators' index space.
+    """Which of the elements [offset, offset + numel) feed the sample blocks: those at multiples of STRIDE.
 
-    Returns (first, index, count): relative to `offset` they are first, first + STRIDE, ...; their place in the block arrays starts at index.
+    Returns (first, index, count): relative to `offset` they are first, first + STRIDE, ...; in the block arrays they
+    start at index.
     """
     first = -offset % STRIDE
     count = max(0, -(-(numel - first) // STRIDE))
     return first, (offset + first) // STRIDE, count
 
 
-def subsampled(numel: int) -> int:
-    """How many of `numel` accumulator elements feed the sample blocks: the length of `group_index`."""
-    return -(-numel // STRIDE)
-
-
-def fill_group_index(
-    index: Tensor, offset: int, layout: ElementLayout, start: int, numel: int, codes: Mapping[str, int]
-) -> None:
-    """Write the groups of accumulator elements [offset, offset + numel) into a `group_index`.
-
-    Args:
-        index: integer, 1-D of `subsampled(total)` elements, filled in place.
-        layout, start: those elements are [start, start + numel) of a parameter with this layout.
-        codes: group -> row of the group sums.
-    """
-    first, at, count = subsample(offset, numel)
-    element = start + first + STRIDE * torch.arange(count)
-    entry = (element // layout.inner) % sum(length for length, _ in layout.pattern)
-    ends = torch.tensor([length for length, _ in layout.pattern]).cumsum(0)
-    rows = torch.tensor([codes[group] for _, group in layout.pattern])
-    index[at : at + count] = rows[torch.bucketize(entry, ends, right=True)].to(index.dtype)
+def welford(mean: Tensor, m2: Tensor, value: Tensor, k: int, scratch: Tensor | None = None) -> None:
+    """Fold the k-th value (1-based) into mean and m2, in place. `scratch` may be `value` itself, which is then lost."""
+    if k == 1:
+        mean.copy_(value)
+        m2.zero_()
+        return
+    delta = torch.sub(value, mean, out=scratch)
+    mean.add_(delta, alpha=1.0 / k)
+    m2.addcmul_(delta, delta, value=(k - 1) / k)
 
 
 class Moments:
-    """Mean and M2 = sum_k (g_k - mean)^2 of each of `numel` elements, over gradient samples that arrive one after the other.
+    """Mean and M2 = sum_k (g_k - mean)^2 of each of `numel` elements, over gradient samples that arrive one by one.
 
     Welford's update for sample k of an element: d = g - mean; mean += d / k; M2 += d^2 (k-1)/k, which equals the usual
-    d * (g - new mean) and cannot make M2 fall. Elements that are zero in every sample keep mean = M2 = 0 exactly, and elements of
-    one value in all samples keep M2 = 0 exactly. All arithmetic has the accumulators' dtype (fp32): 16-bit gradients are converted
-    first. Squares of deviations below about 1e-19 leave fp32's normal range and below 1e-23 are 0: such an element reads "constant".
+    d * (g - new mean) and cannot make M2 fall. Elements that are zero in every sample keep mean = M2 = 0 exactly, and
+    elements of one value in all samples keep M2 = 0 exactly. All arithmetic has the accumulators' dtype (fp32): 16-bit
+    gradients are converted first. Deviations below 1e-19 have squares outside of fp32's normal range, those below
+    2e-23 have none: such an element reads "constant" (`snr.COLUMNS`).
 
-    Every STRIDE-th element also feeds a second pair of accumulators, over blocks of `block_length` consecutive samples only; a
-    finished block leaves its per-group sums (`snr.block_table`) in `block_sums` and starts over. Their spread is what the
-    confidence intervals are made of. They make the accumulators 8.07 bytes an element.
+    Every STRIDE-th element also feeds a second pair of accumulators, over blocks of `block_length` consecutive samples
+    only; a finished block leaves its per-group sums (`snr.block_table`) in `block_sums` and starts over. The spread of
+    these is what intervals are made of. In all, the accumulators take 8.07 bytes an element.
 
     Attributes:
         mean, m2: 1-D of `numel` elements on `device`; the variance is m2 / (count - 1), left to the reader of a chunk.
@@ -87,7 +74,7 @@ class Moments:
             numel: elements that this rank owns; may be 0.
             device: where the accumulators live; gradients may come from another device.
             dtype: float32, or float64 for reference computations.
-            group_index: uint8 or int16, 1-D of `subsampled(numel)`: the group row of each subsampled element (`fill_group_index`).
+            group_index: uint8 or int16, 1-D of ceil(numel / STRIDE) elements: the group row of elements 0, STRIDE, ...
                 None: no sample blocks, hence no intervals.
             n_groups: rows of the block sums.
             block_length: samples a block, at least 4 (the noise-floor correction of a block needs that many).
@@ -104,12 +91,12 @@ class Moments:
         self._group_index: Tensor | None = None
         self._block_mean, self._block_m2 = self._zeros(0), self._zeros(0)
         if group_index is not None:
-            size = subsampled(numel)
+            size = subsample(0, numel)[2]
             if group_index.shape != (size,) or group_index.dtype not in (torch.uint8, torch.int16):
-                raise MolsError(f"group_index must be uint8 or int16 of shape ({size},), not {group_index.dtype} {tuple(group_index.shape)}")
+                raise MolsError(f"group_index must be uint8 or int16 of shape ({size},), not {_kind(group_index)}")
             self._group_index = group_index.to(self.device)
             self._block_mean, self._block_m2 = self._zeros(size), self._zeros(size)
-        self._chunk = CPU_CHUNK if self.device.type == "cpu" else DEVICE_CHUNK
+        self._chunk = CPU_CHUNK * min(torch.get_num_threads(), 8) if self.device.type == "cpu" else DEVICE_CHUNK
         self._scratch: Tensor | None = None
         self._pieces: list[tuple[int, int]] | None = None
         self._freed = False
@@ -126,7 +113,8 @@ class Moments:
         """Feed elements [offset, offset + grad.numel()) of the open sample with grad * scale.
 
         Args:
-            grad: 1-D, any float dtype, stride and device; not modified. From another device it is copied in chunks, synchronously.
+            grad: 1-D, any float dtype, stride and device; not modified. From another device it is copied first, in
+                pieces of DEVICE_CHUNK elements and waiting for each.
             scale: for example 1 / loss scale. The product is rounded to the accumulators' dtype once.
 
         Non-finite gradients are the caller's to refuse before the first update of a sample: they cannot be taken back.
@@ -136,9 +124,9 @@ class Moments:
             raise MolsError("update() without an open gradient sample: call open() first")
         numel = grad.numel()
         if grad.dim() != 1 or not grad.is_floating_point():
-            raise MolsError(f"a gradient piece must be a 1-D float tensor, not {grad.dtype} of shape {tuple(grad.shape)}")
+            raise MolsError(f"a gradient piece must be a 1-D float tensor, not {_kind(grad)}")
         if offset < 0 or offset + numel > self.numel:
-            raise MolsError(f"gradient piece [{offset}, {offset + numel}) is outside of the {self.numel} owned elements")
+            raise MolsError(f"gradient piece [{offset}, {offset + numel}) exceeds the {self.numel} owned elements")
         self._pieces.append((offset, numel))
         if grad.device == self.device:
             self._accumulate(offset, grad.detach(), scale)
@@ -152,13 +140,12 @@ class Moments:
         if self._pieces is None:
             raise MolsError("close() without an open gradient sample")
         end = 0
-        for offset, numel in sorted(piece for piece in self._pieces if piece[1] > 0):
+        for offset, numel in [*sorted(piece for piece in self._pieces if piece[1] > 0), (self.numel, 0)]:
             if offset != end:
                 what = "missed" if offset > end else "updated twice"
-                raise MolsError(f"elements [{min(offset, end)}, {max(offset, end)}) were {what} in gradient sample {self.count + 1}")
+                span = f"[{min(offset, end)}, {max(offset, end)})"
+                raise MolsError(f"elements {span} were {what} in gradient sample {self.count + 1}")
             end = offset + numel
-        if end != self.numel:
-            raise MolsError(f"elements [{end}, {self.numel}) were missed in gradient sample {self.count + 1}")
         self._pieces = None
         self.count += 1
         if self._group_index is not None and self.count % self.block_length == 0:
@@ -174,7 +161,7 @@ class Moments:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all accumulators, those of the sample blocks and their group index included; not the fixed scratch of one chunk."""
+        """Bytes of all accumulators, the sample blocks' and their group index included, one chunk's scratch not."""
         tensors = [self.mean, self.m2, self._block_mean, self._block_m2]
         if self._group_index is not None:
             tensors.append(self._group_index)
@@ -191,7 +178,7 @@ class Moments:
         self._alive()
         if self._pieces is not None:
             raise MolsError("the state cannot be taken inside of a gradient sample: close() or abort() it first")
-        blocks = torch.stack(self.block_sums) if self.block_sums else torch.zeros(0, self.n_groups, len(BLOCK_COLUMNS), dtype=torch.float64)
+        none = torch.zeros(0, self.n_groups, len(BLOCK_COLUMNS), dtype=torch.float64)
         return {
             "numel": self.numel,
             "count": self.count,
@@ -200,11 +187,11 @@ class Moments:
             "m2": self.m2,
             "block_mean": self._block_mean,
             "block_m2": self._block_m2,
-            "block_sums": blocks,
+            "block_sums": torch.stack(self.block_sums) if self.block_sums else none,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state of equally made accumulators, bit for bit. Raises `MolsCheckpointError` where it does not fit."""
+        """Take over a state of equally made accumulators bit for bit; `MolsCheckpointError` if it does not fit."""
         self._alive()
         mine = self.state_dict()
         missing = [key for key in mine if key not in state]
@@ -215,7 +202,7 @@ class Moments:
                 raise MolsCheckpointError(f"the state of the accumulators has {key}={state[key]}, this run {mine[key]}")
         for key in ("mean", "m2", "block_mean", "block_m2"):
             if state[key].shape != mine[key].shape or state[key].dtype != mine[key].dtype:
-                raise MolsCheckpointError(f"the accumulators' {key!r} is {state[key].dtype} {tuple(state[key].shape)}, not {mine[key].dtype} {tuple(mine[key].shape)}")
+                raise MolsCheckpointError(f"the accumulators' {key!r} is {_kind(state[key])}, not {_kind(mine[key])}")
         if state["block_sums"].shape[1:] != mine["block_sums"].shape[1:]:
             raise MolsCheckpointError("the sample blocks in the state are of other groups than this run's")
         for key in ("mean", "m2", "block_mean", "block_m2"):
@@ -241,27 +228,19 @@ class Moments:
                 welford(self._block_mean[at : at + count], self._block_m2[at : at + count], sub, k)
         if self._scratch is None:
             self._scratch = torch.empty(min(self._chunk, self.numel), dtype=self.dtype, device=self.device)
+        end = offset + numel
         pieces = zip(
-            grad.split(self._chunk),
-            self.mean[offset : offset + numel].split(self._chunk),
-            self.m2[offset : offset + numel].split(self._chunk),
+            *(torch.split(whole, self._chunk) for whole in (grad, self.mean[offset:end], self.m2[offset:end])),
             strict=True,
         )
-        direct = grad.dtype == self.dtype and scale == 1.0
         for chunk, mean, m2 in pieces:
             scratch = self._scratch[: chunk.numel()]
-            if not direct:
-                # Converted first: a product in 16 bits would be rounded to 16 bits.
-                chunk = scratch.copy_(chunk).mul_(scale)
+            if chunk.dtype != self.dtype:  # converted first: a product in 16 bits would be rounded to 16 bits
+                chunk = scratch.copy_(chunk)
+            if scale != 1.0:
+                chunk = torch.mul(chunk, scale, out=scratch)
             welford(mean, m2, chunk, self.count + 1, scratch)
 
 
-def welford(mean: Tensor, m2: Tensor, value: Tensor, k: int, scratch: Tensor | None = None) -> None:
-    """In place: fold the k-th value (1-based) into equally shaped mean and m2. `scratch` may be `value` itself, which is then lost."""
-    if k == 1:
-        mean.copy_(value)
-        m2.zero_()
-        return
-    delta = torch.sub(value, mean, out=scratch)
-    mean.add_(delta, alpha=1.0 / k)
-    m2.addcmul_(delta, delta, value=(k - 1) / k)
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"

@@ -7,6 +7,10 @@ The report is a plain dict, so that any tool can read the file without this pack
                        "alpha", "never_moved_share", "moved_once_share": float or null, "clamped": bool}},
      "world": {...}, "versions": {...}}
 
+Beside these, the controller writes "noise_floor_correction", "skipped_samples", "alpha_low" and "alpha_high" for each
+group, "mode": "fixed" where the alphas were given, and "failed": why, where a calibration gave none. Readers must do
+without them.
+
 `snr` is what the chosen estimator gave (for `damping` that is the mean effective step d in [0, 1]); a value that is
 undefined, such as the SNR of a group in which nothing moved, is null. The plot is drawn by `mols_ds.report_plot`.
 """
@@ -144,6 +148,10 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 def headline(report: Mapping[str, Any]) -> str:
     """What was measured when and how, in one line."""
+    if report["mode"] == "fixed":
+        return f"MoLS at step {report['step']}: alphas as given by fixed_alphas, nothing measured"
+    if report.get("failed"):
+        return f"MoLS at step {report['step']}: calibration FAILED, {report['failed']}"
     return (
         f"MoLS at step {report['step']}: {report['samples']} gradient samples, mode {report['mode']}, "
         f"estimator {report['estimator']}, reference {report['reference']}"

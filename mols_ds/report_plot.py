@@ -83,7 +83,8 @@ def _intervals(axes: Axes, groups: Mapping[str, Mapping[str, Any]], label: str) 
 
 def _alphas(axes: Axes, groups: Mapping[str, Mapping[str, Any]], reference: str) -> None:
     """Bars that start at 1 on a logarithmic axis, so that halving and doubling look alike; clamped ones are hatched."""
-    known = [group["alpha"] for group in groups.values() if group["alpha"]]
+    ends = [group.get(key) for group in groups.values() for key in ("alpha", "alpha_low", "alpha_high")]
+    known = [end for end in ends if end]
     reach = max([1.5, *(max(alpha, 1 / alpha) for alpha in known)])
     for row, (name, group) in enumerate(groups.items()):
         alpha = group["alpha"]
@@ -99,11 +100,14 @@ def _alphas(axes: Axes, groups: Mapping[str, Mapping[str, Any]], reference: str)
             edgecolor="white",
             linewidth=0,
         )
-        note = " clamped" if group["clamped"] else (" reference" if name == reference else "")
+        low, high = group.get("alpha_low"), group.get("alpha_high")
+        if low and high and name != reference and not group["clamped"]:
+            axes.plot([low, high], [row, row], color=INK, linewidth=1.2)
         sign = -1 if alpha < 1 else 1
+        note = " clamped" if group["clamped"] else (" reference" if name == reference else "")
         axes.annotate(
             f"{alpha:.2f}{note}",
-            (alpha, row),
+            (max(alpha, high or alpha) if sign > 0 else min(alpha, low or alpha), row),
             xytext=(5 * sign, 0),
             textcoords="offset points",
             va="center",
@@ -118,7 +122,7 @@ def _alphas(axes: Axes, groups: Mapping[str, Mapping[str, Any]], reference: str)
     axes.set_xlim(least / reach**0.45 if least < 1 else 1 / reach**0.12, max([1.0, *known]) * reach**0.62)
     _log_ticks(axes.xaxis, reach)
     _names(axes, groups)
-    axes.set_xlabel("learning-rate multiplier alpha", fontsize=9.5)
+    axes.set_xlabel("learning-rate multiplier alpha" + (", 95 % interval" if any(ends[1::3]) else ""), fontsize=9.5)
 
 
 def _lines(axes: Axes, groups: Mapping[str, Mapping[str, Any]], key: str, label: str) -> None:

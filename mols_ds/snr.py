@@ -9,13 +9,18 @@ disjoint pieces of the element space, so the result does not depend on how many 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mols_ds.errors import MolsConfigError, MolsError
+
+if TYPE_CHECKING:
+    from mols_ds.groups import ElementLayout
+    from mols_ds.moments import Moments
 
 COLUMNS = (
     "count",  # elements with s^2 > 0: the only ones that enter an estimator
@@ -40,8 +45,8 @@ OCTAVES = 30  # the bins cover SNR_i from 2 ** -30 (9e-10) to 2 ** 30 (1e9), wit
 N_EDGES = 2 * OCTAVES * BINS_PER_OCTAVE + 1
 N_BINS = N_EDGES + 1
 
-# K * ratio of an element that one sample moved is 1 up to fp32 rounding: off by 9e-7 at most for K = 32, 9e-6 for 2,048.
-# Of the other elements at most 2e-5 times the density of F(1, K-1) at 1 (0.24), one in 200,000, is taken for one of these.
+# K * ratio of an element that one sample moved is 1 up to fp32 rounding: off by at most 9e-7 for K = 32, 9e-6 for
+# K = 2,048. Of the others, at most 2e-5 times the density of F(1, K-1) at 1 (0.24), one in 200,000, is taken for one.
 MOVED_ONCE_RTOL = 1e-5
 CHUNK = 65536  # elements: the float64 temporaries of one chunk stay in the last-level cache
 
@@ -65,7 +70,7 @@ def noise_floor(samples: int) -> NoiseFloor:
 
 
 def bin_edges() -> Tensor:
-    """The `N_EDGES` fixed edges, float64 on the CPU: bin j holds edges[j-1] <= SNR_i < edges[j]. Same bits on every rank."""
+    """The `N_EDGES` edges, float64 on the CPU: bin j holds edges[j-1] <= SNR_i < edges[j]. Same bits on every rank."""
     return torch.tensor([2.0 ** (j / BINS_PER_OCTAVE - OCTAVES) for j in range(N_EDGES)], dtype=torch.float64)
 
 
@@ -74,11 +79,11 @@ def adam_moments(
 ) -> tuple[Tensor, Tensor, float]:
     """Statistics out of Adam's own moments after `step` updates: (mu2_plain, s2, c).
 
-    With bias-corrected m and v, E[m^2] = mu^2 + c s^2 and E[v] = mu^2 + s^2 for a gradient of constant statistics, where
-    c is the sum of the squared weights of m: c = (1-b1)/(1+b1) * (1+b1^t)/(1-b1^t). So s2 = (v - m^2)/(1-c) is unbiased
-    up to its clamp at 0, and mu2_plain = m^2 still holds c * s2 of noise: its noise floor is `NoiseFloor(1, c)`.
-    A factor that is constant over the steps (loss scale, sum instead of mean) does not change the ratio; clipping, whose
-    factor varies, does. Where SNR_i is above about 1e6, v - m^2 is lost to fp32 rounding.
+    With bias-corrected m and v, E[m^2] = mu^2 + c s^2 and E[v] = mu^2 + s^2 for a gradient of constant statistics,
+    where c is the sum of the squared weights of m: c = (1-b1)/(1+b1) * (1+b1^t)/(1-b1^t). So s2 = (v - m^2)/(1-c) is
+    unbiased up to its clamp at 0, and mu2_plain = m^2 still holds c * s2 of noise: its noise floor is
+    `NoiseFloor(1, c)`. A factor that is constant over the steps (loss scale, sum instead of mean) does not change the
+    ratio; clipping, whose factor varies, does. Where SNR_i is above about 1e6, v - m^2 is lost to fp32 rounding.
 
     Args:
         exp_avg, exp_avg_sq: Adam's m and v, equal shapes, any float dtype; not modified.
@@ -157,7 +162,7 @@ class GroupSums:
 
         Args:
             mean: mu_i, a float view with 1 or 2 dimensions, any stride, any device.
-            m2: of mean's shape, the sum of squared deviations (`Moments.m2`, **not** the variance, which is m2 / (K - 1)).
+            m2: of mean's shape, the sum of squared deviations (`Moments.m2`), **not** the variance m2 / (K - 1).
             samples: K.
 
         Raises:
@@ -180,8 +185,22 @@ class GroupSums:
         for mu2_c, s2_c in _chunks(mu2, s2):
             self._accumulate(row, mu2_c.to(torch.float64), s2_c.to(torch.float64), None)
 
+    def add_moments(self, moments: Moments, offset: int, layout: ElementLayout, start: int, numel: int) -> None:
+        """Add accumulator elements [offset, offset + numel), which are [start, start + numel) in a layout."""
+        means = layout.views(moments.mean[offset : offset + numel], start)
+        m2s = layout.views(moments.m2[offset : offset + numel], start)
+        for (group, mean), (_, m2) in zip(means, m2s, strict=True):
+            self.add(group, mean, m2, moments.count)
+
+    def add_blocks(self, block_sums: Sequence[Tensor]) -> None:
+        """Add one rank's `Moments.block_sums`. Raises `MolsError` unless there are as many as this has blocks."""
+        if len(block_sums) != self.blocks.shape[0]:
+            raise MolsError(f"{len(block_sums)} sample blocks were added to sums of {self.blocks.shape[0]} blocks")
+        for mine, other in zip(self.blocks, block_sums, strict=True):
+            mine += other
+
     def merge(self, other: GroupSums) -> None:
-        """Add the sums of a disjoint set of elements. Raises `MolsError` unless groups, floor and blocks are the same."""
+        """Add the sums of a disjoint set of elements. Raises `MolsError` unless groups, floor and blocks are equal."""
         if (self.groups, self.floor, self.block_length) != (other.groups, other.floor, other.block_length):
             raise MolsError("sums of different groups, noise floors or block lengths cannot be merged")
         self.load_packed(self.pack() + other.pack())
@@ -199,7 +218,7 @@ class GroupSums:
         )
 
     def pack(self) -> Tensor:
-        """Everything additive as one 1-D float64 CPU tensor for one SUM all-reduce: 213 kB for 6 groups and 32 blocks."""
+        """Everything additive as one 1-D float64 CPU tensor for one SUM all-reduce: 213 kB for 6 groups, 32 blocks."""
         return torch.cat([self.table.flatten(), self.histogram.flatten(), self.blocks.flatten()])
 
     def load_packed(self, packed: Tensor) -> None:
@@ -310,3 +329,8 @@ def _chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     step = CHUNK // width
     for start in range(0, rows, step):
         yield first[start : start + step].reshape(-1), second[start : start + step].reshape(-1)
+
+
+def share(part: float, whole: float) -> float:
+    """part / whole, NaN for an empty whole."""
+    return part / whole if whole > 0 else math.nan

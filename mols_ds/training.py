@@ -37,6 +37,11 @@ def schedule(steps: int) -> Callable[[int], float]:
     return factor
 
 
+def has_checkpoint(out: Path) -> bool:
+    """Whether an arm that writes to `out` has saved one."""
+    return (out / CHECKPOINTS / "latest").is_file()
+
+
 @dataclass(frozen=True)
 class Job:
     """What one arm trains and how, the same on every rank. `config` is a resolved DeepSpeed config."""
@@ -127,9 +132,7 @@ class _Loop:
         self.engine.save_checkpoint(str(self.folder), tag=tag, client_state=state)
 
     def load(self) -> None:
-        """Continues from the newest checkpoint. Raises MolsCheckpointError where none is there or it is broken."""
-        if not (self.folder / "latest").is_file():
-            raise MolsCheckpointError(f"--resume: there is no checkpoint in {self.folder}")
+        """Continues from the newest checkpoint. Raises MolsCheckpointError where it is broken or another run's."""
         try:
             path, client = self.engine.load_checkpoint(str(self.folder))
         except (OSError, EOFError, KeyError, RuntimeError, ValueError, AssertionError) as error:

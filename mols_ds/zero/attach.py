@@ -25,9 +25,10 @@ from torch import Tensor
 
 from mols_ds.calibration import Phase, resolve_schedule
 from mols_ds.config import MolsConfig
-from mols_ds.controller import Context, Controller, Owned
+from mols_ds.controller import Context, Controller
 from mols_ds.errors import MolsConfigError, MolsError
 from mols_ds.groups import GroupTable, group_table
+from mols_ds.owned import Owned
 from mols_ds.scaler import Piece, RateScaler, make_plan
 from mols_ds.snr import NoiseFloor, adam_moments
 from mols_ds.zero.checkpoint import Checkpoints

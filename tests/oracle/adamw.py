@@ -1,4 +1,4 @@
-"""AdamW with a rate of its own for every element, decoupled weight decay and clipping by the global norm; plain PyTorch.
+"""AdamW in plain PyTorch: a rate of its own for every element, decoupled weight decay, clipping by the global norm.
 
 w <- w - lr_i * wd * w - lr_i * m_hat / (sqrt(v_hat) + eps)        (Loshchilov & Hutter 2019, lr_i per element)
 """

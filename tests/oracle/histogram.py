@@ -23,7 +23,7 @@ def histogram_median(snr: Tensor) -> float:
 
 
 def _ranked(counts: dict[int, int], rank: int) -> float:
-    """The element at 0-based `rank`: the n elements of a bin stand at (1/2, 3/2, ...)/n of its width, on the logarithm."""
+    """The element at 0-based `rank`; the n elements of a bin stand at (1/2, 3/2, ...)/n of its logarithmic width."""
     below = 0
     for j in sorted(counts):
         if rank < below + counts[j]:

@@ -171,6 +171,12 @@ def test_format_heads_the_statistic_of_damping_d(report: dict[str, Any]) -> None
     assert " d " in format_report({**report, "estimator": "damping"})
 
 
+def test_format_says_that_nothing_was_measured(report: dict[str, Any]) -> None:
+    assert "fixed_alphas, nothing measured" in format_report({**report, "mode": "fixed"})
+    failed = format_report({**report, "failed": "no usable sample"})
+    assert "calibration FAILED, no usable sample" in failed
+
+
 def test_many_groups_are_joined_by_kind(report: dict[str, Any]) -> None:
     many = layered(report, MAX_ROWS)
     rows = {row.name: row for row in group_rows(many)}
@@ -196,12 +202,17 @@ def awkward_reports(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "negative": negative,
         "empty": empty,
         "alone": alone,
+        "alpha interval": {
+            **report,
+            "groups": {"vo": group(9, 0.2, alpha_low=1.0, alpha_high=1.0), "mlp": group(9, 0.1, 1.4, alpha_low=None)}
+            | {"qk": group(9, 0.4, 0.7, alpha_low=0.6, alpha_high=0.8)},
+        },
         "damping": {**report, "estimator": "damping"},
         "layers": layered(report, 40),
     }
 
 
-@pytest.mark.parametrize("case", ["negative", "empty", "alone", "damping", "layers"])
+@pytest.mark.parametrize("case", ["negative", "empty", "alone", "alpha interval", "damping", "layers"])
 def test_plot_of_awkward_reports(report: dict[str, Any], tmp_path: Path, case: str) -> None:
     awkward = awkward_reports(report)[case]
     write_report(awkward, tmp_path)

@@ -1,4 +1,4 @@
-"""A recorder of every collective: what torch's process groups really send, and what DeepSpeed's communication was asked for."""
+"""A recorder of every collective: what torch's process groups send, and what DeepSpeed's communication was asked for."""
 
 from __future__ import annotations
 

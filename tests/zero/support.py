@@ -47,7 +47,7 @@ def config(
 
 
 def parameter_groups(model: nn.Module, settings: AdamSettings) -> list[dict[str, Any]]:
-    """Two groups, as everybody builds them: matrices with weight decay, vectors without and with a rate of their own."""
+    """Two groups, as usual: matrices with weight decay, vectors without it (and here with a rate of their own)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim >= 2], "lr": settings.lr, "weight_decay": settings.weight_decay},
@@ -110,7 +110,7 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def fingerprint(engine: Any) -> dict[str, str]:
-    """Hashes of all weights, of the optimizer's tensors and numbers, of rates and scheduler: equal means bit for bit."""
+    """Hashes of weights, optimizer state, rates, scheduler and counters: equal means equal bit for bit."""
     state = {f"weight {name}": _digest(weight) for name, weight in full_weights(engine).items()}
     inner = inner_optimizer(engine)
     for position, values in enumerate(inner.state.values()):

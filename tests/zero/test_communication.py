@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.harness import Results, run_cases
 from tests.oracle.adamw import AdamSettings

@@ -1,0 +1,100 @@
+"""How fast the statistics take in a gradient, as a share of this machine's copy bandwidth, from one interleaved run.
+
+    python benchmarks/accumulator.py --numel 32M --threads 1 2 --dtype float32
+
+One update reads the gradient and reads and writes the mean and the squared deviations: 20 bytes an element in fp32
+(18 with a 16-bit gradient, which is what is counted then). The yardstick is torch's copy_ of an array that no cache
+holds, 8 bytes an element. Each repetition times a copy, an update as in training, and an update that is not split
+into cache-sized chunks; the ratios printed are medians over the repetitions of ratios within one repetition, so that
+what else the machine does strikes both sides alike. Target: 0.8 or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from mols_ds.moments import STRIDE, Moments, welford
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TARGET = 0.8
+
+
+def count(text: str) -> int:
+    """An element count such as 500000, 512k or 32M (powers of 1,024)."""
+    units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+    unit = units.get(text[-1:].lower(), 1)
+    number = text[:-1] if unit > 1 else text
+    if not number.isdigit() or int(number) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an element count such as 500000, 512k or 32M")
+    return int(number) * unit
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of one call, the device's queue included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def measure(numel: int, dtype: torch.dtype, device: torch.device, repeats: int) -> None:
+    """Print bandwidths and ratios for one setting."""
+    gradient = torch.randn(numel, device=device).to(dtype)
+    source, target = torch.randn(numel, device=device), torch.empty(numel, device=device)
+    index = torch.zeros(-(-numel // STRIDE), dtype=torch.uint8)
+    moments = Moments(numel, device=device, group_index=index, n_groups=1, block_length=1 << 30)
+    whole_mean, whole_m2 = torch.zeros(numel, device=device), torch.zeros(numel, device=device)
+
+    def sample() -> None:
+        moments.open()
+        moments.update(0, gradient)
+        moments.close()
+
+    def unchunked() -> None:
+        welford(whole_mean, whole_m2, gradient.to(torch.float32), 5)
+
+    for _ in range(2):  # the first sample is a copy, and pages are touched
+        sample()
+        unchunked()
+        target.copy_(source)
+    copies, updates, wholes = [], [], []
+    for _ in range(repeats):
+        copies.append(8 * numel / seconds(partial(target.copy_, source), device))
+        updates.append((16 + gradient.element_size()) * numel / seconds(sample, device))
+        wholes.append((16 + gradient.element_size()) * numel / seconds(unchunked, device))
+    ratio = statistics.median(u / c for u, c in zip(updates, copies, strict=True))
+    plain = statistics.median(w / c for w, c in zip(wholes, copies, strict=True))
+    gigabytes = [statistics.median(values) / 1e9 for values in (copies, updates, wholes)]
+    print(
+        f"{device.type} {str(dtype).removeprefix('torch.')} threads={torch.get_num_threads()} numel={numel:,}: "
+        f"copy {gigabytes[0]:.1f} GB/s, update {gigabytes[1]:.1f} GB/s, unchunked {gigabytes[2]:.1f} GB/s; "
+        f"update/copy {ratio:.2f} ({'meets' if ratio >= TARGET else 'MISSES'} {TARGET}), unchunked/copy {plain:.2f}"
+    )
+
+
+def main() -> None:
+    """Parse the arguments and measure every combination of threads and dtypes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--numel", type=count, default=count("32M"), help="elements; 5 arrays of 4 bytes each (32M)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="torch thread counts to try (1)")
+    parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["float32"], help="gradient dtypes")
+    parser.add_argument("--device", default="cpu", help="where gradients and accumulators live (cpu)")
+    parser.add_argument("--repeats", type=int, default=7, help="interleaved repetitions; medians are printed (7)")
+    arguments = parser.parse_args()
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for name in arguments.dtype:
+            measure(arguments.numel, DTYPES[name], torch.device(arguments.device), arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
