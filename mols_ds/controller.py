@@ -336,7 +336,10 @@ class Controller:
             )
         self.log(format_report(self._report))
         if self.context.rank == 0:
-            write_report(self._report, self.config.report_dir)
+            try:
+                write_report(self._report, self.config.report_dir)
+            except (MolsError, OSError) as error:  # the other ranks go on: an exception here would leave them waiting
+                self.warn(f"the report could not be written: {error}")
 
     def _free(self) -> None:
         if self._moments is not None:

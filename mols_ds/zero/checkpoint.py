@@ -18,7 +18,7 @@ from deepspeed import comm as dist
 from mols_ds.errors import MolsCheckpointError, MolsUnsupportedError
 
 if TYPE_CHECKING:
-    from mols_ds.zero.attach import EngineMols
+    from mols_ds.zero.engine import EngineMols
 
 KEY = "mols"
 
