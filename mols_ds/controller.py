@@ -6,6 +6,7 @@ An engine adapter tells it which elements this rank owns, feeds it gradient samp
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -20,14 +21,13 @@ from mols_ds import estimators
 from mols_ds.calibration import Calibration, Phase, Schedule
 from mols_ds.config import MolsConfig
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError, MolsWarning
-from mols_ds.groups import ElementLayout, GroupTable, base_group, format_group_table
+from mols_ds.groups import ElementLayout, GroupTable, base_group, format_group_table, is_scaled
 from mols_ds.moments import Moments
-from mols_ds.report import format_report, write_report
 from mols_ds.owned import Owned, group_index
+from mols_ds.report import format_report, write_report
+from mols_ds.saved import STATE_VERSION, check_saved
 from mols_ds.snr import GroupSums, NoiseFloor, noise_floor
 from mols_ds.summary import measured_rows, unmeasured_rows
-
-STATE_VERSION = 1
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Controller:
         for group in self.config.fixed_alphas or {}:
             if group not in self.groups:
                 raise MolsConfigError(f'"mols.fixed_alphas": no group "{group}" in this model; groups: {known}')
-            if base_group(group) == "other" or base_group(group).startswith("other_"):
+            if not is_scaled(group):
                 raise MolsConfigError(f'"mols.fixed_alphas": group "{group}" is measured but never scaled; remove it')
 
     # ------------------------------------------------------------------ what users read
@@ -146,20 +146,38 @@ class Controller:
             return
         late = self.state.phase == "waiting" and t > self.state.schedule.start
         if self.config.fixed_alphas is not None:
-            self.state.begin(t)
-            alphas = {g: self.config.fixed_alphas.get(g, 1.0) for g in self.groups}
-            self._report = self._header(t, self.config.reference) | {"groups": unmeasured_rows(self.table, alphas)}
-            self._finish(t, alphas)
+            self._fix(t, self.config.fixed_alphas)
             return
         self.state.begin(t)
         if late:
             self.warn(f"step {t} is past mols.start (step {self.state.schedule.start}): the calibration begins now")
         if self.config.mode == "probe":
             self.log(
-                f"MoLS: the next {self.state.window} calls of engine.step() at an accumulation boundary measure gradients and do not "
-                "update; engine.global_steps and the schedule stand still (a loop that counts its own iterations "
+                f"MoLS: the next {self.state.window} calls of engine.step() at an accumulation boundary measure gradients "
+                "and do not update; engine.global_steps and the schedule stand still (a loop that counts its own iterations "
                 f"trains {self.state.window} updates fewer)"
             )
+
+    def _fix(self, t: int, fixed: Mapping[str, float]) -> None:
+        """Set the alphas that the config gives, before step t; the ramp begins at the multipliers of now."""
+        self.state.begin(t)
+        alphas = {g: fixed.get(g, 1.0) for g in self.groups}
+        self._report = self._header(t, self.config.reference) | {"groups": unmeasured_rows(self.table, alphas)}
+        self._finish(t, alphas)
+
+    def follow_config(self, t: int) -> None:
+        """After a load: `fixed_alphas` of this run's config win over what the checkpoint has, and that is said."""
+        fixed, came_fixed = self.config.fixed_alphas, self._report.get("mode") == "fixed"
+        if self.state.phase == "waiting" or (fixed is None and not came_fixed):
+            return
+        if fixed is None:
+            self.warn(
+                "the alphas of this checkpoint were given by mols.fixed_alphas and go on, although this run's config "
+                "would measure them; load a checkpoint from before, or load with load_module_only, to measure"
+            )
+        elif self.measuring or self.alphas != {g: fixed.get(g, 1.0) for g in self.groups}:
+            self.warn("mols.fixed_alphas of this run's config take the place of the checkpoint's alphas or calibration")
+            self._fix(t, fixed)
 
     def rates(self, t: int) -> dict[str, float]:
         """group -> multiplier for step t, every group named."""
@@ -248,9 +266,7 @@ class Controller:
             _, found = self._compute(self.gradient_sums())
         except MolsError:
             return False
-        wide = [
-            g for g, a in found.items() if base_group(g)[:5] != "other" and not _narrow(a, self.config.alpha_rtol)
-        ]
+        wide = [g for g, a in found.items() if is_scaled(g) and not _narrow(a, self.config.alpha_rtol)]
         return not wide
 
     # ------------------------------------------------------------------ mode "moments"
@@ -322,7 +338,8 @@ class Controller:
     def give_up(self, t: int, why: str) -> None:
         """Go on with the multipliers as they were (1 the first time), loudly."""
         keep = {group: self.state.old.get(group, 1.0) for group in self.groups}
-        self.warn(f"calibration failed at step {t}: {why}. Training goes on with alpha = 1 for every group")
+        former = "the former alphas" if self.state.old else "alpha = 1 for every group"
+        self.warn(f"the calibration failed at step {t}: {why}. Training goes on with {former}")
         rows = unmeasured_rows(self.table, keep)
         self._report = self._header(t, self.config.reference) | {"groups": rows, "failed": why}
         self._finish(t, keep)
@@ -373,31 +390,29 @@ class Controller:
             "version": STATE_VERSION,
             "groups": dict(self.table.elements),
             "state": self.state.state_dict(),
-            "report": self._report,
+            "report": self.report(),
         }
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Any) -> None:
         """Take over phase, alphas and report.
 
         Raises:
-            MolsCheckpointError: another version, or other groups than this model's; nothing is changed then.
+            MolsCheckpointError: not a MoLS state, another version, or other groups than this model's; nothing is
+                changed then.
         """
-        if saved.get("version") != STATE_VERSION:
-            raise MolsCheckpointError(f"MoLS state of version {saved.get('version')}; this release reads {STATE_VERSION}")
-        if dict(saved["groups"]) != dict(self.table.elements):
-            raise MolsCheckpointError(
-                f"the checkpoint's module groups {dict(saved['groups'])} are not this model's "
-                f"{dict(self.table.elements)}; use the same model, mols.rules and mols.granularity"
-            )
+        check_saved(saved, self.table.elements, self.state.state_dict())
         self._free()
-        self.state.load_state_dict(dict(saved["state"]))
-        self._report = dict(saved["report"])
+        self.state.load_state_dict(copy.deepcopy(dict(saved["state"])))
+        self._report = copy.deepcopy(dict(saved["report"]))
 
-    def restart(self, t: int, why: str) -> None:
-        """Drop a half-done calibration or an unknown past and begin anew where the schedule says, seen from step t."""
+    def restart(self, t: int, why: str, *, forget: bool = False) -> None:
+        """Drop a half-done calibration, or with `forget` all there was, and begin anew at or after step t.
+
+        A recalibration begins anew with the multipliers that it had; everything else where the schedule says.
+        """
         self._free()
         self.warn(why)
-        if self.state.phase == "calibrating" and self.state.ended_at is not None:
+        if not forget and self.state.phase == "calibrating" and self.state.ended_at is not None:
             self.state.begin(t)
             return
         old = self.state

@@ -7,6 +7,7 @@ plain text (tokens, packing, shuffling, batches) lives in `tokens` and `batches`
 
 import hashlib
 import json
+import logging
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -141,15 +142,16 @@ def _stdlib(spec: DataSpec) -> Iterator[str]:
 
 def _rows(spec: DataSpec, path: Path) -> Iterator[str]:
     """The texts of one local file, read by HF `datasets`."""
-    from datasets import load_dataset
+    import datasets
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it would log is raised as well, and told in one line below
     if path.stat().st_size == 0:
         return
     reader = READERS[path.suffix]
     options: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
     key = "text" if reader == "text" else spec.text_key
     try:
-        rows = load_dataset(reader, data_files=str(path), split="train", streaming=True, **options)
+        rows = datasets.load_dataset(reader, data_files=str(path), split="train", streaming=True, **options)
         for row in rows:
             text = _text(row, key, str(path))
             yield from cut(text) if reader == "text" else (text,)

@@ -131,10 +131,7 @@ def compute_alphas(
     alpha_min: float | None,
     alpha_max: float | None,
 ) -> tuple[str, dict[str, Alpha]]:
-    """The resolved reference and every group's multiplier.
-
-    alpha_m = sqrt(SNR_ref / SNR_m) (the paper's), for "damping" d_ref / d_m, which by eq. 4 makes the groups' effective
-    signal steps equal.
+    """The resolved reference and every group's multiplier: sqrt(SNR_ref / SNR_m), for "damping" d_ref / d_m (eq. 4).
 
     Args:
         reference: a group of `sums.groups`; or a group type whose layers are groups ("vo" for "vo.0", "vo.1", ...):
@@ -158,9 +155,8 @@ def compute_alphas(
         bounds |= intervals(union, estimator, correction)
     elif sums.column("total")[name] == 0:
         raise MolsConfigError(_absent(sums, name))
-    if math.isnan(values[name]) or values[name] <= 0:
-        found = f"{estimator}: {values[name]:g}"
-        raise MolsError(f"reference group {name!r} has no usable SNR ({found}): no multiplier can be computed")
+    if not values[name] > 0:  # NaN included
+        raise MolsError(f"reference group {name!r} has no usable SNR ({estimator}: {values[name]:g}): no multipliers")
     power = 1.0 if estimator == "damping" else 0.5
     alphas: dict[str, Alpha] = {}
     for group in sums.groups:

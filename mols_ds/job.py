@@ -16,7 +16,7 @@ import torch
 from mols_ds.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
 from mols_ds.compare import ADAM, print_comparison, print_outcome, split_arms
 from mols_ds.data import DataSpec, check_hub
-from mols_ds.errors import MolsConfigError, MolsError
+from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 from mols_ds.models import build_model, load_model_config, zero_init
 from mols_ds.settings import check_with_deepspeed, model_dtype, read_config, resolve
 from mols_ds.tokens import Tokenizer, prepare
@@ -201,6 +201,15 @@ def _quiet() -> None:
     logger.setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
+    stock = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if not issubclass(category, MolsWarning):
+            stock(message, category, *rest)
+        elif int(os.environ.get("RANK", "0")) == 0:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = show
 
 
 def _start_ranks() -> tuple[int, int]:

@@ -79,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         runner.main(None if argv is None else list(argv))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except (ValueError, RuntimeError, AssertionError) as error:  # how the launcher refuses hosts, slots and counts
+        print(f"deepspeed: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return USER_MISTAKE
     finally:
         runner.parse_args = stock
     return 0

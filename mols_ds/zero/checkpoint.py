@@ -1,19 +1,26 @@
 """MoLS state in DeepSpeed checkpoints.
 
 What is the same on every rank (phase, counters, alphas, report) rides in `client_state["mols"]`, which survives the
-universal checkpoint. Accumulators of a half-done calibration, which differ by rank, go into one side file a rank in the
-tag's folder, written before DeepSpeed's own files so that `latest` never names a tag without them.
+universal checkpoint. What differs by rank in a half-done calibration (accumulators, the random state that a probe
+window gives back) goes into one side file a rank in the tag's folder, written before DeepSpeed's own files so that
+`latest` never names a tag without them. A number drawn at each save stands in both, so that a side file of another save
+of the same tag is never taken for this one's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
+import secrets
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.utils import logger
 
 from mols_ds.errors import MolsCheckpointError, MolsUnsupportedError
 
@@ -21,6 +28,7 @@ if TYPE_CHECKING:
     from mols_ds.zero.engine import EngineMols
 
 KEY = "mols"
+ID_BITS = 52  # a whole number that float64 holds exactly: the ranks agree on it by a float64 reduction
 
 
 def side_file(folder: Path, rank: int, world: int) -> Path:
@@ -44,80 +52,133 @@ class Checkpoints:
         del self.engine.save_checkpoint
         del self.engine.load_checkpoint
 
-    # ------------------------------------------------------------------ save
-
-    def save(
-        self, save_dir: Any, tag: Any = None, client_state: Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> Any:
-        """`engine.save_checkpoint` with the MoLS state. The key "mols" of `client_state` is ours."""
-        if client_state and KEY in client_state:
-            raise MolsCheckpointError(f'client_state["{KEY}"] is taken by MoLS; use another key')
-        tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
-        self._save_samples(Path(save_dir) / tag)
-        state = {**(client_state or {}), KEY: self.mols.controller.state_dict()}
-        return self._save(save_dir, tag=tag, client_state=state, **kwargs)
-
     def _ranks(self) -> tuple[int, int]:
         group = self.engine.seq_data_parallel_group
         return dist.get_rank(group), dist.get_world_size(group)
 
-    def _save_samples(self, folder: Path) -> None:
-        samples = self.mols.controller.sample_state()
-        if samples is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = side_file(folder, *self._ranks())
-        partial = path.with_suffix(".tmp")
-        torch.save({"samples": samples, "random": self.mols._random}, partial)
-        os.replace(partial, path)
+    def _failed(self, problem: str | None) -> list[int]:
+        """The ranks that have a problem, the same list everywhere; each of them logs its own. One small reduction."""
+        rank, world = self._ranks()
+        flags = torch.zeros(world, dtype=torch.float64)
+        if problem is not None:
+            flags[rank] = 1.0
+            logger.warning(f"MoLS WARNING: rank {rank}: {problem}")
+        return [i for i, flag in enumerate(self.mols._reduce(flags).tolist()) if flag]
+
+    # ------------------------------------------------------------------ save
+
+    def save(
+        self, save_dir: Any, tag: Any = None, client_state: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """`engine.save_checkpoint` with the MoLS state. Between two samples of a calibration, too, but a gradient that
+        is accumulated only half is lost, as in DeepSpeed's own checkpoints.
+
+        Raises:
+            MolsCheckpointError: `client_state` has the key "mols", which is ours; nothing is written then.
+        """
+        if client_state and KEY in client_state:
+            raise MolsCheckpointError(f'client_state["{KEY}"] is taken by MoLS; use another key')
+        if not save_dir:
+            return self._save(save_dir, tag, {}, *args, **kwargs)  # DeepSpeed's own error
+        tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
+        number = self._save_samples(Path(save_dir) / tag)
+        state = {**self.mols.controller.state_dict(), "mode": self.mols.config.mode, "side": number}
+        return self._save(save_dir, tag, {**(client_state or {}), KEY: state}, *args, **kwargs)
+
+    def _save_samples(self, folder: Path) -> int | None:
+        """Write this rank's side file, if there is something to write; returns the number of this save, else None.
+
+        Files of former saves of the same tag are removed: one's own, and by rank 0 those of other numbers of ranks.
+        """
+        controller = self.mols.controller
+        rank, world = self._ranks()
+        path = side_file(folder, rank, world)
+        if not controller.measuring:
+            _remove_stale(folder, path, rank, world)
+            return None
+        samples, random = controller.sample_state(), self.mols._random
+        mine = torch.tensor(
+            [secrets.randbits(ID_BITS) if rank == 0 else 0, samples is not None or random is not None],
+            dtype=torch.float64,
+        )
+        drawn, holders = self.mols._reduce(mine).tolist()
+        number, problem = int(drawn), None
+        try:
+            _remove_stale(folder, path, rank, world)
+            if holders:
+                _write({"number": number, "samples": samples, "random": random}, path)
+        except OSError as error:
+            problem = f"{path} could not be written: {error}"
+        if failed := self._failed(problem):
+            controller.warn(
+                f"rank {failed[0]} could not write its accumulators (its log says why): a run that resumes from this "
+                "checkpoint starts the calibration over"
+            )
+            return number  # no complete set of files has it: the resumed run sees that something is missing
+        return number if holders else None
 
     # ------------------------------------------------------------------ load
 
     def load(self, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """`engine.load_checkpoint`, then the MoLS state; the returned client_state is the user's own again.
+        """`engine.load_checkpoint`, then the MoLS state; the returned client_state is without our key.
 
-        A checkpoint without MoLS state (from before it was switched on) loads too: the calibration starts where the
-        schedule says, or at once where that step is past. With `load_module_only` the MoLS state is left as it is.
+        - Same number of ranks: goes on bit for bit, in the middle of a calibration too. Torch's random state is the
+          caller's to restore, except the one that a probe window gives back at its end.
+        - Another number (a universal checkpoint at stages 1-3): alphas and ramp go on; a half-done calibration starts
+          over, except in mode "moments", whose only state is the optimizer's.
+        - A checkpoint without MoLS state (from before it was switched on) loads too: the calibration starts where the
+          schedule says, or at once where that step is past.
+        - `load_module_only` leaves the MoLS state as it is.
+
+        Raises:
+            MolsCheckpointError: the MoLS state is of other module groups, another release or not MoLS's at all; on
+                every rank, after DeepSpeed has loaded its part.
+            MolsUnsupportedError: a universal checkpoint with round_robin_gradients in this or the saving run.
         """
-        options = self._options()
+        asked = inspect.signature(self._load).bind(load_dir, tag, *args, **kwargs)
+        asked.apply_defaults()
         universal = bool(self.engine.load_universal_checkpoint())
         if universal and getattr(self.engine.optimizer, "round_robin_gradients", False):
-            raise MolsUnsupportedError(
-                "a universal checkpoint with round_robin_gradients: DeepSpeed loads most weights into wrong places; "
-                'set "round_robin_gradients": false for the run that loads it'
-            )
-        path, client_state = self._load(load_dir, tag, *args, **kwargs)
+            raise _round_robin("this run")
+        options = self._options()
+        path, loaded = self._load(load_dir, tag, *args, **kwargs)
         if path is None:
-            return path, client_state
-        if universal:
-            self._reapply(options)
-        client_state = dict(client_state or {})
+            return path, loaded
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        client_state = dict(loaded or {})
+        if universal and _was_round_robin(client_state):
+            raise _round_robin("the run that saved it")
         saved = client_state.pop(KEY, None)
-        if kwargs.get("load_module_only") or (len(args) > 3 and args[3]):
+        if asked.arguments["load_module_only"]:
             self.mols.controller.log("MoLS: load_module_only leaves the MoLS state as it is")
-        else:
-            folder = Path(path) if Path(path).is_dir() else Path(path).parent
-            self._restore(folder, saved)
+            return path, client_state
+        with_optimizer = bool(asked.arguments["load_optimizer_states"])
+        if universal and with_optimizer and self.engine.zero_optimization_stage() == 3:
+            self._repair_stage3(folder, options)
+        self._restore(folder, saved, with_optimizer)
         return path, client_state
 
-    def _restore(self, folder: Path, saved: Mapping[str, Any] | None) -> None:
+    def _restore(self, folder: Path, saved: Any, with_optimizer: bool) -> None:
         controller, t = self.mols.controller, self.engine.global_steps
         self.mols._random = None
         if saved is None:
+            start = max(t, controller.state.schedule.start)
+            what = "mols.fixed_alphas apply" if controller.config.fixed_alphas is not None else "the calibration starts"
             controller.restart(
                 t,
-                f"the checkpoint at step {t} has no MoLS state (saved before MoLS was on): all multipliers are 1, "
-                f"the calibration starts at step {max(t, controller.state.schedule.start)}",
+                f"the checkpoint at step {t} has no MoLS state (it was saved without MoLS): all multipliers are 1, "
+                f"{what} at step {start}",
+                forget=True,
             )
             return
         controller.load_state_dict(saved)
-        if controller.state.phase == "calibrating" and controller.state.samples and controller.config.mode != "moments":
-            problem = self._load_samples(folder)
-            if not self.mols.agree(problem is None):
+        controller.follow_config(t)
+        if controller.measuring:
+            problem = self._continue(folder, saved, with_optimizer)
+            if problem is not None:
+                self.mols._random = None
                 controller.restart(
-                    t,
-                    "the half-done calibration of this checkpoint cannot be continued "
-                    f"({problem or 'another rank could not read its part'}); it starts over at step {t}",
+                    t, f"the half-done calibration of this checkpoint cannot be continued: {problem}; it starts over"
                 )
         controller.advance(t)
         controller.log(
@@ -125,37 +186,112 @@ class Checkpoints:
             f"alphas {controller.alphas or 'not set yet'}"
         )
 
-    def _load_samples(self, folder: Path) -> str | None:
-        """This rank's accumulators; returns what is wrong with them, or None."""
+    def _continue(self, folder: Path, saved: Mapping[str, Any], with_optimizer: bool) -> str | None:
+        """Go on with a half-done calibration; returns why that cannot be, the same on every rank, or None."""
+        controller = self.mols.controller
+        started = controller.state.samples > 0
+        if started and saved.get("mode") != controller.config.mode:
+            return f'its samples are of mode "{saved.get("mode")}", this run\'s mode is "{controller.config.mode}"'
+        if started and controller.config.mode == "moments" and not with_optimizer:
+            return 'mode "moments" reads the optimizer\'s moments, which were not loaded (load_optimizer_states=False)'
+        number = saved.get("side")
+        if number is None:
+            # Nothing was measured yet, or mode "moments", whose state is the optimizer's
+            return None if not started or controller.config.mode == "moments" else "it has no accumulators"
+        problem = self._load_side(folder, number)
+        if failed := self._failed(problem):
+            mine = problem if failed[0] == self._ranks()[0] else "its log says why"
+            return f"rank {failed[0]} has no usable accumulators ({mine})" if started else None
+        return None
+
+    def _load_side(self, folder: Path, number: int) -> str | None:
+        """This rank's accumulators and random state; returns what is wrong with them, or None."""
         path = side_file(folder, *self._ranks())
         if not path.is_file():
             others = sorted(p.name for p in folder.glob("mols_rank_*.pt"))
-            return f"no {path.name}; there are {', '.join(others[:2]) or 'none'}: another number of ranks?"
+            there = f"there are {', '.join(others[:2])}" if others else "there are none"
+            return f"no {path.name} in {folder}; {there}: saved by another number of ranks?"
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            self.mols.controller.load_sample_state(content["samples"])
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                broken = archive.testzip()
+            if broken is not None:
+                return f"{path.name} is corrupt: wrong checksum of {broken}"
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if content["number"] != number:
+                return f"{path.name} belongs to another save of this tag"
+            random = None if content["random"] is None else tuple(state.clone() for state in content["random"])
+            if content["samples"] is not None:
+                self.mols.controller.load_sample_state(content["samples"])
         except MolsCheckpointError as error:
-            return str(error)
-        except Exception as error:  # a truncated or corrupt file raises many types (zipfile, pickle, RuntimeError)
+            return f"{path.name}: {error}"
+        except Exception as error:  # a truncated or foreign file raises many types (zipfile, pickle, RuntimeError)
             return f"{path.name} is corrupt: {type(error).__name__}"
-        if content["random"] is not None:
-            self.mols._random = tuple(content["random"])
+        self.mols._random = random
         return None
 
-    # ------------------------------------------------------------------ DeepSpeed's trap with several groups
+    # ------------------------------------------------------------------ DeepSpeed's traps with universal checkpoints
 
     def _options(self) -> list[dict[str, Any]]:
         groups = self.mols.shards.inner.param_groups
         return [{k: v for k, v in group.items() if k != "params"} for group in groups]
 
-    def _reapply(self, options: list[dict[str, Any]]) -> None:
-        """A universal checkpoint gives every group the options of group 0 (seen at stage 3): put this run's back.
+    def _repair_stage3(self, folder: Path, before: list[dict[str, Any]]) -> None:
+        """Undo two faults of DeepSpeed's universal load at stage 3 (`load_hp_checkpoint_state_from_..._dir_stage3`).
 
-        The rates come from the scheduler's loaded state where it keeps them per group, else from this run's config.
+        It gives every parameter group the options of group 0: put each group's own back, from the checkpoint, or where
+        that has another number of groups, from this run's config (`before`), and say so. And it makes all sub-groups
+        share one step counter, which would then advance once for each of them: give each its own.
         """
-        scheduler = self.engine.lr_scheduler
-        rates = list(getattr(scheduler, "_last_lr", None) or []) if scheduler is not None else []
-        for i, (group, before) in enumerate(zip(self.mols.shards.inner.param_groups, options, strict=True)):
-            group.update({k: v for k, v in before.items() if k != "step"})
-            if len(rates) == len(options):
-                group["lr"] = rates[i]
+        inner = self.mols.shards.inner
+        state = torch.load(folder / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False, mmap=True)
+        saved = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+        if len(saved) != len(inner.param_groups):
+            self.mols.controller.warn(
+                f"the universal checkpoint has {len(saved)} parameter groups, this run {len(inner.param_groups)}: the "
+                "groups keep the learning rates and options of this run's config"
+            )
+            saved = before
+        for group, options in zip(inner.param_groups, saved, strict=True):
+            group.update(options)
+        for values in inner.state.values():
+            if isinstance(values.get("step"), torch.Tensor):
+                values["step"] = values["step"].clone()
+
+
+def _remove_stale(folder: Path, own: Path, rank: int, world: int) -> None:
+    """Remove what former saves of the same tag left. Each file is removed by one rank only.
+
+    A file that cannot be removed is harmless: it has the number of another save.
+    """
+    stale = [own, own.with_suffix(".tmp")]
+    if rank == 0:
+        stale += [path for path in folder.glob("mols_rank_*") if f"_of_{world:05d}." not in path.name]
+    for path in stale:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    """Write to a file beside it first: what stands under the final name is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    try:
+        torch.save(content, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(str(error)) from error
+
+
+def _was_round_robin(client_state: Mapping[str, Any]) -> bool:
+    zero = (client_state.get("ds_config") or {}).get("zero_optimization") or {}
+    return bool(zero.get("round_robin_gradients")) and zero.get("stage") in (1, 2)
+
+
+def _round_robin(which: str) -> MolsUnsupportedError:
+    return MolsUnsupportedError(
+        f"a universal checkpoint with round_robin_gradients in {which}: DeepSpeed puts most weights in wrong places; "
+        'resume with the same number of ranks and without "load_universal", or set "round_robin_gradients": false in '
+        "both runs"
+    )

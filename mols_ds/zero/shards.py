@@ -171,10 +171,10 @@ class Stage12(Shards):
             o._wait_for_offload_copies()
         for i, flat in enumerate(self.tensors):
             if o.cpu_offload:
-                gradient: Tensor = flat.grad  # type: ignore[assignment]
+                gradient: Any = flat.grad
             else:
                 shards = o.averaged_gradients[i]
-                gradient = getattr(shards, "flat_partition", None)  # type: ignore[assignment]
+                gradient = getattr(shards, "flat_partition", None)
                 if gradient is None:
                     gradient = torch.cat([g.reshape(-1) for g in shards])
             for offset, piece in self.by_tensor.get(id(flat), []):
@@ -240,7 +240,7 @@ class Stage3(Shards):
             if swapped:
                 o._optimizer_states_and_gradient_swap_in(i)
             if swapped or o.offload_optimizer:
-                gradient: Tensor = flat.grad  # type: ignore[assignment]
+                gradient: Any = flat.grad
             else:
                 gradient = torch.cat([g.reshape(-1) for g in o.averaged_gradients[i]])
             for offset, piece in self.by_tensor.get(id(flat), []):

@@ -16,8 +16,9 @@ GROUPS = ("embedding", "head", "qk", "vo", "mlp", "other")
 VOCABULARY, HIDDEN, INNER, LAYERS, HEADS, KEY_HEADS, POSITIONS = 97, 40, 67, 2, 4, 2, 32
 SEQUENCES, LENGTH = 2, 16  # of one micro-batch
 USED_TOKENS = 80  # ids from here on never occur in the data: embedding rows that never move
-COMMON_TOKENS = 60  # ids below occur often, those up to USED_TOKENS rarely: rows that move once
+COMMON_TOKENS = 60  # ids below follow ZIPF, those up to USED_TOKENS are rare: rows that move once
 RARE_SHARE = 0.03
+ZIPF = 2.0  # steep: gradients of so few tokens need a strong signal for medians above the noise floor
 NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None}
 INITIAL_STD = 0.1  # larger than usual, so that a tiny model's attention is not flat
 
@@ -67,7 +68,14 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, scale
             if parameter.ndim == 1:
                 parameter += INITIAL_STD * torch.randn_like(parameter)
     model.config.loss_type = "ForCausalLM"
-    return model.to(dtype)
+    return cast_parameters(model, dtype)
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Like `model.to(dtype)`, but buffers keep theirs, as DeepSpeed does: rotary frequencies in bf16 are other angles."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def sink_attention(
@@ -95,7 +103,8 @@ def batch(iteration: int, micro: int, rank: int) -> Tensor:
     """Token ids (SEQUENCES, LENGTH), int64: the data of one micro-batch, the same for every model and stage."""
     generator = torch.Generator().manual_seed(10_000 * iteration + 100 * micro + rank)
     shape = (SEQUENCES, LENGTH)
-    common = torch.randint(0, COMMON_TOKENS, shape, generator=generator)
+    shares = (1.0 + torch.arange(COMMON_TOKENS)) ** -ZIPF
+    common = torch.multinomial(shares, SEQUENCES * LENGTH, replacement=True, generator=generator).view(shape)
     rare = torch.randint(COMMON_TOKENS, USED_TOKENS, shape, generator=generator)
     return torch.where(torch.rand(shape, generator=generator) < RARE_SHARE, rare, common)
 

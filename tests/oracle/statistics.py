@@ -5,8 +5,9 @@ Everything is held at once: (K, elements) of one group. Only for tiny models.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,17 +18,44 @@ from tests.oracle.models import GROUPS, batch, loss_of
 ESTIMATORS = ("mean", "median", "pooled", "damping")
 
 
-def gradient_sample(model: nn.Module, iteration: int, ranks: int, micros: int) -> dict[str, Tensor]:
-    """g_k: the gradient of the mean loss over all micro-batches of all ranks, fp32, before clipping."""
-    total = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
-    for rank in range(ranks):
-        for micro in range(micros):
+def gradient_sample(
+    model: nn.Module, iteration: int, ranks: int, micros: int, *, ranks_first: bool = False
+) -> dict[str, Tensor]:
+    """g_k: the gradient of the mean loss over all micro-batches of all ranks, before clipping, as fp32.
+
+    It is summed in the model's dtype: each rank's micro-batches and then the ranks, as an engine does that reduces once
+    a step, or the other way round (`ranks_first`), as one that reduces every micro-batch. Only in bf16 it matters.
+    """
+    total = {name: torch.zeros_like(p, requires_grad=False) for name, p in model.named_parameters()}
+    outer, inner = (range(micros), range(ranks)) if ranks_first else (range(ranks), range(micros))
+    for i in outer:
+        part = {name: torch.zeros_like(p, requires_grad=False) for name, p in model.named_parameters()}
+        for j in inner:
+            micro, rank = (i, j) if ranks_first else (j, i)
             model.zero_grad()
-            loss_of(model, batch(iteration, micro, rank)).backward()
+            (loss_of(model, batch(iteration, micro, rank)) / micros).backward()
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
-                    total[name] += parameter.grad.float() / (ranks * micros)
-    return total
+                    part[name] += parameter.grad / ranks if ranks_first else parameter.grad
+        for name, sums in part.items():
+            total[name] += sums if ranks_first else sums / ranks
+    return {name: gradient.detach().float() for name, gradient in total.items()}
+
+
+@contextlib.contextmanager
+def bias_added_after_rounding() -> Iterator[None]:
+    """`F.linear` rounds the product before it adds the bias, as ZeRO-3's linear does; a difference in bf16 only."""
+    original = torch.nn.functional.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = x.matmul(weight.t())
+        return y if bias is None else y + bias
+
+    torch.nn.functional.linear = linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = original
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +72,10 @@ class GroupValues:
     @property
     def snr(self) -> Tensor:
         return self.mu2 / self.s2
+
+    def looks_moved_once(self, rtol: float) -> int:
+        """How many elements have SNR_i = 1/K within `rtol`: all that moved once, and a few others by chance."""
+        return int(((self.snr * self.samples - 1).abs() <= rtol).sum())
 
     def corrected_snr(self) -> Tensor:
         """(K-3)/(K-1) * mu^2/s^2 - 1/K: unbiased, as K mu^2/s^2 is noncentral F(1, K-1) (METHOD)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def feed(moments: Moments, gradient: Tensor, cuts: tuple[int, ...] = (), scale: 
     """One sample, in pieces at these cuts."""
     edges = [0, *cuts, gradient.numel()]
     moments.open()
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges):
         moments.update(start, gradient[start:end], scale)
     moments.close()
 

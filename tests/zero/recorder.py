@@ -1,4 +1,4 @@
-"""A recorder of every collective: what torch's process groups send, and what DeepSpeed's communication was asked for."""
+"""A recorder of every collective: what torch's process groups send, and what DeepSpeed's functions were asked for."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ class Recorder:
         self._undo.clear()
 
     def _patch(self, owner: Any, name: str, counter: Counter[tuple[str, int]]) -> None:
-        original = getattr(owner, name)
+        original, stored = getattr(owner, name), vars(owner)[name]  # pybind methods bind only as stored
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             counter[name, sum(_sizes([args, kwargs.values()]))] += 1
             return original(*args, **kwargs)
 
-        self._undo.append((owner, name, original))
+        self._undo.append((owner, name, stored))
         setattr(owner, name, recorded)
 
 

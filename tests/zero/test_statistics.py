@@ -6,6 +6,7 @@ gradients fails here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -15,8 +16,15 @@ import torch
 from tests.harness import Results, run_cases
 from tests.oracle import histogram
 from tests.oracle.adamw import AdamSettings, ElementwiseAdamW
-from tests.oracle.models import GROUPS, MODELS, build, masks
-from tests.oracle.statistics import ESTIMATORS, GroupValues, alphas, gradient_sample, group_values
+from tests.oracle.models import GROUPS, MODELS, build, cast_parameters, masks
+from tests.oracle.statistics import (
+    ESTIMATORS,
+    GroupValues,
+    alphas,
+    bias_added_after_rounding,
+    gradient_sample,
+    group_values,
+)
 from tests.zero.support import CLIP, MICROS, STAGES, config, engine_of, iterate, owned
 
 WORLDS = (1, 2, 3)
@@ -27,7 +35,8 @@ REFERENCE = "vo"
 RTOL = 1e-5  # the requirement; fp32 against fp64 gradients in the oracle alone differ by up to 3e-6 (median of GPT-2)
 ONLINE_RTOL = 1e-5  # the trajectory adds its own float noise, see SETTINGS
 EXACT_MEDIAN_RTOL = 0.01  # the product's median comes from bins of at most 1 % relative width
-BF16_MARGIN = 1.5  # engine and oracle round bf16 sums in different orders: each is one draw of the same error
+MOVED_ONCE_RTOL = 2e-5  # the product tells "moved once" by |K SNR_i - 1| <= 1e-5, which a few others meet by chance
+BF16_MARGIN = 1.5  # kernels may round differently for tensors that lie differently in memory; measured: 1.00
 
 # lr small and eps large against the gradients' float noise (1e-8), which Adam's first steps would turn into full steps
 SETTINGS = AdamSettings(lr=1e-3, eps=1e-5, weight_decay=0.1, vector_lr_factor=2.0, clip=CLIP)
@@ -50,8 +59,14 @@ ONLINE: list[Case] = [
     ("qwen2", 1, "online", "float32", "pooled"),
     ("gpt2", 0, "online", "float32", "damping"),
 ]
-BF16: list[Case] = [("llama", stage, "probe", "bfloat16", "median") for stage in STAGES]
-BF16 += [("gpt2", 3, "probe", "bfloat16", "damping"), ("qwen2", 2, "probe", "bfloat16", "pooled")]
+# Stage 3 last: its engines replace torch's F.linear for the rest of the process.
+BF16: list[Case] = [
+    ("llama", 0, "probe", "bfloat16", "median"),
+    ("qwen2", 1, "probe", "bfloat16", "mean"),
+    ("llama", 2, "probe", "bfloat16", "pooled"),
+    ("qwen2", 3, "probe", "bfloat16", "damping"),
+    ("gpt2", 3, "probe", "bfloat16", "median"),
+]
 
 
 def start_of(dtype: str) -> int:
@@ -88,14 +103,20 @@ def measure(model: str, stage: int, mode: str, dtype: str, estimator: str) -> di
 
 @functools.cache
 def results(world: int) -> Results:
-    cases = PROBES[world] + (ONLINE + BF16 if world == 2 else [])
+    cases = (BF16 if world == 2 else []) + PROBES[world] + (ONLINE if world == 2 else [])
     return run_cases(measure, world, cases, timeout=60)
 
 
 @functools.cache
-def oracle(model: str, mode: str, dtype: str, world: int, gradient_dtype: str) -> dict[str, GroupValues]:
-    """The twin's statistics. dtype: of the engine's weights; gradient_dtype: what forward and backward run in."""
-    twin = build(model, dtype=getattr(torch, dtype)).float()
+def oracle(
+    model: str, mode: str, dtype: str, world: int, gradient_dtype: str, stage: int = 0
+) -> dict[str, GroupValues]:
+    """The twin's statistics. dtype: of the engine's weights; gradient_dtype: of forward, backward and sums.
+
+    Where that is bf16, the order of the stage's roundings matters: 2 and 3 reduce every micro-batch, and 3 has a linear
+    of its own.
+    """
+    twin = cast_parameters(build(model, dtype=getattr(torch, dtype)), torch.float32)
     mask = masks(model, twin)
     optimizer = ElementwiseAdamW(twin, mask, SETTINGS)
     samples = []
@@ -103,11 +124,8 @@ def oracle(model: str, mode: str, dtype: str, world: int, gradient_dtype: str) -
     for iteration in range(start + SAMPLES):
         runner = build(model, dtype=getattr(torch, gradient_dtype))
         runner.load_state_dict(twin.state_dict())
-        if dtype == "bfloat16":  # the engine's fp32 masters are rounded to bf16 for forward and backward
-            with torch.no_grad():
-                for parameter in runner.parameters():
-                    parameter.copy_(parameter.bfloat16())
-        sample = gradient_sample(runner, iteration, world, MICROS)
+        with bias_added_after_rounding() if stage == 3 else contextlib.nullcontext():
+            sample = gradient_sample(runner, iteration, world, MICROS, ranks_first=stage >= 2)
         if iteration >= start:
             samples.append(sample)
         if iteration < start or mode == "online":
@@ -129,7 +147,8 @@ def _check_fp32(case: Case, world: int, rtol: float) -> None:
         for group, values in truth.items():
             assert rows[group]["elements"] == values.elements
             assert rows[group]["never_moved_share"] == values.never_moved / values.elements
-            assert rows[group]["moved_once_share"] == values.moved_once / values.elements
+            once = round(rows[group]["moved_once_share"] * values.elements)
+            assert values.moved_once <= once <= values.looks_moved_once(MOVED_ONCE_RTOL), group
             for estimator in ("mean", "pooled", "damping"):
                 expected = values.estimate(estimator, corrected=False)
                 assert _row(rows, group, estimator) == pytest.approx(expected, rel=rtol), (group, estimator)
@@ -176,9 +195,9 @@ def test_online_equals_oracle_on_its_own_trajectory(case: Case) -> None:
 
 @pytest.mark.parametrize("case", BF16, ids=_ids([c[:2] for c in BF16]))
 def test_bf16_within_the_oracles_own_error(case: Case) -> None:
-    model, _, mode, dtype, _ = case
+    model, stage, mode, dtype, _ = case
     truth = oracle(model, mode, dtype, 2, "float32")
-    rounded = oracle(model, mode, dtype, 2, "bfloat16")
+    rounded = oracle(model, mode, dtype, 2, "bfloat16", stage)
     rows = results(2)[case][0]["report"]["groups"]
     for estimator in ESTIMATORS:
         exact = {g: v.estimate(estimator, corrected=False) for g, v in truth.items()}

@@ -1,0 +1,136 @@
+"""Step time of MoLS over stock DeepSpeed, several engines taking turns in one run, so that machine noise strikes all alike.
+
+    python benchmarks/overhead.py                      # LLaMA of 10 M weights, ZeRO-3, two gloo processes
+    python benchmarks/overhead.py --model gpt2         # fused projections: interleaved ranges go by delta
+
+Arms: `stock` (MoLS off), `fixed` (after a calibration: every group but the reference has a multiplier of its own) and
+`online` (in the middle of an online calibration, accumulators on the CPU). A round is one optimizer step of each arm,
+in an order that rotates; the ratio of a round is arm / stock, and the medians over the rounds are printed. Targets on a
+CPU: fixed at most 1.01 (unfused model), online at most 1.25. `benchmarks/accumulator.py` measures the accumulator alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+ALPHAS = {"embedding": 3.0, "head": 2.0, "qk": 1.3, "mlp": 1.1}
+ARMS = ("stock", "fixed", "online")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("llama", "gpt2"), default="llama", help="unfused or fused projections")
+    parser.add_argument("--stage", type=int, default=3, choices=(0, 1, 2, 3), help="ZeRO stage")
+    parser.add_argument("--ranks", type=int, default=2, help="gloo processes on this machine")
+    parser.add_argument("--rounds", type=int, default=30, help="counted steps of each arm")
+    parser.add_argument("--warmup", type=int, default=4, help="steps of each arm before counting")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens a rank and step, in sequences of 128")
+    return parser.parse_args(argv)
+
+
+def build_model(args: argparse.Namespace) -> Any:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    if args.model == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=args.vocab, n_embd=args.hidden, n_layer=args.layers, n_head=args.hidden // 32, n_positions=128,
+            bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+        return transformers.GPT2LMHeadModel(config)
+    config = transformers.LlamaConfig(
+        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32, max_position_embeddings=128,
+        bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def build_engine(args: argparse.Namespace, arm: str) -> Any:
+    import mols_ds
+
+    steps = args.warmup + args.rounds
+    sections: dict[str, dict[str, Any]] = {
+        "stock": {"enabled": False},
+        "fixed": {"start": 0, "ramp_end": 1, "fixed_alphas": {k: v for k, v in ALPHAS.items() if k != "head"}},
+        "online": {"start": 0, "ramp_end": steps + 2, "samples": steps + 1, "mode": "online"},
+    }
+    if args.model == "llama":
+        sections["fixed"]["fixed_alphas"] = dict(ALPHAS)
+    config = {
+        "train_micro_batch_size_per_gpu": args.tokens // 128,
+        "steps_per_print": 10**9,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": args.stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+        "mols": sections[arm] | {"report_dir": os.path.join(os.environ["TMP_REPORT"], arm)},
+    }
+    model = build_model(args)
+    return mols_ds.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+
+
+def work(args: argparse.Namespace) -> None:
+    """One rank: build the arms, take turns, print on rank 0."""
+    import logging
+
+    import deepspeed
+    import torch
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo")
+    rank = deepspeed.comm.get_rank()
+    engines = {arm: build_engine(args, arm) for arm in ARMS}
+    elements = sum(getattr(p, "ds_numel", p.numel()) for p in engines["stock"].module.parameters())
+    generator = torch.Generator().manual_seed(rank)
+    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for step in range(args.warmup + args.rounds):
+        batch = torch.randint(0, args.vocab, (args.tokens // 128, 128), generator=generator)
+        for turn in range(len(ARMS)):
+            arm = ARMS[(turn + step) % len(ARMS)]
+            deepspeed.comm.barrier()
+            begin = time.perf_counter()
+            engine = engines[arm]
+            engine.backward(engine(input_ids=batch, labels=batch).loss)
+            engine.step()
+            deepspeed.comm.barrier()
+            if step >= args.warmup:
+                times[arm].append(time.perf_counter() - begin)
+    assert engines["fixed"].mols.phase == "fixed" and engines["online"].mols.phase == "calibrating"
+    assert engines["fixed"].mols.multipliers["mlp"] == ALPHAS["mlp"]
+    if rank == 0:
+        print(f"{args.model}, {elements:,} weights, ZeRO-{args.stage}, {args.ranks} ranks, {args.tokens} tokens a rank")
+        print(f"{'arm':8}{'median step':>14}{'ratio to stock':>18}   (quartiles)")
+        for arm in ARMS:
+            ratios = [a / b for a, b in zip(times[arm], times["stock"], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            print(f"{arm:8}{statistics.median(times[arm]):>12.4f} s{middle:>18.4f}   ({low:.4f} to {high:.4f})")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Start the ranks, or be one. Returns the exit status."""
+    args = parse(argv)
+    if "RANK" in os.environ:
+        work(args)
+        return 0
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="mols_overhead_") as folder:
+        environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ, "TMP_REPORT": folder}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
+        return subprocess.run([*command, __file__, *(argv or sys.argv[1:])], env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
