@@ -20,13 +20,12 @@ from torch import Tensor
 from mols_ds import estimators
 from mols_ds.calibration import Calibration, Phase, Schedule
 from mols_ds.config import MolsConfig
-from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError, MolsWarning
-from mols_ds.groups import ElementLayout, GroupTable, base_group, format_group_table, is_scaled
-from mols_ds.moments import Moments
-from mols_ds.owned import Owned, group_index
+from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
+from mols_ds.groups import GroupTable, base_group, format_group_table, is_scaled
+from mols_ds.owned import Owned, OwnedElements
 from mols_ds.report import format_report, write_report
 from mols_ds.saved import STATE_VERSION, check_saved
-from mols_ds.snr import GroupSums, NoiseFloor, noise_floor
+from mols_ds.snr import GroupSums
 from mols_ds.summary import measured_rows, unmeasured_rows
 
 
@@ -63,17 +62,14 @@ class Controller:
     ) -> None:
         self.config = config
         self.table = table
-        self.owned = list(owned)
         self.context = context
         self.groups: tuple[str, ...] = tuple(row.group for row in table)
-        self.numel = sum(piece.numel for piece in self.owned)
+        self.elements = OwnedElements(owned, table.layouts, self.groups, context.device)
         self.state = Calibration(
             schedule, config.samples, config.max_samples, config.recalibrate.every if config.recalibrate else None
         )
         self.multipliers: dict[str, float] = {}
         self.applied_lrs: dict[str, float] = {}
-        self._moments: Moments | None = None
-        self._sums: GroupSums | None = None
         self._report: dict[str, Any] = {}
         self._check_names()
         self.log(f"MoLS module groups\n{format_group_table(table)}")
@@ -110,7 +106,7 @@ class Controller:
     @property
     def accumulator_bytes(self) -> int:
         """Bytes of the streaming accumulators that this rank holds now; 0 outside a calibration."""
-        return self._moments.nbytes if self._moments is not None else 0
+        return self.elements.moments.nbytes if self.elements.moments is not None else 0
 
     def report(self) -> dict[str, Any]:
         """The content of mols_report.json (see docs/deepspeed.md); empty before the alphas exist."""
@@ -153,9 +149,9 @@ class Controller:
             self.warn(f"step {t} is past mols.start (step {self.state.schedule.start}): the calibration begins now")
         if self.config.mode == "probe":
             self.log(
-                f"MoLS: the next {self.state.window} calls of engine.step() at an accumulation boundary measure gradients "
-                "and do not update; engine.global_steps and the schedule stand still (a loop that counts its own iterations "
-                f"trains {self.state.window} updates fewer)"
+                f"MoLS: the next {self.state.window} calls of engine.step() at an accumulation boundary measure "
+                "gradients and do not update; engine.global_steps and the schedule stand still (a loop that counts its "
+                f"own iterations trains {self.state.window} updates fewer)"
             )
 
     def _fix(self, t: int, fixed: Mapping[str, float]) -> None:
@@ -191,25 +187,13 @@ class Controller:
 
     # ------------------------------------------------------------------ samples
 
-    def open_sample(self) -> None:
-        """Begin one gradient sample; allocates the accumulators at the first one."""
-        if self._moments is None:
-            self._moments = self._new_moments()
-        self._moments.open()
-
-    def add(self, offset: int, gradient: Tensor, scale: float = 1.0) -> None:
-        """Gradient of owned elements [offset, offset + numel) of the open sample, to be multiplied by `scale`."""
-        assert self._moments is not None
-        self._moments.update(offset, gradient, scale)
-
     def close_sample(self, t: int, *, usable: bool) -> None:
         """End one attempted sample; `t` is the step that comes next. All ranks pass the same `usable`.
 
         An unusable sample must never have been opened: a non-finite gradient would stay in the accumulators.
         """
         if usable:
-            assert self._moments is not None
-            self._moments.close()
+            self.elements.close()
         self.count(t, usable=usable)
 
     def count(self, t: int, *, usable: bool) -> None:
@@ -224,70 +208,25 @@ class Controller:
         if self.config.mode == "moments":
             return
         if outcome == "complete" or (outcome == "no" and usable and self.state.check_due() and self._precise()):
-            self.end_calibration(t, self.gradient_sums())
+            self.end_calibration(t, self._reduced(self.elements.gradient_sums()))
         elif outcome == "failed":
             self.give_up(
                 t, f"only {self.state.samples} of {self.state.attempts} gradient samples were finite; check the loss"
             )
 
-    def _new_moments(self) -> Moments:
-        index = group_index(self.owned, self.table.layouts, self.groups)
-        return Moments(self.numel, device=self.context.device, group_index=index, n_groups=len(self.groups))
-
-    def segments(self) -> list[tuple[ElementLayout, int, int, int]]:
-        """(layout, start, offset, numel) of the owned elements; neighbours of one and the same group are merged."""
-        merged: list[tuple[ElementLayout, int, int, int]] = []
-        for piece in self.owned:
-            layout = self.table.layouts[piece.name]
-            if len(layout.groups) == 1:
-                layout = ElementLayout.whole(layout.groups[0])
-                if merged and merged[-1][0] == layout and merged[-1][2] + merged[-1][3] == piece.offset:
-                    last = merged[-1]
-                    merged[-1] = (layout, last[1], last[2], last[3] + piece.numel)
-                    continue
-            merged.append((layout, piece.start, piece.offset, piece.numel))
-        return merged
-
-    def gradient_sums(self) -> GroupSums:
-        """This rank's group sums of the samples taken so far, summed over all ranks: the one all-reduce."""
-        assert self._moments is not None
-        moments = self._moments
-        blocks = moments.block_sums
-        sums = GroupSums.zeros(self.groups, noise_floor(moments.count), len(blocks), moments.block_length)
-        for layout, start, offset, numel in self.segments():
-            sums.add_moments(moments, offset, layout, start, numel)
-        sums.add_blocks(blocks)
+    def _reduced(self, sums: GroupSums) -> GroupSums:
+        """The sums of all ranks: the one all-reduce of a calibration."""
         sums.load_packed(self.context.reduce(sums.pack()))
         return sums
 
     def _precise(self) -> bool:
         """samples="auto": whether every alpha's 95 % interval lies within alpha_rtol of it (one small all-reduce)."""
         try:
-            _, found = self._compute(self.gradient_sums())
+            _, found = self._compute(self._reduced(self.elements.gradient_sums()), self.config.noise_floor_correction)
         except MolsError:
             return False
         wide = [g for g, a in found.items() if is_scaled(g) and not _narrow(a, self.config.alpha_rtol)]
         return not wide
-
-    # ------------------------------------------------------------------ mode "moments"
-
-    def open_moment_sums(self, floor: NoiseFloor) -> None:
-        """Begin to collect group sums of Adam's own moments (no accumulators)."""
-        self._sums = GroupSums.zeros(self.groups, floor)
-
-    def add_moment_squares(self, index: int, mu2: Tensor, s2: Tensor) -> None:
-        """Plain mu_i^2 and s_i^2 of owned piece `index` (1-D)."""
-        assert self._sums is not None
-        piece = self.owned[index]
-        layout = self.table.layouts[piece.name]
-        for (group, mean), (_, spread) in zip(
-            layout.views(mu2, piece.start), layout.views(s2, piece.start), strict=True
-        ):
-            self._sums.add_squares(group, mean, spread)
-
-    @property
-    def collecting_moments(self) -> bool:
-        return self._sums is not None
 
     @property
     def reads_moments_next(self) -> bool:
@@ -295,36 +234,55 @@ class Controller:
         return self.measuring and self.config.mode == "moments" and self.state.samples + 1 >= self.state.window
 
     def close_moments(self, t: int) -> None:
-        """End the calibration from the collected sums of all ranks."""
-        assert self._sums is not None
-        sums, self._sums = self._sums, None
-        sums.load_packed(self.context.reduce(sums.pack()))
-        self.end_calibration(t, sums)
+        """Mode "moments": end the calibration from the collected sums of all ranks."""
+        self.end_calibration(t, self._reduced(self.elements.take_squares()))
 
     # ------------------------------------------------------------------ alphas
 
-    def _compute(self, sums: GroupSums) -> tuple[str, dict[str, estimators.Alpha]]:
+    def _compute(self, sums: GroupSums, correction: bool) -> tuple[str, dict[str, estimators.Alpha]]:
         config = self.config
         return estimators.compute_alphas(
             sums,
             estimator=config.estimator,
-            correction=config.noise_floor_correction,
+            correction=correction,
             reference=config.reference,
             alpha_min=config.alpha_min,
             alpha_max=config.alpha_max,
         )
 
+    def _alphas(self, sums: GroupSums) -> tuple[bool, str, dict[str, estimators.Alpha]]:
+        """(whether the noise floor was corrected, reference, alphas).
+
+        The correction subtracts what noise reads on average. Where the whole reference group lies below that (small
+        batches, few samples), no ratio can be formed; the uncorrected values still order the groups and lie close to
+        each other there, so they are the fallback.
+        """
+        corrected = self.config.noise_floor_correction
+        try:
+            return corrected, *self._compute(sums, corrected)
+        except MolsConfigError:
+            raise
+        except MolsError as error:
+            if not corrected:
+                raise
+            found = self._compute(sums, False)
+            self.warn(
+                f"{error}; the alphas come from the uncorrected {self.config.estimator} instead. "
+                "More samples or larger batches would lift the signal above the noise floor"
+            )
+            return False, *found
+
     def end_calibration(self, t: int, sums: GroupSums) -> None:
         """Alphas from global sums; the accumulators are freed, the report written, the ramp begun at step t."""
         try:
-            reference, found = self._compute(sums)
+            corrected, reference, found = self._alphas(sums)
         except MolsConfigError:
             raise
         except MolsError as error:
             self.give_up(t, str(error))
             return
-        rows = measured_rows(self.table, sums, found, self.config)
-        self._report = self._header(t, reference) | {"groups": rows}
+        rows = measured_rows(self.table, sums, found, self.config.estimator, corrected, self.config.mode)
+        self._report = self._header(t, reference) | {"noise_floor_correction": corrected, "groups": rows}
         for group, alpha in found.items():
             if alpha.clamped:
                 self.warn(
@@ -345,7 +303,7 @@ class Controller:
         self._finish(t, keep)
 
     def _finish(self, t: int, alphas: dict[str, float]) -> None:
-        self._free()
+        self.elements.free()
         if not self.state.end(t, alphas):
             self.warn(
                 f"the calibration ended at step {t}, after mols.ramp_end (step {self.state.schedule.ramp_end}); "
@@ -357,11 +315,6 @@ class Controller:
                 write_report(self._report, self.config.report_dir)
             except (MolsError, OSError) as error:  # the other ranks go on: an exception here would leave them waiting
                 self.warn(f"the report could not be written: {error}")
-
-    def _free(self) -> None:
-        if self._moments is not None:
-            self._moments.free()
-        self._moments = self._sums = None
 
     def _header(self, t: int, reference: str) -> dict[str, Any]:
         config = self.config
@@ -381,7 +334,7 @@ class Controller:
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint carries, identical on every rank. Accumulators go into side files (`sample_state`).
+        """What a checkpoint carries, identical on every rank. Accumulators go into side files (`elements.state_dict`).
 
         Deliberately not in it: the config and the schedule (the resumed run's own count), `multipliers` and
         `applied_lrs` (facts of the last step).
@@ -401,7 +354,7 @@ class Controller:
                 changed then.
         """
         check_saved(saved, self.table.elements, self.state.state_dict())
-        self._free()
+        self.elements.free()
         self.state.load_state_dict(copy.deepcopy(dict(saved["state"])))
         self._report = copy.deepcopy(dict(saved["report"]))
 
@@ -410,7 +363,7 @@ class Controller:
 
         A recalibration begins anew with the multipliers that it had; everything else where the schedule says.
         """
-        self._free()
+        self.elements.free()
         self.warn(why)
         if not forget and self.state.phase == "calibrating" and self.state.ended_at is not None:
             self.state.begin(t)
@@ -419,20 +372,6 @@ class Controller:
         self.state = Calibration(old.schedule, old.wanted, old.max_samples, old.every)
         self._report = {}
         self.advance(t)
-
-    def sample_state(self) -> dict[str, Any] | None:
-        """This rank's accumulators, keyed by parameter name and range, or None when there are none."""
-        if self._moments is None:
-            return None
-        return {"owned": [tuple(piece) for piece in self.owned], "moments": self._moments.state_dict()}
-
-    def load_sample_state(self, saved: Mapping[str, Any]) -> None:
-        """Put the accumulators back. Raises `MolsCheckpointError` where this rank owns other elements."""
-        if [Owned(*piece) for piece in saved["owned"]] != self.owned:
-            raise MolsCheckpointError("the saved accumulators belong to other elements than this rank owns")
-        moments = self._new_moments()
-        moments.load_state_dict(saved["moments"])
-        self._moments = moments
 
 
 def _narrow(alpha: estimators.Alpha, rtol: float) -> bool:

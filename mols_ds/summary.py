@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mols_ds.config import MolsConfig
-from mols_ds.estimators import ESTIMATORS, Alpha, estimate, intervals
+from mols_ds.config import Mode
+from mols_ds.estimators import ESTIMATORS, Alpha, Estimator, estimate, intervals
 from mols_ds.groups import GroupTable
 from mols_ds.snr import GroupSums
 
@@ -23,15 +23,20 @@ def unmeasured_rows(table: GroupTable, alphas: Mapping[str, float]) -> dict[str,
 
 
 def measured_rows(
-    table: GroupTable, sums: GroupSums, alphas: Mapping[str, Alpha], config: MolsConfig
+    table: GroupTable,
+    sums: GroupSums,
+    alphas: Mapping[str, Alpha],
+    estimator: Estimator,
+    correction: bool,
+    mode: Mode,
 ) -> dict[str, dict[str, Any]]:
     """One row a group: "snr" is what the chosen estimator gave, the others are uncorrected, from the same sums.
 
     What is undefined (a group of which no element moved, an interval with too few samples) is null.
     """
-    chosen = estimate(sums, config.estimator, config.noise_floor_correction)
+    chosen = estimate(sums, estimator, correction)
     plain = {name: estimate(sums, name, False) for name in ESTIMATORS}
-    spread = intervals(sums, config.estimator, config.noise_floor_correction)
+    spread = intervals(sums, estimator, correction)
     total, never, once = (sums.column(name) for name in ("total", "never_moved", "moved_once"))
     rows: dict[str, dict[str, Any]] = {}
     for group, _, elements, _ in table:
@@ -50,7 +55,7 @@ def measured_rows(
             "alpha_high": alphas[group].high,
             "never_moved_share": never[group] / seen,
             # Adam's moments do not tell in how many samples an element moved.
-            "moved_once_share": once[group] / seen if config.mode != "moments" else math.nan,
+            "moved_once_share": once[group] / seen if mode != "moments" else math.nan,
             "clamped": alphas[group].clamped,
         }
         rows[group] = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -96,7 +96,7 @@ class Checkpoints:
         if not controller.measuring:
             _remove_stale(folder, path, rank, world)
             return None
-        samples, random = controller.sample_state(), self.mols._random
+        samples, random = controller.elements.state_dict(), self.mols._random
         mine = torch.tensor(
             [secrets.randbits(ID_BITS) if rank == 0 else 0, samples is not None or random is not None],
             dtype=torch.float64,
@@ -221,7 +221,7 @@ class Checkpoints:
                 return f"{path.name} belongs to another save of this tag"
             random = None if content["random"] is None else tuple(state.clone() for state in content["random"])
             if content["samples"] is not None:
-                self.mols.controller.load_sample_state(content["samples"])
+                self.mols.controller.elements.load_state_dict(content["samples"])
         except MolsCheckpointError as error:
             return f"{path.name}: {error}"
         except Exception as error:  # a truncated or foreign file raises many types (zipfile, pickle, RuntimeError)

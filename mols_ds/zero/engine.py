@@ -145,7 +145,7 @@ class EngineMols:
             hook.remove()
         del self.engine._take_model_step
         self.checkpoints.remove()
-        self.controller._free()
+        self.controller.elements.free()
         del self.engine.mols
 
     # ------------------------------------------------------------------ build
@@ -194,7 +194,7 @@ class EngineMols:
         """One small reduction: every logical element is owned by exactly one rank."""
         groups = list(table.elements)
         mine = dict.fromkeys(groups, 0)
-        for owned in self.controller.owned:
+        for owned in self.controller.elements.pieces:
             for group, count in table.layouts[owned.name].counts(owned.start, owned.numel).items():
                 mine[group] += count
         counted = self._reduce(torch.tensor([float(mine[g]) for g in groups], dtype=torch.float64)).tolist()
@@ -258,9 +258,9 @@ class EngineMols:
         usable = self.agree(finite)
         if usable:
             scale = 1.0 / shards.loss_scale()
-            controller.open_sample()
+            controller.elements.open()
             for offset, gradient in shards.read():
-                controller.add(offset, gradient, scale)
+                controller.elements.add(offset, gradient, scale)
         shards.discard()
         engine.micro_steps -= engine.gradient_accumulation_steps()
         engine.losses = None
@@ -275,9 +275,9 @@ class EngineMols:
         self._sampled = False
         self._scale_before = shards.loss_scale()
         if self._sampling and isinstance(shards, Replicated) and shards.finite():
-            controller.open_sample()
+            controller.elements.open()
             for offset, gradient in shards.read():
-                controller.add(offset, gradient)
+                controller.elements.add(offset, gradient, 1.0)
             self._sampled = True
 
     def _end_sample(self, t: int, reads_moments: bool) -> None:
@@ -287,7 +287,7 @@ class EngineMols:
             controller.close_sample(t, usable=self._sampled)
         elif controller.measuring and self.config.mode == "moments":
             controller.count(t, usable=True)
-            if controller.collecting_moments:
+            if controller.elements.has_squares:
                 controller.close_moments(t)
             elif reads_moments:
                 controller.give_up(t, "the optimizer step in which Adam's moments were to be read was skipped")
@@ -303,13 +303,13 @@ class EngineMols:
         if math.isnan(factor):
             return
         if not self._sampled:
-            self.controller.open_sample()
+            self.controller.elements.open()
             self._sampled = True
         for group in optimizer.param_groups:
             for tensor in group["params"]:
                 for offset, piece in self.shards.by_tensor.get(id(tensor), []):
                     gradient = tensor.grad.view(-1).narrow(0, piece.offset, piece.numel)
-                    self.controller.add(offset, gradient, factor)
+                    self.controller.elements.add(offset, gradient, factor)
 
     def _after_inner_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Mode "moments": group sums of Adam's moments while the state of these tensors is at hand (NVMe)."""
@@ -322,17 +322,17 @@ class EngineMols:
             for tensor in group["params"]:
                 for number, piece in first.get(id(tensor), []):
                     self._add_moments(group, optimizer.state[tensor], number, piece.offset, piece.numel)
-        if not self.controller.collecting_moments:
-            self.controller.open_moment_sums(NoiseFloor(1.0, self._moment_weight(optimizer)))
+        if not self.controller.elements.has_squares:
+            self.controller.elements.open_squares(NoiseFloor(1.0, self._moment_weight(optimizer)))
 
     def _add_moments(self, group: Mapping[str, Any], state: Mapping[str, Any], number: int, lo: int, n: int) -> None:
         mean = state["exp_avg"].view(-1)[lo : lo + n]
         square = state["exp_avg_sq"].view(-1)[lo : lo + n]
         step = int(state.get("step", group.get("step", 0)))
         mu2, s2, c = adam_moments(mean, square, step, *group["betas"])
-        if not self.controller.collecting_moments:
-            self.controller.open_moment_sums(NoiseFloor(1.0, c))
-        self.controller.add_moment_squares(number, mu2, s2)
+        if not self.controller.elements.has_squares:
+            self.controller.elements.open_squares(NoiseFloor(1.0, c))
+        self.controller.elements.add_squares(number, mu2, s2)
 
     def _moment_weight(self, optimizer: Any) -> float:
         """c of a rank that owns nothing of this inner step: from any state at hand, else from the step count."""

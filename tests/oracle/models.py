@@ -72,7 +72,7 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, scale
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Like `model.to(dtype)`, but buffers keep theirs, as DeepSpeed does: rotary frequencies in bf16 are other angles."""
+    """Like `model.to(dtype)`, but buffers keep theirs, as in DeepSpeed: rotary frequencies in bf16 are other angles."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
