@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c 
 # DeepSpeed compiles its kernels when they are first used, never while it is installed.
 export DS_BUILD_OPS := 0
 # What runs on the CPU does so in several processes: one thread each, or they fight over the cores.
-CPU_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=$(ACCELERATOR)
+CPU_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=$(ACCELERATOR)
 # launch/ comes first, so that `deepspeed` is the shim that takes --config.
 RUN_PATH := PATH="$(CURDIR)/launch:$(BIN):$$PATH"
 

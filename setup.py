@@ -11,7 +11,14 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "mols_ds/__init__.py").re
 if VERSION is None:
     raise SystemExit('mols_ds/__init__.py has no line __version__ = "..."')
 
-TRAIN = ["transformers>=4.48", "datasets>=3.0", "tokenizers>=0.21", "rich>=13.0", "tensorboard>=2.16"]
+TRAIN = [
+    "transformers>=4.56",
+    "datasets>=3.0",
+    "tokenizers>=0.21",
+    "rich>=13.0",
+    "tensorboard>=2.16",
+    "matplotlib>=3.8",
+]
 REPORT = ["matplotlib>=3.8", "rich>=13.0"]
 TEST_TOOLS = ["pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"]
 

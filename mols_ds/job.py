@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 
@@ -61,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--compare", choices=["adam"], help="first train the same without MoLS, then compare")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     run = parser.add_argument_group("run")
-    run.add_argument("--steps", type=_positive, default=300, help="optimizer steps (default %(default)s)")
+    run.add_argument("--steps", type=_positive, default=240, help="optimizer steps (default %(default)s)")
     run.add_argument("--seq-len", type=_positive, default=128, help="tokens a sequence (default %(default)s)")
     run.add_argument("--lr", type=float, help="base rate, in the place of the config's")
     run.add_argument("--seed", type=_not_negative, default=0, help="weights, split and order of the data")
@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Everything after the arguments. Checks what can be checked before anything slow is started."""
+    _quiet()
     raw = read_config(args.config)
     if args.compare and not raw.get("mols", {}).get("enabled", "mols" in raw):
         raise MolsConfigError(f'--compare adam: config {args.config} has no enabled "mols" section to compare with')
@@ -126,7 +127,6 @@ def run(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MolsConfigError(f"--out {args.out}: {error.strerror or error}") from error
-    _quiet()
     rank, world = _start_ranks()
     config = resolve(raw, world=world, steps=args.steps, out=args.out, lr=args.lr)
     check_with_deepspeed(config, args.config)
@@ -197,15 +197,24 @@ def _quiet() -> None:
     import warnings
 
     from deepspeed.utils import logger
+    from transformers.utils import logging as transformers_logging
 
     logger.setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
     stock = warnings.showwarning
 
-    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if not issubclass(category, MolsWarning):
-            stock(message, category, *rest)
+            stock(message, category, filename, lineno, file, line)
         elif int(os.environ.get("RANK", "0")) == 0:
             print(f"warning: {message}", file=sys.stderr, flush=True)
 

@@ -7,9 +7,11 @@ because environment variables do not travel to other nodes.
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 USER_MISTAKE = 2
@@ -68,6 +70,14 @@ def _checked(parse: Callable[..., argparse.Namespace]) -> Callable[..., argparse
     return parse_args
 
 
+def _end_children(signum: int, frame: FrameType | None) -> None:
+    """Hands SIGTERM on: the launcher's own handler covers several nodes only, and would leave local ranks running."""
+    import psutil  # type: ignore[import-untyped]
+
+    for child in psutil.Process().children():
+        child.send_signal(signum)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs DeepSpeed's launcher on `argv` (default: the command line). Returns its status, or 2 for a user's mistake;
     the launcher itself hands on the status of the first process that failed."""
@@ -75,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     stock = runner.parse_args
     runner.parse_args = _checked(stock)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end_children)
     try:
         runner.main(None if argv is None else list(argv))
     except SystemExit as stop:

@@ -218,12 +218,10 @@ class _Loop:
             self.metrics.write(line)
         monitor = getattr(self.engine, "monitor", None)
         if self.first and monitor is not None and monitor.enabled:
-            events = [("Train/Samples/val_loss", val_loss, self.engine.global_samples)] if val_loss is not None else []
-            events += [
-                (f"Train/Samples/multiplier_{group}", value, self.engine.global_samples)
-                for group, value in line["multipliers"].items()
-            ]
-            monitor.write_events(events)
+            values = {"loss": loss, **({} if val_loss is None else {"val_loss": val_loss})}
+            values |= {f"multiplier_{group}": value for group, value in line["multipliers"].items()}
+            samples = self.engine.global_samples
+            monitor.write_events([(f"Train/Samples/{name}", value, samples) for name, value in values.items()])
         self.bar.update(step, loss, val_loss, phase)
 
     def average(self, value: torch.Tensor) -> float:

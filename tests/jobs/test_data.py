@@ -12,7 +12,17 @@ import torch
 
 from mols_ds import batches as batches_module
 from mols_ds.batches import BatchShape, PackedBatches, SequenceOrder, StreamedBatches, held_out_batches
-from mols_ds.data import DataSpec, cut, document_hash, hash_threshold, local_documents, local_files, local_threshold
+from mols_ds.data import (
+    DataSpec,
+    check_hub,
+    cut,
+    document_hash,
+    hash_threshold,
+    local_documents,
+    local_files,
+    local_threshold,
+    stream_documents,
+)
 from mols_ds.errors import MolsConfigError
 from mols_ds.tokens import Tokenizer, load_tokenizer, prepare, train_tokenizer
 from tests.jobs.command import ROOT, write_text
@@ -198,6 +208,42 @@ def test_a_stream_resumes_at_the_exact_sequence(stream: DataSpec) -> None:
     assert all(torch.equal(torch.cat(list(resumed.step("train", n))), steps[n]) for n in range(5, 12))
     held = {ord(chr(65 + n)) for n in range(40) if document_hash(chr(65 + n) * 7, 0) < hash_threshold(0.3)}
     assert held and not held & set(torch.cat(steps).flatten().tolist())
+
+
+def test_a_hub_source_is_dealt_out_to_ranks_and_shuffled_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = [{"text": f"document {n}"} for n in range(20)] + [{"text": "  "}]
+    whole = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=3)
+    asked: list[object] = []
+
+    def load_dataset(*args: object, **kwargs: object) -> object:
+        asked.extend([*args, kwargs])
+        return whole
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    spec = DataSpec("owner/name", subset="en", shuffle_buffer=8)
+    texts = [row["text"] for row in rows[:-1]]
+    assert list(stream_documents(spec, "train", seed=None)) == texts
+    assert asked == ["owner/name", "en", {"split": "train", "streaming": True}]
+    parts = [list(stream_documents(spec, "train", seed=1, rank=rank, world=2)) for rank in range(2)]
+    assert sorted(parts[0] + parts[1]) == sorted(texts)
+    assert parts[0] == list(stream_documents(spec, "train", seed=1, rank=0, world=2))
+    assert list(stream_documents(spec, "train", seed=1)) != list(stream_documents(spec, "train", seed=2))
+    with pytest.raises(MolsConfigError, match="no text in column 'body'"):
+        list(stream_documents(DataSpec("owner/name", text_key="body"), "train", seed=None))
+
+
+def test_a_hub_that_cannot_be_asked_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(HfApi, "dataset_info", refuse)
+    check_hub(DataSpec())
+    with pytest.raises(MolsConfigError, match=r"data owner/name: neither .* ConnectionError: no route$"):
+        check_hub(DataSpec("owner/name"))
 
 
 def write(path: Path, content: str) -> Path:

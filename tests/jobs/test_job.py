@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mols_ds import cli, job, settings
+from mols_ds.config import MolsConfig
 from mols_ds.errors import MolsConfigError
 from mols_ds.models import build_model, load_model_config
 from mols_ds.settings import read_config, resolve
@@ -102,6 +103,13 @@ def test_bf16_is_on_where_the_device_has_it(native: bool, tmp_path: Path, monkey
         assert resolve(given, world=1, steps=1, out=tmp_path)["bf16"]["enabled"] is native
     assert resolve({"fp16": {"enabled": True}}, world=1, steps=1, out=tmp_path)["bf16"]["enabled"] is False
     assert resolve({"bf16": {"enabled": not native}}, world=1, steps=1, out=tmp_path)["bf16"]["enabled"] is not native
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ds_*.json")), ids=lambda path: path.stem)
+def test_ready_configs_are_valid(path: Path, tmp_path: Path) -> None:
+    config = resolve(read_config(str(path)), world=1, steps=100, out=tmp_path)
+    settings.check_with_deepspeed(config, str(path))
+    assert MolsConfig.parse(config["mols"]).enabled
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, scale
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += INITIAL_STD * torch.randn_like(parameter)
-    model.config.loss_type = "ForCausalLM"
+    model.loss_type = "ForCausalLM"  # which transformers guesses, with a warning, from the name of some classes
     return cast_parameters(model, dtype)
 
 

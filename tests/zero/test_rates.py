@@ -18,7 +18,7 @@ from tests.zero.support import CLIP, STAGES, config, engine_of, fingerprint, ful
 WORLD, STEPS, MICROS = 2, 20, 1
 START, RAMP_END = 2, 12
 ALPHAS = {"embedding": 3.0, "head": 2.0, "qk": 0.5, "vo": 1.0, "mlp": 1.5}
-ATOL = 1e-6  # the requirement
+ATOL = 1e-6  # the requirement; measured: up to 3.3e-7
 MOVEMENT = 1e-2  # the weights must move far more than ATOL for the comparison to mean something
 
 # eps far above the gradients' float noise (about 1e-9): below it Adam turns noise into full steps, and a comparison of
@@ -139,7 +139,7 @@ def test_the_oracle_sees_a_wrong_rate() -> None:
         wrong = {**applied[step], "vo": 1.01 * applied[step]["vo"]}
         optimizer.step(gradient_sample(twin, step, WORLD, MICROS), schedule(step), wrong)
     fused = "transformer.h.0.attn.c_attn.weight"
-    assert float((dict(twin.named_parameters())[fused] - truth[fused]).abs().max()) > 50 * ATOL
+    assert float((dict(twin.named_parameters())[fused].detach() - truth[fused]).abs().max()) > 50 * ATOL
 
 
 @pytest.mark.parametrize("way", OFF_WAYS)
