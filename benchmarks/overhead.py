@@ -1,12 +1,12 @@
-"""Step time of MoLS over stock DeepSpeed, several engines taking turns in one run, so that machine noise strikes all alike.
+"""Step time of MoLS over stock DeepSpeed: engines take turns in one run, so that machine noise strikes all alike.
 
     python benchmarks/overhead.py                      # LLaMA of 10 M weights, ZeRO-3, two gloo processes
     python benchmarks/overhead.py --model gpt2         # fused projections: interleaved ranges go by delta
 
-Arms: `stock` (MoLS off), `fixed` (after a calibration: every group but the reference has a multiplier of its own) and
-`online` (in the middle of an online calibration, accumulators on the CPU). A round is one optimizer step of each arm,
-in an order that rotates; the ratio of a round is arm / stock, and the medians over the rounds are printed. Targets on a
-CPU: fixed at most 1.01 (unfused model), online at most 1.25. `benchmarks/accumulator.py` measures the accumulator alone.
+Arms: `stock` (MoLS off), `fixed` (after a calibration: every group but the reference has a multiplier of its own)
+and `online` (in the middle of an online calibration, accumulators on the CPU). A round is one optimizer step of each
+arm, in an order that rotates; the ratio of a round is arm / stock, and the medians over the rounds are printed. Targets
+on a CPU: fixed at most 1.01 (unfused model), online at most 1.25. benchmarks/accumulator.py measures the accumulator.
 """
 
 from __future__ import annotations

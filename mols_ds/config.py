@@ -20,7 +20,7 @@ StepOrShare = StrictInt | StrictFloat
 
 PRESETS: dict[str, dict[str, Any]] = {
     "robust": {},
-    # The paper to the letter: plain average of SNR_i (sec. 3.2), no correction, no bounds, the largest SNR as reference.
+    # The paper to the letter: average of SNR_i (sec. 3.2), no correction, no bounds, the largest SNR as reference.
     "paper": {
         "estimator": "mean",
         "noise_floor_correction": False,

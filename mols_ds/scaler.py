@@ -6,8 +6,8 @@ put back, so that schedulers, logging and checkpoints see the base rate and the 
 A tensor whose elements belong to several groups (a ZeRO flat shard, a fused projection) is stepped in one of two ways:
 - **views**: contiguous runs of equal multiplier become views of the weight, the gradient and the optimizer state. No
   copy and no extra pass; bit for bit what an optimizer over separate tensors does. For elementwise optimizers only.
-- **delta**: the whole tensor is stepped with one multiplier `lead`, then w = w_old + (s / lead) * (w_new - w_old) on the
-  other ranges, with a transient copy of just those. Exact for every update that is proportional to lr (decoupled
+- **delta**: the whole tensor is stepped with one multiplier `lead`, then w = w_old + (s / lead) * (w_new - w_old) on
+  the other ranges, with a transient copy of just those. Exact for every update that is proportional to lr (decoupled
   weight decay included). For interleaved ranges (GPT-2's columns) and optimizers that look at whole tensors.
 """
 
@@ -188,8 +188,7 @@ class RateScaler:
 
     def _derive(self, group: dict[str, Any], by_rate: Mapping[float, list[Tensor]]) -> list[dict[str, Any]]:
         if not by_rate or set(by_rate) == {1.0}:
-            if not any(s.tensor is p for s in self._slices for p in group["params"]):
-                return [group]
+            return [group]
         derived = [{**group, "lr": group["lr"] * rate, "params": parts} for rate, parts in by_rate.items()]
         self._derived.append((group, derived[0]))
         return derived

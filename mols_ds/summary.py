@@ -11,7 +11,10 @@ from mols_ds.estimators import ESTIMATORS, Alpha, Estimator, estimate, intervals
 from mols_ds.groups import GroupTable
 from mols_ds.snr import GroupSums
 
-MEASURED = "snr snr_mean snr_median snr_pooled damping snr_low snr_high never_moved_share moved_once_share".split()
+MEASURED = (
+    *("snr", "snr_mean", "snr_median", "snr_pooled", "damping", "snr_low", "snr_high"),
+    *("never_moved_share", "moved_once_share"),
+)
 
 
 def unmeasured_rows(table: GroupTable, alphas: Mapping[str, float]) -> dict[str, dict[str, Any]]:

@@ -163,7 +163,7 @@ class EngineMols:
         left_out = [name for name in full.layouts if name not in names]
         if left_out and self.engine.global_rank == 0:
             logger.warning(
-                f"MoLS: {len(left_out)} trainable parameters are not in the optimizer and are left alone: {left_out[:3]}"
+                f"MoLS: {len(left_out)} trainable parameters are not in the optimizer, left alone: {left_out[:3]}"
             )
         return GroupTable(
             {name: layout for name, layout in full.layouts.items() if name in names},

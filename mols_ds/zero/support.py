@@ -1,4 +1,4 @@
-"""What an engine cannot do with MoLS, refused by name with the way out, and what its scheduler tells about the schedule."""
+"""What cannot go with MoLS, refused by name with the way out; and what a scheduler tells about the run's length."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _refusals(engine: Any, config: MolsConfig) -> list[tuple[bool, str, str]]:
             'set "offload_optimizer.ratio": 1.0',
         ),
         (
-            "Muon" in name or any(g.get("use_muon") for g in inner.param_groups) if hasattr(inner, "param_groups") else False,
+            "Muon" in name or any(group.get("use_muon") for group in getattr(inner, "param_groups", [])),
             "Muon under DeepSpeed (its gradients are already orthogonalised when they can be read)",
             "use Adam or AdamW",
         ),
