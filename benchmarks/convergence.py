@@ -77,10 +77,13 @@ class Settings:
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """When MoLS measures: at 1 % of the steps; the ramp ends with warm-up."""
+        """When MoLS measures: at 5 % of the steps; the ramp ends with warm-up.
+
+        The paper's 1 % of 10,000 steps is step 100; 1 % of a run as short as this is step 2, where weights are random.
+        """
         return {
             "mode": "probe",
-            "start": max(1, self.steps // 100),
+            "start": max(1, self.steps // 20),
             "samples": 32,
             "ramp": "linear",
             "ramp_end": self.warmup,
@@ -114,7 +117,8 @@ class Bench:
 
     def file(self, run: Run) -> Path:
         """Result file of a run; its name changes with every setting that the result depends on."""
-        state = json.dumps([asdict(self.settings), ARMS[run.arm]], sort_keys=True)
+        calibration = {} if run.arm == BASE else self.settings.calibration
+        state = json.dumps([asdict(self.settings), ARMS[run.arm] | calibration], sort_keys=True)
         return self.out / "runs" / f"{run.name}-{hashlib.blake2b(state.encode(), digest_size=4).hexdigest()}.json"
 
     def load(self, run: Run) -> dict[str, Any]:

@@ -120,10 +120,9 @@ class Controller:
             self.context.log(message)
 
     def warn(self, message: str) -> None:
-        """Warn once per job: as a `MolsWarning` and in the log."""
+        """Warn once per job, as a `MolsWarning`."""
         if self.context.rank == 0:
             warnings.warn(message, MolsWarning, stacklevel=3)
-            self.context.log(f"MoLS WARNING: {message}")
 
     @property
     def measuring(self) -> bool:

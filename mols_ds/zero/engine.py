@@ -1,4 +1,4 @@
-"""MoLS on a DeepSpeed engine: `initialize`, `attach`, and the object behind `engine.mols`.
+"""MoLS on one DeepSpeed engine: the object behind `engine.mols`.
 
 Attaching puts torch step hooks on the inner optimizer (rates, online samples) and patches `_take_model_step`,
 `save_checkpoint` and `load_checkpoint` on the instance. No class and no module is patched; `detach()` undoes it all.
@@ -7,26 +7,23 @@ A proxy in the place of DeepSpeed's optimizer was seen to train silently wrong, 
 
 from __future__ import annotations
 
-import inspect
+import logging
 import math
 import platform
+import warnings
 from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-from deepspeed.utils import logger
 from torch import Tensor
 
 from mols_ds.calibration import Phase, resolve_schedule
 from mols_ds.config import MolsConfig
 from mols_ds.controller import Context, Controller
-from mols_ds.errors import MolsConfigError, MolsError
+from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 from mols_ds.groups import GroupTable, group_table
 from mols_ds.owned import Owned
 from mols_ds.scaler import Piece, RateScaler, make_plan
@@ -35,23 +32,15 @@ from mols_ds.zero.checkpoint import Checkpoints
 from mols_ds.zero.shards import Replicated, find_shards
 from mols_ds.zero.support import check_supported, scheduler_hints
 
+LOG = logging.getLogger("mols_ds")
 
-class DisabledMols:
-    """`engine.mols` where MoLS is off: DeepSpeed is exactly stock."""
 
-    phase: Phase = "disabled"
-    alphas: dict[str, float] = {}  # noqa: RUF012 - read-only by contract
-    multipliers: dict[str, float] = {}  # noqa: RUF012
-    applied_lrs: dict[str, float] = {}  # noqa: RUF012
-    samples = 0
-    accumulator_bytes = 0
-
-    def report(self) -> dict[str, Any]:
-        """Empty: nothing was measured."""
-        return {}
-
-    def detach(self) -> None:
-        """Nothing to undo."""
+def say(message: str) -> None:
+    """Log at INFO; where nobody has configured logging, print, so that the group table and the alphas are seen."""
+    if LOG.hasHandlers() or LOG.level != logging.NOTSET:
+        LOG.info(message)
+    else:
+        print(message, flush=True)
 
 
 class EngineMols:
@@ -162,8 +151,10 @@ class EngineMols:
         names = self.shards.param_group
         left_out = [name for name in full.layouts if name not in names]
         if left_out and self.engine.global_rank == 0:
-            logger.warning(
-                f"MoLS: {len(left_out)} trainable parameters are not in the optimizer, left alone: {left_out[:3]}"
+            warnings.warn(
+                f"{len(left_out)} trainable parameters are not in the optimizer, left alone: {left_out[:3]}",
+                MolsWarning,
+                stacklevel=4,
             )
         return GroupTable(
             {name: layout for name, layout in full.layouts.items() if name in names},
@@ -187,7 +178,7 @@ class EngineMols:
             rank=self.engine.global_rank,
             world={"data": world, "tensor": 1, "pipeline": 1, "expert": 1},
             versions=versions(),
-            log=logger.info,
+            log=say,
         )
 
     def _check_counts(self, table: GroupTable) -> None:
@@ -364,58 +355,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def attach(engine: Any, config: Mapping[str, Any] | MolsConfig) -> EngineMols | DisabledMols:
-    """Put MoLS on a DeepSpeed engine that exists already. Collective: every rank calls it at the same point.
-
-    Args:
-        engine: what `deepspeed.initialize` returned; ZeRO stage 0-3, before or after any number of steps.
-        config: a "mols" section (dict) or a `MolsConfig`.
-
-    Returns:
-        The object that is also `engine.mols`; its `detach()` makes the engine stock again.
-
-    Raises:
-        MolsConfigError: the section, a rule or a group name is wrong.
-        MolsUnsupportedError: the engine, its optimizer or a setting of it cannot be supported; named, with the way out.
-    """
-    section = MolsConfig.parse(config)
-    if isinstance(getattr(engine, "mols", None), EngineMols):
-        raise MolsError("this engine has MoLS already; call engine.mols.detach() first")
-    engine.mols = EngineMols(engine, section) if section.enabled else DisabledMols()
-    return engine.mols  # type: ignore[no-any-return]
-
-
-def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize` with the "mols" section of the DeepSpeed config.
-
-    Same arguments and same four results (deepspeed/__init__.py). Without a "mols" section, or with
-    `"enabled": false`, the result is bit for bit that of `deepspeed.initialize`.
-
-    Raises:
-        MolsConfigError, MolsUnsupportedError: as `attach`; a wrong section is refused before the engine is built.
-    """
-    section = _find_section(inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments)
-    results: tuple[Any, Any, Any, Any] = deepspeed.initialize(*args, **kwargs)
-    if section is None or not section.enabled:
-        results[0].mols = DisabledMols()
-    else:
-        attach(results[0], section)
-    return results
-
-
-def _find_section(arguments: Mapping[str, Any]) -> MolsConfig | None:
-    """The validated "mols" section of the config that these arguments name, read by DeepSpeed's own loader."""
-    config = arguments.get("config") or arguments.get("config_params")
-    if config is None:
-        launched = arguments.get("args")
-        config = getattr(launched, "deepspeed_config", None) or getattr(launched, "deepscale_config", None)
-    if config is None:
-        return None
-    if not isinstance(config, Mapping):
-        if not Path(config).is_file() and str(config).endswith(".json"):
-            raise MolsConfigError(f"DeepSpeed config {config}: no such file")
-        config = load_ds_config(config)
-    section = config.get("mols")
-    return None if section is None else MolsConfig.parse(section)

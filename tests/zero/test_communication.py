@@ -81,12 +81,12 @@ COMMUNICATED = [(stage, mode) for stage in STAGES for mode in ("stock", "online"
 
 @functools.cache
 def traffic() -> Results:
-    return run_cases(communicate, WORLD, COMMUNICATED, timeout=60)
+    return run_cases(communicate, WORLD, COMMUNICATED, timeout=120)
 
 
 @functools.cache
 def weights() -> Results:
-    return run_cases(weigh, WORLD, [(stage,) for stage in STAGES], timeout=60)
+    return run_cases(weigh, WORLD, [(stage,) for stage in STAGES], timeout=120)
 
 
 @pytest.mark.parametrize("level", ["torch", "deepspeed"])

@@ -136,7 +136,7 @@ CASES = [(stage, kind) for kind in SCHEDULES for stage in STAGES]
 
 @functools.cache
 def results() -> Results:
-    return run_cases(compare, WORLD, CASES, timeout=60)
+    return run_cases(compare, WORLD, CASES, timeout=120)
 
 
 def expected_multipliers(step: int) -> dict[str, float]:

@@ -32,11 +32,11 @@ START, SAMPLES, RAMP_STEPS = 1, 6, 20
 BOUNDS = {"alpha_min": 0.1, "alpha_max": 10.0}
 REFERENCE = "vo"
 
-RTOL = 1e-5  # the requirement; fp32 against fp64 gradients in the oracle alone differ by up to 3e-6 (median of GPT-2)
+RTOL = 1e-5  # the requirement; fp32 against fp64 gradients in the oracle alone differ by up to 1e-6 here
 ONLINE_RTOL = 1e-5  # the trajectory adds its own float noise, see SETTINGS
 EXACT_MEDIAN_RTOL = 0.01  # the product's median comes from bins of at most 1 % relative width
 MOVED_ONCE_RTOL = 2e-5  # the product tells "moved once" by |K SNR_i - 1| <= 1e-5, which a few others meet by chance
-BF16_MARGIN = 1.5  # kernels may round differently for tensors that lie differently in memory; measured: 1.00
+BF16_MARGIN = 1.5  # room for kernels that round by memory layout; measured: 1.00, median aside
 
 # lr small and eps large against the gradients' float noise (1e-8), which Adam's first steps would turn into full steps
 SETTINGS = AdamSettings(lr=1e-3, eps=1e-5, weight_decay=0.1, vector_lr_factor=2.0, clip=CLIP)
@@ -104,7 +104,7 @@ def measure(model: str, stage: int, mode: str, dtype: str, estimator: str) -> di
 @functools.cache
 def results(world: int) -> Results:
     cases = (BF16 if world == 2 else []) + PROBES[world] + (ONLINE if world == 2 else [])
-    return run_cases(measure, world, cases, timeout=60)
+    return run_cases(measure, world, cases, timeout=120)
 
 
 @functools.cache
