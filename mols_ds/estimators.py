@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 from mols_ds.groups import base_group, is_scaled
-from mols_ds.snr import BINS_PER_OCTAVE, BLOCK_COLUMN, COLUMN, N_BINS, OCTAVES, GroupSums, noise_floor
+from mols_ds.snr import BLOCK_COLUMN, COLUMN, N_BINS, N_EDGES, GroupSums, bin_edge, noise_floor
 
 Estimator = Literal["mean", "median", "pooled", "damping"]
 ESTIMATORS: tuple[Estimator, ...] = ("mean", "median", "pooled", "damping")
@@ -257,11 +257,11 @@ def _ranked(histogram: Tensor, cumulative: Tensor, rank: int) -> float:
     """The value of the element at 0-based `rank` in ascending order, by geometric interpolation inside its bin."""
     index = int(torch.searchsorted(cumulative, torch.tensor(float(rank), dtype=cumulative.dtype), right=True))
     if index == 0:
-        return 2.0**-OCTAVES
+        return bin_edge(0)
     if index == N_BINS - 1:
-        return 2.0**OCTAVES
+        return bin_edge(N_EDGES - 1)
     inside = (rank + 0.5 - float(cumulative[index - 1])) / float(histogram[index])
-    return float(2.0 ** ((index - 1 + inside) / BINS_PER_OCTAVE - OCTAVES))
+    return bin_edge(index - 1 + inside)
 
 
 def _bounded(alpha: float, low: float | None, high: float | None) -> float:

@@ -6,7 +6,7 @@ put back, so that schedulers, logging and checkpoints see the base rate and the 
 A tensor whose elements belong to several groups (a ZeRO flat shard, a fused projection) is stepped in one of two ways:
 - **views**: contiguous runs of equal multiplier become views of the weight, the gradient and the optimizer state. No
   copy and no extra pass; bit for bit what an optimizer over separate tensors does. For elementwise optimizers only.
-- **delta**: the whole tensor is stepped with one multiplier `lead`, then w = w_old + (s / lead) * (w_new - w_old) on
+- **delta**: a range is stepped with its largest multiplier `lead`, then w = w_old + (s / lead) * (w_new - w_old) on
   the other ranges, with a transient copy of just those. Exact for every update that is proportional to lr (decoupled
   weight decay included). For interleaved ranges (GPT-2's columns) and optimizers that look at whole tensors.
 """
@@ -45,21 +45,23 @@ class Piece(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A contiguous range of an inner tensor that moves with one group's rate (None: padding, multiplier 1)."""
+    """A contiguous range of an inner tensor with the groups in it: one, none (padding), or several (interleaved)."""
 
     lo: int
     hi: int
-    group: str | None
+    groups: tuple[str, ...]
+
+    def rate(self, multipliers: Mapping[str, float]) -> float:
+        """What the range is stepped with: of several groups the largest, so that delta never magnifies rounding."""
+        return max((multipliers.get(group, 1.0) for group in self.groups), default=1.0)
 
 
 class Mixed(NamedTuple):
-    """Interleaved elements inside a run: the run's own group leads, the others are corrected by delta."""
+    """Interleaved elements of a parameter; those whose rate is not the largest are corrected by delta."""
 
-    lo: int
-    hi: int
+    run: Run
     start: int
     layout: ElementLayout
-    lead: str
 
 
 @dataclass(slots=True)
@@ -70,8 +72,7 @@ class Plan:
     mixed: list[Mixed]
 
     def groups(self) -> set[str]:
-        inner = {g for m in self.mixed for g in m.layout.groups}
-        return inner | {r.group for r in self.runs if r.group is not None}
+        return {group for run in self.runs for group in run.groups}
 
 
 def make_plan(numel: int, pieces: Iterable[Piece], layouts: Mapping[str, ElementLayout]) -> Plan:
@@ -79,28 +80,26 @@ def make_plan(numel: int, pieces: Iterable[Piece], layouts: Mapping[str, Element
     runs: list[Run] = []
     mixed: list[Mixed] = []
 
-    def append(lo: int, hi: int, group: str | None) -> None:
+    def append(lo: int, hi: int, *groups: str) -> None:
         if hi <= lo:
             return
-        if runs and runs[-1].group == group and runs[-1].hi == lo:
-            runs[-1] = Run(runs[-1].lo, hi, group)
+        if runs and runs[-1].groups == groups:
+            runs[-1] = Run(runs[-1].lo, hi, groups)
         else:
-            runs.append(Run(lo, hi, group))
+            runs.append(Run(lo, hi, groups))
 
     at = 0
     for piece in sorted(pieces, key=lambda p: p.offset):
-        append(at, piece.offset, None)
+        append(at, piece.offset)
         at = piece.offset + piece.numel
         layout = layouts[piece.name]
         if len(layout.groups) > 1 and piece.numel > layout.period * MAX_RUNS // 2:
-            counts = layout.counts(piece.start, piece.numel)
-            lead = max(counts, key=lambda g: counts[g])
-            mixed.append(Mixed(piece.offset, at, piece.start, layout, lead))
-            append(piece.offset, at, lead)
+            mixed.append(Mixed(Run(piece.offset, at, layout.groups), piece.start, layout))
+            append(piece.offset, at, *layout.groups)
         else:
             for group, offset, length in layout.runs(piece.start, piece.numel):
                 append(piece.offset + offset, piece.offset + offset + length, group)
-    append(at, numel, None)
+    append(at, numel)
     return Plan(runs, mixed)
 
 
@@ -199,16 +198,16 @@ class RateScaler:
         if plan is None:
             return [(1.0, tensor)]
         runs: list[tuple[int, int, float]] = []
-        for lo, hi, group in plan.runs:
-            rate = multipliers.get(group, 1.0) if group is not None else 1.0
+        for run in plan.runs:
+            lo, hi, rate = run.lo, run.hi, run.rate(multipliers)
             if runs and runs[-1][2] == rate:
                 runs[-1] = (runs[-1][0], hi, rate)
             else:
                 runs.append((lo, hi, rate))
         flat = tensor.detach().view(-1)
         for m in plan.mixed:
-            lead = multipliers.get(m.lead, 1.0)
-            for group, view in m.layout.views(flat[m.lo : m.hi], m.start):
+            lead = m.run.rate(multipliers)
+            for group, view in m.layout.views(flat[m.run.lo : m.run.hi], m.start):
                 self._delta(view, multipliers.get(group, 1.0) / lead)
         if len(runs) == 1:
             return [(runs[0][2], tensor)]

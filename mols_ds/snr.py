@@ -68,9 +68,18 @@ def noise_floor(samples: int) -> NoiseFloor:
     return NoiseFloor((samples - 3) / (samples - 1) if samples > 3 else 0.0, 1.0 / samples)
 
 
+def bin_edge(position: float) -> float:
+    """Edge number `position` (a fraction lies inside a bin, geometrically): 2 ** ((position + 1/2) / 70 - 30).
+
+    Half a bin off the powers of two, because an element that moved in exactly one of K samples reads exactly 1/K: were
+    that an edge, rounding would decide its bin and the median would depend on the number of ranks.
+    """
+    return float(2.0 ** ((position + 0.5) / BINS_PER_OCTAVE - OCTAVES))
+
+
 def bin_edges() -> Tensor:
     """The `N_EDGES` edges, float64 on the CPU: bin j holds edges[j-1] <= SNR_i < edges[j]. Same bits on every rank."""
-    return torch.tensor([2.0 ** (j / BINS_PER_OCTAVE - OCTAVES) for j in range(N_EDGES)], dtype=torch.float64)
+    return torch.tensor([bin_edge(j) for j in range(N_EDGES)], dtype=torch.float64)
 
 
 def adam_moments(

@@ -89,6 +89,11 @@ def _refusals(engine: Any, config: MolsConfig) -> list[tuple[bool, str, str]]:
             'use "mode": "online"',
         ),
         (
+            config.mode == "online" and engine.zero_optimization() and not engine.zero_compute_grad_norm(),
+            '"compute_grad_norm": false in mode "online" (no norm to undo clipping by and to see bad gradients with)',
+            'remove it, or use "mode": "probe"',
+        ),
+        (
             config.mode == "moments" and not _has_adam_moments(inner),
             f'mode "moments" with {name}, which keeps no Adam moments',
             'use "mode": "probe" or "online"',

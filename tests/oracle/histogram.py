@@ -1,6 +1,6 @@
 """The median as the product documents it: logarithmic bins of fixed edges, interpolated inside the bin. float64, naive.
 
-The edges are 2^(j/70), so a bin is 0.995 % wide, from 2^-30 to 2^30.
+The edges are 2^((j + 1/2)/70), so a bin is 0.995 % wide, from 2^-30 to 2^30; 1/K is no edge.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def histogram_median(snr: Tensor) -> float:
     """The mean of the two middle elements (of the middle one twice), each placed within its bin by its rank."""
     counts: dict[int, int] = {}
     for value in snr.tolist():
-        j = math.floor(BINS_PER_OCTAVE * math.log2(value)) if value > 0 else -BINS_PER_OCTAVE * OCTAVES - 1
+        j = math.floor(BINS_PER_OCTAVE * math.log2(value) - 0.5) if value > 0 else -BINS_PER_OCTAVE * OCTAVES - 1
         counts[j] = counts.get(j, 0) + 1
     n = snr.numel()
     return (_ranked(counts, (n - 1) // 2) + _ranked(counts, n // 2)) / 2
@@ -27,7 +27,7 @@ def _ranked(counts: dict[int, int], rank: int) -> float:
     below = 0
     for j in sorted(counts):
         if rank < below + counts[j]:
-            return float(2.0 ** ((j + (rank - below + 0.5) / counts[j]) / BINS_PER_OCTAVE))
+            return float(2.0 ** ((j + 0.5 + (rank - below + 0.5) / counts[j]) / BINS_PER_OCTAVE))
         below += counts[j]
     raise AssertionError("a rank beyond the elements")
 

@@ -21,7 +21,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"samples": 8.0}, r'"mols.samples"'),
     ({"samples": True}, r'"mols.samples"'),
     ({"samples": 1}, r'"mols.samples"'),
-    ({"samples": 3}, r"samples: 3 is too few for noise_floor_correction \(needs K >= 4\).*\"noise_floor_correction\": false"),
+    ({"samples": 3}, r"samples: 3 is too few for noise_floor_correction \(needs K >= 4\).*correction\": false"),
     ({"samples": "auto", "mode": "moments"}, r'"auto" needs gradient samples'),
     ({"max_samples": 8}, r'"mols.max_samples"'),
     ({"start": -1}, r"start: a step must be >= 0, got -1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,8 @@ CLIP = 0.5  # below the gradient norm of the tiny models (6 to 10), so that clip
 SUB_GROUP = 5_000  # elements: several sub-groups at stage 3
 PERSISTENT_BELOW = 100  # elements: at stage 3 norms stay whole on every rank, matrices are partitioned
 
-sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]  # no plots from here: seconds for each engine
+if "RANK" in os.environ:  # a rank of the harness, not pytest's own process
+    sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]  # no plots from here: seconds for each engine
 
 
 def config(

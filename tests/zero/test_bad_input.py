@@ -77,7 +77,7 @@ class Nameless(nn.Module):
 ATTACHED: dict[str, tuple[str, dict[str, Any], str]] = {
     "rule matches nothing": ("llama", {**STEPS, "rules": [["no_such_layer", "mlp"]]}, r"no_such_layer"),
     "broken regex": ("llama", {**STEPS, "rules": [["(", "mlp"]]}, r"\("),
-    "rule names no group": ("llama", {**STEPS, "rules": [["up_proj", "feedforward"]]}, r"feedforward"),
+    "rule names no group": ("llama", {**STEPS, "rules": [["up_proj", "feed forward"]]}, r"feed forward.*allowed are"),
     "weight in no group": ("nameless", STEPS, r"mystery"),
     "reference group absent": ("gpt2", {**STEPS, "reference": "head"}, r'no group "head" in this model; groups: emb'),
     "reference misspelt": ("llama", {**STEPS, "reference": "qv"}, r'"mols.reference": no group "qv"'),
