@@ -47,6 +47,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "paper": {"preset": "paper"},
     "damping-uncorrected": {**_ROBUST, "estimator": "damping", "noise_floor_correction": False},
     "median": {**_ROBUST, "estimator": "median"},
+    # The paper's 1 % to the letter: step 2 of 200.
+    "damping-early": {**_ROBUST, "estimator": "damping", "start": 2},
+    "median-uncorrected-early": {**_ROBUST, "estimator": "median", "noise_floor_correction": False, "start": 2},
 }
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2, 3, 4)
@@ -118,7 +121,7 @@ class Bench:
     def file(self, run: Run) -> Path:
         """Result file of a run; its name changes with every setting that the result depends on."""
         calibration = {} if run.arm == BASE else self.settings.calibration
-        state = json.dumps([asdict(self.settings), ARMS[run.arm] | calibration], sort_keys=True)
+        state = json.dumps([asdict(self.settings), calibration | ARMS[run.arm]], sort_keys=True)
         return self.out / "runs" / f"{run.name}-{hashlib.blake2b(state.encode(), digest_size=4).hexdigest()}.json"
 
     def load(self, run: Run) -> dict[str, Any]:
@@ -229,7 +232,7 @@ def engine_config(bench: Bench, run: Run) -> dict[str, Any]:
     settings = bench.settings
     section = dict(ARMS[run.arm])
     if section.get("enabled", True):
-        section |= settings.calibration | {"report_dir": str(bench.out / "reports" / run.name)}
+        section = settings.calibration | section | {"report_dir": str(bench.out / "reports" / run.name)}
     adam = {"lr": run.rate, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True}
     return {
         "train_micro_batch_size_per_gpu": settings.sequences,

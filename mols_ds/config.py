@@ -65,7 +65,7 @@ class MolsConfig(_Frozen):
     max_samples: Annotated[StrictInt, Field(ge=16)] = 256
     alpha_rtol: Annotated[float, Field(gt=0)] = 0.1
     mode: Mode = "probe"
-    estimator: Estimator = "median"
+    estimator: Estimator = "damping"
     noise_floor_correction: StrictBool = True
     reference: str = "vo"
     alpha_min: Annotated[float, Field(gt=0, le=1)] | None = 0.1
