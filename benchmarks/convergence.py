@@ -41,13 +41,12 @@ BASE = "adam"
 _ROBUST = {"preset": "robust", "noise_floor_correction": True, "reference": "vo", "alpha_min": 0.1, "alpha_max": 10.0}
 ARMS: dict[str, dict[str, Any]] = {
     BASE: {"enabled": False},
-    # Corrected medians lie below the noise floor at this batch size, where MoLS would fall back to uncorrected ones.
+    # Uncorrected: at batches this small the corrected median of a group with little signal lies below its noise floor.
     "median-uncorrected": {**_ROBUST, "estimator": "median", "noise_floor_correction": False},
     **{name: {**_ROBUST, "estimator": name} for name in ("damping", "pooled", "mean")},
     "paper": {"preset": "paper"},
     "damping-uncorrected": {**_ROBUST, "estimator": "damping", "noise_floor_correction": False},
     "median": {**_ROBUST, "estimator": "median"},
-    # The paper's 1 % to the letter: step 2 of 200.
     "damping-early": {**_ROBUST, "estimator": "damping", "start": 2},
     "median-uncorrected-early": {**_ROBUST, "estimator": "median", "noise_floor_correction": False, "start": 2},
 }
@@ -80,10 +79,7 @@ class Settings:
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """When MoLS measures: at 5 % of the steps; the ramp ends with warm-up.
-
-        The paper's 1 % of 10,000 steps is step 100; 1 % of a run as short as this is step 2, where weights are random.
-        """
+        """When MoLS measures: at 5 % of the steps. The paper's 1 % would be step 2 here, where weights are random."""
         return {
             "mode": "probe",
             "start": max(1, self.steps // 20),
