@@ -7,62 +7,37 @@ from typing import Any
 from mols_ds.config import MolsConfig
 from mols_ds.errors import MolsUnsupportedError
 
-ENGINE_NAMES = ("_take_model_step", "global_steps", "micro_steps", "seq_data_parallel_group", "param_names")
+ENGINE_NAMES = (
+    *("_take_model_step", "global_steps", "micro_steps", "seq_data_parallel_group", "param_names", "optimizer"),
+    *("zero_optimization", "zero_compute_grad_norm", "managed_gradient_accumulation", "was_step_applied"),
+)
 NOT_PROPORTIONAL = {"Rprop", "ASGD", "LBFGS"}
 """Optimizers whose step is not proportional to lr, so that neither views nor delta give a rate per module."""
 
 
 def check_supported(engine: Any, config: MolsConfig) -> None:
     """Raise `MolsUnsupportedError` for an engine or optimizer that would silently train wrong."""
-    for refuse, what, way_out in _refusals(engine, config):
+    if missing := [name for name in ENGINE_NAMES if not hasattr(engine, name)]:
+        raise MolsUnsupportedError(
+            f"MoLS does not support this DeepSpeed engine, which lacks {', '.join(missing)}: install DeepSpeed 0.19.8"
+        )
+    for refuse, what, way_out in _engine_refusals(engine, config) + _optimizer_refusals(engine, config):
         if refuse:
             raise MolsUnsupportedError(f"MoLS does not support {what}: {way_out}")
 
 
-def _refusals(engine: Any, config: MolsConfig) -> list[tuple[bool, str, str]]:
-    outer = engine.optimizer
-    inner = getattr(outer, "optimizer", outer)
-    wrapper, name = type(outer).__name__, type(inner).__name__
-    missing = [n for n in ENGINE_NAMES if not hasattr(engine, n)]
+Refusal = tuple[bool, str, str]
+"""Whether it applies, what is not supported, the way out."""
+
+
+def _engine_refusals(engine: Any, config: MolsConfig) -> list[Refusal]:
     return [
-        (
-            outer is None or name == "DummyOptim",
-            "an engine without an optimizer",
-            'pass one, or add an "optimizer" section',
-        ),
-        (bool(missing), f"this DeepSpeed engine, which lacks {', '.join(missing)}", "install DeepSpeed 0.19.8"),
         (
             type(engine).__name__ in ("PipelineEngine", "DualPipeVEngine"),
             type(engine).__name__,
             "train without a PipelineModule",
         ),
         (type(engine).__name__ == "DeepSpeedHybridEngine", "the hybrid engine", 'set "hybrid_engine.enabled": false'),
-        (
-            bool(getattr(engine, "zenflow", False)) or "ZenFlow" in wrapper,
-            "ZenFlow (it updates a changing selection of columns outside the optimizer's step)",
-            'remove "zero_optimization.zenflow"',
-        ),
-        (
-            "SuperOffload" in wrapper,
-            "SuperOffload (it steps the optimizer in other processes)",
-            'set "offload_optimizer.super_offload": false',
-        ),
-        (
-            getattr(outer, "backup_optimizer", None) is not None or getattr(outer, "partial_offload", 1.0) != 1.0,
-            "offload_optimizer.ratio < 1 (a second optimizer steps the rest)",
-            'set "offload_optimizer.ratio": 1.0',
-        ),
-        (
-            "Muon" in name or any(group.get("use_muon") for group in getattr(inner, "param_groups", [])),
-            "Muon under DeepSpeed (its gradients are already orthogonalised when they can be read)",
-            "use Adam or AdamW",
-        ),
-        (
-            name.startswith(("OneBit", "ZeroOneAdam")),
-            f"{name} (its step communicates and freezes the variance)",
-            "use Adam or AdamW",
-        ),
-        (name in NOT_PROPORTIONAL, f"{name} (its step is not proportional to lr)", "use Adam, AdamW, SGD, Lion, ..."),
         (
             bool(getattr(engine, "has_moe_layers", False)),
             "DeepSpeed's expert parallelism (deepspeed.moe)",
@@ -93,6 +68,45 @@ def _refusals(engine: Any, config: MolsConfig) -> list[tuple[bool, str, str]]:
             '"compute_grad_norm": false in mode "online" (no norm to undo clipping by and to see bad gradients with)',
             'remove it, or use "mode": "probe"',
         ),
+    ]
+
+
+def _optimizer_refusals(engine: Any, config: MolsConfig) -> list[Refusal]:
+    outer = engine.optimizer
+    inner = getattr(outer, "optimizer", outer)
+    wrapper, name = type(outer).__name__, type(inner).__name__
+    return [
+        (
+            outer is None or name == "DummyOptim",
+            "an engine without an optimizer",
+            'pass one, or add an "optimizer" section',
+        ),
+        (
+            bool(getattr(engine, "zenflow", False)) or "ZenFlow" in wrapper,
+            "ZenFlow (it updates a changing selection of columns outside the optimizer's step)",
+            'remove "zero_optimization.zenflow"',
+        ),
+        (
+            "SuperOffload" in wrapper,
+            "SuperOffload (it steps the optimizer in other processes)",
+            'set "offload_optimizer.super_offload": false',
+        ),
+        (
+            getattr(outer, "backup_optimizer", None) is not None or getattr(outer, "partial_offload", 1.0) != 1.0,
+            "offload_optimizer.ratio < 1 (a second optimizer steps the rest)",
+            'set "offload_optimizer.ratio": 1.0',
+        ),
+        (
+            "Muon" in name or any(group.get("use_muon") for group in getattr(inner, "param_groups", [])),
+            "Muon under DeepSpeed (its gradients are already orthogonalised when they can be read)",
+            "use Adam or AdamW",
+        ),
+        (
+            name.startswith(("OneBit", "ZeroOneAdam")),
+            f"{name} (its step communicates and freezes the variance)",
+            "use Adam or AdamW",
+        ),
+        (name in NOT_PROPORTIONAL, f"{name} (its step is not proportional to lr)", "use Adam, AdamW, SGD, Lion, ..."),
         (
             config.mode == "moments" and not _has_adam_moments(inner),
             f'mode "moments" with {name}, which keeps no Adam moments',
@@ -102,7 +116,7 @@ def _refusals(engine: Any, config: MolsConfig) -> list[tuple[bool, str, str]]:
 
 
 def _has_adam_moments(inner: Any) -> bool:
-    betas = [group.get("betas") for group in inner.param_groups]
+    betas = [group.get("betas") for group in getattr(inner, "param_groups", [])]
     return "Lion" not in type(inner).__name__ and all(b is not None and len(b) == 2 for b in betas)
 
 

@@ -19,7 +19,7 @@ import mols_ds
 from mols_ds.config import MolsConfig
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError, MolsUnsupportedError
 from mols_ds.zero.shards import find_shards
-from mols_ds.zero.support import check_supported
+from mols_ds.zero.support import ENGINE_NAMES, check_supported
 from tests.harness import Results, run_cases
 from tests.zero.building import ds_config, engine_with, go, groups_of, model_of, snapshot
 
@@ -299,12 +299,11 @@ def test_engines_that_are_refused_by_name(name: str) -> None:
 def fake_engine(outer: Any, **attributes: Any) -> Any:
     """Just enough of an engine for check_supported; the real ones need long builds or other hardware."""
     outer.optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
-    names = ("_take_model_step", "global_steps", "micro_steps", "seq_data_parallel_group", "param_names")
     return SimpleNamespace(
         optimizer=outer,
         config={},
         managed_gradient_accumulation=lambda: True,
-        **(dict.fromkeys(names, 0) | attributes),
+        **(dict.fromkeys(set(ENGINE_NAMES) - {"optimizer", "managed_gradient_accumulation"}, 0) | attributes),
     )
 
 
