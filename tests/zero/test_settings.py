@@ -1,4 +1,4 @@
-"""Settings whose effect on a real engine no other file asserts: layer_type groups, and a ramp end read off a scheduler."""
+"""Settings whose effect no other file asserts on a real engine: layer_type groups, a ramp end read off a scheduler."""
 
 from __future__ import annotations
 
