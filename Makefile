@@ -1,5 +1,6 @@
 # make train   set up .venv and train a small LLaMA on real text, Adam against Adam+MoLS
 # make test    set up .venv and run all tests
+# make train-megatron   the same training on Megatron-core, tensor x pipeline parallel
 # Variables: PYTHON (3.11+), NPROC, ACCELERATOR (cpu, cuda, ...), ARGS (more flags for train.py or pytest), PIP_FLAGS.
 
 PYTHON ?= python3
@@ -13,19 +14,23 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev train test lint format bench convergence clean distclean
+.PHONY: help setup setup-dev train train-megatron test lint format bench convergence clean distclean
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 # DeepSpeed compiles its kernels when they are first used, never while it is installed.
 export DS_BUILD_OPS := 0
+# The newest megatron-core, which the tests run too. From 0.17 on it asks for Python 3.12, but runs on 3.11: it is
+# unpacked into a folder that the tests put on PYTHONPATH, beside the installed version of constraints.txt.
+MEGATRON_NEWEST := 0.19.2
+NEWEST := $(VENV)/megatron-core-newest
 # What runs on the CPU does so in several processes: one thread each, or they fight over the cores.
 CPU_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=$(ACCELERATOR)
 # launch/ comes first, so that `deepspeed` is the shim that takes --config.
 RUN_PATH := PATH="$(CURDIR)/launch:$(BIN):$$PATH"
 
 help:
-	@sed -n 's/^# //p' Makefile | head -3
+	@sed -n 's/^# //p' Makefile | head -4
 
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -38,7 +43,16 @@ $(VENV)/.stamp-train: $(VENV)/pyvenv.cfg setup.py pyproject.toml constraints.txt
 	$(PIP) -e '.[train,report]'
 	@touch $@
 
-$(VENV)/.stamp-dev: $(VENV)/.stamp-train
+# No constraints here: they pin the installed version. One platform: what is used of it is Python alone.
+$(NEWEST)/.stamp-$(MEGATRON_NEWEST): $(VENV)/pyvenv.cfg
+	rm -rf $(NEWEST)
+	$(BIN)/python -m pip download --disable-pip-version-check $(PIP_FLAGS) --no-deps --only-binary=:all: \
+		--python-version 3.12 --platform manylinux_2_28_x86_64 --dest $(NEWEST) megatron-core==$(MEGATRON_NEWEST)
+	$(BIN)/python -m zipfile -e $(NEWEST)/*.whl $(NEWEST)
+	rm $(NEWEST)/*.whl
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-train $(NEWEST)/.stamp-$(MEGATRON_NEWEST)
 	$(PIP) -e '.[train,report,dev]'
 	@touch $@
 
@@ -49,6 +63,11 @@ setup-dev: $(VENV)/.stamp-dev
 train: setup
 	$(RUN_PATH) $(CPU_ENV) deepspeed --num_accelerators $(NPROC) --config configs/ds_mols.json \
 		train.py --compare adam $(ARGS)
+
+# Four processes (TP 2 x PP 2), also on two cores. megatron-core is among what setup-dev installs.
+train-megatron: setup-dev
+	$(CPU_ENV) $(BIN)/torchrun --standalone --nproc_per_node 4 train_megatron.py \
+		--config configs/megatron/tiny_tp2_pp2.yaml --compare adam $(ARGS)
 
 test: setup-dev
 	$(RUN_PATH) $(CPU_ENV) python -m pytest $(ARGS)

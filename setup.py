@@ -20,6 +20,7 @@ TRAIN = [
     "matplotlib>=3.8",
 ]
 REPORT = ["matplotlib>=3.8", "rich>=13.0"]
+MEGATRON = ["megatron-core>=0.16"]
 TEST_TOOLS = ["pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"]
 
 setup(
@@ -37,10 +38,10 @@ setup(
     install_requires=["torch>=2.4", "deepspeed>=0.19", "pydantic>=2.0"],
     extras_require={
         "train": TRAIN,
-        "megatron": ["megatron-core>=0.16"],
+        "megatron": MEGATRON,
         "optimizers": ["pytorch-optimizer>=3.0", "bitsandbytes>=0.43", "torchao>=0.8", "peft>=0.14"],
         "report": REPORT,
-        "dev": [*TEST_TOOLS, *TRAIN, *REPORT, "peft>=0.14"],
+        "dev": [*TEST_TOOLS, *TRAIN, *REPORT, *MEGATRON, "peft>=0.14"],
     },
     # No script named `deepspeed` is installed: it would overwrite DeepSpeed's own. The shim is launch/deepspeed.
     entry_points={"console_scripts": ["mols-ds = mols_ds.cli:main"]},

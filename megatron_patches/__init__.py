@@ -1,4 +1,14 @@
-"""MoLS on Megatron-core. Not in this release: the package is reserved and holds no code yet.
+"""MoLS on Megatron-core: module tags and learning-rate multipliers under TP, PP, EP, CP and DP (docs/megatron.md).
 
-Version 0.1 supports DeepSpeed ZeRO stages 0 to 3 (see `mols_ds`). Importing this package changes nothing elsewhere.
+    mols = megatron_patches.attach(model_chunks, optimizer, scheduler, {"samples": 32})
+
+or, before a script builds its optimizer, `megatron_patches.apply({...})`. Importing this package changes nothing, and
+does not import megatron.core.
 """
+
+# Not on first use: the function `apply` has to take the place of the module of the same name.
+from megatron_patches.apply import apply, attach, current, undo
+from megatron_patches.cpu import cpu_megatron
+from megatron_patches.tags import tag_layouts, tag_table
+
+__all__ = ["apply", "attach", "cpu_megatron", "current", "tag_layouts", "tag_table", "undo"]

@@ -148,9 +148,9 @@ class Controller:
             self.warn(f"step {t} is past mols.start (step {self.state.schedule.start}): the calibration begins now")
         if self.config.mode == "probe":
             self.log(
-                f"MoLS: the next {self.state.window} calls of engine.step() at an accumulation boundary measure "
-                "gradients and do not update; engine.global_steps and the schedule stand still (a loop that counts its "
-                f"own iterations trains {self.state.window} updates fewer)"
+                f"MoLS: the next {self.state.window} steps of the training loop measure gradients and do not update; the "
+                "count of updates and the schedule stand still (a loop that counts its own iterations trains "
+                f"{self.state.window} updates fewer)"
             )
 
     def _fix(self, t: int, fixed: Mapping[str, float]) -> None:

@@ -14,14 +14,14 @@ def check_saved(saved: Any, elements: Mapping[str, int], state_keys: Mapping[str
     """Raise `MolsCheckpointError` unless `saved` is what `Controller.state_dict` gives, for these module groups.
 
     Args:
-        saved: what stood under the key "mols" of a checkpoint's client_state; may be anything.
+        saved: what stood under the key "mols" of a checkpoint (DeepSpeed: of its client_state); may be anything.
         elements: module group -> element count of this run's model.
         state_keys: a state of `Calibration`, of which only the keys are read.
     """
     if not isinstance(saved, Mapping) or "version" not in saved:
         raise MolsCheckpointError(
-            'client_state["mols"] of this checkpoint was not written by MoLS; '
-            "load it with stock DeepSpeed and save it again without that key"
+            'what stands under "mols" in this checkpoint was not written by MoLS; '
+            "load it without MoLS and save it again without that key"
         )
     if saved["version"] != STATE_VERSION:
         raise MolsCheckpointError(f"MoLS state of version {saved['version']}; this release reads {STATE_VERSION}")

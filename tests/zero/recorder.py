@@ -30,6 +30,12 @@ METHODS = tuple(
         "reduce_scatter_tensor_coalesced",
         "alltoall",
         "alltoall_base",
+        # the names of later torch releases
+        "all_gather_single",
+        "all_gather_single_coalesced",
+        "reduce_scatter_single",
+        "reduce_scatter_single_coalesced",
+        "all_to_all_single",
         "send",
         "recv",
         "recv_anysource",

@@ -1,0 +1,238 @@
+"""MoLS state in Megatron's checkpoints (megatron.core.dist_checkpointing, torch_dist).
+
+What is the same on every rank (phase, counters, alphas, report) rides in the optimizer's state dict under "mols" and is
+saved with the common state. What differs by rank in a half-done calibration (accumulators, the random state that a
+probe window gives back) is one `ShardedObject` a rank, under a key that holds the number of ranks: it is written only
+in the middle of a calibration, and asked for only from a checkpoint that is known to have it.
+
+Stock Megatron loads such a checkpoint and ignores both; a checkpoint without them loads here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed as dist
+
+from megatron_patches.support import optimizer_steps
+from mols_ds.errors import MolsCheckpointError
+from mols_ds.saved import check_saved
+
+if TYPE_CHECKING:
+    from megatron_patches.engine import MegatronMols
+
+KEY, SAMPLES = "mols", "mols_samples"
+PADDING = 0.02
+"""Counts of embedding and head may differ by this share: Megatron-LM pads the vocabulary by the TP size."""
+METHODS = ("sharded_state_dict", "state_dict", "load_state_dict")
+
+
+class Checkpoints:
+    """Replaces the state-dict methods of one `ChainedOptimizer` instance until `remove()`."""
+
+    def __init__(self, mols: MegatronMols) -> None:
+        self.mols = mols
+        self.optimizer = mols.optimizer
+        self._wanted = False
+        self._asked: Any = None  # the state dict of the load that is under way
+        self._stock = {name: getattr(self.optimizer, name) for name in METHODS}
+        self.optimizer.sharded_state_dict = self.sharded_state_dict
+        self.optimizer.state_dict = self.state_dict
+        self.optimizer.load_state_dict = self.load_state_dict
+
+    def remove(self) -> None:
+        """Give the optimizer its own methods back."""
+        for name in METHODS:
+            self.optimizer.__dict__.pop(name, None)
+
+    # ------------------------------------------------------------------ save
+
+    def _common(self) -> dict[str, Any]:
+        """What every rank has alike."""
+        mols = self.mols
+        return {**mols.controller.state_dict(), "mode": mols.config.mode, "steps": mols.steps}
+
+    def _host(self, state: Any) -> dict[Any, Any]:
+        """The dict of the state of the chained optimizers that ours is put into.
+
+        Of several optimizers the first one's, because Megatron compares the number of entries of the outer dict with
+        that of the optimizers.
+        """
+        several = len(self.optimizer.chained_optimizers) > 1
+        host: dict[Any, Any] = state[0] if several else state
+        return host
+
+    def sharded_state_dict(self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
+        """`ChainedOptimizer.sharded_state_dict` with the MoLS state."""
+        state = self._stock["sharded_state_dict"](model_sharded_state_dict, is_loading, **kwargs)
+        host = self._host(state)
+        if is_loading:
+            self._asked = state
+            if self._wanted:
+                host[SAMPLES] = self._object(None)
+            return state
+        host[KEY] = self._common()
+        if self.mols.controller.measuring:
+            samples, random = self.mols.controller.elements.state_dict(), self.mols.random.saved
+            host[KEY]["samples_of"] = dist.get_world_size()
+            host[SAMPLES] = self._object({"samples": samples, "random": random})
+        return state
+
+    def _object(self, data: Any) -> Any:
+        from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+        world = dist.get_world_size()
+        return ShardedObject(f"{SAMPLES}_of_{world}", data, (world,), (dist.get_rank(),), replica_id=0)
+
+    def state_dict(self) -> Any:
+        """`ChainedOptimizer.state_dict` with the state that is common to all ranks (no accumulators)."""
+        state = self._stock["state_dict"]()
+        host = self._host(state)
+        host[KEY] = self._common()
+        return state
+
+    # ------------------------------------------------------------------ load
+
+    def resume_from(self, checkpoint_dir: Any) -> None:
+        """See `MegatronMols.resume_from`. Raises `MolsCheckpointError` where there is no such checkpoint."""
+        try:
+            self._wanted = self._has_samples(checkpoint_dir)
+        except Exception as error:  # of many types: no folder, another format, a broken file
+            raise MolsCheckpointError(
+                f"resume_from: {checkpoint_dir} is no torch_dist checkpoint: {type(error).__name__}: {error}"
+            ) from None
+
+    def ask_in(self, whole: Mapping[Any, Any], checkpoint_dir: Any) -> None:
+        """As `resume_from`, for a state dict that holds ours and that is about to be loaded."""
+        if self._wanted or self._asked is None or not any(part is self._asked for part in whole.values()):
+            return
+        # What cannot be read here is Megatron's to complain about, or to load in another format.
+        with contextlib.suppress(Exception):
+            if self._has_samples(checkpoint_dir):
+                self._host(self._asked)[SAMPLES] = self._object(None)
+
+    @staticmethod
+    def _has_samples(checkpoint_dir: Any) -> bool:
+        """Whether this checkpoint holds the accumulators of a calibration on this number of ranks."""
+        from megatron.core.dist_checkpointing import serialization
+
+        key = f"{SAMPLES}_of_{dist.get_world_size()}"
+        found = serialization.load_sharded_metadata(str(checkpoint_dir))
+        return any(name == key or name.startswith(f"{key}/") for name in found)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """`ChainedOptimizer.load_state_dict`, then the MoLS state. Collective.
+
+        - Same number of ranks and layout: goes on bit for bit; in the middle of a calibration after `resume_from`.
+        - Another layout: alphas and ramp go on; a half-done calibration starts over, except in mode "moments".
+        - A checkpoint without MoLS state: all multipliers are 1, the calibration starts where the schedule says, or at
+          once where that step is past.
+
+        Raises:
+            MolsCheckpointError: the MoLS state is of other module groups, of another release or not MoLS's at all;
+                nothing has been loaded then.
+        """
+        state, saved, samples = self._split(state_dict)
+        self._wanted, self._asked = False, None
+        controller = self.mols.controller
+        if saved is not None:
+            saved = self._checked(saved)
+        self._stock["load_state_dict"](state)
+        self.mols.random.saved = None
+        if saved is None:
+            self._without_state()
+            return
+        controller.load_state_dict(saved)
+        t = self.mols.steps = int(saved["steps"])
+        controller.follow_config(t)
+        if controller.measuring:
+            problem = self._continue(saved, samples)
+            if problem is not None:
+                controller.restart(
+                    t, f"the half-done calibration of this checkpoint cannot be continued: {problem}; it starts over"
+                )
+        controller.advance(t)
+        controller.log(
+            f"MoLS resumed at step {t}: phase {controller.phase}, {controller.samples} samples, "
+            f"alphas {controller.alphas or 'not set yet'}"
+        )
+
+    def _split(self, state_dict: Any) -> tuple[Any, Any, Any]:
+        """(the stock part, our common state, our accumulators); what was passed in is not changed."""
+        if len(self.optimizer.chained_optimizers) > 1:
+            state = dict(state_dict) if isinstance(state_dict, Mapping) else list(state_dict)
+            state[0] = host = dict(state[0])
+        else:
+            state = host = dict(state_dict)
+        return state, host.pop(KEY, None), host.pop(SAMPLES, None)
+
+    def _without_state(self) -> None:
+        controller = self.mols.controller
+        mine = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+        mine[dist.get_rank()] = optimizer_steps(self.optimizer)
+        t = self.mols.steps = int(self.mols.reduce(mine).max())
+        start = max(t, controller.state.schedule.start)
+        what = "mols.fixed_alphas apply" if controller.config.fixed_alphas is not None else "the calibration starts"
+        controller.restart(
+            t,
+            f"the checkpoint at step {t} has no MoLS state (it was saved without MoLS): all multipliers are 1, "
+            f"{what} at step {start}",
+            forget=True,
+        )
+
+    def _checked(self, saved: Any) -> Any:
+        saved = self._same_groups(saved)
+        controller = self.mols.controller
+        check_saved(saved, controller.table.elements, controller.state.state_dict())
+        for key, kind in (("steps", int), ("mode", str)):
+            if not isinstance(saved.get(key), kind):
+                raise MolsCheckpointError(f"the MoLS state of this checkpoint has no usable {key}: {saved.get(key)!r}")
+        return saved
+
+    def _same_groups(self, saved: Any) -> Any:
+        """The saved state with this run's element counts where only the padding of the vocabulary differs."""
+        here = self.mols.controller.table.elements
+        groups = saved.get("groups") if isinstance(saved, Mapping) else None
+        if not isinstance(groups, Mapping) or set(groups) != set(here) or dict(groups) == dict(here):
+            return saved
+        padded = {group for group in here if groups[group] != here[group]}
+        close = all(abs(groups[group] - here[group]) <= PADDING * here[group] for group in padded)
+        if not (close and padded <= {"embedding", "head"}):
+            return saved
+        self.mols.controller.log(
+            f"MoLS: the vocabulary of the checkpoint is padded otherwise ({', '.join(sorted(padded))}); alphas are kept"
+        )
+        return {**saved, "groups": dict(here)}
+
+    def _continue(self, saved: Mapping[str, Any], samples: Any) -> str | None:
+        """Go on with a half-done calibration; returns why that cannot be, the same on every rank, or None."""
+        mols = self.mols
+        started = mols.controller.state.samples > 0
+        mode = mols.config.mode
+        if started and saved.get("mode") != mode:
+            return f'its samples are of mode "{saved.get("mode")}", this run\'s mode is "{mode}"'
+        if mode == "moments":
+            return None  # its only state is Adam's
+        problem = None
+        if samples is None:
+            of, world = saved.get("samples_of"), dist.get_world_size()
+            problem = (
+                f"it was saved by {of} ranks, these are {world}"
+                if of is not None and of != world
+                else "its accumulators were not asked for: call mols.resume_from(checkpoint_dir) before "
+                "optimizer.sharded_state_dict(..., is_loading=True), or use megatron_patches.apply()"
+            )
+        else:
+            try:
+                mols.random.saved = samples["random"]
+                if samples["samples"] is not None:
+                    mols.controller.elements.load_state_dict(samples["samples"])
+            except Exception as error:  # a corrupt object raises many types; the other ranks must hear of it
+                problem = str(error) if isinstance(error, MolsCheckpointError) else f"{type(error).__name__}: {error}"
+        if mols.agree(problem is None):
+            return None
+        mols.random.saved = None
+        return (problem or "another rank's accumulators do not fit it (another layout)") if started else None

@@ -1,0 +1,319 @@
+"""What this machine computes in, what the statistics read then, and which Megatron optimizers MoLS cannot work with.
+
+Megatron-core does not say whether Transformer Engine is there: without it, `TransformerConfig` accepts FP8, names of
+Transformer Engine exist as mocks, and the failure comes late and unnamed. So `megatron_patches.machine` looks for it,
+by name and by a real import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from packaging.version import Version
+
+from megatron_patches.machine import RECIPES, Machine, probe_machine
+from mols_ds.config import Mode
+from mols_ds.errors import MolsConfigError, MolsUnsupportedError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a run computes in.
+
+    Attributes:
+        machine: what is installed.
+        param_dtype: of the model's weights, as "bfloat16"; FP8 and FP4 weights report bfloat16 too.
+        low_precision: "fp8" or "fp4" where matrix products run in it, else None.
+        recipe: its recipe, a key of `RECIPES`, or None.
+        primary_weights: whether the weights themselves are kept in that format.
+        wgrad_fusion: whether weight gradients are added into `main_grad` by the matrix product itself.
+        statistics: what a gradient sample reads, in words.
+        optimizer: where the inner optimizer comes from: "transformer_engine", "apex", "torch.optim.AdamW" or a class.
+    """
+
+    machine: Machine
+    param_dtype: str
+    low_precision: str | None
+    recipe: str | None
+    primary_weights: bool
+    wgrad_fusion: bool
+    statistics: str
+    optimizer: str
+
+
+class Refusal(NamedTuple):
+    """Something that MoLS cannot work with: whether it is there, what it is and why, and the way out."""
+
+    applies: bool
+    what: str
+    way_out: str
+
+
+# ------------------------------------------------------------------ what a config asks for
+
+
+def _asked(config: Any) -> tuple[str, str] | None:
+    """("fp8" or "fp4", recipe) that a TransformerConfig asks for, or None."""
+    for kind, default in (("fp8", "delayed"), ("fp4", "nvfp4")):
+        if getattr(config, kind, None):
+            recipe = getattr(config, f"{kind}_recipe", None) or default
+            return kind, str(getattr(recipe, "value", recipe))
+    return None
+
+
+def check(
+    model_config: Any,
+    optimizer_config: Any = None,
+    *,
+    machine: Machine | None = None,
+) -> None:
+    """Refuse a precision that this machine cannot compute in, before anything is built.
+
+    Takes Megatron's TransformerConfig and OptimizerConfig.
+
+    Raises:
+        MolsUnsupportedError: FP8 or FP4 without Transformer Engine, without a device that has it, or with a version
+            that lacks the recipe; fused weight gradients without a kernel for them.
+        MolsConfigError: an unknown recipe, or model and optimizer that are told different ones.
+    """
+    machine = probe_machine() if machine is None else machine
+    asked = _asked(model_config)
+    if asked is not None:
+        _check_low_precision(*asked, machine)
+        _check_agreement(*asked, optimizer_config)
+    if getattr(model_config, "gradient_accumulation_fusion", False) and not (machine.wgrad_kernel or machine.engine):
+        raise MolsUnsupportedError(
+            "gradient_accumulation_fusion: neither Transformer Engine nor apex's fused_weight_gradient_mlp_cuda is "
+            "there; install one of them or set gradient_accumulation_fusion to false"
+        )
+
+
+def _check_low_precision(kind: str, recipe: str, machine: Machine) -> None:
+    if recipe not in RECIPES:
+        raise MolsConfigError(f"{kind}_recipe: {recipe!r} is not one of {', '.join(RECIPES)}")
+    need, way_out = RECIPES[recipe], f"or leave {kind} out and train in bf16"
+    if machine.engine is None:
+        raise MolsUnsupportedError(
+            f"{kind} (recipe {recipe}) needs Transformer Engine: {machine.engine_missing}; install "
+            f"transformer_engine[pytorch] {need.engine.removesuffix('.dev0')} or newer, {way_out}"
+        )
+    least = ".".join(map(str, need.capability))
+    if machine.capability is None:
+        raise MolsUnsupportedError(
+            f"{kind} (recipe {recipe}) needs a CUDA device of compute capability {least}, and this process has none; "
+            f"run it on one, {way_out}"
+        )
+    if machine.capability < need.capability:
+        now = ".".join(map(str, machine.capability))
+        others = [name for name, other in RECIPES.items() if kind == "fp8" and other.capability <= machine.capability]
+        hint = f"take recipe {' or '.join(n for n in others if n != 'custom')}, " if others else ""
+        raise MolsUnsupportedError(
+            f"{kind} (recipe {recipe}) needs compute capability {least} or newer, this device has {now}; "
+            f"{hint}{way_out}"
+        )
+    if Version(machine.engine) < Version(need.engine):
+        raise MolsUnsupportedError(
+            f"{kind} (recipe {recipe}) needs Transformer Engine {need.engine.removesuffix('.dev0')} or newer, "
+            f"{machine.engine} is installed; upgrade it, {way_out}"
+        )
+
+
+def _check_agreement(kind: str, recipe: str, optimizer: Any) -> None:
+    told = getattr(optimizer, "fp8_recipe", None)
+    if kind == "fp8" and told is not None and str(getattr(told, "value", told)) != recipe:
+        raise MolsConfigError(f"fp8_recipe: the model has {recipe!r}, the optimizer {told!r}; give both the same")
+
+
+# ------------------------------------------------------------------ what a run has
+
+
+def describe(model_config: Any = None, optimizer: Any = None, *, machine: Machine | None = None) -> Precision:
+    """What a run computes in and what its gradient samples are; whatever is not given is left out or guessed.
+
+    Args:
+        model_config: TransformerConfig.
+        optimizer: MegatronOptimizer (or ChainedOptimizer), built.
+    """
+    asked = _asked(model_config)
+    kind, recipe = asked if asked is not None else (None, None)
+    dtype = str(getattr(model_config, "params_dtype", torch.float32)).removeprefix("torch.")
+    primary = bool(kind) and bool(getattr(model_config, f"{kind}_param", False))
+    fusion = bool(getattr(model_config, "gradient_accumulation_fusion", False))
+    return Precision(
+        machine=probe_machine() if machine is None else machine,
+        param_dtype=dtype,
+        low_precision=kind,
+        recipe=recipe,
+        primary_weights=primary,
+        wgrad_fusion=fusion,
+        statistics=_statistics(_gradient_dtype(optimizer), dtype, kind, recipe, primary, fusion),
+        optimizer=_optimizer_source(optimizer),
+    )
+
+
+def _statistics(
+    gradient: str | None, param: str, kind: str | None, recipe: str | None, primary: bool, fusion: bool
+) -> str:
+    """One phrase: what the numbers are that a gradient sample reads."""
+    weights = f"{kind} primary weights" if kind and primary else f"{param} weights"
+    text = f"{gradient or 'float32'} main_grad of {weights}"
+    if kind:
+        text += f", from {kind} matrix products (recipe {recipe}), scales divided out"
+    return text + (", accumulated by the fused weight-gradient product" if fusion else "")
+
+
+def as_versions(precision: Precision) -> dict[str, str]:
+    """The entries of the report's "versions"."""
+    machine = precision.machine
+    low = f"{precision.low_precision}/{precision.recipe}" if precision.low_precision else "none"
+    return {
+        "transformer_engine": machine.engine or f"none ({machine.engine_missing})",
+        "low_precision": low + (", primary weights" if precision.primary_weights else ""),
+        "statistics": precision.statistics,
+        "optimizer": precision.optimizer,
+    }
+
+
+def _inner(optimizer: Any) -> Iterator[Any]:
+    """The Megatron optimizers below a (possibly chained) one."""
+    if optimizer is not None:
+        yield from getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _model_parameters(one: Any) -> Iterator[Any]:
+    """Model parameters of one Megatron optimizer, which carry `main_grad`."""
+    yield from getattr(one, "model_param_gbuf_map", ())
+    for name in ("float16_groups", "fp32_from_fp32_groups"):
+        for group in getattr(one, name, ()):
+            yield from group
+    for group in getattr(getattr(one, "optimizer", None), "param_groups", ()):
+        yield from group["params"]
+
+
+def _gradient_dtype(optimizer: Any) -> str | None:
+    """dtype of the reduced gradients: float32, or bfloat16 where `grad_reduce_in_fp32` is off."""
+    for one in _inner(optimizer):
+        for parameter in _model_parameters(one):
+            gradient = getattr(parameter, "main_grad", None)
+            if gradient is not None:
+                return str(gradient.dtype).removeprefix("torch.")
+    return None
+
+
+def _optimizer_source(optimizer: Any) -> str:
+    """Which package the inner optimizer is from; without a built one, which Adam Megatron would pick."""
+    kinds = [type(one.optimizer) for one in _inner(optimizer) if getattr(one, "optimizer", None) is not None]
+    if not kinds:
+        from megatron.core import optimizer as module
+
+        kinds = [module.Adam]
+    names = []
+    for kind in kinds:
+        root = kind.__module__.split(".")[0]
+        if root in ("apex", "transformer_engine"):
+            names.append(root)
+        else:
+            names.append(f"torch.optim.{kind.__name__}" if kind.__module__.startswith("torch.optim") else kind.__name__)
+    return ", ".join(dict.fromkeys(names))
+
+
+# ------------------------------------------------------------------ optimizers that cannot be scaled
+
+
+PROPORTIONAL = ("adam", "sgd", "lion")
+"""Values of OptimizerConfig.optimizer whose update is proportional to the rate, element by element."""
+
+
+def _is_a(thing: Any, *names: str) -> bool:
+    """Whether a class of one of these names is among the thing's classes, of whatever module and version."""
+    return any(kind.__name__ in names for kind in type(thing).__mro__)
+
+
+def optimizer_refusals(optimizer: Any, mode: Mode, *, fused: bool = False) -> list[Refusal]:
+    """Each thing that MoLS refuses of a Megatron optimizer, with whether it applies.
+
+    Args:
+        optimizer: what get_megatron_optimizer returned.
+        mode: of the "mols" section.
+        fused: whether a parameter holds rows of several groups (`linear_qkv`), so that ranges have to be scaled.
+    """
+    every = list(_inner(optimizer))
+    # A chain keeps no config of its own where it is empty; its members' are one and the same object.
+    configs = [one.config for one in (optimizer, *every) if getattr(one, "config", None) is not None]
+    inner = [one.optimizer for one in every if getattr(one, "optimizer", None) is not None]
+    layouts = [one.ddp_config for one in every if getattr(one, "ddp_config", None) is not None]
+
+    def asks(name: str) -> bool:
+        return any(bool(getattr(config, name, False)) for config in configs)
+
+    names = {str(getattr(config, "optimizer", "adam")).lower() for config in configs}
+    other = sorted(name for name in names if name not in PROPORTIONAL)
+    fsdp = any(getattr(layout, "use_megatron_fsdp", False) for layout in layouts)
+    sharded = any(_is_a(one, "FullyShardedOptimizer") for one in (optimizer, *every)) or any(
+        _is_a(parameter, "DTensor") for one in every for parameter in _model_parameters(one)
+    )
+    low = [getattr(config, key, torch.float32) for config in configs for key in ("exp_avg_dtype", "exp_avg_sq_dtype")]
+    return [
+        Refusal(
+            any(_is_a(one, "LayerWiseDistributedOptimizer") for one in (optimizer, *every))
+            or asks("use_layer_wise_distributed_optimizer"),
+            "the layer-wise distributed optimizer: it deals whole layers to ranks and steps them by its own rule",
+            "use_distributed_optimizer with optimizer 'adam'",
+        ),
+        Refusal(
+            bool(other),
+            f"optimizer {', '.join(map(repr, other))}: its update depends on a whole matrix, which the "
+            "signal-to-noise ratio of single elements says nothing about",
+            f"one of {', '.join(map(repr, PROPORTIONAL))}",
+        ),
+        Refusal(
+            asks("optimizer_cpu_offload") or any(_is_a(one, "HybridDeviceOptimizer") for one in inner),
+            "optimizer_cpu_offload (HybridDeviceOptimizer): it steps copies in optimizers of its own",
+            "optimizer_cpu_offload: false; the accumulators of MoLS are in host memory by default",
+        ),
+        Refusal(
+            asks("optimizer_cuda_graph"),
+            "optimizer_cuda_graph: the rates are baked into the captured step",
+            "optimizer_cuda_graph: false",
+        ),
+        Refusal(
+            fsdp,
+            "Megatron-FSDP: its parameters are shards that this package does not read",
+            "use_megatron_fsdp: false with use_distributed_optimizer",
+        ),
+        Refusal(
+            sharded and not fsdp,
+            "fully sharded parameters (FSDP 2): they are DTensors, which this package does not read",
+            "DistributedDataParallel with use_distributed_optimizer",
+        ),
+        Refusal(
+            mode == "probe" and asks("reuse_grad_buf_for_mxfp8_param_ag"),
+            "reuse_grad_buf_for_mxfp8_param_ag in mode 'probe': the gradient buffer doubles as the buffer of the "
+            "parameters, so a step that is not taken would leave the next forward without them",
+            'mode "online", or reuse_grad_buf_for_mxfp8_param_ag: false',
+        ),
+        Refusal(
+            fused and asks("use_precision_aware_optimizer_no_fp8_or_ds_fp8"),
+            "use_precision_aware_optimizer with fused parameters (linear_qkv holds rows of two groups): the fp32 "
+            "weights are hidden in the optimizer's state, so single rows cannot be scaled",
+            "use_precision_aware_optimizer: false, or rules that put a fused parameter in one group",
+        ),
+        Refusal(
+            mode == "moments" and not all(_has_adam_moments(one) for one in inner),
+            "mode 'moments' with an optimizer that keeps no Adam moments",
+            'mode "probe" or "online"',
+        ),
+        Refusal(
+            mode == "moments" and any(dtype != torch.float32 for dtype in low),
+            "mode 'moments' with exp_avg_dtype or exp_avg_sq_dtype below fp32: the stored moments are scaled",
+            'fp32 moments, or mode "probe" or "online"',
+        ),
+    ]
+
+
+def _has_adam_moments(inner: Any) -> bool:
+    groups = getattr(inner, "param_groups", [])
+    return "adam" in type(inner).__name__.lower() and all(len(group.get("betas", ())) == 2 for group in groups)

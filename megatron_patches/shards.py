@@ -1,0 +1,200 @@
+"""Where Megatron's optimizers keep their shards: the only file that uses private names of megatron.core.optimizer.
+
+Megatron chains one optimizer for the dense and one for the expert parameters. Each steps an inner torch optimizer over
+its own tensors: flat fp32 ranges of the parameters (`DistributedOptimizer`), whole fp32 copies
+(`Float16OptimizerWithFloat16Params`) or the parameters themselves (`FP32Optimizer`). After `prepare_grads()` each
+tensor's gradient is reduced over the data-parallel ranks, unscaled and not yet clipped.
+
+Who counts: a rank measures the elements it owns such that each logical element is owned once in the whole world. Copies
+over tensor- and pipeline-parallel ranks are settled in logical.py; data-parallel replicas (plain DDP, several
+distributed-optimizer instances) split the elements among them. So one SUM over all ranks gives the global sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_patches.logical import Grid, LocalParameter
+from mols_ds.errors import MolsUnsupportedError
+from mols_ds.owned import Owned
+from mols_ds.scaler import Piece
+
+KINDS = ("DistributedOptimizer", "Float16OptimizerWithFloat16Params", "FP32Optimizer")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tensor that an inner optimizer steps: elements [start, start + numel) of a logical parameter.
+
+    group: index of its parameter group in the inner optimizer.
+    """
+
+    local: LocalParameter
+    tensor: Tensor
+    start: int
+    group: int
+
+    @property
+    def numel(self) -> int:
+        return self.tensor.numel()
+
+    @property
+    def piece(self) -> Piece:
+        return Piece(self.local.name, self.start, 0, self.numel)
+
+    def gradient(self) -> Tensor | None:
+        """The reduced gradient after `prepare_grads()`, 1-D; precision-aware optimizers keep it apart."""
+        gradient = getattr(self.tensor, "decoupled_grad", None)
+        if gradient is None:
+            gradient = self.tensor.grad
+        return None if gradient is None else gradient.detach().reshape(-1)
+
+
+class OwnedShard(NamedTuple):
+    """Elements [first, first + numel) of a shard that this rank measures, at `offset` of its accumulators."""
+
+    shard: Shard
+    first: int
+    offset: int
+    numel: int
+
+
+class Part:
+    """One of the chained optimizers with the shards of this rank."""
+
+    def __init__(self, outer: Any, shards: list[Shard]) -> None:
+        self.outer = outer
+        self.inner = None if getattr(outer, "is_stub_optimizer", False) else outer.optimizer
+        self.shards = shards
+
+
+class Shards:
+    """The shards of this rank in all chained optimizers.
+
+    Raises:
+        MolsUnsupportedError: an optimizer of another kind, or a parameter of the optimizer that no model chunk has.
+    """
+
+    def __init__(self, optimizer: Any, locals_: Sequence[LocalParameter], grid: Grid) -> None:
+        by_parameter = {id(local.parameter): local for local in locals_}
+        chained = getattr(optimizer, "chained_optimizers", None)
+        if chained is None:
+            raise MolsUnsupportedError(
+                f"MoLS does not support {type(optimizer).__name__}: pass what get_megatron_optimizer returns "
+                "(a ChainedOptimizer; Megatron-FSDP gives none and is not supported)"
+            )
+        self.parts = [Part(outer, list(_shards(outer, by_parameter))) for outer in chained]
+        self.owned: list[OwnedShard] = []
+        for part in self.parts:
+            self._own(part, *_replicas(part.outer, part.shards, grid))
+        self.numel = sum(owned.numel for owned in self.owned)
+
+    def _own(self, part: Part, rank: int, replicas: int) -> None:
+        """This rank's range of the concatenation of the counted shards, of which `replicas` ranks have the same."""
+        counted = [shard for shard in part.shards if shard.local.counted]
+        total = sum(shard.numel for shard in counted)
+        low, high = total * rank // replicas, total * (rank + 1) // replicas
+        offset = self.owned[-1].offset + self.owned[-1].numel if self.owned else 0
+        at = 0
+        for shard in counted:
+            first, last = max(low - at, 0), min(high - at, shard.numel)
+            if first < last:
+                self.owned.append(OwnedShard(shard, first, offset, last - first))
+                offset += last - first
+            at += shard.numel
+
+    def shards(self) -> Iterator[Shard]:
+        """All shards of this rank, the uncounted copies included."""
+        for part in self.parts:
+            yield from part.shards
+
+    def pieces(self) -> list[Owned]:
+        """The owned elements as ranges of logical parameters, in the order of `owned`."""
+        return [
+            Owned(owned.shard.local.name, owned.shard.start + owned.first, owned.offset, owned.numel)
+            for owned in self.owned
+        ]
+
+    def read(self) -> Iterator[tuple[int, Tensor]]:
+        """(offset among the owned elements, gradient of those elements) after `prepare_grads()`; no collective."""
+        for owned in self.owned:
+            gradient = owned.shard.gradient()
+            if gradient is None:
+                yield owned.offset, torch.zeros(owned.numel, device=owned.shard.tensor.device)
+            else:
+                yield owned.offset, gradient.narrow(0, owned.first, owned.numel)
+
+    def finite(self) -> bool:
+        """Whether every gradient that this rank owns is finite."""
+        return all(bool(torch.isfinite(gradient).all()) for _, gradient in self.read())
+
+
+def _shards(outer: Any, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
+    kind = type(outer).__name__
+    if kind not in KINDS:
+        raise MolsUnsupportedError(
+            f"MoLS does not support Megatron's {kind}: supported are {', '.join(KINDS)}, chained or alone in a chain"
+        )
+    if getattr(outer, "is_stub_optimizer", False):
+        return
+    if kind == "DistributedOptimizer":
+        yield from _distributed(outer, by_parameter)
+    elif kind == "FP32Optimizer":
+        for index, group in enumerate(outer.optimizer.param_groups):
+            for parameter in group["params"]:
+                local = _local(by_parameter, parameter)
+                yield Shard(local, parameter, local.start, index)
+    else:
+        yield from _float16(outer, by_parameter)
+
+
+def _distributed(outer: Any, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
+    """Ranges of the bucket that this rank owns (optimizer/distrib_optimizer.py)."""
+    for parameter in outer.model_param_gbuf_map:
+        local = _local(by_parameter, parameter)
+        where = outer._get_model_param_range_map(parameter)["param"]
+        index, order = outer.model_param_group_index_map[parameter]
+        tensor = outer.optimizer.param_groups[index]["params"][order]
+        if tensor is None or tensor.numel() != where.size:
+            raise MolsUnsupportedError(
+                f"the distributed optimizer holds no tensor of its own for {local.name!r}: unknown layout"
+            )
+        yield Shard(local, tensor, local.start + int(where.start), index)
+
+
+def _float16(outer: Any, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
+    """Whole fp32 copies of 16-bit parameters, and fp32 parameters themselves (optimizer/optimizer.py)."""
+    group_of = {id(t): i for i, group in enumerate(outer.optimizer.param_groups) for t in group["params"]}
+    pairs = [
+        *zip(outer.float16_groups, outer.fp32_from_float16_groups, strict=True),
+        *((group, group) for group in outer.fp32_from_fp32_groups),
+    ]
+    for parameters, tensors in pairs:
+        for parameter, tensor in zip(parameters, tensors, strict=True):
+            local = _local(by_parameter, parameter)
+            yield Shard(local, tensor, local.start, group_of[id(tensor)])
+
+
+def _local(by_parameter: Mapping[int, LocalParameter], parameter: Any) -> LocalParameter:
+    local = by_parameter.get(id(parameter))
+    if local is None:
+        raise MolsUnsupportedError(
+            f"the optimizer holds a parameter of shape {list(parameter.shape)} that no given model chunk has: "
+            "pass all chunks of this rank, those that get_megatron_optimizer was given"
+        )
+    return local
+
+
+def _replicas(outer: Any, shards: Sequence[Shard], grid: Grid) -> tuple[int, int]:
+    """(this rank's number among the ranks that hold the same shards, how many they are)."""
+    if type(outer).__name__ == "DistributedOptimizer":
+        instances = int(getattr(outer.ddp_config, "num_distributed_optimizer_instances", 1) or 1)
+        return int(getattr(outer, "distributed_optimizer_instance_id", 0)), instances
+    if any(shard.local.expert for shard in shards):
+        return grid.expert_data_rank, grid.expert_data
+    return grid.data_rank, grid.data

@@ -1,0 +1,1 @@
+"""Tests on the real megatron-core, on CPU tensors and gloo."""
