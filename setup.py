@@ -20,13 +20,13 @@ TRAIN = [
     "matplotlib>=3.8",
 ]
 REPORT = ["matplotlib>=3.8", "rich>=13.0"]
-MEGATRON = ["megatron-core>=0.16"]
+MEGATRON = ["megatron-core>=0.16", "PyYAML>=6.0", "filelock>=3.13"]
 TEST_TOOLS = ["pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"]
 
 setup(
     name="mols-ds",
     version=VERSION[1],
-    description="Module-wise learning-rate scaling by gradient signal-to-noise ratio (MoLS) for DeepSpeed ZeRO",
+    description="Module-wise learning rates from gradient signal-to-noise ratios (MoLS) for DeepSpeed and Megatron-core",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -114,7 +114,7 @@ class _Loop:
         self.job, self.engine = job, engine
         self.first = job.shape.rank == 0
         self.probe_steps = 0
-        self.metrics = _Metrics(job.out / METRICS) if self.first else None
+        self.metrics = Metrics(job.out / METRICS) if self.first else None
         self.bar = Progress(job.out.name, job.steps, shown=self.first)
 
     def close(self) -> None:
@@ -264,7 +264,7 @@ def probing(mols: Any, config: dict[str, Any]) -> bool:
     return MolsConfig.parse(config["mols"]).mode == "probe"
 
 
-class _Metrics:
+class Metrics:
     """OUT/metrics.jsonl: one JSON object a line, written through at once."""
 
     def __init__(self, path: Path) -> None:

@@ -14,7 +14,7 @@ from mols_ds.config import MolsConfig
 from mols_ds.errors import MolsConfigError
 from mols_ds.models import build_model, load_model_config
 from mols_ds.settings import read_config, resolve
-from mols_ds.training import _Metrics, schedule
+from mols_ds.training import Metrics, schedule
 from tests.jobs.command import ROOT, TINY_CONFIG, TINY_MODEL, write_job
 
 # hidden, intermediate, heads, layers: METHOD, the paper's sizes
@@ -184,7 +184,7 @@ def test_models_are_equal_for_equal_seeds_and_refuse_what_does_not_fit(tmp_path:
 
 
 def test_metrics_are_rewound_to_the_checkpoint(tmp_path: Path) -> None:
-    metrics = _Metrics(tmp_path / "metrics.jsonl")
+    metrics = Metrics(tmp_path / "metrics.jsonl")
     metrics.clear()
     for step in range(1, 6):
         metrics.write({"step": step})
