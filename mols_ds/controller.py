@@ -148,8 +148,8 @@ class Controller:
             self.warn(f"step {t} is past mols.start (step {self.state.schedule.start}): the calibration begins now")
         if self.config.mode == "probe":
             self.log(
-                f"MoLS: the next {self.state.window} steps of the training loop measure gradients and do not update; the "
-                "count of updates and the schedule stand still (a loop that counts its own iterations trains "
+                f"MoLS: the next {self.state.window} steps of the training loop measure gradients and do not update; "
+                "the count of updates and the schedule stand still (a loop that counts its own iterations trains "
                 f"{self.state.window} updates fewer)"
             )
 

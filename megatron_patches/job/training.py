@@ -24,7 +24,7 @@ from mols_ds.batches import BatchShape, Stream
 from mols_ds.config import MolsConfig
 from mols_ds.errors import MolsCheckpointError, MolsError
 from mols_ds.progress import Progress
-from mols_ds.training import CHECKPOINTS, METRICS, Outcome, Metrics
+from mols_ds.training import CHECKPOINTS, METRICS, Metrics, Outcome
 
 GIVE_UP_AFTER = 50
 """Iterations in a row that Megatron may skip (the gradients are not finite) before the run ends."""
