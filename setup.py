@@ -26,7 +26,7 @@ TEST_TOOLS = ["pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=
 setup(
     name="mols-ds",
     version=VERSION[1],
-    description="Module-wise learning rates from gradient signal-to-noise ratios (MoLS) for DeepSpeed and Megatron-core",
+    description="Module-wise learning rates from gradient signal-to-noise ratios (MoLS), for DeepSpeed and Megatron",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.utils import logger
 
 from mols_ds.errors import MolsCheckpointError, MolsUnsupportedError
@@ -53,8 +52,12 @@ class Checkpoints:
         del self.engine.load_checkpoint
 
     def _ranks(self) -> tuple[int, int]:
-        group = self.engine.seq_data_parallel_group
-        return dist.get_rank(group), dist.get_world_size(group)
+        """(rank, number of ranks) that name this rank's side file.
+
+        Under data parallelism the data-parallel rank; under tensor or pipeline parallelism that is not unique, and
+        the global rank takes its place.
+        """
+        return self.mols.grid.rank, self.mols.grid.size
 
     def _failed(self, problem: str | None) -> list[int]:
         """The ranks that have a problem, the same list everywhere; each of them logs its own. One small reduction."""
@@ -106,7 +109,8 @@ class Checkpoints:
         try:
             _remove_stale(folder, path, rank, world)
             if holders:
-                _write({"number": number, "samples": samples, "random": random}, path)
+                window = self.mols.grid.window
+                _write({"number": number, "samples": samples, "random": random, "window": window}, path)
         except OSError as error:
             problem = f"{path} could not be written: {error}"
         if failed := self._failed(problem):
@@ -160,7 +164,7 @@ class Checkpoints:
 
     def _restore(self, folder: Path, saved: Any, with_optimizer: bool) -> None:
         controller, t = self.mols.controller, self.engine.global_steps
-        self.mols._random = None
+        self.mols._random = self.mols.grid.window = None
         if saved is None:
             start = max(t, controller.state.schedule.start)
             what = "mols.fixed_alphas apply" if controller.config.fixed_alphas is not None else "the calibration starts"
@@ -176,7 +180,7 @@ class Checkpoints:
         if controller.measuring:
             problem = self._continue(folder, saved, with_optimizer)
             if problem is not None:
-                self.mols._random = None
+                self.mols._random = self.mols.grid.window = None
                 controller.restart(
                     t, f"the half-done calibration of this checkpoint cannot be continued: {problem}; it starts over"
                 )
@@ -226,7 +230,7 @@ class Checkpoints:
             return f"{path.name}: {error}"
         except Exception as error:  # a truncated or foreign file raises many types (zipfile, pickle, RuntimeError)
             return f"{path.name} is corrupt: {type(error).__name__}"
-        self.mols._random = random
+        self.mols._random, self.mols.grid.window = random, content.get("window")
         return None
 
     # ------------------------------------------------------------------ DeepSpeed's traps with universal checkpoints

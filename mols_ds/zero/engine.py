@@ -7,12 +7,8 @@ A proxy in the place of DeepSpeed's optimizer was seen to train silently wrong, 
 
 from __future__ import annotations
 
-import logging
 import math
-import platform
-import warnings
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -23,24 +19,16 @@ from torch import Tensor
 from mols_ds.calibration import Phase, resolve_schedule
 from mols_ds.config import MolsConfig
 from mols_ds.controller import Context, Controller
-from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
-from mols_ds.groups import GroupTable, group_table
+from mols_ds.errors import MolsConfigError, MolsError
+from mols_ds.groups import GroupTable
+from mols_ds.messages import say, versions
 from mols_ds.owned import Owned
 from mols_ds.scaler import Piece, RateScaler, make_plan
 from mols_ds.snr import NoiseFloor, adam_moments
 from mols_ds.zero.checkpoint import Checkpoints
+from mols_ds.zero.grid import find_grid
 from mols_ds.zero.shards import Replicated, find_shards
 from mols_ds.zero.support import check_supported, scheduler_hints
-
-LOG = logging.getLogger("mols_ds")
-
-
-def say(message: str) -> None:
-    """Log at INFO; where nobody has configured logging, print, so that the group table and the alphas are seen."""
-    if LOG.hasHandlers() or LOG.level != logging.NOTSET:
-        LOG.info(message)
-    else:
-        print(message, flush=True)
 
 
 class EngineMols:
@@ -56,19 +44,18 @@ class EngineMols:
         check_supported(engine, config)
         self.engine = engine
         self.config = config
-        self.shards = find_shards(engine)
+        self.grid = find_grid(engine)
+        self.shards = find_shards(engine, self.grid.places)
         self._check_options()
         total, warmup = scheduler_hints(engine.lr_scheduler)
         schedule = resolve_schedule(config, total, warmup)
-        table = self._table()
+        table = self.grid.table(config, self.shards.param_group)
         self.controller = Controller(config, table, self._owned(), schedule, self._context())
         self._check_counts(table)
         self._lr_group = self._groups_of_lr(table)
         plans = {
             id(tensor): make_plan(size, pieces, table.layouts)
-            for tensor, size, pieces in zip(
-                self.shards.tensors, self.shards.sizes, self.shards.pieces, strict=True
-            )
+            for tensor, size, pieces in zip(self.shards.tensors, self.shards.sizes, self.shards.pieces, strict=True)
         }
         self._sampling = False
         self._sampled = False
@@ -144,23 +131,6 @@ class EngineMols:
             if group.get("lr") is None:
                 raise MolsConfigError("the optimizer's lr is None (it makes its own rate): give it an lr to be scaled")
 
-    def _table(self) -> GroupTable:
-        """The groups of the parameters that the optimizer holds, in the model's order."""
-        model = self.engine.module
-        full = group_table(model, self.config.rules, self.config.granularity)
-        names = self.shards.param_group
-        left_out = [name for name in full.layouts if name not in names]
-        if left_out and self.engine.global_rank == 0:
-            warnings.warn(
-                f"{len(left_out)} trainable parameters are not in the optimizer, left alone: {left_out[:3]}",
-                MolsWarning,
-                stacklevel=4,
-            )
-        return GroupTable(
-            {name: layout for name, layout in full.layouts.items() if name in names},
-            {name: shape for name, shape in full.shapes.items() if name in names},
-        )
-
     def _owned(self) -> list[Owned]:
         owned, offset = [], 0
         for _, piece in self.shards.owned:
@@ -171,13 +141,12 @@ class EngineMols:
     def _context(self) -> Context:
         accelerator = get_accelerator()
         on_cpu = self.config.accumulators.device == "cpu"
-        world = dist.get_world_size(self.engine.seq_data_parallel_group)
         return Context(
             reduce=self._reduce,
             device=torch.device("cpu") if on_cpu else torch.device(accelerator.current_device_name()),
             rank=self.engine.global_rank,
-            world={"data": world, "tensor": 1, "pipeline": 1, "expert": 1},
-            versions=versions(),
+            world=self.grid.world,
+            versions=versions(self.grid.packages),
             log=say,
         )
 
@@ -193,24 +162,26 @@ class EngineMols:
             if int(count) != table.elements[group]:
                 raise MolsError(
                     f'group "{group}" has {table.elements[group]} elements, but the ranks together own {int(count)}: '
-                    "this engine's shards are not disjoint and complete over its data-parallel group"
+                    "this engine's shards are not disjoint and complete over its ranks"
                 )
 
     def _groups_of_lr(self, table: GroupTable) -> dict[str, int]:
         """Module group -> index of the parameter group that holds most of its elements."""
         held: dict[str, dict[int, int]] = {group: {} for group in table.elements}
         for name, layout in table.layouts.items():
-            index = self.shards.param_group[name]
+            index = self.grid.lr_groups.get(name)
+            if index is None:
+                continue
             for group, count in layout.counts(0, math.prod(table.shapes[name])).items():
                 held[group][index] = held[group].get(index, 0) + count
-        return {group: max(by_index, key=lambda i: by_index[i]) for group, by_index in held.items()}
+        return {group: max(by_index, key=lambda i: by_index[i]) for group, by_index in held.items() if by_index}
 
     # ------------------------------------------------------------------ communication
 
     def _reduce(self, values: Tensor) -> Tensor:
-        """SUM over the data-parallel ranks, whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
+        """SUM over the ranks whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
         device = values.to(get_accelerator().current_device_name())
-        dist.all_reduce(device, op=dist.ReduceOp.SUM, group=self.engine.seq_data_parallel_group)
+        dist.all_reduce(device, op=dist.ReduceOp.SUM, group=self.grid.group)
         return device.cpu()
 
     def agree(self, ok: bool) -> bool:
@@ -253,7 +224,8 @@ class EngineMols:
             for offset, gradient in shards.read():
                 controller.elements.add(offset, gradient, scale)
         shards.discard()
-        engine.micro_steps -= engine.gradient_accumulation_steps()
+        if self.grid.counts_micro_steps:
+            engine.micro_steps -= engine.gradient_accumulation_steps()
         engine.losses = None
         controller.close_sample(t, usable=usable)
         if not controller.discards_steps:
@@ -265,11 +237,15 @@ class EngineMols:
         self._sampling = controller.measuring and self.config.mode == "online"
         self._sampled = False
         self._scale_before = shards.loss_scale()
-        if self._sampling and isinstance(shards, Replicated) and shards.finite():
+        if self._sampling and isinstance(shards, Replicated) and self._all_finite(shards):
             controller.elements.open()
             for offset, gradient in shards.read():
                 controller.elements.add(offset, gradient, 1.0)
             self._sampled = True
+
+    def _all_finite(self, shards: Replicated) -> bool:
+        """Whether every gradient is finite, the same on every rank: data-parallel replicas know it alone."""
+        return self.agree(shards.finite()) if self.grid.model_parallel else shards.finite()
 
     def _end_sample(self, t: int, reads_moments: bool) -> None:
         controller = self.controller
@@ -338,20 +314,11 @@ class EngineMols:
         """At the first forward pass of a probe window: remember the random state."""
         if self._random is None and self.controller.discards_steps and module.training:
             self._random = (torch.get_rng_state(), get_accelerator().get_rng_state())
+            self.grid.begin_window()
 
     def _restore_random(self) -> None:
         if self._random is not None:
             torch.set_rng_state(self._random[0])
             get_accelerator().set_rng_state(self._random[1])
             self._random = None
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("mols-ds", "torch", "deepspeed", "transformers"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+            self.grid.end_window()

@@ -1,15 +1,15 @@
 """Where each ZeRO layout keeps its shards: the only file that uses private names of DeepSpeed's optimizers.
 
-One class per layout. Each says which inner tensors the inner optimizer steps, which parameter elements lie where in
-them, how to read this rank's reduced gradient at an accumulation boundary, how to throw that gradient away, and by
-which factor an inner `.grad` must be multiplied to become the unscaled, unclipped gradient.
+One class per layout says: which inner tensors the inner optimizer steps, which parameter elements lie where in them,
+how to read this rank's reduced gradient at an accumulation boundary, how to throw it away, and by which factor an inner
+`.grad` must be multiplied to become the unscaled, unclipped gradient.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.scaler import Piece
+from mols_ds.zero.grid import Place
 
 TESTED = "0.19.8"
 
@@ -45,7 +46,7 @@ class Shards(ABC):
     reads_before_clipping = False
     """Whether online samples are read at the entry of the step; otherwise in the inner optimizer's step hook."""
 
-    def __init__(self, engine: Any, names: dict[Any, str]) -> None:
+    def __init__(self, engine: Any, places: Mapping[Any, Place]) -> None:
         self.engine = engine
         self.outer = engine.optimizer
         self.inner = getattr(self.outer, "optimizer", self.outer)
@@ -55,7 +56,9 @@ class Shards(ABC):
                 f"DeepSpeed {deepspeed.__version__}: {type(self.outer).__name__} has no {', '.join(missing)} any more; "
                 f"mols_ds was tested with {TESTED}: install that, or report this version"
             )
-        self.names = names
+        self.places = places
+        self.starts = {place.name: place.start for place in places.values()}
+        self.uncounted = {place.name for place in places.values() if not place.counted}
         self.tensors: list[Tensor] = []
         self.sizes: list[int] = []
         self.pieces: list[list[Piece]] = []
@@ -69,7 +72,11 @@ class Shards(ABC):
             offset += piece.numel
 
     def _name(self, param: Any) -> str:
-        return self.names[param]
+        return self.places[param].name
+
+    def _piece(self, param: Any, start: int, offset: int, numel: int) -> Piece:
+        """Elements [start, start + numel) of the local parameter as a piece of the logical one."""
+        return Piece(self.places[param].name, self.places[param].start + start, offset, numel)
 
     def _add(self, tensor: Tensor, size: int, pieces: list[Piece], group: int) -> None:
         self.tensors.append(tensor)
@@ -81,7 +88,8 @@ class Shards(ABC):
         """Fill tensors, sizes, pieces and param_group."""
 
     def _owned(self) -> list[OwnedPiece]:
-        return [OwnedPiece(i, piece) for i, pieces in enumerate(self.pieces) for piece in pieces]
+        every = (OwnedPiece(i, piece) for i, pieces in enumerate(self.pieces) for piece in pieces)
+        return [owned for owned in every if owned.piece.name not in self.uncounted]
 
     @abstractmethod
     def read(self) -> Iterator[tuple[int, Tensor]]:
@@ -158,7 +166,7 @@ class Stage12(Shards):
                 start = int(o.grad_start_offset[i][rank][key])
                 offset = int(o.grad_partition_insertion_offset[i][rank][key])
                 numel = min(p.numel() - start, int(o.partition_size[i]) - offset)
-                pieces.append(Piece(self._name(p), start, offset, numel))
+                pieces.append(self._piece(p, start, offset, numel))
             self._add(flat, flat.numel(), pieces, i)
             self.param_group |= {self._name(p): i for p in o.bit16_groups[i]}
 
@@ -223,7 +231,7 @@ class Stage3(Shards):
             for p in o.fp16_groups[i]:
                 _, offset, share = o.grad_position[o.get_param_id(p)]
                 start = dist.get_rank(p.ds_process_group) * share
-                pieces.append(Piece(self._name(p), start, int(offset), min(share, p.ds_numel - start)))
+                pieces.append(self._piece(p, start, int(offset), min(share, p.ds_numel - start)))
             self._add(flat, int(o.fp16_partitioned_groups_flat_numel[i]), pieces, i)
             self.param_group |= {self._name(p): o.sub_group_to_group_id[i] for p in o.fp16_groups[i]}
 
@@ -273,7 +281,7 @@ class Bf16(Shards):
             for p in o.bf16_groups[i]:
                 if p._hp_mapping is not None:
                     low, high = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
-                    pieces.append(Piece(self._name(p), low.start, high.start, low.numel))
+                    pieces.append(self._piece(p, low.start, high.start, low.numel))
             self._add(flat, flat.numel(), pieces, i)
             self.param_group |= {self._name(p): i for p in o.bf16_groups[i]}
 
@@ -291,7 +299,7 @@ class Bf16(Shards):
 
 
 class Replicated(Shards):
-    """Stage 0: every rank holds every gradient, so the ranks split the elements among them.
+    """Stage 0: data-parallel ranks hold the same gradients, so they split the elements among them.
 
     The client optimizer itself (fp32), or DeepSpeed's fp16/bf16 wrappers with per-parameter or flat fp32 copies
     (runtime/fp16/unfused_optimizer.py, fused_optimizer.py). Stage 0 does not scale the loss in `engine.backward`.
@@ -314,7 +322,7 @@ class Replicated(Shards):
                         self._one(p, p, i)
 
     def _one(self, param: Any, tensor: Tensor, group: int) -> None:
-        self._add(tensor, param.numel(), [Piece(self._name(param), 0, 0, param.numel())], group)
+        self._add(tensor, param.numel(), [self._piece(param, 0, 0, param.numel())], group)
         self.param_group[self._name(param)] = group
         self.params.append(param)
 
@@ -322,40 +330,41 @@ class Replicated(Shards):
         for i, (params, flat) in enumerate(zip(self.outer.fp16_groups, self.outer.fp32_groups_flat, strict=True)):
             pieces, offset = [], 0
             for p in params:
-                pieces.append(Piece(self._name(p), 0, offset, p.numel()))
+                pieces.append(self._piece(p, 0, offset, p.numel()))
                 offset += p.numel()
                 self.params.append(p)
                 self.param_group[self._name(p)] = i
             self._add(flat, flat.numel(), pieces, i)
 
     def _owned(self) -> list[OwnedPiece]:
-        """This rank's range of the concatenation of all pieces."""
+        """This rank's range of the concatenation of all pieces that are counted among its data-parallel replicas."""
         group = self.engine.seq_data_parallel_group
         rank, world = dist.get_rank(group), dist.get_world_size(group)
-        total = sum(piece.numel for pieces in self.pieces for piece in pieces)
+        every = super()._owned()
+        total = sum(piece.numel for _, piece in every)
         low, high = total * rank // world, total * (rank + 1) // world
         owned, at = [], 0
-        for i, pieces in enumerate(self.pieces):
-            for piece in pieces:
-                first, last = max(low - at, 0), min(high - at, piece.numel)
-                if first < last:
-                    owned.append(OwnedPiece(i, Piece(piece.name, first, piece.offset + first, last - first)))
-                at += piece.numel
+        for i, piece in every:
+            first, last = max(low - at, 0), min(high - at, piece.numel)
+            if first < last:
+                part = Piece(piece.name, piece.start + first, piece.offset + first, last - first)
+                owned.append(OwnedPiece(i, part))
+            at += piece.numel
         return owned
 
     def read(self) -> Iterator[tuple[int, Tensor]]:
         gradients = {self._name(p): p.grad for p in self.params}
         offset = 0
         for _, piece in self.owned:
-            gradient = gradients[piece.name]
+            gradient, start = gradients[piece.name], piece.start - self.starts[piece.name]
             if gradient is None:
                 yield offset, torch.zeros(piece.numel)
             else:
-                yield offset, gradient.reshape(-1).narrow(0, piece.start, piece.numel)
+                yield offset, gradient.reshape(-1).narrow(0, start, piece.numel)
             offset += piece.numel
 
     def finite(self) -> bool:
-        """Whether every gradient, this rank's part or not, is finite; replicas give the same answer on every rank."""
+        """Whether every gradient, this rank's part or not, is finite; data-parallel replicas give the same answer."""
         return all(bool(torch.isfinite(p.grad).all()) for p in self.params if p.grad is not None)
 
     def discard(self) -> None:
@@ -365,10 +374,14 @@ class Replicated(Shards):
             self.outer.zero_grad(set_to_none=True)
 
 
-def find_shards(engine: Any) -> Shards:
-    """The layout of this engine. Raises `MolsUnsupportedError`, naming the wrapper, where none is known."""
+def find_shards(engine: Any, places: Mapping[Any, Place] | None = None) -> Shards:
+    """The layout of this engine; `places`: see grid.py, by default those of data parallelism alone.
+
+    Raises `MolsUnsupportedError`, naming the wrapper, where none is known.
+    """
     outer = engine.optimizer
-    names = engine.param_names
+    if places is None:
+        places = {p: Place(name) for p, name in engine.param_names.items()}
     kinds: dict[str, type[Shards]] = {
         "DeepSpeedZeroOptimizer": Stage12,
         "DeepSpeedZeroOptimizer_Stage3": Stage3,
@@ -384,4 +397,4 @@ def find_shards(engine: Any) -> Shards:
             f"DeepSpeed's optimizer wrapper {type(outer).__name__} is not supported; "
             f"supported are ZeRO 0-3: {', '.join(kinds)}, or the client optimizer itself"
         )
-    return kind(engine, names)
+    return kind(engine, places)

@@ -9,7 +9,14 @@ from mols_ds.errors import MolsUnsupportedError
 
 ENGINE_NAMES = (
     *("_take_model_step", "global_steps", "micro_steps", "seq_data_parallel_group", "param_names", "optimizer"),
-    *("zero_optimization", "zero_compute_grad_norm", "managed_gradient_accumulation", "was_step_applied"),
+    *(
+        "mp_world_size",
+        "mpu",
+        "zero_optimization",
+        "zero_compute_grad_norm",
+        "managed_gradient_accumulation",
+        "was_step_applied",
+    ),
 )
 NOT_PROPORTIONAL = {"Rprop", "ASGD", "LBFGS"}
 """Optimizers whose step is not proportional to lr, so that neither views nor delta give a rate per module."""
@@ -33,20 +40,15 @@ Refusal = tuple[bool, str, str]
 def _engine_refusals(engine: Any, config: MolsConfig) -> list[Refusal]:
     return [
         (
-            type(engine).__name__ in ("PipelineEngine", "DualPipeVEngine"),
-            type(engine).__name__,
-            "train without a PipelineModule",
+            type(engine).__name__ == "DualPipeVEngine",
+            "DualPipeVEngine (each rank holds two stages)",
+            "use PipelineModule with PipelineEngine",
         ),
         (type(engine).__name__ == "DeepSpeedHybridEngine", "the hybrid engine", 'set "hybrid_engine.enabled": false'),
         (
             bool(getattr(engine, "has_moe_layers", False)),
             "DeepSpeed's expert parallelism (deepspeed.moe)",
             "use a model whose experts are ordinary parameters",
-        ),
-        (
-            int(getattr(engine, "mp_world_size", 1)) > 1,
-            "tensor parallelism (mpu, AutoTP) in this release",
-            "use ZeRO data parallelism alone",
         ),
         (
             bool(engine.config.get("sparse_gradients")),

@@ -151,15 +151,6 @@ def muon() -> Any:
     return engine_with(ds_config(2, micros=1, optimizer=section, zero={"reduce_scatter": False}), attach=False)
 
 
-def pipeline() -> Any:
-    from deepspeed.pipe import PipelineModule
-
-    layers = [nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4)]
-    model = PipelineModule(layers=layers, num_stages=2, loss_fn=nn.MSELoss(), partition_method="uniform")
-    optimizer = torch.optim.AdamW(model.parameters())
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(0, micros=2))[0]
-
-
 def one_bit() -> Any:
     model = model_of()
     return engine_with(ds_config(0, micros=1), model, OneBitAdam(model.parameters()), attach=False)
@@ -187,8 +178,6 @@ ENGINES: dict[str, tuple[Callable[[], Any], str]] = {
     "Rprop": (rprop, r"Rprop \(its step is not proportional to lr\)"),
     "unknown wrapper": (strange_wrapper, r"optimizer wrapper StrangeWrapper is not supported; supported are"),
     "no optimizer": (no_optimizer, r"an engine without an optimizer: pass one"),
-    # Last: a PipelineModule leaves a process grid behind, which breaks other engines of the same process.
-    "pipeline": (pipeline, r"PipelineEngine: train without a PipelineModule"),
 }
 
 

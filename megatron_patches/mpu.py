@@ -1,0 +1,93 @@
+"""Megatron-core's process groups under the names that DeepSpeed asks its `mpu` for.
+
+DeepSpeed's engine takes a "model parallel unit" of the first Megatron-LM; `megatron.core.parallel_state` lacks some of
+its functions today and has others with other arguments. "Model parallel" there means all ranks that hold one copy of
+the model: the tensor-parallel ranks, since DeepSpeed does not run Megatron's pipeline schedules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core import parallel_state
+from torch import distributed as dist
+
+from mols_ds.errors import MolsUnsupportedError
+
+
+class DeepSpeedMpu:
+    """Pass `mpu=DeepSpeedMpu()` to `mols_ds.initialize` (or `deepspeed.initialize`) with a Megatron-core model.
+
+    Make it after `parallel_state.initialize_model_parallel(...)`.
+
+    Raises:
+        MolsUnsupportedError: there is no process grid yet, or it has pipeline, context or expert parallelism, which
+            DeepSpeed cannot run with Megatron's modules.
+    """
+
+    def __init__(self) -> None:
+        if not parallel_state.model_parallel_is_initialized():
+            raise MolsUnsupportedError(
+                "megatron.core.parallel_state is not initialised: call "
+                "parallel_state.initialize_model_parallel(tensor_model_parallel_size) before DeepSpeedMpu()"
+            )
+        for kind, size in (
+            ("pipeline_model_parallel_size", parallel_state.get_pipeline_model_parallel_world_size()),
+            ("context_parallel_size", parallel_state.get_context_parallel_world_size()),
+            ("expert_model_parallel_size", parallel_state.get_expert_model_parallel_world_size()),
+        ):
+            if size > 1:
+                raise MolsUnsupportedError(
+                    f"DeepSpeed cannot run a Megatron model with {kind} {size}: use 1, or train with Megatron's own "
+                    "optimizer and megatron_patches.attach"
+                )
+
+    # --- all ranks of one copy of the model
+
+    def get_model_parallel_rank(self) -> int:
+        return self.get_tensor_model_parallel_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.get_tensor_model_parallel_world_size()
+
+    def get_model_parallel_group(self) -> Any:
+        return self.get_tensor_model_parallel_group()
+
+    # --- tensor parallelism
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return int(parallel_state.get_tensor_model_parallel_rank())
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return int(parallel_state.get_tensor_model_parallel_world_size())
+
+    def get_tensor_model_parallel_group(self) -> Any:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return int(parallel_state.get_tensor_model_parallel_src_rank())
+
+    # --- pipeline parallelism, of one stage
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_pipeline_model_parallel_group(self) -> Any:
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    # --- data parallelism
+
+    def get_data_parallel_rank(self) -> int:
+        return int(parallel_state.get_data_parallel_rank())
+
+    def get_data_parallel_world_size(self) -> int:
+        return int(parallel_state.get_data_parallel_world_size())
+
+    def get_data_parallel_group(self) -> Any:
+        return parallel_state.get_data_parallel_group()
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(dist.get_process_group_ranks(self.get_data_parallel_group()))
