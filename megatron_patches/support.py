@@ -12,7 +12,8 @@ from mols_ds.config import MolsConfig
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
 TESTED = ((0, 15), (0, 19))
-"""The first and the last megatron-core release (major, minor) that the tests ran with; 0.16 and the last in CI."""
+"""First and last megatron-core release (major, minor): 0.15.3, 0.16.1, 0.17.1, 0.18.0 and 0.19.2 were run with
+tests/megatron/test_versions.py; CI runs 0.16 and the last."""
 NEEDED = ("prepare_grads", "step_with_ready_grads", "get_grad_norm", "sharded_state_dict", "load_state_dict", "step")
 
 
