@@ -26,7 +26,7 @@ POINTS = {  # where to save: (phase, usable samples)
     "ramping": ("ramping", 4),
     "fixed": ("fixed", 4),
 }
-# BY_RANK with 16-bit weights: of fp32 ones megatron-core (0.16.1, 0.19.2) writes into a leaf that requires a gradient.
+# BY_RANK with 16-bit weights: of fp32 ones megatron-core 0.16.1 writes into a leaf that requires a gradient.
 CASES = {
     "TP2": (Setup(tp=2), FULLY, "probe", "attach"),
     "DP2, by rank": (Setup(dtype="bfloat16"), BY_RANK, "probe", "apply"),
@@ -153,7 +153,8 @@ def check_moved(saved: dict[str, Any], loaded: dict[str, Any]) -> None:
 
 MOVES = {
     "TP2 to PP2": (Setup(tp=2), Setup(pp=2)),
-    "DP2 to TP2, vocabulary padded otherwise": (Setup(), Setup(tp=2)),
+    "DP2 to TP2": (Setup(), Setup(tp=2)),
+    "DP2 to TP2, vocabulary padded otherwise": (Setup(vocab=128), Setup(tp=2, vocab=130)),
     "TP2 to PP2, plain": (Setup(tp=2, distributed=False), Setup(pp=2, distributed=False)),
     "DP2 to TP2, plain": (Setup(distributed=False), Setup(tp=2, distributed=False)),
     "EP2 to TP2 and EP2": (Setup(experts=4, ep=2), Setup(experts=4, ep=2, tp=2, sp=True, etp=1)),

@@ -17,6 +17,7 @@ from tests.megatron.checkpoints import caught
 from tests.megatron.running import SECTION
 
 WORLD, ITERATIONS, LR = 2, 16, 1e-2
+MUP_WIDTH = 4.0  # hidden size over that of the model whose rates muP transfers
 # fp32: a weight of 1 (a norm) is rounded to 6e-8, its update is at least 0.2 x 1e-3.
 TOLERANCE = 5e-4
 STYLES: dict[str, dict[str, Any]] = {
@@ -33,6 +34,10 @@ def overrides(kind: str, config: Any) -> Any:
         return None
     from megatron.core.optimizer import ParamKey, get_standard_config_overrides
 
+    if kind == "mup":
+        from megatron.core.optimizer import get_mup_config_overrides  # not in 0.16
+
+        return {**get_standard_config_overrides(config), **get_mup_config_overrides(config, MUP_WIDTH)}
     return {
         **get_standard_config_overrides(config),
         ParamKey(name="*linear_proj.weight"): {"max_lr": LR / 2, "min_lr": LR / 50},
@@ -159,15 +164,15 @@ def is_one_of(rate: float, said: list[float]) -> bool:
     return any(rate == pytest.approx(one, rel=1e-6) for one in said)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_applied_rate_is_the_schedulers_times_the_multiplier(name: str) -> None:
+def check(ranks: list[dict[str, Any]], section: dict[str, Any]) -> None:
+    """Assert on what `watched` returned on each rank."""
     seen: set[str] = set()
-    for found in outcomes()[name,]:
+    for found in ranks:
         phases = {row["phase"] for row in found["rows"]}
-        wanted = {"waiting", "ramping", "fixed"} | (set() if name == "fixed_alphas" else {"calibrating"})
+        wanted = {"waiting", "ramping", "fixed"} | (set() if "fixed_alphas" in section else {"calibrating"})
         assert phases == wanted
         for row in found["rows"]:
-            skipped = row["phase"] == "calibrating" and CASES[name][1].get("mode") != "online"
+            skipped = row["phase"] == "calibrating" and section.get("mode") != "online"
             assert row["successful"] is not skipped and row["scheduler"] == (0 if skipped else 1)
             if skipped:
                 assert row["rates"] == {} and row["bases"] == []
@@ -183,6 +188,11 @@ def test_the_applied_rate_is_the_schedulers_times_the_multiplier(name: str) -> N
         last = found["rows"][-1]
         assert last["phase"] == "fixed" and max(last["alphas"].values()) > 1.2 * min(last["alphas"].values())
     assert seen >= {"embedding", "qk", "vo", "mlp", "other"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_applied_rate_is_the_schedulers_times_the_multiplier(name: str) -> None:
+    check(outcomes()[name,], CASES[name][1])
 
 
 # --- counting -------------------------------------------------------------------------------------------------------

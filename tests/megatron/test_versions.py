@@ -12,6 +12,7 @@ import torch
 
 from megatron_patches.cpu import cpu_megatron
 from tests.harness import Results, run_cases
+from tests.megatron import test_rates
 from tests.megatron.building import Setup, newest
 from tests.megatron.checkpoints import differing
 from tests.megatron.running import SECTION, Run
@@ -27,10 +28,13 @@ GRIDS = {
     "rates as tensors": Setup(),
 }
 CASES = [(name,) for name in GRIDS]
+MUP = "muP"  # 0.17 and later
 
 
 def grid(name: str) -> dict[str, Any]:
-    """Calibrate, ramp, save; resume and go on. `name` of `GRIDS`."""
+    """Calibrate, ramp, save; resume and go on. `name` of `GRIDS`, or `MUP` for the applied rates under it."""
+    if name == MUP:
+        return test_rates.watched(Setup(tp=2), test_rates.PROBE, "cosine", "mup", {})
     setup, section = GRIDS[name], {**SECTION, "mode": "online" if name == "DP2" else "probe"}
     with cpu_megatron(fused_adam=setup.distributed):
         import megatron.core as core
@@ -75,7 +79,7 @@ def of_the_newest() -> Results:
     folder = newest()
     assert folder is not None
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return run_cases(grid, WORLD, CASES, timeout=90, environment={"PYTHONPATH": path})
+    return run_cases(grid, WORLD, [*CASES, (MUP,)], timeout=90, environment={"PYTHONPATH": path})
 
 
 @pytest.mark.skipif(newest() is None, reason="no newest megatron-core beside the installed one: make setup-dev")
@@ -89,3 +93,11 @@ def test_the_newest_release_gives_the_alphas_of_the_installed_one(name: str) -> 
             assert len(set(found["alphas"].values())) > 2
         for key in ("snr", "alphas", "multipliers"):
             assert new[key] == pytest.approx(old[key], rel=TOLERANCE), key
+
+
+@pytest.mark.skipif(newest() is None, reason="no newest megatron-core beside the installed one: make setup-dev")
+def test_the_multiplier_sits_on_top_of_mup() -> None:
+    ranks = of_the_newest()[MUP,]
+    for found in ranks:
+        assert any(len(row["said"]) > 1 for row in found["rows"]), "muP gives matrices another rate"
+    test_rates.check(ranks, test_rates.PROBE)

@@ -312,7 +312,6 @@ def test_zenflow_superoffload_and_partial_offload_are_refused_by_name() -> None:
         (fake_engine(object.__new__(SuperOffloadOptimizer_Stage3)), r"SuperOffload .*super_offload\": false"),
         # DeepSpeed asserts its own CPU Adam for a ratio below 1, which is a build of minutes.
         (fake_engine(partial), r"offload_optimizer.ratio < 1 .*set \"offload_optimizer.ratio\": 1.0"),
-        (fake_engine(plain, mp_world_size=2), r"tensor parallelism"),
         (fake_engine(plain, has_moe_layers=True), r"expert parallelism"),
     ]
     for engine, message in cases:
