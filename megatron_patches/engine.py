@@ -32,17 +32,18 @@ from megatron_patches.logical import (
 from megatron_patches.random import RandomState
 from megatron_patches.shards import Shards
 from megatron_patches.support import check_supported, find_config, optimizer_steps, scheduler_hints
-from mols_ds.calibration import Phase, resolve_schedule
+from mols_ds.attached import Attached
+from mols_ds.calibration import resolve_schedule
 from mols_ds.config import MolsConfig
 from mols_ds.controller import Context, Controller
-from mols_ds.errors import MolsConfigError, MolsError
+from mols_ds.errors import MolsConfigError
 from mols_ds.groups import GroupTable
 from mols_ds.messages import say, versions
 from mols_ds.scaler import RateScaler, make_plan
 from mols_ds.snr import NoiseFloor, adam_moments
 
 
-class MegatronMols:
+class MegatronMols(Attached):
     """MoLS on one `ChainedOptimizer` and its model chunks. Made by `attach`, collectively on all ranks.
 
     In mode "probe", during the calibration, `optimizer.step()` measures the gradient that the training loop just
@@ -84,7 +85,7 @@ class MegatronMols:
 
         same_everywhere(together(build), ["the schedule of MoLS", "the checksum of the parameters' layouts"])
         table = self.controller.table
-        self._check_counts(table)
+        self.check_counts()
         self._sampling = self._sampled = self._stepping = False
         self._adam_step = 0
         self.random = RandomState()
@@ -94,46 +95,6 @@ class MegatronMols:
         self._install(model_chunks, table)
         self.checkpoints = Checkpoints(self)
         self.controller.advance(self.steps)
-
-    # ------------------------------------------------------------------ what users read
-
-    @property
-    def phase(self) -> Phase:
-        """ "waiting", "calibrating", "ramping" or "fixed": the phase of the step that comes next."""
-        return self.controller.phase
-
-    @property
-    def alphas(self) -> dict[str, float]:
-        """Module group -> multiplier after the ramp; empty before the calibration has ended. The same on all ranks."""
-        return self.controller.alphas
-
-    @property
-    def multipliers(self) -> dict[str, float]:
-        """Module group -> multiplier that the last update applied; empty before the first one."""
-        return dict(self.controller.multipliers)
-
-    @property
-    def applied_lrs(self) -> dict[str, float]:
-        """Module group -> learning rate of the last update.
-
-        The base rate is that of the parameter group that holds most of the group's elements on this rank, or, where the
-        rank holds none, of its first parameter group; empty on a rank without parameters.
-        """
-        return dict(self.controller.applied_lrs)
-
-    @property
-    def samples(self) -> int:
-        """Usable gradient samples of the current or last calibration."""
-        return self.controller.samples
-
-    @property
-    def accumulator_bytes(self) -> int:
-        """Bytes that this rank's accumulators take now; 0 outside a calibration."""
-        return self.controller.accumulator_bytes
-
-    def report(self) -> dict[str, Any]:
-        """The content of mols_report.json as a dict; empty before the alphas exist."""
-        return self.controller.report()
 
     def resume_from(self, checkpoint_dir: str) -> None:
         """Ask the next load for the accumulators of a half-done calibration too, if this checkpoint has them.
@@ -203,21 +164,6 @@ class MegatronMols:
 
         return precision.as_versions(precision.describe(self.model_config, self.optimizer))
 
-    def _check_counts(self, table: GroupTable) -> None:
-        """One small reduction: every logical element is owned by exactly one rank."""
-        mine = dict.fromkeys(table.elements, 0)
-        for piece in self.controller.elements.pieces:
-            for group, count in table.layouts[piece.name].counts(piece.start, piece.numel).items():
-                mine[group] += count
-        counted = self.reduce(torch.tensor([float(count) for count in mine.values()], dtype=torch.float64)).tolist()
-        for group, count in zip(mine, counted, strict=True):
-            if int(count) != table.elements[group]:
-                raise MolsError(
-                    f'group "{group}" has {table.elements[group]} elements in the whole model, but the ranks together '
-                    f"own {int(count)}: they do not hold the parts of one model, each once (were all of them given "
-                    "the same model config, and all chunks of their stage?)"
-                )
-
     def _install(self, model_chunks: Sequence[nn.Module], table: GroupTable) -> None:
         held: dict[str, dict[tuple[int, int], int]] = {group: {} for group in table.elements}
         for number, part in enumerate(self.shards.parts):
@@ -246,10 +192,6 @@ class MegatronMols:
         moved = values.to(self.device)
         dist.all_reduce(moved)
         return moved.cpu()
-
-    def agree(self, ok: bool) -> bool:
-        """Whether every rank says True: one all-reduce of 8 bytes."""
-        return int(self.reduce(torch.tensor([0.0 if ok else 1.0], dtype=torch.float64)).item()) == 0
 
     # ------------------------------------------------------------------ steps
 

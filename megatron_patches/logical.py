@@ -141,7 +141,8 @@ def _local(
 ) -> LocalParameter:
     expert = not getattr(parameter, "allreduce", True)
     of_expert = bool(_EXPERT.search(name))
-    size, rank = (grid.expert_tensor, grid.expert_tensor_rank) if expert else (grid.tensor, grid.tensor_rank)
+    over_experts = expert or of_expert  # without expert parallelism experts are in the dense buffers, but cut the same
+    size, rank = (grid.expert_tensor, grid.expert_tensor_rank) if over_experts else (grid.tensor, grid.tensor_rank)
     sharded = bool(getattr(parameter, "tensor_model_parallel", False)) and not _duplicated(owner, of_expert)
     shape = list(shape_of(parameter))
     start = 0

@@ -66,7 +66,7 @@ class Checkpoints:
         if problem is not None:
             flags[rank] = 1.0
             logger.warning(f"MoLS WARNING: rank {rank}: {problem}")
-        return [i for i, flag in enumerate(self.mols._reduce(flags).tolist()) if flag]
+        return [i for i, flag in enumerate(self.mols.reduce(flags).tolist()) if flag]
 
     # ------------------------------------------------------------------ save
 
@@ -104,7 +104,7 @@ class Checkpoints:
             [secrets.randbits(ID_BITS) if rank == 0 else 0, samples is not None or random is not None],
             dtype=torch.float64,
         )
-        drawn, holders = self.mols._reduce(mine).tolist()
+        drawn, holders = self.mols.reduce(mine).tolist()
         number, problem = int(drawn), None
         try:
             _remove_stale(folder, path, rank, world)

@@ -16,10 +16,11 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from mols_ds.calibration import Phase, resolve_schedule
+from mols_ds.attached import Attached
+from mols_ds.calibration import resolve_schedule
 from mols_ds.config import MolsConfig
 from mols_ds.controller import Context, Controller
-from mols_ds.errors import MolsConfigError, MolsError
+from mols_ds.errors import MolsConfigError
 from mols_ds.groups import GroupTable
 from mols_ds.messages import say, versions
 from mols_ds.owned import Owned
@@ -31,7 +32,7 @@ from mols_ds.zero.shards import Replicated, find_shards
 from mols_ds.zero.support import check_supported, scheduler_hints
 
 
-class EngineMols:
+class EngineMols(Attached):
     """MoLS on one engine; `engine.mols`. Made by `attach`.
 
     In mode "probe", during the calibration, `engine.step()` at an accumulation boundary measures the batch that the
@@ -51,7 +52,7 @@ class EngineMols:
         schedule = resolve_schedule(config, total, warmup)
         table = self.grid.table(config, self.shards.param_group)
         self.controller = Controller(config, table, self._owned(), schedule, self._context())
-        self._check_counts(table)
+        self.check_counts()
         self._lr_group = self._groups_of_lr(table)
         plans = {
             id(tensor): make_plan(size, pieces, table.layouts)
@@ -73,46 +74,6 @@ class EngineMols:
         engine._take_model_step = self._step
         self.checkpoints = Checkpoints(self)
         self.controller.advance(engine.global_steps)
-
-    # ------------------------------------------------------------------ what users read
-
-    @property
-    def phase(self) -> Phase:
-        """ "waiting", "calibrating", "ramping" or "fixed": the phase of the step that comes next."""
-        return self.controller.phase
-
-    @property
-    def alphas(self) -> dict[str, float]:
-        """Module group -> multiplier after the ramp; empty before the calibration has ended."""
-        return self.controller.alphas
-
-    @property
-    def multipliers(self) -> dict[str, float]:
-        """Module group -> multiplier that the last optimizer step applied; empty before the first step."""
-        return dict(self.controller.multipliers)
-
-    @property
-    def applied_lrs(self) -> dict[str, float]:
-        """Module group -> learning rate of the last step.
-
-        Where a module group spans several parameter groups (weight decay or not), it is the rate of the one that
-        holds most of its elements.
-        """
-        return dict(self.controller.applied_lrs)
-
-    @property
-    def samples(self) -> int:
-        """Usable gradient samples of the current or last calibration."""
-        return self.controller.samples
-
-    @property
-    def accumulator_bytes(self) -> int:
-        """Bytes that this rank's accumulators take now; 0 outside a calibration."""
-        return self.controller.accumulator_bytes
-
-    def report(self) -> dict[str, Any]:
-        """The content of mols_report.json as a dict; empty before the alphas exist."""
-        return self.controller.report()
 
     def detach(self) -> None:
         """Take everything off the engine again: it steps as a stock engine from here on."""
@@ -142,28 +103,13 @@ class EngineMols:
         accelerator = get_accelerator()
         on_cpu = self.config.accumulators.device == "cpu"
         return Context(
-            reduce=self._reduce,
+            reduce=self.reduce,
             device=torch.device("cpu") if on_cpu else torch.device(accelerator.current_device_name()),
             rank=self.engine.global_rank,
             world=self.grid.world,
             versions=versions(self.grid.packages),
             log=say,
         )
-
-    def _check_counts(self, table: GroupTable) -> None:
-        """One small reduction: every logical element is owned by exactly one rank."""
-        groups = list(table.elements)
-        mine = dict.fromkeys(groups, 0)
-        for owned in self.controller.elements.pieces:
-            for group, count in table.layouts[owned.name].counts(owned.start, owned.numel).items():
-                mine[group] += count
-        counted = self._reduce(torch.tensor([float(mine[g]) for g in groups], dtype=torch.float64)).tolist()
-        for group, count in zip(groups, counted, strict=True):
-            if int(count) != table.elements[group]:
-                raise MolsError(
-                    f'group "{group}" has {table.elements[group]} elements, but the ranks together own {int(count)}: '
-                    "this engine's shards are not disjoint and complete over its ranks"
-                )
 
     def _groups_of_lr(self, table: GroupTable) -> dict[str, int]:
         """Module group -> index of the parameter group that holds most of its elements."""
@@ -178,15 +124,11 @@ class EngineMols:
 
     # ------------------------------------------------------------------ communication
 
-    def _reduce(self, values: Tensor) -> Tensor:
+    def reduce(self, values: Tensor) -> Tensor:
         """SUM over the ranks whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
         device = values.to(get_accelerator().current_device_name())
         dist.all_reduce(device, op=dist.ReduceOp.SUM, group=self.grid.group)
         return device.cpu()
-
-    def agree(self, ok: bool) -> bool:
-        """Whether every rank says True: one all-reduce of 8 bytes."""
-        return int(self._reduce(torch.tensor([0.0 if ok else 1.0], dtype=torch.float64)).item()) == 0
 
     # ------------------------------------------------------------------ steps
 
