@@ -8,8 +8,6 @@ VENV ?= .venv
 NPROC ?= 2
 ACCELERATOR ?= cpu
 ARGS ?=
-# Processes of the tests: each test starts 1 to 4 ranks, which wait for each other half of the time.
-TEST_JOBS ?= 2
 PIP_FLAGS ?=
 
 SHELL := /bin/bash
@@ -72,7 +70,7 @@ train-megatron: setup-dev
 		--config configs/megatron/tiny_tp2_pp2.yaml --compare adam $(ARGS)
 
 test: setup-dev
-	$(RUN_PATH) $(CPU_ENV) python -m pytest -n $(TEST_JOBS) --dist loadgroup $(ARGS)
+	$(RUN_PATH) $(CPU_ENV) python -m pytest $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

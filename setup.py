@@ -21,7 +21,7 @@ TRAIN = [
 ]
 REPORT = ["matplotlib>=3.8", "rich>=13.0"]
 MEGATRON = ["megatron-core>=0.16", "PyYAML>=6.0", "filelock>=3.13"]
-TEST_TOOLS = ["pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"]
+TEST_TOOLS = ["pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 TEST_TOOLS += ["ruff>=0.6", "mypy>=1.11", "types-PyYAML"]
 
 setup(

@@ -14,6 +14,7 @@ import functools
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -344,6 +345,9 @@ class _Launch:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port below those that the kernel hands out, which gloo's own sockets could take before rank 0 listens."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)  # hypothesis seeds the module's own
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
