@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from megatron_patches import precision
 from megatron_patches.agreement import Shapes, check_locals, merge_shapes, same_everywhere, together
 from megatron_patches.checkpoint import Checkpoints
 from megatron_patches.logical import (
@@ -138,14 +139,8 @@ class MegatronMols(Attached):
                 f'"mols.start" is step {schedule.start}, but the optimizer has taken {self.steps} already: attach '
                 "MoLS before training and before a checkpoint is loaded, or set a later start"
             )
-        self.device = self._device(model_chunks)
+        self.device = _collective_device()
         self.controller = Controller(config, table, self.shards.pieces(), schedule, self._context())
-
-    def _device(self, model_chunks: Sequence[nn.Module]) -> torch.device:
-        """Where this rank's gradients and collectives are."""
-        if dist.get_backend() == "nccl":
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
 
     def _context(self) -> Context:
         grid: Grid = self.grid
@@ -160,8 +155,6 @@ class MegatronMols(Attached):
         )
 
     def _precision(self) -> dict[str, str]:
-        from megatron_patches import precision
-
         return precision.as_versions(precision.describe(self.model_config, self.optimizer))
 
     def _install(self, model_chunks: Sequence[nn.Module], table: GroupTable) -> None:
@@ -306,6 +299,13 @@ class MegatronMols(Attached):
         """At the first forward pass of a probe window: remember the random state, to give it back at the end."""
         if self.controller.discards_steps and module.training:
             self.random.remember()
+
+
+def _collective_device() -> torch.device:
+    """Where this rank's gradients and collectives are."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _weak(method: Callable[[nn.Module, Any], None]) -> Callable[[nn.Module, Any], None]:
