@@ -1,6 +1,7 @@
 # make train   set up .venv and train a small LLaMA on real text, Adam against Adam+MoLS
 # make test    set up .venv and run all tests
 # make train-megatron   the same training on Megatron-core, tensor x pipeline parallel
+# make compare  studies/laptop.yaml: Adam and MoLS tuned alike, over seeds, with a report (an hour or two)
 # Variables: PYTHON (3.11+), NPROC, ACCELERATOR (cpu, cuda, ...), ARGS (more flags for train.py or pytest), PIP_FLAGS.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev train train-megatron test lint format bench convergence clean distclean
+.PHONY: help setup setup-dev train train-megatron test lint format bench compare clean distclean
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -30,7 +31,7 @@ CPU_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=$(ACCELERATOR)
 RUN_PATH := PATH="$(CURDIR)/launch:$(BIN):$$PATH"
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -85,9 +86,10 @@ bench: setup-dev
 	$(RUN_PATH) $(CPU_ENV) python benchmarks/overhead.py $(ARGS)
 	$(RUN_PATH) DS_ACCELERATOR=$(ACCELERATOR) python benchmarks/accumulator.py
 
-# An hour or two: final loss of Adam and every estimator over rates and seeds.
-convergence: setup-dev
-	$(RUN_PATH) $(CPU_ENV) python benchmarks/convergence.py --jobs $(NPROC) $(ARGS)
+# An hour or two: every arm of a study at its best rate over seeds, and the report.
+STUDY ?= studies/laptop.yaml
+compare: setup-dev
+	$(RUN_PATH) DS_ACCELERATOR=$(ACCELERATOR) mols-ds compare $(STUDY) --jobs $(NPROC) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis mols_report runs

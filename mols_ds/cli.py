@@ -1,4 +1,4 @@
-"""The command `mols-ds`: launch a job, show a model's module groups, show a report."""
+"""The command `mols-ds`: launch a job, run a study, show a model's module groups, show a report."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mols_ds.errors import MolsConfigError, MolsError
+from mols_ds.study.command import add_arguments
 
 USER_MISTAKE = 2
 
@@ -25,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return launch(arguments[1:])
     try:
         args = _parser().parse_args(arguments)
+        if arguments[0] == "compare":
+            from mols_ds.study.command import compare
+
+            return compare(args)
         print(args.text(args))
     except MolsError as error:
         print(f"mols-ds: {' '.join(str(error).split())}", file=sys.stderr)
@@ -37,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     launch = "start a script as DeepSpeed's launcher does: mols-ds launch --config FILE train.py ..."
     commands.add_parser("launch", help=launch, add_help=False)
+    study = "train every arm of a study, tuned alike and over seeds, and write the report"
+    add_arguments(commands.add_parser("compare", help=study))
     groups = commands.add_parser("groups", help="the module groups of a model, without building its weights")
     groups.add_argument("model", help="model file (configs/models/*.json) or transformers checkpoint folder")
     groups.add_argument(

@@ -1,0 +1,1 @@
+"""Studies: arms tuned alike, compared over seeds, and their report (`mols-ds compare`)."""

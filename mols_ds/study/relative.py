@@ -1,0 +1,85 @@
+"""What an arm costs relative to the baseline: time of a step and memory. Pure numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+PARTS = ("weights", "gradients", "optimizer")
+
+Runs = Mapping[int, Mapping[str, Any]]
+"""An arm's evaluation runs on one model: seed -> result."""
+
+
+class Cost(NamedTuple):
+    """Wall-clock and memory of a step relative to the baseline.
+
+    step: median and quartiles of the paired ratios; step_seconds: the arm's own. memory_bytes, memory_ratio: of what
+    `how` says. accumulators: bytes that MoLS holds besides while it measures. in_turns: measured with the baseline in
+    turns; False: from the runs themselves, which other work on the machine makes unreliable. None: not known.
+    """
+
+    step: tuple[float, float, float] | None
+    step_seconds: float | None
+    memory_bytes: float | None
+    memory_ratio: float | None
+    accumulators: float | None
+    how: str
+    in_turns: bool
+
+
+def relative_cost(measured: Mapping[str, Any] | None, runs: Runs, baseline: Runs) -> Cost:
+    """From the cost measurement if there is one, else from the runs of both arms, paired by seed."""
+    if not measured:
+        return _from_runs(runs, baseline)
+    ratio = measured.get("step_ratio")
+    return Cost(
+        step=(float(ratio[0]), float(ratio[1]), float(ratio[2])) if ratio else None,
+        step_seconds=measured.get("step_seconds"),
+        memory_bytes=measured.get("memory_bytes"),
+        memory_ratio=measured.get("memory_ratio"),
+        accumulators=measured.get("accumulators"),
+        how=str(measured.get("memory_how") or ""),
+        in_turns=True,
+    )
+
+
+def _from_runs(runs: Runs, baseline: Runs) -> Cost:
+    seconds = {seed: run.get("step_seconds") for seed, run in runs.items()}
+    known = [value for value in seconds.values() if value is not None]
+    peaks = all(memory_bytes(run, True) is not None for run in [*runs.values(), *baseline.values()])
+    sizes = {seed: memory_bytes(run, peaks) for seed, run in runs.items()}
+    memory = ratios(sizes, {seed: memory_bytes(run, peaks) for seed, run in baseline.items()})
+    found = [value for value in sizes.values() if value is not None]
+    held = [value for run in runs.values() if (value := (run.get("memory") or {}).get("accumulators")) is not None]
+    how = "peak of the process" if peaks else "weights, gradients and optimizer state"
+    return Cost(
+        step=ratios(seconds, {seed: run.get("step_seconds") for seed, run in baseline.items()}),
+        step_seconds=statistics.median(known) if known else None,
+        memory_bytes=statistics.median(found) if found else None,
+        memory_ratio=memory[0] if memory else None,
+        accumulators=max(held) if held else None,
+        how=how if found else "",
+        in_turns=False,
+    )
+
+
+def memory_bytes(run: Mapping[str, Any], peak: bool) -> float | None:
+    """Bytes of a run: its peak, or weights, gradients and optimizer state together; None where that is not known."""
+    memory = run.get("memory") or {}
+    parts = [memory.get(part) for part in (("peak",) if peak else PARTS)]
+    known = [float(part) for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def ratios(mine: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> tuple[float, float, float] | None:
+    """Median and quartiles of the ratios at the keys (seeds) that both have; None where there is none."""
+    pairs = [(value, theirs[key]) for key, value in mine.items() if key in theirs]
+    found = [a / b for a, b in pairs if a is not None and b]
+    if not found:
+        return None
+    if len(found) == 1:
+        return found[0], found[0], found[0]
+    low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
+    return middle, low, high

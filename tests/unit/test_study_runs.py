@@ -1,0 +1,232 @@
+"""Study files and the order of runs: what is tuned, what comes next, what a change of the file invalidates."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mols_ds.errors import MolsConfigError
+from mols_ds.study.runs import Run, Store, arm_config, collect, needed, tuning
+from mols_ds.study.spec import Study, load_study
+
+MODEL: dict[str, Any] = {"model_type": "llama", "vocab_size": 300, "hidden_size": 16}
+ARMS: dict[str, Any] = {
+    "adam": {"optimizer": "AdamW"},
+    "mols": {"optimizer": "AdamW", "mols": {"samples": 8}},
+}
+STUDIES = Path(__file__).parents[2] / "studies"
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    base = {
+        "name": "test",
+        "models": {"small": MODEL},
+        "batch": {"sequences": 4, "length": 32},
+        "budget": {"steps": 20},
+        "lr": [1e-3, 2e-3, 4e-3],
+        "extend": 2,
+        "seeds": [1, 2],
+        "arms": ARMS,
+    }
+    return {**base, **changes}
+
+
+def study_of(tmp_path: Path, **changes: Any) -> Study:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(content(**changes)), "utf-8")
+    return load_study(file)
+
+
+def pretend(store: Store, run: Run, loss: float | None) -> None:
+    """Write a result as a finished run would; what is tested here never looks at how it was trained."""
+    store.save(run, {"val_loss": loss})
+
+
+def lr(rate: float) -> tuple[tuple[str, float], ...]:
+    return (("lr", rate),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sedes": [1]}, '"sedes": unknown key'),
+        ({"baseline": "sgd"}, '"sgd" is not one of the arms adam, mols'),
+        ({"budget": {"steps": 5, "tokens": 100}}, "give either steps or tokens"),
+        ({"budget": {}}, "give either steps or tokens"),
+        ({"lr": []}, '"lr"'),
+        ({"lr": [-1.0]}, '"lr.0"'),
+        ({"seeds": [1, 1]}, "each one once"),
+        ({"arms": {**ARMS, "x": {"models": ["big"]}}}, '"big" is not one of small'),
+        ({"arms": {**ARMS, "x": {"mols": {"samples": 1}}}}, "mols.samples"),
+        ({"arms": {**ARMS, "x": {"mols": {"sample": 8}}}}, "did you mean"),
+        (
+            {"arms": {**ARMS, "x": {"grid": {"weight_decay": [0.1]}}}},
+            "must be params.NAME, mols.NAME or deepspeed.NAME",
+        ),
+        ({"arms": {**ARMS, "x": {"grid": {"mols.samples": [8]}}}}, "without a mols section"),
+        ({"arms": {**ARMS, "a/b": {}}}, '"a/b" is not a plain name'),
+        ({"models": {"small": "nowhere.json"}}, "nowhere.json: no such file"),
+        ({"snr": {"every": 5, "arms": ["sgd"]}}, 'snr.arms: "sgd"'),
+    ],
+)
+def test_a_mistake_in_a_study_is_one_line_that_names_the_key(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(MolsConfigError) as error:
+        study_of(tmp_path, **changes)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(MolsConfigError, match="no such file"):
+        load_study(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1", "utf-8")
+    with pytest.raises(MolsConfigError, match="not YAML"):
+        load_study(tmp_path / "bad.yaml")
+
+
+def test_tuning_goes_on_beyond_an_edge_as_often_as_allowed(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    store = Store(study, tmp_path / "out")
+    todo, chosen = tuning(study, store, "small", "adam")
+    assert [run.lr for run in todo] == [1e-3, 2e-3, 4e-3] and chosen is None
+    assert {run.seed for run in todo} == {0}, "tuned on a seed that is not among the evaluation seeds"
+    for run, loss in zip(todo, (3.0, 2.9, 2.8), strict=True):
+        pretend(store, run, loss)
+    for rate, loss in ((8e-3, 2.7), (1.6e-2, 2.6)):
+        todo, chosen = tuning(study, store, "small", "adam")
+        assert [run.lr for run in todo] == [rate] and chosen is None
+        pretend(store, todo[0], loss)
+    todo, chosen = tuning(study, store, "small", "adam")
+    assert todo == [] and chosen is not None
+    assert chosen.values == lr(1.6e-2) and chosen.edge, "after two extensions it stops, and says where it stands"
+    assert len(chosen.losses) == 5
+
+
+def test_a_best_rate_inside_is_taken_and_a_diverged_run_never_wins(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    store = Store(study, tmp_path / "out")
+    for rate, loss in ((1e-3, 2.9), (2e-3, 2.8), (4e-3, None)):
+        pretend(store, Run("small", "adam", lr(rate), 0), loss)
+    todo, chosen = tuning(study, store, "small", "adam")
+    assert todo == [] and chosen is not None and chosen.values == lr(2e-3) and not chosen.edge
+    assert chosen.losses[lr(4e-3)] == math.inf
+
+
+def test_an_arm_whose_every_run_diverged_gets_no_evaluation_runs(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    store = Store(study, tmp_path / "out")
+    for rate in study.lr:
+        pretend(store, Run("small", "adam", lr(rate), 0), None)
+    todo, chosen = needed(study, store)
+    assert {run.arm for run in todo} == {"mols"} and ("small", "adam") in chosen
+
+
+def test_evaluation_seeds_follow_the_tuning_and_the_first_arm_comes_first(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    store = Store(study, tmp_path / "out")
+    for rate, loss in ((1e-3, 2.9), (2e-3, 2.8), (4e-3, 3.0)):
+        pretend(store, Run("small", "adam", lr(rate), 0), loss)
+    todo, _ = needed(study, store)
+    assert todo[:2] == [Run("small", "adam", lr(2e-3), 1), Run("small", "adam", lr(2e-3), 2)]
+    assert [run.arm for run in todo[2:]] == ["mols"] * 3
+    for run in todo[:2]:
+        pretend(store, run, 2.75)
+    results = collect(study, store)
+    assert len(results.runs) == 5 and [run.arm for run in results.missing] == ["mols"] * 3
+
+
+def test_every_combination_of_a_grid_is_tuned_and_only_the_rate_is_extended(tmp_path: Path) -> None:
+    hand = {"optimizer": "AdamW", "lr": [1e-3, 2e-3], "mols": {"fixed_alphas": {"vo": 1.0}}}
+    hand["grid"] = {"mols.fixed_alphas.embedding": [2.0, 4.0]}
+    study = study_of(tmp_path, arms={**ARMS, "hand": hand})
+    store = Store(study, tmp_path / "out")
+    todo, _ = tuning(study, store, "small", "hand")
+    assert len(todo) == 4
+    config = arm_config(study, "hand", todo[0].values)
+    assert config["mols"]["fixed_alphas"] == {"vo": 1.0, "embedding": 2.0}
+    assert config["optimizer"]["params"]["lr"] == 1e-3
+    for run in todo:
+        settings = dict(run.values)
+        best = (settings["lr"], settings["mols.fixed_alphas.embedding"]) == (2e-3, 4.0)
+        pretend(store, run, 2.0 if best else 3.0)
+    (further,), _ = tuning(study, store, "small", "hand")
+    assert dict(further.values) == {"lr": 4e-3, "mols.fixed_alphas.embedding": 4.0}
+
+
+def test_a_result_belongs_to_the_settings_that_made_it(tmp_path: Path) -> None:
+    run = Run("small", "mols", lr(1e-3), 0)
+
+    def key(**changes: Any) -> str:
+        return Store(study_of(tmp_path, **changes), tmp_path).key(run)
+
+    first = key()
+    assert key(seeds=[3, 4, 5]) == first, "more seeds repeat nothing"
+    assert key(arms={**ARMS, "more": {"optimizer": "NAdam"}}) == first, "a further arm repeats nothing"
+    assert key(extend=0, name="other") == first
+    others = [
+        key(budget={"steps": 21}),
+        key(batch={"sequences": 8, "length": 32}),
+        key(models={"small": {**MODEL, "hidden_size": 32}}),
+        key(arms={**ARMS, "mols": {"optimizer": "AdamW", "mols": {"samples": 16}}}),
+        key(clip=0.5),
+        key(evaluation={"sequences": 8}),
+        key(data={"source": "other"}),
+    ]
+    assert len({first, *others}) == 8
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    store = Store(study, tmp_path)
+    run = Run("small", "adam", lr(1e-3), 0)
+    store.file(run).parent.mkdir(parents=True)
+    store.file(run).write_text('{"val_loss": 1', "utf-8")
+    with pytest.raises(MolsConfigError, match=r"is damaged.*remove it"):
+        store.load(run)
+
+
+SHIPPED = sorted(file.stem for file in STUDIES.glob("*.yaml"))
+
+
+def test_all_studies_are_shipped() -> None:
+    wanted = "laptop gpu60m paper-130m paper-1b paper-7b gpt2-125m qwen-350m long-context extended-tokens"
+    assert set(wanted.split()) | {"samples-ablation", "grouping-ablation", "smoke"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_studies_are_what_train_can_start(name: str, tmp_path: Path) -> None:
+    """Every arm's config is resolved and accepted by DeepSpeed; its groups exist in the model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from mols_ds.config import MolsConfig
+    from mols_ds.groups import base_group, group_table
+    from mols_ds.settings import check_with_deepspeed, resolve
+
+    study = load_study(STUDIES / f"{name}.yaml")
+    if name != "smoke":
+        assert len(study.seeds) >= 5 and not set(study.seeds) & set(study.tune_seeds)
+    for settings in study.models.values():
+        assert isinstance(settings, dict)
+        config = AutoConfig.for_model(**settings)
+        assert (getattr(config, "max_position_embeddings", None) or config.n_positions) >= study.batch.length
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        for arm, spec in study.arms.items():
+            for values in (study.candidates(arm)[0], study.candidates(arm)[-1]):
+                resolved = resolve(arm_config(study, arm, values), world=1, steps=study.steps, out=tmp_path)
+                check_with_deepspeed(resolved, name)
+            if spec.mols is None:
+                continue
+            section = MolsConfig.parse(resolved["mols"])
+            table = group_table(model, section.rules, section.granularity)
+            bases = {base_group(group) for group in table.elements}
+            if section.fixed_alphas is not None:
+                assert set(section.fixed_alphas) <= bases
+            elif section.reference != "max":
+                assert section.reference in bases
