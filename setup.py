@@ -19,10 +19,14 @@ TRAIN = [
     "tensorboard>=2.16",
     "matplotlib>=3.8",
 ]
+FINETUNE = ["peft>=0.14"]
 REPORT = ["matplotlib>=3.8", "rich>=13.0"]
-MEGATRON = ["megatron-core>=0.16", "PyYAML>=6.0", "filelock>=3.13"]
+MEGATRON = ["megatron-core>=0.16", "filelock>=3.13"]
+# What docs/optimizers.md takes from other projects.
+OPTIMIZERS = ["pytorch-optimizer>=4.0", "bitsandbytes>=0.45"]
 TEST_TOOLS = ["pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.100"]
-TEST_TOOLS += ["ruff>=0.6", "mypy>=1.11", "types-PyYAML"]
+# adam-mini: the authors' implementation, which this package's is tested against.
+TEST_TOOLS += ["ruff>=0.6", "mypy>=1.11", "types-PyYAML", "adam-mini>=1.1.1"]
 
 setup(
     name="mols-ds",
@@ -36,13 +40,15 @@ setup(
     packages=find_packages(include=["mols_ds", "mols_ds.*", "megatron_patches", "megatron_patches.*"]),
     package_data={"mols_ds": ["py.typed"], "megatron_patches": ["py.typed"]},
     # torch is deliberately not pinned: its build has to match the machine's accelerator.
-    install_requires=["torch>=2.4", "deepspeed>=0.19", "pydantic>=2.0"],
+    install_requires=["torch>=2.4", "deepspeed>=0.19", "pydantic>=2.0", "PyYAML>=6.0"],
     extras_require={
         "train": TRAIN,
         "megatron": MEGATRON,
-        "optimizers": ["pytorch-optimizer>=3.0", "bitsandbytes>=0.43", "torchao>=0.8", "peft>=0.14"],
+        "finetune": [*TRAIN, *FINETUNE],
+        "evaluate": ["lm-eval>=0.4"],
+        "optimizers": OPTIMIZERS,
         "report": REPORT,
-        "dev": [*TEST_TOOLS, *TRAIN, *REPORT, *MEGATRON, "peft>=0.14"],
+        "dev": [*TEST_TOOLS, *TRAIN, *REPORT, *MEGATRON, *OPTIMIZERS, "peft>=0.14"],
     },
     # No script named `deepspeed` is installed: it would overwrite DeepSpeed's own. The shim is launch/deepspeed.
     entry_points={"console_scripts": ["mols-ds = mols_ds.cli:main"]},

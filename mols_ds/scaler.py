@@ -27,8 +27,11 @@ ELEMENTWISE = {
     "torch.optim": {"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop", "SGD", "Adadelta"},
     "deepspeed.ops": {"FusedAdam", "DeepSpeedCPUAdam", "FusedLion", "DeepSpeedCPULion", "DeepSpeedCPUAdagrad"},
     "apex.optimizers": {"FusedAdam", "FusedAdagrad", "FusedSGD"},
+    "pytorch_optimizer": {"Lion"},
 }
 """Optimizers whose update of an element reads that element's weight, gradient and state only."""
+NOT_ELEMENTWISE = ("cautious", "use_gc", "adanorm")
+"""Options of pytorch-optimizer's parameter groups that read whole tensors."""
 SHARED_COUNTER = {"FusedAdam", "FusedLion"}
 """DeepSpeed's fused optimizers count a step on the last tensor of a list only (ops/adam/fused_adam.py)."""
 MAX_RUNS = 16
@@ -105,6 +108,8 @@ def make_plan(numel: int, pieces: Iterable[Piece], layouts: Mapping[str, Element
 
 def is_elementwise(optimizer: Optimizer) -> bool:
     """Whether this optimizer may be stepped on views of its tensors (see `ELEMENTWISE`)."""
+    if any(group.get(option) for group in optimizer.param_groups for option in NOT_ELEMENTWISE):
+        return False
     for cls in type(optimizer).__mro__:
         for module, names in ELEMENTWISE.items():
             if cls.__module__.startswith(module) and cls.__name__ in names:

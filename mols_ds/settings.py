@@ -11,10 +11,10 @@ import torch
 from mols_ds.config import MolsConfig
 from mols_ds.data import one_line
 from mols_ds.errors import MolsConfigError
+from mols_ds.optim.build import split_config
+from mols_ds.optim.choose import AUTO as AUTO
+from mols_ds.optim.choose import fill, rename
 
-AUTO = "auto"
-PAPER_OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}
-"""METHOD, the paper's settings: Adam (0.9, 0.95, 1e-8) without weight decay. The base rate is tuned per model."""
 PAPER_CLIPPING = 1.0
 PAPER_BATCH = 512
 LARGEST_MICRO_BATCH = 16
@@ -52,17 +52,29 @@ def read_config(path: str) -> dict[str, Any]:
     return config
 
 
-def resolve(config: dict[str, Any], *, world: int, steps: int, out: Path, lr: float | None = None) -> dict[str, Any]:
+def resolve(
+    config: dict[str, Any],
+    *,
+    world: int,
+    steps: int,
+    out: Path,
+    lr: float | None = None,
+    optimizer: str | None = None,
+) -> dict[str, Any]:
     """A copy of `config` in which nothing is left to guess: batch sizes, precision, optimizer, clipping, the mols
-    section's total steps and report folder. A number that the user wrote is never changed, except the rate by `lr`.
+    section's total steps and report folder. A number that the user wrote is never changed, except the rate by `lr`;
+    `optimizer` is a name in the place of the config's.
 
-    Raises MolsConfigError for batch sizes that do not fit `world` ranks and for "auto" where it means nothing.
+    Raises MolsConfigError for batch sizes that do not fit `world` ranks, for "auto" where it means nothing, and for an
+    optimizer or a parameter of it that is not known; MolsUnsupportedError where it does not go with the ZeRO stage.
     """
     config = copy.deepcopy(config)
     _batch_sizes(config, world)
     _precision(config)
-    optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
-    _optimizer(optimizer, lr)
+    section = config.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
+    if optimizer is not None:
+        config["optimizer"] = rename(section, optimizer)
+    fill(config, lr)
     if config.get("gradient_clipping", AUTO) == AUTO:
         config["gradient_clipping"] = PAPER_CLIPPING
     config.setdefault("steps_per_print", None)  # the progress bar and metrics.jsonl say it
@@ -73,12 +85,13 @@ def resolve(config: dict[str, Any], *, world: int, steps: int, out: Path, lr: fl
     if board.get("output_path", AUTO) in (AUTO, "") and board.get("enabled"):
         board["output_path"] = str(out / "tensorboard")
         board.setdefault("job_name", out.name)
-    section = config.get("mols")
-    if section is not None:
-        if section.get("total_steps") is None:
-            section["total_steps"] = steps
-        section.setdefault("report_dir", str(out / "mols_report"))
+    mols = config.get("mols")
+    if mols is not None:
+        if mols.get("total_steps") is None:
+            mols["total_steps"] = steps
+        mols.setdefault("report_dir", str(out / "mols_report"))
     _refuse_auto(config, "")
+    split_config(config)
     return config
 
 
@@ -138,22 +151,6 @@ def _precision(config: dict[str, Any]) -> None:
         brain["enabled"] = not (half or {}).get("enabled", False) and native_bf16()
 
 
-def _optimizer(section: dict[str, Any], lr: float | None) -> None:
-    if not isinstance(section.get("type"), str):
-        raise MolsConfigError('config: "optimizer" needs a "type", such as "AdamW"')
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-
-    name = section["type"]
-    if name.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
-        raise MolsConfigError(f'config: "optimizer.type" {name!r} is known neither to DeepSpeed nor to torch.optim')
-    params = section.setdefault("params", {})
-    for key, value in PAPER_OPTIMIZER.items():
-        if params.get(key, AUTO if name.lower() in ("adam", "adamw") else value) == AUTO:
-            params[key] = copy.copy(value)
-    if lr is not None:
-        params["lr"] = lr
-
-
 def model_dtype(config: dict[str, Any]) -> torch.dtype:
     """The dtype that the model is built in for a resolved config."""
     if config["bf16"].get("enabled"):
@@ -166,8 +163,9 @@ def check_with_deepspeed(config: dict[str, Any], path: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
+    request = split_config(config)
     try:
-        DeepSpeedConfig(copy.deepcopy(config))
+        DeepSpeedConfig(copy.deepcopy(config if request is None else request.config))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

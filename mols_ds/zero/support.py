@@ -18,8 +18,26 @@ ENGINE_NAMES = (
         "was_step_applied",
     ),
 )
-NOT_PROPORTIONAL = {"Rprop", "ASGD", "LBFGS"}
-"""Optimizers whose step is not proportional to lr, so that neither views nor delta give a rate per module."""
+NOT_PROPORTIONAL = dict.fromkeys(("Rprop", "ASGD", "LBFGS"), "its step is not proportional to lr")
+NOT_PROPORTIONAL |= {
+    "Adafactor": "torch's takes min(lr, 1/sqrt(t)) for the rate, which is not proportional to lr",
+    "SGDSaI": "it sets a rate for each tensor from its gradient's signal-to-noise ratio itself",
+}
+NOT_PROPORTIONAL |= dict.fromkeys(("Prodigy", "DAdaptAdam", "DAdaptLion", "DAdaptSGD"), "it finds its own rate")
+NOT_PROPORTIONAL |= dict.fromkeys(
+    ("ScheduleFreeAdamW", "AdamWScheduleFree", "ScheduleFreeSGD", "SGDScheduleFree", "ScheduleFreeRAdam"),
+    "the weights that it steps are not those that the model has",
+)
+"""Optimizers to which a rate per module cannot be given by their lr, with the reason."""
+WHOLE_TENSORS = {
+    *("Adafactor", "AdaFactor", "CAME", "SM3", "SOAP", "Shampoo", "ScalableShampoo", "PSGD", "Kron", "SPlus"),
+    *("GaLore", "GaLoreAdamW", "Apollo", "APOLLO", "APOLLOAdamW", "Fira", "Conda", "Muon", "AdaMuon", "NorMuon"),
+    *("DistributedMuon", "AdaGO", "MuonClip", "Scion", "Lamb", "LAMB", "FusedLamb", "LARS", "NovoGrad"),
+    *("Adam_mini", "AdamMini", "SGDSaI", "Fromage", "Nero"),
+}
+"""Classes whose update reads whole parameters (a norm, a mean, a matrix), so that a flat shard is another optimizer."""
+OTHER_MOMENTS = {"SOAP", "GaLore", "Apollo", "APOLLO", "AdaFactor", "AdamMini", "Adam_mini", "ShardedAdamMini"}
+"""Classes that have two betas but no two Adam moments of each element in exp_avg and exp_avg_sq."""
 
 
 def check_supported(engine: Any, config: MolsConfig) -> None:
@@ -99,16 +117,27 @@ def _optimizer_refusals(engine: Any, config: MolsConfig) -> list[Refusal]:
             'set "offload_optimizer.ratio": 1.0',
         ),
         (
-            "Muon" in name or any(group.get("use_muon") for group in getattr(inner, "param_groups", [])),
+            type(inner).__module__.startswith("deepspeed") and "Muon" in name,
             "Muon under DeepSpeed (its gradients are already orthogonalised when they can be read)",
-            "use Adam or AdamW",
+            'use Adam or AdamW, or the library\'s at ZeRO stage 0: "source": "library"',
+        ),
+        (
+            name in WHOLE_TENSORS and engine.zero_optimization(),
+            f"{name} under ZeRO (it reads whole tensors and is given flat shards, which makes another optimizer of it)",
+            'set "zero_optimization.stage": 0, or name one that sums over the shards: Lamb, AdamMini or SGG with '
+            '"source": "library"',
         ),
         (
             name.startswith(("OneBit", "ZeroOneAdam")),
             f"{name} (its step communicates and freezes the variance)",
             "use Adam or AdamW",
         ),
-        (name in NOT_PROPORTIONAL, f"{name} (its step is not proportional to lr)", "use Adam, AdamW, SGD, Lion, ..."),
+        (name in NOT_PROPORTIONAL, f"{name} ({NOT_PROPORTIONAL.get(name)})", "use Adam, AdamW, SGD, Lion, ..."),
+        (
+            name == "AdaFactor" and any(_adafactor_keeps_lr(group) for group in inner.param_groups),
+            "AdaFactor with relative_step or momentum (lr is not what its step is multiplied by)",
+            "set relative_step=False and betas=(None, beta2)",
+        ),
         (
             config.mode == "moments" and not _has_adam_moments(inner),
             f'mode "moments" with {name}, which keeps no Adam moments',
@@ -117,7 +146,14 @@ def _optimizer_refusals(engine: Any, config: MolsConfig) -> list[Refusal]:
     ]
 
 
+def _adafactor_keeps_lr(group: Any) -> bool:
+    """Whether pytorch-optimizer's AdaFactor makes its own rate, or holds past rates in its momentum."""
+    return bool(group.get("relative_step", True)) or group["betas"][0] is not None
+
+
 def _has_adam_moments(inner: Any) -> bool:
+    if type(inner).__name__ in OTHER_MOMENTS or type(inner).__module__.startswith("bitsandbytes"):
+        return False
     betas = [group.get("betas") for group in getattr(inner, "param_groups", [])]
     return "Lion" not in type(inner).__name__ and all(b is not None and len(b) == 2 for b in betas)
 

@@ -1,0 +1,184 @@
+"""Adam-mini (Zhang et al. 2025, arXiv 2406.16793) that is right on ZeRO's flat shards.
+
+Adam with one second moment a block in the place of one an element: v_b is the average of the mean of g^2 over block b.
+The blocks of a Transformer (the paper's algorithm 3, and the authors' package adam-mini 1.1.1): a query or key weight
+has one a head; value, output, MLP, embedding and output-layer weights one an output neuron or token; biases are left to
+Adam (a block is an element); a norm, or whatever else is 1-D, is one block. The parts of a fused projection are treated
+as what they are. The authors' package goes by words in the names, has to be told the hidden size, and takes the mean
+over whatever part of a row or head lies on a rank, which is wrong on flat shards.
+
+Choices where neither paper nor package say anything: position embeddings have one number a position; other weights
+(routers) one a row; where a query or key weight does not divide into heads (LoRA's A), one a row.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
+from mols_ds.groups import base_group, group_table
+from mols_ds.layout import ElementLayout
+from mols_ds.optim.blocks import Blocks
+from mols_ds.optim.held import Held
+from mols_ds.optim.sharded import Group, ShardedOptimizer, State, update_moment
+from mols_ds.presets import canonical_name, config_value, text_config
+
+KEY = "block_avg_sq"
+
+
+def block_factor(square: Tensor, step: int, lr: float, betas: tuple[float, float], eps: float) -> Tensor:
+    """lr / (1 - beta1^t) / (sqrt(v_b / (1 - beta2^t)) + eps): what m is multiplied by (2406.16793, algorithm 2)."""
+    root = square.sqrt() / math.sqrt(1 - betas[1] ** step)
+    return (lr / (1 - betas[0] ** step)) / root.add_(eps)
+
+
+def parameter_blocks(
+    name: str, shape: Sequence[int], layout: ElementLayout, head: int | None, transposed: bool = False
+) -> Blocks:
+    """The blocks of one parameter (see the module's text).
+
+    layout: its module groups. head: features of an attention head; None: query and key weights have one a row.
+    transposed: a weight of shape (in, out), as transformers' `Conv1D` stores it.
+    """
+    canonical = canonical_name(name)
+    if canonical.name.endswith("bias"):
+        return Blocks.elements(shape)
+    if len(shape) < 2:
+        return Blocks.whole(shape)
+    fused = len(layout.groups) > 1
+    if fused:
+        transposed = layout.inner < math.prod(shape[1:])
+    inner = math.prod(shape[2:]) if transposed else shape[-1]
+    features = shape[1] if transposed else math.prod(shape) // max(inner, 1)
+    pattern: Sequence[tuple[int, str]] = ((features, layout.groups[0]),)
+    if fused:
+        pattern = layout.pattern * (features // sum(length for length, _ in layout.pattern))
+    per_head = head if canonical.adapter != "shared" else None
+    return Blocks(max(inner, 1), tuple(_join(_split(length, group, per_head) for length, group in pattern)))
+
+
+def _split(length: int, group: str, head: int | None) -> tuple[int, int]:
+    """(features of a block, number of blocks) of `length` output features of a group."""
+    if base_group(group) == "qk" and head and length % head == 0:
+        return head, length // head
+    return 1, max(1, length)
+
+
+def _join(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for width, count in runs:
+        if joined and joined[-1][0] == width:
+            joined[-1] = (width, joined[-1][1] + count)
+        else:
+            joined.append((width, count))
+    return joined
+
+
+def head_size(model: nn.Module) -> int | None:
+    """Features of an attention head, from the transformers config that the model carries; None without one."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    config = next((c for c in configs if config_value(c, "model_type") is not None), getattr(model, "config", None))
+    config = text_config(config)
+    size, heads = config_value(config, "head_dim"), config_value(config, "num_attention_heads", "n_head")
+    hidden = config_value(config, "hidden_size", "n_embd")
+    if size is None and heads and hidden:
+        size = int(hidden) // int(heads)
+    return None if size is None else int(size)
+
+
+class ShardedAdamMini(ShardedOptimizer):
+    """Args:
+    params: parameters or groups, as of any torch optimizer; float32. Which parameter is what, `bind` tells; before it,
+        a parameter of two dimensions or more has one number a row, another one.
+    lr, betas, eps, weight_decay: as AdamW's; also per group.
+    head_dim: features of an attention head; None takes it from the model's config.
+
+    Universal checkpoints know Adam's moments only: `block_avg_sq`, one number a block, cannot move to another number of
+    ranks, and binding to an engine that loads one is refused.
+    """
+
+    kinds = 1
+    moves = False
+    settings = ("head_dim",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        head_dim: int | None = None,
+    ) -> None:
+        if head_dim is not None and head_dim < 1:
+            raise MolsConfigError(f"ShardedAdamMini: head_dim={head_dim!r} must be at least 1")
+        self.head_dim = head_dim
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def default_blocks(self, shape: Sequence[int]) -> Blocks:
+        return Blocks.rows(shape) if len(shape) > 1 else Blocks.whole(shape)
+
+    def model_blocks(
+        self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Sequence[str]]
+    ) -> dict[str, Blocks]:
+        """Raises MolsConfigError as `mols_ds.group_table`: a weight that no rule knows has no blocks either."""
+        try:
+            layouts = group_table(model, list(rules)).layouts
+        except MolsConfigError as error:
+            raise MolsConfigError(
+                f'Adam-mini takes its blocks from the module groups (and the "rules" of the "mols" section): {error}'
+            ) from error
+        head = self.head_dim or head_size(model)
+        if head is None and any("qk" in layout.groups for layout in layouts.values()):
+            warnings.warn(
+                "Adam-mini: the model's config does not tell the number of attention heads, so that query and key "
+                'weights have one number a row instead of one a head; give "head_dim"',
+                MolsWarning,
+                stacklevel=2,
+            )
+        transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+        return {
+            name: parameter_blocks(name, shape, layouts[name], head, name in transposed)
+            if name in layouts
+            else self.default_blocks(shape)  # frozen
+            for name, shape in shapes.items()
+        }
+
+    def _parts(self, tensor: Tensor, held: Sequence[Held]) -> dict[str, Callable[[], Any]]:
+        count = sum(h.touched[1] for h in held)
+        self._check_blocks(tensor, count)
+        return {"exp_avg": lambda: torch.zeros_like(tensor), KEY: lambda: tensor.new_zeros(count)}
+
+    def _check_blocks(self, tensor: Tensor, count: int) -> None:
+        """DeepSpeed's stage 0 steps once with gradients of zero before anyone can bind: those blocks are begun anew."""
+        saved = self.state[tensor].get(KEY)
+        if saved is None or saved.numel() == count:
+            return
+        if bool(saved.any()):
+            raise MolsUnsupportedError(
+                f"Adam-mini's state has {saved.numel()} blocks where this run's parameters have {count}: its state "
+                "cannot move to another number of ranks or other blocks; resume with the same, or bind before training"
+            )
+        del self.state[tensor][KEY]
+
+    def _measure(self, group: Group, state: State, tensor: Tensor, held: Held, out: Tensor) -> None:
+        gradient = self._gradient(tensor, held)
+        update_moment(held.of(state["exp_avg"].view(-1)), gradient, group["betas"][0])
+        held.add_squares(gradient, out[0])
+
+    def _apply(self, group: Group, state: State, tensor: Tensor, held: Held, sums: Tensor) -> None:
+        beta2 = group["betas"][1]
+        square = state[KEY][held.at : held.at + held.touched[1]]
+        square.mul_(beta2).add_((sums[0] / held.sizes).to(square.dtype), alpha=1 - beta2)
+        factor = block_factor(square, state["step"], group["lr"], group["betas"], group["eps"])
+        weight, mean = held.of(tensor.view(-1)), state["exp_avg"].view(-1)
+        if group["weight_decay"]:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+        for scale, (part, average) in held.parts(factor, tensor.view(-1), mean):
+            part.addcmul_(average, scale, value=-1.0)

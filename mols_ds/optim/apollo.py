@@ -1,0 +1,130 @@
+"""APOLLO (arXiv 2412.05270): a gradient scaled channel by channel with what Adam does in a random low-rank space.
+
+Written from the paper's Algorithm 1. pytorch-optimizer's class of that name scales the projected gradient and projects
+it back, which is another update; the authors' package is for non-commercial use only. What the paper leaves open is
+done as in GaLore (arXiv 2403.03507), which it builds on: the smaller side of the matrix is projected, Adam's bias
+correction stands in the step size, and weight decay is decoupled and comes first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mols_ds.errors import MolsUnsupportedError
+
+ScaleType = Literal["channel", "tensor"]
+GROWTH_LIMIT = 1.01
+"""gamma of the norm-growth limiter (paper, section 4.3, from Fira, arXiv 2410.01623)."""
+NORM_EPS = 1e-8
+
+
+def projection(shape: tuple[int, int], rank: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """P of shape (rank, smaller side), entries N(0, 1/rank), so that E[P^T P] = 1 (Algorithm 1, line 3).
+
+    The numbers are drawn on the CPU from `seed`: every rank and every device has the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(rank, min(shape), generator=generator, dtype=torch.float32) / math.sqrt(rank)
+    return numbers.to(device=device, dtype=dtype)
+
+
+def project(gradient: Tensor, matrix: Tensor) -> Tensor:
+    """R: (rank, larger side). gradient: (m, n); P contracts its smaller side, the columns of a square one."""
+    return matrix @ (gradient if gradient.shape[0] < gradient.shape[1] else gradient.T)
+
+
+def scaling(projected: Tensor, adam: Tensor, kind: ScaleType) -> Tensor:
+    """s_j = ||R~_{:,j}|| / ||R_{:,j}|| for each channel j, the larger side; or one number for the tensor (eq. 5, 7)."""
+    over = None if kind == "tensor" else 0
+    after: Tensor = torch.linalg.vector_norm(adam, dim=over)
+    before: Tensor = torch.linalg.vector_norm(projected, dim=over)
+    return after / (before + NORM_EPS)
+
+
+def limit_growth(update: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(update, its norm), cut to `GROWTH_LIMIT` times the norm of the step before."""
+    norm = torch.linalg.vector_norm(update)
+    if previous is None:
+        return update, norm
+    factor = torch.clamp(norm / (previous + NORM_EPS), min=GROWTH_LIMIT) / GROWTH_LIMIT
+    return update / factor, norm / factor
+
+
+class Apollo(Optimizer):
+    """APOLLO on the 2-D tensors of parameter groups with a "rank", Adam with decoupled weight decay on all else.
+
+    Keys of a group with a rank: rank, update_proj_gap (steps between new projections), scale (the paper's alpha;
+    APOLLO-Mini is rank 1, "tensor", sqrt(128)), scale_type. State of a matrix (m, n): two moments of
+    (rank, max(m, n)) and P. The step is proportional to lr.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        """Raises ValueError for a rate, a beta or eps out of range, or a group whose keys are wrong."""
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be >= 0, betas {betas} in [0, 1)"
+            )
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            if "rank" not in group:
+                continue
+            if not isinstance(group["rank"], int) or group["rank"] < 1 or group["update_proj_gap"] < 1:
+                raise ValueError(f"rank {group['rank']!r} and update_proj_gap must be whole numbers >= 1")
+            if group["scale_type"] not in ("channel", "tensor"):
+                raise ValueError(f'scale_type is {group["scale_type"]!r}; allowed are "channel" and "tensor"')
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update of every tensor that has a gradient; returns what `closure` returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._update(weight, weight.grad, group)
+        return loss
+
+    def _update(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        if gradient.is_sparse:
+            raise MolsUnsupportedError('APOLLO does not support sparse gradients: set "sparse_gradients": false')
+        state = self.state[weight]
+        step = state["step"] = state.get("step", 0) + 1
+        low_rank = "rank" in group and weight.ndim == 2
+        seen = self._project(state, gradient, group, step) if low_rank else gradient
+        if "exp_avg" not in state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(seen), torch.zeros_like(seen)
+        beta1, beta2 = group["betas"]
+        state["exp_avg"].lerp_(seen, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(seen, seen, value=1 - beta2)
+        update = state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"])
+        if low_rank:
+            factors = scaling(seen, update, group["scale_type"])
+            wide = gradient.shape[0] < gradient.shape[1]
+            update = gradient * (factors if wide or factors.ndim == 0 else factors[:, None])
+            update, state["update_norm"] = limit_growth(update, state.get("update_norm"))
+            update = update * group["scale"]
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(update, alpha=-group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step))
+
+    @staticmethod
+    def _project(state: dict[str, Any], gradient: Tensor, group: dict[str, Any], step: int) -> Tensor:
+        """R = P G with a new P at the first step and every `update_proj_gap` steps."""
+        past, rest = divmod(step - 1, group["update_proj_gap"])
+        if rest == 0 or "projection" not in state:
+            shape = (gradient.shape[0], gradient.shape[1])
+            state["projection"] = projection(shape, group["rank"], past, gradient.device, gradient.dtype)
+        return project(gradient, state["projection"])

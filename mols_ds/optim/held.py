@@ -1,0 +1,150 @@
+"""The pieces of parameters that a rank holds, and sums of their blocks over the ranks that share them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mols_ds.errors import MolsUnsupportedError
+from mols_ds.optim.blocks import Blocks, Cut, step_squares
+from mols_ds.scaler import Piece
+
+Reduce = Callable[[Tensor], Tensor]
+"""SUM of a 1-D float64 tensor over the ranks that hold disjoint pieces; returned on the device of the argument."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A piece of a parameter that lies in an inner tensor of this rank, and its blocks.
+
+    shape: of the whole parameter. number: of the parameter in the model, the same on every rank.
+    row: of the piece among those of its tensor. at: where the numbers of its blocks begin among those of its tensor;
+    slot: among those of this rank. device: where the tensor lies.
+    """
+
+    piece: Piece
+    shape: tuple[int, ...]
+    blocks: Blocks
+    number: int
+    row: int
+    at: int
+    slot: int
+    device: torch.device
+
+    @cached_property
+    def touched(self) -> tuple[int, int]:
+        """(first block, number of blocks) of the range of blocks that this piece lies in."""
+        return self.blocks.touched(self.piece.start, self.piece.numel)
+
+    @cached_property
+    def cuts(self) -> list[Cut]:
+        return list(self.blocks.cuts(self.piece.start, self.piece.numel))
+
+    @cached_property
+    def block_of_step(self) -> list[Tensor]:
+        """For each cut the block of each step, counted from the first touched one, int64."""
+        first = self.touched[0]
+        return [(self.blocks.of_step[c.first : c.first + c.steps] - first).to(self.device) for c in self.cuts]
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Elements of each touched block in the whole parameter, float64."""
+        first, count = self.touched
+        return self.blocks.sizes(math.prod(self.shape))[first : first + count].to(self.device)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The piece, 1-D, of a flat tensor."""
+        return flat[self.piece.offset : self.piece.offset + self.piece.numel]
+
+    @cached_property
+    def runs(self) -> list[tuple[int, Tensor]]:
+        """For each cut the first of its blocks, counted as above, and the number of steps of each, int64."""
+        counts = [torch.unique_consecutive(of_step, return_counts=True) for of_step in self.block_of_step]
+        return [(int(blocks[0]), steps) for blocks, steps in counts]
+
+    def add_squares(self, piece: Tensor, out: Tensor) -> None:
+        """out[b] += the sum of squares of the elements of block b in the 1-D piece; out: float64 (touched blocks,).
+
+        In one order of addition, so that data-parallel replicas of stage 0 get the same bits.
+        """
+        for cut, (first, steps) in zip(self.cuts, self.runs, strict=True):
+            sums = step_squares(cut.view(piece))
+            if steps.numel() < sums.numel():
+                sums = torch.segment_reduce(sums, "sum", lengths=steps)
+            out[first : first + steps.numel()] += sums
+
+    def parts(self, values: Tensor, *flats: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """(values of the blocks in a shape that broadcasts, views of the piece of each flat), covering the piece once.
+
+        values: (touched blocks,); flats: 1-D, the inner tensor or others of its length.
+        """
+        for cut, of_step in zip(self.cuts, self.block_of_step, strict=True):
+            yield values[of_step][:, None], [cut.view(self.of(flat)) for flat in flats]
+
+
+class SharedSums:
+    """Adds up the statistics of the blocks that several ranks hold.
+
+    Args:
+        held: all pieces of this rank.
+        blocks, shapes: of every parameter of the model, in the same order on every rank.
+        reduce: see `Reduce`. Called once here, and once a call if any block is shared.
+
+    Raises MolsUnsupportedError, on every rank, where the ranks' pieces do not cover each element exactly once.
+    """
+
+    def __init__(
+        self,
+        held: Sequence[Held],
+        blocks: Mapping[str, Blocks],
+        shapes: Mapping[str, tuple[int, ...]],
+        reduce: Reduce,
+        device: torch.device,
+    ) -> None:
+        self.reduce = reduce
+        offsets, total = {}, 0
+        for name, parameter in blocks.items():
+            offsets[name], total = total, total + parameter.count
+        counted = torch.zeros(2, total, dtype=torch.float64)
+        local = torch.full((total,), -1)
+        for h in held:
+            where = slice(offsets[h.piece.name], offsets[h.piece.name] + h.blocks.count)
+            mine = h.blocks.counted(h.piece.start, h.piece.numel)
+            counted[0, where] += mine
+            counted[1, where] += mine > 0
+            first, count = h.touched
+            local[where][first : first + count] = torch.arange(h.slot, h.slot + count)
+        counted = reduce(counted.view(-1).to(device)).view(2, total).cpu()
+        self._check(counted[0], blocks, shapes)
+        mine = local[counted[1] > 1]
+        self.length = mine.numel()
+        """Number of blocks that more than one rank holds: the length of the reduction, for each kind of sum."""
+        self.slots = torch.nonzero(mine >= 0).view(-1).to(device)
+        self.local = mine[mine >= 0].to(device)
+
+    @staticmethod
+    def _check(counted: Tensor, blocks: Mapping[str, Blocks], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        at = 0
+        for name, parameter in blocks.items():
+            expected = parameter.sizes(math.prod(shapes[name]))
+            if not torch.equal(counted[at : at + parameter.count], expected):
+                raise MolsUnsupportedError(
+                    f"the ranks' shards hold {int(counted[at : at + parameter.count].sum())} elements of {name!r}, "
+                    f"which has {math.prod(shapes[name])}, or hold some twice: optimizers that sum over the shards "
+                    "support ZeRO over all data-parallel ranks alone (no hpZ, MiCS or expert groups)"
+                )
+            at += parameter.count
+
+    def __call__(self, values: Tensor) -> None:
+        """Replace the shared ones of this rank's sums, float64 (kinds, blocks of this rank), by those of all ranks."""
+        if not self.length:
+            return
+        buffer = values.new_zeros(values.shape[0], self.length)
+        buffer[:, self.slots] = values[:, self.local]
+        buffer = self.reduce(buffer.view(-1)).view_as(buffer)
+        values[:, self.local] = buffer[:, self.slots]

@@ -1,0 +1,91 @@
+"""LAMB (You et al. 2020, arXiv 1904.00962) that is right on ZeRO's flat shards.
+
+The update of a layer is rescaled by its trust ratio ||w|| / ||u||, norms over the whole parameter. On a shard a
+library's LAMB would take the norms of the shard; here the squares of all ranks' pieces are added up.
+
+The default is pytorch_optimizer's Lamb (the paper's third version: no bias correction, ||w|| clamped at 10) with
+- `weight_decouple=False`: the weight decay is inside u, as in the paper's algorithm 2, and the step proportional to lr;
+- `adam_debias=True`: without it that class divides the rate by 1 - beta1^t, a first step of ten times the rate that no
+  version of the paper has.
+Clipping by the global norm, which that class calls pre_norm, is the engine's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mols_ds.errors import MolsConfigError
+from mols_ds.optim.held import Held
+from mols_ds.optim.sharded import Group, ShardedOptimizer, State, update_moment, update_square
+
+
+def lamb_direction(mean: Tensor, square: Tensor, weight: Tensor, eps: float, decay: float) -> Tensor:
+    """u = m / (sqrt(v) + eps) + lambda w (1904.00962, algorithm 2); all tensors of one shape, the result is new."""
+    update = mean / square.sqrt().add_(eps)
+    return update.add_(weight, alpha=decay) if decay else update
+
+
+def trust_ratio(weight_squares: Tensor, update_squares: Tensor, eps: float, clamp: float) -> Tensor:
+    """phi(||w||) / (||u|| + eps), phi(x) = min(x, clamp); 1 where a norm is 0.
+
+    Both arguments: sums of squares over whole parameters, float64, any shape. eps as in pytorch_optimizer's Lamb.
+    """
+    weight, update = weight_squares.sqrt(), update_squares.sqrt()
+    ratio = weight.clamp(max=clamp) / (update + eps)
+    return torch.where((weight > 0) & (update > 0), ratio, torch.ones_like(ratio))
+
+
+class ShardedLamb(ShardedOptimizer):
+    """Args:
+    params: parameters or groups, as of any torch optimizer; float32.
+    lr, betas, eps, weight_decay: as in the paper; also per group.
+    bias_correction: divide m and v by 1 - beta^t, as the paper's algorithm does and its third version does not.
+    clamp: upper bound of ||w|| in the trust ratio; None is none, as in the paper's experiments.
+    """
+
+    kinds = 2
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        bias_correction: bool = False,
+        clamp: float | None = 10.0,
+    ) -> None:
+        if clamp is not None and not clamp > 0:
+            raise MolsConfigError(f"ShardedLamb: clamp={clamp!r} must be above 0, or None for no bound")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "bias_correction": bias_correction, "clamp": clamp})
+
+    def _parts(self, tensor: Tensor, held: Sequence[Held]) -> dict[str, Callable[[], Any]]:
+        return {"exp_avg": lambda: torch.zeros_like(tensor), "exp_avg_sq": lambda: torch.zeros_like(tensor)}
+
+    def _direction(self, group: Group, state: State, weight: Tensor, held: Held) -> Tensor:
+        mean, square = held.of(state["exp_avg"].view(-1)), held.of(state["exp_avg_sq"].view(-1))
+        if group["bias_correction"]:
+            beta1, beta2 = group["betas"]
+            mean = mean / (1 - beta1 ** state["step"])
+            square = square / (1 - beta2 ** state["step"])
+        return lamb_direction(mean, square, weight, group["eps"], group["weight_decay"])
+
+    def _measure(self, group: Group, state: State, tensor: Tensor, held: Held, out: Tensor) -> None:
+        beta1, beta2 = group["betas"]
+        weight, gradient = held.of(tensor.view(-1)), self._gradient(tensor, held)
+        update_moment(held.of(state["exp_avg"].view(-1)), gradient, beta1)
+        update_square(held.of(state["exp_avg_sq"].view(-1)), gradient, beta2)
+        held.add_squares(weight, out[0])
+        held.add_squares(self._direction(group, state, weight, held), out[1])
+
+    def _apply(self, group: Group, state: State, tensor: Tensor, held: Held, sums: Tensor) -> None:
+        weight = held.of(tensor.view(-1))
+        ratio = trust_ratio(sums[0], sums[1], group["eps"], group["clamp"] or math.inf)
+        update = self._direction(group, state, weight, held)
+        weight.sub_(update.mul_((group["lr"] * ratio).to(update.dtype)))

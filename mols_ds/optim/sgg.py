@@ -1,0 +1,162 @@
+"""SGG, scaling with gradient grouping, around Adam (Li et al. 2025, arXiv 2506.01049), right on ZeRO's flat shards.
+
+Every T steps the momentum of each layer is clustered into K groups, and each group gets a factor on its learning rate
+that pulls its spread towards that of the whole model (algorithm 1, equations 5 to 7). Written from the paper: no
+library has it, and the authors' repository (ScalingOpt/SGG) holds a README and a web page, no code. What the paper
+leaves open, and what was chosen:
+- A layer is a parameter, and its clusters are those of m itself (the magnitude of m is another reading of the text).
+- Clusters: K-means with the former centres to start from, which are the mean and +- 1.5 standard deviations at first;
+  over all elements, until the centres rest or `ITERATIONS`. The paper takes mini-batch K-means, for speed; its figure 3
+  finds full K-means no worse. Centres stay in order, so that cluster c of two clusterings means the same.
+- D^t, "the typical parameter-wise deviation throughout the model": the median over all elements of the model.
+- A median of an even number of elements is the lower of the two in the middle. A cluster without elements keeps its
+  factor. Weight decay is decoupled and not scaled.
+- The clusters of step t are used from step t + 1 on, not in step t: ZeRO steps one parameter group after the other, and
+  D^t needs all of them.
+Medians are exact, from counts of the bits of |m - mean|: nothing but counts and sums goes over the wire, every T steps.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mols_ds.errors import MolsConfigError, MolsWarning
+from mols_ds.optim.clustering import cluster, median_deviations, nearest
+from mols_ds.optim.held import Held
+from mols_ds.optim.sharded import Group, ShardedOptimizer, State, update_moment, update_square
+
+ITERATIONS = 20
+"""Upper bound of K-means' rounds, each of which is one reduction."""
+EPSILON = 1e-8
+"""Of equation 6."""
+
+
+def new_scales(
+    scales: Tensor, deviations: Tensor, typical: Tensor, beta3: float, bounds: tuple[float, float]
+) -> Tensor:
+    """S <- beta3 S + (1 - beta3) clamp(D / (D_lc + epsilon)) (2506.01049, equations 6 and 7).
+
+    deviations: D_lc of each cluster, NaN for one without elements, which keeps its factor. typical: D, a scalar.
+    """
+    ratio = (typical / (deviations + EPSILON)).clamp(*bounds)
+    return torch.where(deviations.isnan(), scales, beta3 * scales + (1 - beta3) * ratio)
+
+
+class SGG(ShardedOptimizer):
+    """Args:
+    params: parameters or groups, as of any torch optimizer; float32.
+    lr, betas, eps, weight_decay: as AdamW's; also per group.
+    clusters: K >= 1 of each layer. interval: T, steps between two clusterings. beta3: decay of the factors.
+    bounds: of the factors. The paper's defaults: 3, 500, 0.99, (0.1, 10).
+
+    State beside Adam's: `cluster` (uint8, an element each), and for each piece of a parameter `centers` and `scales`
+    (K numbers, the same on every rank that holds a piece of that parameter).
+    """
+
+    settings = ("clusters", "interval", "beta3", "bounds")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        clusters: int = 3,
+        interval: int = 500,
+        beta3: float = 0.99,
+        bounds: tuple[float, float] = (0.1, 10.0),
+    ) -> None:
+        low, high = bounds
+        if not (1 <= clusters <= 255 and interval >= 1 and 0 <= beta3 < 1 and 0 < low <= 1 <= high):
+            raise MolsConfigError(
+                f"SGG: clusters={clusters}, interval={interval}, beta3={beta3}, bounds={bounds}; needed are clusters "
+                "from 1 to 255, interval >= 1, beta3 in [0, 1) and bounds around 1"
+            )
+        self.clusters, self.interval, self.beta3, self.bounds = clusters, interval, beta3, (low, high)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch casts all loaded state to the weights' type; cluster numbers are bytes."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            if "cluster" in state:
+                state["cluster"] = state["cluster"].to(torch.uint8)
+
+    def _parts(self, tensor: Tensor, held: Sequence[Held]) -> dict[str, Callable[[], Any]]:
+        state, shape = self.state[tensor], (len(held), self.clusters)
+        if state["step"] and "exp_avg" in state and "cluster" not in state:
+            warnings.warn(
+                "SGG: the checkpoint has Adam's moments without clusters (a universal one, or another optimizer's): "
+                "all factors start at 1 again",
+                MolsWarning,
+                stacklevel=2,
+            )
+        if "scales" in state and tuple(state["scales"].shape) != shape:
+            raise MolsConfigError(
+                f"SGG: the state has factors of shape {tuple(state['scales'].shape)} (parameters, clusters), this run "
+                f"{shape}; resume with the number of clusters that it was saved with"
+            )
+        return {
+            "exp_avg": lambda: torch.zeros_like(tensor),
+            "exp_avg_sq": lambda: torch.zeros_like(tensor),
+            "cluster": lambda: torch.zeros_like(tensor, dtype=torch.uint8),
+            "centers": lambda: tensor.new_zeros(shape),
+            "scales": lambda: tensor.new_ones(shape),
+            "clustered": lambda: 0,
+        }
+
+    def _before_step(self) -> None:
+        """Cluster the momentum of the last step where that was one of every T-th.
+
+        ZeRO's step is complete when all shards have taken it: this is in the first call of the next one, on every rank.
+        Where tensors are whole parameters one call is one step, and some may never have a gradient.
+        """
+        tensors = [tensor for tensor in self._tensors if self.state.get(tensor)]
+        steps = {int(self.state[tensor]["step"]) for tensor in tensors} or {0}
+        complete = len(steps) == 1 and len(tensors) == len(self._tensors)
+        step = max(steps) if complete or self._reduce is None else 0
+        if step == 0 or step % self.interval or all(self.state[t].get("clustered") == step for t in tensors):
+            return
+        for tensor in tensors:
+            self._complete(tensor)
+        self._cluster(tensors, fresh=not any(self.state[tensor]["clustered"] for tensor in tensors))
+        for tensor in tensors:
+            self.state[tensor]["clustered"] = step
+
+    def _cluster(self, tensors: Sequence[Tensor], *, fresh: bool) -> None:
+        """New clusters, centres and factors of every piece; collective."""
+        layers = [(held, self.state[tensor]) for tensor in tensors for held in self._find(tensor)]
+        pieces = [(held.number, held.of(state["exp_avg"].view(-1))) for held, state in layers]
+        sizes = torch.tensor(self._numels, dtype=torch.float64, device=self._tensors[0].device)
+        centers = sizes.new_zeros(sizes.numel(), self.clusters, dtype=torch.float32)
+        for held, state in layers:
+            centers[held.number] = state["centers"][held.row]
+        reduce = self._reduce or (lambda values: values)
+        found = cluster(pieces, sizes, None if fresh else centers, self.clusters, reduce, ITERATIONS)
+        medians = median_deviations(pieces, found, reduce)
+        for (held, state), (number, values) in zip(layers, pieces, strict=True):
+            state["centers"][held.row] = found.centers[number]
+            old, deviations = state["scales"][held.row], medians.clusters[number]
+            state["scales"][held.row] = new_scales(old, deviations, medians.overall, self.beta3, self.bounds)
+            held.of(state["cluster"].view(-1)).copy_(nearest(values, found.centers[number]))
+
+    def _apply(self, group: Group, state: State, tensor: Tensor, held: Held, sums: Tensor) -> None:
+        """w <- w - lr lambda w - lr S[C] m_hat / (sqrt(v_hat) + eps): AdamW, and line 24 of the paper's algorithm."""
+        (beta1, beta2), lr, step = group["betas"], group["lr"], state["step"]
+        weight, gradient = held.of(tensor.view(-1)), self._gradient(tensor, held)
+        mean, square = held.of(state["exp_avg"].view(-1)), held.of(state["exp_avg_sq"].view(-1))
+        update_moment(mean, gradient, beta1)
+        update_square(square, gradient, beta2)
+        update = mean / (square.sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
+        if state["clustered"]:
+            update.mul_(state["scales"][held.row].index_select(0, held.of(state["cluster"].view(-1)).int()))
+        if group["weight_decay"]:
+            weight.mul_(1 - lr * group["weight_decay"])
+        weight.sub_(update, alpha=lr / (1 - beta1**step))
