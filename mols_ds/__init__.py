@@ -9,7 +9,7 @@ from mols_ds.groups import ElementLayout, GroupTable, group_table
 if TYPE_CHECKING:
     from mols_ds.zero import attach, initialize
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "ElementLayout",
     "GroupTable",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +50,9 @@ class BatchShape:
 class Batches(Protocol):
     """Where the training loop gets its batches."""
 
-    def step(self, stream: Stream, step: int) -> Iterator[torch.Tensor]:
-        """This rank's micro-batches of global batch `step` of a stream: int64, shape (micro, length) each."""
+    def step(self, stream: Stream, step: int) -> Iterator[Any]:
+        """This rank's micro-batches of global batch `step` of a stream, as the job's task takes them: int64 tensors of
+        shape (micro, length) for `task.NextTokens`."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,12 +10,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mols_ds.training import METRICS, Outcome
+from mols_ds.training import METRICS, Job, Outcome, has_checkpoint, train
 
 ADAM, MOLS = "adam", "mols"
-TITLES = {ADAM: "Adam", MOLS: "Adam + MoLS"}
 SMOOTHING = 10
 """Logged steps that the drawn training loss is averaged over."""
+
+
+def titles(optimizer: str) -> dict[str, str]:
+    """What both arms are called where `optimizer` trains them; Adam with decoupled weight decay goes by Adam."""
+    name = "Adam" if optimizer.lower() == "adamw" else optimizer
+    return {ADAM: name, MOLS: f"{name} + MoLS"}
 
 
 def split_arms(config: dict[str, Any], out: Path) -> dict[str, dict[str, Any]]:
@@ -25,6 +31,25 @@ def split_arms(config: dict[str, Any], out: Path) -> dict[str, dict[str, Any]]:
     adam = copy.deepcopy(config)
     del adam["mols"]
     return {ADAM: adam, MOLS: mols}
+
+
+def run_arms(job: Job, *, compare: bool) -> list[Path]:
+    """Trains the one arm, or Adam's first, and prints what came out. Returns each arm's folder."""
+    if not compare:
+        outcome = train(job)
+        if job.shape.rank == 0:
+            print_outcome(outcome, job.out)
+        return [job.out]
+    outcomes = {}
+    for name, config in split_arms(job.config, job.out).items():
+        # An interrupted comparison may not have come to its second arm yet
+        resume = job.resume and has_checkpoint(job.out / name)
+        arm = replace(job, out=job.out / name, config=copy.deepcopy(config), resume=resume)
+        arm.out.mkdir(exist_ok=True)
+        outcomes[name] = train(arm)
+    if job.shape.rank == 0:
+        print_comparison(outcomes, job.out, job.config["optimizer"]["type"])
+    return [job.out / name for name in outcomes]
 
 
 def alphas_text(alphas: dict[str, float]) -> str:
@@ -46,24 +71,25 @@ def print_outcome(outcome: Outcome, out: Path) -> None:
     console.print(f"metrics: {out / METRICS}", soft_wrap=True)
 
 
-def print_comparison(outcomes: dict[str, Outcome], out: Path) -> None:
+def print_comparison(outcomes: dict[str, Outcome], out: Path, optimizer: str = "Adam") -> None:
     """The table of both arms, where the files are, and one sentence about what a single seed is worth."""
+    names = titles(optimizer)
     table = Table(title="held-out perplexity, same model, data order and steps")
     for column in ("", "perplexity", "loss", "tokens", "seconds"):
         table.add_column(column, justify="left" if not column else "right")
     for name, outcome in outcomes.items():
         numbers = (f"{outcome.val_ppl:.3f}", f"{outcome.val_loss:.4f}", f"{outcome.tokens:,}", f"{outcome.seconds:.0f}")
-        table.add_row(TITLES[name], *numbers)
+        table.add_row(names[name], *numbers)
     console = Console()
     console.print(table)
     mols = outcomes[MOLS]
     if mols.probe_steps:
         console.print(f"MoLS measured {mols.probe_steps} further batches without training on them.")
     console.print(f"alphas: {alphas_text(mols.alphas)}")
-    for path in [*_report_files(mols), _plot(outcomes, out), _summary(outcomes, out)]:
+    for path in [*_report_files(mols), _plot(outcomes, out, names), _summary(outcomes, out)]:
         if path is not None:
             console.print(f"  {path}", soft_wrap=True)
-    console.print("One seed proves nothing: benchmarks/convergence.py compares over rates and seeds.")
+    console.print("One seed proves nothing: mols-ds compare studies/laptop.yaml tunes both and compares over seeds.")
 
 
 def _report_files(outcome: Outcome) -> list[Path]:
@@ -87,7 +113,7 @@ def read_curve(path: Path, key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _plot(outcomes: dict[str, Outcome], out: Path) -> Path | None:
+def _plot(outcomes: dict[str, Outcome], out: Path, names: dict[str, str]) -> Path | None:
     """compare.png: training loss (smoothed) and held-out loss of both arms over steps."""
     try:
         import matplotlib
@@ -101,9 +127,9 @@ def _plot(outcomes: dict[str, Outcome], out: Path) -> Path | None:
     for index, name in enumerate(outcomes):
         steps, losses = read_curve(out / name / METRICS, "loss")
         smooth = [fmean(losses[max(0, i - SMOOTHING) : i]) for i in range(1, len(losses) + 1)]
-        axes.plot(steps, smooth, color=f"C{index}", alpha=0.45, linewidth=1.0, label=f"{TITLES[name]}, training")
+        axes.plot(steps, smooth, color=f"C{index}", alpha=0.45, linewidth=1.0, label=f"{names[name]}, training")
         steps, losses = read_curve(out / name / METRICS, "val_loss")
-        axes.plot(steps, losses, color=f"C{index}", marker="o", markersize=3.5, label=f"{TITLES[name]}, held out")
+        axes.plot(steps, losses, color=f"C{index}", marker="o", markersize=3.5, label=f"{names[name]}, held out")
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

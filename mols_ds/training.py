@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mols_ds.batches import Batches, BatchShape, Stream
 from mols_ds.errors import MolsCheckpointError
 from mols_ds.progress import Progress
+from mols_ds.task import NextTokens, Task
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -44,12 +45,19 @@ def has_checkpoint(out: Path) -> bool:
 
 @dataclass(frozen=True)
 class Job:
-    """What one arm trains and how, the same on every rank. `config` is a resolved DeepSpeed config."""
+    """What one arm trains and how, the same on every rank. `config` is a resolved DeepSpeed config.
+
+    With `probe_ahead`, mode "probe" measures the batches that training comes to next, which are then trained on, and
+    not batches of a stream of its own: no arm of a comparison sees a text that another does not. With `stop_diverged`,
+    a run whose loss is not finite ends there, with a held-out loss of NaN. `watch` is called with the engine after
+    every update. `keep_last` is whether the end is saved too, `shown` whether rank 0 shows progress. `task` is what a
+    micro-batch is and what its loss is; None: `NextTokens`.
+    """
 
     config: dict[str, Any]
     model: Callable[[], nn.Module]
     batches: Batches
-    held_out: list[tuple[torch.Tensor, int]]
+    held_out: list[tuple[Any, int]]
     shape: BatchShape
     steps: int
     out: Path
@@ -58,6 +66,12 @@ class Job:
     save_every: int = 0
     log_every: int = 1
     resume: bool = False
+    probe_ahead: bool = False
+    keep_last: bool = True
+    stop_diverged: bool = False
+    watch: Callable[[Any], None] | None = None
+    shown: bool = True
+    task: Task | None = None
 
 
 @dataclass
@@ -112,10 +126,14 @@ class _Loop:
 
     def __init__(self, job: Job, engine: Any) -> None:
         self.job, self.engine = job, engine
+        self.task = job.task or NextTokens(job.shape)
         self.first = job.shape.rank == 0
         self.probe_steps = 0
+        self.ahead = 0
+        """Batches that were measured since the last update."""
+        self.diverged = False
         self.metrics = Metrics(job.out / METRICS) if self.first else None
-        self.bar = Progress(job.out.name, job.steps, shown=self.first)
+        self.bar = Progress(job.out.name, job.steps, shown=self.first and job.shown)
 
     def close(self) -> None:
         self.bar.close()
@@ -127,14 +145,17 @@ class _Loop:
         return self.job.out / CHECKPOINTS
 
     def save(self) -> None:
-        state = {CLIENT_KEY: {"probe_steps": self.probe_steps, "steps": self.job.steps, "seed": self.job.seed}}
-        tag = f"step{self.engine.global_steps}"
-        self.engine.save_checkpoint(str(self.folder), tag=tag, client_state=state)
+        job, engine, task = self.job, self.engine, self.task
+        state = {CLIENT_KEY: {"probe_steps": self.probe_steps, "steps": job.steps, "seed": job.seed, **task.identity}}
+        tag = f"step{engine.global_steps}"
+        engine.save_checkpoint(str(self.folder), tag=tag, client_state=state, exclude_frozen_parameters=task.partial)
+        task.save(engine, job.out if engine.global_steps >= job.steps else self.folder / tag)
 
     def load(self) -> None:
         """Continues from the newest checkpoint. Raises MolsCheckpointError where it is broken or another run's."""
         try:
-            path, client = self.engine.load_checkpoint(str(self.folder))
+            strict = not self.task.partial
+            path, client = self.engine.load_checkpoint(str(self.folder), load_module_strict=strict)
         except (OSError, EOFError, KeyError, RuntimeError, ValueError, AssertionError) as error:
             if isinstance(error, MolsCheckpointError):
                 raise
@@ -143,9 +164,10 @@ class _Loop:
         state = (client or {}).get(CLIENT_KEY)
         if path is None or state is None:
             raise MolsCheckpointError(f"--resume: {self.folder} holds no checkpoint of this program")
-        for key, now in (("steps", self.job.steps), ("seed", self.job.seed)):
-            if state[key] != now:
-                raise MolsCheckpointError(f"--resume: the checkpoint was made with --{key} {state[key]}, not {now}")
+        for key, now in {"steps": self.job.steps, "seed": self.job.seed, **self.task.identity}.items():
+            if state.get(key) != now:
+                made = f"--resume: the checkpoint was made with --{key} {state.get(key)}, not {now}"
+                raise MolsCheckpointError(made)
         self.probe_steps = int(state["probe_steps"])
         if self.metrics is not None:
             self.metrics.rewind(self.engine.global_steps)
@@ -157,14 +179,16 @@ class _Loop:
         if self.metrics is not None and not job.resume:
             self.metrics.clear()
         val_loss = None
-        while engine.global_steps < job.steps:
+        while engine.global_steps < job.steps and not self.diverged:
             val_loss = self.step()
+        if self.diverged:
+            val_loss = math.nan
         if val_loss is None:  # resumed at the end
             val_loss = self.evaluate()
-        if not job.save_every or engine.global_steps % job.save_every:
+        if job.keep_last and (not job.save_every or engine.global_steps % job.save_every):
             self.save()
         mols = getattr(engine, "mols", None)
-        outcome = Outcome(val_loss, engine.global_steps * job.shape.tokens, dict(getattr(mols, "alphas", {})))
+        outcome = Outcome(val_loss, self.task.tokens(engine.global_steps), dict(getattr(mols, "alphas", {})))
         outcome.probe_steps = self.probe_steps
         if outcome.alphas:
             report = Path(job.config["mols"]["report_dir"]) / "mols_report.json"
@@ -180,26 +204,31 @@ class _Loop:
         began = time.monotonic()
         before = engine.global_steps
         mols = getattr(engine, "mols", None)
-        stream: Stream = "probe" if probing(mols, job.config) else "train"
-        position = self.probe_steps if stream == "probe" else before
+        measures = probing(mols, job.config)
+        stream: Stream = "probe" if measures and not job.probe_ahead else "train"
+        position = self.probe_steps if stream == "probe" else before + (self.ahead if measures else 0)
         rate = engine.get_lr()[0]
         loss = torch.zeros((), dtype=torch.float64)
         for batch in job.batches.step(stream, position):
-            ids = batch.to(engine.device)
-            out = engine(input_ids=ids, labels=ids).loss
+            out = self.task.loss(engine, batch)
             engine.backward(out)
             loss += out.detach().to("cpu", torch.float64)
             engine.step()
         if engine.global_steps == before:
             self.probe_steps += 1
+            self.ahead += job.probe_ahead
             self.bar.probing(self.probe_steps)
             return None
+        self.ahead = 0
         seconds = time.monotonic() - began
         now = engine.global_steps
+        if job.watch is not None:
+            job.watch(engine)
         last = now >= job.steps
         evaluated = self.evaluate() if last or (job.eval_every and now % job.eval_every == 0) else None
         if now % job.log_every == 0 or evaluated is not None:
             mean = self.average(loss / job.shape.accumulation)
+            self.diverged = job.stop_diverged and not math.isfinite(mean)
             self.log(now, mean, evaluated, rate, seconds)
         if job.save_every and now % job.save_every == 0:
             self.save()
@@ -209,7 +238,7 @@ class _Loop:
         """`rate` is the base rate that this step was taken with, before any module's multiplier."""
         mols = getattr(self.engine, "mols", None)
         phase = getattr(mols, "phase", "disabled")
-        line: dict[str, Any] = {"step": step, "tokens": step * self.job.shape.tokens, "loss": loss}
+        line: dict[str, Any] = {"step": step, "tokens": self.task.tokens(step), "loss": loss}
         if val_loss is not None:
             line["val_loss"] = val_loss
         line |= {"lr": rate, "multipliers": dict(getattr(mols, "multipliers", {})), "phase": phase}
@@ -243,13 +272,7 @@ class _Loop:
         engine.eval()
         with torch.no_grad():
             for batch, valid in self.job.held_out:
-                ids = batch.to(engine.device)
-                logits = engine(input_ids=ids).logits
-                if valid:
-                    kept = logits[:valid, :-1].float()
-                    targets = ids[:valid, 1:]
-                    summed = nn.functional.cross_entropy(kept.flatten(0, 1), targets.flatten(), reduction="sum")
-                    sums += torch.tensor([float(summed), targets.numel()], dtype=torch.float64)
+                sums += torch.tensor(self.task.held_out(engine, batch, valid), dtype=torch.float64)
         engine.train()
         loss, count = self.total(sums).tolist()
         return float(loss / count)

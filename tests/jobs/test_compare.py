@@ -166,7 +166,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 
 
 def test_ranks_of_a_launched_job_train_the_same_runs_together(out: Path, tmp_path: Path) -> None:
-    """Two ranks under torchrun: half of each batch each, so the losses of the single process but for summation order."""
+    """Two ranks under torchrun, half of each batch each: the losses of one process but for the summation order."""
     content = yaml.safe_load(SMOKE.read_text("utf-8"))
     content["data"]["source"] = str(ROOT / "mols_ds")
     content |= {"models": {"vocab": content["models"]["vocab"]}, "lr": [1.6e-2], "seeds": [1], "costs": False}
