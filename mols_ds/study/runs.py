@@ -72,7 +72,10 @@ def _short(value: Value) -> str:
 
 
 def arm_config(study: Study, arm: str, values: Values) -> dict[str, Any]:
-    """The DeepSpeed config of an arm at given tuned settings, batch sizes left to `mols_ds.settings.resolve`."""
+    """The DeepSpeed config of an arm at given tuned settings, batch sizes left to `mols_ds.settings.resolve`.
+
+    fp32 and ZeRO stage 0, unless the study or the arm says otherwise.
+    """
     spec = study.arms[arm]
     config: dict[str, Any] = {"zero_optimization": {"stage": 0}, "gradient_clipping": study.clip}
     config["train_batch_size"] = study.batch.sequences
@@ -80,6 +83,8 @@ def arm_config(study: Study, arm: str, values: Values) -> dict[str, Any]:
         config["train_micro_batch_size_per_gpu"] = study.batch.micro
     for extra in (study.deepspeed, spec.deepspeed):
         _merge(config, extra)
+    if "fp16" not in config:
+        config.setdefault("bf16", {"enabled": False})  # never what this machine happens to be good at
     tuned = dict(values)
     config["optimizer"] = {"type": spec.optimizer, "params": {**spec.params, "lr": tuned.pop("lr")}}
     if spec.source is not None:
