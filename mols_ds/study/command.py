@@ -62,6 +62,8 @@ def compare(args: argparse.Namespace) -> int:
         report(collect(study, store), out, command)
         for failure in failures:
             print(f"mols-ds: {failure.run.label} failed: {failure.why}", file=sys.stderr)
+    if launched and not args.report_only:
+        _leave()
     return FAILED if failures else 0
 
 
@@ -212,6 +214,15 @@ def _launched(study: Study, store: Store) -> list[Any]:
     lines = _Lines(study, store)
     failures = together(worker, lambda: runs_wanted(study, store), lines)
     return failures + together(worker, lambda: _costs_wanted(study, store), lines)
+
+
+def _leave() -> None:
+    """All ranks end together: one that exits while another still trains or writes makes the launcher end the job, and
+    gloo's threads abort a process that ends without saying goodbye."""
+    import torch.distributed
+
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------------- the report
