@@ -15,7 +15,6 @@ import torch
 
 from mols_ds.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
 from mols_ds.data import DataSpec, check_hub
-from mols_ds.errors import MolsConfigError
 from mols_ds.models import build_model, load_model_config, zero_init
 from mols_ds.settings import check_with_deepspeed, model_dtype, resolve
 from mols_ds.study.runs import SCHEMA, Run, Store, arm_config
@@ -24,6 +23,7 @@ from mols_ds.tokens import TokenData, Tokenizer, prepare
 from mols_ds.training import METRICS, Job, has_checkpoint, train
 from mols_ds.zero.watch import SnrWatch
 
+READINGS = "snr.jsonl"
 CURVE_POINTS = 200
 """Points of the training loss that a result keeps, at most; each is the mean of the steps since the one before."""
 
@@ -143,13 +143,10 @@ class Worker:
         out.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
         job = self.job(run, out)
-        watch = None
-        facts = Facts()
+        facts, watch = Facts(), None
         snr = self.study.snr
         if snr is not None and run.arm in snr.arms and run.seed in self.study.seeds:
-            if job.resume:
-                raise MolsConfigError(f"{run.label} was interrupted and its SNR curve is lost: remove {out}")
-            watch = SnrWatch(snr.every)
+            watch = KeptWatch(snr.every, out / READINGS, first)
 
         def after_update(engine: Any) -> None:
             facts(engine)
@@ -171,6 +168,26 @@ class Worker:
             shutil.rmtree(out, ignore_errors=True)
         torch.distributed.barrier()
         return result
+
+
+class KeptWatch(SnrWatch):
+    """A `SnrWatch` whose readings lie in a file beside the checkpoints, so that an interrupted run keeps its curve."""
+
+    def __init__(self, every: int, path: Path, writes: bool) -> None:
+        super().__init__(every)
+        self.path, self.writes = path, writes
+        self._begun = False
+
+    def __call__(self, engine: Any) -> None:
+        if not self._begun:
+            self._begun = True
+            lines = self.path.read_text("utf-8").splitlines() if self.path.is_file() else []
+            self.restore(map(json.loads, lines), int(engine.global_steps))
+        known = len(self.steps)
+        super().__call__(engine)
+        if self.writes and len(self.steps) > known:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.reading()) + "\n")
 
 
 class Facts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +45,21 @@ class SnrWatch:
             for group, value in values.items():
                 self.curves[name].setdefault(group, []).append(value)
         self.steps.append(int(engine.global_steps))
+
+    def reading(self) -> dict[str, Any]:
+        """The last reading, for `restore`: plain numbers."""
+        last = {name: {g: values[-1] for g, values in by.items()} for name, by in self.curves.items()}
+        return {"step": self.steps[-1], "curves": last}
+
+    def restore(self, readings: Iterable[Mapping[str, Any]], before: int) -> None:
+        """Take over the readings of a run that goes on from a checkpoint: those of steps before `before`, each once
+        (a run that was interrupted twice has read some steps again, to the same numbers)."""
+        for reading in readings:
+            if (self.steps[-1] if self.steps else 0) < reading["step"] < before:
+                self.steps.append(reading["step"])
+                for name, values in reading["curves"].items():
+                    for group, value in values.items():
+                        self.curves[name].setdefault(group, []).append(value)
 
     def as_snr(self) -> dict[str, list[float]]:
         """One curve a group, always positive: mean damping d as the SNR that has it, d^2 / (1 - d^2)."""
