@@ -158,6 +158,19 @@ def test_every_combination_of_a_grid_is_tuned_and_only_the_rate_is_extended(tmp_
     assert dict(further.values) == {"lr": 4e-3, "mols.fixed_alphas.embedding": 4.0}
 
 
+def test_what_a_study_says_reaches_the_config_of_an_arm(tmp_path: Path) -> None:
+    plain = arm_config(study_of(tmp_path), "adam", lr(1e-3))
+    assert plain["gradient_clipping"] == 1.0 and plain["zero_optimization"] == {"stage": 0}
+    assert plain["bf16"] == {"enabled": False}, "fp32 unless asked for, whatever the machine is good at"
+    own = {"optimizer": "Lion", "source": "library", "deepspeed": {"zero_optimization": {"stage": 2}}}
+    shared = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1, "overlap_comm": False}}
+    study = study_of(tmp_path, clip=0.5, deepspeed=shared, arms={**ARMS, "lion": own})
+    config = arm_config(study, "lion", lr(1e-3))
+    assert config["gradient_clipping"] == 0.5 and config["bf16"] == {"enabled": True}
+    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": False}, "the arm's own win"
+    assert config["optimizer"] == {"type": "Lion", "source": "library", "params": {"lr": 1e-3}}
+
+
 def test_a_result_belongs_to_the_settings_that_made_it(tmp_path: Path) -> None:
     run = Run("small", "mols", lr(1e-3), 0)
 
