@@ -5,15 +5,17 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, NoReturn, TextIO
 
 import torch
 
 from mols_ds.compare import ADAM
-from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
+from mols_ds.errors import MolsConfigError, MolsError, MolsTrainingError, MolsWarning
+from mols_ds.preempt import Preempted
 from mols_ds.training import has_checkpoint
 
-USER_MISTAKE = 2
+FAILED, USER_MISTAKE = 1, 2
 PATIENCE_SECONDS = 15.0
 """How long other ranks wait for rank 0 to say what is wrong (the launcher then ends them) before they say it."""
 
@@ -39,6 +41,14 @@ def not_negative(text: str) -> int:
     return value
 
 
+def add_timeout(parser: Any) -> None:
+    """Adds --timeout to a parser or a group of one."""
+    parser.add_argument(
+        "--timeout", type=positive, metavar="SECONDS",
+        help="a collective that a rank does not join fails after this time (default: the backend's 10 or 30 minutes)",
+    )  # fmt: skip
+
+
 def check_run(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Checks --compare, --resume and --out against a config as it was read, and makes the folder --out.
 
@@ -55,10 +65,14 @@ def check_run(args: argparse.Namespace, config: dict[str, Any]) -> None:
 
 
 def run_command(program: str, command: Callable[[], None]) -> int:
-    """Runs a program. Returns 0, or 2 for a user's mistake, which rank 0 states in one line on stderr."""
+    """Runs a program. Returns 0, also for a run that a signal ended; 2 for a user's mistake and 1 for a run that cannot
+    go on, both of which rank 0 states in one line on stderr."""
     rank = int(os.environ.get("RANK", "0"))
     try:
         command()
+    except Preempted as stop:
+        if rank == 0:
+            print(f"{program}: {stop}", file=sys.stderr, flush=True)
     except MolsError as error:
         if rank != 0:
             # Rank 0 meets the same mistake and says it; its exit makes the launcher end this process. What only this
@@ -67,7 +81,7 @@ def run_command(program: str, command: Callable[[], None]) -> int:
         where = f" (rank {rank})" if rank != 0 else ""
         line = " ".join(str(error).split())
         print(f"{program}{where}: {line}", file=sys.stderr, flush=True)
-        return USER_MISTAKE
+        return FAILED if isinstance(error, MolsTrainingError) else USER_MISTAKE
     return 0
 
 
@@ -102,8 +116,11 @@ def quiet() -> None:
     warnings.showwarning = show
 
 
-def start_ranks() -> tuple[int, int]:
-    """Joins the ranks that the launcher started; a plain `python train.py` is one rank. Returns (rank, world)."""
+def start_ranks(timeout: float | None = None) -> tuple[int, int]:
+    """Joins the ranks that the launcher started; a plain `python train.py` is one rank. Returns (rank, world).
+
+    `timeout` is the time in seconds after which a collective that a rank does not join fails; None: DeepSpeed's 30 min.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -118,5 +135,6 @@ def start_ranks() -> tuple[int, int]:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed()
+    patience = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+    deepspeed.init_distributed(**patience)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -17,5 +17,9 @@ class MolsCheckpointError(MolsError, RuntimeError):
     """A checkpoint's MoLS state is missing, corrupt or does not fit this run."""
 
 
+class MolsTrainingError(MolsError, RuntimeError):
+    """A run cannot go on through no mistake in its settings: its weights are not finite any more."""
+
+
 class MolsWarning(UserWarning):
     """Something that the user asked for is not done, or done differently; the message names it."""

@@ -12,6 +12,7 @@ from mols_ds.batches import Batches, BatchShape, PackedBatches, StreamedBatches,
 from mols_ds.commandline import (
     USER_MISTAKE,
     Parser,
+    add_timeout,
     check_run,
     not_negative,
     positive,
@@ -54,6 +55,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--eval-sequences", type=positive, default=256, help="held-out sequences that are evaluated")
     run.add_argument("--save-every", type=not_negative, default=0, help="steps between checkpoints (0: the end only)")
     run.add_argument("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
+    add_timeout(run)
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="stdlib", help="stdlib, a file, a folder, configs/data/*.json or a hub name")
     data.add_argument("--text-key", help="column of the text (default: text)")
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     if args.tokenizer is not None and not args.tokenizer.is_dir():
         raise MolsConfigError(f"--tokenizer {args.tokenizer}: no such folder")
     check_run(args, raw)
-    rank, world = start_ranks()
+    rank, world = start_ranks(args.timeout)
     config = resolve(raw, world=world, steps=args.steps, out=args.out, lr=args.lr, optimizer=args.optimizer)
     check_with_deepspeed(config, args.config)
     shape = BatchShape(
@@ -138,7 +140,7 @@ def _arms(
     job = Job(
         config=config, model=model, batches=batches, held_out=held_out, shape=shape, steps=args.steps, out=args.out,
         seed=args.seed, eval_every=args.eval_every, save_every=args.save_every, log_every=args.log_every,
-        resume=args.resume,
+        resume=args.resume, preemptible=True,
     )  # fmt: skip
     run_arms(job, compare=bool(args.compare))
 

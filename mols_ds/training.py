@@ -14,7 +14,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from mols_ds.batches import Batches, BatchShape, Stream
-from mols_ds.errors import MolsCheckpointError
+from mols_ds.errors import MolsCheckpointError, MolsConfigError
+from mols_ds.keeping import Keeper, refuse_non_finite, step_of
+from mols_ds.keeping import has_checkpoint as kept
+from mols_ds.preempt import Preempted, StopRequest
 from mols_ds.progress import Progress
 from mols_ds.task import NextTokens, Task
 
@@ -40,7 +43,7 @@ def schedule(steps: int) -> Callable[[int], float]:
 
 def has_checkpoint(out: Path) -> bool:
     """Whether an arm that writes to `out` has saved one."""
-    return (out / CHECKPOINTS / "latest").is_file()
+    return kept(out / CHECKPOINTS)
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,10 @@ class Job:
 
     With `probe_ahead`, mode "probe" measures the batches that training comes to next, which are then trained on, and
     not batches of a stream of its own: no arm of a comparison sees a text that another does not. With `stop_diverged`,
-    a run whose loss is not finite ends there, with a held-out loss of NaN. `watch` is called with the engine after
-    every update. `keep_last` is whether the end is saved too, `shown` whether rank 0 shows progress. `task` is what a
-    micro-batch is and what its loss is; None: `NextTokens`.
+    a run whose loss is not finite ends there, with a held-out loss of NaN. With `preemptible`, SIGTERM and SIGUSR1 end
+    the run with a checkpoint. `watch` is called with the engine after every update. `keep_last` is whether the end is
+    saved too, `shown` whether rank 0 shows progress. `task` is what a micro-batch is and what its loss is; None:
+    `NextTokens`.
     """
 
     config: dict[str, Any]
@@ -69,6 +73,7 @@ class Job:
     probe_ahead: bool = False
     keep_last: bool = True
     stop_diverged: bool = False
+    preemptible: bool = False
     watch: Callable[[Any], None] | None = None
     shown: bool = True
     task: Task | None = None
@@ -94,7 +99,8 @@ class Outcome:
 def train(job: Job) -> Outcome:
     """Trains one arm to its last step and returns its outcome, the same on every rank.
 
-    Raises MolsConfigError and MolsCheckpointError for what the user got wrong.
+    Raises MolsConfigError and MolsCheckpointError for what the user got wrong, MolsTrainingError where the weights are
+    not finite when they are to be saved, and Preempted after the checkpoint of a run that was asked to end.
     """
     import mols_ds
 
@@ -132,6 +138,17 @@ class _Loop:
         self.ahead = 0
         """Batches that were measured since the last update."""
         self.diverged = False
+        self.saved = -1
+        """Step of the newest checkpoint that this run knows of."""
+        self.stop = StopRequest()
+        options = job.config.get("checkpoint") or {}
+        self.universal = bool(options.get("load_universal"))
+        if engine.checkpoint_engine.is_decoupled():
+            raise MolsConfigError(
+                '"checkpoint.writer.decoupled" writes on after the save has returned, and this loop renames what is '
+                "written: leave it out"
+            )
+        self.keeper = Keeper(self.folder, node_local=bool(options.get("use_node_local_storage")))
         self.metrics = Metrics(job.out / METRICS) if self.first else None
         self.bar = Progress(job.out.name, job.steps, shown=self.first and job.shown)
 
@@ -146,16 +163,29 @@ class _Loop:
 
     def save(self) -> None:
         job, engine, task = self.job, self.engine, self.task
+        now = engine.global_steps
+        refuse_non_finite(engine.module.parameters(), now, self.agree)
         state = {CLIENT_KEY: {"probe_steps": self.probe_steps, "steps": job.steps, "seed": job.seed, **task.identity}}
-        tag = f"step{engine.global_steps}"
-        engine.save_checkpoint(str(self.folder), tag=tag, client_state=state, exclude_frozen_parameters=task.partial)
-        task.save(engine, job.out if engine.global_steps >= job.steps else self.folder / tag)
+
+        def write(place: Path) -> None:
+            engine.save_checkpoint(
+                str(place.parent), tag=place.name, client_state=state, save_latest=False,
+                exclude_frozen_parameters=task.partial,
+            )  # fmt: skip
+            task.save(engine, job.out if now >= job.steps else place)
+
+        self.keeper.save(f"step{now}", write)
+        self.saved = now
 
     def load(self) -> None:
-        """Continues from the newest checkpoint. Raises MolsCheckpointError where it is broken or another run's."""
+        """Continues from the newest whole checkpoint. Raises MolsCheckpointError where none is, or it is another run's.
+
+        A universal checkpoint is the one that DeepSpeed's `latest_universal` names.
+        """
+        tag = None if self.universal else self.keeper.newest()
         try:
             strict = not self.task.partial
-            path, client = self.engine.load_checkpoint(str(self.folder), load_module_strict=strict)
+            path, client = self.engine.load_checkpoint(str(self.folder), tag=tag, load_module_strict=strict)
         except (OSError, EOFError, KeyError, RuntimeError, ValueError, AssertionError) as error:
             if isinstance(error, MolsCheckpointError):
                 raise
@@ -169,6 +199,7 @@ class _Loop:
                 made = f"--resume: the checkpoint was made with --{key} {state.get(key)}, not {now}"
                 raise MolsCheckpointError(made)
         self.probe_steps = int(state["probe_steps"])
+        self.saved = step_of(tag or "")
         if self.metrics is not None:
             self.metrics.rewind(self.engine.global_steps)
 
@@ -179,13 +210,16 @@ class _Loop:
         if self.metrics is not None and not job.resume:
             self.metrics.clear()
         val_loss = None
-        while engine.global_steps < job.steps and not self.diverged:
-            val_loss = self.step()
+        with self.stop:
+            while engine.global_steps < job.steps and not self.diverged:
+                val_loss = self.step()
+                if job.preemptible and engine.global_steps < job.steps:
+                    self.heed()
         if self.diverged:
             val_loss = math.nan
         if val_loss is None:  # resumed at the end
             val_loss = self.evaluate()
-        if job.keep_last and (not job.save_every or engine.global_steps % job.save_every):
+        if job.keep_last and self.saved != engine.global_steps:
             self.save()
         mols = getattr(engine, "mols", None)
         outcome = Outcome(val_loss, self.task.tokens(engine.global_steps), dict(getattr(mols, "alphas", {})))
@@ -197,6 +231,14 @@ class _Loop:
             last = {"val_loss": val_loss, "val_ppl": outcome.val_ppl}
             self.metrics.write({"final": True, **last, "tokens": outcome.tokens, "alphas": outcome.alphas})
         return outcome
+
+    def heed(self) -> None:
+        """Saves and raises Preempted where any rank was asked to end."""
+        name = self.stop.agreed(self.largest)
+        if name is None:
+            return
+        self.save()
+        raise Preempted(f"stopped by {name} after step {self.engine.global_steps}; --resume goes on from there")
 
     def step(self) -> float | None:
         """One step of the engine, logged where it was an update. Returns the held-out loss if it was evaluated."""
@@ -257,6 +299,18 @@ class _Loop:
         """The mean over ranks of a float64 scalar."""
         return float(self.total(value.reshape(1))[0]) / self.job.shape.world
 
+    def largest(self, value: float) -> float:
+        """The maximum over ranks."""
+        if self.job.shape.world == 1:
+            return value
+        moved = torch.tensor([value], dtype=torch.float32, device=self.engine.device)
+        torch.distributed.all_reduce(moved, op=torch.distributed.ReduceOp.MAX)
+        return float(moved)
+
+    def agree(self, fine: bool) -> bool:
+        """Whether all ranks say yes."""
+        return not self.largest(float(not fine))
+
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of a float64 vector, on the CPU."""
         if self.job.shape.world == 1:
@@ -312,4 +366,6 @@ class Metrics:
                 continue  # half a line: the process was killed while it wrote
             if entry.get("step", step + 1) <= step:
                 kept.append(line + "\n")
-        self.path.write_text("".join(kept), "utf-8")
+        beside = self.path.with_name(f".{self.path.name}.tmp")
+        beside.write_text("".join(kept), "utf-8")
+        beside.replace(self.path)

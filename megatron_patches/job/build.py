@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,31 +29,38 @@ class Built:
     scheduler: Any
 
 
-def start_ranks() -> tuple[int, int]:
-    """Join the ranks that torchrun started; a plain `python train_megatron.py` is one rank. Returns (rank, world)."""
+def start_ranks(timeout: float | None = None) -> tuple[int, int]:
+    """Join the ranks that torchrun started; a plain `python train_megatron.py` is one rank. Returns (rank, world).
+
+    `timeout` is the time in seconds after which a collective that a rank does not join fails; None: torch's own.
+    """
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     if "RANK" not in os.environ:
         os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
     if not dist.is_initialized():
+        patience = None if timeout is None else timedelta(seconds=timeout)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("nccl")
+            dist.init_process_group("nccl", timeout=patience)
         else:
             if "OMP_NUM_THREADS" not in os.environ:
                 local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=patience)
     return dist.get_rank(), dist.get_world_size()
 
 
-def start_grid(settings: Settings, grid: Grid) -> None:
-    """Lay the grid over the ranks, once a process. Raises MolsConfigError for a grid that Megatron refuses."""
+def start_grid(settings: Settings, grid: Grid, timeout: float | None = None) -> None:
+    """Lay the grid over the ranks, once a process; `timeout` as in `start_ranks`, for the groups of the grid.
+
+    Raises MolsConfigError for a grid that Megatron refuses.
+    """
     from megatron.core import parallel_state
 
     parallel = settings.parallel
     if parallel_state.model_parallel_is_initialized():
         return
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {} if timeout is None else {"distributed_timeout_minutes": timeout / 60}
     if parallel.distributed_optimizer_instances > 1:
         more["num_distributed_optimizer_instances"] = parallel.distributed_optimizer_instances
     try:

@@ -1,6 +1,6 @@
 """Checkpoints of the job: Megatron's dist_checkpointing (torch_dist), one folder a step, with what the loop counts.
 
-`OUT/checkpoints/latest` names the newest one and is written last, so that an interrupted save leaves the one before.
+How they are kept whole: `mols_ds.keeping`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from megatron_patches.job.build import Built
 from megatron_patches.random import RandomState
 from mols_ds.data import one_line
 from mols_ds.errors import MolsCheckpointError
+from mols_ds.keeping import Keeper
 
 SHARDING = {
     # Each rank writes its own slices: nothing is gathered, another number of data-parallel ranks can load it
@@ -35,35 +36,30 @@ class Checkpoints:
     def __init__(self, folder: Path, built: Built, mols: Any, *, reshardable: bool) -> None:
         self.folder, self.built, self.mols = folder, built, mols
         self.metadata = SHARDING[reshardable]
+        self.keeper = Keeper(folder)
 
     def save(self, step: int, counted: dict[str, Any]) -> None:
         """Write `folder`/stepN; `counted` is what the loop has to know again, the same on every rank."""
         from megatron.core import dist_checkpointing
 
-        place = self.folder / f"step{step}"
-        if dist.get_rank() == 0:
-            place.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
         state = self._state(is_loading=False) | {"job": {**counted, "step": step}}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dist_checkpointing.save(state, str(place), content_metadata=self.metadata)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            latest = self.folder / "latest"
-            beside = self.folder / ".latest.tmp"
-            beside.write_text(place.name, "utf-8")
-            beside.replace(latest)
+
+        def write(place: Path) -> None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dist_checkpointing.save(state, str(place), content_metadata=self.metadata)
+
+        self.keeper.save(f"step{step}", write)
 
     def load(self) -> dict[str, Any]:
-        """Load the newest one and return its `counted` with "step".
+        """Load the newest whole one and return its `counted` with "step".
 
-        Raises MolsCheckpointError where it is broken, or another program's.
+        Raises MolsCheckpointError where none is, or it is another program's.
         """
         from megatron.core import dist_checkpointing
 
+        place = self.folder / self.keeper.newest()
         try:
-            place = self.folder / (self.folder / "latest").read_text("utf-8").strip()
             if self.mols is not None:
                 self.mols.resume_from(str(place))
             with warnings.catch_warnings():

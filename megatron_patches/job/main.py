@@ -8,12 +8,11 @@ import copy
 import logging
 import os
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -33,28 +32,20 @@ from megatron_patches.job.training import Arm, train
 from megatron_patches.machine import Machine, probe_machine
 from megatron_patches.precision import check
 from mols_ds.batches import BatchShape
+from mols_ds.commandline import USER_MISTAKE as USER_MISTAKE
+from mols_ds.commandline import Parser, add_timeout, run_command
 from mols_ds.compare import ADAM, MOLS, print_comparison, print_outcome
 from mols_ds.config import MolsConfig
 from mols_ds.data import DataSpec
-from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
+from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training import has_checkpoint
 
 PROGRAM = "train_megatron.py"
-USER_MISTAKE = 2
-PATIENCE_SECONDS = 15.0
-"""How long other ranks wait for rank 0 to say what is wrong (torchrun then ends them) before they say it."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are user's mistakes like all others: one line, from one rank."""
-
-    def error(self, message: str) -> NoReturn:
-        raise MolsConfigError(f"{message} (see --help)")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of train_megatron.py. Raises MolsConfigError for an unknown or a bad one."""
-    parser = _Parser(prog=PROGRAM, description="Pre-train a decoder language model with Megatron-core and MoLS.")
+    parser = Parser(prog=PROGRAM, description="Pre-train a decoder language model with Megatron-core and MoLS.")
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="config file, such as configs/megatron/tiny.yaml")
     add("--out", type=Path, help="folder for everything that is written (default: run.out, or runs/<config>)")
@@ -64,23 +55,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="changes",
         help="a value in the place of the config's, such as run.steps=100; may be given several times",
     )  # fmt: skip
+    add_timeout(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run train_megatron.py. Returns 0, or 2 for a user's mistake, which rank 0 states in one line on stderr."""
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        run(parse_arguments(argv))
-    except MolsError as error:
-        if rank != 0:
-            # Rank 0 meets the same mistake and says it; its exit makes torchrun end this process. What only this rank
-            # can see (a file missing on its node) must still be said.
-            time.sleep(PATIENCE_SECONDS)
-        where = f" (rank {rank})" if rank != 0 else ""
-        print(f"{PROGRAM}{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return USER_MISTAKE
-    return 0
+    """Run train_megatron.py. Returns the exit status, see `run_command`."""
+    return run_command(PROGRAM, lambda: run(parse_arguments(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -144,8 +125,8 @@ def _train(
 ) -> None:
     from megatron.core import parallel_state
 
-    rank, _ = start_ranks()
-    start_grid(settings, grid)
+    rank, _ = start_ranks(args.timeout)
+    start_grid(settings, grid, args.timeout)
     plan = settings.run
     shape = BatchShape(plan.seq_len, settings.batch.micro, passes, parallel_state.get_data_parallel_rank(), grid.data)
     cache = Path(settings.data.cache_dir) if settings.data.cache_dir else out.resolve().parent / "cache"

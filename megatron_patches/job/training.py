@@ -23,6 +23,8 @@ from megatron_patches.random import RandomState
 from mols_ds.batches import BatchShape, Stream
 from mols_ds.config import MolsConfig
 from mols_ds.errors import MolsCheckpointError, MolsError
+from mols_ds.keeping import refuse_non_finite
+from mols_ds.preempt import Preempted, StopRequest
 from mols_ds.progress import Progress
 from mols_ds.training import CHECKPOINTS, METRICS, Metrics, Outcome
 
@@ -51,7 +53,9 @@ class Arm:
 def train(arm: Arm) -> Outcome:
     """Train one arm to its last step. Returns its outcome, the same on every rank.
 
-    Raises MolsConfigError, MolsUnsupportedError and MolsCheckpointError for what the user got wrong.
+    Raises MolsConfigError, MolsUnsupportedError and MolsCheckpointError for what the user got wrong, MolsTrainingError
+    where the weights are not finite when they are to be saved, and Preempted after the checkpoint of a run that was
+    asked to end.
     """
     started = time.monotonic()
     # A config of its own for each arm: Megatron's schedules find functions of the optimizer on it
@@ -86,6 +90,7 @@ class _Loop:
         self.arm, self.built, self.mols = arm, built, mols
         self.run_settings = arm.settings.run
         self.now = self.probe_steps = self.skipped = 0
+        self.stop = StopRequest()
         first = arm.rank == 0
         self.metrics = Metrics(arm.out / METRICS) if first else None
         self.bar = Progress(arm.out.name, self.run_settings.steps, shown=first)
@@ -100,6 +105,8 @@ class _Loop:
     # -- checkpoints
 
     def save(self) -> None:
+        weights = (parameter for chunk in self.built.chunks for parameter in chunk.parameters())
+        refuse_non_finite(weights, self.now, lambda fine: not self.largest(float(not fine)))
         counted = {"probe_steps": self.probe_steps, "steps": self.run_settings.steps, "seed": self.run_settings.seed}
         self.checkpoints.save(self.now, counted)
 
@@ -120,17 +127,28 @@ class _Loop:
         if self.metrics is not None and not self.arm.resume:
             self.metrics.clear()
         val_loss, saved = None, self.now if self.arm.resume else -1
-        while self.now < plan.steps:
-            before = self.now
-            val_loss = self.step()
-            if self.now != before and plan.save_every and self.now % plan.save_every == 0:
-                self.save()
-                saved = self.now
+        with self.stop:
+            while self.now < plan.steps:
+                before = self.now
+                val_loss = self.step()
+                if self.now != before and plan.save_every and self.now % plan.save_every == 0:
+                    self.save()
+                    saved = self.now
+                if self.now < plan.steps:
+                    self.heed()
         if val_loss is None:  # resumed at the end
             val_loss = self.evaluate()
         if saved != self.now:
             self.save()
         return self._outcome(val_loss)
+
+    def heed(self) -> None:
+        """Save and raise Preempted where any rank was asked to end."""
+        name = self.stop.agreed(self.largest)
+        if name is None:
+            return
+        self.save()
+        raise Preempted(f"stopped by {name} after step {self.now}; --resume goes on from there")
 
     def _outcome(self, val_loss: float) -> Outcome:
         outcome = Outcome(val_loss, self.now * self.arm.shape.tokens, dict(getattr(self.mols, "alphas", {})))
@@ -219,6 +237,14 @@ class _Loop:
         if self.metrics is not None:
             self.metrics.write(line)
         self.bar.update(step, loss, val_loss, phase)
+
+    def largest(self, value: float) -> float:
+        """The maximum over all ranks."""
+        if self.arm.grid.world == 1:
+            return value
+        moved = torch.tensor([value], dtype=torch.float32, device=_device())
+        torch.distributed.all_reduce(moved, op=torch.distributed.ReduceOp.MAX)
+        return float(moved)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all ranks of a float64 vector, on the CPU."""

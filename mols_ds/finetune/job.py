@@ -16,7 +16,17 @@ from typing import Any
 import torch
 
 from mols_ds.batches import BatchShape
-from mols_ds.commandline import USER_MISTAKE, Parser, check_run, not_negative, positive, quiet, run_command, start_ranks
+from mols_ds.commandline import (
+    USER_MISTAKE,
+    Parser,
+    add_timeout,
+    check_run,
+    not_negative,
+    positive,
+    quiet,
+    run_command,
+    start_ranks,
+)
 from mols_ds.compare import run_arms
 from mols_ds.config import MolsConfig
 from mols_ds.data import DataSpec, check_hub
@@ -70,7 +80,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("run").add_argument
+    run = parser.add_argument_group("run")
+    add = run.add_argument
     add("--method", choices=sorted(RATES), default="lora", help="what is trained (default %(default)s)")
     add("--epochs", type=not_negative, default=EPOCHS, help="passes over the data (default %(default)s; 0: evaluate)")
     add("--steps", type=positive, help="optimizer steps, in the place of --epochs")
@@ -82,6 +93,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval-examples", type=positive, default=256, help="held-out examples that are evaluated")
     add("--save-every", type=not_negative, default=0, help="steps between checkpoints (0: the end only)")
     add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
+    add_timeout(run)
 
 
 def _adapter_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
     data, held_out = prepare(
         spec, held_out_spec, tokenizer=tokenizer, template=args.template, cutoff=cutoff, seed=args.seed
     )
-    rank, world = start_ranks()
+    rank, world = start_ranks(args.timeout)
     config = _config(args, raw, world, len(data))
     steps = config.pop("steps")
     shape = BatchShape(
@@ -166,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
         config=config, model=partial(_model, args, config, len(tokenizer), rank), batches=batches,
         held_out=held_out_batches(held_out, shape, args.eval_examples, pad), shape=shape, steps=steps, out=args.out,
         seed=args.seed, eval_every=max(1, steps // 5) if args.eval_every is None else args.eval_every,
-        save_every=args.save_every, log_every=args.log_every, resume=args.resume,
+        save_every=args.save_every, log_every=args.log_every, resume=args.resume, preemptible=True,
         task=Answers(batches, tokenizer, args.method != "full", _identity(args, data)),
     )  # fmt: skip
     folders = run_arms(job, compare=bool(args.compare))

@@ -1,0 +1,49 @@
+"""A run that is asked to end: SIGTERM and SIGUSR1 make all ranks save a checkpoint at the same step and exit with 0."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(Exception):
+    """The run ended early because a signal asked for it; its checkpoint is saved. Not an error: exit status 0."""
+
+
+class StopRequest:
+    """Listens for `SIGNALS` while it is entered. Only the main thread of a process can listen; others never hear any.
+
+    The handler notes the signal and nothing else: what is under way (a step, a collective, a save) ends first.
+    """
+
+    def __init__(self) -> None:
+        self.heard = 0
+        """Number of the signal that this rank heard, or 0."""
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.heard = self.heard or number
+
+    def agreed(self, largest: Callable[[float], float]) -> str | None:
+        """Name of the signal that any rank heard, the same on every rank, or None; collective.
+
+        `largest` gives the maximum over ranks: signals reach the ranks at different steps, and some of them never.
+        """
+        number = int(largest(float(self.heard)))
+        return signal.Signals(number).name if number else None
