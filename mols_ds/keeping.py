@@ -22,6 +22,7 @@ import torch
 from torch import distributed as dist
 
 from mols_ds.errors import MolsCheckpointError, MolsTrainingError, MolsWarning
+from mols_ds.files import synchronize, write_whole
 
 LATEST, MANIFEST = "latest", "manifest.json"
 PARTIAL, FORMER = ".partial", ".former"
@@ -102,14 +103,14 @@ class Keeper:
         self._barrier()
 
     def _commit(self, tag: str, partial: Path, listed: dict[str, dict[str, int]]) -> None:
-        _replace(partial / MANIFEST, json.dumps({"schema": 1, "files": listed}, indent=1) + "\n")
+        write_whole(partial / MANIFEST, json.dumps({"schema": 1, "files": listed}, indent=1) + "\n")
         place, former = self.folder / tag, self.folder / f"{tag}{FORMER}"
         shutil.rmtree(former, ignore_errors=True)
         if place.exists():
             place.rename(former)
         partial.rename(place)
-        _replace(self.folder / LATEST, tag)
-        _sync(self.folder)
+        write_whole(self.folder / LATEST, tag)
+        synchronize(self.folder)
         shutil.rmtree(former, ignore_errors=True)
 
     def _list(self, place: Path) -> dict[str, dict[str, int]]:
@@ -208,23 +209,5 @@ def _checksum(path: Path) -> int:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             value = zlib.crc32(chunk, value)
-        os.fsync(file.fileno())
+    synchronize(path)
     return value
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file in one piece: a reader sees the old content or the new."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,11 +21,12 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
+from mols_ds.files import write_whole
 
 SCHEMA = 1
 JSON_NAME = "mols_report.json"
@@ -97,7 +98,7 @@ def write_report(report: Mapping[str, Any], report_dir: str | os.PathLike[str]) 
     text = json.dumps(clean, indent=2, allow_nan=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _atomic(folder / JSON_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+        write_whole(folder / JSON_NAME, text)
         _write_plot(clean, folder / PLOT_NAME)
     except OSError as error:
         raise MolsConfigError(
@@ -293,16 +294,6 @@ def _group_problem(name: str, group: object) -> str | None:
     return None
 
 
-def _atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then move it there; nothing is left behind where `write` fails."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _write_plot(report: Mapping[str, Any], path: Path) -> None:
     try:
         from mols_ds.report_plot import draw_report
@@ -314,4 +305,4 @@ def _write_plot(report: Mapping[str, Any], path: Path) -> None:
         )
         return
     figure = draw_report(report)
-    _atomic(path, lambda beside: figure.savefig(beside, format="png", dpi=160))
+    write_whole(path, lambda beside: figure.savefig(beside, format="png", dpi=160))

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mols_ds.batches import Batches, BatchShape, Stream
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
+from mols_ds.files import write_whole
 from mols_ds.keeping import Keeper, refuse_non_finite, step_of
 from mols_ds.keeping import has_checkpoint as kept
 from mols_ds.preempt import Preempted, StopRequest
@@ -366,6 +367,4 @@ class Metrics:
                 continue  # half a line: the process was killed while it wrote
             if entry.get("step", step + 1) <= step:
                 kept.append(line + "\n")
-        beside = self.path.with_name(f".{self.path.name}.tmp")
-        beside.write_text("".join(kept), "utf-8")
-        beside.replace(self.path)
+        write_whole(self.path, "".join(kept))

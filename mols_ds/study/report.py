@@ -6,13 +6,13 @@ import csv
 import io
 import json
 import math
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mols_ds.errors import MolsConfigError, MolsWarning
+from mols_ds.files import write_whole
 from mols_ds.study.curves import final_loss
 from mols_ds.study.document import Block, Bullets, Heading, Picture, Table, Text, build
 from mols_ds.study.page import page
@@ -49,7 +49,9 @@ def write_report(results: StudyResults, out: Path, command: str = COMMAND) -> li
             "summary.json": json.dumps({"command": command, **facts, **to_json(summary)}, indent=1, allow_nan=False)
             + "\n",
         }
-        return [_write(out / name, data) for name, data in {**files, **images}.items()]
+        for name, data in {**files, **images}.items():
+            write_whole(out / name, data)
+        return [out / name for name in [*files, *images]]
     except OSError as error:
         raise MolsConfigError(
             f"the report cannot be written to {str(out)!r} ({error.strerror or error}); "
@@ -85,17 +87,6 @@ def _draw(summary: Summary) -> tuple[dict[str, bytes], list[Picture]]:
         images[picture.file] = buffer.getvalue()
         pictures.append(picture)
     return images, pictures
-
-
-def _write(path: Path, data: str | bytes) -> Path:
-    """Whole or not at all: beside its place first, then moved there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
 
 
 # ---------------------------------------------------------------------- Markdown

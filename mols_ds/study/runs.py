@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mols_ds.errors import MolsConfigError
+from mols_ds.files import write_whole
 from mols_ds.study.spec import Study, Value, Values
 
 SCHEMA = 1
@@ -159,9 +159,7 @@ class Store:
         """Write a finished run, complete or not at all."""
         file = self.file(run)
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(result) + "\n", "utf-8")
-        unfinished.replace(file)
+        write_whole(file, json.dumps(result) + "\n")
 
     def costs(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Model -> arm -> what `mols_ds.study.costs.measure` found, and the key of the "run" that it was found for."""
@@ -173,9 +171,7 @@ class Store:
         """Add the costs of a run's arm, complete or not at all."""
         costs = self.costs()
         costs.setdefault(run.model, {})[run.arm] = {**cost, "run": self.key(run)}
-        unfinished = self.out / "costs.tmp"
-        unfinished.write_text(json.dumps(costs, indent=1) + "\n", "utf-8")
-        unfinished.replace(self.out / "costs.json")
+        write_whole(self.out / "costs.json", json.dumps(costs, indent=1) + "\n")
 
     def loss(self, run: Run) -> float | None:
         """Final validation loss: infinite where the run diverged, None where it has not finished."""

@@ -15,6 +15,7 @@ import torch
 
 from mols_ds.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
 from mols_ds.data import DataSpec, check_hub
+from mols_ds.files import write_whole
 from mols_ds.models import build_model, load_model_config, zero_init
 from mols_ds.settings import check_with_deepspeed, model_dtype, resolve
 from mols_ds.study.runs import SCHEMA, Run, Store, arm_config
@@ -52,9 +53,7 @@ class Worker:
         text = json.dumps(settings, indent=2) + "\n"
         if not path.is_file() or path.read_text("utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(f".{self.machine.rank}.tmp")
-            unfinished.write_text(text, "utf-8")
-            unfinished.replace(path)
+            write_whole(path, text)
         return str(path)
 
     def _prepare(self, model: str) -> tuple[DataSpec, Tokenizer, TokenData]:
