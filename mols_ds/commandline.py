@@ -11,8 +11,9 @@ from typing import Any, NoReturn, TextIO
 import torch
 
 from mols_ds.compare import ADAM
-from mols_ds.errors import MolsConfigError, MolsError, MolsTrainingError, MolsWarning
+from mols_ds.errors import MolsConfigError, MolsError, MolsTrainingError, MolsUnsupportedError, MolsWarning
 from mols_ds.preempt import Preempted
+from mols_ds.rank_environment import adopt_rank_environment
 from mols_ds.training import has_checkpoint
 
 FAILED, USER_MISTAKE = 1, 2
@@ -64,17 +65,21 @@ def check_run(args: argparse.Namespace, config: dict[str, Any]) -> None:
         raise MolsConfigError(f"--out {args.out}: {error.strerror or error}") from error
 
 
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
 def run_command(program: str, command: Callable[[], None]) -> int:
     """Runs a program. Returns 0, also for a run that a signal ended; 2 for a user's mistake and 1 for a run that cannot
     go on, both of which rank 0 states in one line on stderr."""
-    rank = int(os.environ.get("RANK", "0"))
     try:
+        adopt_rank_environment()
         command()
     except Preempted as stop:
-        if rank == 0:
+        if _rank() == 0:
             print(f"{program}: {stop}", file=sys.stderr, flush=True)
     except MolsError as error:
-        if rank != 0:
+        if (rank := _rank()) != 0:
             # Rank 0 meets the same mistake and says it; its exit makes the launcher end this process. What only this
             # rank can see (a file missing on its node) must still be said.
             time.sleep(PATIENCE_SECONDS)
@@ -110,7 +115,7 @@ def quiet() -> None:
     ) -> None:
         if not issubclass(category, MolsWarning):
             stock(message, category, filename, lineno, file, line)
-        elif int(os.environ.get("RANK", "0")) == 0:
+        elif _rank() == 0:
             print(f"warning: {message}", file=sys.stderr, flush=True)
 
     warnings.showwarning = show
@@ -136,5 +141,19 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     patience = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+    if timeout is not None:
+        _limit_new_groups(timedelta(seconds=timeout))
     deepspeed.init_distributed(**patience)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _limit_new_groups(patience: timedelta) -> None:
+    """Makes `patience` torch's default for groups made from here on. DeepSpeed's collectives run in groups that it
+    makes without a time limit (0.19: TorchBackend.new_group, comm/torch.py), neither init_distributed's nor
+    DEEPSPEED_TIMEOUT's: a rank that stopped would be waited for for torch's 10 (NCCL) or 30 minutes."""
+    from torch.distributed import distributed_c10d
+
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        if not hasattr(distributed_c10d, name):
+            raise MolsUnsupportedError(f"--timeout: this torch has no {name} any more; leave --timeout out")
+        setattr(distributed_c10d, name, patience)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,3 +102,66 @@ def test_the_stock_launcher_is_left_as_it_was(folder: Path) -> None:
 def test_a_failed_process_s_status_is_the_shim_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeProcess, "returncode", 2)
     assert launcher.main(["--config", "ds.json", "train.py"]) == 2
+
+
+HOSTS = "node01 slots=2\nnode02 slots=2\n"
+REACHED = ["--hostfile", "hosts", "--no_ssh_check", "--master_addr", "10.0.0.1", "--master_port", "29777"]
+
+
+@pytest.fixture
+def cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two hosts, and every program that DeepSpeed's runners look for."""
+    (folder / "hosts").write_text(HOSTS, "utf-8")
+    for name in ("PDSHRunner", "OpenMPIRunner", "MPICHRunner", "SlurmRunner"):
+        monkeypatch.setattr(getattr(runner, name), "backend_exists", lambda self: True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "told"),
+    [
+        ("pdsh", ["pdsh", "-S", "-f", "1024", "-w", "node01,node02"], "--master_addr=10.0.0.1"),
+        ("openmpi", ["mpirun", "-n", "4", "-hostfile", "hosts"], "MASTER_ADDR=10.0.0.1"),
+        ("mpich", ["mpirun", "-n", "4", "-ppn", "2"], "10.0.0.1"),
+        ("slurm", ["srun", "-n", "4"], "MASTER_ADDR=10.0.0.1,MASTER_PORT=29777"),
+    ],
+)
+def test_the_launchers_of_several_nodes(cluster: Path, name: str, first: list[str], told: str) -> None:
+    """DeepSpeed's own runners build the command: the script, its arguments and the config come through, the config by
+    its absolute path, and every rank can find rank 0."""
+    expected = ["train.py", "--steps", "5", "--deepspeed", "--deepspeed_config", str(cluster / "ds.json")]
+    found = script_command(*REACHED, "--launcher", name, "--config", "ds.json", "train.py", "--steps", "5")
+    assert found == expected
+    (command,) = FakeProcess.commands
+    assert command[: len(first)] == first
+    assert told in " ".join(command)
+    assert sys.executable in command
+
+
+def test_what_a_launcher_cannot_do_is_one_line_and_status_2(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launcher.main([*REACHED, "--launcher", "openmpi", "--include", "node01@node02", "train.py"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "deepspeed: openmpi backend does not support worker include/exclusion"
+
+
+def test_a_launcher_that_a_signal_ended_is_a_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's runner takes only statuses above 0 for failures, and Popen's are negative then."""
+    monkeypatch.setattr(FakeProcess, "returncode", -9)
+    assert launcher.main(["--config", "ds.json", "train.py"]) == 128 + 9
+
+
+@pytest.mark.parametrize("name", ["openmpi", "mpich", "slurm"])
+def test_programs_that_pass_signals_on_get_the_one_that_they_pass_on(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    sent: list[int] = []
+
+    def wait(process: FakeProcess) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr(FakeProcess, "wait", wait)
+    monkeypatch.setattr(FakeProcess, "send_signal", lambda process, number: sent.append(number), raising=False)
+    assert launcher.main([*REACHED, "--launcher", name, "--config", "ds.json", "train.py"]) == 0
+    assert sent == [signal.SIGUSR1]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -1,0 +1,86 @@
+"""The rank of a process that no PyTorch launcher started: from the variables of srun and mpirun to RANK and the rest.
+
+DeepSpeed's own launchers for Open MPI, MVAPICH and SLURM (launcher/multinode_runner.py) start the script as it is, and
+an sbatch file may do the same with srun. Without this, each of N processes would train alone, as rank 0 of 1.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mols_ds.errors import MolsConfigError
+
+DEFAULT_PORT = "29500"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The variables of one launcher: rank, number of ranks, rank on the node, number of ranks on the node."""
+
+    rank: str
+    world: str
+    local_rank: str
+    local_world: str
+
+
+# STEP_NUM_TASKS, not SLURM_NTASKS: an sbatch script has the latter, and SLURM_PROCID, without being one of the tasks
+SOURCES = (
+    _Source("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    _Source(*(f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
+    _Source(*(f"MV2_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
+    _Source("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+
+
+def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that torch.distributed reads, for a process in `environment`, as far as they are not there yet;
+    empty where the process has a RANK or nobody started several."""
+    if "RANK" in environment:
+        return {}
+    for source in SOURCES:
+        if source.rank in environment and source.world in environment:
+            return _translated(source, environment)
+    return {}
+
+
+def _translated(source: _Source, environment: Mapping[str, str]) -> dict[str, str]:
+    result = {
+        "RANK": environment[source.rank],
+        "WORLD_SIZE": environment[source.world],
+        "LOCAL_RANK": environment.get(source.local_rank, "0"),
+        "MASTER_PORT": environment.get("MASTER_PORT") or DEFAULT_PORT,
+    }
+    local_world = tasks_on_node(environment.get(source.local_world, ""), int(environment.get("SLURM_NODEID", "0")))
+    if local_world is not None:
+        result["LOCAL_WORLD_SIZE"] = str(local_world)
+    if environment[source.world] == "1" and not environment.get("MASTER_ADDR"):
+        result["MASTER_ADDR"] = "127.0.0.1"
+    return result
+
+
+def tasks_on_node(counts: str, node: int) -> int | None:
+    """Tasks on node number `node` of a list as SLURM writes it: "4", "4(x2)" (two nodes of 4) or "4(x2),3"."""
+    nodes: list[int] = []
+    for part in filter(None, counts.split(",")):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if found is None:
+            return None
+        nodes += [int(found[1])] * int(found[2] or 1)
+    return nodes[node] if node < len(nodes) else None
+
+
+def adopt_rank_environment() -> None:
+    """Puts `rank_environment` of this process into os.environ.
+
+    Raises MolsConfigError where there are several ranks and nothing says where rank 0 is.
+    """
+    adopted = rank_environment(os.environ)
+    os.environ.update(adopted)
+    if adopted and not os.environ.get("MASTER_ADDR"):
+        raise MolsConfigError(
+            f"this process was started as rank {adopted['RANK']} of {adopted['WORLD_SIZE']}, and MASTER_ADDR is not "
+            "set: export the name or address of the first node to all ranks (docs/launching.md)"
+        )
