@@ -15,6 +15,7 @@ STRIDE = 127  # prime, so that it shares no period with the rows of a matrix; 9 
 # Elements a pass on the CPU: the 4 MiB of its 4 arrays stay in the last-level cache between the operations, and the
 # calls themselves cost a few per cent. From 32k to 256k the rate rose from 0.82 to 1.1 of a copy's, then no more.
 CPU_CHUNK = 1 << 18
+SMALL, GATHERED = 1 << 14, 1 << 16  # elements: a smaller piece waits for its neighbours, about so many together
 DEVICE_CHUNK = 1 << 24  # elements: on an accelerator a few large kernels, and 64 MiB of scratch
 ACCUMULATORS = (torch.float32, torch.float64)
 
@@ -102,6 +103,8 @@ class Moments:
         threads = min(torch.get_num_threads(), 8)
         self._chunk = CPU_CHUNK * max(1, threads // 2) if self.device.type == "cpu" else DEVICE_CHUNK
         self._scratch: Tensor | None = None
+        self._small: list[Tensor] = []  # fp32 copies of neighbours that are too small to be worth a pass each
+        self._small_offset = self._small_numel = 0
         self._pieces: list[tuple[int, int]] | None = None
         self._freed = False
 
@@ -133,16 +136,17 @@ class Moments:
             raise MolsError(f"gradient piece [{offset}, {offset + numel}) exceeds the {self.numel} owned elements")
         self._pieces.append((offset, numel))
         if grad.device == self.device:
-            self._accumulate(offset, grad.detach(), scale)
+            self._gather(offset, grad.detach(), scale)
             return
         for start in range(0, numel, DEVICE_CHUNK):
             piece = grad[start : start + DEVICE_CHUNK].detach().to(self.device)
-            self._accumulate(offset + start, piece, scale)
+            self._gather(offset + start, piece, scale)
 
     def close(self) -> None:
         """Finish the open sample. Raises `MolsError` unless its updates covered every element exactly once."""
         if self._pieces is None:
             raise MolsError("close() without an open gradient sample")
+        self._flush()
         end = 0
         for offset, numel in [*sorted(piece for piece in self._pieces if piece[1] > 0), (self.numel, 0)]:
             if offset != end:
@@ -175,6 +179,7 @@ class Moments:
         """Release all memory. `count` and `block_sums` stay; every other use raises `MolsError` from now on."""
         self.mean = self.m2 = self._block_mean = self._block_m2 = torch.empty(0)
         self._group_index = self._scratch = self._pieces = None
+        self._small, self._small_numel = [], 0
         self._freed = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,17 +203,28 @@ class Moments:
         """Take over a state of equally made accumulators bit for bit; `MolsCheckpointError` if it does not fit."""
         self._alive()
         mine = self.state_dict()
+        if not isinstance(state, Mapping):
+            raise MolsCheckpointError(f"the state of the accumulators is a {type(state).__name__}")
         missing = [key for key in mine if key not in state]
         if missing:
             raise MolsCheckpointError(f"the state of the accumulators lacks {', '.join(missing)}")
+        for key in ("numel", "block_length", "count"):
+            if type(state[key]) is not int or state[key] < 0:
+                raise MolsCheckpointError(f"the state of the accumulators has {key}={state[key]!r}, no count")
+        for key in ("mean", "m2", "block_mean", "block_m2", "block_sums"):
+            if not isinstance(state[key], Tensor):
+                raise MolsCheckpointError(f"the accumulators' {key!r} is a {type(state[key]).__name__}, not a tensor")
         for key in ("numel", "block_length"):
             if state[key] != mine[key]:
                 raise MolsCheckpointError(f"the state of the accumulators has {key}={state[key]}, this run {mine[key]}")
         for key in ("mean", "m2", "block_mean", "block_m2"):
             if state[key].shape != mine[key].shape or state[key].dtype != mine[key].dtype:
                 raise MolsCheckpointError(f"the accumulators' {key!r} is {_kind(state[key])}, not {_kind(mine[key])}")
-        if state["block_sums"].shape[1:] != mine["block_sums"].shape[1:]:
+        blocks = state["block_sums"]
+        if blocks.shape[1:] != mine["block_sums"].shape[1:] or blocks.dtype != mine["block_sums"].dtype:
             raise MolsCheckpointError("the sample blocks in the state are of other groups than this run's")
+        if self._group_index is not None and len(blocks) != state["count"] // self.block_length:
+            raise MolsCheckpointError(f"the state has {len(blocks)} sample blocks of {state['count']} samples")
         for key in ("mean", "m2", "block_mean", "block_m2"):
             mine[key].copy_(state[key])
         self.block_sums = [table.clone() for table in state["block_sums"].cpu()]
@@ -221,6 +237,31 @@ class Moments:
         if self._freed:
             raise MolsError("the accumulators were freed after their calibration")
 
+    def _gather(self, offset: int, grad: Tensor, scale: float) -> None:
+        """Accumulate a piece, or keep a copy of a small one until its neighbours fill a pass: the calls cost more.
+
+        An element's arithmetic does not depend on the piece that it comes in, so neither do the results.
+        """
+        numel = grad.numel()
+        if self._small and (offset != self._small_offset + self._small_numel or numel > SMALL):
+            self._flush()
+        if numel > SMALL:
+            self._accumulate(offset, grad, scale)
+            return
+        if not self._small:
+            self._small_offset = offset
+        value = grad.to(self.dtype)
+        self._small.append(value * scale if scale != 1.0 else value.clone() if value is grad else value)
+        self._small_numel += numel
+        if self._small_numel >= GATHERED:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Accumulate the small pieces that were kept."""
+        if self._small:
+            small, self._small, self._small_numel = self._small, [], 0
+            self._accumulate(self._small_offset, torch.cat(small) if len(small) > 1 else small[0], 1.0)
+
     def _accumulate(self, offset: int, grad: Tensor, scale: float) -> None:
         """One Welford step of one piece on the accumulators' device."""
         numel = grad.numel()
@@ -232,12 +273,10 @@ class Moments:
                 welford(self._block_mean[at : at + count], self._block_m2[at : at + count], sub, k)
         if self._scratch is None:
             self._scratch = torch.empty(min(self._chunk, self.numel), dtype=self.dtype, device=self.device)
-        end = offset + numel
-        pieces = zip(
-            *(torch.split(whole, self._chunk) for whole in (grad, self.mean[offset:end], self.m2[offset:end])),
-            strict=True,
-        )
-        for chunk, mean, m2 in pieces:
+        for at in range(0, numel, self._chunk):
+            chunk = grad[at : at + self._chunk]
+            begin, end = offset + at, offset + at + chunk.numel()
+            mean, m2 = self.mean[begin:end], self.m2[begin:end]
             scratch = self._scratch[: chunk.numel()]
             if chunk.dtype != self.dtype:  # converted first: a product in 16 bits would be rounded to 16 bits
                 chunk = scratch.copy_(chunk)

@@ -34,11 +34,14 @@ def group_index(owned: Sequence[Owned], layouts: Mapping[str, ElementLayout], gr
         if first >= piece.numel:
             continue
         layout = layouts[piece.name]
+        where = (piece.offset + first) // STRIDE
+        if len(layout.pattern) == 1:
+            index[where : where + -(-(piece.numel - first) // STRIDE)] = number[layout.pattern[0][1]]
+            continue
         elements = torch.arange(piece.start + first, piece.start + piece.numel, STRIDE)
         edges = torch.tensor([length for length, _ in layout.pattern]).cumsum(0)
         slot = (elements // layout.inner) % int(edges[-1])
         names = torch.tensor([number[group] for _, group in layout.pattern], dtype=dtype)
-        where = (piece.offset + first) // STRIDE
         index[where : where + elements.numel()] = names[torch.bucketize(slot, edges, right=True)]
     return index
 
@@ -152,8 +155,12 @@ class OwnedElements:
         return {"owned": [tuple(piece) for piece in self.pieces], "moments": self.moments.state_dict()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Put the accumulators back. Raises `MolsCheckpointError` where this rank owns other elements."""
-        if [Owned(*piece) for piece in saved["owned"]] != self.pieces:
+        """Put the accumulators back. Raises `MolsCheckpointError` where this rank owns other elements or what was saved
+        is no state of accumulators."""
+        if not isinstance(saved, Mapping) or not {"owned", "moments"} <= set(saved):
+            raise MolsCheckpointError("what was saved is no state of accumulators")
+        pieces = [saved["owned"]] if not isinstance(saved["owned"], Sequence) else saved["owned"]
+        if [tuple(piece) if isinstance(piece, Sequence) else piece for piece in pieces] != self.pieces:
             raise MolsCheckpointError("the saved accumulators belong to other elements than this rank owns")
         moments = self._new()
         moments.load_state_dict(saved["moments"])

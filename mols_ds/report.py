@@ -91,7 +91,7 @@ def write_report(report: Mapping[str, Any], report_dir: str | os.PathLike[str]) 
     `report` breaks the schema above.
     """
     clean = _finite(dict(report))
-    problem = _problem(clean)
+    problem = schema_problem(clean)
     if problem:
         raise MolsError(f"the report was not written, it breaks its schema: {problem}")
     folder = Path(report_dir)
@@ -126,7 +126,7 @@ def load_report(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise MolsConfigError(
             f"report {str(file)!r} is not JSON ({error}); it is damaged or another kind of file"
         ) from error
-    problem = _problem(report)
+    problem = schema_problem(report)
     if problem:
         raise MolsConfigError(f"report {str(file)!r} is no MoLS report of schema {SCHEMA}: {problem}")
     checked: dict[str, Any] = report
@@ -259,7 +259,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _problem(report: object) -> str | None:
+def schema_problem(report: object) -> str | None:
     """The first thing that breaks the schema, as a phrase, or None."""
     if not isinstance(report, dict):
         return f"the top level is a {type(report).__name__}, not an object"

@@ -56,6 +56,8 @@ class Run(NamedTuple):
 
     def rate(self, multipliers: Mapping[str, float]) -> float:
         """What the range is stepped with: of several groups the largest, so that delta never magnifies rounding."""
+        if len(self.groups) == 1:
+            return multipliers.get(self.groups[0], 1.0)
         return max((multipliers.get(group, 1.0) for group in self.groups), default=1.0)
 
 
@@ -202,6 +204,8 @@ class RateScaler:
         plan = self.plans.get(id(tensor))
         if plan is None:
             return [(1.0, tensor)]
+        if len(plan.runs) == 1 and not plan.mixed:
+            return [(plan.runs[0].rate(multipliers), tensor)]
         runs: list[tuple[int, int, float]] = []
         for run in plan.runs:
             lo, hi, rate = run.lo, run.hi, run.rate(multipliers)
@@ -236,15 +240,16 @@ class RateScaler:
             return None
         if not all(_sliceable(value, tensor) for value in state.values()):
             return None
-        gradient = tensor.grad.view(-1)
-        out = []
-        for lo, hi, rate in runs:
-            view = flat[lo:hi]
-            view.grad = gradient[lo:hi]
-            self.optimizer.state[view] = {key: _slice(value, tensor, lo, hi) for key, value in state.items()}
-            out.append((rate, view))
-        self._slices.append(_Slices(tensor, [view for _, view in out]))
-        return out
+        lengths = [hi - lo for lo, hi, _ in runs]
+        views = torch.split(flat, lengths)
+        sliced = {key: _slices(value, tensor, lengths) for key, value in state.items()}
+        for view, gradient, values in zip(
+            views, torch.split(tensor.grad.view(-1), lengths), zip(*sliced.values(), strict=True), strict=True
+        ):
+            view.grad = gradient
+            self.optimizer.state[view] = dict(zip(sliced, values, strict=True))
+        self._slices.append(_Slices(tensor, list(views)))
+        return [(rate, view) for (_, _, rate), view in zip(runs, views, strict=True)]
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._saved is None:
@@ -266,10 +271,13 @@ def _sliceable(value: Any, tensor: Tensor) -> bool:
     return isinstance(value, int | float | bool)
 
 
-def _slice(value: Any, tensor: Tensor, lo: int, hi: int) -> Any:
-    if isinstance(value, Tensor):
-        return value.view(-1)[lo:hi] if value.numel() == tensor.numel() else value.clone()
-    return value
+def _slices(value: Any, tensor: Tensor, lengths: list[int]) -> Sequence[Any]:
+    """What of one entry of a tensor's state goes to each run: its part, a copy of a counter, or a plain number."""
+    if not isinstance(value, Tensor):
+        return [value] * len(lengths)
+    if value.numel() == tensor.numel():
+        return torch.split(value.view(-1), lengths)
+    return value.expand(len(lengths), *value.shape).clone().unbind()
 
 
 def _align_counters(optimizer: Optimizer) -> None:

@@ -43,10 +43,12 @@ BINS_PER_OCTAVE = 70  # 2 ** (1 / 70) = 1.00995: the relative width of a bin, at
 OCTAVES = 30  # the bins cover SNR_i from 2 ** -30 (9e-10) to 2 ** 30 (1e9), with one bin below and one above
 N_EDGES = 2 * OCTAVES * BINS_PER_OCTAVE + 1
 N_BINS = N_EDGES + 1
+LOG_ERROR = 1e-6  # bins: far above the rounding of 70 * (log2 + 30), 1e-12, and far below a bin
 
 # K * ratio of an element that one sample moved is 1 up to fp32 rounding: off by at most 9e-7 for K = 32, 9e-6 for
 # K = 2,048. Of the others, at most 2e-5 times the density of F(1, K-1) at 1 (0.24), one in 200,000, is taken for one.
 MOVED_ONCE_RTOL = 1e-5
+BLOCK_CHUNK = 1 << 20  # subsampled elements, of 133 M: about 200 MiB of float64 temporaries
 CHUNK = 65536  # elements: the float64 temporaries of one chunk stay in the last-level cache
 
 
@@ -80,6 +82,19 @@ def bin_edge(position: float) -> float:
 def bin_edges() -> Tensor:
     """The `N_EDGES` edges, float64 on the CPU: bin j holds edges[j-1] <= SNR_i < edges[j]. Same bits on every rank."""
     return torch.tensor([bin_edge(j) for j in range(N_EDGES)], dtype=torch.float64)
+
+
+def find_bins(ratio: Tensor) -> Tensor:
+    """The histogram's bin of each ratio, as `torch.bucketize(ratio, bin_edges(), right=True)` gives it, in a seventh.
+
+    A logarithm alone will not do: its last bit can depend on an element's place in a vector, hence an element's bin on
+    the number of ranks. It gives a bin that is right or one too low; a comparison with that bin's upper edge decides.
+
+    ratio: 1-D float64 >= 0 without NaN, any device; infinity is in the last bin. Returns int64 of that shape.
+    """
+    position = ratio.log2().add_(OCTAVES).mul_(BINS_PER_OCTAVE).add_(0.5 - LOG_ERROR)
+    bins = position.clamp_(0, N_EDGES).to(torch.int64)
+    return bins.add_(ratio >= _upper_edges(ratio.device).index_select(0, bins))
 
 
 def adam_moments(
@@ -284,10 +299,7 @@ class GroupSums:
         line[COLUMN["total"]] += total
         if samples is not None:
             line[COLUMN["moved_once"]] += int(((ratio * samples - 1.0).abs() <= MOVED_ONCE_RTOL).sum())
-        # bucketize only compares: the last bit of a logarithm can depend on an element's place in a vector, hence its
-        # bin on the number of ranks.
-        bins = torch.bucketize(ratio, _edges(ratio.device), right=True)
-        self.histogram[row] += torch.bincount(bins, minlength=N_BINS).cpu()
+        self.histogram[row] += torch.bincount(find_bins(ratio), minlength=N_BINS).cpu()
 
 
 def block_table(mean: Tensor, m2: Tensor, samples: int, group_index: Tensor, n_groups: int) -> Tensor:
@@ -298,17 +310,22 @@ def block_table(mean: Tensor, m2: Tensor, samples: int, group_index: Tensor, n_g
         samples: the block's length L, at least 4; "damping_corrected" uses the noise floor of L samples.
         group_index: integer, 1-D of the same length: each element's row.
     """
-    mu, s2 = mean.to(torch.float64), m2.to(torch.float64) / (samples - 1)
-    counted = (s2 > 0) & torch.isfinite(s2) & torch.isfinite(mu)
-    mu, s2, index = mu[counted], s2[counted], group_index.to(torch.int64)[counted]
-    mu2 = mu * mu
-    ratio = mu2 / s2
-    damping, corrected = _dampings(mu2, s2, ratio, noise_floor(samples))
-    # mu = 0 with s^2 > 0 has no logarithm: the histogram's lowest edge stands for it.
-    logs = ratio.clamp(min=2.0**-OCTAVES).log()
-    values = torch.stack([torch.ones_like(ratio), ratio, mu2, s2, damping, corrected, logs], dim=1)
-    table = torch.zeros(n_groups, len(BLOCK_COLUMNS), dtype=torch.float64, device=values.device)
-    return table.index_add_(0, index, values).cpu()
+    table = torch.zeros(n_groups, len(BLOCK_COLUMNS), dtype=torch.float64, device=mean.device)
+    floor = noise_floor(samples)
+    # In pieces: at once, the temporaries would be an eighth of the accumulators of all elements.
+    pieces = (torch.split(whole, BLOCK_CHUNK) for whole in (mean, m2, group_index))
+    for mean_c, m2_c, index in zip(*pieces, strict=True):
+        mu, s2 = mean_c.to(torch.float64), m2_c.to(torch.float64) / (samples - 1)
+        counted = (s2 > 0) & torch.isfinite(s2) & torch.isfinite(mu)
+        mu, s2, index = mu[counted], s2[counted], index.to(torch.int64)[counted]
+        mu2 = mu * mu
+        ratio = mu2 / s2
+        damping, corrected = _dampings(mu2, s2, ratio, floor)
+        # mu = 0 with s^2 > 0 has no logarithm: the histogram's lowest edge stands for it.
+        logs = ratio.clamp(min=2.0**-OCTAVES).log()
+        values = torch.stack([torch.ones_like(ratio), ratio, mu2, s2, damping, corrected, logs], dim=1)
+        table.index_add_(0, index, values)
+    return table.cpu()
 
 
 def _dampings(mu2: Tensor, s2: Tensor, ratio: Tensor, floor: NoiseFloor) -> tuple[Tensor, Tensor]:
@@ -317,13 +334,14 @@ def _dampings(mu2: Tensor, s2: Tensor, ratio: Tensor, floor: NoiseFloor) -> tupl
     return (mu2 / (mu2 + s2)).sqrt_(), (c / (1.0 + c)).sqrt_()
 
 
-_EDGES: dict[torch.device, Tensor] = {}
+_UPPER_EDGES: dict[torch.device, Tensor] = {}
 
 
-def _edges(device: torch.device) -> Tensor:
-    if device not in _EDGES:
-        _EDGES[device] = bin_edges().to(device)
-    return _EDGES[device]
+def _upper_edges(device: torch.device) -> Tensor:
+    """Upper edge of every bin; of the last one NaN, which nothing compares with."""
+    if device not in _UPPER_EDGES:
+        _UPPER_EDGES[device] = torch.cat([bin_edges(), torch.full((1,), torch.nan, dtype=torch.float64)]).to(device)
+    return _UPPER_EDGES[device]
 
 
 def _chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

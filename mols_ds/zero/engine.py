@@ -216,8 +216,7 @@ class EngineMols(Attached):
             self._sampled = True
         for group in optimizer.param_groups:
             for tensor in group["params"]:
-                for offset, piece in self.shards.by_tensor.get(id(tensor), []):
-                    gradient = tensor.grad.view(-1).narrow(0, piece.offset, piece.numel)
+                for offset, gradient in self.shards.spans.cut(tensor, tensor.grad):
                     self.controller.elements.add(offset, gradient, factor)
 
     def _after_inner_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
@@ -20,15 +20,9 @@ from torch import Tensor
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.scaler import Piece
 from mols_ds.zero.grid import Place
+from mols_ds.zero.spans import OwnedPiece, Spans
 
 TESTED = "0.19.8"
-
-
-class OwnedPiece(NamedTuple):
-    """A piece of inner tensor number `tensor` that this rank measures."""
-
-    tensor: int
-    piece: Piece
 
 
 class Shards(ABC):
@@ -65,11 +59,7 @@ class Shards(ABC):
         self.param_group: dict[str, int] = {}
         self._collect()
         self.owned = self._owned()
-        self.by_tensor: dict[int, list[tuple[int, Piece]]] = {}
-        offset = 0
-        for tensor, piece in self.owned:
-            self.by_tensor.setdefault(id(self.tensors[tensor]), []).append((offset, piece))
-            offset += piece.numel
+        self.spans = Spans(self.tensors, self.owned)
 
     def _name(self, param: Any) -> str:
         return self.places[param].name
@@ -185,8 +175,7 @@ class Stage12(Shards):
                 gradient = getattr(shards, "flat_partition", None)
                 if gradient is None:
                     gradient = torch.cat([g.reshape(-1) for g in shards])
-            for offset, piece in self.by_tensor.get(id(flat), []):
-                yield offset, gradient.view(-1).narrow(0, piece.offset, piece.numel)
+            yield from self.spans.cut(flat, gradient)
 
     def discard(self) -> None:
         o = self.outer
@@ -251,8 +240,7 @@ class Stage3(Shards):
                 gradient: Any = flat.grad
             else:
                 gradient = torch.cat([g.reshape(-1) for g in o.averaged_gradients[i]])
-            for offset, piece in self.by_tensor.get(id(flat), []):
-                yield offset, gradient.view(-1).narrow(0, piece.offset, piece.numel)
+            yield from self.spans.cut(flat, gradient)
             if swapped:
                 o._release_swap_buffers(i)
 
@@ -287,8 +275,7 @@ class Bf16(Shards):
 
     def read(self) -> Iterator[tuple[int, Tensor]]:
         for flat, gradient in zip(self.tensors, self.outer.fp32_groups_gradient_flat_partition, strict=True):
-            for offset, piece in self.by_tensor.get(id(flat), []):
-                yield offset, gradient.view(-1).narrow(0, piece.offset, piece.numel)
+            yield from self.spans.cut(flat, gradient)
 
     def discard(self) -> None:
         self.outer.zero_grad(set_to_none=True)

@@ -22,6 +22,8 @@ from mols_ds.snr import (
     GroupSums,
     NoiseFloor,
     adam_moments,
+    bin_edges,
+    find_bins,
     noise_floor,
 )
 
@@ -217,6 +219,17 @@ def test_sums_do_not_depend_on_the_ranks(cuts: list[int], chunk: int) -> None:
         assert a.column(name) == b.column(name)
     assert a.column("total") == {"embedding": 4000, "qk": 2976, "vo": 1472, "head": 16, "mlp": 0, "other": 0}
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
+
+
+def test_every_ratio_is_in_the_bin_that_comparing_with_the_edges_gives() -> None:
+    edges = bin_edges()
+    infinity = torch.full_like(edges, math.inf)
+    extremes = torch.tensor([0.0, 5e-324, 1e-308, 1e-300, 1.0, 1e300, 1.7e308, math.inf], dtype=torch.float64)
+    beside = [torch.nextafter(edges, -infinity), torch.nextafter(edges, infinity)]
+    ratios = torch.cat([edges, *beside, extremes, normal(20_000).double().mul(12).exp()])
+    for shift in range(4):  # an element's place in a vector
+        piece = ratios[shift:]
+        assert torch.equal(find_bins(piece), torch.bucketize(piece, edges, right=True))
 
 
 def test_pack_holds_everything_and_is_small() -> None:
