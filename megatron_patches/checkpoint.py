@@ -11,7 +11,8 @@ Stock Megatron loads such a checkpoint and ignores both; a checkpoint without th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,43 @@ KEY, SAMPLES = "mols", "mols_samples"
 PADDING = 0.02
 """Counts of embedding and head may differ by this share: Megatron-LM pads the vocabulary by the TP size."""
 METHODS = ("sharded_state_dict", "state_dict", "load_state_dict")
+BY_RANK = re.compile(r"^(?:chained_0\.)?optimizer\.distributed\.dp_group_idx_(\d+)\.")
+"""Names of DistributedOptimizer's state of type dp_reshardable: one set for each tensor- and pipeline-parallel rank."""
+
+
+def layout_problem(names: Sequence[str], *, distributed: bool, model_ranks: int) -> str | None:
+    """Why an optimizer state of these names (dist_checkpointing's metadata) cannot be laid out for a run, or None.
+
+    distributed: whether the run has Megatron's distributed optimizer; model_ranks: its tensor times pipeline size.
+    (optimizer/distrib_optimizer.py and optimizer/optimizer.py of megatron-core 0.16.)
+    """
+    groups = {match[1] for match in map(BY_RANK.match, names) if match}
+    whole = any(name.startswith("optimizer.state.param.") for name in names)
+    plain = not groups and not whole and any(name.startswith("optimizer.state.") for name in names)
+    if (plain and distributed) or ((groups or whole) and not distributed):
+        said = ("without", "with") if plain else ("with", "without")
+        return (
+            f"it was saved {said[0]} the distributed optimizer, this run is {said[1]} it, and Megatron-core moves no "
+            "optimizer state between these: set use_distributed_optimizer as it was, or load the weights alone"
+        )
+    if groups and len(groups) != model_ranks:
+        return (
+            f"its optimizer state is dp_reshardable, of {len(groups)} tensor- and pipeline-parallel ranks; this run "
+            f"has {model_ranks}. Only another number of data-parallel ranks can load it: resume with the same tensor "
+            "and pipeline size and save as fully_reshardable there (run.reshardable_checkpoints: true; Megatron-LM: "
+            "--dist-ckpt-optim-fully-reshardable)"
+        )
+    return None
+
+
+def _model_ranks() -> int:
+    from megatron.core import parallel_state
+
+    tensor, pipeline = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    return int(tensor * pipeline)
 
 
 class Checkpoints:
@@ -97,31 +135,55 @@ class Checkpoints:
     # ------------------------------------------------------------------ load
 
     def resume_from(self, checkpoint_dir: Any) -> None:
-        """See `MegatronMols.resume_from`. Raises `MolsCheckpointError` where there is no such checkpoint."""
+        """See `MegatronMols.resume_from`.
+
+        Raises `MolsCheckpointError` where there is no such checkpoint, and where its optimizer state cannot be laid out
+        for this run, which Megatron itself says in many ways.
+        """
         try:
-            self._wanted = self._has_samples(checkpoint_dir)
+            names = self._names(checkpoint_dir)
         except Exception as error:  # of many types: no folder, another format, a broken file
             raise MolsCheckpointError(
                 f"resume_from: {checkpoint_dir} is no torch_dist checkpoint: {type(error).__name__}: {error}"
             ) from None
+        self._refuse(names, checkpoint_dir)
+        self._wanted = self._has_samples(names)
 
     def ask_in(self, whole: Mapping[Any, Any], checkpoint_dir: Any) -> None:
         """As `resume_from`, for a state dict that holds ours and that is about to be loaded."""
         if self._wanted or self._asked is None or not any(part is self._asked for part in whole.values()):
             return
+        names: list[str] = []
         # What cannot be read here is Megatron's to complain about, or to load in another format.
         with contextlib.suppress(Exception):
-            if self._has_samples(checkpoint_dir):
+            names = self._names(checkpoint_dir)
+        self._refuse(names, checkpoint_dir)
+        with contextlib.suppress(Exception):
+            if self._has_samples(names):
                 self._host(self._asked)[SAMPLES] = self._object(None)
 
     @staticmethod
-    def _has_samples(checkpoint_dir: Any) -> bool:
-        """Whether this checkpoint holds the accumulators of a calibration on this number of ranks."""
+    def _names(checkpoint_dir: Any) -> list[str]:
+        """Of every tensor and object in a checkpoint."""
         from megatron.core.dist_checkpointing import serialization
 
+        return list(serialization.load_sharded_metadata(str(checkpoint_dir)))
+
+    @staticmethod
+    def _has_samples(names: Iterable[str]) -> bool:
+        """Whether a checkpoint holds the accumulators of a calibration on this number of ranks."""
         key = f"{SAMPLES}_of_{dist.get_world_size()}"
-        found = serialization.load_sharded_metadata(str(checkpoint_dir))
-        return any(name == key or name.startswith(f"{key}/") for name in found)
+        return any(name == key or name.startswith(f"{key}/") for name in names)
+
+    def _refuse(self, names: Sequence[str], checkpoint_dir: Any) -> None:
+        """Raise `MolsCheckpointError` where these names are of an optimizer state that this run cannot take."""
+        problem = layout_problem(
+            names,
+            distributed=any(type(o).__name__ == "DistributedOptimizer" for o in self.optimizer.chained_optimizers),
+            model_ranks=_model_ranks(),
+        )
+        if problem is not None:
+            raise MolsCheckpointError(f"{checkpoint_dir}: {problem}")
 
     def load_state_dict(self, state_dict: Any) -> None:
         """`ChainedOptimizer.load_state_dict`, then the MoLS state. Collective.
@@ -135,8 +197,9 @@ class Checkpoints:
             MolsCheckpointError: the MoLS state is of other module groups, of another release or not MoLS's at all;
                 nothing has been loaded then.
         """
-        state, saved, samples = self._split(state_dict)
         self._wanted, self._asked = False, None
+        self._refuse_experts(state_dict)
+        state, saved, samples = self._split(state_dict)
         controller = self.mols.controller
         if saved is not None:
             saved = self._checked(saved)
@@ -158,6 +221,20 @@ class Checkpoints:
         controller.log(
             f"MoLS resumed at step {t}: phase {controller.phase}, {controller.samples} samples, "
             f"alphas {controller.alphas or 'not set yet'}"
+        )
+
+    def _refuse_experts(self, state: Any) -> None:
+        """Megatron keeps an optimizer of its own for experts that are dealt over ranks: two, or one, as saved."""
+        mine = len(self.optimizer.chained_optimizers)
+        numbered = len(state) if isinstance(state, list) else sum(isinstance(key, int) for key in state)
+        saved = max(1, numbered)
+        mixed = isinstance(state, Mapping) and 0 < numbered < len(state)  # a common state beside this run's own parts
+        if saved == mine and not mixed:
+            return
+        raise MolsCheckpointError(
+            f"this checkpoint holds the state of {'another number' if mixed else saved} of optimizers than this run "
+            f"has ({mine}): Megatron-core does not move an optimizer between expert_model_parallel_size 1 and more; "
+            "resume with experts dealt over ranks, or not, as they were, or load the weights alone"
         )
 
     def _split(self, state_dict: Any) -> tuple[Any, Any, Any]:

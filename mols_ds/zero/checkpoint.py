@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger
 
-from mols_ds.errors import MolsCheckpointError, MolsUnsupportedError
+from mols_ds.errors import MolsCheckpointError
+from mols_ds.zero import universal
 
 if TYPE_CHECKING:
     from mols_ds.zero.engine import EngineMols
@@ -141,24 +143,32 @@ class Checkpoints:
         """
         asked = inspect.signature(self._load).bind(load_dir, tag, *args, **kwargs)
         asked.apply_defaults()
-        universal = bool(self.engine.load_universal_checkpoint())
-        if universal and getattr(self.engine.optimizer, "round_robin_gradients", False):
-            raise _round_robin("this run")
-        options = self._options()
-        path, loaded = self._load(load_dir, tag, *args, **kwargs)
+        with_optimizer = bool(asked.arguments["load_optimizer_states"]) and not asked.arguments["load_module_only"]
+        place = universal.folder_of(self.engine, load_dir, tag)
+        universal.refuse(self.engine, place, with_optimizer)
+        moved = bool(self.engine.load_universal_checkpoint())
+        if moved and (failed := self._failed(universal.empty_group(self.engine))):
+            raise universal.nothing_held(failed[0])
+        options = universal.options_of(self.mols.shards.inner)
+        try:
+            with universal.reading(self.engine, place):
+                path, loaded = self._load(load_dir, tag, *args, **kwargs)
+        except ZeRORuntimeException as error:  # of every rank: another number of ranks
+            raise MolsCheckpointError(f"{error} To resume, {universal.convert(Path(str(place)))}") from error
         if path is None:
             return path, loaded
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         client_state = dict(loaded or {})
-        if universal and _was_round_robin(client_state):
-            raise _round_robin("the run that saved it")
+        if moved and universal.was_round_robin(client_state):
+            raise universal.round_robin("the run that saved it")
         saved = client_state.pop(KEY, None)
+        if moved and (said := universal.left_alone(self.engine)):
+            self.mols.controller.warn(said)
         if asked.arguments["load_module_only"]:
             self.mols.controller.log("MoLS: load_module_only leaves the MoLS state as it is")
             return path, client_state
-        with_optimizer = bool(asked.arguments["load_optimizer_states"])
-        if universal and with_optimizer and self.engine.zero_optimization_stage() == 3:
-            self._repair_stage3(folder, options)
+        if moved and with_optimizer and (said := universal.repair(self.engine, folder, options)):
+            self.mols.controller.warn(said)
         self._restore(folder, saved, with_optimizer)
         return path, client_state
 
@@ -233,34 +243,6 @@ class Checkpoints:
         self.mols._random, self.mols.grid.window = random, content.get("window")
         return None
 
-    # ------------------------------------------------------------------ DeepSpeed's traps with universal checkpoints
-
-    def _options(self) -> list[dict[str, Any]]:
-        groups = self.mols.shards.inner.param_groups
-        return [{k: v for k, v in group.items() if k != "params"} for group in groups]
-
-    def _repair_stage3(self, folder: Path, before: list[dict[str, Any]]) -> None:
-        """Undo two faults of DeepSpeed's universal load at stage 3 (`load_hp_checkpoint_state_from_..._dir_stage3`).
-
-        It gives every parameter group the options of group 0: put each group's own back, from the checkpoint, or where
-        that has another number of groups, from this run's config (`before`), and say so. And it makes all sub-groups
-        share one step counter, which would then advance once for each of them: give each its own.
-        """
-        inner = self.mols.shards.inner
-        state = torch.load(folder / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False, mmap=True)
-        saved = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
-        if len(saved) != len(inner.param_groups):
-            self.mols.controller.warn(
-                f"the universal checkpoint has {len(saved)} parameter groups, this run {len(inner.param_groups)}: the "
-                "groups keep the learning rates and options of this run's config"
-            )
-            saved = before
-        for group, options in zip(inner.param_groups, saved, strict=True):
-            group.update(options)
-        for values in inner.state.values():
-            if isinstance(values.get("step"), torch.Tensor):
-                values["step"] = values["step"].clone()
-
 
 def _remove_stale(folder: Path, own: Path, rank: int, world: int) -> None:
     """Remove what former saves of the same tag left. Each file is removed by one rank only.
@@ -286,16 +268,3 @@ def _write(content: dict[str, Any], path: Path) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise OSError(str(error)) from error
-
-
-def _was_round_robin(client_state: Mapping[str, Any]) -> bool:
-    zero = (client_state.get("ds_config") or {}).get("zero_optimization") or {}
-    return bool(zero.get("round_robin_gradients")) and zero.get("stage") in (1, 2)
-
-
-def _round_robin(which: str) -> MolsUnsupportedError:
-    return MolsUnsupportedError(
-        f"a universal checkpoint with round_robin_gradients in {which}: DeepSpeed puts most weights in wrong places; "
-        'resume with the same number of ranks and without "load_universal", or set "round_robin_gradients": false in '
-        "both runs"
-    )

@@ -111,8 +111,17 @@ def settings_of(stage: int, dtype: str) -> AdamSettings:
 
 
 def engine_of(
-    tied: bool, stage: int, dtype: str, mols: dict[str, Any] | None, *, dropout: float = 0.0, rules: bool = False
+    tied: bool,
+    stage: int,
+    dtype: str,
+    mols: dict[str, Any] | None,
+    *,
+    dropout: float = 0.0,
+    rules: bool = False,
+    stages: int = 2,
+    more: dict[str, Any] | None = None,
 ) -> Any:
+    """`more`: further top-level keys of the config."""
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
@@ -125,14 +134,14 @@ def engine_of(
     blocks = [LayerSpec(Block, dropout) for _ in range(BLOCKS)]
     module = PipelineModule(
         layers=[first, *blocks, LayerSpec(nn.LayerNorm, WIDTH), last],
-        num_stages=2,
+        num_stages=stages,
         loss_fn=loss_fn,
         partition_method="uniform",
         seed_layers=True,
         base_seed=SEED,
     )
     settings = settings_of(stage, dtype)
-    ds_config = config(stage, mols, dtype=dtype, gradient_clipping=settings.clip)
+    ds_config = config(stage, mols, dtype=dtype, gradient_clipping=settings.clip, **(more or {}))
     initialize = deepspeed.initialize if mols is None else mols_ds.initialize
     return initialize(model=module, optimizer=adamw(module, settings), config=ds_config)[0]
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tests.harness import Results, run_cases
-from tests.zero.resume import EVERY, SAMPLES, STAGES, caught, differing, engine_of, fingerprint, iterate, section
+from tests.zero.resume import EVERY, SAMPLES, caught, differing, engine_of, fingerprint, iterate, section
 
-WORLD, ITERATIONS, FOLLOWED = 2, 28, 5
+WORLD, ITERATIONS, FOLLOWED = 2, 28, 3
 POINTS = {  # where to save: (phase, usable samples, whether there are alphas already)
     "waiting": ("waiting", 0, False),
     "window opened": ("calibrating", 0, False),
@@ -25,8 +25,9 @@ POINTS = {  # where to save: (phase, usable samples, whether there are alphas al
 BROKEN = 2  # the iteration whose gradient is not finite, where a case asks for it: the first of the window
 MODES = ("probe", "online", "moments")
 CASES = [
-    *[(stage, "fp32", mode, False) for stage in STAGES for mode in MODES],
-    *[(stage, "bf16", "probe", False) for stage in STAGES],
+    *[(stage, "fp32", mode, False) for stage in (0, 1, 3) for mode in MODES],  # 2 is 1, but for when it reduces
+    (2, "fp32", "probe", False),
+    *[(stage, "bf16", "probe", False) for stage in (0, 2, 3)],
     (3, "bf16", "online", False),
     (1, "bf16 fp32 gradients", "probe", False),
     (0, "fp32", "probe", True),
