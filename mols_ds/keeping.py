@@ -180,7 +180,12 @@ class Keeper:
         return [named, *(tag for tag in found if step_of(tag) < step_of(named))]
 
     def _repair(self) -> None:
-        """After a save that was killed between its two renames."""
+        """After a save that was killed: what it had not finished goes, and a checkpoint whose place it was taking comes
+        back where it was killed between its two renames."""
+        for unfinished in self.folder.glob(f"step*{PARTIAL}"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for unfinished in self.folder.glob(f".{LATEST}.*.tmp"):
+            unfinished.unlink(missing_ok=True)
         for former in self.folder.glob(f"step*{FORMER}"):
             place = former.with_suffix("")
             if place.exists():

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mols_ds.batches import Batches, BatchShape, Stream
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.files import write_whole
+from mols_ds.generators import load_random, save_random
 from mols_ds.keeping import Keeper, refuse_non_finite, step_of
 from mols_ds.keeping import has_checkpoint as kept
 from mols_ds.preempt import Preempted, StopRequest
@@ -117,7 +119,8 @@ def train(job: Job) -> Outcome:
     try:
         if job.resume:
             loop.load()
-        outcome = loop.run()
+        with loop.stop if job.preemptible else nullcontext():
+            outcome = loop.run()
     finally:
         loop.close()
         engine.destroy()
@@ -166,13 +169,15 @@ class _Loop:
         job, engine, task = self.job, self.engine, self.task
         now = engine.global_steps
         refuse_non_finite(engine.module.parameters(), now, self.agree)
-        state = {CLIENT_KEY: {"probe_steps": self.probe_steps, "steps": job.steps, "seed": job.seed, **task.identity}}
+        counted = {"probe_steps": self.probe_steps, "ahead": self.ahead, "steps": job.steps, "seed": job.seed}
+        state = {CLIENT_KEY: {**counted, **task.identity}}
 
         def write(place: Path) -> None:
             engine.save_checkpoint(
                 str(place.parent), tag=place.name, client_state=state, save_latest=False,
                 exclude_frozen_parameters=task.partial,
             )  # fmt: skip
+            save_random(place, job.shape.rank, job.shape.world)
             task.save(engine, job.out if now >= job.steps else place)
 
         self.keeper.save(f"step{now}", write)
@@ -199,8 +204,9 @@ class _Loop:
             if state.get(key) != now:
                 made = f"--resume: the checkpoint was made with --{key} {state.get(key)}, not {now}"
                 raise MolsCheckpointError(made)
-        self.probe_steps = int(state["probe_steps"])
+        self.probe_steps, self.ahead = int(state["probe_steps"]), int(state.get("ahead", 0))
         self.saved = step_of(tag or "")
+        load_random(Path(path).parent, self.job.shape.rank, self.job.shape.world)
         if self.metrics is not None:
             self.metrics.rewind(self.engine.global_steps)
 
@@ -211,11 +217,10 @@ class _Loop:
         if self.metrics is not None and not job.resume:
             self.metrics.clear()
         val_loss = None
-        with self.stop:
-            while engine.global_steps < job.steps and not self.diverged:
-                val_loss = self.step()
-                if job.preemptible and engine.global_steps < job.steps:
-                    self.heed()
+        while engine.global_steps < job.steps and not self.diverged:
+            val_loss = self.step()
+            if job.preemptible and engine.global_steps < job.steps:
+                self.heed()
         if self.diverged:
             val_loss = math.nan
         if val_loss is None:  # resumed at the end

@@ -155,7 +155,8 @@ class _Server:
         theirs.close()
         self.closed, self._imported = False, False
         with contextlib.suppress(ConnectionError):  # gone already: the first answer that is waited for tells
-            self._connection.send(("preload", (PRELOADED,)))
+            more = environment.get("RANKS_PRELOAD", "").split()
+            self._connection.send(("preload", ((*PRELOADED, *more),)))
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Call a method of the server; whatever goes wrong closes the server, and so ends its ranks."""

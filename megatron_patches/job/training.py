@@ -70,7 +70,8 @@ def train(arm: Arm) -> Outcome:
     try:
         if arm.resume:
             loop.load()
-        outcome = loop.run()
+        with loop.stop:
+            outcome = loop.run()
     finally:
         loop.close()
         if mols is not None:
@@ -127,15 +128,14 @@ class _Loop:
         if self.metrics is not None and not self.arm.resume:
             self.metrics.clear()
         val_loss, saved = None, self.now if self.arm.resume else -1
-        with self.stop:
-            while self.now < plan.steps:
-                before = self.now
-                val_loss = self.step()
-                if self.now != before and plan.save_every and self.now % plan.save_every == 0:
-                    self.save()
-                    saved = self.now
-                if self.now < plan.steps:
-                    self.heed()
+        while self.now < plan.steps:
+            before = self.now
+            val_loss = self.step()
+            if self.now != before and plan.save_every and self.now % plan.save_every == 0:
+                self.save()
+                saved = self.now
+            if self.now < plan.steps:
+                self.heed()
         if val_loss is None:  # resumed at the end
             val_loss = self.evaluate()
         if saved != self.now:
