@@ -1,15 +1,23 @@
 """MoLS: module-wise learning-rate scaling by gradient signal-to-noise ratio (arXiv 2605.05794), for DeepSpeed ZeRO."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from mols_ds.config import MolsConfig
-from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning
-from mols_ds.groups import ElementLayout, GroupTable, group_table
+from mols_ds.errors import (
+    MolsCheckpointError,
+    MolsConfigError,
+    MolsError,
+    MolsTrainingError,
+    MolsUnsupportedError,
+    MolsWarning,
+)
 
 if TYPE_CHECKING:
+    from mols_ds.config import MolsConfig
+    from mols_ds.groups import ElementLayout, GroupTable, group_table
     from mols_ds.zero import attach, initialize
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
     "ElementLayout",
     "GroupTable",
@@ -17,6 +25,7 @@ __all__ = [
     "MolsConfig",
     "MolsConfigError",
     "MolsError",
+    "MolsTrainingError",
     "MolsUnsupportedError",
     "MolsWarning",
     "attach",
@@ -24,11 +33,16 @@ __all__ = [
     "initialize",
 ]
 
+_PLACES = {
+    "MolsConfig": "config",
+    **dict.fromkeys(("ElementLayout", "GroupTable", "group_table"), "groups"),
+    **dict.fromkeys(("attach", "initialize"), "zero"),
+}
+
 
 def __getattr__(name: str) -> Any:
-    """DeepSpeed is imported when it is first needed: the maths and the commands do without its start-up seconds."""
-    if name in ("attach", "initialize"):
-        from mols_ds import zero
-
-        return getattr(zero, name)
+    """What needs torch, pydantic or DeepSpeed is imported when it is first needed: the commands start without them, and
+    `mols-ds doctor` can say which of them is broken."""
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"mols_ds.{_PLACES[name]}"), name)
     raise AttributeError(f"module 'mols_ds' has no attribute {name!r}")

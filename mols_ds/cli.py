@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mols_ds.errors import MolsConfigError, MolsError
-from mols_ds.study.command import add_arguments
 
 USER_MISTAKE = 2
 
@@ -24,12 +23,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mols_ds.launcher import main as launch
 
         return launch(arguments[1:])
+    if arguments[:1] == ["doctor"]:  # before anything is imported that may be broken
+        from mols_ds.doctor.command import main as examine
+
+        return examine(arguments[1:])
     try:
         args = _parser().parse_args(arguments)
         if arguments[0] == "compare":
             from mols_ds.study.command import compare
 
             return compare(args)
+        if arguments[0] == "plan":
+            from mols_ds.plan.command import plan
+
+            return plan(args)
         print(args.text(args))
     except MolsError as error:
         print(f"mols-ds: {' '.join(str(error).split())}", file=sys.stderr)
@@ -38,12 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from mols_ds.plan.command import add_arguments as add_plan
+    from mols_ds.study.command import add_arguments
+
     parser = _Parser(prog="mols-ds", description="MoLS: module-wise learning rates from the gradients' SNR.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     launch = "start a script as DeepSpeed's launcher does: mols-ds launch --config FILE train.py ..."
     commands.add_parser("launch", help=launch, add_help=False)
     study = "train every arm of a study, tuned alike and over seeds, and write the report"
     add_arguments(commands.add_parser("compare", help=study))
+    planned = "what a run will need: memory of each rank, messages, time, and the nearest setting that fits"
+    add_plan(commands.add_parser("plan", help=planned))
+    doctor = "what is installed and usable, and what is wrong with a config: mols-ds doctor --config FILE ..."
+    commands.add_parser("doctor", help=doctor, add_help=False)
     groups = commands.add_parser("groups", help="the module groups of a model, without building its weights")
     groups.add_argument("model", help="model file (configs/models/*.json) or transformers checkpoint folder")
     groups.add_argument(
@@ -53,14 +67,22 @@ def _parser() -> argparse.ArgumentParser:
     groups.set_defaults(text=groups_text)
     report = commands.add_parser("report", help="the content of a mols_report.json")
     report.add_argument("report", help="mols_report.json or its folder")
+    report.add_argument("--fixed-alphas", action="store_true", help='its alphas as keys of a "mols" section, in JSON')
+    report.add_argument("--model", metavar="FILE", help="the model that will use them, to be checked against")
     report.set_defaults(text=report_text)
     return parser
 
 
 def report_text(args: argparse.Namespace) -> str:
-    """The report of `args.report` as a table."""
+    """The report of `args.report` as a table, or its alphas for another run's config."""
     from mols_ds.report import format_report, load_report
 
+    if args.fixed_alphas:
+        from mols_ds.transfer import section_text
+
+        return section_text(load_report(args.report), args.model)
+    if args.model is not None:
+        raise MolsConfigError("--model: only with --fixed-alphas")
     return format_report(load_report(args.report))
 
 

@@ -42,7 +42,8 @@ class Fused(NamedTuple):
         axis = 1 if self.long_axis and not adapter and len(shape) == 2 and shape[1] > shape[0] else 0
         pattern = self.pattern(name, shape[axis], config)
         inner = math.prod(shape[axis + 1 :])
-        if inner == 0 or shape[axis] % sum(length for length, _ in pattern):
+        lengths = [length for length, _ in pattern]
+        if inner == 0 or min(lengths) < 1 or shape[axis] % sum(lengths):
             raise MolsConfigError(
                 f"parameter {name!r} of shape {list(shape)} does not divide into {pattern}; add a rule"
             )

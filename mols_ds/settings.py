@@ -18,6 +18,8 @@ from mols_ds.optim.choose import fill, rename
 PAPER_CLIPPING = 1.0
 PAPER_BATCH = 512
 LARGEST_MICRO_BATCH = 16
+SECTIONS = ("optimizer", "bf16", "fp16", "zero_optimization", "tensorboard")
+"""Sections that are read here before DeepSpeed reads them."""
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -69,6 +71,9 @@ def resolve(
     optimizer or a parameter of it that is not known; MolsUnsupportedError where it does not go with the ZeRO stage.
     """
     config = copy.deepcopy(config)
+    for name in [name for name in SECTIONS if name in config]:
+        if not isinstance(config[name], dict):
+            raise MolsConfigError(f'config: "{name}" is {config[name]!r}; give an object, {{...}}, or leave it out')
     _batch_sizes(config, world)
     _precision(config)
     section = config.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})

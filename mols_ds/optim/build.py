@@ -53,12 +53,12 @@ def split_config(config: Mapping[str, Any]) -> Request | None:
     if entry is None:
         _warn_of_shards(section["type"], config)
         return None
-    settings = settings_of(entry, section.get("params") or {})
+    settings = settings_of(entry, section_of(config, "optimizer", "params"))
     kept = {key: value for key, value in config.items() if key != "optimizer"}
     _check_stage(entry, config)
     _check_offload(entry, config, kept)
     kept["zero_allow_untested_optimizer"] = True
-    rules = (config.get("mols") or {}).get("rules") or ()
+    rules = section_of(config, "mols").get("rules") or ()
     return Request(entry, settings, kept, rules)
 
 
@@ -90,14 +90,31 @@ def _warn_of_shards(name: str, config: Mapping[str, Any]) -> None:
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
-    """The ZeRO stage of a DeepSpeed config; 0 where none is given."""
-    return int((config.get("zero_optimization") or {}).get("stage") or 0)
+    """The ZeRO stage of a DeepSpeed config; 0 where none is given. Raises MolsConfigError where it is no number."""
+    stage = section_of(config, "zero_optimization").get("stage") or 0
+    try:
+        return int(stage)
+    except (TypeError, ValueError, OverflowError):
+        raise MolsConfigError(f'"zero_optimization.stage" is {stage!r}; give 0, 1, 2 or 3') from None
+
+
+def section_of(config: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
+    """A section of a DeepSpeed config by its path, empty where it is absent or null. Raises MolsConfigError for one
+    that is no JSON object."""
+    section: Any = config
+    for depth, key in enumerate(path):
+        section = section.get(key)
+        if section is None:
+            return {}
+        if not isinstance(section, Mapping):
+            raise MolsConfigError(f'config: "{".".join(path[: depth + 1])}" is {section!r}; give an object, {{...}}')
+    return section  # type: ignore[no-any-return]
 
 
 def offload_device(config: Mapping[str, Any]) -> str | None:
     """Where the optimizer is offloaded to, "cpu" or "nvme"; None where it is not."""
-    device = ((config.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device")
-    return device if device in OFFLOADED else None
+    device = section_of(config, "zero_optimization", "offload_optimizer").get("device")
+    return device if isinstance(device, str) and device in OFFLOADED else None
 
 
 def _check_stage(entry: Entry, config: Mapping[str, Any]) -> None:
@@ -108,8 +125,8 @@ def _check_stage(entry: Entry, config: Mapping[str, Any]) -> None:
             f"optimizer {entry.name} works on whole tensors and ZeRO stage {stage} cuts them into flat shards: "
             f'set "zero_optimization.stage": 0{stock}'
         )
-    parallel = (config.get("tensor_parallel") or {}).get("autotp_size") or 0
-    if entry.reads == "tensors" and parallel > 1:
+    parallel = section_of(config, "tensor_parallel").get("autotp_size") or 0
+    if entry.reads == "tensors" and parallel not in (0, 1):
         raise MolsUnsupportedError(
             f"optimizer {entry.name} works on whole tensors and AutoTP cuts them: remove "
             '"tensor_parallel", or use an optimizer that works element by element'

@@ -72,8 +72,12 @@ def fill(config: dict[str, Any], lr: float | None = None) -> None:
     section = config["optimizer"]
     if not isinstance(section, dict) or not isinstance(section.get("type"), str):
         raise MolsConfigError('config: "optimizer" needs a "type", such as "AdamW"')
+    if section.get("params") is None:
+        section["params"] = {}
+    if not isinstance(section["params"], dict):
+        raise MolsConfigError(f'config: "optimizer.params" is {section["params"]!r}; give an object, {{...}}')
     _where_it_runs(section, config)
-    params = section.setdefault("params", {})
+    params = section["params"]
     if lr is not None:
         params["lr"] = lr
     entry = requested(section)

@@ -203,7 +203,8 @@ def settings_of(entry: Entry, params: Mapping[str, Any]) -> Settings:
         if not _is_number(value) or not 0.0 <= value < math.inf:
             raise MolsConfigError(f'"optimizer.params.{key}" of {entry.name} is {value!r}: give a number >= 0')
     betas = settings.get("betas", ())
-    if "betas" in settings and (len(betas) != 2 or not all(_is_number(b) and 0.0 <= b < 1.0 for b in betas)):
+    pair = isinstance(betas, tuple) and len(betas) == 2
+    if "betas" in settings and not (pair and all(_is_number(b) and 0.0 <= b < 1.0 for b in betas)):
         raise MolsConfigError(f'"optimizer.params.betas" of {entry.name} is {betas!r}: give two numbers in [0, 1)')
     return settings
 
