@@ -12,6 +12,7 @@ import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -164,7 +165,10 @@ def transformer_config(settings: Settings, machine: Machine | None = None) -> An
     model, parallel, precision = settings.model, settings.parallel, settings.precision
     kind = MLATransformerConfig if model.further.get("multi_latent_attention") else TransformerConfig
     dtype = dtype_of(settings)
-    engine = uses_engine(settings, machine) if not (precision.fp8 or precision.fp4) else True
+    low = bool(precision.fp8 or precision.fp4)
+    if low:  # before Megatron's own checks, some of which fail unnamed without Transformer Engine
+        check(SimpleNamespace(fp8=precision.fp8, fp8_recipe=precision.fp8_recipe, fp4=precision.fp4), machine=machine)
+    engine = low or uses_engine(settings, machine)
     function, gated = _activation(model.activation)
     values: dict[str, Any] = {
         "num_layers": model.num_layers,

@@ -1,0 +1,118 @@
+"""The machines that a plan is for: a YAML file (configs/clusters/*.yaml), or numbers on the command line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mols_ds.errors import MolsConfigError
+
+Positive = Annotated[float, Field(gt=0)]
+GIB = 2**30
+GB = 10**9
+_UNITS = {"gib": GIB, "gb": GB, "tib": 2**40, "tb": 10**12, "mib": 2**20, "mb": 10**6}
+
+
+class Cluster(BaseModel):
+    """Equal nodes. Figures of a vendor are nominal: what a link or a chip reaches is below them.
+
+    Units: GiB = 2^30 bytes, GB/s = 10^9 bytes a second, in one direction; TFLOP/s = 10^12 operations a second.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "cluster"
+    nodes: Annotated[int, Field(ge=1)] = 1
+    accelerators: Annotated[int, Field(ge=1)] = 8
+    """In one node."""
+    memory_gib: Positive
+    """Of one accelerator."""
+    usable_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """The part of it that tensors may fill; the rest is for the driver's context, NCCL's buffers and fragmentation."""
+    host_memory_gib: Positive = 1024.0
+    """Of one node, shared by its ranks."""
+    nvme_gib: Annotated[float, Field(ge=0)] = 0.0
+    """Of one node."""
+    intra_node_gbs: Positive = 300.0
+    """From one accelerator to the others of its node."""
+    inter_node_gbs: Positive = 50.0
+    """From one accelerator to other nodes: the node's network over its accelerators."""
+    host_link_gbs: Positive = 25.0
+    """From one accelerator to its host."""
+    memory_gbs: Positive = 2000.0
+    """Of one accelerator's memory, reads and writes together."""
+    host_memory_gbs: Positive = 200.0
+    """Of one node's memory, reads and writes together, shared by its ranks."""
+    fp32_tflops: Positive = 19.5
+    bf16_tflops: Positive = 312.0
+    fp8_tflops: Positive | None = None
+    """Peaks of dense matrix products; no fp8: the hardware has none."""
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Expected share of the peak that a whole training step reaches, its communication included."""
+
+    @property
+    def ranks(self) -> int:
+        """One rank an accelerator."""
+        return self.nodes * self.accelerators
+
+    @property
+    def limit(self) -> int:
+        """Bytes of one accelerator that tensors may fill."""
+        return int(self.memory_gib * GIB * self.usable_share)
+
+    @property
+    def host_limit(self) -> int:
+        """Bytes of host memory that one rank may fill."""
+        return int(self.host_memory_gib * GIB * self.usable_share / self.accelerators)
+
+    @property
+    def nvme_limit(self) -> int:
+        """Bytes of NVMe that one rank may fill."""
+        return int(self.nvme_gib * GIB / self.accelerators)
+
+    def with_nodes(self, nodes: int) -> Cluster:
+        """The same machines, another number of them."""
+        return self.model_copy(update={"nodes": nodes})
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], where: str) -> Cluster:
+        """Raises MolsConfigError with one line that names every wrong key."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise MolsConfigError(f"{where}: {'; '.join(map(_one_line, error.errors()))}") from None
+
+
+def _one_line(error: Any) -> str:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f'"{name}": unknown key; known are {", ".join(Cluster.model_fields)}'
+    if error["type"] == "missing":
+        return f'"{name}" is missing'
+    return f'"{name}": {error["msg"]} (got {error["input"]!r})'
+
+
+def read_cluster(path: str) -> dict[str, Any]:
+    """The content of a cluster file. Raises MolsConfigError where it is missing or no YAML mapping."""
+    try:
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise MolsConfigError(f"cluster {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise MolsConfigError(f"cluster {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise MolsConfigError(f"cluster {path}: keys and values are needed, not {type(content).__name__}")
+    return content
+
+
+def gib(text: str) -> float:
+    """GiB from text such as 80GiB, 80GB or 80 (GiB). Raises MolsConfigError."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
+    unit = match[2].lower() if match else ""
+    if not match or (unit and unit not in _UNITS) or float(match[1]) <= 0:
+        raise MolsConfigError(f"{text!r} is not a size such as 80GiB or 80GB")
+    return float(match[1]) * _UNITS.get(unit, GIB) / GIB

@@ -1,0 +1,68 @@
+"""`mols-ds plan` against real engines: bytes of each kind that a rank holds, and of what it sends, within 5 %."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from tests.harness import Results, run_cases
+from tests.megatron import plan_measure as megatron
+from tests.zero.plan_measure import TOLERANCE, UNSEEN, WORLD, Case, largest, measure, planned, rows
+
+pytestmark = pytest.mark.distributed
+
+CASES: list[Case] = [
+    *((stage, precision, "") for stage in range(4) for precision in ("fp32", "bf16")),
+    (3, "bf16", "release"),
+    (3, "bf16", "offload"),
+    (1, "bf16", "checkpointing"),
+]
+"""The other cases of plan_measure.CASES are in the table of docs/planning.md."""
+
+
+@functools.cache
+def engines() -> Results:
+    return run_cases(measure, WORLD, CASES, timeout=120)
+
+
+@functools.cache
+def grids() -> Results:
+    return run_cases(megatron.measure, megatron.WORLD, [(name,) for name in megatron.GRIDS], timeout=120)
+
+
+def compare(plan: dict[str, Any], outcomes: list[dict[str, Any]], skipped: set[str]) -> None:
+    seen = largest(outcomes)
+    wrong = [
+        f"{part} {kind}: planned {said:,}, measured {found:,}"
+        for part, kind, said, found in rows(plan, seen)
+        if kind not in skipped and abs(said - found) > TOLERANCE * found
+    ]
+    assert not wrong, "; ".join(wrong)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_deepspeed(case: Case) -> None:
+    compare(planned(case), engines()[case], {kind for of, kind in UNSEEN if of == case})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_accumulators_to_the_byte(case: Case) -> None:
+    """What `engine.mols.accumulator_bytes` says of the rank with most elements; the scratch is not in it."""
+    from mols_ds.plan.calibration import accumulators
+
+    outcomes = engines()[case]
+    elements = max(outcome["nbytes"] for outcome in outcomes) // 8
+    plan = planned(case)["held"]["accumulators"]
+    assert abs(plan - accumulators(elements, "cpu").total) <= 0.01 * plan
+
+
+@pytest.mark.parametrize("name", megatron.GRIDS)
+def test_megatron(name: str) -> None:
+    """Activations are left out: they are planned for Transformer Engine's kernels, and these are the CPU's."""
+    for stage in range(megatron.GRIDS[name].pp):
+        outcomes = [outcome for outcome in grids()[name,] if outcome["stage"] == stage]
+        plan = megatron.planned(name, stage)
+        assert all(outcome["names"] == plan["names"] for outcome in outcomes), "the real model's parameters, in order"
+        compare(plan, outcomes, {"activations"})
