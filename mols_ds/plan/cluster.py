@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,6 +26,8 @@ class Cluster(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = "cluster"
+    device: Literal["cuda", "cpu"] = "cuda"
+    """What the ranks compute on. cpu: Megatron-core runs its own layers there, not Transformer Engine's."""
     nodes: Annotated[int, Field(ge=1)] = 1
     accelerators: Annotated[int, Field(ge=1)] = 8
     """In one node."""

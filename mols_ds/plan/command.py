@@ -167,11 +167,12 @@ def _grid(args: argparse.Namespace, cluster: Cluster) -> Any:
     settings = read(args.config, changes)
     laid = Grid.of(settings, cluster.ranks)
     passes = micro_batches(settings, laid)
+    settings = _as_on(settings, cluster)
     precision = settings.precision
     half = precision.dtype != "fp32"
-    flash = half and precision.transformer_engine is not False
+    local = _local(settings, cluster)
     plan = Plan(
-        gpt=Gpt.of(settings, flash=flash),
+        gpt=Gpt.of(settings, flash=half and local is None, local=local),
         ranks=cluster.ranks,
         weight_bytes=2 if half else 4,
         gradient_bytes=4 if precision.grad_reduce_in_fp32 or not half else 2,
@@ -182,6 +183,9 @@ def _grid(args: argparse.Namespace, cluster: Cluster) -> Any:
         micro_batch=settings.batch.micro,
         micro_batches=passes,
         length=settings.run.seq_len,
+        gathers=2
+        if settings.model.further.get("num_moe_experts") and not settings.parallel.overlap_param_gather
+        else 1,
     )
     mols = _section(settings.mols)
     groups = ("embedding", *(() if settings.model.tied_embeddings else ("head",)), "qk", "vo", "mlp", "other")
@@ -189,3 +193,30 @@ def _grid(args: argparse.Namespace, cluster: Cluster) -> Any:
         cluster, mols, groups, args.steps or settings.run.steps, settings.batch.total, settings.run.seq_len,
         _device(mols), plan, precision.fp8 is not None,
     )  # fmt: skip
+
+
+def _as_on(settings: Any, cluster: Cluster) -> Any:
+    """Settings whose dtype "auto" is what the cluster's ranks make of it."""
+    precision = settings.precision
+    if precision.dtype != "auto":
+        return settings
+    low = precision.fp8 or precision.fp4
+    dtype = "fp32" if cluster.device == "cpu" and not low else "bf16"
+    return settings.model_copy(update={"precision": precision.model_copy(update={"dtype": dtype})})
+
+
+def _local(settings: Any, cluster: Cluster) -> Any:
+    """Megatron's own layers where the job runs them on the cluster: on processors, or where the config wants them. A
+    cluster's GPUs are taken to have Transformer Engine, whatever this machine has."""
+    from megatron_patches.job.configure import transformer_config, uses_engine
+    from megatron_patches.machine import Machine
+    from mols_ds.plan.local import Local
+
+    engine = "2.8.0"  # newer than any recipe needs
+    gpu = Machine(engine, "", (10, 0))
+    machine = Machine(None, "the cluster's ranks are processors", None) if cluster.device == "cpu" else gpu
+    low = settings.precision.fp8 or settings.precision.fp4
+    if (low and cluster.device == "cuda") or uses_engine(settings, machine):
+        return None
+    model = settings.model
+    return Local(transformer_config(settings, machine), model.position_embedding, model.tied_embeddings)

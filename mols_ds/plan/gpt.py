@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mols_ds.errors import MolsUnsupportedError
+from mols_ds.plan import local
+from mols_ds.plan.local import Local
 from mols_ds.plan.optimizers import Weight
 from mols_ds.plan.parts import up
 
@@ -58,9 +60,11 @@ class Gpt:
     sp: bool
     recompute: str
     flash: bool
+    local: Local | None = None
+    """Megatron's own layers, to be traced; None: Transformer Engine's, by formula."""
 
     @classmethod
-    def of(cls, settings: Any, *, flash: bool) -> Gpt:
+    def of(cls, settings: Any, *, flash: bool, local: Local | None) -> Gpt:
         """From train_megatron.py's settings. Raises MolsUnsupportedError for what is laid out otherwise."""
         model, parallel, more = settings.model, settings.parallel, settings.model.further
         for key in REFUSED:
@@ -96,6 +100,7 @@ class Gpt:
             sp=parallel.sp,
             recompute=str(more.get("recompute_granularity") or ""),
             flash=flash,
+            local=local,
         )
 
     @property
@@ -220,7 +225,9 @@ class Gpt:
         return min(micro_batches * self.vp, 2 * (self.pp - stage - 1) + (self.vp - 1) * self.pp + 1)
 
     def activation_bytes(self, stage: int, tokens: int, length: int, size: int, micro_batches: int) -> int:
-        """Of one rank."""
+        """Of one rank. Raises what `local.activation_bytes` does, where the layers are Megatron's own."""
+        if self.local is not None:
+            return local.activation_bytes(self.local, self, stage, tokens, length, micro_batches)
         layer = self.layer_bytes(tokens, length, size)
         rows = tokens // self.cp // (self.tp if self.sp else 1)
         if self.recompute == "full":

@@ -32,6 +32,9 @@ class Plan:
     micro_batch: int
     micro_batches: int
     length: int
+    gathers: int = 1
+    """How often a step gathers the updated weights: with experts, each of the two chained DistributedOptimizers gathers
+    all of them, unless that overlaps with the next forward pass."""
 
     @property
     def data(self) -> int:
@@ -151,7 +154,8 @@ def _data(plan: Plan, stage: int, accelerators: int) -> list[Message]:
         operation: Operation = "reduce-scatter" if plan.distributed else "all-reduce"
         found.append(Message("gradients", operation, of, ranks, 1, gradients, inside, gradients))
         if plan.distributed:
-            found.append(Message("updated weights", "all-gather", of, ranks, 1, updated, inside, 0))
+            times = plan.gathers
+            found.append(Message("updated weights", "all-gather", of, ranks, times, times * updated, inside, 0))
     return found
 
 

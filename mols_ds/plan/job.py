@@ -297,6 +297,7 @@ class GridJob(Job):
             f"{g.total():,} weights, {', '.join([*axes, f'data {p.data // g.cp}'])}, {self.precision()}"
             + (f", {', '.join(more)}" if more else ""),
             f"{self.batch} sequences of {self.length} a step: {p.micro_batch} x {p.micro_batches} on each pipeline",
+            f"layers: {'Transformer Engine, by formula' if g.local is None else 'Megatron-core, traced'}",
         ]
 
     def regrid(self, *, micro: int | None = None, **values: Any) -> GridJob | None:

@@ -352,7 +352,8 @@ def _stage3(zero: Zero, weights: Sequence[Weight], ranks: int, passing: Bytes) -
     if zero.offload_optimizer == "none":
         resident |= {"optimizer": state, "gradients": gradient}
         flat = zero.accumulation_bytes * sub_group if zero.accumulation_bytes != 4 else 0
-        moments = {"step": {"gradients": 4 * sub_group, "workspace": max(flat, _work(zero, sub_group))}}
+        stepping = {"gradients": 4 * sub_group}  # flattened in their own type, then converted
+        moments = {"convert": stepping | {"buffers": flat}, "step": stepping | {"workspace": _work(zero, sub_group)}}
     else:
         moments = {}
         host |= {"gradients": gradient + 4 * part, "optimizer": state if zero.offload_optimizer == "cpu" else 0}

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tests.megatron.building import SEQUENCES, Setup
+from tests.megatron.building import SEQUENCES, Setup, transformer_config
 
 WORLD, MICROS = 4, 4
 COMMON: dict[str, Any] = dict(
@@ -19,6 +19,9 @@ COMMON: dict[str, Any] = dict(
 GRIDS: dict[str, Setup] = {
     "tp2 pp2 sp": Setup(**COMMON, tp=2, pp=2, sp=True),
     "tp2 dp2": Setup(**COMMON, tp=2),
+    "pp2 dp2 recomputed": Setup(**COMMON, pp=2, recompute="full"),
+    "tp2 dp2 sp attention recomputed": Setup(**COMMON, tp=2, sp=True, recompute="core_attn"),
+    "tp2 ep2 dp2 sp experts": Setup(**COMMON, tp=2, ep=2, sp=True, experts=4, etp=1),
     "pp2 dp2 plain fp32": Setup(**(COMMON | {"dtype": "float32"}), pp=2, distributed=False),
 }
 BUCKET = 4000
@@ -114,6 +117,8 @@ def _payload(recorded: Counter[tuple[str, int]], setup: Setup, alone: set[int]) 
             result[kind] += count * size * ranks // (ranks + 1)
         elif plain.startswith("allreduce") and size > 64:
             result["all-reduce"] += count * size
+        elif plain.startswith("alltoall") and size > 1024:  # input and output; below that, counts of tokens
+            result["all-to-all"] += count * size // 2
         elif plain in ("send", "recv"):
             result["send and receive"] += count * size if plain == "send" else 0
     return dict(result)
@@ -121,22 +126,28 @@ def _payload(recorded: Counter[tuple[str, int]], setup: Setup, alone: set[int]) 
 
 def planned(name: str, stage: int) -> dict[str, Any]:
     """What the plan says of a rank of a stage."""
+    from megatron_patches.cpu import cpu_megatron
     from mols_ds.plan import grid
     from mols_ds.plan.calibration import accumulators
     from mols_ds.plan.gpt import Gpt
+    from mols_ds.plan.local import Local
 
     setup = GRIDS[name]
+    with cpu_megatron():
+        local = Local(transformer_config(setup))
     size = 4 if setup.dtype == "float32" else 2
     gpt = Gpt(
         layers=setup.n_layers, hidden=setup.hidden, heads=setup.heads, kv=setup.kv_groups,
         channels=setup.hidden // setup.heads, ffn=2 * setup.hidden, vocab=setup.vocab, gated=True, bias=False,
-        norm_bias=False, tied=False, positions=0, qk_norm=False, experts=0, topk=1, shared_ffn=0, tp=setup.tp,
-        pp=setup.pp, vp=1, ep=1, etp=setup.tp, cp=1, sp=setup.sp, recompute="", flash=False,
+        norm_bias=False, tied=False, positions=0, qk_norm=False, experts=setup.experts, topk=2 if setup.experts else 1,
+        shared_ffn=0, tp=setup.tp, pp=setup.pp, vp=1, ep=setup.ep, etp=setup.etp or setup.tp, cp=1, sp=setup.sp,
+        recompute=_granularity(setup), flash=False, local=local,
     )  # fmt: skip
     data = WORLD // (setup.tp * setup.pp)
     plan = grid.Plan(
         gpt=gpt, ranks=WORLD, weight_bytes=size, gradient_bytes=4, distributed=setup.distributed, overlap=False,
         optimizer="adam", settings={}, micro_batch=SEQUENCES, micro_batches=MICROS // data, length=setup.seq,
+        gathers=2 if setup.experts else 1,
     )  # fmt: skip
     footprint = grid.footprint(plan, stage)
     sent: Counter[str] = Counter()
@@ -145,3 +156,7 @@ def planned(name: str, stage: int) -> dict[str, Any]:
     held = dict(footprint.resident) | {"activations": footprint.moments["backward"]["activations"]}
     held["accumulators"] = accumulators(footprint.measured, "cpu").total
     return {"held": held, "sent": dict(sent), "names": [(w.name, w.shape) for w in gpt.weights(stage)]}
+
+
+def _granularity(setup: Setup) -> str:
+    return "selective" if setup.recompute not in ("", "full") else setup.recompute

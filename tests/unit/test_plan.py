@@ -172,6 +172,34 @@ def test_micro_batches_in_flight() -> None:
     assert Gpt(**(SIZES | {"pp": 4, "vp": 2})).in_flight(0, 8) == 2 * 3 + 4 + 1
 
 
+@pytest.mark.parametrize(
+    ("cluster", "changes", "layers"),
+    [
+        ("laptop_cpu", [], "Megatron-core, traced"),
+        ("h100_8x80", [], "Transformer Engine, by formula"),
+        ("h100_8x80", ["--set", "precision.transformer_engine=false"], "Megatron-core, traced"),
+    ],
+)
+def test_layers_are_those_of_the_cluster(
+    capsys: pytest.CaptureFixture[str], cluster: str, changes: list[str], layers: str
+) -> None:
+    """Whatever this machine has."""
+    path, machines = ROOT / "configs/megatron/tiny_tp2_pp2.yaml", ROOT / f"configs/clusters/{cluster}.yaml"
+    arguments = ["--config", str(path), "--cluster", str(machines), "--accelerators-per-node", "4", "--json", *changes]
+    status, out, err = plan(capsys, *arguments)
+    assert status == 0, err
+    made = json.loads(out)
+    assert f"layers: {layers}" in made["run"]["summary"]
+    assert ("fp32" in made["run"]["summary"][0]) == (cluster == "laptop_cpu")
+
+
+def test_processors_have_no_transformer_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    path, machines = ROOT / "configs/megatron/tiny_tp2_pp2.yaml", ROOT / "configs/clusters/laptop_cpu.yaml"
+    arguments = ["--config", str(path), "--cluster", str(machines), "--accelerators-per-node", "4"]
+    status, _, err = plan(capsys, *arguments, "--set", "precision.transformer_engine=true")
+    assert status == 2 and "the cluster's ranks are processors" in err and len(err.splitlines()) == 1
+
+
 # ------------------------------------------------------------------ the command
 
 

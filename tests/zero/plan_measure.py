@@ -2,7 +2,7 @@
 
     python -m tests.zero.plan_measure
 
-prints the table of docs/planning.md: DeepSpeed on two gloo ranks, and Megatron-core on two.
+prints the table of docs/planning.md: DeepSpeed on two gloo ranks, and Megatron-core on four.
 """
 
 from __future__ import annotations
@@ -39,15 +39,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "checkpointing": {},
 }
 CASES: list[Case] = [
-    *((stage, precision, "") for stage in range(4) for precision in ("fp32", "bf16")),
-    (2, "bf16", "overlap"),
-    (3, "bf16", "release"),
-    (2, "bf16", "offload"),
-    (3, "bf16", "offload"),
+    *((stage, precision, "") for stage in range(3) for precision in ("fp32", "bf16")),
     (1, "bf16", "fp32 sums"),
-    (3, "bf16", "fp32 sums"),
     (1, "bf16", "checkpointing"),
+    (2, "bf16", "overlap"),
+    (2, "bf16", "offload"),
+    (3, "fp32", ""),
+    (3, "bf16", ""),
+    (3, "bf16", "release"),
+    (3, "bf16", "offload"),
+    (3, "bf16", "fp32 sums"),
 ]
+"""Stage 3 last: it leaves a linear function of its own in the process, whose backward pass holds activations in
+Python's frames (runtime/zero/partition_parameters.py, `zero3_linear_wrap`), where they would be taken for buffers."""
 
 
 def config(case: Case) -> dict[str, Any]:
@@ -353,8 +357,6 @@ def planned(case: Case) -> dict[str, Any]:
     return {"held": held, "sent": dict(sent)}
 
 
-UNSEEN = {((2, "bf16", "offload"), "buffers"), ((3, "bf16", "release"), "buffers")}
-"""What the plan does not get right: docs/planning.md says so."""
 SHARE, TOLERANCE = 0.01, 0.05
 """Kinds below a hundredth of all that is held (or sent) are not compared; the others agree within a twentieth."""
 

@@ -208,7 +208,7 @@ def moments(engine: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def save_universal(kind: str, stage: int, folder: str) -> dict[str, Any]:
-    from tests.zero.test_checkpoint_universal import convert
+    from tests.zero.moves import convert
 
     engine = start(kind, config(stage, micros=MICROS))
     for step in range(3):
