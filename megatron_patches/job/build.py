@@ -50,6 +50,19 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def grid_sizes(settings: Settings) -> dict[str, int | None]:
+    """The sizes of the grid as arguments of Megatron's `initialize_model_parallel`."""
+    parallel = settings.parallel
+    return {
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vp,
+        "context_parallel_size": parallel.cp,
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": parallel.etp,
+    }
+
+
 def start_grid(settings: Settings, grid: Grid, timeout: float | None = None) -> None:
     """Lay the grid over the ranks, once a process; `timeout` as in `start_ranks`, for the groups of the grid.
 
@@ -65,12 +78,7 @@ def start_grid(settings: Settings, grid: Grid, timeout: float | None = None) -> 
         more["num_distributed_optimizer_instances"] = parallel.distributed_optimizer_instances
     try:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tp,
-            pipeline_model_parallel_size=parallel.pp,
-            virtual_pipeline_model_parallel_size=parallel.vp,
-            context_parallel_size=parallel.cp,
-            expert_model_parallel_size=parallel.ep,
-            expert_tensor_parallel_size=parallel.etp,
+            **grid_sizes(settings),
             **more,
         )
     except (RuntimeError, AssertionError, ValueError) as error:

@@ -160,16 +160,9 @@ class MegatronWorld:
             from megatron_patches.job import build
             from megatron_patches.job.configure import transformer_config
 
-            parallel = self.settings.parallel
             with _no_agreement():
                 parallel_state.initialize_model_parallel(
-                    tensor_model_parallel_size=parallel.tp,
-                    pipeline_model_parallel_size=parallel.pp,
-                    virtual_pipeline_model_parallel_size=parallel.vp,
-                    context_parallel_size=parallel.cp,
-                    expert_model_parallel_size=parallel.ep,
-                    expert_tensor_parallel_size=parallel.etp,
-                    create_gloo_process_groups=False,
+                    **build.grid_sizes(self.settings), create_gloo_process_groups=False
                 )
                 try:
                     config = transformer_config(self.settings)
