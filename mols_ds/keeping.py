@@ -71,6 +71,7 @@ class Keeper:
         if node_local and ranks:
             self._node = int(os.environ.get("LOCAL_RANK", "0"))
             self._nodes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.world)
+        self._home = self.rank - self._node
         self.leader = self._node == 0
         """Whether this rank renames and writes what all ranks of the folder share."""
 
@@ -120,7 +121,8 @@ class Keeper:
             str(path.relative_to(place)): {"bytes": path.stat().st_size, "crc32": _checksum(path)}
             for path in files[self._node :: self._nodes]
         }
-        return {name: entry for part in self._gather(mine) for name, entry in part.items()}
+        shares = (share for home, share in self._gather((self._home, mine)) if home == self._home)
+        return {name: entry for share in shares for name, entry in share.items()}
 
     # -- load
 

@@ -144,7 +144,7 @@ def _scheduler(
     optimizer = _two_groups()
     try:
         scheduler = getattr(lr_schedules, name)(optimizer, **(named.get("params") or {}))
-    except Exception as error:
+    except Exception as error:  # DeepSpeed's schedulers check little: any type, from wherever the value is used
         fix = f'correct "scheduler.params"; they are the arguments of deepspeed.runtime.lr_schedules.{name}'
         findings.add("problem", "config.scheduler", f"{name} refuses its params: {last_line(error)}", fix)
         return steps, None

@@ -83,7 +83,7 @@ class Findings:
         counts = ", ".join(f"{self.count(level)} {level}" for level in LEVELS)
         try:
             body = self._table(width)
-        except Exception:
+        except Exception:  # a broken rich raises anything, and what was found must still be said
             body = "\n".join(self._plain())
         return f"{body.rstrip()}\n{counts}"
 

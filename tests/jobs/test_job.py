@@ -15,7 +15,7 @@ from mols_ds.errors import MolsConfigError
 from mols_ds.models import build_model, load_model_config
 from mols_ds.settings import read_config, resolve
 from mols_ds.training import Metrics, schedule
-from tests.jobs.command import ROOT, TINY_CONFIG, TINY_MODEL, write_job
+from tests.jobs.command import ROOT, TINY_CONFIG, TINY_MODEL, job_arguments, write_job
 
 # hidden, intermediate, heads, layers: METHOD, the paper's sizes
 SIZES = {
@@ -219,3 +219,29 @@ def test_mols_ds_says_a_mistake_in_one_line(argv: list[str], capsys: pytest.Capt
     assert cli.main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mols-ds: ")
+
+
+@pytest.mark.parametrize(("given", "limit"), [(["--timeout", "7"], 7), ([], None)])
+def test_timeout_reaches_the_ranks(
+    given: list[str], limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[float | None] = []
+
+    def start(timeout: float | None = None) -> tuple[int, int]:
+        heard.append(timeout)
+        raise MolsConfigError("far enough")
+
+    monkeypatch.setattr(job, "start_ranks", start)
+    paths = write_job(tmp_path)
+    arguments = job_arguments(paths, tmp_path / "out", "--deepspeed_config", str(paths["config"]), *given)
+    assert job.main(arguments) == job.USER_MISTAKE
+    assert heard == [limit]
+
+
+def test_a_run_of_train_py_heeds_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a signal then does is in tests/faults, on real engines."""
+    jobs: list[Any] = []
+    monkeypatch.setattr(job, "run_arms", lambda made, compare: jobs.append(made))
+    args = job.parse_arguments(["--deepspeed_config", "x.json", "--out", str(tmp_path)])
+    job._arms(args, {}, None, None, [], None)  # type: ignore[arg-type]
+    assert jobs[0].preemptible
