@@ -9,7 +9,7 @@
 
 import sys
 
-from mols_ds.finetune.job import main
+from mols_ds.apps.finetune.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

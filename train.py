@@ -10,7 +10,7 @@ config; everything else are the arguments below. A config without a "mols" secti
 
 import sys
 
-from mols_ds.job import main
+from mols_ds.apps.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

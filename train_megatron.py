@@ -9,7 +9,7 @@ section trains with stock Megatron-core. On the CPU and gloo where there is no G
 
 import sys
 
-from megatron_patches.job.main import main
+from mols_ds.apps.train_megatron.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from mols_ds.moments import STRIDE, Moments, welford
+from mols_ds.core.accumulators import STRIDE, Moments, welford
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TARGET = 0.8

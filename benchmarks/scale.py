@@ -89,7 +89,9 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
 def run_jobs(job: Callable[..., Row], arguments: Sequence[tuple[Any, ...]]) -> list[Row]:
     """Run `job` once for each tuple, all at the same time, each in a fresh process forked after torch's import."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mols_ds.owned", "mols_ds.scaler", "mols_ds.estimators", "torch.distributed"])
+    context.set_forkserver_preload(
+        ["mols_ds.core.local_stats", "mols_ds.core.lr_scaler", "mols_ds.core.estimators", "torch.distributed"]
+    )
     with context.Pool(len(arguments), maxtasksperchild=1) as pool:
         return pool.starmap_async(job, arguments, chunksize=1).get(JOB_SECONDS)
 

@@ -20,7 +20,7 @@ import overhead
 import torch
 from rich.table import Table
 
-from mols_ds.moments import STRIDE, Moments
+from mols_ds.core.accumulators import STRIDE, Moments
 
 ARMS = ("stock", "fixed", "online")
 VOCABULARY, SEQUENCE, WARMUP = 32_000, 128, 4

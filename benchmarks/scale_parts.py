@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mols_ds.estimators import compute_alphas
-from mols_ds.groups import GroupTable, build_layouts
-from mols_ds.layout import ElementLayout
-from mols_ds.owned import Owned, OwnedElements
-from mols_ds.scaler import Piece, RateScaler, make_plan
-from mols_ds.snr import GroupSums
+from mols_ds.core.estimators import compute_alphas
+from mols_ds.core.group_stats import GroupSums
+from mols_ds.core.groups import GroupTable, build_layouts
+from mols_ds.core.layout import ElementLayout
+from mols_ds.core.local_stats import Owned, OwnedElements
+from mols_ds.core.lr_scaler import Piece, RateScaler, make_plan
 
 BUFFER = 1 << 24  # gradient elements that exist at a time: more than the caches hold, however large the shard
 RATES = {"embedding": 3.0, "head": 2.0, "qk": 1.3, "vo": 1.2, "mlp": 1.1}

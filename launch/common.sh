@@ -16,7 +16,7 @@ set +a
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR" "$TORCH_EXTENSIONS_DIR"
 
-# HEALTH: arguments of mols_ds.health, in the place of the default, or "off".
+# HEALTH: arguments of mols_ds.apps.launch.health, in the place of the default, or "off".
 check_health() {
     if [ "${HEALTH:-}" != off ]; then
         # shellcheck disable=SC2086  # several arguments

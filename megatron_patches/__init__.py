@@ -8,7 +8,7 @@ does not import megatron.core.
 
 # Not on first use: the function `apply` has to take the place of the module of the same name.
 from megatron_patches.apply import apply, attach, current, undo
-from megatron_patches.cpu import cpu_megatron
-from megatron_patches.tags import tag_layouts, tag_table
+from megatron_patches.cpu.emulation import cpu_megatron
+from megatron_patches.group_rules import tag_layouts, tag_table
 
 __all__ = ["apply", "attach", "cpu_megatron", "current", "tag_layouts", "tag_table", "undo"]

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from megatron_patches.agreement import same_everywhere, together
-from megatron_patches.cpu_patches import Patches
+from megatron_patches.checks import check_version
+from megatron_patches.collective_checks import same_everywhere, together
 from megatron_patches.engine import MegatronMols
-from megatron_patches.support import check_version
-from mols_ds.config import MolsConfig
+from megatron_patches.monkeypatch import Patches
+from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsConfigError, MolsError
 
 
@@ -60,7 +60,7 @@ def attach(
         optimizer: what `megatron.core.optimizer.get_megatron_optimizer` returned.
         scheduler: Megatron's OptimizerParamScheduler, which tells the number of steps and of warm-up steps; or None.
         config: a "mols" section (dict) or a `MolsConfig`.
-        samples_per_step: what the loop passes to `scheduler.step()`, see `megatron_patches.support.scheduler_hints`.
+        samples_per_step: what the loop passes to `scheduler.step()`, see `megatron_patches.checks.scheduler_hints`.
         force: attach to a megatron-core outside the tested range.
 
     Returns:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed as dist
 
-from megatron_patches.support import optimizer_steps
+from megatron_patches.checks import optimizer_steps
+from mols_ds.core.state_check import check_saved
 from mols_ds.errors import MolsCheckpointError
-from mols_ds.saved import check_saved
 
 if TYPE_CHECKING:
     from megatron_patches.engine import MegatronMols

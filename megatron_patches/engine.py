@@ -3,8 +3,8 @@
 Attaching puts torch step hooks on the inner optimizers (rates, Adam's moments), replaces `step`, `get_grad_norm` and
 the state-dict methods on the one `ChainedOptimizer` instance, and puts a forward pre-hook on the model chunks. No class
 and no module is patched; `detach()` undoes it all. Parameter groups are not split: during each inner step the optimizer
-sees temporary groups with lr x multiplier (see `mols_ds.scaler`), so that `OptimizerParamScheduler`, logging and
-checkpoints have the base rate and the stock layout.
+sees temporary groups with lr x multiplier (see `mols_ds.core.lr_scaler`), so that `OptimizerParamScheduler`, logging
+and checkpoints have the base rate and the stock layout.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_patches import precision
-from megatron_patches.agreement import Shapes, check_locals, merge_shapes, same_everywhere, together
 from megatron_patches.checkpoint import Checkpoints
-from megatron_patches.logical import (
+from megatron_patches.checks import check_supported, find_config, optimizer_steps, scheduler_hints
+from megatron_patches.collective_checks import Shapes, check_locals, merge_shapes, same_everywhere, together
+from megatron_patches.param_map import (
     Grid,
     LocalParameter,
     current_grid,
@@ -30,18 +31,17 @@ from megatron_patches.logical import (
     local_parameters,
     logical_table,
 )
-from megatron_patches.random import RandomState
+from megatron_patches.rng_state import RandomState
 from megatron_patches.shards import Shards
-from megatron_patches.support import check_supported, find_config, optimizer_steps, scheduler_hints
-from mols_ds.attached import Attached
-from mols_ds.calibration import resolve_schedule
-from mols_ds.config import MolsConfig
-from mols_ds.controller import Context, Controller
+from mols_ds.core.config import MolsConfig
+from mols_ds.core.controller import Context, Controller
+from mols_ds.core.group_stats import NoiseFloor, adam_moments
+from mols_ds.core.groups import GroupTable
+from mols_ds.core.handle import Attached
+from mols_ds.core.log import say, versions
+from mols_ds.core.lr_scaler import RateScaler, make_plan
+from mols_ds.core.phases import resolve_schedule
 from mols_ds.errors import MolsConfigError
-from mols_ds.groups import GroupTable
-from mols_ds.messages import say, versions
-from mols_ds.scaler import RateScaler, make_plan
-from mols_ds.snr import NoiseFloor, adam_moments
 
 
 class MegatronMols(Attached):

@@ -15,7 +15,7 @@ import torch
 from packaging.version import Version
 
 from megatron_patches.machine import RECIPES, Machine, probe_machine
-from mols_ds.config import Mode
+from mols_ds.core.config import Mode
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
 

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_patches.logical import Grid, LocalParameter
+from megatron_patches.param_map import Grid, LocalParameter
+from mols_ds.core.local_stats import Owned
+from mols_ds.core.lr_scaler import Piece
 from mols_ds.errors import MolsUnsupportedError
-from mols_ds.owned import Owned
-from mols_ds.scaler import Piece
 
 KINDS = ("DistributedOptimizer", "Float16OptimizerWithFloat16Params", "FP32Optimizer")
 

@@ -13,9 +13,9 @@ from mols_ds.errors import (
 )
 
 if TYPE_CHECKING:
-    from mols_ds.config import MolsConfig
-    from mols_ds.groups import ElementLayout, GroupTable, group_table
-    from mols_ds.zero import attach, initialize
+    from mols_ds.core.config import MolsConfig
+    from mols_ds.core.groups import ElementLayout, GroupTable, group_table
+    from mols_ds.engines.deepspeed import attach, initialize
 
 __version__ = "0.4.0"
 __all__ = [
@@ -34,9 +34,9 @@ __all__ = [
 ]
 
 _PLACES = {
-    "MolsConfig": "config",
-    **dict.fromkeys(("ElementLayout", "GroupTable", "group_table"), "groups"),
-    **dict.fromkeys(("attach", "initialize"), "zero"),
+    "MolsConfig": "core.config",
+    **dict.fromkeys(("ElementLayout", "GroupTable", "group_table"), "core.groups"),
+    **dict.fromkeys(("attach", "initialize"), "engines.deepspeed"),
 }
 
 

@@ -20,21 +20,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["launch"]:
-        from mols_ds.launcher import main as launch
+        from mols_ds.apps.launch.deepspeed_cli import main as launch
 
         return launch(arguments[1:])
     if arguments[:1] == ["doctor"]:  # before anything is imported that may be broken
-        from mols_ds.doctor.command import main as examine
+        from mols_ds.apps.doctor.command import main as examine
 
         return examine(arguments[1:])
     try:
         args = _parser().parse_args(arguments)
         if arguments[0] == "compare":
-            from mols_ds.study.command import compare
+            from mols_ds.apps.study.command import compare
 
             return compare(args)
         if arguments[0] == "plan":
-            from mols_ds.plan.command import plan
+            from mols_ds.apps.plan.command import plan
 
             return plan(args)
         print(args.text(args))
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from mols_ds.plan.command import add_arguments as add_plan
-    from mols_ds.study.command import add_arguments
+    from mols_ds.apps.plan.command import add_arguments as add_plan
+    from mols_ds.apps.study.command import add_arguments
 
     parser = _Parser(prog="mols-ds", description="MoLS: module-wise learning rates from the gradients' SNR.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -75,10 +75,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def report_text(args: argparse.Namespace) -> str:
     """The report of `args.report` as a table, or its alphas for another run's config."""
-    from mols_ds.report import format_report, load_report
+    from mols_ds.report.table import format_report, load_report
 
     if args.fixed_alphas:
-        from mols_ds.transfer import section_text
+        from mols_ds.report.fixed_alphas import section_text
 
         return section_text(load_report(args.report), args.model)
     if args.model is not None:
@@ -91,10 +91,10 @@ def groups_text(args: argparse.Namespace) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from mols_ds.config import MolsConfig
-    from mols_ds.groups import group_table
-    from mols_ds.models import load_model_config
-    from mols_ds.settings import read_config
+    from mols_ds.core.config import MolsConfig
+    from mols_ds.core.groups import group_table
+    from mols_ds.training.ds_config import read_config
+    from mols_ds.training.models import load_model_config
 
     section = MolsConfig.parse(read_config(args.config).get("mols", {}) if args.config else {})
     with torch.device("meta"):

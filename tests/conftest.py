@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.harness import RANK_ENVIRONMENT, apply_environment
+from tests.helpers.harness import RANK_ENVIRONMENT, apply_environment
 
 apply_environment(RANK_ENVIRONMENT)
 

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mols_ds.core.group_rules import canonical_name, config_value, text_config
+from mols_ds.core.groups import base_group, group_table
+from mols_ds.core.layout import ElementLayout
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
-from mols_ds.groups import base_group, group_table
-from mols_ds.layout import ElementLayout
-from mols_ds.optim.blocks import Blocks
 from mols_ds.optim.held import Held
+from mols_ds.optim.param_blocks import Blocks
 from mols_ds.optim.sharded import Group, ShardedOptimizer, State, update_moment
-from mols_ds.presets import canonical_name, config_value, text_config
 
 KEY = "block_avg_sq"
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mols_ds.core.groups import base_group, group_table, is_scaled
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
-from mols_ds.groups import base_group, group_table, is_scaled
-from mols_ds.optim.names import OPTIMIZERS, Entry, Settings, find, known_to_deepspeed, settings_of
+from mols_ds.optim.catalog import OPTIMIZERS, Entry, Settings, find, known_to_deepspeed, settings_of
 
 Source = Literal["library", "deepspeed"]
 NOT_MATRICES = ("embedding", "head")

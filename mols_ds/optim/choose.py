@@ -13,7 +13,7 @@ import torch
 
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.optim.build import offload_device, requested, zero_stage
-from mols_ds.optim.names import CARRIED, DROPPED, OPTIMIZERS, Entry, find, known_to_deepspeed, settings_of
+from mols_ds.optim.catalog import CARRIED, DROPPED, OPTIMIZERS, Entry, find, known_to_deepspeed, settings_of
 
 AUTO = "auto"
 PAPER_OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}

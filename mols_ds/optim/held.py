@@ -10,9 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from mols_ds.core.lr_scaler import Piece
 from mols_ds.errors import MolsUnsupportedError
-from mols_ds.optim.blocks import Blocks, Cut, step_squares
-from mols_ds.scaler import Piece
+from mols_ds.optim.param_blocks import Blocks, Cut, step_squares
 
 Reduce = Callable[[Tensor], Tensor]
 """SUM of a 1-D float64 tensor over the ranks that hold disjoint pieces; returned on the device of the argument."""

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mols_ds.core.lr_scaler import Piece
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
-from mols_ds.optim.blocks import Blocks
 from mols_ds.optim.held import Held, Reduce, SharedSums
-from mols_ds.scaler import Piece
+from mols_ds.optim.param_blocks import Blocks
 
 Group = Mapping[str, Any]
 State = dict[str, Any]
@@ -160,7 +160,7 @@ class ShardedOptimizer(Optimizer, ABC):
         if self._bound:
             raise MolsUnsupportedError(
                 f"{type(self).__name__} is handed a tensor of {tensor.numel()} elements that it was not bound to: "
-                "bind it again (mols_ds.zero.bind.bind_optimizer)"
+                "bind it again (mols_ds.engines.deepspeed.bind_optimizer.bind_optimizer)"
             )
         number, name = len(self._tensors), f"parameter {len(self._tensors)}"
         shape = tuple(tensor.shape)
@@ -183,8 +183,8 @@ class ShardedOptimizer(Optimizer, ABC):
             return
         raise MolsUnsupportedError(
             f"{type(self).__name__} is handed other tensors than the parameters it was made with, and was not told "
-            "what lies in them: use mols_ds.initialize, or call mols_ds.zero.bind.bind_optimizer(engine) after "
-            "deepspeed.initialize"
+            "what lies in them: use mols_ds.initialize, or call "
+            "mols_ds.engines.deepspeed.bind_optimizer.bind_optimizer(engine) after deepspeed.initialize"
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

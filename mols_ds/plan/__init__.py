@@ -1,1 +1,1 @@
-"""What a run will need before it is started: memory of each rank, bytes of each message, time that MoLS adds."""
+"""`python -m mols_ds.plan.simulate` only; the program is mols_ds.apps.plan."""

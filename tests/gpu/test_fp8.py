@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from megatron_patches.machine import RECIPES, probe_machine
-from tests.jobs.command import read_metrics, run
-from tests.jobs.megatron_job import TRAIN, write_job
+from tests.apps.command import read_metrics, run
+from tests.apps.megatron_job import TRAIN, write_job
 
 pytestmark = [pytest.mark.jobs, pytest.mark.slow]
 STEPS = 40

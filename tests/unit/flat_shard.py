@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mols_ds.groups import ElementLayout
-from mols_ds.scaler import Piece, RateScaler, make_plan
+from mols_ds.core.groups import ElementLayout
+from mols_ds.core.lr_scaler import Piece, RateScaler, make_plan
 
 SIZES = {"qk": 37, "mlp": 53, "other": 11, "head": 29}  # odd: views start at unaligned addresses
 PADDING = 7

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mols_ds.study.runs import Chosen, Run, StudyResults
+from mols_ds.apps.study.runs import Chosen, Run, StudyResults
 
 RATES = (1e-3, 2e-3, 4e-3)
 STEPS, TOKENS_PER_STEP = 10, 100

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from mols_ds.config import MolsConfig
+from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsConfigError
 
 WRONG: list[tuple[Any, str]] = [

@@ -8,10 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mols_ds.errors import MolsConfigError, MolsError
-from mols_ds.estimators import ESTIMATORS, Estimator, compute_alphas, estimate, histogram_median, intervals, t_quantile
-from mols_ds.moments import STRIDE, Moments
-from mols_ds.snr import (
+from mols_ds.core.accumulators import STRIDE, Moments
+from mols_ds.core.estimators import (
+    ESTIMATORS,
+    Estimator,
+    compute_alphas,
+    estimate,
+    histogram_median,
+    intervals,
+    t_quantile,
+)
+from mols_ds.core.group_stats import (
     BINS_PER_OCTAVE,
     BLOCK_COLUMN,
     COLUMN,
@@ -22,6 +29,7 @@ from mols_ds.snr import (
     bin_edges,
     noise_floor,
 )
+from mols_ds.errors import MolsConfigError, MolsError
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

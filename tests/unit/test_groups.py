@@ -11,8 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from mols_ds.errors import MolsConfigError
-from mols_ds.groups import (
+from mols_ds.core.groups import (
     GROUPS,
     SCALED_GROUPS,
     ElementLayout,
@@ -24,6 +23,7 @@ from mols_ds.groups import (
     is_scaled,
     order_groups,
 )
+from mols_ds.errors import MolsConfigError
 
 whole = ElementLayout.whole
 NANO = {  # names and nn.Linear shapes of nanoGPT, width 8

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mols_ds.layout import ElementLayout
+from mols_ds.core.layout import ElementLayout
 
 LAYOUTS = {
     "whole": (ElementLayout.whole("mlp"), 60),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
-from mols_ds.report import JSON_NAME, MAX_ROWS, PLOT_NAME, format_report, group_rows, load_report, write_report
+from mols_ds.report.table import JSON_NAME, MAX_ROWS, PLOT_NAME, format_report, group_rows, load_report, write_report
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -103,7 +103,7 @@ def test_report_dir_that_is_a_file(report: dict[str, Any], tmp_path: Path) -> No
 def test_without_matplotlib_warns_and_writes_the_numbers(
     report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "mols_ds.report_plot", raising=False)
+    monkeypatch.delitem(sys.modules, "mols_ds.report.plot", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.warns(MolsWarning, match=r"mols_report\.png was not drawn.*mols-ds\[report\]"):
         write_report(report, tmp_path)
@@ -222,7 +222,7 @@ def test_plot_of_awkward_reports(report: dict[str, Any], tmp_path: Path, case: s
 
 def test_plot_shows_what_the_report_says(report: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib")
-    from mols_ds.report_plot import colour_of, draw_report
+    from mols_ds.report.plot import colour_of, draw_report
 
     figure = draw_report(report)
     left, right, below = figure.axes

@@ -9,10 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mols_ds.batches import BatchShape
-from mols_ds.data import DataSpec
-from mols_ds.errors import MolsConfigError
-from mols_ds.finetune.data import (
+from mols_ds.apps.finetune.data import (
     IGNORED,
     AnswerBatches,
     Tokenized,
@@ -21,10 +18,13 @@ from mols_ds.finetune.data import (
     prepare,
     tokenize,
 )
-from mols_ds.finetune.examples import Example, parse_row, read_examples
-from mols_ds.finetune.template import pieces
-from mols_ds.tokens import train_tokenizer
-from tests.jobs.command import ROOT
+from mols_ds.apps.finetune.examples import Example, parse_row, read_examples
+from mols_ds.apps.finetune.template import pieces
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.batches import BatchShape
+from mols_ds.training.sources import DataSpec
+from mols_ds.training.tokens import train_tokenizer
+from tests.apps.command import ROOT
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}"

@@ -14,14 +14,14 @@ import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 
+from mols_ds.core.lr_scaler import Piece
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
 from mols_ds.optim.adam_mini import ShardedAdamMini
 from mols_ds.optim.lamb import ShardedLamb, lamb_direction
 from mols_ds.optim.sgg import SGG
-from mols_ds.scaler import Piece
-from tests.oracle.adam_mini import Settings, SlowAdamMini
-from tests.oracle.models import HEADS, HIDDEN, batch, build, loss_of
-from tests.oracle.sgg import SlowSGG
+from tests.helpers.oracle.adam_mini import Settings, SlowAdamMini
+from tests.helpers.oracle.models import HEADS, HIDDEN, batch, build, loss_of
+from tests.helpers.oracle.sgg import SlowSGG
 
 STEPS = 5
 # Both sides compute in float32, in another order: an ulp of the largest weights (1.2e-7 near 1) a step. Norms and

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from mols_ds.apps.study.document import Picture
+from mols_ds.apps.study.paired import Difference
+from mols_ds.apps.study.report import COMMAND, write_report
+from mols_ds.apps.study.runs import Chosen, Run, StudyResults
+from mols_ds.apps.study.summary import summarise
 from mols_ds.errors import MolsConfigError, MolsWarning
-from mols_ds.study.document import Picture
-from mols_ds.study.paired import Difference
-from mols_ds.study.report import COMMAND, write_report
-from mols_ds.study.runs import Chosen, Run, StudyResults
-from mols_ds.study.summary import summarise
 from tests.unit.study_results import study
 
 ARMS = {"adam": {"a": 4.0, "b": 3.0}, "adam+mols": {"a": 3.9, "b": 2.95}, "lion": {"a": 4.2}}
@@ -54,7 +54,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of the text alone: pictures take most of the time."""
-    monkeypatch.setattr("mols_ds.study.report._draw", lambda _: ({}, []))
+    monkeypatch.setattr("mols_ds.apps.study.report._draw", lambda _: ({}, []))
 
 
 def tables(text: str) -> list[tuple[str, list[list[str]]]]:
@@ -199,7 +199,7 @@ def test_an_empty_study_has_a_report(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_all_but_the_pictures_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "mols_ds.study.figures", raising=False)
+    monkeypatch.delitem(sys.modules, "mols_ds.apps.study.figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.warns(MolsWarning, match=r"pictures of the report were not drawn.*mols-ds\[report\]"):
         paths = write_report(study(ARMS), tmp_path)
@@ -220,7 +220,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def drawn(results: StudyResults) -> dict[str, tuple[Picture, Any]]:
     pytest.importorskip("matplotlib")
-    from mols_ds.study.figures import draw
+    from mols_ds.apps.study.figures import draw
 
     return {picture.file: (picture, figure) for picture, figure in draw(summarise(results))}
 
@@ -255,7 +255,7 @@ def test_pictures_show_the_numbers() -> None:
 
 def test_every_one_of_many_arms_looks_different() -> None:
     pytest.importorskip("matplotlib")
-    from mols_ds.study.figures import arm_styles
+    from mols_ds.apps.study.figures import arm_styles
 
     arms = ["adam", *(f"adam+mols-{x}" for x in "abcdefg"), "lion", "lion+mols", *(f"x{i}" for i in range(17))]
     styles = arm_styles(arms, "adam")
@@ -265,7 +265,7 @@ def test_every_one_of_many_arms_looks_different() -> None:
 
 @pytest.mark.parametrize("case", ["diverged", "one rate, one seed", "alike", "outlier", "no alphas", "all infinite"])
 def test_pictures_of_awkward_studies(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mols_ds.study.report.DPI", 30)  # the time goes into the pixels
+    monkeypatch.setattr("mols_ds.apps.study.report.DPI", 30)  # the time goes into the pixels
     one = {"adam": {"a": 4.0}, "lion+mols": {"a": 4.1}}
     many = {"adam": {"a": 4.0}, **{f"x{i}": {"a": 4.0 + 0.01 * i} for i in range(20)}, "far": {"a": 9.0}}
     gone = [("a", arm, seed) for arm in one for seed in range(6)]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from mols_ds.apps.study.runs import Run, Store, arm_config, collect, needed, tuning
+from mols_ds.apps.study.spec import Study, load_study
 from mols_ds.errors import MolsConfigError
-from mols_ds.study.runs import Run, Store, arm_config, collect, needed, tuning
-from mols_ds.study.spec import Study, load_study
 
 MODEL: dict[str, Any] = {"model_type": "llama", "vocab_size": 300, "hidden_size": 16}
 ARMS: dict[str, Any] = {
@@ -217,9 +217,9 @@ def test_shipped_studies_are_what_train_can_start(name: str, tmp_path: Path) -> 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from mols_ds.config import MolsConfig
-    from mols_ds.groups import base_group, group_table
-    from mols_ds.settings import check_with_deepspeed, resolve
+    from mols_ds.core.config import MolsConfig
+    from mols_ds.core.groups import base_group, group_table
+    from mols_ds.training.ds_config import check_with_deepspeed, resolve
 
     study = load_study(STUDIES / f"{name}.yaml")
     if name != "smoke":

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from mols_ds.estimators import t_quantile
-from mols_ds.study.curves import Band, Curve, sensitivity, snr_curve, tokens_to_reach, validation_curve
-from mols_ds.study.paired import compare, holm, p_value
-from mols_ds.study.relative import relative_cost
-from mols_ds.study.runs import Chosen, Run
-from mols_ds.study.summary import ArmRow, Summary, setting_text, summarise, to_json
+from mols_ds.apps.study.curves import Band, Curve, sensitivity, snr_curve, tokens_to_reach, validation_curve
+from mols_ds.apps.study.paired import compare, holm, p_value
+from mols_ds.apps.study.relative import relative_cost
+from mols_ds.apps.study.runs import Chosen, Run
+from mols_ds.apps.study.summary import ArmRow, Summary, setting_text, summarise, to_json
+from mols_ds.core.estimators import t_quantile
 from tests.unit.study_results import NOISE, SEED_EFFECT, STEPS, TOKENS_PER_STEP, mols_result, result, study
 
 ARMS = {"adam": {"a": 4.0, "b": 3.0}, "adam+mols": {"a": 3.9, "b": 2.95}, "lion": {"a": 4.2}}

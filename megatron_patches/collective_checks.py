@@ -1,0 +1,95 @@
+"""Building on many ranks at once: a mistake that one rank meets is raised on all of them, so that none is left waiting.
+
+Used when MoLS attaches, never in a training step. What travels is compressed text of a few bytes to a few KiB a rank.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import distributed as dist
+
+from megatron_patches.param_map import LocalParameter
+from mols_ds import errors
+from mols_ds.errors import MolsError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def together(build: Callable[[], Any]) -> list[Any]:
+    """What `build` returned on every rank (as JSON gives it back), in the order of the ranks. Collective.
+
+    Raises:
+        MolsError: `build` raised on some rank. There its own error is raised, on the others one of the same class (for
+            an error that is not of this package `MolsError`) that names the first such rank.
+    """
+    if not dist.is_initialized():
+        return [build()]
+    mine, error = None, None
+    try:
+        mine = build()
+    except Exception as caught:  # whatever it is, the other ranks must hear of it
+        error = caught
+    told = None if error is None else [type(error).__name__, _text(error)]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, zlib.compress(json.dumps([mine, told]).encode()))
+    if error is not None:
+        raise error
+    values, problems = [], []
+    for rank, data in enumerate(everyone):
+        value, problem = json.loads(zlib.decompress(data))
+        values.append(value)
+        if problem is not None:
+            problems.append((rank, *problem))
+    if problems:
+        rank, kind, text = problems[0]
+        raise _class_of(kind)(f"rank {rank}: {text}")
+    return values
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, MolsError) else f"{type(error).__name__}: {error}"
+
+
+def _class_of(kind: str) -> type[MolsError]:
+    found = getattr(errors, kind, MolsError)
+    return found if isinstance(found, type) and issubclass(found, MolsError) else MolsError
+
+
+def same_everywhere(values: Sequence[Any], what: Sequence[str]) -> None:
+    """Raise `MolsError` on every rank unless item i of each rank's value, which is `what[i]`, is that of rank 0."""
+    for rank, value in enumerate(values):
+        for name, first, here in zip(what, values[0], value, strict=True):
+            if first != here:
+                raise MolsError(f"{name}: {here} on rank {rank}, but {first} on rank 0; all ranks need the same")
+
+
+def merge_shapes(told: Sequence[Mapping[str, Sequence[int]]]) -> Shapes:
+    """The logical model from the names and shapes of each rank. Raises `MolsError` where two ranks contradict."""
+    shapes: Shapes = {}
+    teller: dict[str, int] = {}
+    for rank, theirs in enumerate(told):
+        for name, sizes in theirs.items():
+            shape = tuple(sizes)
+            if shapes.setdefault(name, shape) != shape:
+                raise MolsError(
+                    f"parameter {name!r} has the unsharded shape {list(shape)} on rank {rank} and "
+                    f"{list(shapes[name])} on rank {teller[name]}: the ranks were built from different model configs"
+                )
+            teller.setdefault(name, rank)
+    return shapes
+
+
+def check_locals(locals_: Sequence[LocalParameter], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `MolsError` where a parameter of this rank is not the one that the counting ranks have under its name."""
+    for local in locals_:
+        if shapes.get(local.name) == local.shape:
+            continue
+        there = f"of unsharded shape {list(shapes[local.name])}" if local.name in shapes else "without it"
+        raise MolsError(
+            f"parameter {local.name!r} has the unsharded shape {list(local.shape)} here, but the rank that counts it "
+            f"has a model {there}: the ranks were built from different model configs"
+        )

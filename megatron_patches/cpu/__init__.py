@@ -1,0 +1,1 @@
+"""Megatron-core on a CPU, for tests and small runs."""

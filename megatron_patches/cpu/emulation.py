@@ -1,0 +1,288 @@
+"""Run an unmodified megatron-core on CPU tensors and gloo, for tests and laptops.
+
+`with cpu_megatron():` is all of it. Megatron-core asks for CUDA by name; inside the context
+
+- a `TorchFunctionMode` turns `device="cuda"` into the CPU, makes `Tensor.cuda()`, `pin_memory` and `record_stream` do
+  nothing, and lets `Tensor.type()` say `torch.cuda.*Tensor`, because optimizers and clipping compare that string;
+- the random state, streams, events and ranges of `torch.cuda` are those of the CPU, or do nothing;
+- `@jit_fuser` (`torch.compile`) runs eagerly;
+- what the layer specs without Transformer Engine lack is added (`cpu_spec`).
+
+Everything is put back on exit. Runs with 0.15.3, 0.16.1, 0.17.1, 0.18.0 and 0.19.2 were seen; context parallelism,
+Transformer Engine, FP8 and the precision-aware optimizer need a GPU.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import CodeType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from megatron_patches.cpu.adam import CpuFusedAdam
+from megatron_patches.cpu.specs import patch_specs
+from megatron_patches.monkeypatch import Patches
+from mols_ds.errors import MolsUnsupportedError
+
+_CPU = torch.device("cpu")
+# Imported unconditionally by the pipeline schedules (0.18: the first, from 0.19: the second); both need triton to load.
+_TRITON_MODULES = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
+_active: set[str] = set()  # what the contexts that are open now have put in place
+
+
+@contextlib.contextmanager
+def cpu_megatron(*, fused_adam: bool = False) -> Iterator[None]:
+    """Let megatron-core run on CPU tensors inside the `with` block, and put everything back behind it.
+
+    Args:
+        fused_adam: Megatron builds `CpuFusedAdam` in the place of torch's AdamW, as if Transformer Engine were
+            installed. Needed to load checkpoints of DistributedOptimizer, which torch's AdamW cannot (megatron-core
+            asserts on its per-parameter `step`).
+
+    A context inside another adds only what the outer one has not. Import Megatron's models inside the context: from
+    0.18 on they need triton otherwise.
+
+    Raises:
+        MolsUnsupportedError: megatron-core is missing, or Transformer Engine or apex is installed, whose kernels
+            megatron-core would call with CPU tensors.
+    """
+    wanted = {"cpu"} | ({"fused_adam"} if fused_adam else set())
+    new = wanted - _active
+    patches = Patches()
+    with contextlib.ExitStack() as stack:
+        stack.callback(patches.undo)
+        if "cpu" in new:
+            _check_installed()
+            _patch_triton(patches)
+            # First, with torch as it is: torch.compile, which this import sets up, lists torch's functions once.
+            importlib.import_module("megatron.core")
+            _patch_cuda(patches)
+            stack.enter_context(_CpuMode())
+            patch_specs(patches)
+            stack.enter_context(_eager())
+        if "fused_adam" in new:
+            _patch_adam(patches)
+        _active.update(new)
+        stack.callback(_active.difference_update, new)
+        yield
+
+
+def _check_installed() -> None:
+    if not _found("megatron") or not _found("megatron.core"):
+        raise MolsUnsupportedError(
+            "megatron-core is not installed, so cpu_megatron() has nothing to run: pip install 'megatron-core>=0.16'"
+        )
+    for module, product in (("transformer_engine", "Transformer Engine"), ("amp_C", "NVIDIA apex")):
+        if _found(module):
+            raise MolsUnsupportedError(
+                f"{product} (module {module}) is installed: megatron-core would call its CUDA kernels with CPU tensors."
+                " Run on the GPU without cpu_megatron(), or use an environment without it"
+            )
+
+
+def _found(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """`@jit_fuser` is `torch.compile`, and inductor fails on devices that are only called cuda."""
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return,unused-ignore]
+
+
+def _patch_adam(patches: Patches) -> None:
+    """Megatron's three places that choose the Adam class and the layout of its state."""
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    patches.set(optimizer, "Adam", CpuFusedAdam)
+    patches.set(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    patches.set(distributed, "Adam", CpuFusedAdam)
+    patches.set(distributed, "HAVE_APEX_OR_TE", True)
+    patches.set(distributed, "USING_TE_OPTIMIZER", True)
+
+
+# --- torch ----------------------------------------------------------------------------------------------------------
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _CpuMode(TorchFunctionMode):
+    """Sends what is asked of CUDA to the CPU."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.cuda or func is Tensor.pin_memory:
+            return args[0]
+        if func is Tensor.record_stream:
+            return None
+        if func is Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **kwargs)
+
+
+class _Event:
+    """A CUDA event that has always happened already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: object = None) -> None: ...
+
+    def wait(self, stream: object = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: object) -> float:
+        return 0.0
+
+
+class _Stream(contextlib.AbstractContextManager[None]):
+    """A CUDA stream on which all work is done already."""
+
+    device = _CPU
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def wait_event(self, event: object) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def _nothing() -> Callable[..., None]:
+    """A new function that does nothing: torch.compile's list refuses one function under two names of torch."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    return nothing
+
+
+def _get_rng_state(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _manual_seed(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def _stream_context(stream: object = None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def _patch_cuda(patches: Patches) -> None:
+    """What megatron-core calls in `torch.cuda` when it trains."""
+    stream = _Stream()
+    for name, value in {
+        # A device, not a number: torch takes a number for a CUDA device.
+        "current_device": lambda: _CPU,
+        "is_initialized": lambda: True,
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+        "manual_seed": _manual_seed,
+        "current_stream": lambda *args, **kwargs: stream,
+        "default_stream": lambda *args, **kwargs: stream,
+        "stream": _stream_context,
+        "Stream": _Stream,
+        "Event": _Event,
+        "synchronize": _nothing(),
+        "empty_cache": _nothing(),
+        "set_device": _nothing(),
+    }.items():
+        patches.set(torch.cuda, name, value)
+    patches.set(torch.cuda.random, "get_rng_state", _get_rng_state)
+    patches.set(torch.cuda.random, "set_rng_state", _set_rng_state)
+    patches.set(torch.cuda.nvtx, "range_push", _nothing())
+    patches.set(torch.cuda.nvtx, "range_pop", _nothing())
+
+
+# --- triton ---------------------------------------------------------------------------------------------------------
+
+
+class _NoKernel:
+    """Stands for a triton kernel where triton is missing: it can be named, not launched."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.name = function.__qualname__
+
+    def __getitem__(self, grid: object) -> Any:
+        raise MolsUnsupportedError(
+            f"the kernel {self.name} needs triton, which is not installed, and a GPU: leave out the option that uses it"
+            " (moe_paged_stash)"
+        )
+
+
+class _WithoutTriton(SourceFileLoader):
+    """Loads a module without its `import triton`; its kernels refuse to be launched."""
+
+    def source_to_code(self, data: Any, path: Any, **options: Any) -> CodeType:  # type: ignore[override]
+        tree = ast.parse(data, path)
+        tree.body = [n for n in tree.body if not (isinstance(n, ast.Import) and n.names[0].name.startswith("triton"))]
+        return compile(tree, path, "exec", dont_inherit=True)
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)  # never the cached bytecode of the whole module
+
+    def exec_module(self, module: ModuleType) -> None:
+        language = ModuleType("triton.language")
+        vars(language)["constexpr"] = object
+        triton = ModuleType("triton")
+        vars(triton).update(jit=_NoKernel, language=language)
+        vars(module).update(triton=triton, tl=language)
+        super().exec_module(module)
+
+
+class _TritonFinder(MetaPathFinder):
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> ModuleSpec | None:
+        if fullname not in _TRITON_MODULES:
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.origin is not None:
+            spec.loader = _WithoutTriton(fullname, spec.origin)
+        return spec
+
+
+def _patch_triton(patches: Patches) -> None:
+    if not _found("triton"):
+        patches.insert(sys.meta_path, _TritonFinder())

@@ -1,0 +1,293 @@
+"""Module groups of Megatron-core models: ordered name rules and row layouts for logical (unsharded) parameters.
+
+Rows means dimension 0, the output features; Megatron shards it over tensor-parallel ranks in contiguous blocks, so a
+shard is a range of the logical parameter. Sources: megatron/core/transformer/attention.py, multi_latent_attention.py,
+moe/experts.py, ssm/gated_delta_net of megatron-core 0.15 to 0.19.
+
+Decisions:
+- Biases are `other`, as everywhere in MoLS, with one exception: the bias of a *fused* projection of queries, keys and
+  values (linear_qkv, linear_kv, GatedDeltaNet's in_proj) follows the rows of its weight.
+- The latent rows of MLA's down projection feed keys and values at once and count as `vo`; the rotary rows feed the
+  keys only and are `qk` (the same choice as for Hugging Face models, see `mols_ds.core.group_rules`).
+- The output gates of attention and of GatedDeltaNet (z) scale the values' path: `vo`. GatedDeltaNet's decay and write
+  strength (alpha, beta), convolution and all of a Mamba mixer are `other`.
+- What the paper's groups do not name is `other`, that is measured and not scaled: routers, the gate of shared experts,
+  the projection that mixes hidden state and embedding in multi-token prediction (eh_proj), the indexer of DeepSeek's
+  sparse attention (it learns from a loss of its own), T5's relative position bias, BERT's transform before the output
+  layer, its pooler and its binary head. A user's rule can name another group for each.
+
+Two projections are stored in *local* order: each tensor-parallel rank holds a block of every part, so the logical
+parameter repeats the blocks tensor_model_parallel_size times (read from the config): GatedDeltaNet's in_proj and the
+fused down projection of MLA. No rule covers LoRA adapters of Megatron-Bridge or vision towers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from mols_ds.core.group_rules import Fused, Pattern, Rule, config_value, strip_wrappers
+from mols_ds.core.groups import Granularity, GroupTable, build_layouts
+from mols_ds.core.layout import ElementLayout
+from mols_ds.errors import MolsConfigError
+
+__all__ = ["MEGATRON_RULES", "tag_layouts", "tag_table"]
+
+_MTP_LAYER = re.compile(r"(?:^|\.)mtp\.layers\.(\d+)\.")
+_DECODER_LAYER = re.compile(r"(?:^|\.)decoder\.layers\.(\d+)\.")
+_PARALLEL_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
+# ---------------------------------------------------------------------------------------------------- config access
+
+
+def _need(name: str, config: object | None, key: str) -> int:
+    """A positive integer of the TransformerConfig; MolsConfigError naming the parameter and the key otherwise."""
+    value = config_value(config, key)
+    if value is None or int(value) < 1:
+        state = "no TransformerConfig was given" if config is None else f"the TransformerConfig says {key}={value}"
+        raise MolsConfigError(
+            f"parameter {name!r} is a fused projection whose rows are read from {key!r}, but {state}; "
+            "give the config that the model was built with or add a rule for this parameter"
+        )
+    return int(value)
+
+
+def _layer_config(name: str, config: object | None) -> object | None:
+    """The config of this parameter's layer: heterogeneous models give each decoder layer its own."""
+    match = _DECODER_LAYER.search(name)
+    per_layer = getattr(config, "get_config_for_layer", None)
+    if match is None or not callable(per_layer):
+        return config
+    layer_config: object = per_layer(int(match[1]) + 1)  # Megatron counts layers from 1
+    return layer_config
+
+
+def _tensor_parallel(name: str, config: object | None, **parts: int) -> int:
+    """tensor_model_parallel_size (1 if the config has none), which must divide the rows of each part."""
+    size = int(config_value(config, "tensor_model_parallel_size") or 1)
+    for part, rows in parts.items():
+        if rows % size:
+            raise MolsConfigError(
+                f"parameter {name!r}: tensor_model_parallel_size={size} does not divide {part}={rows}; "
+                "choose another size"
+            )
+    return size
+
+
+def _head_size(name: str, config: object | None) -> int:
+    """Features of one attention head (kv_channels, which TransformerConfig derives when it is not given)."""
+    if config_value(config, "kv_channels") is not None:
+        return _need(name, config, "kv_channels")
+    return _need(name, config, "hidden_size") // _need(name, config, "num_attention_heads")
+
+
+def _checked(name: str, rows: int, periods: int, pattern: Pattern, formula: str) -> Pattern:
+    """The pattern, once `periods` repetitions of it are known to fill the parameter's rows exactly."""
+    expected = periods * sum(length for length, _ in pattern)
+    if rows != expected:
+        raise MolsConfigError(
+            f"parameter {name!r} has {rows} rows where the TransformerConfig says {expected} = {formula}; "
+            "give the config that the model was built with and the unsharded shape, or add a rule for this parameter"
+        )
+    return pattern
+
+
+# ------------------------------------------------------------------------------------------------- fused projections
+
+
+def _linear_qkv(name: str, rows: int, config: object | None) -> Pattern:
+    """SelfAttention.linear_qkv: per query group [its queries | (their output gates) | key | value]."""
+    config = _layer_config(name, config)
+    heads, size = _need(name, config, "num_attention_heads"), _head_size(name, config)
+    groups = heads if config_value(config, "num_query_groups") is None else _need(name, config, "num_query_groups")
+    if heads % groups:
+        raise MolsConfigError(
+            f"parameter {name!r}: num_query_groups={groups} does not divide num_attention_heads={heads}; "
+            "correct the TransformerConfig"
+        )
+    queries = heads // groups * size
+    if config_value(config, "attention_output_gate"):
+        pattern: Pattern = ((queries, "qk"), (queries, "vo"), (size, "qk"), (size, "vo"))
+        formula = f"{groups} query groups x (2 x {heads // groups} + 2) x {size} (queries and gates, key, value)"
+    else:
+        pattern = ((queries + size, "qk"), (size, "vo"))
+        formula = f"{groups} query groups x ({heads // groups} + 2) x {size} (queries, key, value)"
+    return _checked(name, rows, groups, pattern, formula)
+
+
+def _linear_kv(name: str, rows: int, config: object | None) -> Pattern:
+    """CrossAttention.linear_kv: per head [key | value]; Megatron has no grouped queries there."""
+    heads, size = _need(name, config, "num_attention_heads"), _head_size(name, config)
+    return _checked(name, rows, heads, ((size, "qk"), (size, "vo")), f"{heads} heads x 2 x {size} (key, value)")
+
+
+def _mla_kv_down(name: str, rows: int, config: object | None) -> Pattern:
+    """MLA linear_kv_down_proj: [latent of keys and values | rotary part of the key]."""
+    latent, rope = _need(name, config, "kv_lora_rank"), _need(name, config, "qk_pos_emb_head_dim")
+    formula = f"kv_lora_rank {latent} + qk_pos_emb_head_dim {rope}"
+    return _checked(name, rows, 1, ((latent, "vo"), (rope, "qk")), formula)
+
+
+def _mla_kv_up(name: str, rows: int, config: object | None) -> Pattern:
+    """MLA linear_kv_up_proj: per head [key without rotary part | value]."""
+    heads = _need(name, config, "num_attention_heads")
+    key, value = _need(name, config, "qk_head_dim"), _need(name, config, "v_head_dim")
+    formula = f"{heads} heads x (qk_head_dim {key} + v_head_dim {value})"
+    return _checked(name, rows, heads, ((key, "qk"), (value, "vo")), formula)
+
+
+def _mla_qkv_down(name: str, rows: int, config: object | None) -> Pattern:
+    """FusedMLASelfAttention.linear_qkv_down_proj (0.17 on; it can be sharded from 0.19 on).
+
+    On each tensor-parallel rank: [its query latents | its part of (latent of keys and values | rotary key)].
+    """
+    query, latent = _need(name, config, "q_lora_rank"), _need(name, config, "kv_lora_rank")
+    rope = _need(name, config, "qk_pos_emb_head_dim")
+    both = latent + rope
+    ranks = _tensor_parallel(name, config, q_lora_rank=query, kv_lora_rank_and_qk_pos_emb_head_dim=both)
+    local, pattern = both // ranks, []
+    for rank in range(ranks):
+        latents = min(max(latent - rank * local, 0), local)
+        pattern += [(query // ranks, "qk"), (latents, "vo"), (local - latents, "qk")]
+    formula = f"q_lora_rank {query} + kv_lora_rank {latent} + qk_pos_emb_head_dim {rope}"
+    return _checked(name, rows, 1, tuple(part for part in pattern if part[0]), formula)
+
+
+def _delta_net(name: str, rows: int, config: object | None) -> Pattern:
+    """GatedDeltaNet.in_proj: on each tensor-parallel rank [its query | key | value | gate z | beta | alpha]."""
+    keys = _need(name, config, "linear_key_head_dim") * _need(name, config, "linear_num_key_heads")
+    heads = _need(name, config, "linear_num_value_heads")
+    values = _need(name, config, "linear_value_head_dim") * heads
+    ranks = _tensor_parallel(name, config, linear_keys=keys, linear_num_value_heads=heads)
+    pattern = ((2 * keys // ranks, "qk"), (2 * values // ranks, "vo"), (2 * heads // ranks, "other"))
+    formula = f"2 x {keys} (query, key) + 2 x {values} (value, gate) + 2 x {heads} (beta, alpha)"
+    return _checked(name, rows, ranks, pattern, formula)
+
+
+# -------------------------------------------------------------------------------------------------- the ordered rules
+
+
+def _rule(names: str, target: str | Fused, leaf: str = r"\.weight") -> Rule:
+    """A rule on the last components of a name."""
+    return Rule(re.compile(rf"(?:^|\.)(?:{names}){leaf}$"), target)
+
+
+_BOTH = r"\.(?:weight|bias)"  # not layer_norm_weight, the norm inside Transformer Engine's fused linear layers
+
+MEGATRON_RULES: tuple[Rule, ...] = (
+    # A Mamba mixer as a whole: it has an in_proj, an out_proj and convolutions of its own.
+    Rule(re.compile(r"(?:^|\.)mixer\."), "other"),
+    # Fused projections, weight and bias.
+    _rule("linear_qkv", Fused(_linear_qkv), _BOTH),
+    _rule("linear_kv", Fused(_linear_kv), _BOTH),
+    _rule("linear_kv_down_proj", Fused(_mla_kv_down), _BOTH),
+    _rule("linear_kv_up_proj", Fused(_mla_kv_up), _BOTH),
+    _rule("linear_qkv_down_proj", Fused(_mla_qkv_down), _BOTH),
+    _rule(r"self_attention\.in_proj", Fused(_delta_net), _BOTH),
+    # All other biases; those of grouped experts are `bias0`, `bias1`... or one 2-D `bias`.
+    Rule(re.compile(r"(?:^|[._])bias\d*$"), "other"),
+    _rule(r"embedding\.(?:word|position|tokentype)_embeddings", "embedding"),
+    _rule("output_layer", "head"),
+    # Weights outside the paper's groups.
+    _rule(r"router|eh_proj|conv1d|relative_attention_bias", "other"),
+    _rule("shared_experts", "other", r"\.gate_weight"),
+    _rule(r"indexer\.linear_\w+", "other"),
+    _rule(r"lm_head\.dense|pooler\.dense|binary_head", "other"),
+    # Separate projections: cross-attention, MLA, GatedDeltaNet.
+    _rule("linear_q|linear_q_proj|linear_q_down_proj|linear_q_up_proj", "qk"),
+    _rule(r"linear_proj|self_attention\.out_proj", "vo"),
+    # Dense, shared and routed MLPs. Grouped experts: weight0, weight1... or one `weight` (linear_fc1 of Transformer
+    # Engine), weight1 and weight2 (GroupedMLP, up to 0.16).
+    _rule("linear_fc1|linear_fc2", "mlp", r"\.weight\d*"),
+    _rule("experts", "mlp", r"\.weight[12]"),
+    _rule("fc1_latent_proj|fc2_latent_proj", "mlp"),
+    # Heterogeneous models put one linear layer in the place of a whole attention or MLP.
+    _rule("self_attention", "vo"),
+    _rule("mlp", "mlp"),
+)
+"""First match wins; what no rule names is `other` if it is 1-D (norms) and an error if it is a weight matrix."""
+
+
+def _mtp_suffix(layer: int) -> Callable[[str], str]:
+    """Key of granularity "layer_type" -> the same key with another layer number."""
+
+    def rename(key: str) -> str:
+        base, dot, _ = key.partition(".")
+        return f"{base}{dot}{layer}" if dot else key
+
+    return rename
+
+
+def tag_layouts(
+    shapes: Mapping[str, Sequence[int]],
+    config: object | None,
+    rules: Sequence[Sequence[str]] | None = None,
+    granularity: Granularity = "type",
+) -> dict[str, ElementLayout]:
+    """The layout of each logical parameter of a Megatron-core model, in the order of `shapes`.
+
+    shapes: logical name (global layer and expert numbers, `module.` prefixes allowed) -> unsharded shape. All names
+    of the model, not those of one pipeline stage: a user's rule that decides nothing is an error.
+    config: TransformerConfig or MLATransformerConfig of the model, or a mapping with the same keys.
+    rules: the user's (regular expression, group), tried before MEGATRON_RULES.
+    granularity: "layer_type" numbers the decoder's layers from 0 ("qk.3") and the layers of multi-token prediction
+    behind them ("qk.<num_layers>" is the first), as DeepSeek-V3's checkpoints do.
+
+    Raises MolsConfigError as `mols_ds.core.groups.build_layouts` does, and when the rows of a fused projection do not
+    add up to what the config says (naming the parameter and both numbers).
+    """
+    layouts = build_layouts(shapes, config, rules, granularity, presets=MEGATRON_RULES)
+    if granularity == "layer_type":
+        for name, layout in layouts.items():
+            if match := _MTP_LAYER.search(strip_wrappers(name)):
+                first = _need(name, config, "num_layers")
+                layouts[name] = layout.relabel(_mtp_suffix(first + int(match[1])))
+    return layouts
+
+
+def tag_table(
+    model: nn.Module | Sequence[nn.Module],
+    config: object | None = None,
+    rules: Sequence[Sequence[str]] | None = None,
+    granularity: Granularity = "type",
+) -> GroupTable:
+    """The module groups of an un-parallelised Megatron-core model; tied parameters count once, under the first name.
+
+    model: the model, or the list of its only chunk; wrapped or not; on any device, the meta device too.
+    config: the model's TransformerConfig; None: the one found on the model.
+
+    Raises MolsConfigError for a model of several chunks or with a parallel size above 1 in its config (each rank then
+    holds pieces: `megatron_patches.attach(...).report()` shows their table), for a model without trainable parameters,
+    and as `tag_layouts`.
+    """
+    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    if len(chunks) != 1:
+        raise MolsConfigError(
+            f"tag_table takes a whole model, not {len(chunks)} chunks of one; build the model without pipelining"
+        )
+    if config is None:
+        config = _find_config(chunks[0])
+    for key in _PARALLEL_SIZES:
+        if int(config_value(config, key) or 1) > 1:
+            raise MolsConfigError(
+                f"tag_table takes a whole model, but its config has {key}={config_value(config, key)}; "
+                "build the model with size 1 (the meta device will do)"
+            )
+    shapes = {name: tuple(p.shape) for name, p in chunks[0].named_parameters() if p.requires_grad}
+    return GroupTable(tag_layouts(shapes, config, rules, granularity), shapes)
+
+
+def _find_config(model: nn.Module) -> object | None:
+    """The TransformerConfig of the outermost module that has one."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config_value(config, "num_attention_heads") is not None:
+            return config
+    return None

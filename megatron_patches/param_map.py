@@ -1,0 +1,253 @@
+"""Which logical parameter each local parameter is a part of, and which rank counts it.
+
+A *logical* parameter is what one rank would hold without parallelism: its name has the global layer and expert numbers
+and no wrapper prefix, its shape is unsharded. A shard along dimension 0 is a contiguous flat range of it, so the
+layouts of fused projections are those of logical parameters, whatever the tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from megatron_patches.group_rules import tag_layouts
+from mols_ds.core.groups import GroupTable
+from mols_ds.core.layout import ElementLayout
+from mols_ds.errors import MolsUnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """This rank's place in Megatron's process grid (megatron/core/parallel_state.py).
+
+    `data` counts context-parallel ranks too: their gradients are reduced together. `expert_tensor` and `expert_data`
+    are the ranks that shard and replicate one expert.
+    """
+
+    tensor: int = 1
+    tensor_rank: int = 0
+    pipeline: int = 1
+    pipeline_rank: int = 0
+    data: int = 1
+    data_rank: int = 0
+    expert: int = 1
+    expert_rank: int = 0
+    expert_tensor: int = 1
+    expert_tensor_rank: int = 0
+    expert_data: int = 1
+    expert_data_rank: int = 0
+
+
+def current_grid() -> Grid:
+    """The grid of `megatron.core.parallel_state`. Raises `MolsUnsupportedError` where it is not initialised."""
+    from megatron.core import parallel_state as state
+
+    if not state.model_parallel_is_initialized():
+        raise MolsUnsupportedError(
+            "megatron.core.parallel_state is not initialised, so that it is unknown which rank holds what: call "
+            "parallel_state.initialize_model_parallel() first (process groups that are only passed as a pg_collection "
+            "are not supported)"
+        )
+    return Grid(
+        tensor=state.get_tensor_model_parallel_world_size(),
+        tensor_rank=state.get_tensor_model_parallel_rank(),
+        pipeline=state.get_pipeline_model_parallel_world_size(),
+        pipeline_rank=state.get_pipeline_model_parallel_rank(),
+        data=state.get_data_parallel_world_size(with_context_parallel=True),
+        data_rank=state.get_data_parallel_rank(with_context_parallel=True),
+        expert=state.get_expert_model_parallel_world_size(),
+        expert_rank=state.get_expert_model_parallel_rank(),
+        expert_tensor=state.get_expert_tensor_parallel_world_size(),
+        expert_tensor_rank=state.get_expert_tensor_parallel_rank(),
+        expert_data=state.get_expert_data_parallel_world_size(),
+        expert_data_rank=state.get_expert_data_parallel_rank(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LocalParameter:
+    """A trainable parameter of this rank's model chunks.
+
+    Attributes:
+        parameter: the model's own (any dtype; FP8 tensors are never viewed, only their shape is read).
+        name, shape: of the logical parameter.
+        start: where the local elements begin in the flat logical parameter (0 for shards of other dimensions than the
+            first, whose elements are all of one group).
+        counted: whether this rank's copy is the one that is counted among the copies over tensor- and
+            pipeline-parallel ranks. Data-parallel copies are another matter, see shards.py.
+        expert: whether its gradient is reduced over the expert-data-parallel ranks.
+        names_it: whether this rank tells the others the name and shape: exactly one rank does.
+    """
+
+    parameter: nn.Parameter
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    counted: bool
+    expert: bool
+    names_it: bool
+
+    @property
+    def numel(self) -> int:
+        """Local elements."""
+        return math.prod(shape_of(self.parameter))
+
+
+_PREFIX = re.compile(r"^(?:module\.)+")
+_LAYER = re.compile(r"^(?P<stack>.*?\blayers)\.(?P<index>\d+)(?=\.)")
+_LOCAL_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)")
+_TE_EXPERT = re.compile(r"(?<=\.experts\.)(?P<linear>linear_fc\d)\.(?P<leaf>weight|bias)(?P<index>\d+)$")
+_GROUPED = re.compile(r"\.experts\.(?:weight[12]|linear_fc\d\.(?:weight|bias))$")
+"""All experts of a rank in one tensor: GroupedMLP, and Transformer Engine's with one grouped weight."""
+_EXPERT = re.compile(r"\.experts\.")
+
+
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The local shape; under DeepSpeed's ZeRO-3 a parameter itself is empty and says its shape as `ds_shape`."""
+    return tuple(int(size) for size in getattr(parameter, "ds_shape", parameter.shape))
+
+
+def local_parameters(model_chunks: Sequence[nn.Module], grid: Grid) -> list[LocalParameter]:
+    """The trainable parameters of this rank in the order of the chunks; each once, under its first name.
+
+    Raises:
+        MolsUnsupportedError: generalised tensor parallelism (gtp), whose shards are not those of the TP rank.
+    """
+    found: list[LocalParameter] = []
+    seen: set[int] = set()
+    for chunk in model_chunks:
+        owners = _owners(chunk)
+        layers = _layer_numbers(chunk)
+        model = _innermost(chunk)
+        for raw, parameter in chunk.named_parameters():
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if getattr(parameter, "is_gtp_weight_remat", False):
+                raise MolsUnsupportedError(
+                    f"MoLS does not support generalised tensor parallelism (parameter {raw!r}): train with gtp size 1"
+                )
+            name = _PREFIX.sub("", raw)
+            found.append(_local(parameter, name, owners[id(parameter)], layers, model, grid))
+    return found
+
+
+def _local(
+    parameter: nn.Parameter, name: str, owner: nn.Module, layers: dict[str, int], model: nn.Module, grid: Grid
+) -> LocalParameter:
+    expert = not getattr(parameter, "allreduce", True)
+    of_expert = bool(_EXPERT.search(name))
+    over_experts = expert or of_expert  # without expert parallelism experts are in the dense buffers, but cut the same
+    size, rank = (grid.expert_tensor, grid.expert_tensor_rank) if over_experts else (grid.tensor, grid.tensor_rank)
+    sharded = bool(getattr(parameter, "tensor_model_parallel", False)) and not _duplicated(owner, of_expert)
+    shape = list(shape_of(parameter))
+    start = 0
+    if sharded and size > 1:
+        dim = int(getattr(parameter, "partition_dim", 0))
+        start = rank * math.prod(shape) if dim == 0 else 0
+        shape[dim] *= size
+    if _GROUPED.search(name):
+        shape[0] *= grid.expert
+    copy = _copy_of_embedding(parameter, name, model)
+    counted = not copy and (sharded or rank == 0)
+    replica = grid.expert_data_rank if expert else grid.data_rank
+    logical = copy or _number_experts(_number_layers(name, layers), parameter, owner, grid)
+    names_it = counted and rank == 0 and replica == 0 and not (_GROUPED.search(name) and grid.expert_rank)
+    return LocalParameter(parameter, logical, tuple(shape), start, counted, expert, names_it)
+
+
+def _duplicated(owner: nn.Module, of_expert: bool) -> bool:
+    """Transformer Engine marks every linear weight as tensor parallel, also of a linear that each TP rank holds whole.
+
+    Those have `parallel_mode` None (`TELinear(parallel_mode="duplicated")`, extensions/transformer_engine.py); experts
+    have it too, where Megatron does the communication itself, and are sharded.
+    """
+    return not of_expert and hasattr(owner, "parallel_mode") and owner.parallel_mode is None
+
+
+def _copy_of_embedding(parameter: nn.Parameter, name: str, model: nn.Module) -> str:
+    """The embedding's name for the last pipeline stage's copy of a tied embedding, else "".
+
+    With multi-token prediction that stage has an `embedding` of its own, and an `output_layer.weight` that is allocated
+    but never used (models/gpt/gpt_model.py): it is not counted either.
+    """
+    embedding = "embedding.word_embeddings.weight"
+    if getattr(parameter, "shared", False):
+        return embedding
+    tied = bool(getattr(model, "share_embeddings_and_output_weights", False))
+    dead = tied and name.endswith("output_layer.weight") and not getattr(parameter, "shared_embedding", False)
+    return embedding if dead else ""
+
+
+def _owners(chunk: nn.Module) -> dict[int, nn.Module]:
+    return {id(p): module for module in chunk.modules() for p in module._parameters.values() if p is not None}
+
+
+def _innermost(chunk: nn.Module) -> nn.Module:
+    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+        chunk = inner
+    return chunk
+
+
+def _layer_numbers(chunk: nn.Module) -> dict[str, int]:
+    """Name of a layer module, as in this chunk -> its index in the whole model."""
+    numbers = {}
+    for raw, module in chunk.named_modules():
+        name = _PREFIX.sub("", raw)
+        match = _LAYER.match(name + ".")
+        if match is not None and match.end() == len(name) and hasattr(module, "layer_number"):
+            numbers[name] = int(module.layer_number) - 1
+    return numbers
+
+
+def _number_layers(name: str, layers: dict[str, int]) -> str:
+    match = _LAYER.match(name)
+    if match is None or match["stack"].startswith("mtp"):  # all MTP layers are on the last stage
+        return name
+    return f"{match['stack']}.{layers.get(match.group(), int(match['index']))}{name[match.end() :]}"
+
+
+def _number_experts(name: str, parameter: nn.Parameter, owner: nn.Module, grid: Grid) -> str:
+    if grid.expert == 1 or not _EXPERT.search(name):
+        return name
+    match = _LOCAL_EXPERT.search(name) or _TE_EXPERT.search(name)
+    if match is None:
+        return name
+    experts = _experts_of(owner, parameter)
+    first = grid.expert_rank * (experts // grid.expert)
+    if match.re is _LOCAL_EXPERT:
+        return f"{name[: match.start()]}{first + int(match.group())}{name[match.end() :]}"
+    return f"{name[: match.start()]}{match['linear']}.{match['leaf']}{first + int(match['index'])}"
+
+
+def _experts_of(owner: nn.Module, parameter: nn.Parameter) -> int:
+    experts = getattr(getattr(owner, "config", None), "num_moe_experts", None)
+    if not experts:
+        raise MolsUnsupportedError(
+            f"an expert of shape {list(parameter.shape)} lies in a {type(owner).__name__} whose config has no "
+            "num_moe_experts: which global expert it is cannot be told"
+        )
+    return int(experts)
+
+
+def local_layout(local: LocalParameter, layouts: dict[str, ElementLayout]) -> ElementLayout:
+    """The layout of the logical parameter. Raises `MolsUnsupportedError` for a fused one that is not cut by rows."""
+    layout = layouts[local.name]
+    if len(layout.groups) > 1 and shape_of(local.parameter)[1:] != local.shape[1:]:
+        raise MolsUnsupportedError(
+            f"parameter {local.name!r} holds elements of {', '.join(layout.groups)} and is cut along another dimension "
+            "than its rows; give it one group with a rule"
+        )
+    return layout
+
+
+def logical_table(
+    shapes: dict[str, tuple[int, ...]], config: object, rules: Sequence[Sequence[str]], granularity: str
+) -> GroupTable:
+    """The group table of the logical model from all ranks' names. Raises `MolsConfigError` as `tag_layouts`."""
+    layouts = tag_layouts(shapes, config, rules, granularity)  # type: ignore[arg-type]
+    return GroupTable(layouts, shapes)

@@ -1,0 +1,1 @@
+"""The programs. They do not know each other."""

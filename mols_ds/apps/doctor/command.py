@@ -1,0 +1,125 @@
+"""`mols-ds doctor`: looks at the machine, the packages and a config, and says what to do about what it finds."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mols_ds.apps.doctor.findings import Findings, silence
+from mols_ds.apps.doctor.imports import try_all
+from mols_ds.apps.doctor.machine import GLOO, NCCL, check_machine, check_torch
+from mols_ds.apps.doctor.packages import APEX, IMPORTS, check_packages
+from mols_ds.errors import MolsConfigError
+
+MEGATRON_SUFFIXES = (".yaml", ".yml")
+USER_MISTAKE = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise MolsConfigError(f"{message} (see mols-ds doctor --help)")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of the command. Raises MolsConfigError for an unknown or a bad one."""
+    parser = _Parser(prog="mols-ds doctor", description="What is usable here, and what is wrong with a config.")
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="DeepSpeed config (JSON) or config of train_megatron.py (YAML)")
+    add("--model", metavar="FILE", help="model file or checkpoint folder: rules, groups and memory are checked too")
+    add("--steps", type=int, metavar="N", help="optimizer steps of the run")
+    add("--world", type=int, metavar="N", help="ranks of the run (default: WORLD_SIZE, or what the config implies)")
+    add("--out", type=Path, default=Path("runs"), help="folder that the run writes to (default: %(default)s)")
+    add("--json", action="store_true", help="findings as JSON")
+    add("--strict", action="store_true", help="exit status 1 for warnings too")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command. Returns its status: 2 for a user's mistake, stated in one line on stderr."""
+    try:
+        return doctor(parse_arguments(argv))
+    except MolsConfigError as error:
+        print(f"mols-ds doctor: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_MISTAKE
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Prints the findings. Returns 0, or 1 where there is a problem (with --strict also for a warning).
+
+    Raises MolsConfigError for a file that is not there or a number that makes no sense: the user's mistake, status 2.
+    """
+    _check_arguments(args)
+    findings, others = Findings(), Findings()
+    elements = _examine(others, args)
+    with findings.guard("machine"):
+        check_machine(findings, args.out, elements)
+    findings.items += others.items
+    print(findings.as_json(strict=args.strict) if args.json else findings.as_text())
+    return findings.status(strict=args.strict)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    for name in ("config", "model"):
+        value = getattr(args, name)
+        if value is not None and not Path(value).exists():
+            raise MolsConfigError(f"--{name} {value}: no such file")
+    if args.config is not None and not Path(args.config).is_file():
+        raise MolsConfigError(f"--config {args.config}: it is a folder, a file is needed")
+    if args.world is None and os.environ.get("WORLD_SIZE", "").isdigit():
+        args.world = int(os.environ["WORLD_SIZE"])
+    for name in ("steps", "world"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise MolsConfigError(f"--{name} {value} is not at least 1")
+    if args.model is not None and args.config is not None and args.config.endswith(MEGATRON_SUFFIXES):
+        raise MolsConfigError("--model: a Megatron config describes its model itself; leave --model out")
+
+
+def _examine(findings: Findings, args: argparse.Namespace) -> int | None:
+    """Packages, then the config where they work. Returns the elements of --model, where they are known."""
+    tried = try_all(_tasks())
+    check_torch(findings, tried)
+    with findings.guard("packages"), silence():
+        check_packages(findings, tried)
+    config, model = args.config, args.model
+    if config is None and model is None:
+        return None
+    wanted = ["torch", "megatron.core" if config and config.endswith(MEGATRON_SUFFIXES) else "deepspeed"]
+    wanted += ["transformers"] if model else []
+    if broken := [name for name in wanted if not tried[name].works]:
+        found = f"not checked, because {', '.join(broken)} cannot be imported"
+        findings.add("problem", "config", found, "mend that first")
+        return None
+    with findings.guard("config"):
+        return _check_config(findings, args)
+    return None
+
+
+def _check_config(findings: Findings, args: argparse.Namespace) -> int | None:
+    if args.config is None:
+        from mols_ds.apps.doctor.model import check_model
+        from mols_ds.core.config import MolsConfig
+
+        with silence():
+            table = check_model(findings, args.model, MolsConfig())
+        return None if table is None else sum(table.elements.values())
+    if args.config.endswith(MEGATRON_SUFFIXES):
+        from mols_ds.apps.doctor.megatron_config import check_yaml
+
+        check_yaml(findings, args.config, steps=args.steps, world=args.world)
+        return None
+    from mols_ds.apps.doctor.deepspeed_config import check_config
+
+    return check_config(findings, args.config, model=args.model, steps=args.steps, world=args.world)
+
+
+def _tasks() -> list[str]:
+    """What is tried in a process of its own: torch and what can be made with it, and every package that is there."""
+    there = [name for name in ("transformer_engine", "apex") if importlib.util.find_spec(name) is not None]
+    engine = [name for name in IMPORTS if not name.startswith("transformer_engine") or "transformer_engine" in there]
+    return ["torch", GLOO, NCCL, *engine, *(APEX if "apex" in there else ())]

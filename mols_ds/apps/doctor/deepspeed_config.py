@@ -1,0 +1,318 @@
+"""A DeepSpeed config without an engine: what this package or DeepSpeed refuses, and what would train otherwise than
+meant. Each check calls the code that raises; a stand-in takes the engine's place."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mols_ds.apps.doctor.findings import Findings, last_line, silence
+from mols_ds.apps.doctor.model import check_memory, check_model
+from mols_ds.apps.doctor.schedule import DEFAULT_FIX, Run, check_schedule
+from mols_ds.core.config import MolsConfig
+
+TRIED_STEPS = 64
+"""Steps of a scheduler that are tried, to see whether it keeps the groups' own rates and the betas."""
+OWN_WARMUP = 0.10
+"""Warm-up of train.py's own schedule, where the config names none (`mols_ds.training.batches` and METHOD: 10 %)."""
+KEYS_FIX = (
+    "correct the keys that are named; docs/deepspeed.md lists the section's, deepspeed.ai/docs/config-json the rest"
+)
+
+
+def check_config(
+    findings: Findings, path: str, *, model: str | None, steps: int | None, world: int | None
+) -> int | None:
+    """Everything about one DeepSpeed config. Returns the elements of `model`, where it is given and right."""
+    from mols_ds.training.ds_config import check_with_deepspeed, read_config, resolve
+
+    before = len(findings.items)
+    config: dict[str, Any] = {}
+    resolved: dict[str, Any] | None = None
+    with findings.guard("config.file", KEYS_FIX), silence():
+        config = read_config(path)
+    if not config:
+        if len(findings.items) == before:
+            findings.add("problem", "config.file", f"{path} is empty", "see configs/ for one")
+        return None
+    _misspelt(findings, config)
+    section = MolsConfig.parse(config["mols"]) if config.get("mols") is not None else None
+    ranks = world or _ranks_meant(config)
+    with findings.guard("config.values", KEYS_FIX), silence():
+        resolved = resolve(config, world=ranks, steps=steps or 1, out=Path("runs"))
+    if resolved is not None:
+        with findings.guard("config.deepspeed", KEYS_FIX), silence():
+            # DeepSpeed multiplies by the number of ranks of this process's group, which is one
+            share = resolved["train_batch_size"] // ranks
+            check_with_deepspeed({**resolved, "train_batch_size": share}, path)
+    if not any(item.level == "problem" for item in findings.items[before:]):
+        findings.add("ok", "config.values", f"{path}: read, and accepted by DeepSpeed for {ranks} ranks")
+    if section is None:
+        found = 'no "mols" section: training is stock DeepSpeed'
+        findings.add("note", "config.mols", found, 'add "mols": {} for the defaults (docs/deepspeed.md)')
+    total, warmup = steps, None
+    with findings.guard("config.scheduler"), silence():
+        total, warmup = _scheduler(findings, config, section, steps)
+    if section is not None and resolved is not None:
+        with findings.guard("config.schedule", DEFAULT_FIX):
+            check_schedule(findings, section, _run(resolved, total, warmup))
+        if section.enabled:
+            with findings.guard("config.engine"), silence():
+                _engine(findings, resolved, section)
+    if resolved is not None:
+        with findings.guard("config.kernels", level="warning"), silence():
+            _kernels(findings, resolved)
+    return _model(findings, model, section or MolsConfig(), ranks)
+
+
+def _model(findings: Findings, model: str | None, section: MolsConfig, ranks: int) -> int | None:
+    if model is None:
+        if section.rules or section.fixed_alphas or section.granularity != "type":
+            found = "rules and group names are checked against a model only"
+            findings.add("note", "config.groups", found, "mols-ds doctor --model FILE")
+        return None
+    table = None
+    with findings.guard("config.groups"), silence():
+        table = check_model(findings, model, section)
+    if table is None:
+        return None
+    with findings.guard("config.accumulators", level="warning"):
+        check_memory(findings, section, table, ranks)
+    return sum(table.elements.values())
+
+
+def _ranks_meant(config: Mapping[str, Any]) -> int:
+    """The number of ranks that the three batch sizes imply; 1 where they leave it open."""
+    from mols_ds.training.ds_config import BATCH_KEYS
+
+    total, micro, passes = (config.get(key) for key in BATCH_KEYS)
+    if all(type(value) is int and value > 0 for value in (total, micro, passes)):
+        return max(1, int(total) // (int(micro) * int(passes)))  # type: ignore[arg-type]
+    return 1
+
+
+def _misspelt(findings: Findings, config: Mapping[str, Any]) -> None:
+    """DeepSpeed ignores top-level keys that it does not know: warn of those that nearly are one of its own."""
+    known = _known_keys()
+    for key in config:
+        if key not in known and key != "mols":
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+            if close:
+                found = f'DeepSpeed does not know the key "{key}" and ignores it'
+                findings.add("warning", "config.keys", found, f'did you mean "{close[0]}"?')
+
+
+def _known_keys() -> set[str]:
+    """Words that DeepSpeed's config modules name; more than the top-level keys, never fewer."""
+    known = set[str]()
+    for name in ("constants", "zero.config", "config", "activation_checkpointing.config"):
+        module = importlib.import_module(f"deepspeed.runtime.{name}")
+        known |= {value for value in vars(module).values() if isinstance(value, str) and value.islower()}
+    return known | {"tensorboard", "wandb", "csv_monitor", "comms_logger", "flops_profiler", "tensor_parallel"}
+
+
+# ------------------------------------------------------------------ the scheduler
+
+
+def _scheduler(
+    findings: Findings, config: Mapping[str, Any], section: MolsConfig | None, steps: int | None
+) -> tuple[int | None, int | None]:
+    """(steps, warm-up) of the run, from the "scheduler" section, which is built and stepped on a stand-in."""
+    named = config.get("scheduler")
+    if not isinstance(named, Mapping) or not named.get("type"):
+        warmup = None if steps is None else round(OWN_WARMUP * steps)
+        findings.add(
+            "ok",
+            "config.scheduler",
+            "none in the config: train.py warms up over 10 % and follows a cosine; another loop's own is read when it "
+            "is given to initialize",
+        )
+        return steps, warmup
+    from deepspeed.runtime import lr_schedules
+
+    from mols_ds.engines.deepspeed.checks import scheduler_hints
+
+    name = str(named["type"])
+    if not hasattr(lr_schedules, name):
+        _not_deepspeeds(findings, name, config)
+        return steps, None
+    optimizer = _two_groups()
+    try:
+        scheduler = getattr(lr_schedules, name)(optimizer, **(named.get("params") or {}))
+    except Exception as error:  # DeepSpeed's schedulers check little: any type, from wherever the value is used
+        fix = f'correct "scheduler.params"; they are the arguments of deepspeed.runtime.lr_schedules.{name}'
+        findings.add("problem", "config.scheduler", f"{name} refuses its params: {last_line(error)}", fix)
+        return steps, None
+    _step_it(findings, name, scheduler, optimizer, section)
+    total, warmup = scheduler_hints(scheduler)
+    if total is not None and steps is not None and total != steps:
+        found = f"{name} is made for {total} steps, and the run has {steps}"
+        findings.add("warning", "config.scheduler", found, f'"scheduler.params.total_num_steps": {steps}')
+    return (steps if steps is not None else total), warmup
+
+
+def _not_deepspeeds(findings: Findings, name: str, config: Mapping[str, Any]) -> None:
+    import torch
+    from deepspeed.runtime import lr_schedules
+
+    from mols_ds.optim.build import zero_stage
+
+    known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
+    if not hasattr(torch.optim.lr_scheduler, name):
+        findings.add("problem", "config.scheduler", f'"scheduler.type" {name!r} is unknown', f"one of {known}")
+    elif zero_stage(config) > 0:
+        found = f"{name} is torch's, and torch's schedulers refuse ZeRO's optimizers"
+        fix = f"one of {known}; or pass lr_scheduler=lambda optimizer: {name}(...) to initialize"
+        findings.add("problem", "config.scheduler", found, fix)
+
+
+def _two_groups() -> Any:
+    """A stand-in with two parameter groups of different rates."""
+    import torch
+
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    return torch.optim.AdamW([{"params": [w], "lr": lr} for w, lr in zip(weights, (1e-3, 2e-3), strict=True)])
+
+
+def _step_it(findings: Findings, name: str, scheduler: Any, optimizer: Any, section: MolsConfig | None) -> None:
+    betas = [group["betas"] for group in optimizer.param_groups]
+    flattened = True
+    for _ in range(TRIED_STEPS):
+        scheduler.step()
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        if not all(map(math.isfinite, rates)):
+            findings.add("problem", "config.scheduler", f"{name} gives rates {rates}", 'correct "scheduler.params"')
+            return
+        flattened &= rates[0] == rates[1]
+    before = len(findings.items)
+    if name == "LRRangeTest":
+        found = "LRRangeTest raises the rate without end to find one: a ramp of multipliers on top tells neither"
+        findings.add("warning", "config.scheduler", found, '"mols": {"enabled": false} for a range test')
+    if flattened:
+        found = f"{name} gives all parameter groups one rate, also where you gave them different ones"
+        fix = "multipliers sit on top and are not lost; groups with their own rates need WarmupCosineLR or a client's"
+        findings.add("note", "config.scheduler", found, fix)
+    if [group["betas"] for group in optimizer.param_groups] != betas:
+        moments = section is not None and section.mode == "moments"
+        findings.add(
+            "warning" if moments else "note",
+            "config.scheduler",
+            f"{name} moves Adam's beta1 from step to step"
+            + (', and mode "moments" takes it for constant' if moments else "; it goes with MoLS"),
+            '"cycle_momentum": false, or "mode": "probe"' if moments else "",
+        )
+    if len(findings.items) == before:
+        findings.add("ok", "config.scheduler", f"{name} goes with MoLS: multipliers never enter its state")
+
+
+def _run(resolved: Mapping[str, Any], steps: int | None, warmup: int | None) -> Run:
+    half = resolved.get("fp16") or {}
+    dynamic = half.get("enabled") is True and not half.get("loss_scale")
+    return Run(
+        steps=steps,
+        warmup=warmup,
+        sequences=resolved["train_batch_size"],
+        passes=resolved["gradient_accumulation_steps"],
+        fp16_scale_power=int(half.get("initial_scale_power", 16)) if dynamic else None,
+    )
+
+
+# ------------------------------------------------------------------ what attach would refuse
+
+
+def _engine(findings: Findings, resolved: Mapping[str, Any], section: MolsConfig) -> None:
+    """The refusals of `mols_ds.attach`, on a stand-in for the engine that this config would make."""
+    from mols_ds.engines.deepspeed.checks import _engine_refusals, _optimizer_refusals
+
+    stand_in = _stand_in(resolved)
+    refusals = [*_engine_refusals(stand_in, section), *_optimizer_refusals(stand_in, section)]
+    for applies, what, way_out in refusals:
+        if applies:
+            findings.add("problem", "config.engine", f"MoLS does not support {what}", way_out)
+
+
+def _stand_in(resolved: Mapping[str, Any]) -> Any:
+    zero = resolved.get("zero_optimization") or {}
+    offload = zero.get("offload_optimizer") or {}
+    stage = int(zero.get("stage") or 0)
+    inner = _inner(resolved)
+    wrapper = "SuperOffloadOptimizer_Stage3" if offload.get("super_offload") else "DeepSpeedZeroOptimizer"
+    outer = type(wrapper, (), {"optimizer": inner, "partial_offload": float(offload.get("ratio", 1.0))})()
+    autocast = (resolved.get("torch_autocast") or {}).get("enabled")
+    half = str((resolved.get("torch_autocast") or {}).get("dtype", "")).endswith("float16")
+    return SimpleNamespace(
+        optimizer=outer if stage else inner,
+        config=dict(resolved),
+        has_moe_layers=False,
+        zenflow="zenflow" in zero,
+        torch_autocast_z0_gradscaler=object() if autocast and half and stage == 0 else None,
+        managed_gradient_accumulation=lambda: resolved.get("managed_gradient_accumulation", True),
+        zero_optimization=lambda: stage > 0,
+        zero_compute_grad_norm=lambda: resolved.get("compute_grad_norm", True),
+    )
+
+
+def _inner(resolved: Mapping[str, Any]) -> Any:
+    """A stand-in of the class and the settings of this config's optimizer; nothing is built."""
+    import torch
+
+    from mols_ds.optim.build import split_config
+
+    request = split_config(resolved)
+    if request is not None:
+        kind: Any = request.entry.load()
+        group = {**request.settings, **request.entry.fixed}
+        return type(kind.__name__, (), {"__module__": kind.__module__, "param_groups": [group]})()
+    section = resolved["optimizer"]
+    named = {"onebitadam": "OneBitAdam", "onebitlamb": "OneBitLamb", "zerooneadam": "ZeroOneAdam", "muon": "Muon"}
+    name = named.get(section["type"].lower(), section["type"])
+    adam = "betas" in (section.get("params") or {}) or "adam" in name.lower()
+    groups = [{"betas": (0.9, 0.95)} if adam else {}]
+    module = "torch.optim" if hasattr(torch.optim, name) else "deepspeed.ops"
+    return type(name, (), {"__module__": module, "param_groups": groups})()
+
+
+# ------------------------------------------------------------------ kernels
+
+
+def _kernels(findings: Findings, config: Mapping[str, Any]) -> None:
+    """Kernels that DeepSpeed compiles for this config, and whether it can here."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+    for kernel, why, way_out in _needed(config, get_accelerator().device_name()):
+        builder = ALL_OPS.get(kernel)
+        if builder is None or not builder.is_compatible(verbose=False):
+            found = f"{why} needs DeepSpeed's kernel {kernel}, which cannot be compiled here"
+            findings.add("problem", "config.kernels", found, way_out)
+        else:
+            found = f"{why} needs DeepSpeed's kernel {kernel}, which is compiled when it is first used (minutes)"
+            findings.add("note", "config.kernels", found, f"compile it before: ds_report tells; or {way_out}")
+
+
+def _needed(config: Mapping[str, Any], device: str) -> list[tuple[str, str, str]]:
+    """(kernel, what needs it, the way out)."""
+    from mols_ds.optim.build import offload_device, requested
+
+    section = config.get("optimizer")
+    if not isinstance(section, Mapping) or not isinstance(section.get("type"), str):
+        return []
+    place, name = offload_device(config), section["type"].lower()
+    needed = []
+    ours = requested(section) is not None
+    plain = (section.get("params") or {}).get("torch_adam") is True
+    if place == "nvme":
+        needed.append(("async_io", "offload to NVMe", 'install libaio-dev, or "offload_optimizer.device": "cpu"'))
+    if ours:
+        return needed
+    if place is not None and name in ("adam", "adamw") and config.get("zero_force_ds_cpu_optimizer", True):
+        way_out = 'set "zero_force_ds_cpu_optimizer": false and "torch_adam": true'
+        needed.append(("cpu_adam", "Adam with offload", way_out))
+    elif place is None and name in ("adam", "adamw") and not plain:
+        needed.append(("fused_adam", f"Adam on {device}", 'set "optimizer.params.torch_adam": true'))
+    return needed

@@ -1,0 +1,74 @@
+"""A config file of train_megatron.py without a process group: what Megatron-core or this package refuses of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from mols_ds.apps.doctor.findings import Findings, silence
+from mols_ds.apps.doctor.schedule import DEFAULT_FIX, Run, check_schedule
+from mols_ds.core.config import MolsConfig
+
+KEYS_FIX = "correct the keys that are named; docs/megatron.md lists them, configs/megatron/ has examples"
+
+
+def check_yaml(findings: Findings, path: str, *, steps: int | None, world: int | None) -> None:
+    """Everything about one Megatron config. `steps` takes the place of run.steps, as --set run.steps=N does."""
+    from mols_ds.training import megatron_settings as job
+
+    settings: job.Settings | None = None
+    with findings.guard("config.file", KEYS_FIX):
+        settings = job.read(path, [f"run.steps={steps}"] if steps is not None else [])
+    if settings is None:
+        return
+    passes = 1
+    before = len(findings.items)
+    with findings.guard("config.grid", KEYS_FIX), silence():
+        passes = _grid(findings, settings, world)
+    with findings.guard("config.model", KEYS_FIX), silence():
+        _megatron(findings, settings)
+    if len(findings.items) == before:
+        findings.add("ok", "config.values", f"{path}: read, and accepted by Megatron-core")
+    if settings.mols is None:
+        found = 'no "mols" section: training is stock Megatron-core'
+        findings.add("note", "config.mols", found, "add mols: {} for the defaults (docs/megatron.md)")
+        return
+    section = MolsConfig.parse(settings.mols)
+    with findings.guard("config.schedule", DEFAULT_FIX):
+        warmup = round(settings.scheduler.warmup * settings.run.steps)
+        power = 32 if settings.precision.dtype == "fp16" else None  # OptimizerConfig.initial_loss_scale: 2 ** 32
+        check_schedule(findings, section, Run(settings.run.steps, warmup, settings.batch.total, passes, power))
+    if section.rules or section.fixed_alphas:
+        found = "rules and group names are checked when training starts, before its first step"
+        findings.add("note", "config.groups", found)
+
+
+def _grid(findings: Findings, settings: Any, world: int | None) -> int:
+    """Micro-batches of a rank in a step, for `world` ranks or the least that the config allows."""
+    from mols_ds.training.megatron_config import Grid, micro_batches
+
+    parallel = settings.parallel
+    least = parallel.pp * max(parallel.tp * parallel.cp, parallel.ep * (parallel.etp or parallel.tp))
+    grid = Grid.of(settings, world or least)
+    passes = micro_batches(settings, grid)
+    where = f"{grid.world} ranks" + ("" if world else " (the least; --world N checks others)")
+    findings.add("ok", "config.grid", f"{where}, {grid.data} of them data-parallel, {passes} micro-batches a step")
+    return passes
+
+
+def _megatron(findings: Findings, settings: Any) -> None:
+    from megatron_patches.precision import check, optimizer_refusals
+    from mols_ds.training.megatron_config import ddp_config, optimizer_config, transformer_config
+
+    optimizer = optimizer_config(settings)
+    layout = ddp_config(settings)
+    check(transformer_config(settings), optimizer)
+    if settings.mols is None:
+        return
+    adam = settings.optimizer.name == "adam"
+    group = {"params": [], **({"betas": settings.optimizer.betas} if adam else {})}
+    inner = type("Adam" if adam else "SGD", (), {"param_groups": [group]})()
+    stand_in = SimpleNamespace(config=optimizer, ddp_config=layout, optimizer=inner)
+    for refusal in optimizer_refusals(stand_in, MolsConfig.parse(settings.mols).mode, fused=True):
+        if refusal.applies:
+            findings.add("problem", "config.optimizer", f"MoLS does not support {refusal.what}", refusal.way_out)

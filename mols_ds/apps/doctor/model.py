@@ -1,0 +1,68 @@
+"""What a model file makes of a "mols" section: rules, groups, fused parameters, the accumulators' memory."""
+
+from __future__ import annotations
+
+import importlib
+
+from mols_ds.apps.doctor.findings import Findings
+from mols_ds.core.config import MolsConfig
+from mols_ds.core.controller import Context, Controller
+from mols_ds.core.groups import GroupTable, group_table
+from mols_ds.core.phases import Schedule
+from mols_ds.errors import MolsError
+
+GIB = 2**30
+ACCUMULATOR_BYTES = 8.07
+"""An owned element during a calibration (`mols_ds.core.accumulators.Moments`)."""
+
+
+def check_model(findings: Findings, source: str, config: MolsConfig) -> GroupTable | None:
+    """The group table of a model file, without its weights; None where there is none, which is a finding.
+
+    Raises MolsConfigError where the model file itself is wrong.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mols_ds.training.models import load_model_config
+
+    described = load_model_config(source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(described)
+    try:
+        table = group_table(model, config.rules, config.granularity)
+        context = Context(lambda sums: sums, torch.device("cpu"), 0, {}, {}, log=lambda _: None)
+        Controller(config, table, [], Schedule(0, 1), context)
+    except MolsError as error:
+        findings.refused("config.groups", error, "mols-ds groups MODEL --parameters shows the names and groups")
+        return None
+    shares = ", ".join(f"{row.group} {row.share:.1%}" for row in table[:8]) + (", ..." if len(table) > 8 else "")
+    findings.add("ok", "config.groups", f"{len(table)} groups: {shares}")
+    fused = [name for name, layout in table.layouts.items() if len(layout.groups) > 1]
+    if fused:
+        found = f"{len(fused)} fused parameters hold several groups ({fused[0]}, ...): scaled by ranges"
+        findings.add("note", "config.fused", found, "under AutoTP they have to be cut into contiguous rows")
+    return table
+
+
+def check_memory(findings: Findings, config: MolsConfig, table: GroupTable, world: int) -> None:
+    """Whether a rank's accumulators fit where the section puts them."""
+    import torch
+
+    if config.fixed_alphas is not None or config.mode == "moments":
+        findings.add("ok", "config.accumulators", "none are needed")
+        return
+    need = sum(table.elements.values()) / world * ACCUMULATOR_BYTES
+    found = f"{need / GIB:,.2f} GiB of accumulators a rank during the calibration"
+    if config.accumulators.device == "accelerator" and torch.cuda.is_available():
+        free, where = torch.cuda.mem_get_info()[0], "free on the device before the model is there"
+        fix = '"accumulators": {"device": "cpu"}, which takes no memory of the device'
+        tight = need > free / 4
+    else:
+        psutil = importlib.import_module("psutil")
+        ranks = min(world, max(torch.cuda.device_count(), 1))
+        free, where = psutil.virtual_memory().available, f"available on this host, for {ranks} ranks"
+        fix = 'more ranks, mode "moments" (no accumulators), or fixed_alphas of a smaller model'
+        tight = need * ranks > free
+    found += f"; {free / GIB:,.1f} GiB are {where}"
+    findings.add("warning" if tight else "ok", "config.accumulators", found, fix if tight else "")

@@ -1,0 +1,226 @@
+"""Examples as tokens with a mark on those that are trained on, and the batches that are made of them.
+
+Every process holds all examples, so each knows how many answer tokens the global batch of a step has without asking
+the others: that is what the loss is divided by (`AnswerBatch.weight`).
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mols_ds.apps.finetune.examples import Example, read_examples
+from mols_ds.apps.finetune.template import Piece, Template, pieces
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.batches import STREAMS, BatchShape, SequenceOrder, Stream
+from mols_ds.training.sources import DataSpec, document_hash, local_threshold, one_line
+
+IGNORED = -100
+"""Label of a token that no loss is taken of, torch's `ignore_index`."""
+CHUNK = 1000
+"""Examples that are tokenized at a time."""
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Examples one after the other: `ids` int64 and `answers` bool of shape (tokens,), `starts` int64 of shape
+    (examples + 1,). `cut` examples were longer than the cut-off, and `dropped` have no answer token before it."""
+
+    ids: npt.NDArray[np.int64]
+    answers: npt.NDArray[np.bool_]
+    starts: npt.NDArray[np.int64]
+    cut: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example, shape (examples,)."""
+        return np.diff(self.starts)
+
+    @cached_property
+    def targets(self) -> npt.NDArray[np.int64]:
+        """Answer tokens of each example that something stands before, so that they are predicted; (examples,)."""
+        counted = self.answers.copy()
+        counted[self.starts[:-1]] = False
+        return np.add.reduceat(counted.astype(np.int64), self.starts[:-1])
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits that change with any token, mark or boundary."""
+        hashed = hashlib.blake2b(digest_size=8)
+        for part in (self.ids, self.answers, self.starts):
+            hashed.update(part.tobytes())
+        return hashed.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerBatch:
+    """A micro-batch, padded on the right to its longest example: `ids`, `mask` (1: not padding) and `labels` (IGNORED
+    on prompts and padding), int64 of shape (micro, length); the loss is `weight` times the sum over its labels."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    weight: float
+
+
+def load_tokenizer(source: str) -> Any:
+    """The transformers tokenizer of a folder or hub name. Raises MolsConfigError where there is none, or it has no
+    end-of-text token to end an answer with."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for a broken folder
+        raise MolsConfigError(f"tokenizer {source}: cannot be loaded: {one_line(error)} (see --tokenizer)") from error
+    if tokenizer.eos_token_id is None:
+        raise MolsConfigError(f"tokenizer {source}: it has no end-of-text token to end an answer with")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def prepare(
+    spec: DataSpec, held_out: DataSpec | None, *, tokenizer: Any, template: Template, cutoff: int, seed: int
+) -> tuple[Tokenized, Tokenized]:
+    """(examples to train on, held-out examples) of a source, or of two. Which are held out depends on `seed` and their
+    text alone, and equal examples fall on the same side. Raises MolsConfigError where either side is empty."""
+    if template == "chat" and not tokenizer.chat_template:
+        raise MolsConfigError("--template chat: the tokenizer has no chat template; use plain, or auto")
+    examples = read_examples(spec)
+    if held_out is not None:
+        sides = examples, read_examples(held_out)
+    else:
+        texts = ["\0".join([example.input, *(m.content for m in example.messages)]) for example in examples]
+        threshold = local_threshold(texts, spec.eval_share, seed)
+        chosen = [document_hash(text, seed) < threshold for text in texts]
+        sides = (
+            [example for example, out in zip(examples, chosen, strict=True) if not out],
+            [example for example, out in zip(examples, chosen, strict=True) if out],
+        )
+    tokenized = [tokenize(side, tokenizer, template, cutoff) for side in sides]
+    for name, side in zip(("training", "held-out"), tokenized, strict=True):
+        if not len(side):
+            raise MolsConfigError(
+                f"data {spec.source}: no {name} example has an answer within --cutoff {cutoff} tokens; raise it"
+            )
+    return tokenized[0], tokenized[1]
+
+
+def tokenize(examples: Sequence[Example], tokenizer: Any, template: Template, cutoff: int) -> Tokenized:
+    """Tokens of all examples, at most `cutoff` each. Prompt and answer are tokenized apart, as the prompt is when the
+    model is asked: no token straddles them. What the tokenizer puts before a text (a begin-of-text token) stands
+    before plain texts; chat templates write their own."""
+    before = _before_text(tokenizer)
+    ids: list[npt.NDArray[np.int64]] = []
+    answers: list[npt.NDArray[np.bool_]] = []
+    cut = dropped = 0
+    source = iter(examples)
+    while chunk := list(islice(source, CHUNK)):
+        texts = [pieces(example, template, tokenizer) for example in chunk]
+        flat = [piece.text for parts in texts for piece in parts]
+        encoded = iter(tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
+        for parts in texts:
+            mine, marks = _join(parts, encoded, before if any(part.ends for part in parts) else [], tokenizer)
+            cut += len(mine) > cutoff
+            mine, marks = mine[:cutoff], marks[:cutoff]
+            if not marks[1:].any():
+                dropped += 1
+                continue
+            ids.append(mine)
+            answers.append(marks)
+    starts = np.cumsum([0, *(len(mine) for mine in ids)], dtype=np.int64)
+    empty = np.zeros(0, np.int64)
+    return Tokenized(
+        np.concatenate([empty, *ids]), np.concatenate([empty.astype(bool), *answers]), starts, cut, dropped
+    )
+
+
+def _before_text(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before every text."""
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return list(whole[:start])
+    return []
+
+
+def _join(
+    parts: Sequence[Piece], encoded: Iterator[list[int]], before: list[int], tokenizer: Any
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """(ids, whether each is of an answer) of one example."""
+    ids = list(before)
+    marks = [False] * len(before)
+    for part in parts:
+        more = [*next(encoded), *([tokenizer.eos_token_id] if part.ends else [])]
+        ids += more
+        marks += [part.answer] * len(more)
+    return np.asarray(ids, np.int64), np.asarray(marks, np.bool_)
+
+
+class AnswerBatches:
+    """Global batches of examples in a fresh order every epoch. The position is the step: there is no state to save,
+    and which examples a step has does not depend on the number of ranks."""
+
+    def __init__(self, data: Tokenized, shape: BatchShape, seed: int, pad: int) -> None:
+        self._data, self._shape, self._pad = data, shape, pad
+        self._orders = {stream: SequenceOrder(len(data), seed, stream) for stream in STREAMS}
+        self._trained: list[int] = [0]
+
+    def indices(self, stream: Stream, step: int) -> npt.NDArray[np.int64]:
+        """The examples of a global batch; rank r's micro-batch p is the (p x world + r)-th part of it."""
+        return self._orders[stream].indices(step * self._shape.sequences, self._shape.sequences)
+
+    def step(self, stream: Stream, step: int) -> Iterator[AnswerBatch]:
+        """This rank's micro-batches of global batch `step`. Their loss has a weight so that its mean over passes and
+        ranks, which is what DeepSpeed takes, is the mean over all answer tokens of the global batch."""
+        shape = self._shape
+        chosen = self.indices(stream, step)
+        weight = shape.accumulation * shape.world / float(self._data.targets[chosen].sum())
+        for pass_ in range(shape.accumulation):
+            start = (pass_ * shape.world + shape.rank) * shape.micro
+            yield collate(self._data, chosen[start : start + shape.micro], self._pad, weight)
+
+    def tokens(self, steps: int) -> int:
+        """Tokens of the first `steps` global batches of the training stream, prompts included, padding not."""
+        while len(self._trained) <= steps:
+            seen = self._data.lengths[self.indices("train", len(self._trained) - 1)].sum()
+            self._trained.append(self._trained[-1] + int(seen))
+        return self._trained[steps]
+
+
+def collate(data: Tokenized, chosen: npt.NDArray[np.int64], pad: int, weight: float) -> AnswerBatch:
+    """The chosen examples side by side, padded to the longest of them."""
+    length = int(data.lengths[chosen].max())
+    ids = np.full((len(chosen), length), pad, np.int64)
+    mask = np.zeros_like(ids)
+    labels = np.full_like(ids, IGNORED)
+    for row, index in enumerate(chosen):
+        start, end = data.starts[index], data.starts[index + 1]
+        mine = slice(0, int(end - start))
+        ids[row, mine], mask[row, mine] = data.ids[start:end], 1
+        labels[row, mine] = np.where(data.answers[start:end], data.ids[start:end], IGNORED)
+    return AnswerBatch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels), weight)
+
+
+def held_out_batches(data: Tokenized, shape: BatchShape, limit: int, pad: int) -> list[tuple[AnswerBatch, int]]:
+    """This rank's micro-batches of the first `limit` held-out examples, with how many of each batch's count. Every rank
+    gets the same number of batches; where examples do not come out even, the last one is repeated and counts 0."""
+    count = min(len(data), limit)
+    batches = []
+    for first in range(0, count, shape.micro * shape.world):
+        start = first + shape.rank * shape.micro
+        indices = np.arange(start, start + shape.micro, dtype=np.int64)
+        valid = int(np.clip(count - start, 0, shape.micro))
+        batches.append((collate(data, np.minimum(indices, count - 1), pad, 1.0), valid))
+    return batches

@@ -1,0 +1,172 @@
+"""Evaluation of a fine-tuned model by EleutherAI's lm-evaluation-harness (package lm-eval), which is optional.
+
+Tasks are evaluated one by one, and OUT/evaluation.json is written after each, so that a task whose data cannot be
+reached costs no other task its result.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mols_ds.apps.finetune.model import load_saved
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.sources import one_line
+
+COMMONSENSE = "commonsense8"
+SETS: dict[str, tuple[str, ...]] = {
+    COMMONSENSE: (
+        "boolq",
+        "piqa",
+        "social_iqa",
+        "hellaswag",
+        "winogrande",
+        "arc_easy",
+        "arc_challenge",
+        "openbookqa",
+    ),
+}
+"""Names of ours -> tasks of lm-eval; the mean accuracy of each set is reported, too."""
+SHOTS = {"mmlu": 5}
+"""Examples before a question where the user does not say; the paper's MMLU (table 11). Other tasks: their own."""
+FILE = "evaluation.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A task of lm-eval; `shots` None is the task's own number."""
+
+    task: str
+    shots: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What --evaluate and its companions ask for. `limit` is questions a task (None: all); `manager` is lm-eval's index
+    of tasks, which takes seconds to build."""
+
+    tasks: tuple[Asked, ...]
+    manager: Any
+    sets: tuple[str, ...] = ()
+    limit: int | None = None
+    batch: int = 8
+
+
+@dataclass
+class Results:
+    """What came out: task -> metrics, and task -> why there are none."""
+
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def parse(text: str, *, folder: Path | None, limit: int | None, batch: int) -> Evaluation:
+    """The value of --evaluate: names, separated by commas, of sets above or lm-eval's tasks; `TASK:5` gives the shots.
+
+    Raises MolsConfigError where lm-eval is not installed, or for a name that it does not know.
+    """
+    tasks: list[Asked] = []
+    sets = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, shots = part.partition(":")
+        if shots and not shots.isdigit():
+            raise MolsConfigError(f"--evaluate {part}: after the colon stands the number of shots, such as {name}:5")
+        number = int(shots) if shots else SHOTS.get(name)
+        sets += [name] if name in SETS else []
+        tasks += [Asked(task, number) for task in SETS.get(name, (name,))]
+    if not tasks:
+        raise MolsConfigError(f"--evaluate {text!r} names no task")
+    if len({asked.task for asked in tasks}) < len(tasks):
+        raise MolsConfigError(f"--evaluate {text}: a task is named twice")
+    if folder is not None and not folder.is_dir():
+        raise MolsConfigError(f"--evaluate-tasks {folder}: no such folder")
+    manager = task_manager(folder)
+    known = set(manager.all_tasks)
+    for asked in tasks:
+        if asked.task not in known:
+            raise MolsConfigError(f"--evaluate: lm-eval has no task {asked.task!r} (`lm-eval ls tasks` lists them)")
+    return Evaluation(tuple(tasks), manager, tuple(sets), limit, batch)
+
+
+def task_manager(folder: Path | None) -> Any:
+    """lm-eval's index of tasks. Raises MolsConfigError where lm-eval is not installed."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MolsConfigError(
+            f"--evaluate needs lm-eval, which is not installed ({one_line(error)}): pip install 'lm-eval>=0.4'"
+        ) from error
+    return TaskManager(include_path=None if folder is None else str(folder))
+
+
+def evaluate(asked: Evaluation, model_folder: str, out: Path, *, tokenizer: Any, dtype: torch.dtype) -> Results:
+    """Evaluates a saved model or adapter and writes out/evaluation.json. Called by one process alone.
+
+    Raises MolsConfigError where the model cannot be loaded; what goes wrong in a task is in the results.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from lm_eval.models.huggingface import HFLM
+
+    model = load_saved(model_folder, dtype).to(get_accelerator().current_device_name())
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=asked.batch)
+    results = Results()
+    out.mkdir(parents=True, exist_ok=True)
+    for task in asked.tasks:
+        try:
+            results.metrics[task.task] = _one(wrapped, asked.manager, task, asked.limit)
+        except Exception as error:  # what the hub's client, datasets and a task's own code raise
+            results.failures[task.task] = one_line(error)
+        (out / FILE).write_text(json.dumps(_content(asked, results), indent=2) + "\n", "utf-8")
+    return results
+
+
+def _one(model: Any, manager: Any, asked: Asked, limit: int | None) -> dict[str, float]:
+    """The metrics of one task or group of tasks, by names such as "acc" and "acc_stderr"."""
+    import lm_eval
+
+    found = lm_eval.simple_evaluate(
+        model=model,
+        tasks=[asked.task],
+        num_fewshot=asked.shots,
+        limit=limit,
+        task_manager=manager,
+        log_samples=False,
+        bootstrap_iters=0,
+    )
+    values: dict[str, Any] = {}
+    for name, metrics in {**found["results"], **found.get("groups", {})}.items():
+        if name == asked.task or asked.task not in found["results"]:  # a tag stands for tasks, and has no line itself
+            prefix = "" if name == asked.task else f"{name}/"
+            values |= {prefix + key.removesuffix(",none"): value for key, value in metrics.items()}
+    return {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+
+
+def averages(sets: Sequence[str], results: Results) -> dict[str, float]:
+    """Mean accuracy of each set all of whose tasks have one."""
+    means = {}
+    for name in sets:
+        found = [results.metrics.get(task, {}).get("acc") for task in SETS[name]]
+        numbers = [value for value in found if value is not None]
+        if len(numbers) == len(found):
+            means[name] = sum(numbers) / len(numbers)
+    return means
+
+
+def _content(asked: Evaluation, results: Results) -> dict[str, Any]:
+    import lm_eval
+
+    tasks: dict[str, Any] = {}
+    for task in asked.tasks:
+        if task.task in results.metrics:
+            tasks[task.task] = {"shots": task.shots, "metrics": results.metrics[task.task]}
+        elif task.task in results.failures:
+            tasks[task.task] = {"shots": task.shots, "error": results.failures[task.task]}
+    return {
+        "tasks": tasks,
+        "averages": averages(asked.sets, results),
+        "limit": asked.limit,
+        "lm_eval": lm_eval.__version__,
+    }

@@ -1,0 +1,153 @@
+"""Instructions and answers as they stand in files or data sets, checked, each with the place that it comes from.
+
+A row has one of three forms: {"prompt", "completion"}, Alpaca's {"instruction", "input", "output"} (the input may be
+missing or empty), or {"messages": [{"role", "content"}, ...]}. Other keys are ignored. Rows of one source may differ.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.sources import READERS, DataSpec, local_files, one_line
+
+Form = Literal["completion", "instruction", "messages"]
+ROLES = ("system", "user", "assistant")
+SUFFIXES = (".jsonl", ".json", ".parquet")
+FORMS = '"prompt" and "completion", "instruction" and "output", or "messages"'
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A conversation that ends with the assistant. `where` names its file and line for messages to the user; `form`
+    says how the row was written, which decides how it becomes text."""
+
+    messages: tuple[Message, ...]
+    form: Form
+    where: str
+    input: str = ""
+    """Alpaca's second half of the prompt."""
+
+
+def read_examples(spec: DataSpec) -> list[Example]:
+    """All examples of a source, in its order: JSONL, JSON (one list) or parquet files, or a hub data set's split.
+
+    Raises MolsConfigError, naming file and line, for what is not JSON, lacks a key or has an empty prompt or answer;
+    and where a source cannot be reached or has no examples.
+    """
+    rows = _hub_rows(spec) if spec.streaming else (row for path in local_files(spec) for row in _file_rows(path))
+    examples = [parse_row(row, where) for where, row in rows]
+    if not examples:
+        raise MolsConfigError(f"data {spec.source}: there is no example in it")
+    return examples
+
+
+def _hub_rows(spec: DataSpec) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(spec.source, spec.subset, split=spec.train_split)
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        raise MolsConfigError(
+            f"data {spec.source}: neither a local file or folder nor a data set that the hub gives: {one_line(error)}"
+        ) from error
+    for number, row in enumerate(rows, 1):
+        yield f"data {spec.source} row {number}", row
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix not in SUFFIXES:
+        raise MolsConfigError(f"data {path}: examples are read from {', '.join(SUFFIXES)}, not from {path.suffix!r}")
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MolsConfigError(f"data {path}: cannot be read: {one_line(error)}") from error
+    if path.suffix == ".json":
+        rows = _json(text, f"data {path}")
+        if not isinstance(rows, list):
+            raise MolsConfigError(f"data {path}: a JSON list of objects is needed (JSONL files end in .jsonl)")
+        yield from ((f"data {path} entry {number}", row) for number, row in enumerate(rows, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"data {path} line {number}"
+            yield where, _json(line, where)
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise MolsConfigError(f"{where}: not JSON: {one_line(error)}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", streaming=True)
+        yield from ((f"data {path} row {number}", row) for number, row in enumerate(rows, 1))
+    except Exception as error:  # datasets wraps each reader's own errors in several types
+        raise MolsConfigError(f"data {path}: cannot be read as parquet: {one_line(error)}") from error
+
+
+def parse_row(row: Any, where: str) -> Example:
+    """A row of any of the three forms. Raises MolsConfigError that begins with `where`."""
+    if not isinstance(row, dict):
+        raise MolsConfigError(f"{where}: a JSON object is needed, not {type(row).__name__}")
+    if row.get("messages") is not None:
+        return Example(_messages(row["messages"], where), "messages", where)
+    if row.get("instruction") is not None:
+        prompt, answer = _text(row, "instruction", where), _text(row, "output", where)
+        more = row.get("input")
+        if more is not None and not isinstance(more, str):
+            raise MolsConfigError(f'{where}: "input" must be text, not {type(more).__name__}')
+        return Example(_pair(prompt, answer), "instruction", where, more or "")
+    if row.get("prompt") is not None or row.get("completion") is not None:
+        return Example(_pair(_text(row, "prompt", where), _text(row, "completion", where)), "completion", where)
+    raise MolsConfigError(f"{where}: it needs {FORMS}; its keys are {', '.join(map(str, row)) or 'none'}")
+
+
+def _pair(prompt: str, answer: str) -> tuple[Message, ...]:
+    return Message("user", prompt), Message("assistant", answer)
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if value is None:
+        raise MolsConfigError(f'{where}: key "{key}" is missing; its keys are {", ".join(map(str, row))}')
+    if not isinstance(value, str):
+        raise MolsConfigError(f'{where}: "{key}" must be text, not {type(value).__name__}')
+    if not value.strip():
+        raise MolsConfigError(f'{where}: "{key}" is empty')
+    return value
+
+
+def _messages(rows: Any, where: str) -> tuple[Message, ...]:
+    if not isinstance(rows, list | tuple) or not rows:
+        raise MolsConfigError(f'{where}: "messages" must be a list of at least a question and an answer')
+    messages = []
+    for number, row in enumerate(rows, 1):
+        place = f"{where}, message {number}"
+        if not isinstance(row, dict):
+            raise MolsConfigError(f'{place}: an object with "role" and "content" is needed, not {type(row).__name__}')
+        role = row.get("role")
+        if role not in ROLES:
+            raise MolsConfigError(f'{place}: "role" is {role!r}; allowed: {", ".join(ROLES)}')
+        messages.append(Message(role, _text(row, "content", place)))
+    if messages[-1].role != "assistant":
+        raise MolsConfigError(f"{where}: the last message is the {messages[-1].role}'s: there is no answer to train on")
+    return tuple(messages)

@@ -1,0 +1,49 @@
+"""Training on answers: the loss of a micro-batch, the held-out loss, and what is saved beside a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mols_ds.apps.finetune.data import IGNORED, AnswerBatch, AnswerBatches
+from mols_ds.apps.finetune.model import save_weights
+
+
+class Answers:
+    """A `Task` whose loss is the mean over all answer tokens of the global batch.
+
+    DeepSpeed averages the micro-batches' losses, which would weigh a token of a short answer more than one of a long
+    answer; so a micro-batch's loss is the *sum* over its answer tokens times passes x ranks / (answer tokens of the
+    global batch). The logged loss is that mean too.
+    """
+
+    def __init__(self, batches: AnswerBatches, tokenizer: Any, adapters: bool, identity: dict[str, Any]) -> None:
+        self.batches, self.tokenizer = batches, tokenizer
+        self.partial = self.adapters = adapters
+        self.identity = identity
+
+    def loss(self, engine: Any, batch: AnswerBatch) -> Tensor:
+        """See `Task`: float32, on the engine's device."""
+        return _summed(engine, batch, len(batch.ids)) * batch.weight
+
+    def held_out(self, engine: Any, batch: AnswerBatch, valid: int) -> tuple[float, int]:
+        """See `Task`."""
+        summed = _summed(engine, batch, valid)
+        return float(summed), int((batch.labels[:valid, 1:] != IGNORED).sum())
+
+    def tokens(self, steps: int) -> int:
+        """See `Task`: tokens of the examples, prompts included, padding not."""
+        return self.batches.tokens(steps)
+
+    def save(self, engine: Any, folder: Path) -> None:
+        """Adapters into folder/adapter, or the whole model into folder/model, with the tokenizer."""
+        save_weights(engine, folder, self.tokenizer, adapters=self.adapters)
+
+
+def _summed(engine: Any, batch: AnswerBatch, valid: int) -> Tensor:
+    """Cross-entropy summed over the labels of the first `valid` rows; every rank runs the model, whatever `valid`."""
+    device = engine.device
+    logits = engine(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), use_cache=False).logits
+    labels = batch.labels[:valid, 1:].to(device)
+    kept = labels != IGNORED
+    return nn.functional.cross_entropy(logits[:valid, :-1][kept].float(), labels[kept], reduction="sum")

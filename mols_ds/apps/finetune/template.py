@@ -1,0 +1,100 @@
+"""Examples as text: the pieces of which a conversation's text is joined, and which of them are answers.
+
+Without a chat template the text is plain: a prompt stands as it is; Alpaca's form and conversations become
+
+    ### Instruction:          ### System:
+    {instruction}             {content}
+
+    ### Input:                ### User:
+    {input}                   {content}
+
+    ### Response:             ### Assistant:
+    {output}{end}             {content}{end}
+
+with an empty line between the parts ("### Input:" only where there is one), a line break before the answer, and the
+tokenizer's end-of-text token behind each answer.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from mols_ds.apps.finetune.examples import Example, Message
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.sources import one_line
+
+Template = Literal["auto", "plain", "chat"]
+HEADS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
+GAP = "\n\n"
+
+
+class Piece(NamedTuple):
+    """A piece of an example's text. `answer`: it is trained on. `ends`: the end-of-text token follows it."""
+
+    text: str
+    answer: bool
+    ends: bool = False
+
+
+def uses_chat(example: Example, template: Template, tokenizer: Any) -> bool:
+    """Whether an example goes through the tokenizer's chat template: "auto" takes it for conversations only."""
+    if template == "auto":
+        return example.form == "messages" and bool(tokenizer.chat_template)
+    return template == "chat"
+
+
+def pieces(example: Example, template: Template, tokenizer: Any) -> list[Piece]:
+    """The text of an example, in pieces. Raises MolsConfigError where the chat template does not fit it."""
+    if uses_chat(example, template, tokenizer):
+        return _chat(example, tokenizer)
+    if example.form == "completion":
+        prompt, answer = example.messages
+        return [Piece(prompt.content, False), Piece(answer.content, True, True)]
+    if example.form == "instruction":
+        prompt, answer = example.messages
+        parts = [f"### Instruction:\n{prompt.content}"]
+        parts += [f"### Input:\n{example.input}"] if example.input else []
+        return [Piece(GAP.join([*parts, "### Response:\n"]), False), Piece(answer.content, True, True)]
+    return _plain(example.messages)
+
+
+def _plain(messages: Sequence[Message]) -> list[Piece]:
+    found: list[Piece] = []
+    before = ""
+    for message in messages:
+        before += HEADS[message.role]
+        if message.role == "assistant":
+            found += [Piece(before, False), Piece(message.content, True, True)]
+            before = GAP
+        else:
+            before += message.content + GAP
+    return found
+
+
+def _chat(example: Example, tokenizer: Any) -> list[Piece]:
+    """Every answer is what the template adds from its prompt for the assistant to the end of the assistant's turn."""
+    messages = [{"role": message.role, "content": message.content} for message in example.messages]
+    if example.input:
+        messages[0]["content"] += GAP + example.input
+    found: list[Piece] = []
+    done = ""
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked = _render(tokenizer, messages[:number], example.where, prompt=True)
+        told = _render(tokenizer, messages[: number + 1], example.where, prompt=False)
+        if not (asked.startswith(done) and told.startswith(asked)):
+            raise MolsConfigError(
+                f"{example.where}: the tokenizer's chat template rewrites what stands before an answer, so that the "
+                "answer cannot be told from the prompt: use --template plain, or examples of one answer each"
+            )
+        found += [Piece(asked[len(done) :], False), Piece(told[len(asked) :], True)]
+        done = told
+    return found
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, str]], where: str, *, prompt: bool) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    except Exception as error:  # jinja's own types, and whatever a template raises by name
+        raise MolsConfigError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}") from error
+    return text

@@ -1,0 +1,1 @@
+"""Starting ranks: the launcher, its signals, health checks."""

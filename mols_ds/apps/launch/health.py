@@ -1,0 +1,238 @@
+"""Is this node fit for the job? Run on every node before it: python -m mols_ds.health [--gpus 8] [--collective].
+
+Each check is one line on stdout; the exit status is 0 where none failed, and 1 otherwise. What cannot be looked at on
+this machine (no nvidia-smi, a kernel log that only root may read) is said and does not fail. With --collective it runs
+as one of the job's ranks, under any launcher of the job, and all ranks add up a tensor over the job's own network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.rank_env import DEFAULT_PORT, adopt_rank_environment, rank_environment
+
+GIB = 2**30
+SHM_GIB, DISK_GIB, COLLECTIVE_MIB = 1.0, 10.0, 64
+FINE, NOTED, FAILED = "ok", "note", "FAILED"
+ECC_FIELDS = ("index", "ecc.errors.uncorrected.volatile.total", "remapped_rows.pending", "remapped_rows.failure")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: its name, FINE, NOTED or FAILED, and what was seen."""
+
+    check: str
+    state: str
+    text: str
+
+
+def gpus(expected: int | None) -> Finding:
+    """Whether torch sees as many GPUs as expected (None: as many as nvidia-smi) and each of them computes."""
+    import torch
+
+    listed = _nvidia_smi("index")
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = len(listed or ()) if expected is None else expected
+    if seen < wanted:
+        hint = "look at CUDA_VISIBLE_DEVICES, the driver and the job's --gpus-per-node"
+        return Finding("gpus", FAILED, f"torch sees {seen} of {wanted}: {hint}")
+    for device in range(seen):
+        try:
+            ones = torch.ones(256, 256, device=f"cuda:{device}")
+            right = bool((ones @ ones == 256).all())
+        except RuntimeError as error:
+            return Finding("gpus", FAILED, f"GPU {device}: {next(iter(str(error).splitlines()), error)}")
+        if not right:
+            return Finding("gpus", FAILED, f"GPU {device} multiplies wrongly: take the node out")
+    return Finding("gpus", FINE, f"{seen} seen" + ("" if seen else ": training runs on the CPU"))
+
+
+def _nvidia_smi(*fields: str) -> list[list[str]] | None:
+    """A row of `fields` for each GPU of this machine, or None where nvidia-smi is not there or fails."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return [[cell.strip() for cell in line.split(",")] for line in out.splitlines() if line.strip()]
+
+
+def memory_errors() -> Finding:
+    """Uncorrectable ECC errors since the driver was loaded, and rows that wait for a reset or cannot be remapped."""
+    rows = _nvidia_smi(*ECC_FIELDS)
+    if rows is None:
+        return Finding("ecc", NOTED, "not looked at: nvidia-smi is not there or does not answer")
+    for index, uncorrected, pending, failed in rows:
+        if uncorrected.isdigit() and int(uncorrected):
+            return Finding("ecc", FAILED, f"GPU {index}: {uncorrected} uncorrectable errors: reset it or leave it out")
+        if "yes" in (pending.lower(), failed.lower()) or "1" in (pending, failed):
+            return Finding("ecc", FAILED, f"GPU {index}: rows to be remapped ({pending}) or not ({failed}): reset it")
+    return Finding("ecc", FINE, f"none on {len(rows)} GPUs")
+
+
+def driver_errors() -> Finding:
+    """Xid lines of the kernel's log: what the driver reported since the machine was started, old or new."""
+    try:
+        log = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return Finding("xid", NOTED, "not looked at: the kernel's log cannot be read as this user")
+    lines = [line for line in log.splitlines() if "NVRM: Xid" in line]
+    if lines:
+        return Finding("xid", NOTED, f"{len(lines)} since the machine was started, the last: {lines[-1].strip()[:160]}")
+    return Finding("xid", FINE, "none since the machine was started")
+
+
+def space(name: str, place: Path, gib: float) -> Finding:
+    """Whether the file system of `place`, or of the nearest folder above that exists, has `gib` GiB free."""
+    existing = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free / GIB
+    text = f"{free:.1f} GiB free in {place}"
+    if free < gib:
+        hint = "; give the container more (docker --shm-size, an emptyDir of medium Memory)" if name == "shm" else ""
+        return Finding(name, FAILED, f"{text}, {gib:g} wanted{hint}")
+    if not os.access(existing, os.W_OK):
+        return Finding(name, FAILED, f"{existing} cannot be written")
+    return Finding(name, FINE, text)
+
+
+def master(address: str, port: int, first: bool) -> Finding:
+    """Whether the first node's name is known here and, on that node, its port is free. That the port is reached can
+    be seen only when rank 0 listens: --collective."""
+    try:
+        found = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)})
+    except OSError as error:
+        return Finding("master", FAILED, f"{address} is not known here: {error.strerror or error}")
+    if first:
+        with socket.socket(socket.AF_INET6 if ":" in found[0] else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                return Finding("master", FAILED, f"port {port}: {error.strerror}: another job? set another MASTER_PORT")
+    return Finding("master", FINE, f"{address} is {', '.join(found)}" + (f", port {port} is free" if first else ""))
+
+
+def collective(mib: int, timeout: float) -> Finding:
+    """Adds up a tensor of `mib` MiB over all ranks, twice, over NCCL where there are GPUs and gloo elsewhere.
+
+    The sum of rank + 1 over ranks is exact in float32. The rate is what nccl-tests call bus bandwidth: 2 (n - 1) / n
+    times bytes a second.
+    """
+    import torch
+    from torch import distributed as dist
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if backend == "nccl" else torch.device("cpu")
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        if backend == "nccl":
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        rank, world = dist.get_rank(), dist.get_world_size()
+        for _ in range(2):  # the first call connects the ranks
+            values = torch.full((mib * 2**18,), rank + 1.0, device=device)
+            dist.barrier()
+            began = time.monotonic()
+            dist.all_reduce(values)
+            right = bool((values == world * (world + 1) / 2).all())
+            seconds = time.monotonic() - began
+        dist.barrier()
+        dist.destroy_process_group()
+    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        hint = (
+            "look at GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (launch/nccl.env), at firewalls and at the other nodes"
+        )
+        return Finding("collective", FAILED, f"{backend} by {where}: {line}; {hint}")
+    if not right:
+        return Finding("collective", FAILED, f"{backend}: rank {rank} got a wrong sum over {world} ranks")
+    rate = mib * 2**20 * 2 * (world - 1) / world / seconds / 1e9
+    return Finding("collective", FINE, f"{backend}, {world} ranks by {where}, {mib} MiB at {rate:.2f} GB/s")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="mols_ds.apps.launch.health", description="Checks a node before a job.")
+    add = parser.add_argument
+    add("--gpus", type=int, metavar="N", help="GPUs that must be there (default: those that nvidia-smi lists)")
+    add("--shm-gib", type=float, default=SHM_GIB, metavar="GIB", help="free in /dev/shm (default %(default)s)")
+    add(
+        "--disk", action="append", metavar="PATH=GIB", type=_place,
+        help=f"free for PATH, may be given several times (default: {DISK_GIB:g} for the run's $OUT)",
+    )  # fmt: skip
+    add("--collective", action="store_true", help="as one of the job's ranks, add up a tensor over all of them")
+    add("--mib", type=int, default=COLLECTIVE_MIB, help="size of that tensor (default %(default)s)")
+    add("--timeout", type=float, default=120.0, metavar="SECONDS", help="for the ranks to meet (default %(default)s)")
+    args = parser.parse_args(argv)
+    if args.disk is None:
+        args.disk = [(Path(os.environ.get("OUT", ".")), DISK_GIB)]
+    return args
+
+
+def _place(text: str) -> tuple[Path, float]:
+    path, _, gib = text.rpartition("=")
+    if not path:
+        raise argparse.ArgumentTypeError(f"{text} is not PATH=GIB")
+    return Path(path), float(gib)
+
+
+def _first_node() -> tuple[str, int] | None:
+    """Name and port at which the ranks are to meet: rank 0's, or those of launch/torchrun.sh's rendezvous."""
+    if os.environ.get("MASTER_ADDR"):
+        return os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT") or DEFAULT_PORT)
+    host, _, port = os.environ.get("RDZV_ENDPOINT", "").rpartition(":")
+    return (host, int(port)) if host and port.isdigit() else None
+
+
+def findings(args: argparse.Namespace) -> Iterator[Finding]:
+    """The checks of a node, one rank a node, and the collective of all ranks where it is asked for."""
+    several = args.collective and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not several or os.environ.get("LOCAL_RANK", "0") == "0":
+        checks: list[Callable[[], Finding]] = [partial(gpus, args.gpus), memory_errors, driver_errors]
+        checks += [partial(space, "shm", Path("/dev/shm"), args.shm_gib)]
+        checks += [partial(space, "disk", path, gib) for path, gib in args.disk]
+        yield from (check() for check in checks)
+        where = _first_node()
+        if where is not None:
+            yield master(*where, first=os.environ.get("RANK") == "0" and not several)
+    if args.collective:
+        if "RANK" not in os.environ:
+            raise MolsConfigError("--collective is for a rank: start it with torchrun, srun or DeepSpeed's launcher")
+        yield collective(args.mib, args.timeout)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0, 1 where a check failed, 2 for a user's mistake."""
+    args = _arguments(argv)
+    failed = False
+    host = socket.gethostname()
+    try:
+        if args.collective:
+            adopt_rank_environment()
+        else:
+            os.environ.update(rank_environment(os.environ))
+        for finding in findings(args):
+            failed = failed or finding.state == FAILED
+            rank: Any = os.environ.get("RANK")
+            where = host if rank is None else f"{host} rank {rank}"
+            print(f"health: {where}: {finding.state:<6} {finding.check}: {finding.text}", flush=True)
+    except MolsConfigError as error:
+        print(f"mols_ds.apps.launch.health: {error}", file=sys.stderr, flush=True)
+        return 2
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Signals for the ranks of a job, past the launcher that started them.
+
+Training saves a checkpoint and exits with 0 on SIGTERM and SIGUSR1 (mols_ds/training/preemption.py). Launchers do not
+hand a signal on like that: torchrun (torch/distributed/elastic/agent/server/api.py, `run`) passes SIGTERM on, kills
+what is left 30 s later and fails all the same, and dies of SIGUSR1 without a word to its ranks; DeepSpeed's
+launcher/launch.py ends one rank after the other, each within 30 s, and fails. A signal sent to the ranks themselves
+lets them end well, and then the launcher does too. The ranks agree among themselves, so those of one node are enough.
+
+    python -m mols_ds.signals run torchrun --nnodes 2 ... train.py ...   in the place of `torchrun ...`
+    python -m mols_ds.signals send SIGUSR1 --port 29500                  to the ranks on this machine, from anywhere
+    python -m mols_ds.signals finished runs/7b                           status 0 where the run came to its last step
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil  # type: ignore[import-untyped]
+
+from mols_ds.training.preemption import SIGNALS
+
+NOT_FOUND = NOT_FINISHED = 1
+NO_COMMAND = 127
+METRICS = ("metrics.jsonl", "mols/metrics.jsonl")
+"""Of a run, and of the second arm of a comparison; training writes their last line after the last step."""
+SENT = "was sent to"
+GRACE_SECONDS = 600.0
+"""How long ranks may take to end a step and save; the cluster's own limit is what usually counts."""
+IDLE_SECONDS = 30.0
+"""How long a launcher without ranks is left alone after a signal: they may just have ended, told by those of another
+node, and the launcher is about to find out."""
+KILL_SECONDS = 40.0
+"""After that, the time that a launcher has to end its ranks: torchrun and DeepSpeed give theirs 30 s."""
+_POLL_SECONDS = 0.2
+
+
+def _is_rank(process: psutil.Process, port: int | None) -> bool:
+    """Whether a launcher gave `process`, or one above it, a local rank (of the job on `port`)."""
+    try:
+        environment = process.environ()
+    except psutil.Error:
+        return False
+    return "LOCAL_RANK" in environment and (port is None or environment.get("MASTER_PORT") == str(port))
+
+
+def ranks_among(processes: Iterable[psutil.Process], port: int | None = None) -> list[psutil.Process]:
+    """The ranks among `processes`: those with a LOCAL_RANK in their environment whose parent has none.
+
+    What a rank starts itself (workers that load data) has its environment too, and is left to the rank. LOCAL_RANK and
+    not RANK: Kubeflow gives every pod a RANK.
+    """
+    found = {process.pid: process for process in processes if _is_rank(process, port)}
+    return [process for process in found.values() if _parent(process) not in found]
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return int(process.ppid())
+    except psutil.Error:
+        return None
+
+
+def ranks_below(pid: int) -> list[psutil.Process]:
+    """The ranks among the descendants of process `pid`."""
+    try:
+        return ranks_among(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ranks_here(port: int) -> list[psutil.Process]:
+    """The ranks on this machine that belong to this user and to the job whose MASTER_PORT is `port`."""
+    mine = [process for process in psutil.process_iter() if _owner(process) == os.getuid()]
+    return ranks_among(mine, port)
+
+
+def _owner(process: psutil.Process) -> int | None:
+    try:
+        return int(process.uids().real)
+    except psutil.Error:
+        return None
+
+
+def send(processes: Iterable[psutil.Process], number: int) -> int:
+    """Sends a signal; returns how many processes were there to get it."""
+    count = 0
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+            count += 1
+    return count
+
+
+def finished(out: Path) -> bool:
+    """Whether the run that writes to `out` came to its last step: a run that a signal ended exits with 0 as well."""
+    for path in (out / name for name in METRICS):
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        with contextlib.suppress(ValueError):
+            if lines and json.loads(lines[-1]).get("final"):
+                return True
+    return False
+
+
+class Supervisor:
+    """Runs a launcher and hands SIGTERM and SIGUSR1 to its ranks. Main thread only."""
+
+    def __init__(self, command: Sequence[str], grace: float = GRACE_SECONDS) -> None:
+        self.command, self.grace = list(command), grace
+        self._heard = 0
+        self._first: int | None = None
+        self._told: set[int] = set()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._heard = number
+        self._first = self._first or number
+
+    def run(self) -> int:
+        """Returns the launcher's exit status, 128 + n where signal n ended it; also where it was to end and had no
+        rank yet."""
+        # Ignored in the launcher and, until they listen, in its ranks: SIGUSR1 is for those that train already
+        former = {number: signal.getsignal(number) for number in SIGNALS}
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        process = subprocess.Popen(self.command)
+        try:
+            for number in SIGNALS:
+                signal.signal(number, self._note)
+            status = self._wait(process)
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+        return 128 - status if status < 0 else status
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        limit: float | None = None
+        while (status := _status(process)) is None:
+            if self._heard:
+                number, self._heard = self._heard, 0
+                told = self._forward(process.pid, number)
+                patience = self.grace if told else min(self.grace, IDLE_SECONDS)
+                limit = min(limit or float("inf"), time.monotonic() + patience)
+            elif limit is not None and (time.monotonic() > limit or self._began_again(process.pid)):
+                return self._end(process)
+        return status
+
+    def _forward(self, pid: int, number: int) -> bool:
+        """Tells the ranks. Returns whether there are any."""
+        ranks = ranks_below(pid)
+        self._told |= {rank.pid for rank in ranks}
+        _say(f"{signal.Signals(number).name} goes to {len(ranks)} ranks")
+        return send(ranks, number) > 0
+
+    def _began_again(self, pid: int) -> bool:
+        """Whether the launcher has started ranks after the signal: it took the end of the others for a failure."""
+        return any(rank.pid not in self._told for rank in ranks_below(pid))
+
+    def _end(self, process: subprocess.Popen[bytes]) -> int:
+        """Ends the launcher and everything below it."""
+        _say("the launcher is ended")
+        everything = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(KILL_SECONDS)
+        send(everything, signal.SIGKILL)
+        process.wait()
+        return -(self._first or signal.SIGTERM)
+
+
+def _status(process: subprocess.Popen[bytes]) -> int | None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(_POLL_SECONDS)
+    return None
+
+
+def _say(message: str) -> None:
+    print(f"mols_ds.apps.launch.signals: {message}", file=sys.stderr, flush=True)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="mols_ds.apps.launch.signals", description="Signals for the ranks of a job.")
+    commands = parser.add_subparsers(required=True, dest="what")
+    run = commands.add_parser("run", help="run a launcher; SIGTERM and SIGUSR1 go to its ranks")
+    run.add_argument(
+        "--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS",
+        help="time that ranks have to save and end (default %(default)s)",
+    )  # fmt: skip
+    run.add_argument("--out", type=Path, metavar="DIR", help="the run's --out, for --unfinished")
+    run.add_argument(
+        "--unfinished", type=int, default=0, metavar="STATUS",
+        help="exit status where all went well but the run in --out is not at its last step (default %(default)s)",
+    )  # fmt: skip
+    run.add_argument("command", nargs=argparse.REMAINDER, help="the launcher and its arguments")
+    tell = commands.add_parser("send", help="send a signal to the ranks on this machine")
+    tell.add_argument("signal", choices=[number.name for number in SIGNALS])
+    tell.add_argument("--port", type=int, required=True, help="the job's MASTER_PORT")
+    done = commands.add_parser("finished", help="whether a run came to its last step, as the exit status")
+    done.add_argument("out", type=Path, help="the run's --out")
+    args = parser.parse_args(argv)
+    if args.what == "run" and args.unfinished and args.out is None:
+        parser.error("--unfinished needs --out")
+    if args.what == "run" and args.command[:1] == ["--"]:
+        del args.command[0]
+    if args.what == "run" and not args.command:
+        parser.error("run: no command")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the status of what was run, or 1 where `send` found no rank or `finished` no end."""
+    args = _parse(argv)
+    if args.what == "run":
+        return _run(args)
+    if args.what == "finished":
+        return 0 if finished(args.out) else NOT_FINISHED
+    count = send(ranks_here(args.port), signal.Signals[args.signal])
+    if not count:
+        _say(f"no rank of a job with MASTER_PORT {args.port} runs here as this user")
+        return NOT_FOUND
+    _say(f"{args.signal} {SENT} {count} ranks")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        status = Supervisor(args.command, args.grace).run()
+    except OSError as error:
+        _say(f"{args.command[0]}: {error.strerror or error}")
+        return NO_COMMAND
+    if status == 0 and args.unfinished and not finished(args.out):
+        _say(f"{args.out}: the run is not at its last step; start it again to go on")
+        return int(args.unfinished)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""A plan as plain values: what `mols-ds plan --json` prints, and what the text and the plot are made from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mols_ds.apps.plan.job import Job
+from mols_ds.apps.plan.search import Found, Planned, nearest
+
+SCHEMA = 1
+
+
+def document(job: Planned) -> dict[str, Any]:
+    """The plan of a job. Sizes in bytes, times in seconds; every key is always there (docs/planning.md)."""
+    footprints = job.footprints()
+    number = job.heaviest()
+    footprint = footprints[number]
+    spent = job.times()
+    problems = job.problems()
+    return {
+        "schema": SCHEMA,
+        "cluster": job.cluster.model_dump() | {"ranks": job.ranks},
+        "run": {"summary": job.summary(), "steps": job.steps, "batch": job.batch, "sequence": job.length},
+        "mols": _mols(job),
+        "heaviest": footprint.name,
+        "measured_elements": footprint.measured,
+        "limits": {"device": job.cluster.limit, "host": job.cluster.host_limit, "nvme": job.cluster.nvme_limit},
+        "phases": [
+            {
+                "phase": phase.name,
+                "moment": phase.moment,
+                "device": phase.device,
+                "device_total": sum(phase.device.values()),
+                "host": phase.host,
+                "host_total": sum(phase.host.values()),
+            }
+            for phase in job.phases(footprint)
+        ],
+        "nvme": footprint.nvme,
+        "ranks_of": [
+            {"name": each.name, "device_total": max(sum(p.device.values()) for p in job.phases(each))}
+            for each in footprints
+        ],
+        "messages": [message._asdict() | {"sent": message.sent} for message in job.messages_of(number)],
+        "calibration": {
+            "sums_bytes": job.sums(),
+            "agreement_bytes": 8 * job.samples if job.mode == "probe" else 0,
+            "accumulator_bytes": job.accumulators(footprint).kept,
+        },
+        "seconds": {
+            "step": spent.step,
+            "messages_of_a_step": spent.messages,
+            "passes": spent.passes,
+            "updates": spent.updates,
+            "transfer": spent.transfer,
+            "reduction": spent.reduction,
+            "added": spent.added * job.calibrations(),
+            "run": spent.step * job.steps,
+        },
+        "overhead": spent.overhead(job.steps) * job.calibrations(),
+        "fits": not problems,
+        "problems": problems,
+        "nearest": _nearest(nearest(job)) if problems else None,
+    }
+
+
+def _mols(job: Job) -> dict[str, Any]:
+    return {
+        "enabled": job.mols is not None,
+        "mode": job.mode if job.mols is not None else None,
+        "samples": job.samples,
+        "start": job.start(),
+        "calibrations": job.calibrations(),
+        "accumulators": job.device,
+        "groups": list(job.groups),
+    }
+
+
+def _nearest(found: Found | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    number = found.job.heaviest()
+    phases = found.job.phases(found.job.footprints()[number])
+    return {
+        "changes": list(found.labels),
+        "nodes": found.nodes,
+        "summary": found.job.summary(),
+        "device_total": max(sum(phase.device.values()) for phase in phases),
+        "host_total": max(sum(phase.host.values()) for phase in phases),
+    }

@@ -1,0 +1,195 @@
+"""Memory and messages of a rank under Megatron-core's tensor, pipeline, expert and data parallelism.
+
+Follows megatron-core 0.16.1: core/distributed/param_and_grad_buffer.py for the buffers and their padding,
+core/optimizer/distrib_optimizer.py and core/optimizer/optimizer.py for the optimizer, core/tensor_parallel/layers.py
+and mappings.py for what a layer sends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mols_ds.apps.plan.gpt import Gpt
+from mols_ds.apps.plan.optimizers import Weight, state_of_shard
+from mols_ds.apps.plan.parts import Bytes, Footprint, Message, Operation, up
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a Megatron config decides memory and messages."""
+
+    gpt: Gpt
+    ranks: int
+    weight_bytes: int
+    gradient_bytes: int
+    distributed: bool
+    overlap: bool
+    optimizer: str
+    settings: dict[str, Any]
+    micro_batch: int
+    micro_batches: int
+    length: int
+    gathers: int = 1
+    """How often a step gathers the updated weights: with experts, each of the two chained DistributedOptimizers gathers
+    all of them, unless that overlaps with the next forward pass."""
+
+    @property
+    def data(self) -> int:
+        """Ranks that share the dense parameters (context ranks among them)."""
+        return self.ranks // (self.gpt.tp * self.gpt.pp)
+
+    @property
+    def expert_data(self) -> int:
+        return self.ranks // (self.gpt.etp * self.gpt.ep * self.gpt.pp)
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch, over all context ranks."""
+        return self.micro_batch * self.length
+
+
+def buffer_elements(weights: Sequence[Weight], ranks: int, *, distributed: bool, bucket: int | None) -> int:
+    """Elements of a flat gradient buffer: with the distributed optimizer, parameters begin at multiples of 64 and
+    buckets end at multiples of 128 and of the ranks."""
+    at = begin = 0
+    for weight in reversed(weights):
+        at = (up(at, 64) if distributed else at) + weight.numel
+        if bucket is not None and at - begin >= bucket:
+            at = begin = up(at, math.lcm(ranks, 128)) if distributed else at
+    return up(at, math.lcm(ranks, 128)) if distributed else at
+
+
+def split_experts(weights: Sequence[Weight]) -> tuple[list[Weight], list[Weight]]:
+    """(dense parameters, parameters of routed experts), which have buffers and ranks of their own."""
+    experts = [weight for weight in weights if ".experts." in weight.name]
+    return [weight for weight in weights if ".experts." not in weight.name], experts
+
+
+def _chunks(weights: Sequence[Weight]) -> list[list[Weight]]:
+    """Parameters by model chunk: each has buffers of its own."""
+    found: dict[str, list[Weight]] = {}
+    for weight in weights:
+        key = weight.name.split(".")[1] if weight.name.startswith("chunk.") else ""
+        found.setdefault(key, []).append(weight)
+    return list(found.values())
+
+
+def buffers(plan: Plan, stage: int) -> list[tuple[int, int, list[Weight]]]:
+    """(elements, ranks that share it, parameters) of each flat buffer of a rank."""
+    found = []
+    for chunk in _chunks(plan.gpt.weights(stage)):
+        for part, ranks in zip(split_experts(chunk), (plan.data, plan.expert_data), strict=True):
+            if part:
+                bucket = max(40_000_000, 1_000_000 * ranks) if plan.overlap else None
+                size = buffer_elements(part, ranks, distributed=plan.distributed, bucket=bucket)
+                found.append((size, ranks, part))
+    return found
+
+
+def footprint(plan: Plan, stage: int) -> Footprint:
+    """Of a rank of one pipeline stage."""
+    gpt, half = plan.gpt, plan.weight_bytes == 2
+    weight_bytes = gradient = optimizer = owned = measured = converted = 0
+    for size, ranks, weights in buffers(plan, stage):
+        numel = sum(weight.numel for weight in weights)
+        mine = -(-size // ranks) if plan.distributed else numel
+        mine = min(mine, numel)
+        weight_bytes += (size if plan.distributed else numel) * plan.weight_bytes
+        gradient += size * plan.gradient_bytes
+        optimizer += 4 * mine if half else 0
+        optimizer += state_of_shard(plan.optimizer, plan.settings, weights, mine)
+        owned += mine
+        measured += mine if plan.distributed else -(-numel // ranks)
+        converted += 4 * mine if half and plan.gradient_bytes != 4 else 0
+    resident: Bytes = {"weights": weight_bytes, "gradients": gradient, "optimizer": optimizer}
+    activations = gpt.activation_bytes(stage, plan.tokens, plan.length, plan.weight_bytes, plan.micro_batches)
+    moments = {
+        "backward": {
+            "activations": activations,
+            "workspace": gpt.head_bytes(stage, plan.tokens, plan.weight_bytes),
+            "buffers": _gathered(plan),
+        },
+        "step": {"gradients": converted, "workspace": 0},
+    }
+    return Footprint(resident, moments, owned, measured, name=f"a rank of pipeline stage {stage}")
+
+
+def _gathered(plan: Plan) -> int:
+    """Sequence parallelism gathers the whole input of a layer into one buffer (core/utils.py, GlobalMemoryBuffer)."""
+    gpt = plan.gpt
+    return plan.tokens // gpt.cp * gpt.hidden * plan.weight_bytes if gpt.sp else 0
+
+
+# ------------------------------------------------------------------ messages
+
+
+def messages(plan: Plan, stage: int, accelerators: int) -> list[Message]:
+    """What a rank of a stage sends in one step, embedding and loss included where the stage has them."""
+    found = [*_data(plan, stage, accelerators)]
+    gpt = plan.gpt
+    if gpt.tp > 1:
+        found += _tensor(plan, stage, gpt.tp <= accelerators)
+    if gpt.pp > 1:
+        found += _pipeline(plan, stage, plan.ranks <= accelerators)
+    if gpt.experts and gpt.ep > 1:
+        routed = plan.tokens // gpt.cp // gpt.tp * gpt.topk * gpt.hidden * plan.weight_bytes
+        calls = 4 * plan.micro_batches * gpt.chunk * gpt.vp
+        inside = gpt.etp * gpt.ep <= accelerators
+        total = calls * routed
+        found.append(Message("tokens to experts and back", "all-to-all", "expert", gpt.ep, calls, total, inside, total))
+    return found
+
+
+def _data(plan: Plan, stage: int, accelerators: int) -> list[Message]:
+    found = []
+    for size, ranks, weights in buffers(plan, stage):
+        if ranks == 1:
+            continue
+        of = "experts" if ".experts." in weights[0].name else "data"
+        inside = plan.ranks <= accelerators or plan.gpt.tp * ranks <= accelerators
+        gradients, updated = size * plan.gradient_bytes, size * plan.weight_bytes
+        operation: Operation = "reduce-scatter" if plan.distributed else "all-reduce"
+        found.append(Message("gradients", operation, of, ranks, 1, gradients, inside, gradients))
+        if plan.distributed:
+            times = plan.gathers
+            found.append(Message("updated weights", "all-gather", of, ranks, times, times * updated, inside, 0))
+    return found
+
+
+def _tensor(plan: Plan, stage: int, inside: bool) -> list[Message]:
+    """A layer: without sequence parallelism two all-reduces forward and two backward; with it, two gathers and two
+    scatters each way, and two more gathers for the weights' gradients. The embedding and the head: one more of them."""
+    gpt, times = plan.gpt, plan.micro_batches
+    whole = plan.tokens // gpt.cp * gpt.hidden * plan.weight_bytes
+    layers = gpt.chunk * gpt.vp * (1 if gpt.experts else 2)
+    first, last = stage == 0, stage == gpt.pp - 1
+    found = []
+
+    def message(what: str, operation: Operation, calls: int, size: int) -> None:
+        found.append(Message(what, operation, "tensor", gpt.tp, calls, calls * size, inside, calls * size))
+
+    if gpt.sp:
+        message("activations", "all-gather", times * (3 * layers + (1 if first else 0) + (2 if last else 0)), whole)
+        message("activations", "reduce-scatter", times * (2 * layers + (1 if first else 0) + (1 if last else 0)), whole)
+    else:
+        message("activations", "all-reduce", times * (2 * layers + (1 if first else 0) + (1 if last else 0)), whole)
+    if gpt.sp:
+        norms = sum(w.numel for w in gpt.weights(stage) if "norm" in w.name or "router" in w.name)
+        message("gradients of norms", "all-reduce", 1, norms * plan.gradient_bytes)
+    if last:
+        message("loss", "all-reduce", 3 * times, plan.tokens // gpt.cp * 4)
+    return found
+
+
+def _pipeline(plan: Plan, stage: int, inside: bool) -> list[Message]:
+    gpt = plan.gpt
+    size = plan.tokens // gpt.cp * gpt.hidden * plan.weight_bytes // (gpt.tp if gpt.sp else 1)
+    if gpt.vp > 1:
+        calls = 2 * gpt.vp * plan.micro_batches - (plan.micro_batches if stage in (0, gpt.pp - 1) else 0)
+    else:
+        calls = plan.micro_batches * ((stage > 0) + (stage < gpt.pp - 1))
+    total = calls * size
+    return [Message("activations and gradients", "send and receive", "pipeline", gpt.pp, calls, total, inside, total)]

@@ -1,0 +1,345 @@
+"""One run to be planned, on DeepSpeed or on Megatron-core: what it needs, and the changes that may make it fit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from mols_ds.apps.plan import grid, zero
+from mols_ds.apps.plan.calibration import Accumulators, Device, accumulators, sums_bytes
+from mols_ds.apps.plan.cluster import Cluster
+from mols_ds.apps.plan.model import Decoder
+from mols_ds.apps.plan.parts import PHASES, Bytes, Footprint, Message, add
+from mols_ds.apps.plan.timing import Mode, Times, step_seconds, times
+from mols_ds.core.config import MIN_SAMPLES_CORRECTED, MolsConfig
+from mols_ds.core.phases import resolve_schedule
+
+THREADS = 8
+"""Of a rank on the host, which decide the accumulators' scratch (`mols_ds.core.accumulators`)."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """label: for people; cost: the smaller, the less it slows the run (an order, not seconds); apply: the changed job,
+    or None where it cannot be made."""
+
+    label: str
+    cost: int
+    apply: Callable[[Any], Any]
+
+
+class Phase(NamedTuple):
+    """What the heaviest rank holds in a phase of MoLS: kind -> bytes, at the moment of a step that needs most."""
+
+    name: str
+    moment: str
+    device: Bytes
+    host: Bytes
+
+
+@dataclass(frozen=True)
+class Job(ABC):
+    """mols: None for a run without it. steps: optimizer steps of the whole run. device: of the accumulators."""
+
+    cluster: Cluster
+    mols: MolsConfig | None
+    groups: tuple[str, ...]
+    steps: int
+    batch: int
+    length: int
+    device: Device
+
+    @property
+    def ranks(self) -> int:
+        return self.cluster.ranks
+
+    @abstractmethod
+    def footprints(self) -> list[Footprint]:
+        """Of each kind of rank."""
+
+    @abstractmethod
+    def messages_of(self, footprint: int) -> list[Message]:
+        """Of a step of the rank with that number among `footprints`."""
+
+    @abstractmethod
+    def flops(self) -> float:
+        """Of one rank in one step."""
+
+    @abstractmethod
+    def precision(self) -> str:
+        """fp32, bf16 or fp8: which peak counts."""
+
+    @abstractmethod
+    def axes(self) -> list[list[Change]]:
+        """Alternatives by kind, of each of which at most one is made."""
+
+    @abstractmethod
+    def summary(self) -> list[str]:
+        """Lines that say what is planned."""
+
+    @property
+    def mode(self) -> Mode:
+        return "fixed" if self.mols is None or self.mols.fixed_alphas is not None else self.mols.mode
+
+    @property
+    def samples(self) -> int:
+        """Gradient samples of a calibration; the most that "auto" takes."""
+        if self.mols is None or self.mode == "fixed":
+            return 0
+        return self.mols.max_samples if self.mols.samples == "auto" else int(self.mols.samples)
+
+    def start(self) -> int | None:
+        """The step at which the calibration begins."""
+        return None if self.mols is None else resolve_schedule(self.mols, self.steps, self.steps // 10).start
+
+    def calibrations(self) -> int:
+        """How many the run makes."""
+        if self.mode == "fixed":
+            return 0
+        again = self.mols.recalibrate.every if self.mols is not None and self.mols.recalibrate else 0
+        return 1 + (max(0, self.steps - 1 - (self.start() or 0)) // again if again else 0)
+
+    def accumulators(self, footprint: Footprint) -> Accumulators:
+        """Nothing where no gradient is accumulated."""
+        if self.mode not in ("probe", "online"):
+            return Accumulators(0, 0)
+        return accumulators(footprint.measured, self.device, len(self.groups), THREADS)
+
+    def phases(self, footprint: Footprint) -> list[Phase]:
+        """The phases of MoLS, or one of training without it."""
+        moment, device = footprint.peak()
+        held = {"accumulators": self.accumulators(footprint).total}
+        found = []
+        for name in PHASES if self.mols is not None else ("training",):
+            more: Bytes = held if name == "calibrating" else {}
+            on_host = self.device == "cpu"
+            found.append(
+                Phase(name, moment, add(device, {} if on_host else more), add(footprint.host, more if on_host else {}))
+            )
+        return found
+
+    def heaviest(self) -> int:
+        """Number of the footprint that needs most on the accelerator."""
+        every = self.footprints()
+        return max(range(len(every)), key=lambda i: max(sum(p.device.values()) for p in self.phases(every[i])))
+
+    def problems(self) -> list[str]:
+        """What does not fit, on any rank, in words."""
+        found = dict[str, None]()
+        for footprint in self.footprints():
+            for phase in self.phases(footprint):
+                pairs = (
+                    ("accelerator", sum(phase.device.values()), self.cluster.limit),
+                    ("host", sum(phase.host.values()), self.cluster.host_limit),
+                    ("NVMe", footprint.nvme, self.cluster.nvme_limit),
+                )
+                for where, needed, limit in pairs:
+                    if needed > limit:
+                        found[f"{phase.name}: {where} memory {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB"] = None
+        return list(found)
+
+    def fits(self) -> bool:
+        return not self.problems()
+
+    def sums(self) -> int:
+        """Bytes of the all-reduce at the end of a calibration."""
+        return sums_bytes(self.groups, max(self.samples, MIN_SAMPLES_CORRECTED)) if self.mode != "fixed" else 0
+
+    def times(self) -> Times:
+        number = self.heaviest()
+        footprint = self.footprints()[number]
+        return times(
+            self.cluster,
+            step=step_seconds(self.cluster, self.flops(), self.precision()),
+            messages=self.messages_of(number),
+            mode=self.mode,
+            samples=self.samples,
+            elements=footprint.measured,
+            device=self.device,
+            host_gradients="gradients" in footprint.host,
+            sums=self.sums(),
+        )
+
+
+ON_HOST = Change("accumulators on the host", 1, lambda job: _on_host(job))
+
+
+def _on_host(job: Job) -> Job | None:
+    return replace(job, device="cpu") if job.device == "accelerator" else None
+
+
+# ------------------------------------------------------------------ DeepSpeed
+
+
+@dataclass(frozen=True)
+class ZeroJob(Job):
+    """A run of train.py."""
+
+    decoder: Decoder
+    zero: zero.Zero
+
+    def footprints(self) -> list[Footprint]:
+        dtype = torch.float32 if self.zero.weight_bytes == 4 else torch.bfloat16
+        activations = self.decoder.activations(self.zero.micro_batch, self.length, dtype)
+        return [zero.footprint(self.zero, self.decoder.weights, self.ranks, activations)]
+
+    def messages_of(self, footprint: int) -> list[Message]:
+        layers = self.decoder.config.num_hidden_layers
+        return zero.messages(self.zero, self.decoder.weights, self.ranks, self.cluster.nodes == 1, layers)
+
+    def flops(self) -> float:
+        tokens = self.zero.micro_batch * self.zero.accumulation * self.length
+        return self.decoder.flops(tokens, self.length, recompute=self.zero.checkpointing)
+
+    def precision(self) -> str:
+        return "fp32" if self.zero.weight_bytes == 4 else "bf16"
+
+    def summary(self) -> list[str]:
+        z = self.zero
+        offload = [f"{what} on {where}" for what, where in
+                   (("optimizer", z.offload_optimizer), ("weights", z.offload_param)) if where != "none"]  # fmt: skip
+        more = ", ".join(["activation checkpointing"] * z.checkpointing + offload)
+        return [
+            f"{self.decoder.numel:,} weights, ZeRO {z.stage}, {self.precision()}, {z.optimizer}"
+            + (f", {more}" if more else ""),
+            f"{self.batch} sequences of {self.length} a step: {z.micro_batch} x {z.accumulation} on each of "
+            f"{self.ranks} ranks",
+        ]
+
+    def changed(self, **values: Any) -> ZeroJob:
+        return replace(self, zero=replace(self.zero, **values))
+
+    def with_micro(self, micro: int) -> ZeroJob | None:
+        if micro >= self.zero.micro_batch or self.batch % (micro * self.ranks):
+            return None
+        return self.changed(micro_batch=micro, accumulation=self.batch // (micro * self.ranks))
+
+    def with_nodes(self, nodes: int) -> ZeroJob | None:
+        """Another number of nodes for the same batch: the micro batch stays, or becomes what divides."""
+        cluster = self.cluster.with_nodes(nodes)
+        if self.batch % cluster.ranks:
+            return None
+        share = self.batch // cluster.ranks
+        micro = max(n for n in range(1, min(share, self.zero.micro_batch) + 1) if share % n == 0)
+        moved = replace(self, cluster=cluster)
+        return moved.changed(micro_batch=micro, accumulation=share // micro)
+
+    def axes(self) -> list[list[Change]]:
+        z = self.zero
+
+        def stage(number: int) -> Callable[[ZeroJob], ZeroJob]:
+            return lambda job: replace(job, zero=job.zero.with_stage(number))
+
+        def when(condition: bool, change: Change) -> list[Change]:
+            return [change] if condition else []
+
+        micros = [n for n in range(z.micro_batch - 1, 0, -1) if self.batch % (n * self.ranks) == 0]
+        return [
+            when(self.device == "accelerator", ON_HOST),
+            [Change(f"micro batch {n}, accumulation {self.batch // (n * self.ranks)}", 2 + i,
+                    _micro(n)) for i, n in enumerate(micros)],
+            [Change(f"ZeRO stage {n}", 10 + 2 * n, stage(n)) for n in range(z.stage + 1, 4)],
+            when(not z.checkpointing, Change("activation checkpointing", 20, _checkpointing)),
+            when(z.offload_optimizer == "none", Change("optimizer offloaded to the host", 40, _offload_optimizer)),
+            when(z.offload_param == "none", Change("weights offloaded to the host", 60, _offload_param)),
+        ]  # fmt: skip
+
+
+def _micro(number: int) -> Callable[[ZeroJob], ZeroJob | None]:
+    return lambda job: job.with_micro(number)
+
+
+def _checkpointing(job: ZeroJob) -> ZeroJob:
+    return job.changed(checkpointing=True)
+
+
+def _offload_optimizer(job: ZeroJob) -> ZeroJob | None:
+    return job.changed(offload_optimizer="cpu") if job.zero.stage else None
+
+
+def _offload_param(job: ZeroJob) -> ZeroJob | None:
+    return job.changed(offload_param="cpu") if job.zero.stage == 3 else None
+
+
+# ------------------------------------------------------------------ Megatron-core
+
+
+@dataclass(frozen=True)
+class GridJob(Job):
+    """A run of train_megatron.py."""
+
+    plan: grid.Plan
+    fp8: bool
+
+    def footprints(self) -> list[Footprint]:
+        return [grid.footprint(self.plan, stage) for stage in range(self.plan.gpt.pp)]
+
+    def messages_of(self, footprint: int) -> list[Message]:
+        return grid.messages(self.plan, footprint, self.cluster.accelerators)
+
+    def flops(self) -> float:
+        return self.plan.gpt.flops(self.batch, self.length) / self.ranks
+
+    def precision(self) -> str:
+        return "fp8" if self.fp8 else "fp32" if self.plan.weight_bytes == 4 else "bf16"
+
+    def summary(self) -> list[str]:
+        g, p = self.plan.gpt, self.plan
+        sizes = {"tp": g.tp, "pp": g.pp, "vp": g.vp, "cp": g.cp, "ep": g.ep}
+        axes = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        more = ["sequence parallelism"] * g.sp + ["distributed optimizer"] * p.distributed
+        more += [f"{g.recompute} recomputation"] * bool(g.recompute)
+        return [
+            f"{g.total():,} weights, {', '.join([*axes, f'data {p.data // g.cp}'])}, {self.precision()}"
+            + (f", {', '.join(more)}" if more else ""),
+            f"{self.batch} sequences of {self.length} a step: {p.micro_batch} x {p.micro_batches} on each pipeline",
+            f"layers: {'Transformer Engine, by formula' if g.local is None else 'Megatron-core, traced'}",
+        ]
+
+    def regrid(self, *, micro: int | None = None, **values: Any) -> GridJob | None:
+        """Another grid or micro batch for the same ranks and batch; None where it does not divide."""
+        gpt = replace(self.plan.gpt, **values)
+        micro = micro or self.plan.micro_batch
+        model = gpt.tp * gpt.pp * gpt.cp
+        if self.ranks % model or self.ranks % (gpt.etp * gpt.ep * gpt.pp) or gpt.layers % (gpt.pp * gpt.vp):
+            return None
+        if gpt.heads % gpt.tp or gpt.kv % gpt.tp or gpt.ffn % gpt.tp or gpt.tp > self.cluster.accelerators:
+            return None
+        data = self.ranks // model
+        if self.batch % (micro * data) or (gpt.vp > 1 and self.batch // (micro * data) % gpt.pp):
+            return None
+        passes = self.batch // (micro * data)
+        plan = replace(self.plan, gpt=gpt, ranks=self.ranks, micro_batch=micro, micro_batches=passes)
+        return replace(self, plan=plan)
+
+    def with_nodes(self, nodes: int) -> GridJob | None:
+        """More data-parallel ranks."""
+        return replace(self, cluster=self.cluster.with_nodes(nodes)).regrid()
+
+    def axes(self) -> list[list[Change]]:
+        g, p = self.plan.gpt, self.plan
+
+        def to(**values: Any) -> Callable[[GridJob], GridJob | None]:
+            return lambda job: job.regrid(**values)
+
+        micros = [n for n in range(p.micro_batch - 1, 0, -1) if p.micro_batch % n == 0]
+        recompute = [] if g.recompute == "full" else [Change("full recomputation", 20, to(recompute="full"))]
+        if not g.recompute and not g.flash:
+            recompute.insert(0, Change("selective recomputation", 8, to(recompute="selective")))
+        distributed = Change(
+            "distributed optimizer", 3, lambda job: replace(job, plan=replace(job.plan, distributed=True))
+        )
+        return [
+            [ON_HOST] if self.device == "accelerator" else [],
+            [Change(f"micro batch {n}", 2 + i, to(micro=n)) for i, n in enumerate(micros)],
+            [distributed] if not p.distributed else [],
+            [Change("sequence parallelism", 4, lambda job: job.regrid(sp=True) if job.plan.gpt.tp > 1 else None)]
+            if not g.sp else [],
+            recompute,
+            [Change(f"tp {n}", 10 + n, to(tp=n)) for n in (g.tp * 2, g.tp * 4, g.tp * 8)],
+            [Change(f"pp {n}", 12 + n, to(pp=n)) for n in (g.pp * 2, g.pp * 4, g.pp * 8)],
+        ]  # fmt: skip

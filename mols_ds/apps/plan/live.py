@@ -1,0 +1,85 @@
+"""ZeRO stage 3: which parameters are gathered, how often, and how many are whole at the same time.
+
+Follows DeepSpeed's runtime/zero/partitioned_param_coordinator.py: modules are used in the order of a traced step. After
+its use a module's parameters are released, unless the trace uses them again within `max_reuse_distance` elements.
+Prefetching gathers up to `prefetch_bucket_size` elements ahead, as far as `max_live_parameters` allows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mols_ds.apps.plan.optimizers import Weight
+
+
+class Gathered(NamedTuple):
+    """Of one micro-step. elements: sum over all gathers; calls: at least; live: most elements whole at a time."""
+
+    elements: int
+    calls: int
+    live: int
+
+
+def gathered(
+    weights: Sequence[Weight], *, reuse: int, prefetch: int, most: int, checkpointing: bool, layers: int
+) -> Gathered:
+    """weights: the partitioned ones, in order of use. With checkpointing, a layer's forward runs again before its
+    backward pass. Modules are taken to be as large as single parameters (a norm and a projection are)."""
+    order = _trace(weights, checkpointing, layers)
+    following = _next_use(order, weights)
+    everything = sum(weight.numel for weight in weights)
+    live: set[int] = set()
+    total = calls = peak = held = 0
+    for at, index in enumerate(order):
+        if index not in live:
+            live.add(index)
+            held += weights[index].numel
+            total += weights[index].numel
+            calls += 1
+        peak = max(peak, held + min(prefetch, max(0, most - held), everything - held))
+        if following[at] >= reuse:
+            live.remove(index)
+            held -= weights[index].numel
+    return Gathered(total, calls, peak)
+
+
+def _trace(weights: Sequence[Weight], checkpointing: bool, layers: int) -> list[int]:
+    """Numbers of the parameters in the order in which forward and backward use them."""
+    forward = list(range(len(weights)))
+    if not checkpointing:
+        return forward + forward[::-1]
+    backward: list[int] = []
+    for block in reversed(_blocks(weights, layers)):
+        backward += block if len(block) > 1 else []
+        backward += block[::-1]
+    return forward + backward
+
+
+def _blocks(weights: Sequence[Weight], layers: int) -> list[list[int]]:
+    """Consecutive parameters of one decoder layer (`...layers.7....`, `...h.7....`); others stand alone."""
+    blocks: list[list[int]] = []
+    last = None
+    for number, weight in enumerate(weights):
+        parts = [part for part in weight.name.split(".") if part.isdigit()]
+        layer = parts[0] if parts and layers > 1 else None
+        if layer is not None and layer == last:
+            blocks[-1].append(number)
+        else:
+            blocks.append([number])
+        last = layer
+    return blocks
+
+
+def _next_use(order: Sequence[int], weights: Sequence[Weight]) -> list[float]:
+    """Elements that the trace passes between the use at each position and the next use of the same parameter."""
+    before = list(itertools.accumulate((weights[index].numel for index in order), initial=0))
+    result, seen = [math.inf] * len(order), dict[int, int]()
+    for at in range(len(order) - 1, -1, -1):
+        index = order[at]
+        if index in seen:
+            result[at] = before[seen[index]] - before[at + 1]
+        seen[index] = at
+    return result

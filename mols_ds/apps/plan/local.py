@@ -1,0 +1,228 @@
+"""What Megatron-core's own layers, those without Transformer Engine, keep for the backward pass.
+
+The real `GPTModel` runs forward under torch's fake tensors, as one rank of a fake tensor-parallel group, and what
+autograd saves is counted, each storage once. Unlike Transformer Engine's kernels these layers keep fp32 scores and
+their softmax, copies of grouped keys and values for each head, and each step of norms, rotary positions and gated MLPs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.sources import one_line
+
+if TYPE_CHECKING:
+    from mols_ds.apps.plan.gpt import Gpt
+
+
+@dataclass(frozen=True, eq=False)
+class Local:
+    """The model to trace. config: Megatron's TransformerConfig; position, tied: as GPTModel's arguments
+    `position_embedding_type` and `share_embeddings_and_output_weights`."""
+
+    config: Any
+    position: str = "rope"
+    tied: bool = False
+
+
+class Cut(NamedTuple):
+    """How the traced model is cut and fed; ffn: 0 for the config's own MLP."""
+
+    vocab: int
+    tp: int
+    sp: bool
+    recompute: str
+    length: int
+    ffn: int = 0
+
+
+class Saved(NamedTuple):
+    """Bytes of one micro-batch. layer: as it is kept until its backward pass; whole: of a layer whose backward pass is
+    under way (with recomputation more than `layer`); first, last, between: besides the layers, on a pipeline stage with
+    the embedding, with the head, with neither; alone: with both."""
+
+    layer: int
+    whole: int
+    first: int
+    last: int
+    between: int
+    alone: int
+
+    def stage(self, gpt: Gpt, stage: int) -> int:
+        """Besides the layers of a stage; with interleaved stages, of the chunk with most."""
+        if gpt.pp == 1:
+            return self.alone
+        return self.first if stage == 0 else self.last if stage == gpt.pp - 1 else self.between
+
+
+def activation_bytes(local: Local, gpt: Gpt, stage: int, tokens: int, length: int, micro_batches: int) -> int:
+    """Of one rank at its peak, all micro-batches in flight together; tokens: of one micro-batch.
+
+    Raises:
+        MolsUnsupportedError: megatron-core is not installed, or this process is part of a process group.
+        MolsConfigError: what Megatron refuses or cannot be traced.
+    """
+    saved = of(local, gpt, tokens // length, length)
+    chunks = gpt.in_flight(stage, micro_batches)
+    passes = math.ceil(chunks / gpt.vp)  # through one and the same chunk
+    layers = chunks * gpt.chunk * saved.layer
+    again = saved.whole - saved.layer  # the head's are gone when the last layer is computed again
+    held = passes * saved.stage(gpt, stage)
+    headless = passes * (saved.first if stage == 0 else saved.between) if gpt.recompute else 0
+    return layers + max(held, headless + again)
+
+
+def of(local: Local, gpt: Gpt, batch: int, length: int) -> Saved:
+    """Of `batch` sequences. Linear in them, so that two passes tell every size; experts see their even share."""
+    cut = Cut(gpt.vocab, gpt.tp, gpt.sp, gpt.recompute, length)
+    dense = _sequences(local, cut, batch)
+    if not gpt.experts:
+        return dense
+    # An MLP keeps in proportion to its width: so much for one unit of it and all tokens.
+    narrow, wide = (_sequences(local, cut._replace(ffn=n * gpt.tp), batch) for n in (64, 128))
+    unit = (wide.whole - narrow.whole) / 64
+    bare = narrow.whole - 64 * unit
+    size = local.config.params_dtype.itemsize
+    rows = batch * length // (gpt.tp if gpt.sp else 1)
+    routed = batch * length * gpt.topk / gpt.tp
+    inside = routed * gpt.ffn * (unit / (batch * length) + size)  # also before the product with the router's weight
+    extra = inside + routed * 2 * gpt.hidden * size * gpt.etp + rows * gpt.experts * 4 + unit * gpt.shared_ffn / gpt.tp
+    whole = round(bare + extra)
+    layer = dense.layer if gpt.recompute == "full" else dense.layer - dense.whole + whole
+    return dense._replace(layer=layer, whole=whole)
+
+
+def _sequences(local: Local, cut: Cut, batch: int) -> Saved:
+    one, two = (_saved(local, cut, n) for n in (1, 2))
+    return Saved(*(a + (batch - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+
+
+@functools.lru_cache(maxsize=256)
+def _saved(local: Local, cut: Cut, batch: int) -> Saved:
+    def ends(cut: Cut, *, first: bool, last: bool, layers: int = 1) -> int:
+        try:
+            return _trace(local, cut, batch, layers, first=first, last=last)
+        except Exception as error:  # whatever Megatron's code does with shapes alone
+            raise MolsConfigError(f"Megatron's layers cannot be traced: {one_line(error)}") from error
+
+    with _fake(cut.tp):
+        one = ends(cut, first=False, last=False)
+        layer = ends(cut, first=False, last=False, layers=2) - one
+        whole = layer
+        if cut.recompute:
+            plain = cut._replace(recompute="")
+            whole = ends(plain, first=False, last=False, layers=2) - ends(plain, first=False, last=False)
+        return Saved(
+            layer,
+            whole,
+            ends(cut, first=True, last=False) - layer,
+            ends(cut, first=False, last=True) - layer,
+            one - layer,
+            ends(cut, first=True, last=True) - layer,
+        )
+
+
+@contextlib.contextmanager
+def _fake(ranks: int) -> Iterator[None]:
+    """Be rank 0 of a tensor-parallel group that is not there, on the CPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from megatron_patches.cpu.emulation import cpu_megatron
+    from mols_ds.apps.plan.simulate_meta import fake_world
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), fake_world(0, ranks), cpu_megatron():
+        warnings.simplefilter("ignore")
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks, create_gloo_process_groups=False)
+        try:
+            plain = mock.patch.object(CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext())
+            with plain, FakeTensorMode():
+                yield
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+def _config(local: Local, cut: Cut, layers: int) -> Any:
+    """A dense model of `layers` layers on one pipeline stage; its checks have been made for the job's own."""
+    config = copy.copy(local.config)
+    changes: dict[str, Any] = {
+        "num_layers": layers,
+        "tensor_model_parallel_size": cut.tp,
+        "sequence_parallel": cut.sp,
+        "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": cut.tp,
+        "num_moe_experts": None,
+        "perform_initialization": False,
+        "use_cpu_initialization": True,
+        "recompute_granularity": cut.recompute or None,
+        "recompute_method": None,
+        "recompute_num_layers": None,
+    }
+    if cut.recompute == "full":
+        changes |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    elif cut.recompute:
+        changes |= {"recompute_modules": config.recompute_modules or ["core_attn"]}
+    if cut.ffn:
+        changes |= {"ffn_hidden_size": cut.ffn}
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def _trace(local: Local, cut: Cut, batch: int, layers: int, *, first: bool, last: bool) -> int:
+    """Bytes of the distinct storages that a forward pass saves, parameters left out."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    config = _config(local, cut, layers)
+    dtype = config.params_dtype
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    storages: dict[int, Any] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage  # kept, so that no other storage gets its address
+        return tensor
+
+    model = GPTModel(
+        config,
+        spec,
+        vocab_size=cut.vocab,
+        max_sequence_length=cut.length,
+        pre_process=first,
+        post_process=last,
+        position_embedding_type=local.position,
+        share_embeddings_and_output_weights=local.tied,
+    )
+    _cast(model, dtype)
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    ids = torch.zeros(batch, cut.length, dtype=torch.long)
+    if not first:
+        rows = cut.length // (cut.tp if cut.sp else 1)
+        model.set_input_tensor(torch.zeros(rows, batch, config.hidden_size, dtype=dtype, requires_grad=True))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(ids, ids, None, labels=ids if last else None)
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
+
+
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """What Float16Module does, for fake tensors, whose parameters cannot be changed in place."""
+    for module in list(model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dtype != dtype:
+                module.register_parameter(name, torch.nn.Parameter(parameter.detach().to(dtype)))

@@ -1,0 +1,205 @@
+"""The model of a plan: its real parameters on the meta device, and what its forward pass keeps for the backward."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from mols_ds.apps.plan.optimizers import Weight
+from mols_ds.core.groups import GroupTable, group_table
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.models import load_model_config
+from mols_ds.training.sources import one_line
+
+DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "embd_dropout")
+
+
+class Activations(NamedTuple):
+    """Bytes that a forward pass of one micro-batch leaves for the backward pass.
+
+    layer: each decoder layer; fixed: embedding, last norm, head and loss; boundary: a layer's input alone, which is
+    what activation checkpointing keeps; logits: copies of the head's output around the loss, for a moment.
+    """
+
+    layers: int
+    layer: int
+    fixed: int
+    boundary: int
+    logits: int
+
+    def kept(self, checkpointing: bool) -> int:
+        """With checkpointing: the input of each layer, and all of the one layer that is being recomputed."""
+        if not checkpointing:
+            return self.fixed + self.layers * self.layer
+        return self.fixed + self.layers * self.boundary + self.layer
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A causal language model of transformers.
+
+    Attributes:
+        weights: in the order of `model.parameters()`, which is the order of ZeRO's flat buffers; tied ones once.
+        table: its module groups.
+        matmul: elements of matrices that a token is multiplied with (of experts: the chosen ones), head included.
+        attention: layers x width of all query heads, for the products whose cost grows with the sequence.
+    """
+
+    source: str
+    config: Any
+    weights: tuple[Weight, ...]
+    table: GroupTable
+    matmul: int
+    attention: int
+
+    @property
+    def numel(self) -> int:
+        return sum(weight.numel for weight in self.weights)
+
+    def flops(self, tokens: int, length: int, *, recompute: bool) -> float:
+        """Operations of forward and backward for `tokens` tokens in sequences of `length`.
+
+        6 a matrix element and token, and 12 a layer, feature and earlier position for the attention products
+        (Korthikanti et al. 2205.05198, appendix A; Chowdhery et al. 2204.02311, appendix B). Recomputing adds a
+        forward pass, a third of it.
+        """
+        plain = tokens * (6.0 * self.matmul + 12.0 * self.attention * length)
+        return plain * (4 / 3 if recompute else 1.0)
+
+    def activations(self, batch: int, length: int, dtype: torch.dtype) -> Activations:
+        """Of `batch` sequences of `length` tokens. Linear in `batch`, so that two passes tell every size."""
+        one, two = (_activations(self.source, n, length, dtype) for n in (1, 2))
+        pairs = zip(one[1:], two[1:], strict=True)
+        return Activations(one.layers, *(a + (batch - 1) * (b - a) for a, b in pairs))
+
+
+def load(source: str, rules: tuple[tuple[str, str], ...] = (), granularity: Any = "type") -> Decoder:
+    """The model of a file (configs/models/*.json) or checkpoint folder, without its weights. Raises MolsConfigError."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_model_config(source)
+    try:
+        with torch.device("meta"), _quiet():
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise MolsConfigError(f"model {source}: cannot be built: {one_line(error)}") from error
+    table = group_table(model, list(rules), granularity)
+    share = _expert_share(config)
+    weights = tuple(
+        Weight(name, tuple(p.shape), table.layouts[name].groups[0], share if ".experts." in name else 1.0)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    )
+    return Decoder(source, config, weights, table, _matmul(model, weights), _attention(config))
+
+
+def _expert_share(config: Any) -> float:
+    experts = next(
+        (getattr(config, key) for key in ("num_local_experts", "n_routed_experts") if hasattr(config, key)), 0
+    )
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return chosen / experts if experts and chosen else 1.0
+
+
+def _matmul(model: Any, weights: tuple[Weight, ...]) -> int:
+    """A tied embedding is the head's matrix too; one that is not tied is a look-up and no product."""
+    tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    head = model.get_output_embeddings()
+    used = tables - ({id(head.weight)} if head is not None else set())
+    skipped = {name for name, p in model.named_parameters() if id(p) in used}
+    return int(sum(w.numel * w.active for w in weights if len(w.shape) >= 2 and w.name not in skipped))
+
+
+def _attention(config: Any) -> int:
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_hidden_layers * config.num_attention_heads * width)
+
+
+@functools.lru_cache(maxsize=64)
+def _activations(source: str, batch: int, length: int, dtype: torch.dtype) -> Activations:
+    config = copy.deepcopy(load_model_config(source))
+    layers = config.num_hidden_layers
+    one, two = (_saved(config, n, batch, length, dtype) for n in (1, 2))
+    size = torch.tensor([], dtype=dtype).element_size()
+    boundary = batch * length * config.hidden_size * size
+    logits = batch * length * config.vocab_size * (4 + (size if size < 4 else 0))
+    return Activations(layers, two - one, one - (two - one), boundary, logits)
+
+
+def _saved(config: Any, layers: int, batch: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes of the distinct storages that autograd saves in a forward pass of the real model with `layers` layers, its
+    parameters left out. The tensors are fake: they have shapes and storages, and no memory.
+
+    Attention runs as on the CPU, whose fused kernel saves what the GPUs' flash attention does: query, key, value,
+    output and a number a row and head. Dropout is taken to be off.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config.num_hidden_layers, config.use_cache = layers, False
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    if getattr(config, "max_position_embeddings", length) < length:
+        raise MolsConfigError(
+            f"--sequence {length}: the model has max_position_embeddings {config.max_position_embeddings}"
+        )
+    for key in DROPOUTS:
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    storages: dict[int, Any] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage  # kept, so that no other storage gets its address
+        return tensor
+
+    try:
+        with FakeTensorMode(), _quiet(), _as_on_devices():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+            own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+            ids = torch.zeros(batch, length, dtype=torch.long)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                model(input_ids=ids, labels=ids)
+    except MolsConfigError:
+        raise
+    except Exception as error:  # whatever the model's code does with shapes alone
+        raise MolsConfigError(f"the activations of this model cannot be traced: {one_line(error)}") from error
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
+
+
+@contextmanager
+def _as_on_devices() -> Iterator[None]:
+    """transformers builds a mask, and copies grouped keys and values to all heads, where it sees fake tensors."""
+    from transformers import masking_utils
+
+    plain = {"is_tracing": lambda *_: False, "find_packed_sequence_indices": lambda *_: None}
+    before = {name: getattr(masking_utils, name) for name in plain if hasattr(masking_utils, name)}
+    for name in before:
+        setattr(masking_utils, name, plain[name])
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(masking_utils, name, function)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)

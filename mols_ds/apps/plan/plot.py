@@ -1,0 +1,47 @@
+"""The plan's memory as stacked bars, one a phase, against what an accelerator holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mols_ds.apps.plan.parts import KINDS
+from mols_ds.errors import MolsConfigError
+
+GIB = 2**30
+
+
+def save(plan: Mapping[str, Any], path: str) -> None:
+    """Write the plot; the file's ending chooses the format. Raises MolsConfigError where it cannot be written."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MolsConfigError("--plot needs matplotlib: pip install 'mols-ds[report]'") from error
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    both = any(phase["host"] for phase in plan["phases"])
+    axes = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
+    for axis, where in zip(axes, ("device", "host"), strict=False):
+        _bars(axis, plan, where)
+    figure.suptitle(plan["run"]["summary"][0], fontsize=9)
+    try:
+        figure.savefig(Path(path), dpi=150)
+    except (OSError, ValueError) as error:
+        raise MolsConfigError(f"--plot {path}: {' '.join(str(error).split())}") from error
+
+
+def _bars(axis: Any, plan: Mapping[str, Any], where: str) -> None:
+    phases = plan["phases"]
+    names = [phase["phase"] for phase in phases]
+    bottoms = [0.0] * len(phases)
+    for number, kind in enumerate(KINDS):
+        heights = [phase[where].get(kind, 0) / GIB for phase in phases]
+        if any(heights):
+            axis.bar(names, heights, bottom=bottoms, label=kind, color=f"C{number}", width=0.6)
+            bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    axis.axhline(plan["limits"][where] / GIB, color="black", linestyle="--", label="usable")
+    axis.set_ylabel("GiB of a rank")
+    axis.set_title("accelerator" if where == "device" else "host")
+    axis.legend(fontsize=8)

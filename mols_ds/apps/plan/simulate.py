@@ -1,0 +1,299 @@
+"""Every rank of a large world walked on one machine: is each element counted exactly once, and are the shards even?
+
+    python -m mols_ds.plan.simulate --all                                     # the table of docs/planning.md
+    python -m mols_ds.plan.simulate configs/models/llama_7b.json --stage 3 --ranks 48
+    python -m mols_ds.plan.simulate configs/megatron/llama_7b_tp2_pp2.yaml --ranks 64
+    mols-ds plan ... --simulate                                               # the plan's own model, config and ranks
+
+Each row runs in a process of its own, so that its time and its peak memory are its own: `simulate_zero` or
+`simulate_megatron` build the engine's optimizer on the meta device and give the pieces of each rank, `simulate_count`
+checks them. Exit status: 0 where all rows hold, 1 where one does not, 2 for a user's mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mols_ds.errors import MolsConfigError, MolsError
+
+YAML = (".yaml", ".yml")
+EVEN = 1.01
+"""The most that a rank may own over the mean of its pipeline stage: what padding and replicated norms may add."""
+SUMMED = 32_000_000
+"""Elements of a rank up to which `GroupSums` itself is run over its pieces, a few seconds; above, the layouts' counts
+alone are compared."""
+SECONDS = 600.0
+RANKS = (8, 64, 512, 4096)
+USER_MISTAKE = 2
+MARK = "simulated: "
+
+
+class Job(BaseModel):
+    """One row. source: a model file for a ZeRO `stage`, or a Megatron config; options: `simulate_zero.OPTIONS`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    ranks: int
+    stage: int | None = None
+    options: dict[str, Any] = {}
+    changes: tuple[str, ...] = ()
+
+    @property
+    def engine(self) -> str:
+        return "Megatron" if self.stage is None else f"ZeRO-{self.stage}"
+
+
+class Result(BaseModel):
+    """What a row found. `summed`: of the last rank, by GroupSums itself ("" where it has too many elements)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    job: Job
+    elements: int
+    pieces: int
+    least: int
+    mean: float
+    most: int
+    balance: float
+    faults: tuple[str, ...]
+    same_when_built: bool
+    summed: bool | None
+    seconds: float = 0.0
+    peak_gib: float = 0.0
+
+    @property
+    def holds(self) -> bool:
+        return not self.faults and self.balance <= EVEN and self.same_when_built and self.summed is not False
+
+
+def table_jobs(configs: Path) -> list[Job]:
+    """The rows of `--all`; `configs`: the project's folder of that name."""
+    models = [str(configs / "models" / f"{name}.json") for name in ("llama_7b", "llama_70b")]
+    jobs = [Job(source=m, ranks=n, stage=s) for m in models for s in (1, 2, 3) for n in RANKS]
+    grids = [("llama_7b_tp2_pp2", (8, 64, 512, 4096)), ("llama_70b_tp8_pp8", (64, 512, 4096))]
+    grids += [("mixtral_8x7b_tp2_pp4_ep8", (64, 512))]
+    return jobs + [Job(source=str(configs / "megatron" / f"{n}.yaml"), ranks=r) for n, many in grids for r in many]
+
+
+# ------------------------------------------------------------------ one row, in this process
+
+
+def walk(job: Job) -> Result:
+    """Walk all ranks of a job. Alters no state that outlives it, but needs a process outside any process group.
+
+    Raises MolsConfigError for a model or config that cannot be read, MolsUnsupportedError for what is not simulated.
+    """
+    from mols_ds.apps.plan.simulate_count import Count, Tally
+    from mols_ds.apps.plan.simulate_zero import first_difference
+
+    last = job.ranks - 1
+    if job.stage is None:
+        from mols_ds.apps.plan.simulate_megatron import MegatronWorld
+        from mols_ds.training.megatron_settings import read
+
+        world = MegatronWorld(read(job.source, job.changes), job.ranks)
+        table, owned = world.run()
+        count = Count(table)
+        for rank in owned:
+            count.add(*rank)
+        pieces, built = owned[last].pieces, world.built(last)
+    else:
+        from mols_ds.apps.plan.simulate_zero import Zero, build_model
+
+        zero = Zero(functools.partial(build_model, job.source), job.stage, job.ranks, job.options)
+        count = Count(zero.table)
+        for pieces in zero.pieces():
+            count.add(pieces)
+        built = zero.built(last)
+    tally: Tally = count.finish()
+    small = sum(piece.numel for piece in pieces) <= SUMMED
+    return Result(
+        job=job,
+        elements=tally.elements,
+        pieces=tally.pieces,
+        least=tally.least,
+        mean=tally.mean,
+        most=tally.most,
+        balance=tally.balance,
+        faults=tally.faults,
+        same_when_built=not first_difference(pieces, built),
+        summed=count.sum_of(pieces) == count.expected_sum(pieces) if small else None,
+    )
+
+
+def _child(texts: Sequence[str]) -> int:
+    """Entry of a process: for each job a line of JSON, with its seconds (imports included) and the peak of the
+    process's resident memory so far."""
+    for text in texts:
+        start = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = walk(Job.model_validate_json(text))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
+        spent = time.perf_counter() - start
+        told = result.model_copy(update={"seconds": spent, "peak_gib": peak}).model_dump_json()
+        print(f"\n{MARK}{told}", flush=True)
+    return 0
+
+
+# ------------------------------------------------------------------ rows in processes of their own
+
+
+def simulate(job: Job, *more: Job, seconds: float = SECONDS) -> list[Result]:
+    """Walk jobs one after the other in a process apart, for at most `seconds`.
+
+    Raises MolsConfigError for what the user can mend, MolsError where the process ends otherwise or takes too long.
+    """
+    for one in (job, *more):
+        if not Path(one.source).exists():
+            raise MolsConfigError(f"{one.source}: no such model file, checkpoint folder or Megatron config")
+    command = [sys.executable, "-m", "mols_ds.apps.plan.simulate"]
+    command += [part for one in (job, *more) for part in ("--one", one.model_dump_json())]
+    single = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    try:
+        done = subprocess.run(command, env=os.environ | single, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise MolsError(f"{job.engine} on {job.ranks} ranks was not walked within {seconds:.0f} seconds") from None
+    if done.returncode == USER_MISTAKE:
+        raise MolsConfigError(done.stderr.strip().splitlines()[-1].removeprefix("simulate: "))
+    if done.returncode != 0:
+        last = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+        raise MolsError(f"{job.engine} on {job.ranks} ranks could not be walked: {last}")
+    lines = done.stdout.splitlines()
+    return [Result.model_validate_json(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
+
+
+def render(results: Sequence[Result]) -> str:
+    """The rows as a table of about 120 columns, and what does not hold below it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("model", "engine"):
+        table.add_column(title)
+    for title in ("ranks", "pieces", "least", "mean", "most", "balance", "once", "seconds", "GiB"):
+        table.add_column(title, justify="right")
+    for result in results:
+        job = result.job
+        table.add_row(
+            Path(job.source).stem,
+            job.engine,
+            f"{job.ranks:,}",
+            f"{result.pieces:,}",
+            f"{result.least:,}",
+            f"{result.mean:,.0f}",
+            f"{result.most:,}",
+            f"{result.balance:.4f}",
+            "yes" if not result.faults else "NO",
+            f"{result.seconds:.1f}",
+            f"{result.peak_gib:.2f}",
+        )
+    console = Console(width=128, file=io.StringIO(), record=True)
+    console.print(table)
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    return "\n".join([*lines, *_problems(results)])
+
+
+def _problems(results: Iterable[Result]) -> list[str]:
+    lines = []
+    for result in results:
+        what = [*result.faults]
+        if result.balance > EVEN:
+            what.append(f"a rank owns {result.balance:.3f} of its stage's mean, more than {EVEN}")
+        if not result.same_when_built:
+            what.append(f"rank {result.job.ranks - 1}, built whole, owns other pieces than the walk gave it")
+        if result.summed is False:
+            what.append("GroupSums counted other elements than the layouts say")
+        lines += [f"{Path(result.job.source).stem}, {result.job.engine}, {result.job.ranks:,} ranks: {w}" for w in what]
+    return lines
+
+
+def simulate_text(args: argparse.Namespace) -> str:
+    """The row of `mols-ds plan --simulate`: the plan's model and config on the ranks of its cluster.
+
+    Raises MolsConfigError as `simulate`, MolsError where an element is not counted once or the shards are uneven.
+    """
+    from mols_ds.apps.plan.command import cluster_of
+
+    ranks = cluster_of(args).ranks
+    if Path(args.config).suffix.lower() in YAML:
+        job = Job(source=args.config, ranks=ranks, changes=tuple(args.set))
+    else:
+        job = _zero_job(args.model, args.config, ranks)
+    (result,) = simulate(job)
+    if not result.holds:
+        raise MolsError("; ".join(_problems([result])))
+    return render([result])
+
+
+def _zero_job(model: str | None, config: str, ranks: int) -> Job:
+    from mols_ds.apps.plan.simulate_zero import OPTIONS
+    from mols_ds.training.ds_config import AUTO, read_config
+
+    if model is None:
+        raise MolsConfigError("a DeepSpeed config does not hold the model: name a model file")
+    zero = read_config(config).get("zero_optimization", {})
+    options = {key: zero[key] for key in OPTIONS if zero.get(key, AUTO) != AUTO}
+    return Job(source=model, ranks=ranks, stage=int(zero.get("stage", 0)), options=options)
+
+
+# ------------------------------------------------------------------ the command
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mols_ds.plan.simulate", description=__doc__.splitlines()[0])
+    parser.add_argument("source", nargs="?", help="model file (with --stage or --config) or Megatron config")
+    parser.add_argument("--ranks", type=int, default=8, metavar="N", help="(default %(default)s)")
+    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage, for a model file")
+    parser.add_argument("--config", metavar="FILE", help="DeepSpeed config: its stage and how it cuts")
+    parser.add_argument("--all", action="store_true", help="the whole table")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the table's configs")
+    parser.add_argument("--one", action="append", metavar="JSON", help=argparse.SUPPRESS)
+    return parser
+
+
+def _jobs(args: argparse.Namespace) -> list[Job]:
+    if args.all:
+        return table_jobs(args.configs)
+    if args.source is None or args.ranks < 1:
+        raise MolsConfigError("name a model file or a Megatron config and --ranks of at least 1, or --all")
+    if Path(args.source).suffix.lower() in YAML:
+        return [Job(source=args.source, ranks=args.ranks)]
+    if args.config is not None:
+        return [_zero_job(args.source, args.config, args.ranks)]
+    return [Job(source=args.source, ranks=args.ranks, stage=3 if args.stage is None else args.stage)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command. Returns its status."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.one:
+            return _child(args.one)
+        results = []
+        for job in _jobs(args):
+            results += simulate(job)
+            print(f"{Path(job.source).stem}, {job.engine}, {job.ranks:,} ranks", file=sys.stderr)
+    except (MolsError, ValidationError) as error:
+        print(f"simulate: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_MISTAKE
+    print(render(results))
+    return 0 if all(result.holds for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

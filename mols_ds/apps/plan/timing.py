@@ -1,0 +1,92 @@
+"""Seconds of a step and what a calibration adds to a run, from nominal figures of the machines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mols_ds.apps.plan.calibration import AGREEMENT, Device
+from mols_ds.apps.plan.cluster import GB, Cluster
+from mols_ds.apps.plan.parts import Message, ring
+
+Mode = Literal["probe", "online", "moments", "fixed"]
+UPDATE_BYTES = {"cpu": 20, "accelerator": 40}
+"""Memory traffic of one accumulator update, bytes an element with an fp32 gradient. On the CPU, where a chunk stays in
+the cache: gradient read, mean and squared deviations read and written (benchmarks/accumulator.py). On an accelerator,
+whose chunks do not: difference 12, mean 12, squared deviations 16."""
+READ_BYTES = {"probe": 4, "online": 0}
+"""The gradient is read once more to see whether it is finite."""
+MOMENTS_BYTES = 8
+"""Mode "moments" reads Adam's two moments once."""
+SUMS_BYTES = 8
+"""At the end of a calibration mean and squared deviations are read once."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds. step: one optimizer step; the rest: of the whole calibration, and what it adds to the run."""
+
+    step: float
+    messages: float
+    passes: float
+    updates: float
+    transfer: float
+    reduction: float
+
+    @property
+    def added(self) -> float:
+        return self.passes + self.updates + self.transfer + self.reduction
+
+    def overhead(self, steps: int) -> float:
+        """Added seconds over those of `steps` steps without MoLS."""
+        return self.added / (steps * self.step)
+
+
+def message_seconds(cluster: Cluster, messages: Sequence[Message]) -> float:
+    """Of a step's messages one after the other at nominal bandwidths; what overlaps with arithmetic is not known."""
+    return sum(m.sent / (bandwidth(cluster, m.inside) * GB) for m in messages)
+
+
+def bandwidth(cluster: Cluster, inside: bool) -> float:
+    """GB/s of one accelerator's link."""
+    return cluster.intra_node_gbs if inside else cluster.inter_node_gbs
+
+
+def step_seconds(cluster: Cluster, flops: float, precision: str) -> float:
+    """`flops`: of one rank in one step. Its messages are part of the expected utilisation."""
+    peak = {"fp32": cluster.fp32_tflops, "fp8": cluster.fp8_tflops or cluster.bf16_tflops}
+    return flops / (peak.get(precision, cluster.bf16_tflops) * 1e12 * cluster.mfu)
+
+
+def times(
+    cluster: Cluster,
+    *,
+    step: float,
+    messages: Sequence[Message],
+    mode: Mode,
+    samples: int,
+    elements: int,
+    device: Device,
+    host_gradients: bool,
+    sums: int,
+) -> Times:
+    """elements: that a rank measures; host_gradients: they lie in the host's memory already (offload); sums: bytes of
+    the all-reduce at the end. A probe step is taken to last as long as a step that updates."""
+    inside = cluster.nodes == 1
+    share = cluster.memory_gbs if device == "accelerator" else cluster.host_memory_gbs / cluster.accelerators
+    sampled = samples if mode in ("probe", "online") else 0
+    traffic = sampled * elements * (UPDATE_BYTES[device] + READ_BYTES.get(mode, 0))
+    traffic += elements * (MOMENTS_BYTES if mode == "moments" else SUMS_BYTES if sampled else 0)
+    crosses = device == "cpu" and not host_gradients
+    moved = sampled * elements * 4 if crosses else 0
+    sent = 0 if mode == "fixed" else ring("all-reduce", sums, cluster.ranks)
+    sent += samples * ring("all-reduce", AGREEMENT, cluster.ranks) if mode == "probe" else 0
+    return Times(
+        step=step,
+        messages=message_seconds(cluster, messages),
+        passes=samples * step if mode == "probe" else 0.0,
+        updates=traffic / (share * GB),
+        transfer=moved / (cluster.host_link_gbs * GB),
+        reduction=sent / (bandwidth(cluster, inside) * GB),
+    )

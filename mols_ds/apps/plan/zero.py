@@ -1,0 +1,399 @@
+"""Memory and messages of a rank under DeepSpeed ZeRO, stages 0 to 3.
+
+Follows DeepSpeed 0.19.8: runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/fp16/unfused_optimizer.py,
+runtime/bf16_optimizer.py and runtime/engine.py. What is surprising there and counts here:
+
+- stages 1 and 2 reduce gradients with an all-reduce of whole buckets, not with a reduce-scatter
+  (`use_multi_rank_bucket_allreduce`), and copy a bucket that several ranks own in parts (`flatten`);
+- a bucket is allocated in full, however small the model is;
+- the gradients that a rank keeps are whole parameters where it owns any part of them (`grads_in_partition`); at stage 2
+  with accumulation the copy of this and that of the micro-steps before are there at once;
+- stage 3 keeps fp32 copies of the weights beside the weights in fp32 training too.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mols_ds.apps.plan.live import Gathered, gathered
+from mols_ds.apps.plan.model import Activations
+from mols_ds.apps.plan.optimizers import Weight, state_of_shard
+from mols_ds.apps.plan.parts import Bytes, Footprint, Message, up
+from mols_ds.errors import MolsConfigError, MolsUnsupportedError
+
+REFUSED = {
+    "zero_hpz_partition_size": 1,
+    "mics_shard_size": -1,
+    "zero_quantized_weights": False,
+    "zero_quantized_gradients": False,
+    "zenflow": None,
+}
+"""Keys of "zero_optimization" that this plan does not know, with the value that leaves them off."""
+SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
+STAGE0_BUCKET = 500_000_000
+"""Elements of a stage-0 all-reduce (runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE)."""
+LOW_PRECISION = ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads")
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What of a DeepSpeed config decides memory and messages. Sizes are elements unless named bytes."""
+
+    stage: int
+    weight_bytes: int
+    accumulation_bytes: int
+    message_bytes: int
+    micro_batch: int
+    accumulation: int
+    optimizer: str
+    optimizer_settings: Mapping[str, Any]
+    reduce_bucket: int
+    double_bucket: bool
+    contiguous: bool
+    sub_group: int
+    persistence: int
+    prefetch: int
+    live: int
+    reuse: int
+    offload_optimizer: str
+    offload_param: str
+    checkpointing: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], *, checkpointing: bool, hidden: int = 0) -> Zero:
+        """From a resolved config; `hidden` is the model's width, which some optimizers take a rank from.
+
+        Raises MolsConfigError where DeepSpeed refuses it, MolsUnsupportedError for options that are not known.
+        """
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        section = dict(config.get("zero_optimization") or {})
+        for key, off in REFUSED.items():
+            if section.get(key, off) not in (off, None):
+                raise MolsUnsupportedError(f'plan: "zero_optimization.{key}" is not known to the plan; leave it out')
+        precision = next((name for name in ("bf16", "fp16") if (config.get(name) or {}).get("enabled")), "fp32")
+        for key in LOW_PRECISION:
+            if (config.get(precision) or {}).get(key):
+                raise MolsUnsupportedError(f'plan: "{precision}.{key}" is not known to the plan; leave it out')
+        try:
+            zero = DeepSpeedZeroConfig(**section)
+        except ValueError as error:
+            raise MolsConfigError(
+                f'"zero_optimization": DeepSpeed refuses it: {" ".join(str(error).split())}'
+            ) from error
+        accumulated = (config.get("data_types") or {}).get("grad_accum_dtype") or precision
+        sent = config.get("communication_data_type") or precision
+        optimizer = config.get("optimizer") or {"type": "AdamW"}
+        stage = int(zero.stage)
+        return cls(
+            stage=stage,
+            weight_bytes=SIZES[precision],
+            accumulation_bytes=_size(accumulated),
+            message_bytes=_size(sent),
+            micro_batch=int(config["train_micro_batch_size_per_gpu"]),
+            accumulation=int(config["gradient_accumulation_steps"]),
+            optimizer=str(optimizer["type"]),
+            optimizer_settings={**(optimizer.get("params") or {}), "hidden": hidden},
+            reduce_bucket=int(zero.reduce_bucket_size),
+            double_bucket=bool(zero.overlap_comm) and stage in (1, 2),
+            contiguous=bool(zero.contiguous_gradients),
+            sub_group=int(zero.sub_group_size),
+            persistence=int(zero.param_persistence_threshold),
+            prefetch=int(zero.prefetch_bucket_size),
+            live=int(zero.max_live_parameters),
+            reuse=int(zero.max_reuse_distance),
+            offload_optimizer=_device(zero.offload_optimizer),
+            offload_param=_device(zero.offload_param),
+            checkpointing=checkpointing,
+        )
+
+    def with_stage(self, stage: int) -> Zero:
+        """Another stage; overlapping messages is the default of stage 3 alone."""
+        return replace(self, stage=stage, double_bucket=self.double_bucket and stage in (1, 2))
+
+
+def _size(name: str) -> int:
+    key = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(name, name)
+    if key not in SIZES:
+        raise MolsUnsupportedError(f'plan: data type "{name}" is not known; known are {", ".join(SIZES)}')
+    return SIZES[key]
+
+
+def _device(section: Any) -> str:
+    device = getattr(section, "device", None)
+    name = str(getattr(device, "value", device) or "none")
+    return "none" if name in ("none", "None") else name
+
+
+# ------------------------------------------------------------------ memory
+
+
+def footprint(zero: Zero, weights: Sequence[Weight], ranks: int, activations: Activations) -> Footprint:
+    """Of the rank that needs most."""
+    passing: Bytes = {"activations": activations.kept(zero.checkpointing), "workspace": activations.logits}
+    if zero.stage == 0:
+        return _replicated(zero, weights, ranks, passing)
+    if zero.stage == 3:
+        return _stage3(zero, weights, ranks, passing)
+    if zero.stage == 1 and zero.weight_bytes == 2 and zero.accumulation_bytes == 4 and zero.offload_optimizer == "none":
+        return _bf16_optimizer(zero, weights, ranks, passing)
+    return _stage12(zero, weights, ranks, passing)
+
+
+def _numel(weights: Sequence[Weight]) -> int:
+    return sum(weight.numel for weight in weights)
+
+
+def _state(zero: Zero, weights: Sequence[Weight], elements: int) -> int:
+    return state_of_shard(zero.optimizer, zero.optimizer_settings, weights, elements)
+
+
+def _work(zero: Zero, elements: int) -> int:
+    """Bytes that the optimizer's own arithmetic takes while it steps: torch's Adam, which works on all tensors of a
+    list at a time, one fp32 array (the roots of the second moments); DeepSpeed's fused ones none."""
+    return 4 * elements if zero.optimizer_settings.get("torch_adam") else 0
+
+
+def _replicated(zero: Zero, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
+    """Stage 0: everything on every rank. In 16 bits, fp32 copies of weights, and of gradients while it steps."""
+    numel, half = _numel(weights), zero.weight_bytes == 2
+    bucket = min(numel, STAGE0_BUCKET) * zero.message_bytes if ranks > 1 else 0
+    masters = 4 * numel if half else 0
+    stepping = {"gradients": 4 * numel if half else 0, "workspace": _work(zero, numel)}
+    resident = {
+        "weights": zero.weight_bytes * numel,
+        "gradients": zero.weight_bytes * numel,
+        "optimizer": masters + _state(zero, weights, numel),
+    }
+    moments = {"backward": passing, "reduce": {"buffers": bucket}, "step": stepping}
+    return Footprint(resident, moments, numel, -(-numel // ranks))
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One rank's part of ZeRO's flat buffer. whole: elements of the parameters of which it owns any part."""
+
+    flat: int
+    size: int
+    owned: int
+    whole: int
+    rank: int
+
+
+def partitions(weights: Sequence[Weight], ranks: int) -> list[Partition]:
+    """Of every rank (stage_1_and_2.py: alignment of 2 elements a rank, `get_data_parallel_partitions`)."""
+    edges = list(itertools.accumulate((w.numel for w in weights), initial=0))
+    flat = up(edges[-1], 2 * ranks)
+    size = flat // ranks
+    result = []
+    for rank in range(ranks):
+        low, high = min(rank * size, edges[-1]), min((rank + 1) * size, edges[-1])
+        first, last = bisect.bisect_right(edges, low) - 1, bisect.bisect_left(edges, high)
+        whole = edges[last] - edges[first] if high > low else 0
+        result.append(Partition(flat, size, high - low, whole, rank))
+    return result
+
+
+def buckets(weights: Sequence[Weight], size: int) -> list[list[Weight]]:
+    """The buckets as they are filled: a parameter that does not fit any more begins the next one."""
+    result: list[list[Weight]] = []
+    held = 0
+    for weight in weights:
+        if not result or held + weight.numel > size:
+            result.append([])
+            held = 0
+        result[-1].append(weight)
+        held += weight.numel
+    return result
+
+
+def _straddling(weights: Sequence[Weight], size: int, partition: int) -> int:
+    """Elements of the largest bucket that belongs to more than one rank and is copied for that."""
+    end, largest = _numel(weights), 0
+    for bucket in buckets(list(reversed(weights)), size):
+        numel = _numel(bucket)
+        if (end - numel) // partition != (end - 1) // partition:
+            largest = max(largest, numel)
+        end -= numel
+    return largest
+
+
+def _stage1_peak(zero: Zero, weights: Sequence[Weight], part: Partition) -> int:
+    """Elements of all gradients once this rank begins to keep its own: the buckets so far are gone (in the order of the
+    parameters, since stage 1 reduces after the backward pass), and its part is there in full."""
+    left, at, begin = _numel(weights), 0, part.rank * part.size
+    for bucket in buckets(weights, zero.reduce_bucket):
+        left -= _numel(bucket)
+        at += _numel(bucket)
+        if at > begin:
+            break
+    return left + part.whole
+
+
+def _stage12(zero: Zero, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
+    every = partitions(weights, ranks)
+    size, numel = zero.accumulation_bytes, _numel(weights)
+    largest = max(weight.numel for weight in weights)
+    part = max(every, key=lambda p: (p.whole, p.owned))
+    bucket = zero.reduce_bucket * size * (2 if zero.double_bucket else 1) if zero.contiguous else 0
+    copy = _straddling(weights, zero.reduce_bucket, part.size) * zero.message_bytes if ranks > 1 else 0
+    if zero.offload_optimizer != "none":
+        return _offloaded12(zero, weights, part, passing, bucket + copy)
+    compact = size == 4 and zero.weight_bytes == 2
+    kept = size * (part.size if compact else part.whole)
+    if zero.stage == 1:
+        both = max(_stage1_peak(zero, weights, each) for each in every)
+        moments = {
+            "backward": {"gradients": numel * size, "buffers": bucket, **passing},
+            "reduce": {"gradients": max(numel, both) * size, "buffers": bucket + copy},
+        }
+    else:
+        twice = 2 if zero.accumulation > 1 and not compact else 1
+        fresh = largest * zero.weight_bytes
+        moments = {"backward": {"gradients": kept * twice + fresh, "buffers": bucket + copy, **passing}}
+    moments |= _stepping(zero, kept, part.size)
+    resident = {
+        "weights": part.flat * zero.weight_bytes,
+        "optimizer": 4 * part.size + _state(zero, weights, part.size),
+    }
+    return Footprint(resident, moments, part.owned, part.owned, name=f"rank {part.rank}")
+
+
+def _stepping(zero: Zero, kept: int, elements: int) -> dict[str, Bytes]:
+    """The moments of a step: gradients of `elements` elements, `kept` bytes, are flattened (for a moment in their own
+    type too) and converted to fp32; then they alone are left."""
+    flat = zero.accumulation_bytes * elements if zero.accumulation_bytes != 4 else 0
+    return {
+        "convert": {"gradients": kept, "buffers": 4 * elements, "workspace": flat},
+        "step": {"gradients": 4 * elements, "workspace": _work(zero, elements)},
+    }
+
+
+def _offloaded12(zero: Zero, weights: Sequence[Weight], part: Partition, passing: Bytes, buffers: int) -> Footprint:
+    """Masters, state and gradients in the host's memory; buffers of the largest parameter on both sides."""
+    largest = max(weight.numel for weight in weights) * zero.weight_bytes
+    whole = _numel(weights) * zero.accumulation_bytes if zero.stage == 1 else 0
+    held = part.whole * zero.accumulation_bytes if zero.accumulation > 1 else 0
+    host = {
+        "optimizer": 4 * part.size + _state(zero, weights, part.size),
+        "gradients": 4 * part.size + held,
+        "buffers": part.size * zero.weight_bytes + largest,
+    }
+    resident = {"weights": part.flat * zero.weight_bytes, "buffers": largest}
+    fresh = largest if zero.stage == 2 else 0
+    moments = {"backward": {"gradients": whole + fresh, "buffers": buffers, **passing}}
+    return Footprint(resident, moments, part.owned, part.owned, host, name=f"rank {part.rank}")
+
+
+def _bf16_optimizer(zero: Zero, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
+    """Stage 1 in bf16 with fp32 accumulation: a whole flat fp32 gradient on every rank (runtime/bf16_optimizer.py)."""
+    part = max(partitions(weights, ranks), key=lambda p: p.owned)
+    resident = {
+        "weights": part.flat * zero.weight_bytes,
+        "gradients": 4 * part.flat + _numel(weights) * zero.weight_bytes,
+        "optimizer": 4 * part.size + _state(zero, weights, part.size),
+    }
+    bucket = min(part.flat, STAGE0_BUCKET) * zero.message_bytes if ranks > 1 else 0
+    moments = {
+        "backward": passing,
+        "reduce": {"buffers": bucket},
+        "step": {"workspace": _work(zero, part.size)},
+    }
+    return Footprint(resident, moments, part.owned, part.owned)
+
+
+def split_persistent(zero: Zero, weights: Sequence[Weight]) -> tuple[list[Weight], list[Weight]]:
+    """(parameters that every rank keeps whole as well, the others): below `param_persistence_threshold`."""
+    small = [weight for weight in weights if weight.numel <= zero.persistence]
+    return small, [weight for weight in weights if weight.numel > zero.persistence]
+
+
+def gathers(zero: Zero, weights: Sequence[Weight], layers: int) -> Gathered:
+    """Of one micro-step at stage 3."""
+    return gathered(
+        split_persistent(zero, weights)[1],
+        reuse=zero.reuse,
+        prefetch=zero.prefetch,
+        most=zero.live,
+        checkpointing=zero.checkpointing,
+        layers=layers,
+    )
+
+
+def _stage3(zero: Zero, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
+    part = sum(-(-weight.numel // ranks) for weight in weights)
+    owned = max(sum(max(0, min(-(-w.numel // ranks), w.numel)) for w in weights), 1)
+    small, _ = split_persistent(zero, weights)
+    layers = 1 + max((int(p) for w in weights for p in w.name.split(".") if p.isdigit()), default=0)
+    live = gathers(zero, weights, layers).live
+    bucket = zero.reduce_bucket * zero.message_bytes if zero.contiguous else 0
+    # Parameters that were gathered together lie in one buffer, which goes with the last of them: the first bucket is
+    # scattered before any is gone. What is scattered is a copy of it, and so is what comes of it.
+    copy = min(zero.reduce_bucket, _numel(weights)) * zero.message_bytes * (ranks + 1) // ranks if ranks > 1 else 0
+    passing = {**passing, "buffers": live * zero.weight_bytes + copy}
+    passing["gradients"] = max(weight.numel for weight in weights) * zero.weight_bytes
+    state = 4 * part + _state(zero, weights, part)
+    gradient = part * zero.accumulation_bytes
+    sub_group = min(part, zero.sub_group)
+    resident: Bytes = {"buffers": bucket}
+    host: Bytes = {}
+    nvme = 0
+    kept = {"weights": part * zero.weight_bytes}
+    if zero.offload_param == "none":
+        resident["weights"] = kept["weights"]
+    else:
+        host["weights"] = kept["weights"] if zero.offload_param == "cpu" else 0
+        nvme += kept["weights"] if zero.offload_param == "nvme" else 0
+    resident["weights"] = resident.get("weights", 0) + _numel(small) * zero.weight_bytes
+    if zero.offload_optimizer == "none":
+        resident |= {"optimizer": state, "gradients": gradient}
+        flat = zero.accumulation_bytes * sub_group if zero.accumulation_bytes != 4 else 0
+        stepping = {"gradients": 4 * sub_group}  # flattened in their own type, then converted
+        moments = {"convert": stepping | {"buffers": flat}, "step": stepping | {"workspace": _work(zero, sub_group)}}
+    else:
+        moments = {}
+        host |= {"gradients": gradient + 4 * part, "optimizer": state if zero.offload_optimizer == "cpu" else 0}
+        nvme += state + 4 * part if zero.offload_optimizer == "nvme" else 0
+        if zero.offload_optimizer == "nvme":
+            host |= {"gradients": gradient, "buffers": 4 * 4 * sub_group}  # buffer_count of 4 fp32 buffers
+    return Footprint(resident, {"backward": passing, **moments}, owned, owned, host, nvme)
+
+
+# ------------------------------------------------------------------ messages
+
+
+def messages(zero: Zero, weights: Sequence[Weight], ranks: int, inside: bool, layers: int) -> list[Message]:
+    """What a rank sends in one step. A step that only measures skips what comes after the gradients."""
+    if ranks == 1:
+        return []
+    numel, size = _numel(weights), zero.message_bytes
+
+    def message(what: str, operation: Any, calls: int, total: int, *, measuring: int | None = None) -> Message:
+        return Message(what, operation, "data", ranks, calls, total, inside, total if measuring is None else measuring)
+
+    if zero.stage == 0:
+        return [message("gradients", "all-reduce", -(-numel // STAGE0_BUCKET), numel * size)]
+    if zero.stage in (1, 2):
+        flat = up(numel, 2 * ranks) * zero.weight_bytes
+        times = 1 if zero.stage == 1 else zero.accumulation
+        filled = buckets(weights, zero.reduce_bucket)
+        return [
+            message("gradients", "all-reduce", times * len(filled), times * numel * size),
+            message("updated weights", "all-gather", 1, flat, measuring=0),
+        ]
+    small, large = split_persistent(zero, weights)
+    found = gathers(zero, weights, layers)
+    padded = sum(up(weight.numel, ranks) for weight in weights)
+    share = sum(up(weight.numel, ranks) for weight in large) / max(1, _numel(large))
+    times, calls = zero.accumulation, len(buckets(weights, zero.reduce_bucket))
+    return [
+        message("weights, forward and backward", "all-gather", times * found.calls,
+                round(times * found.elements * share) * zero.weight_bytes),
+        message("gradients", "reduce-scatter", times * calls, times * padded * size),
+        message("small weights after the step", "all-gather", len(small),
+                sum(up(weight.numel, ranks) for weight in small) * zero.weight_bytes),
+    ]  # fmt: skip

@@ -1,0 +1,89 @@
+"""How numbers are written in the tables of a study's report: losses with four decimals, perplexities with two."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from mols_ds.apps.study.curves import Band
+from mols_ds.apps.study.paired import Difference
+from mols_ds.apps.study.relative import Cost
+from mols_ds.apps.study.summary import ArmRow
+
+
+def loss_text(value: float | None) -> str:
+    """Four decimals; `diverged` for infinity, `-` where nothing is there."""
+    return "-" if value is None else f"{value:.4f}" if math.isfinite(value) else "diverged"
+
+
+def difference_text(value: Difference | None) -> str:
+    """`-0.0969 [-0.1235, -0.0702]`, bold where the interval leaves zero out."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value.mean):
+        return "baseline diverged" if not value.mean > 0 else "diverged"
+    if value.low is None or value.high is None:
+        return f"{value.mean:+.4f}"
+    text = f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}]"
+    return f"**{text}**" if value.clear else text
+
+
+def p_text(value: float | None) -> str:
+    """Three decimals."""
+    return "-" if value is None else "< 0.001" if value < 0.0005 else f"{value:.3f}"
+
+
+def perplexity_text(value: Band | None) -> str:
+    """Mean with the least and the greatest seed's."""
+    if value is None:
+        return "-"
+    low, high = (f"{end:.2f}" if math.isfinite(end) else "inf" for end in value[1:])
+    return f"{value.mean:.2f} ({low} to {high})" if math.isfinite(value.mean) else f"diverged ({low} to {high})"
+
+
+def speed_up_text(row: ArmRow) -> str:
+    """`1.31`, and in brackets with measuring passes charged where there are any; `-` where it is never reached."""
+    if row.speed_up is None or row.speed_up_charged is None:
+        return "-"
+    charged = f" ({row.speed_up_charged:.2f})" if row.speed_up_charged != row.speed_up else ""
+    return f"{row.speed_up:.2f}{charged}"
+
+
+def step_text(cost: Cost) -> str:
+    """Median ratio and quartiles; `~`: not taken in turns."""
+    if cost.step is None:
+        return "-"
+    middle, low, high = cost.step
+    return f"{'' if cost.in_turns else '~'}{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def memory_text(cost: Cost) -> str:
+    """Ratio, and MiB that MoLS holds besides while it measures."""
+    if cost.memory_ratio is None:
+        return "-"
+    more = f" (+{cost.accumulators / 2**20:.1f} MiB)" if cost.accumulators else ""
+    return f"{cost.memory_ratio:.2f}{more}"
+
+
+def alpha_text(value: Band | None) -> str:
+    """Three digits, with the range where it is not a point."""
+    if value is None:
+        return "-"
+    middle, low, high = (f"{number:#.3g}".rstrip(".") for number in value)
+    return middle if low == high else f"{middle} [{low}, {high}]"
+
+
+def compact(value: Any) -> str:
+    """A setting in one line; empty for one that is not set. Of an absolute path only the name is shown."""
+    if value is None or value == {} or value == [] or value == "":
+        return ""
+    if isinstance(value, str):
+        return PurePath(value).name if PurePath(value).is_absolute() else value
+    if isinstance(value, Mapping):
+        value = {
+            key: compact(item) if isinstance(item, str) else item for key, item in value.items() if item is not None
+        }
+    return json.dumps(value)

@@ -1,0 +1,245 @@
+"""`mols-ds compare STUDY.yaml`: runs a study to its end, or goes on with it, and writes its report.
+
+On one machine, `--jobs` processes train one run each. Where one run needs many ranks, all of them are started on the
+same study by a launcher, and train its runs one after the other:
+
+    mols-ds compare studies/laptop.yaml --jobs 2
+    torchrun --nproc_per_node 8 -m mols_ds.study studies/paper-1b.yaml
+    deepspeed --hostfile hosts --module mols_ds.apps.study studies/paper-7b.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mols_ds.apps.study.runs import Chosen, Run, Store, StudyResults, collect, needed
+from mols_ds.apps.study.spec import Study, load_study
+from mols_ds.core.log import versions
+from mols_ds.errors import MolsConfigError, MolsError
+
+USER_MISTAKE, FAILED = 2, 1
+MOST_JOBS = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("study", metavar="STUDY.yaml", help="study file, such as studies/laptop.yaml")
+    parser.add_argument("--out", type=Path, help="folder for results and report (default: runs/NAME of the study)")
+    parser.add_argument("--jobs", type=int, help=f"runs at a time here (default: cores, at most {MOST_JOBS})")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms, and the baseline")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="evaluation seeds, not the study's")
+    parser.add_argument("--report-only", action="store_true", help="train nothing: write the report of what there is")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Runs the command. Returns 0, or 1 where a run failed. Raises MolsError for a user's mistake."""
+    study = load_study(args.study)
+    if args.arms:
+        study = _only(study, args.arms)
+    if args.seeds:
+        study = reseeded(study, args.seeds)
+    out = args.out or Path("runs") / study.name
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if args.jobs is not None and (args.jobs < 1 or launched):
+        raise MolsConfigError("--jobs: at least 1, and not in a launched job, whose ranks train one run at a time")
+    _prepare(study, out)
+    store = Store(study, out)
+    command = f"mols-ds compare {args.study}" + ("" if args.out is None else f" --out {args.out}")
+    failures: list[Any] = []
+    if not args.report_only:
+        failures = _launched(study, store) if launched else _here(study, store, args.jobs or default_jobs())
+    if int(os.environ.get("RANK", "0")) == 0:
+        report(collect(study, store), out, command)
+        for failure in failures:
+            print(f"mols-ds: {failure.run.label} failed: {failure.why}", file=sys.stderr)
+    if launched and not args.report_only:
+        _leave()
+    return FAILED if failures else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m mols_ds.study`: the command as a launcher starts it on every rank."""
+    parser = argparse.ArgumentParser(prog="mols_ds.apps.study", description=__doc__)
+    add_arguments(parser)
+    try:
+        return compare(parser.parse_args(argv))
+    except MolsError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"mols-ds: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return USER_MISTAKE
+
+
+def default_jobs() -> int:
+    """One run at a time on an accelerator; on the CPU one a core, at most MOST_JOBS."""
+    from deepspeed.accelerator import get_accelerator
+
+    return min(MOST_JOBS, os.cpu_count() or 1) if get_accelerator().device_name() == "cpu" else 1
+
+
+def _only(study: Study, arms: Sequence[str]) -> Study:
+    for arm in arms:
+        if arm not in study.arms:
+            raise MolsConfigError(f'--arms: "{arm}" is not one of {", ".join(study.arms)}')
+    kept = {name: arm for name, arm in study.arms.items() if name in arms or name == study.baseline}
+    return study.model_copy(update={"arms": kept})
+
+
+def reseeded(study: Study, seeds: Sequence[int]) -> Study:
+    """The study with other evaluation seeds. Raises MolsConfigError for one that is negative or stands there twice."""
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise MolsConfigError(f"--seeds {' '.join(map(str, seeds))}: each one once, none negative")
+    return study.model_copy(update={"seeds": tuple(seeds)})
+
+
+def _prepare(study: Study, out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if int(os.environ.get("RANK", "0")) == 0:
+            facts = {"study": study.model_dump(mode="json"), "machine": machine(), "versions": versions(PACKAGES)}
+            (out / "study.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    except OSError as error:
+        raise MolsConfigError(f"--out {out}: {error.strerror or error}") from error
+
+
+PACKAGES = ("deepspeed", "transformers", "pytorch-optimizer", "bitsandbytes")
+
+
+def machine() -> dict[str, Any]:
+    """What the runs are made on, without its name."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    name = accelerator.device_name()
+    device = name if name == "cpu" else f"{accelerator.device_count()} x {_device(name)}"
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return {"device": device, "cores": os.cpu_count(), "processor": platform.machine(), "ranks": world}
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(0) if name == "cuda" else name
+
+
+# ---------------------------------------------------------------------- training
+
+
+class _Lines:
+    """One line a finished run, with how many are known to come."""
+
+    def __init__(self, study: Study, store: Store) -> None:
+        self.study, self.store = study, store
+        self.finished = 0
+        self.began = time.monotonic()
+
+    def __call__(self, task: Any, result: dict[str, Any]) -> None:
+        if not isinstance(task, Run):
+            self.store.save_cost(task.run, result)
+            ratio, memory = result["step_ratio"][0], result["memory_ratio"]
+            print(f"cost of {task.run.model} {task.run.arm}: step x {ratio:.3f}, memory x {memory:.3f}", flush=True)
+            return
+        self.finished += 1
+        loss = result["val_loss"]
+        outcome = "diverged" if loss is None else f"{loss:.4f} (ppl {math.exp(loss):.2f})"
+        alphas = " ".join(f"{g} {a:.3g}" for g, a in result["alphas"].items() if g != "other")
+        left = len(needed(self.study, self.store)[0])
+        minutes = (time.monotonic() - self.began) / 60
+        print(
+            f"[{minutes:5.1f} min, {self.finished} done, {left} or more to come] {task.label:44s} "
+            f"{outcome}  {result['seconds']:.0f} s  {alphas if len(alphas) < 80 else ''}",
+            flush=True,
+        )
+
+
+def _costs_wanted(study: Study, store: Store) -> list[Any]:
+    """The arms whose step has not been timed at the settings that were chosen for them, after all runs."""
+    from mols_ds.apps.study.workers import Cost
+
+    if not study.costs:
+        return []
+    todo, chosen = needed(study, store)
+    if todo:
+        return []
+    known = store.costs()
+    wanted = []
+    for (model, arm), best in chosen.items():
+        run = Run(model, arm, best.values, study.seeds[0])
+        base = chosen.get((model, study.baseline))
+        done = known.get(model, {}).get(arm, {}).get("run") == store.key(run)
+        if base is not None and store.load(run) is not None and not done:
+            wanted.append(Cost(Run(model, study.baseline, base.values, study.seeds[0]), run))
+    return wanted
+
+
+def _here(study: Study, store: Store, jobs: int) -> list[Any]:
+    """Every run in processes of this machine, then the costs one at a time."""
+    from mols_ds.apps.study.workers import Pool, runs_wanted
+
+    lines = _Lines(study, store)
+    failures: list[Any] = []
+    if runs_wanted(study, store):
+        pool = Pool(study, store, jobs)
+        try:
+            failures = pool.run(lambda: runs_wanted(study, store), lines)
+        finally:
+            pool.close()
+    if _costs_wanted(study, store):
+        pool = Pool(study, store, 1)
+        try:
+            failures += pool.run(lambda: _costs_wanted(study, store), lines)
+        finally:
+            pool.close()
+    return failures
+
+
+def _launched(study: Study, store: Store) -> list[Any]:
+    """Every run on all ranks of this job together."""
+    from mols_ds.apps.study.work import Machine, Worker
+    from mols_ds.apps.study.workers import quiet_engines, runs_wanted, together
+    from mols_ds.training.cli_utils import start_ranks
+
+    rank, world = start_ranks()
+    quiet_engines()
+    worker = Worker(study, store, Machine(rank, world))
+    lines = _Lines(study, store)
+    failures = together(worker, lambda: runs_wanted(study, store), lines)
+    return failures + together(worker, lambda: _costs_wanted(study, store), lines)
+
+
+def _leave() -> None:
+    """All ranks end together: one that exits while another still trains or writes makes the launcher end the job, and
+    gloo's threads abort a process that ends without saying goodbye."""
+    import torch.distributed
+
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------------- the report
+
+
+def report(results: StudyResults, out: Path, command: str) -> None:
+    """Write the report and say where it is, after the choices in a few lines."""
+    for (model, arm), best in results.chosen.items():
+        print(f"{model} {arm}: {_chosen_text(best)}")
+    from mols_ds.apps.study.report import write_report
+
+    for path in write_report(results, out, command):
+        print(f"  {path}")
+
+
+def _chosen_text(best: Chosen) -> str:
+    values = ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in best.values
+    )
+    return f"{values}{' (at the edge of its grid)' if best.edge else ''}, tuning loss {best.losses[best.values]:.4f}"

@@ -1,0 +1,144 @@
+"""What an arm costs beside the baseline: time of a step, taken in turns in one process, and bytes of live tensors."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from mols_ds.apps.study.runs import Run
+from mols_ds.core.groups import is_scaled
+
+if TYPE_CHECKING:
+    from mols_ds.apps.study.work import Worker
+
+ROUNDS, WARM_UP = 15, 4
+HOW = "bytes of the live tensors of one rank: weights, gradients, optimizer state with fp32 copies; no activations"
+
+
+def measure(worker: Worker, baseline: Run, run: Run) -> dict[str, Any]:
+    """Step time and memory of an arm over the baseline's, at their tuned settings and after the calibration.
+
+    Both engines take steps in turns on the same batches, so that a machine that becomes slower does so for both: the
+    figure is the quartiles of the ratio within a round. Steps that calibrate are not in it; what they cost is
+    `probe_passes` of a run's result, and `accumulators` here: bytes held while they last.
+    """
+    runs = [baseline, run]
+    engines = [_engine(worker, one) for one in runs]
+    job = worker.job(baseline, worker.store.out / "running" / "costs")
+    seconds: list[list[float]] = [[], []]
+    memory = [0, 0]
+    for round_ in range(WARM_UP + ROUNDS):
+        batches = [ids.to(engines[0].device) for ids in job.batches.step("train", round_)]
+        order = (0, 1) if round_ % 2 == 0 else (1, 0)
+        for i in order:
+            seconds[i].append(_step(engines[i], batches))
+    for i, engine in enumerate(engines):
+        memory[i] = live_bytes(engine, batches)
+    ratios = [b / a for a, b in zip(*seconds, strict=True)][WARM_UP:]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    for engine in engines:
+        engine.destroy()
+    del engines
+    gc.collect()
+    return {
+        "step_ratio": [statistics.median(ratios), low, high],
+        "step_seconds": statistics.median(seconds[1][WARM_UP:]),
+        "memory_bytes": memory[1],
+        "memory_ratio": memory[1] / memory[0],
+        "memory_how": HOW,
+        "accumulators": _accumulators(worker, run),
+    }
+
+
+def _engine(worker: Worker, run: Run, *, calibrating: bool = False) -> Any:
+    """An engine of this run's arm; with MoLS past its calibration (the run's own alphas), or at the start of one."""
+    import mols_ds
+
+    out = worker.store.out / "running" / "costs"
+    config = worker.config(run, out)
+    if "mols" in config and not calibrating:
+        result = worker.store.load(run) or {}
+        alphas = {group: alpha for group, alpha in result.get("alphas", {}).items() if is_scaled(group)}
+        keep = {key: config["mols"][key] for key in ("rules", "granularity", "report_dir") if key in config["mols"]}
+        config["mols"] = {**keep, "fixed_alphas": alphas, "start": 0, "ramp_end": 1, "total_steps": worker.study.steps}
+    elif "mols" in config:
+        config["mols"] |= {"start": 0}
+    _, tokenizer, _ = worker.tokens(run.model)
+    model = worker.model(run, config, tokenizer)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = mols_ds.initialize(model=model, model_parameters=trainable, config=config)
+    engine.train()
+    return engine
+
+
+def _step(engine: Any, batches: Iterable[torch.Tensor]) -> float:
+    get_accelerator().synchronize()
+    began = time.perf_counter()
+    for ids in batches:
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    get_accelerator().synchronize()
+    return time.perf_counter() - began
+
+
+def _accumulators(worker: Worker, run: Run) -> int:
+    """Bytes of this rank's accumulators during the calibration; 0 without one."""
+    section = worker.config(run, worker.store.out).get("mols")
+    if section is None or section.get("mode") == "moments" or section.get("fixed_alphas"):
+        return 0
+    engine = _engine(worker, run, calibrating=True)
+    job = worker.job(run, worker.store.out / "running" / "costs")
+    held = 0
+    for step in range(2):
+        _step(engine, [ids.to(engine.device) for ids in job.batches.step("train", step)])
+        held = max(held, int(engine.mols.accumulator_bytes))
+    engine.destroy()
+    gc.collect()
+    return held
+
+
+def live_bytes(engine: Any, batches: list[torch.Tensor]) -> int:
+    """Bytes of weights, gradients (between backward and step) and optimizer state of this rank, each storage once."""
+    *head, last = batches
+    for ids in head:
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    engine.backward(engine(input_ids=last, labels=last).loss)
+    outer = engine.optimizer
+    inner = getattr(outer, "optimizer", outer)
+    storages: dict[int, int] = {}
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            inside = getattr(value, "__tensor_flatten__", None)
+            if inside is not None:
+                for name in inside()[0]:
+                    add(getattr(value, name))
+                return
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            if value.is_leaf and value.grad is not None:
+                add(value.grad)
+        elif isinstance(value, dict):
+            for item in value.values():
+                add(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+
+    for parameter in engine.module.parameters():
+        add(parameter)
+        add(getattr(parameter, "ds_tensor", None))
+    add([group["params"] for group in inner.param_groups])
+    for state in inner.state.values():
+        add(state)
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "averaged_gradients"):
+        add(getattr(outer, name, None))
+    engine.step()
+    return sum(storages.values())

@@ -1,0 +1,256 @@
+"""The runs of a study: what each is called, which come next, and their results on disk.
+
+A finished run is one JSON file in OUT/runs, written under another name and renamed when complete. Its name carries a
+hash of every setting that the result depends on, so a study that was stopped goes on where it was, an arm that is added
+later repeats nothing, and a changed setting never passes off old results as its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mols_ds.apps.study.spec import Study, Value, Values
+from mols_ds.core.files import write_whole
+from mols_ds.errors import MolsConfigError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Run:
+    """One training: model, arm, tuned settings and seed."""
+
+    model: str
+    arm: str
+    values: Values
+    seed: int
+
+    @property
+    def lr(self) -> float:
+        """The base rate."""
+        return float(dict(self.values)["lr"])
+
+    @property
+    def label(self) -> str:
+        """For people and file names: block-mols-lr0.004-s1."""
+        settings = [f"{name.rsplit('.', 1)[-1]}{_short(value)}" for name, value in self.values]
+        return "-".join([self.model, self.arm, *settings, f"s{self.seed}"])
+
+
+class Chosen(NamedTuple):
+    """How an arm was tuned on a model.
+
+    values: the best candidate. losses: every candidate tried -> mean final validation loss over the tuning seeds
+    (infinite where one diverged). edge: the best rate is the smallest or largest one tried.
+    """
+
+    values: Values
+    losses: dict[Values, float]
+    edge: bool
+
+
+@dataclass
+class StudyResults:
+    """What a report is made of."""
+
+    study: dict[str, Any]
+    baseline: str
+    runs: dict[Run, dict[str, Any]]
+    chosen: dict[tuple[str, str], Chosen]
+    costs: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    missing: list[Run] = field(default_factory=list)
+
+
+def _short(value: Value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def arm_config(study: Study, arm: str, values: Values) -> dict[str, Any]:
+    """The DeepSpeed config of an arm at given tuned settings, batch sizes left to `mols_ds.training.ds_config.resolve`.
+
+    fp32 and ZeRO stage 0, unless the study or the arm says otherwise.
+    """
+    spec = study.arms[arm]
+    config: dict[str, Any] = {"zero_optimization": {"stage": 0}, "gradient_clipping": study.clip}
+    config["train_batch_size"] = study.batch.sequences
+    if study.batch.micro is not None:
+        config["train_micro_batch_size_per_gpu"] = study.batch.micro
+    for extra in (study.deepspeed, spec.deepspeed):
+        _merge(config, extra)
+    if "fp16" not in config:
+        config.setdefault("bf16", {"enabled": False})  # never what this machine happens to be good at
+    tuned = dict(values)
+    config["optimizer"] = {"type": spec.optimizer, "params": {**spec.params, "lr": tuned.pop("lr")}}
+    if spec.source is not None:
+        config["optimizer"]["source"] = spec.source
+    if spec.mols is not None:
+        config["mols"] = json.loads(json.dumps(spec.mols))
+    for name, value in tuned.items():
+        section, key = name.split(".", 1)
+        target = {"params": config["optimizer"]["params"], "mols": config.get("mols"), "deepspeed": config}[section]
+        assert target is not None
+        *path, last = key.split(".")
+        for part in path:
+            target = target.setdefault(part, {})
+        target[last] = value
+    return config
+
+
+def _merge(into: dict[str, Any], extra: Mapping[str, Any]) -> None:
+    for key, value in json.loads(json.dumps(dict(extra))).items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+class Store:
+    """Results of a study's runs below `out`."""
+
+    def __init__(self, study: Study, out: Path) -> None:
+        self.study, self.out = study, out
+
+    def key(self, run: Run) -> str:
+        """Label and hash of a run: its file name without suffix."""
+        study = self.study
+        state = [
+            SCHEMA,
+            study.models[run.model],
+            {**study.data.model_dump(), "source": Path(study.data.source).name},
+            study.batch.model_dump(),
+            study.steps,
+            [study.evaluation.sequences, study.eval_every],
+            arm_config(study, run.arm, run.values),
+            study.activation_checkpointing,
+            run.seed,
+        ]
+        if study.snr is not None and run.arm in study.snr.arms:
+            state.append(study.snr.every)
+        digest = hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=6).hexdigest()
+        return f"{run.label}-{digest}"
+
+    def file(self, run: Run) -> Path:
+        """Where the result of a finished run is."""
+        return self.out / "runs" / f"{self.key(run)}.json"
+
+    def folder(self, run: Run) -> Path:
+        """What a run writes while it trains; removed when its result is there."""
+        return self.out / "running" / self.key(run)
+
+    def load(self, run: Run) -> dict[str, Any] | None:
+        """The result of a run, or None if it has not finished. Raises MolsConfigError for a file that is damaged."""
+        file = self.file(run)
+        if not file.is_file():
+            return None
+        try:
+            result = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise MolsConfigError(f"{file} is damaged ({error}): remove it, and the run is repeated") from error
+        assert isinstance(result, dict)
+        return result
+
+    def save(self, run: Run, result: Mapping[str, Any]) -> None:
+        """Write a finished run, complete or not at all."""
+        file = self.file(run)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(result) + "\n")
+
+    def costs(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Model -> arm -> what `costs.measure` found, and the key of the "run" that it was found for."""
+        file = self.out / "costs.json"
+        found: dict[str, dict[str, dict[str, Any]]] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        return found
+
+    def save_cost(self, run: Run, cost: Mapping[str, Any]) -> None:
+        """Add the costs of a run's arm, complete or not at all."""
+        costs = self.costs()
+        costs.setdefault(run.model, {})[run.arm] = {**cost, "run": self.key(run)}
+        write_whole(self.out / "costs.json", json.dumps(costs, indent=1) + "\n")
+
+    def loss(self, run: Run) -> float | None:
+        """Final validation loss: infinite where the run diverged, None where it has not finished."""
+        result = self.load(run)
+        if result is None:
+            return None
+        return math.inf if result["val_loss"] is None else float(result["val_loss"])
+
+
+def tuning(study: Study, store: Store, model: str, arm: str) -> tuple[list[Run], Chosen | None]:
+    """The tuning runs that an arm still needs on a model; when there are none, what was chosen.
+
+    The candidates are the whole grid. While the best rate is at an edge of what was tried, the next one by a factor
+    of 2 is added on that side with the best values of the other settings, `study.extend` times at most.
+    """
+    losses: dict[Values, float] = {}
+    wanted = study.candidates(arm)
+    for _ in range(study.extend + 1):
+        missing = []
+        for values in wanted:
+            found = [(run, store.loss(run)) for run in (Run(model, arm, values, s) for s in study.tune_seeds)]
+            missing += [run for run, loss in found if loss is None]
+            losses[values] = math.fsum(loss or 0.0 for _, loss in found) / len(found)
+        if missing:
+            return missing, None
+        best = min(losses, key=lambda values: losses[values])
+        further = _beyond(best, losses)
+        if further is None or not math.isfinite(losses[best]):
+            return [], Chosen(best, losses, further is not None)
+        wanted = [further]
+    return [], Chosen(best, losses, _beyond(best, losses) is not None)
+
+
+def _beyond(best: Values, tried: Iterable[Values]) -> Values | None:
+    """The candidate beyond the edge that the best rate lies at; None if it lies inside or only one rate was given."""
+    settings = dict(best)
+    rates = sorted({float(dict(values)["lr"]) for values in tried})
+    rate = float(settings["lr"])
+    if len(rates) == 1 or rate not in (rates[0], rates[-1]):
+        return None
+    settings["lr"] = rate * 2 if rate == rates[-1] else rate / 2
+    return tuple(sorted(settings.items()))
+
+
+def needed(study: Study, store: Store) -> tuple[list[Run], dict[tuple[str, str], Chosen]]:
+    """Every run that can be started now, in order, and what has been chosen so far.
+
+    Arms come in the file's order, so that a study that is stopped has its first arms complete.
+    """
+    todo: list[Run] = []
+    chosen: dict[tuple[str, str], Chosen] = {}
+    for arm in study.arms:
+        for model in study.models:
+            if arm not in study.arms_of(model):
+                continue
+            missing, best = tuning(study, store, model, arm)
+            if best is not None:
+                chosen[model, arm] = best
+                if math.isfinite(best.losses[best.values]):
+                    runs = [Run(model, arm, best.values, seed) for seed in study.seeds]
+                    missing = [run for run in runs if store.load(run) is None]
+            todo += [run for run in missing if run not in todo]
+    return todo, chosen
+
+
+def collect(study: Study, store: Store) -> StudyResults:
+    """Every finished run of the study as it stands now."""
+    missing, chosen = needed(study, store)
+    runs: dict[Run, dict[str, Any]] = {}
+    for (model, arm), best in chosen.items():
+        every = [Run(model, arm, values, seed) for values in best.losses for seed in study.tune_seeds]
+        every += [Run(model, arm, best.values, seed) for seed in study.seeds]
+        for run in every:
+            result = store.load(run)
+            if result is not None:
+                runs[run] = result
+    costs: dict[str, dict[str, dict[str, Any]]] = {}
+    for (model, arm), best in chosen.items():
+        known = store.costs().get(model, {}).get(arm, {})
+        if known.get("run") == store.key(Run(model, arm, best.values, study.seeds[0])):
+            costs.setdefault(model, {})[arm] = known
+    return StudyResults(study.model_dump(mode="json"), study.baseline, runs, chosen, costs, missing)

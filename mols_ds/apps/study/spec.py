@@ -1,0 +1,243 @@
+"""A study: one YAML file that says which arms are compared, on what, and how they are tuned. Unknown keys are refused.
+
+Every arm sees the same model weights (per seed), the same batches in the same order and the same budget; each arm's
+settings are tuned over its grid with the tuning seeds, and its result is that of the evaluation seeds at the best one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, model_validator
+
+from mols_ds.core.config import MolsConfig
+from mols_ds.errors import MolsConfigError
+
+Value = int | float | str
+Values = tuple[tuple[str, Value], ...]
+"""The tuned settings of a run, (name, value) sorted by name; ("lr", rate) is always among them."""
+Positive = Annotated[StrictInt, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(_Frozen):
+    """Text, as train.py's data arguments (mols_ds/training/sources.py); a path may be relative to the study file. The
+    tokenizer is trained to each model's vocabulary."""
+
+    source: str = "stdlib"
+    text_key: str | None = None
+    eval_share: float | None = None
+    tokenizer: str | None = None
+    split_seed: int = 0
+
+
+class Budget(_Frozen):
+    """How long a run is: optimizer steps or tokens."""
+
+    steps: Positive | None = None
+    tokens: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give either steps or tokens")
+        return self
+
+
+class Batch(_Frozen):
+    """The global batch of every run: `sequences` of `length` tokens, `micro` of them a forward pass."""
+
+    sequences: Positive
+    length: Positive
+    micro: Positive | None = None
+
+
+class Evaluation(_Frozen):
+    """Held-out loss: `sequences` of the held-out documents, every `every` steps and at the end."""
+
+    sequences: Positive = 256
+    every: Positive | None = None
+
+
+class Snr(_Frozen):
+    """SNR of every group from Adam's moments, read every `every` steps in the evaluation runs of these arms."""
+
+    every: Positive
+    arms: tuple[str, ...] = ()
+
+
+class Arm(_Frozen):
+    """What one arm trains with.
+
+    `optimizer` and `params` are as in a DeepSpeed config; `mols` is the "mols" section (absent: no MoLS); `deepspeed`
+    is merged into the DeepSpeed config. `lr` replaces the study's rates. `grid` lists more settings that are tuned:
+    dotted names below `params.`, `mols.` or `deepspeed.`. `models` restricts the arm to some models.
+    """
+
+    optimizer: str = "AdamW"
+    source: str | None = None
+    params: dict[str, Any] = {}
+    mols: dict[str, Any] | None = None
+    deepspeed: dict[str, Any] = {}
+    lr: tuple[Rate, ...] | None = None
+    grid: dict[str, tuple[Value, ...]] = {}
+    models: tuple[str, ...] | None = None
+    about: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> Arm:
+        for name, values in self.grid.items():
+            if name.split(".", 1)[0] not in ("params", "mols", "deepspeed") or "." not in name:
+                raise ValueError(f'grid: "{name}" must be params.NAME, mols.NAME or deepspeed.NAME')
+            if not values:
+                raise ValueError(f'grid: "{name}" has no value')
+            if name.startswith("mols.") and self.mols is None:
+                raise ValueError(f'grid: "{name}" without a mols section (an empty one is {{}})')
+        if self.mols is not None:
+            MolsConfig.parse({key: value for key, value in self.mols.items() if key != "fixed_alphas"})
+        return self
+
+
+class Study(_Frozen):
+    """One study file. Raises MolsConfigError through `load_study`.
+
+    `pairs` are comparisons beside those with the baseline: (arm, the arm that it is compared with).
+    """
+
+    name: Annotated[StrictStr, Field(pattern=NAME)]
+    about: str = ""
+    models: Annotated[dict[str, str | dict[str, Any]], Field(min_length=1)]
+    data: Data = Data()
+    batch: Batch
+    budget: Budget
+    lr: Annotated[tuple[Rate, ...], Field(min_length=1)]
+    extend: Annotated[StrictInt, Field(ge=0)] = 2
+    tune_seeds: Annotated[tuple[StrictInt, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[StrictInt, ...], Field(min_length=1)]
+    baseline: str = "adam"
+    pairs: tuple[tuple[str, str], ...] = ()
+    arms: Annotated[dict[str, Arm], Field(min_length=1)]
+    deepspeed: dict[str, Any] = {}
+    clip: float = 1.0
+    evaluation: Evaluation = Evaluation()
+    snr: Snr | None = None
+    save_every: Annotated[StrictInt, Field(ge=0)] = 0
+    activation_checkpointing: bool = False
+    costs: bool = True
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.batch.sequences * self.batch.length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of every run."""
+        if self.budget.steps is not None:
+            return self.budget.steps
+        assert self.budget.tokens is not None
+        return max(1, math.ceil(self.budget.tokens / self.tokens_per_step))
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations; by default a twentieth of the run."""
+        return self.evaluation.every or max(1, self.steps // 20)
+
+    @model_validator(mode="after")
+    def _check(self) -> Study:
+        import re
+
+        if self.baseline not in self.arms:
+            raise ValueError(f'baseline: "{self.baseline}" is not one of the arms {", ".join(self.arms)}')
+        for kind, names in (("models", self.models), ("arms", self.arms)):
+            for name in names:
+                if not re.match(NAME, name):
+                    raise ValueError(f'{kind}: "{name}" is not a plain name (letters, digits, "_", ".", "+", "-")')
+        for name, arm in self.arms.items():
+            for model in arm.models or ():
+                if model not in self.models:
+                    raise ValueError(f'arms.{name}.models: "{model}" is not one of {", ".join(self.models)}')
+        if self.arms[self.baseline].models is not None:
+            raise ValueError(f"arms.{self.baseline}.models: the baseline runs on every model")
+        for arm_name in itertools.chain(*self.pairs):
+            if arm_name not in self.arms:
+                raise ValueError(f'pairs: "{arm_name}" is not one of the arms')
+        for arm_name in self.snr.arms if self.snr else ():
+            if arm_name not in self.arms:
+                raise ValueError(f'snr.arms: "{arm_name}" is not one of the arms')
+        for key in ("seeds", "tune_seeds"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values) or min(values) < 0:
+                raise ValueError(f"{key}: each one once, none negative")
+        return self
+
+    def arms_of(self, model: str) -> list[str]:
+        """The arms that run on a model, in the file's order."""
+        return [name for name, arm in self.arms.items() if arm.models is None or model in arm.models]
+
+    def candidates(self, arm: str) -> list[Values]:
+        """Every combination of the arm's rates and grid: what is tuned over before the rates are extended."""
+        spec = self.arms[arm]
+        axes: dict[str, tuple[Value, ...]] = {"lr": spec.lr or self.lr, **spec.grid}
+        names = sorted(axes)
+        return [tuple(zip(names, chosen, strict=True)) for chosen in itertools.product(*(axes[n] for n in names))]
+
+
+def load_study(path: str | Path) -> Study:
+    """Read a study file. Raises MolsConfigError, in one line that names the key, where it is missing or wrong."""
+    file = Path(path)
+    if not file.is_file():
+        raise MolsConfigError(f"study {path}: no such file (see studies/)")
+    try:
+        content = yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MolsConfigError(f"study {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, Mapping):
+        raise MolsConfigError(f"study {path}: a mapping of settings is needed")
+    try:
+        study = Study.model_validate(dict(content))
+    except ValidationError as error:
+        lines = [f'"{".".join(map(str, e["loc"]))}": {_reason(e)}' for e in error.errors()]
+        raise MolsConfigError(f"study {path}: " + "; ".join(lines)) from None
+    models = {name: _model(value, file.parent) for name, value in study.models.items()}
+    data = study.data
+    if (file.parent / data.source).exists():
+        data = data.model_copy(update={"source": str(file.parent / data.source)})
+    return study.model_copy(update={"models": models, "data": data})
+
+
+def _reason(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return "unknown key"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{error['msg']} (got {error['input']!r})"
+
+
+def _model(value: str | dict[str, Any], folder: Path) -> str | dict[str, Any]:
+    """The model's settings: those of a model file (its path is relative to the study file), or written in the study."""
+    if isinstance(value, dict):
+        return value
+    path = folder / value
+    if path.is_dir():
+        return str(path)
+    if not path.is_file():
+        raise MolsConfigError(f"study: model {value}: no such file below {folder}")
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise MolsConfigError(f"study: model {value}: not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise MolsConfigError(f"study: model {value}: a JSON object is needed")
+    return settings

@@ -1,0 +1,347 @@
+"""The numbers of a study's report, from its runs: one row an arm and model, alphas by model, costs. Pure functions.
+
+Every arm counts at the settings that its tuning chose, at the end of its budget, over the evaluation seeds; differences
+are paired by seed (same initial weights, same batches). Diverged runs have an infinite loss and are never left out.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from mols_ds.apps.study import curves
+from mols_ds.apps.study.curves import Band, Curve, Sensitivity, SnrCurve, final_loss
+from mols_ds.apps.study.paired import Difference, compare, holm
+from mols_ds.apps.study.relative import Cost, Runs, relative_cost
+
+if TYPE_CHECKING:
+    from mols_ds.apps.study.runs import Chosen, StudyResults
+
+SCHEMA = 1
+ENOUGH_SEEDS = 5
+"""With fewer evaluation seeds a t-interval is not to be relied on."""
+GROUP_ORDER = ("embedding", "head", "qk", "vo", "mlp", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class ArmRow:
+    """One arm on one model. Losses in nats a token; `losses` by evaluation seed, infinite where the run diverged.
+
+    mean, sd, perplexity (exp of the mean, least and greatest seed): None where no evaluation run is there; infinite
+    with a diverged seed (sd: None). planned: evaluation seeds of the study. tried: candidates of the tuning.
+    adjusted: Holm's p-value over every comparison of the study. reached: tokens at which the mean curve is at the
+    baseline's final loss, `speed_up` the baseline's tokens over these, and `speed_up_charged` the same with the tokens
+    of MoLS's measuring passes added to the arm's.
+    """
+
+    model: str
+    arm: str
+    baseline: bool
+    values: dict[str, Any]
+    tried: int
+    edge: bool
+    planned: int
+    losses: dict[int, float]
+    mean: float | None
+    sd: float | None
+    perplexity: Band | None
+    difference: Difference | None
+    adjusted: float | None
+    reached: float | None
+    speed_up: float | None
+    speed_up_charged: float | None
+    cost: Cost
+    weights: int | None
+    tokens: int | None
+    curve: Curve
+    notes: tuple[str, ...] = ()
+
+    @property
+    def diverged(self) -> int:
+        """Evaluation runs that diverged."""
+        return sum(math.isinf(loss) for loss in self.losses.values())
+
+
+@dataclass(frozen=True, slots=True)
+class AlphaRow:
+    """Alphas of one arm on one model: geometric mean over seeds (and layers) by kind of group, with the range.
+
+    clamped: kinds whose alpha was held at a bound in at least one run.
+    """
+
+    model: str
+    arm: str
+    weights: int | None
+    seeds: int
+    alphas: dict[str, Band]
+    clamped: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PairRow:
+    """A comparison that the study asks for beside those with the baseline: `arm` minus `other`, paired by seed."""
+
+    model: str
+    arm: str
+    other: str
+    difference: Difference | None
+
+
+@dataclass(slots=True)
+class Summary:
+    """All numbers of a report. `models`, `arms`: in the order of the study, the baseline first."""
+
+    name: str
+    baseline: str
+    models: list[str]
+    arms: list[str]
+    seeds: list[int]
+    tune_seeds: list[int]
+    rows: list[ArmRow]
+    absent: list[tuple[str, str]]
+    comparisons: int
+    sensitivity: dict[str, dict[str, Sensitivity]]
+    snr: dict[str, dict[str, dict[str, SnrCurve]]]
+    alphas: list[AlphaRow]
+    missing: list[dict[str, Any]]
+    tuning: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    pairs: list[PairRow] = field(default_factory=list)
+
+    def of(self, model: str) -> list[ArmRow]:
+        """The rows of one model."""
+        return [row for row in self.rows if row.model == model]
+
+
+def summarise(results: StudyResults) -> Summary:
+    """Every number of the report. Arms without finished tuning are in `absent`, runs that could start in `missing`."""
+    study = results.study
+    models = _ordered(list(study.get("models", ())), (model for model, _ in results.chosen))
+    arms = _ordered([results.baseline, *study.get("arms", ())], (arm for _, arm in results.chosen))
+    found = [_row(results, model, arm) for model in models for arm in arms]
+    rows, comparisons = _adjust([row for row in found if row is not None])
+    snr = {model: _snr(results, model, arms) for model in models}
+    return Summary(
+        name=str(study.get("name", "study")),
+        baseline=results.baseline,
+        models=models,
+        arms=arms,
+        seeds=list(study.get("seeds", ())),
+        tune_seeds=list(study.get("tune_seeds", ())),
+        rows=rows,
+        absent=[(m, a) for m in models for a in arms if (m, a) not in results.chosen and _planned(study, m, a)],
+        comparisons=comparisons,
+        sensitivity={model: _sensitivities(results, model, arms) for model in models},
+        snr={model: found for model, found in snr.items() if found},
+        alphas=[row for arm in arms for model in models if (row := _alphas(results, model, arm)) is not None],
+        missing=[
+            {"model": run.model, "arm": run.arm, "values": dict(run.values), "seed": run.seed}
+            for run in results.missing
+        ],
+        tuning={model: _tuning(results, model, arms) for model in models},
+        pairs=[_pair(results, model, *pair) for model in models for pair in study.get("pairs", ())],
+    )
+
+
+def setting_text(values: Mapping[str, Any]) -> str:
+    """`lr 0.004, params.rank 128`."""
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
+    )
+
+
+def group_order(groups: Iterable[str]) -> list[str]:
+    """Module groups in the paper's order, unknown ones last."""
+    known = {name: i for i, name in enumerate(GROUP_ORDER)}
+    return sorted(set(groups), key=lambda group: (known.get(group, len(known)), group))
+
+
+def to_json(summary: Summary) -> dict[str, Any]:
+    """All of `summary` as a dict for summary.json; numbers that are not finite are null (`diverged` counts them)."""
+    content = asdict(summary)
+    for record, row in zip(content["rows"], summary.rows, strict=True):
+        record["diverged"] = row.diverged
+    clean: dict[str, Any] = _plain({"schema": SCHEMA, **content})
+    return clean
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: named tuples as objects, numbers that are not finite as null."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _ordered(first: Iterable[str], more: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys([*first, *more]))
+
+
+def _planned(study: Mapping[str, Any], model: str, arm: str) -> bool:
+    only = (study.get("arms", {}).get(arm) or {}).get("models")
+    return only is None or model in only
+
+
+def _evaluated(results: StudyResults, model: str, arm: str) -> dict[int, dict[str, Any]]:
+    """Evaluation runs of an arm at its chosen settings, by seed in the study's order."""
+    chosen = results.chosen.get((model, arm))
+    if chosen is None:
+        return {}
+    found = {
+        run.seed: result
+        for run, result in results.runs.items()
+        if (run.model, run.arm, run.values) == (model, arm, chosen.values)
+    }
+    return {seed: found[seed] for seed in results.study.get("seeds", ()) if seed in found}
+
+
+def _row(results: StudyResults, model: str, arm: str) -> ArmRow | None:
+    """None for an arm that is not tuned yet."""
+    chosen = results.chosen.get((model, arm))
+    if chosen is None:
+        return None
+    runs, baseline = _evaluated(results, model, arm), _evaluated(results, model, results.baseline)
+    losses = {seed: final_loss(run) for seed, run in runs.items()}
+    base_losses = {seed: final_loss(run) for seed, run in baseline.items()}
+    values = list(losses.values())
+    planned = len(results.study.get("seeds", ()))
+    reached, speed_up, charged = _speed_up(runs, baseline)
+    first: Mapping[str, Any] = next(iter(runs.values()), {})
+    return ArmRow(
+        model=model,
+        arm=arm,
+        baseline=arm == results.baseline,
+        values=dict(chosen.values),
+        tried=len(chosen.losses),
+        edge=chosen.edge,
+        planned=planned,
+        losses=losses,
+        mean=math.fsum(values) / len(values) if values else None,
+        sd=statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None,
+        perplexity=_perplexity(values),
+        difference=None if arm == results.baseline else compare(losses, base_losses),
+        adjusted=None,
+        reached=reached,
+        speed_up=speed_up,
+        speed_up_charged=charged,
+        cost=relative_cost(results.costs.get(model, {}).get(arm), runs, baseline),
+        weights=first.get("weights"),
+        tokens=first.get("tokens"),
+        curve=curves.validation_curve(runs.values()),
+        notes=_notes(chosen, runs, losses, planned, base_losses),
+    )
+
+
+def _pair(results: StudyResults, model: str, arm: str, other: str) -> PairRow:
+    mine, theirs = ({s: final_loss(r) for s, r in _evaluated(results, model, a).items()} for a in (arm, other))
+    return PairRow(model, arm, other, compare(mine, theirs))
+
+
+def _perplexity(losses: list[float]) -> Band | None:
+    """exp of the mean loss, and of the least and greatest seed's."""
+    if not losses:
+        return None
+    mean = math.fsum(losses) / len(losses)
+    return Band(*(math.exp(value) if value < 700 else math.inf for value in (mean, min(losses), max(losses))))
+
+
+def _speed_up(runs: Runs, baseline: Runs) -> tuple[float | None, float | None, float | None]:
+    """Tokens to the baseline's final loss, the speed-up, and the speed-up with measuring passes charged.
+
+    Over the seeds that both have. The target is the end of the baseline's own mean curve: the same evaluation as the
+    points that it is compared with. None where it is not reached or a run diverged.
+    """
+    seeds = [seed for seed in runs if seed in baseline]
+    mine, theirs = [runs[seed] for seed in seeds], [baseline[seed] for seed in seeds]
+    if not seeds or not all(math.isfinite(final_loss(run)) for run in [*mine, *theirs]):
+        return None, None, None
+    target = curves.validation_curve(theirs)
+    reached = curves.tokens_to_reach(curves.validation_curve(mine), target.final)
+    if reached is None:
+        return None, None, None
+    budget = target.tokens[-1]
+    extra = statistics.fmean((run.get("probe_passes") or 0) * (run.get("tokens_per_step") or 0) for run in mine)
+    return reached, budget / reached, budget / (reached + extra)
+
+
+def _notes(
+    chosen: Chosen, runs: Runs, losses: Mapping[int, float], planned: int, base_losses: Mapping[int, float]
+) -> tuple[str, ...]:
+    """What a reader of the row must know."""
+    notes = []
+    if math.isinf(chosen.losses.get(chosen.values, 0.0)):
+        notes.append("diverged with every setting tried")
+    elif len(losses) < planned:
+        notes.append(f"{len(losses)} of {planned} seeds are there")
+    diverged = [seed for seed, loss in losses.items() if math.isinf(loss)]
+    if diverged:
+        notes.append(f"diverged with {len(diverged)} of {len(losses)} seeds ({', '.join(map(str, diverged))})")
+    if losses and base_losses and (unpaired := [seed for seed in losses if seed not in base_losses]):
+        notes.append(f"no baseline for seeds {', '.join(map(str, unpaired))}")
+    failed = sum(1 for run in runs.values() if (run.get("report") or {}).get("failed"))
+    if failed:
+        notes.append(f"calibration failed in {failed} of {len(runs)} runs")
+    passes = max((run.get("probe_passes") or 0 for run in runs.values()), default=0)
+    if passes:
+        steps = next((run["steps"] for run in runs.values() if run.get("steps")), None)
+        notes.append(f"{passes} measuring passes" + (f" besides {steps:,} steps" if steps else ""))
+    if chosen.edge:
+        notes.append("best rate at the edge of those tried")
+    return tuple(notes)
+
+
+def _adjust(rows: list[ArmRow]) -> tuple[list[ArmRow], int]:
+    """Fill in Holm's p-values over every comparison of the study; returns how many there are."""
+    tested = [(i, row.difference.p) for i, row in enumerate(rows) if row.difference and row.difference.p is not None]
+    adjusted = dict(zip((i for i, _ in tested), holm([p for _, p in tested]), strict=True))
+    return [replace(row, adjusted=adjusted.get(i)) for i, row in enumerate(rows)], len(tested)
+
+
+def _sensitivities(results: StudyResults, model: str, arms: Iterable[str]) -> dict[str, Sensitivity]:
+    found = {}
+    for arm in arms:
+        chosen = results.chosen.get((model, arm))
+        curve = curves.sensitivity(chosen.losses, dict(chosen.values)) if chosen else None
+        if curve is not None:
+            found[arm] = curve
+    return found
+
+
+def _tuning(results: StudyResults, model: str, arms: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Every candidate tried -> mean final loss over the tuning seeds."""
+    chosen = {arm: results.chosen[model, arm] for arm in arms if (model, arm) in results.chosen}
+    return {
+        arm: {setting_text(dict(values)): loss for values, loss in sorted(best.losses.items())}
+        for arm, best in chosen.items()
+    }
+
+
+def _snr(results: StudyResults, model: str, arms: Iterable[str]) -> dict[str, dict[str, SnrCurve]]:
+    """Arm -> estimator -> curve, of the arms that have any."""
+    found = {arm: curves.snr_curves(list(_evaluated(results, model, arm).values())) for arm in arms}
+    return {arm: curve for arm, curve in found.items() if curve}
+
+
+def _alphas(results: StudyResults, model: str, arm: str) -> AlphaRow | None:
+    """None for an arm without multipliers."""
+    runs = _evaluated(results, model, arm)
+    values: dict[str, list[float]] = {}
+    clamped: set[str] = set()
+    seeds = 0
+    for run in runs.values():
+        seeds += bool(run.get("alphas"))
+        for group, alpha in (run.get("alphas") or {}).items():
+            if alpha is not None and alpha > 0 and math.isfinite(alpha):
+                values.setdefault(curves.kind_of(group), []).append(float(alpha))
+        groups = (run.get("report") or {}).get("groups") or {}
+        clamped |= {curves.kind_of(group) for group, row in groups.items() if row.get("clamped")}
+    if not values:
+        return None
+    alphas = {group: curves.geometric(values[group]) for group in group_order(values)}
+    weights = next(iter(runs.values())).get("weights")
+    return AlphaRow(model, arm, weights, seeds, alphas, tuple(sorted(clamped)))

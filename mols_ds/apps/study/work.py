@@ -1,0 +1,227 @@
+"""One run of a study, from its settings to its result. Every rank of the job calls `execute` with the same run."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mols_ds.apps.study.runs import SCHEMA, Run, Store, arm_config
+from mols_ds.apps.study.spec import Study
+from mols_ds.core.files import write_whole
+from mols_ds.engines.deepspeed.snr_monitor import SnrWatch
+from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
+from mols_ds.training.ds_config import check_with_deepspeed, model_dtype, resolve
+from mols_ds.training.models import build_model, load_model_config, zero_init
+from mols_ds.training.sources import DataSpec, check_hub
+from mols_ds.training.tokens import TokenData, Tokenizer, prepare
+from mols_ds.training.trainer import METRICS, Job, has_checkpoint, train
+
+READINGS = "snr.jsonl"
+CURVE_POINTS = 200
+"""Points of the training loss that a result keeps, at most; each is the mean of the steps since the one before."""
+
+
+@dataclass
+class Machine:
+    """This process's place in a job that runs one run at a time: `world` ranks."""
+
+    rank: int = 0
+    world: int = 1
+
+
+class Worker:
+    """Executes runs of one study, keeping tokenizers and token files open between them."""
+
+    def __init__(self, study: Study, store: Store, machine: Machine) -> None:
+        self.study, self.store, self.machine = study, store, machine
+        self.tokens = lru_cache(maxsize=None)(self._prepare)
+
+    def model_source(self, model: str) -> str:
+        """A model file or checkpoint folder that `mols_ds.training.models` reads."""
+        settings = self.study.models[model]
+        if isinstance(settings, str):
+            return settings
+        path = self.store.out / "models" / f"{model}.json"
+        text = json.dumps(settings, indent=2) + "\n"
+        if not path.is_file() or path.read_text("utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text)
+        return str(path)
+
+    def _prepare(self, model: str) -> tuple[DataSpec, Tokenizer, TokenData]:
+        study, data = self.study, self.study.data
+        spec = DataSpec.parse(data.source, text_key=data.text_key, eval_share=data.eval_share)
+        check_hub(spec)
+        tokenizer, tokens = prepare(
+            spec,
+            self.store.out / "cache",
+            tokenizer=None if data.tokenizer is None else Path(data.tokenizer),
+            vocab_size=int(load_model_config(self.model_source(model)).vocab_size),
+            seed=data.split_seed,
+            held_out_tokens=study.evaluation.sequences * study.batch.length,
+        )
+        return spec, tokenizer, tokens
+
+    def config(self, run: Run, out: Path) -> dict[str, Any]:
+        """The resolved DeepSpeed config of a run. Raises MolsConfigError where DeepSpeed refuses it."""
+        config = arm_config(self.study, run.arm, run.values)
+        if "mols" in config:
+            config["mols"].setdefault("report_dir", str(out / "mols_report"))
+        config = resolve(config, world=self.machine.world, steps=self.study.steps, out=out)
+        check_with_deepspeed(config, f"of arm {run.arm}")
+        return config
+
+    def job(self, run: Run, out: Path) -> Job:
+        """What `mols_ds.training.trainer.train` is given for a run."""
+        study, machine = self.study, self.machine
+        spec, tokenizer, tokens = self.tokens(run.model)
+        config = self.config(run, out)
+        shape = BatchShape(
+            study.batch.length,
+            config["train_micro_batch_size_per_gpu"],
+            config["gradient_accumulation_steps"],
+            machine.rank,
+            machine.world,
+        )
+        batches: Batches
+        if tokens.train is None:
+            batches = StreamedBatches(spec, tokenizer, shape, run.seed)
+        else:
+            batches = PackedBatches(tokens.train, shape, run.seed)
+        return Job(
+            config=config,
+            model=partial(self.model, run, config, tokenizer),
+            batches=batches,
+            held_out=held_out_batches(tokens.held_out, shape, study.evaluation.sequences),
+            shape=shape,
+            steps=study.steps,
+            out=out,
+            seed=run.seed,
+            eval_every=study.eval_every,
+            save_every=study.save_every,
+            resume=has_checkpoint(out),
+            probe_ahead=tokens.train is not None,  # a stream can only go on, so it is measured on batches of its own
+            keep_last=False,
+            stop_diverged=True,
+            shown=False,
+        )
+
+    def model(self, run: Run, config: dict[str, Any], tokenizer: Tokenizer) -> torch.nn.Module:
+        """The model of a run: equal weights for equal seeds, whatever the arm."""
+        sharded = zero_init(config)
+        model = build_model(
+            self.model_source(run.model),
+            vocab_size=tokenizer.size,
+            end=tokenizer.end,
+            seq_len=self.study.batch.length,
+            seed=run.seed,
+            dtype=model_dtype(config),
+            checkpointing=self.study.activation_checkpointing,
+        )
+        del sharded
+        return model
+
+    def execute(self, run: Run) -> dict[str, Any]:
+        """Train a run to its end and, on rank 0, save its result. Returns the result.
+
+        A run that was interrupted goes on from its newest checkpoint, if the study saves any (`save_every`), else it
+        starts over.
+        """
+        out = self.store.folder(run)
+        first = self.machine.rank == 0
+        if first and not has_checkpoint(out):
+            shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        torch.distributed.barrier()
+        job = self.job(run, out)
+        facts, watch = Facts(), None
+        snr = self.study.snr
+        if snr is not None and run.arm in snr.arms and run.seed in self.study.seeds:
+            watch = KeptWatch(snr.every, out / READINGS, first)
+
+        def after_update(engine: Any) -> None:
+            facts(engine)
+            if watch is not None:
+                watch(engine)
+
+        outcome = train(replace(job, watch=after_update))
+        result: dict[str, Any] = {"schema": SCHEMA, "model": run.model, "arm": run.arm, "values": dict(run.values)}
+        result |= {"seed": run.seed, "steps": self.study.steps, "tokens": outcome.tokens}
+        result |= {"tokens_per_step": self.study.tokens_per_step, "probe_passes": outcome.probe_steps}
+        result |= {"weights": facts.weights, "groups": facts.groups, "alphas": outcome.alphas}
+        result["val_loss"] = outcome.val_loss if math.isfinite(outcome.val_loss) else None
+        result["report"] = json.loads(outcome.report.read_text("utf-8")) if first and outcome.report else {}
+        result["snr"] = {} if watch is None else {"step": watch.steps, "groups": watch.as_snr(), **watch.curves}
+        result["seconds"] = outcome.seconds
+        if first:
+            result |= curves(out / METRICS, self.study.tokens_per_step)
+            self.store.save(run, result)
+            shutil.rmtree(out, ignore_errors=True)
+        torch.distributed.barrier()
+        return result
+
+
+class KeptWatch(SnrWatch):
+    """A `SnrWatch` whose readings lie in a file beside the checkpoints, so that an interrupted run keeps its curve."""
+
+    def __init__(self, every: int, path: Path, writes: bool) -> None:
+        super().__init__(every)
+        self.path, self.writes = path, writes
+        self._begun = False
+
+    def __call__(self, engine: Any) -> None:
+        if not self._begun:
+            self._begun = True
+            lines = self.path.read_text("utf-8").splitlines() if self.path.is_file() else []
+            self.restore(map(json.loads, lines), int(engine.global_steps))
+        known = len(self.steps)
+        super().__call__(engine)
+        if self.writes and len(self.steps) > known:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.reading()) + "\n")
+
+
+class Facts:
+    """What an engine tells once: number of weights, elements of each group."""
+
+    def __init__(self) -> None:
+        self.weights = 0
+        self.groups: dict[str, int] = {}
+
+    def __call__(self, engine: Any) -> None:
+        if self.weights:
+            return
+        from mols_ds.core.groups import group_table
+
+        table = group_table(engine.module)
+        self.groups = dict(table.elements)
+        self.weights = sum(self.groups.values())
+
+
+def curves(path: Path, tokens_per_step: int) -> dict[str, Any]:
+    """Training and validation loss over steps and tokens, and the median step time, out of a metrics file."""
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    steps = [line for line in lines if "step" in line]
+    stride = max(1, math.ceil(len(steps) / CURVE_POINTS))
+    blocks = [steps[i : i + stride] for i in range(0, len(steps), stride)]
+    validated = [line for line in steps if "val_loss" in line]
+    means = [(block[-1]["step"], statistics.fmean(line["loss"] for line in block)) for block in blocks]
+    return {
+        "curve": _curve(means, tokens_per_step),
+        "val_curve": _curve([(line["step"], line["val_loss"]) for line in validated], tokens_per_step),
+        "step_seconds": statistics.median(line["step_seconds"] for line in steps),
+    }
+
+
+def _curve(points: list[tuple[int, float]], tokens_per_step: int) -> dict[str, list[Any]]:
+    losses = [loss if math.isfinite(loss) else None for _, loss in points]
+    steps = [step for step, _ in points]
+    return {"step": steps, "tokens": [step * tokens_per_step for step in steps], "loss": losses}

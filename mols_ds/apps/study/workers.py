@@ -1,0 +1,223 @@
+"""Who executes the runs of a study: processes of this machine that train one run each, or all ranks of a launched job
+together, one run after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mols_ds.apps.study.costs import measure
+from mols_ds.apps.study.runs import Run, Store, needed
+from mols_ds.apps.study.spec import Study
+from mols_ds.apps.study.work import Machine, Worker
+from mols_ds.errors import MolsError
+
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that raised: it has no result, and the study goes on without it."""
+
+    run: Run
+    why: str
+    mistake: bool
+    """Whether it was a user's mistake (a MolsError), told in one line; otherwise `why` is a traceback."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The task of timing an arm against the baseline, both at these tuned settings."""
+
+    baseline: Run
+    run: Run
+
+
+Task = Run | Cost
+Done = Callable[[Run, dict[str, Any]], None]
+
+
+def perform(worker: Worker, task: Task) -> dict[str, Any]:
+    """Execute one task with everything that it prints going to OUT/logs."""
+    run = task if isinstance(task, Run) else task.run
+    kind = "" if isinstance(task, Run) else "cost-"
+    with _logged(worker.store.out / "logs" / f"{kind}{worker.store.key(run)}.log", worker.machine.rank):
+        if isinstance(task, Run):
+            return worker.execute(task)
+        return measure(worker, task.baseline, task.run)
+
+
+@contextlib.contextmanager
+def _logged(path: Path, rank: int) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(path if rank == 0 else os.devnull, "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+        warnings.catch_warnings(),
+    ):
+        yield
+
+
+def quiet_engines() -> None:
+    """DeepSpeed's and transformers' own messages below warnings are left out."""
+    from deepspeed.utils import logger
+    from transformers.utils import logging as transformers_logging
+
+    logger.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def start_alone() -> None:
+    """A process group of this process, with a store inside it: no port that two processes could both pick."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    import deepspeed
+    import torch.distributed
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        backend = get_accelerator().communication_backend_name()
+        backend = "gloo" if get_accelerator().device_name() == "cpu" else backend
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        deepspeed.init_distributed(backend)
+    quiet_engines()
+
+
+# ---------------------------------------------------------------------- processes of this machine
+
+
+def _serve(connection: Any, study: Study, out: Path, threads: int, parent: int) -> None:
+    """One worker process: takes tasks from the pipe until it closes."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(threads)
+    start_alone()
+    worker = Worker(study, Store(study, out), Machine())
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((task, perform(worker, task), None))
+        except MolsError as error:
+            connection.send((task, None, (" ".join(str(error).split()), True)))
+        except Exception:  # the study goes on with its other arms and says what failed at the end
+            connection.send((task, None, (traceback.format_exc(), False)))
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when the one that started it is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os._exit(1)
+
+
+class Pool:
+    """`jobs` processes that execute runs as they are needed."""
+
+    def __init__(self, study: Study, store: Store, jobs: int) -> None:
+        self.study, self.store = study, store
+        spawn = multiprocessing.get_context("spawn")
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read by torch when the children import it
+        self.free: list[multiprocessing.connection.Connection] = []
+        self.busy: dict[multiprocessing.connection.Connection, Task] = {}
+        self.processes = []
+        for _ in range(jobs):
+            mine, theirs = spawn.Pipe()
+            arguments = (theirs, study, store.out, threads, os.getpid())
+            process = spawn.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.free.append(mine)
+
+    def close(self) -> None:
+        """End the workers; a run that is under way is lost."""
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.join()
+
+    def run(self, wanted: Callable[[], list[Task]], done: Callable[[Task, dict[str, Any]], None]) -> list[Failure]:
+        """Execute what `wanted` names until it names nothing new; it is asked again after every result."""
+        failures: dict[Task, Failure] = {}
+        while True:
+            todo = [task for task in wanted() if task not in failures and task not in self.busy.values()]
+            while todo and self.free:
+                connection = self.free.pop()
+                self.busy[connection] = todo.pop(0)
+                connection.send(self.busy[connection])
+            if not self.busy:
+                return list(failures.values())
+            for ready in multiprocessing.connection.wait(list(self.busy)):
+                assert isinstance(ready, multiprocessing.connection.Connection)
+                try:
+                    task, result, failed = ready.recv()
+                except EOFError as error:
+                    raise MolsError(
+                        f"the process that trained {_name(self.busy[ready])} was killed (out of memory?); finished "
+                        "runs are kept: start the study again, with fewer --jobs if memory was short"
+                    ) from error
+                del self.busy[ready]
+                self.free.append(ready)
+                if failed is not None:
+                    run = task if isinstance(task, Run) else task.run
+                    failures[task] = Failure(run, *failed)
+                else:
+                    done(task, result)
+
+
+def _name(task: Task) -> str:
+    return task.label if isinstance(task, Run) else f"the costs of {task.run.label}"
+
+
+# ---------------------------------------------------------------------- all ranks of a launched job
+
+
+def together(
+    worker: Worker, wanted: Callable[[], list[Task]], done: Callable[[Task, dict[str, Any]], None]
+) -> list[Failure]:
+    """Execute what rank 0's `wanted` names, one after the other, on every rank. `done` is called on rank 0.
+
+    A MolsError is raised alike on every rank, so the study goes on without that run; any other error ends the job.
+    """
+    failures: dict[Task, Failure] = {}
+    while True:
+        box: list[Any] = [None]
+        if worker.machine.rank == 0:
+            box[0] = next((task for task in wanted() if task not in failures), None)
+        torch.distributed.broadcast_object_list(box, src=0)
+        task: Task | None = box[0]
+        if task is None:
+            return list(failures.values())
+        try:
+            result = perform(worker, task)
+        except MolsError as error:
+            run = task if isinstance(task, Run) else task.run
+            failures[task] = Failure(run, " ".join(str(error).split()), True)
+            continue
+        if worker.machine.rank == 0:
+            done(task, result)
+
+
+def runs_wanted(study: Study, store: Store) -> list[Task]:
+    """The runs that can be started now."""
+    return list(needed(study, store)[0])

@@ -1,0 +1,155 @@
+"""The main job's command line: arguments, preparation, one or two arms, and what is printed at the end."""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
+from mols_ds.training.cli_utils import (
+    USER_MISTAKE,
+    Parser,
+    add_timeout,
+    check_run,
+    not_negative,
+    positive,
+    quiet,
+    run_command,
+    start_ranks,
+)
+from mols_ds.training.compare import run_arms
+from mols_ds.training.ds_config import check_with_deepspeed, model_dtype, read_config, resolve
+from mols_ds.training.models import build_model, load_model_config, zero_init
+from mols_ds.training.sources import DataSpec, check_hub
+from mols_ds.training.tokens import Tokenizer, prepare
+from mols_ds.training.trainer import Job
+
+__all__ = ["USER_MISTAKE", "main", "parse_arguments", "run"]
+
+DEFAULT_MODEL = "configs/models/llama_tiny.json"
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of train.py. Raises MolsConfigError for an unknown or a bad one."""
+    parser = Parser(prog="train.py", description="Pre-train a decoder language model with DeepSpeed and MoLS.")
+    add = parser.add_argument
+    add("--config", "--deepspeed_config", dest="config", metavar="FILE", help="DeepSpeed config, as JSON")
+    add("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    add("--model", default=None, help=f"model file or transformers checkpoint folder (default {DEFAULT_MODEL})")
+    add("--out", type=Path, default=None, help="folder for everything that is written (default runs/<model>)")
+    add("--compare", choices=["adam"], help="first train the same without MoLS, then compare")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    run = parser.add_argument_group("run")
+    run.add_argument("--steps", type=positive, default=240, help="optimizer steps (default %(default)s)")
+    run.add_argument("--seq-len", type=positive, default=128, help="tokens a sequence (default %(default)s)")
+    run.add_argument("--lr", type=float, help="base rate, in the place of the config's")
+    run.add_argument("--optimizer", metavar="NAME", help="optimizer, in the place of the config's (docs/optimizers.md)")
+    run.add_argument("--seed", type=not_negative, default=0, help="weights, split and order of the data")
+    run.add_argument("--activation-checkpointing", action="store_true", help="recompute activations in backward")
+    run.add_argument("--eval-every", type=not_negative, help="steps between evaluations (default: a fifth of --steps)")
+    run.add_argument("--eval-sequences", type=positive, default=256, help="held-out sequences that are evaluated")
+    run.add_argument("--save-every", type=not_negative, default=0, help="steps between checkpoints (0: the end only)")
+    run.add_argument("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
+    add_timeout(run)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="stdlib", help="stdlib, a file, a folder, configs/data/*.json or a hub name")
+    data.add_argument("--text-key", help="column of the text (default: text)")
+    data.add_argument("--eval-share", type=float, help="share of documents held out")
+    data.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: trained on the data)")
+    data.add_argument("--vocab-size", type=positive, help="size of a trained tokenizer (default: the model's)")
+    data.add_argument("--cache-dir", type=Path, help="tokenizers and tokens (default: cache beside --out)")
+    args = parser.parse_args(argv)
+    if args.config is None:
+        raise MolsConfigError("no config: `deepspeed --config FILE train.py`, or give --deepspeed_config FILE")
+    if args.lr is not None and not args.lr > 0:
+        raise MolsConfigError(f"--lr {args.lr} is not above 0")
+    if args.model is None:
+        args.model = str(Path(__file__).resolve().parents[2] / DEFAULT_MODEL)
+    if args.out is None:
+        args.out = Path("runs") / Path(args.model).stem
+    if args.cache_dir is None:
+        args.cache_dir = args.out.resolve().parent / "cache"
+    if args.eval_every is None:
+        args.eval_every = max(1, args.steps // 5)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs train.py. Returns 0, or 2 for a user's mistake, which rank 0 states in one line on stderr."""
+    return run_command("train.py", lambda: run(parse_arguments(argv)))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Everything after the arguments. Checks what can be checked before anything slow is started."""
+    quiet()
+    raw = read_config(args.config)
+    model_config = load_model_config(args.model)
+    spec = DataSpec.parse(args.data, text_key=args.text_key, eval_share=args.eval_share)
+    check_hub(spec)
+    if args.tokenizer is not None and not args.tokenizer.is_dir():
+        raise MolsConfigError(f"--tokenizer {args.tokenizer}: no such folder")
+    check_run(args, raw)
+    rank, world = start_ranks(args.timeout)
+    config = resolve(raw, world=world, steps=args.steps, out=args.out, lr=args.lr, optimizer=args.optimizer)
+    check_with_deepspeed(config, args.config)
+    shape = BatchShape(
+        args.seq_len, config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"], rank, world
+    )
+    vocab_size = args.vocab_size or int(model_config.vocab_size)
+    needed = args.eval_sequences * args.seq_len
+    tokenizer, tokens = prepare(
+        spec, args.cache_dir, tokenizer=args.tokenizer, vocab_size=vocab_size, seed=args.seed, held_out_tokens=needed
+    )
+    batches: Batches
+    if tokens.train is None:
+        batches = StreamedBatches(spec, tokenizer, shape, args.seed)
+    else:
+        batches = PackedBatches(tokens.train, shape, args.seed)
+    held_out = held_out_batches(tokens.held_out, shape, args.eval_sequences)
+    torch.distributed.barrier()  # from here on ranks run in step
+    if rank == 0:
+        _say_what(args, config, tokenizer, shape)
+    _arms(args, config, partial(_model, args, config, tokenizer), batches, held_out, shape)
+
+
+def _model(args: argparse.Namespace, config: dict[str, Any], tokenizer: Tokenizer) -> torch.nn.Module:
+    """The model of an arm: equal weights for equal arguments. Sharded from the start under stage 3."""
+    sharded = zero_init(config)
+    model = build_model(
+        args.model,
+        vocab_size=tokenizer.size,
+        end=tokenizer.end,
+        seq_len=args.seq_len,
+        seed=args.seed,
+        dtype=model_dtype(config),
+        checkpointing=args.activation_checkpointing,
+    )
+    del sharded  # transformers builds sharded models for as long as this lives
+    return model
+
+
+def _arms(
+    args: argparse.Namespace, config: dict[str, Any], model: Any, batches: Batches, held_out: Any, shape: BatchShape
+) -> None:
+    """Trains the one arm, or Adam's first, and prints what came out."""
+    job = Job(
+        config=config, model=model, batches=batches, held_out=held_out, shape=shape, steps=args.steps, out=args.out,
+        seed=args.seed, eval_every=args.eval_every, save_every=args.save_every, log_every=args.log_every,
+        resume=args.resume, preemptible=True,
+    )  # fmt: skip
+    run_arms(job, compare=bool(args.compare))
+
+
+def _say_what(args: argparse.Namespace, config: dict[str, Any], tokenizer: Tokenizer, shape: BatchShape) -> None:
+    precision = str(model_dtype(config)).removeprefix("torch.")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    print(
+        f"{Path(args.model).stem}, {tokenizer.size} tokens of vocabulary, {args.steps} steps of {shape.sequences} x "
+        f"{shape.length} tokens, {shape.world} processes, ZeRO {stage}, {precision}, into {args.out}",
+        flush=True,
+    )

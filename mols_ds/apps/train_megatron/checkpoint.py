@@ -1,0 +1,127 @@
+"""Checkpoints of the job: Megatron's dist_checkpointing (torch_dist), one folder a step, with what the loop counts.
+
+How they are kept whole: `mols_ds.training.checkpointer`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from megatron_patches.rng_state import RandomState
+from mols_ds.errors import MolsCheckpointError
+from mols_ds.training.checkpointer import Keeper
+from mols_ds.training.megatron_build import Built
+from mols_ds.training.sources import one_line
+
+SHARDING = {
+    # Each rank writes its own slices: nothing is gathered, another number of data-parallel ranks can load it
+    False: {"distrib_optim_sharding_type": "dp_reshardable"},
+    # Data-parallel rank 0 gathers and writes whole tensors: any grid can load it
+    True: {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+    },
+}
+"""Metadata of DistributedOptimizer.sharded_state_dict, by `run.reshardable_checkpoints`."""
+
+
+class Checkpoints:
+    """Saves and loads one arm in `folder`. Every call is collective."""
+
+    def __init__(self, folder: Path, built: Built, mols: Any, *, reshardable: bool) -> None:
+        self.folder, self.built, self.mols = folder, built, mols
+        self.metadata = SHARDING[reshardable]
+        self.keeper = Keeper(folder)
+
+    def save(self, step: int, counted: dict[str, Any]) -> None:
+        """Write `folder`/stepN; `counted` is what the loop has to know again, the same on every rank."""
+        from megatron.core import dist_checkpointing
+
+        state = self._state(is_loading=False) | {"job": {**counted, "step": step}}
+
+        def write(place: Path) -> None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dist_checkpointing.save(state, str(place), content_metadata=self.metadata)
+
+        self.keeper.save(f"step{step}", write)
+
+    def load(self) -> dict[str, Any]:
+        """Load the newest whole one and return its `counted` with "step".
+
+        Raises MolsCheckpointError where none is, or it is another program's.
+        """
+        from megatron.core import dist_checkpointing
+
+        place = self.folder / self.keeper.newest()
+        try:
+            if self.mols is not None:
+                self.mols.resume_from(str(place))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.metadata = dist_checkpointing.load_content_metadata(str(place)) or self.metadata
+                wanted = self._state(is_loading=True)
+                if not self._has(place, wanted["random"].key):
+                    del wanted["random"]  # written by another number of ranks: the generators start anew
+                loaded = dist_checkpointing.load(wanted, str(place))
+        except MolsCheckpointError:
+            raise
+        except Exception as error:  # Megatron and torch raise a dozen unrelated types for a broken checkpoint
+            raise MolsCheckpointError(f"--resume: {self.folder} cannot be loaded: {one_line(error)}") from error
+        if "job" not in loaded:
+            raise MolsCheckpointError(f"--resume: {self.folder} holds no checkpoint of this program")
+        for number, model in enumerate(self._models()):
+            model.load_state_dict(loaded[self._name(number)])
+        with torch.no_grad():  # fp32 weights are their own main parameters, which Megatron copies into
+            self.built.optimizer.load_state_dict(loaded["optimizer"])
+        self.built.scheduler.load_state_dict(loaded["scheduler"])
+        state = RandomState()
+        state.saved = loaded.get("random")
+        state.restore()
+        counted: dict[str, Any] = loaded["job"]
+        return counted
+
+    def _models(self) -> list[Any]:
+        """The bare GPTModels: wrappers would put `module.` in front of the names."""
+        from megatron.core.utils import unwrap_model
+
+        models: list[Any] = unwrap_model(self.built.chunks)
+        return models
+
+    @staticmethod
+    def _has(place: Path, key: str) -> bool:
+        from megatron.core.dist_checkpointing import serialization
+
+        found = serialization.load_sharded_metadata(str(place))
+        return any(name == key or name.startswith(f"{key}/") for name in found)
+
+    def _name(self, number: int) -> str:
+        """Megatron-LM's key of a model chunk."""
+        return "model" if len(self.built.chunks) == 1 else f"model{number}"
+
+    def _state(self, *, is_loading: bool) -> dict[str, Any]:
+        built = self.built
+        models = {
+            self._name(number): model.sharded_state_dict(metadata=self.metadata)
+            for number, model in enumerate(self._models())
+        }
+        optimizer = built.optimizer.sharded_state_dict(
+            models if len(models) > 1 else models["model"], is_loading=is_loading, metadata=self.metadata
+        )
+        state = {**models, "optimizer": optimizer, "random": self._random()}
+        return state if is_loading else state | {"scheduler": built.scheduler.state_dict()}
+
+    @staticmethod
+    def _random() -> Any:
+        """The random state of this rank: one object a rank, which another number of ranks cannot load."""
+        from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+        state = RandomState()
+        state.remember()
+        world = dist.get_world_size()
+        return ShardedObject(f"random_of_{world}", state.saved, (world,), (dist.get_rank(),), replica_id=0)

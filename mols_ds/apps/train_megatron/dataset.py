@@ -1,0 +1,202 @@
+"""Megatron's indexed data set made from the job's tokens, and which samples make up the batch of a step.
+
+The tokens come from `mols_ds.training.tokens` (same text, same tokenizer, same held-out documents as train.py) and are
+written once, in the cache folder, as Megatron-core's `.bin`/`.idx` pair; its own GPTDataset cuts and shuffles them. A
+batch is addressed by its step, so a resumed run continues at the exact sample and the probe stream shifts nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.batches import BatchShape, Stream, held_out_batches
+from mols_ds.training.sources import DataSpec, one_line
+from mols_ds.training.tokens import Tokenizer, Tokens, prepare
+
+CHUNK = 1 << 22
+"""Tokens that are handed to the builder at a time."""
+PROBE_SEED = 7919
+"""Added to the seed of the probe stream, so that it shuffles in another order."""
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What GPTDataset asks a tokenizer for."""
+
+    eod: int
+    vocab_size: int
+    unique_identifiers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text of a run: where its indexed data set lies, the held-out tokens and the tokenizer."""
+
+    prefix: str
+    cache: str
+    held_out: Tokens
+    tokenizer: Tokenizer
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        tokenizer = self.tokenizer
+        return Vocabulary(tokenizer.end, tokenizer.size, {"tokenizer": tokenizer.identity})
+
+
+def refuse_streamed(spec: DataSpec) -> None:
+    """Raise MolsConfigError for a streamed source: an indexed data set is a file."""
+    if spec.streaming:
+        raise MolsConfigError(
+            f"data.source: {spec.source} is a data set of the hub, which is streamed; Megatron's indexed data set "
+            "needs text on disk: download it as text, JSONL or parquet and name that folder"
+        )
+
+
+def prepare_text(
+    spec: DataSpec, cache: Path, *, tokenizer: Path | None, vocab_size: int, seed: int, held_out_tokens: int
+) -> Text:
+    """The tokens of a source and the indexed data set of its training side, made where the cache has none that fits.
+
+    Every process of a job may call this at the same time. Raises MolsConfigError for a streamed source: an indexed
+    data set is a file.
+    """
+    refuse_streamed(spec)
+    loaded, tokens = prepare(
+        spec, cache, tokenizer=tokenizer, vocab_size=vocab_size, seed=seed, held_out_tokens=held_out_tokens
+    )
+    if tokens.train is None or not len(tokens.train):
+        raise MolsConfigError(f"data.source: {spec.source} has no text to train on")
+    source = Path(str(getattr(tokens.train, "filename", ""))).parent
+    folder = source.with_name(source.name + "-megatron")
+    _build_once(folder, tokens.train, loaded)
+    return Text(str(folder / "text"), str(folder / "samples"), tokens.held_out, loaded)
+
+
+def _build_once(folder: Path, tokens: Tokens, tokenizer: Tokenizer) -> None:
+    """Write the pair under a lock, beside its place, and rename it when it is whole."""
+    if folder.is_dir():
+        return
+    try:
+        with FileLock(str(folder) + ".lock"):
+            if not folder.is_dir():
+                unfinished = folder.with_name(folder.name + ".unfinished")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+                write_indexed(tokens, tokenizer, str(unfinished / "text"))
+                os.replace(unfinished, folder)
+    except OSError as error:
+        raise MolsConfigError(f"cache folder {folder.parent}: {one_line(error)} (set data.cache_dir)") from error
+
+
+def write_indexed(tokens: Tokens, tokenizer: Tokenizer, prefix: str) -> None:
+    """Write flat tokens, shape (tokens,), as `prefix`.bin and `prefix`.idx: one document up to each end token.
+
+    Source: megatron/core/datasets/indexed_dataset.py.
+    """
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
+
+    ends = np.flatnonzero(np.asarray(tokens) == tokenizer.end) + 1
+    if not len(ends) or ends[-1] != len(tokens):
+        ends = np.append(ends, len(tokens))
+    builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=DType.optimal_dtype(tokenizer.size))
+    first = 0
+    while first < len(ends):
+        start = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, start + CHUNK)))
+        part = np.asarray(tokens[start : int(ends[last - 1])], dtype=np.int64)
+        lengths = np.diff(ends[first:last], prepend=start)
+        position = 0
+        for length in lengths.tolist():
+            builder.add_document(part[position : position + length], [length])
+            position += length
+        first = last
+    builder.finalize(get_idx_path(prefix))
+
+
+class IndexedBatches:
+    """Batches of Megatron's GPTDataset.
+
+    Call it on every rank at the same time: rank 0 writes the sample indices, the others wait for it and read them.
+
+    Args:
+        shape: `rank` and `world` are the data-parallel ones.
+        steps: updates of the run. `probes`: batches that a calibration may measure beside them.
+    """
+
+    def __init__(self, text: Text, shape: BatchShape, *, steps: int, probes: int, seed: int) -> None:
+        self._shape = shape
+        self._sets = {"train": _gpt_dataset(text, shape, steps, seed)}
+        if probes:
+            self._sets["probe"] = _gpt_dataset(text, shape, probes, seed + PROBE_SEED)
+
+    def step(self, stream: Stream, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches of global batch `step`: "tokens" and "labels" int64 and "loss_mask" float32,
+        shape (micro, length) each, and "position_ids".
+        """
+        shape, data = self._shape, self._sets[stream]
+        for pass_ in range(shape.accumulation):
+            start = step * shape.sequences + (pass_ * shape.world + shape.rank) * shape.micro
+            # A calibration may be repeated ("recalibrate") or extended by skipped samples: go round then
+            rows = [data[index % len(data)] for index in range(start, start + shape.micro)]
+            yield {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _gpt_dataset(text: Text, shape: BatchShape, steps: int, seed: int) -> Any:
+    """Megatron-core's GPTDataset with the samples of `steps` global batches, over as many epochs as that takes."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=shape.length,
+        blend=([text.prefix], None),
+        split="1,0,0",  # held-out documents are chosen by their hash, not by their place in the file
+        path_to_cache=text.cache,
+        tokenizer=text.vocabulary,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    sizes = [steps * shape.sequences, None, None]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train, *_ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    except (OSError, ValueError, AssertionError, IndexError) as error:
+        raise MolsConfigError(f"data: Megatron's data set cannot be built from it: {one_line(error)}") from error
+    if train is None or not len(train):
+        raise MolsConfigError("data: the training text is shorter than one sequence: give more of it")
+    return train
+
+
+def evaluation_batches(text: Text, shape: BatchShape, limit: int, multiple: int) -> list[Batch]:
+    """The held-out micro-batches of this data-parallel rank, with the very targets that train.py evaluates.
+
+    Each sequence predicts its own tokens 2 to `length`; the last position has no target and is masked. Their number
+    is a multiple of `multiple` (interleaved stages need that); what is added counts nothing.
+    """
+    batches: list[Batch] = []
+    for ids, valid in held_out_batches(text.held_out, shape, limit):
+        mask = torch.zeros(ids.shape, dtype=torch.float32)
+        mask[:valid, :-1] = 1.0
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        batches.append({"tokens": ids, "labels": ids.roll(-1, 1), "loss_mask": mask, "position_ids": positions})
+    while len(batches) % multiple:
+        batches.append({**batches[-1], "loss_mask": torch.zeros_like(batches[-1]["loss_mask"])})
+    return batches

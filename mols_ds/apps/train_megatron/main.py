@@ -1,0 +1,219 @@
+"""The command line of train_megatron.py: arguments, preparation, one or two arms, and what is printed at the end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_patches.machine import Machine, probe_machine
+from megatron_patches.precision import check
+from mols_ds.apps.train_megatron.dataset import IndexedBatches, Text, evaluation_batches, prepare_text, refuse_streamed
+from mols_ds.apps.train_megatron.loop import Arm, train
+from mols_ds.core.config import MolsConfig
+from mols_ds.errors import MolsConfigError, MolsWarning
+from mols_ds.training.batches import BatchShape
+from mols_ds.training.cli_utils import USER_MISTAKE as USER_MISTAKE
+from mols_ds.training.cli_utils import Parser, add_timeout, run_command
+from mols_ds.training.compare import ADAM, MOLS, print_comparison, print_outcome
+from mols_ds.training.megatron_build import start_grid, start_ranks
+from mols_ds.training.megatron_config import (
+    Grid,
+    ddp_config,
+    dtype_of,
+    micro_batches,
+    optimizer_config,
+    transformer_config,
+    uses_engine,
+)
+from mols_ds.training.megatron_settings import Settings, read
+from mols_ds.training.sources import DataSpec
+from mols_ds.training.trainer import has_checkpoint
+
+PROGRAM = "train_megatron.py"
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of train_megatron.py. Raises MolsConfigError for an unknown or a bad one."""
+    parser = Parser(prog=PROGRAM, description="Pre-train a decoder language model with Megatron-core and MoLS.")
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="config file, such as configs/megatron/tiny.yaml")
+    add("--out", type=Path, help="folder for everything that is written (default: run.out, or runs/<config>)")
+    add("--compare", choices=["adam"], help="first train the same without MoLS, then compare")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    add(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="changes",
+        help="a value in the place of the config's, such as run.steps=100; may be given several times",
+    )  # fmt: skip
+    add_timeout(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run train_megatron.py. Returns the exit status, see `run_command`."""
+    return run_command(PROGRAM, lambda: run(parse_arguments(argv)))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Everything after the arguments. Checks what can be checked before anything slow is started."""
+    settings = read(args.config, args.changes)
+    out = args.out or Path(settings.run.out or Path("runs") / f"megatron_{Path(args.config).stem}")
+    if args.compare and not (settings.mols is not None and settings.mols.get("enabled", True)):
+        raise MolsConfigError(f"--compare adam: config {args.config} has no enabled mols section to compare with")
+    if args.resume and not has_checkpoint(out / ADAM if args.compare else out):
+        raise MolsConfigError(f"--resume: there is no checkpoint below {out}; leave it out to start a new run")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    grid = Grid.of(settings, world)
+    passes = micro_batches(settings, grid)
+    _quiet()
+    with _engine_room(settings):
+        machine = probe_machine()
+        config = transformer_config(settings, machine)
+        check(config, optimizer_config(settings), machine=machine)
+        ddp_config(settings)
+        spec = DataSpec.parse(
+            settings.data.source, text_key=settings.data.text_key, eval_share=settings.data.eval_share
+        )
+        refuse_streamed(spec)
+        if settings.data.tokenizer is not None and not Path(settings.data.tokenizer).is_dir():
+            raise MolsConfigError(f"data.tokenizer: {settings.data.tokenizer}: no such folder")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MolsConfigError(f"--out {out}: {error.strerror or error}") from error
+        _train(args, _with_report(settings, out), spec, grid, passes, machine, out)
+
+
+def _engine_room(settings: Settings) -> contextlib.AbstractContextManager[None]:
+    """Where Megatron runs: as it is on a GPU, by `cpu_megatron` elsewhere."""
+    if torch.cuda.is_available():
+        return contextlib.nullcontext()
+    from megatron_patches.cpu.emulation import cpu_megatron
+
+    # DistributedOptimizer's checkpoints cannot be loaded into torch's AdamW, see cpu_megatron
+    return cpu_megatron(fused_adam=settings.optimizer.name == "adam" and settings.parallel.distributed_optimizer)
+
+
+def _with_report(settings: Settings, out: Path) -> Settings:
+    """The settings with the mols section's total steps and report folder filled in."""
+    if settings.mols is None:
+        return settings
+    section = {"report_dir": str(out / "mols_report"), **settings.mols}
+    if section.get("total_steps") is None:
+        section["total_steps"] = settings.run.steps
+    return settings.with_mols(section)
+
+
+def _train(
+    args: argparse.Namespace,
+    settings: Settings,
+    spec: DataSpec,
+    grid: Grid,
+    passes: int,
+    machine: Machine,
+    out: Path,
+) -> None:
+    from megatron.core import parallel_state
+
+    rank, _ = start_ranks(args.timeout)
+    start_grid(settings, grid, args.timeout)
+    plan = settings.run
+    shape = BatchShape(plan.seq_len, settings.batch.micro, passes, parallel_state.get_data_parallel_rank(), grid.data)
+    cache = Path(settings.data.cache_dir) if settings.data.cache_dir else out.resolve().parent / "cache"
+    text = prepare_text(
+        spec, cache, tokenizer=Path(settings.data.tokenizer) if settings.data.tokenizer else None,
+        vocab_size=settings.model.vocab_size, seed=plan.seed, held_out_tokens=plan.eval_sequences * plan.seq_len,
+    )  # fmt: skip
+    torch.distributed.barrier()  # from here on ranks run in step
+    batches = IndexedBatches(text, shape, steps=plan.steps, probes=_probes(settings), seed=plan.seed)
+    held_out = evaluation_batches(text, shape, plan.eval_sequences, settings.parallel.pp if settings.parallel.vp else 1)
+    engine = uses_engine(settings, machine)
+    if rank == 0:
+        _say_what(args, settings, text, shape, grid, engine)
+    arm = Arm(
+        settings=settings, machine=machine, grid=grid, batches=batches, held_out=held_out, shape=shape,
+        vocab_size=text.tokenizer.size, engine=engine, rank=rank, out=out, resume=args.resume,
+        eval_every=max(1, plan.steps // 5) if plan.eval_every is None else plan.eval_every,
+    )  # fmt: skip
+    _arms(args, arm)
+
+
+def _probes(settings: Settings) -> int:
+    """Batches that the probe stream may be asked for; a longer calibration goes round."""
+    section = MolsConfig.parse(settings.mols) if settings.mols is not None else None
+    if section is None or not section.enabled or section.mode != "probe" or section.fixed_alphas is not None:
+        return 0
+    return section.max_samples if section.samples == "auto" else section.samples
+
+
+def _arms(args: argparse.Namespace, arm: Arm) -> None:
+    """Train the one arm, or Adam's first, and print what came out."""
+    if not args.compare:
+        outcome = train(arm)
+        if arm.rank == 0:
+            print_outcome(outcome, arm.out)
+        return
+    outcomes = {}
+    for name in (ADAM, MOLS):
+        out = arm.out / name
+        out.mkdir(exist_ok=True)
+        # An interrupted comparison may not have come to its second arm yet
+        resume = args.resume and has_checkpoint(out)
+        settings = arm.settings.with_mols(_section(arm, out) if name == MOLS else None)
+        outcomes[name] = train(replace(arm, settings=settings, out=out, resume=resume))
+    if arm.rank == 0:
+        print_comparison(outcomes, arm.out)
+
+
+def _section(arm: Arm, out: Path) -> dict[str, Any]:
+    """The mols section of the second arm, whose report lies in its own folder unless the user named one."""
+    section = copy.deepcopy(arm.settings.mols or {})
+    if section["report_dir"] == str(arm.out / "mols_report"):
+        section["report_dir"] = str(out / "mols_report")
+    return section
+
+
+def _quiet() -> None:
+    """Leave the terminal to the progress bar: Megatron's notes go, MoLS's warnings become one line of rank 0."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(megatron|megatron_patches\.cpu|torch)\b.*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("always", category=MolsWarning)
+    rank = int(os.environ.get("RANK", "0"))
+    stock = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, MolsWarning):
+            stock(message, category, *where, **more)
+        elif rank == 0:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = show
+
+
+def _say_what(
+    args: argparse.Namespace, settings: Settings, text: Text, shape: BatchShape, grid: Grid, engine: bool
+) -> None:
+    axes = {"TP": settings.parallel.tp, "PP": settings.parallel.pp, "VP": settings.parallel.vp or 1}
+    axes |= {"EP": settings.parallel.ep, "CP": settings.parallel.cp, "DP": grid.data}
+    used = " ".join(f"{name}{count}" for name, count in axes.items() if count > 1) or "one rank"
+    precision = str(dtype_of(settings)).removeprefix("torch.")
+    low = settings.precision.fp8 and f"fp8 {settings.precision.fp8_recipe}"
+    layers = "Transformer Engine" if engine else "local layers"
+    print(
+        f"{Path(args.config).stem}, {text.tokenizer.size} tokens of vocabulary, {settings.run.steps} steps of "
+        f"{shape.sequences} x {shape.length} tokens, {grid.world} processes, {used}, {low or precision}, {layers}",
+        flush=True,
+    )

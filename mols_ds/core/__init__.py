@@ -1,0 +1,1 @@
+"""The method and the step protocol. Knows no engine and renders nothing."""

@@ -1,0 +1,289 @@
+"""Streaming per-element mean and squared deviation of K gradient samples over flat shards (Welford's method)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mols_ds.core.group_stats import BLOCK_COLUMNS, block_table
+from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
+
+STRIDE = 127  # prime, so that it shares no period with the rows of a matrix; 9 / 127 byte an element is 0.9 % of 8
+# Elements a pass on the CPU: the 4 MiB of its 4 arrays stay in the last-level cache between the operations, and the
+# calls themselves cost a few per cent. From 32k to 256k the rate rose from 0.82 to 1.1 of a copy's, then no more.
+CPU_CHUNK = 1 << 18
+SMALL, GATHERED = 1 << 14, 1 << 16  # elements: a smaller piece waits for its neighbours, about so many together
+DEVICE_CHUNK = 1 << 24  # elements: on an accelerator a few large kernels, and 64 MiB of scratch
+ACCUMULATORS = (torch.float32, torch.float64)
+
+
+def subsample(offset: int, numel: int) -> tuple[int, int, int]:
+    """Which of the elements [offset, offset + numel) feed the sample blocks: those at multiples of STRIDE.
+
+    Returns (first, index, count): relative to `offset` they are first, first + STRIDE, ...; in the block arrays they
+    start at index.
+    """
+    first = -offset % STRIDE
+    count = max(0, -(-(numel - first) // STRIDE))
+    return first, (offset + first) // STRIDE, count
+
+
+def welford(mean: Tensor, m2: Tensor, value: Tensor, k: int, scratch: Tensor | None = None) -> None:
+    """Fold the k-th value (1-based) into mean and m2, in place. `scratch` may be `value` itself, which is then lost."""
+    if k == 1:
+        mean.copy_(value)
+        m2.zero_()
+        return
+    delta = torch.sub(value, mean, out=scratch)
+    mean.add_(delta, alpha=1.0 / k)
+    m2.addcmul_(delta, delta, value=(k - 1) / k)
+
+
+class Moments:
+    """Mean and M2 = sum_k (g_k - mean)^2 of each of `numel` elements, over gradient samples that arrive one by one.
+
+    Welford's update for sample k of an element: d = g - mean; mean += d / k; M2 += d^2 (k-1)/k, which equals the usual
+    d * (g - new mean) and cannot make M2 fall. Elements that are zero in every sample keep mean = M2 = 0 exactly, and
+    elements of one value in all samples keep M2 = 0 exactly. All arithmetic has the accumulators' dtype (fp32): 16-bit
+    gradients are converted first. Deviations below 1e-19 have squares outside of fp32's normal range, those below
+    2e-23 have none: such an element reads "constant" (`snr.COLUMNS`).
+
+    Every STRIDE-th element also feeds a second pair of accumulators, over blocks of `block_length` consecutive samples
+    only; a finished block leaves its per-group sums (`snr.block_table`) in `block_sums` and starts over. The spread of
+    these is what intervals are made of. In all, the accumulators take 8.07 bytes an element.
+
+    Attributes:
+        mean, m2: 1-D of `numel` elements on `device`; the variance is m2 / (count - 1), left to the reader of a chunk.
+        count: number of finished samples.
+        block_sums: one float64 (n_groups, len(BLOCK_COLUMNS)) CPU tensor per finished block.
+    """
+
+    def __init__(
+        self,
+        numel: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        group_index: Tensor | None = None,
+        n_groups: int = 0,
+        block_length: int = 8,
+    ) -> None:
+        """Zeroed accumulators.
+
+        Args:
+            numel: elements that this rank owns; may be 0.
+            device: where the accumulators live; gradients may come from another device.
+            dtype: float32, or float64 for reference computations.
+            group_index: uint8 or int16, 1-D of ceil(numel / STRIDE) elements: the group row of elements 0, STRIDE, ...
+                None: no sample blocks, hence no intervals.
+            n_groups: rows of the block sums.
+            block_length: samples a block, at least 4 (the noise-floor correction of a block needs that many).
+        """
+        if dtype not in ACCUMULATORS:
+            raise MolsConfigError(f"accumulators.dtype={dtype}: 16-bit accumulators lose the variance; use float32")
+        if block_length < 4:
+            raise MolsConfigError(f"block_length={block_length}: a sample block needs at least 4 samples")
+        self.numel, self.device, self.dtype = numel, torch.device(device), dtype
+        self.block_length, self.n_groups = block_length, n_groups
+        self.mean, self.m2 = self._zeros(numel), self._zeros(numel)
+        self.device = self.mean.device  # "cuda" has become "cuda:0", as the gradients' device reads
+        self.count = 0
+        self.block_sums: list[Tensor] = []
+        self._group_index: Tensor | None = None
+        self._block_mean, self._block_m2 = self._zeros(0), self._zeros(0)
+        if group_index is not None:
+            size = subsample(0, numel)[2]
+            if group_index.shape != (size,) or group_index.dtype not in (torch.uint8, torch.int16):
+                raise MolsError(f"group_index must be uint8 or int16 of shape ({size},), not {_kind(group_index)}")
+            self._group_index = group_index.to(self.device)
+            self._block_mean, self._block_m2 = self._zeros(size), self._zeros(size)
+        threads = min(torch.get_num_threads(), 8)
+        self._chunk = CPU_CHUNK * max(1, threads // 2) if self.device.type == "cpu" else DEVICE_CHUNK
+        self._scratch: Tensor | None = None
+        self._small: list[Tensor] = []  # fp32 copies of neighbours that are too small to be worth a pass each
+        self._small_offset = self._small_numel = 0
+        self._pieces: list[tuple[int, int]] | None = None
+        self._freed = False
+
+    def open(self) -> None:
+        """Begin a gradient sample. Raises `MolsError` if one is open or the accumulators were freed."""
+        self._alive()
+        if self._pieces is not None:
+            raise MolsError("a gradient sample is open already: close() or abort() it first")
+        self._pieces = []
+
+    @torch.no_grad()
+    def update(self, offset: int, grad: Tensor, scale: float = 1.0) -> None:
+        """Feed elements [offset, offset + grad.numel()) of the open sample with grad * scale.
+
+        Args:
+            grad: 1-D, any float dtype, stride and device; not modified. From another device it is copied first, in
+                pieces of DEVICE_CHUNK elements and waiting for each.
+            scale: for example 1 / loss scale. The product is rounded to the accumulators' dtype once.
+
+        Non-finite gradients are the caller's to refuse before the first update of a sample: they cannot be taken back.
+        Raises `MolsError` where no sample is open or the piece does not fit.
+        """
+        if self._pieces is None:
+            raise MolsError("update() without an open gradient sample: call open() first")
+        numel = grad.numel()
+        if grad.dim() != 1 or not grad.is_floating_point():
+            raise MolsError(f"a gradient piece must be a 1-D float tensor, not {_kind(grad)}")
+        if offset < 0 or offset + numel > self.numel:
+            raise MolsError(f"gradient piece [{offset}, {offset + numel}) exceeds the {self.numel} owned elements")
+        self._pieces.append((offset, numel))
+        if grad.device == self.device:
+            self._gather(offset, grad.detach(), scale)
+            return
+        for start in range(0, numel, DEVICE_CHUNK):
+            piece = grad[start : start + DEVICE_CHUNK].detach().to(self.device)
+            self._gather(offset + start, piece, scale)
+
+    def close(self) -> None:
+        """Finish the open sample. Raises `MolsError` unless its updates covered every element exactly once."""
+        if self._pieces is None:
+            raise MolsError("close() without an open gradient sample")
+        self._flush()
+        end = 0
+        for offset, numel in [*sorted(piece for piece in self._pieces if piece[1] > 0), (self.numel, 0)]:
+            if offset != end:
+                what = "missed" if offset > end else "updated twice"
+                span = f"[{min(offset, end)}, {max(offset, end)})"
+                raise MolsError(f"elements {span} were {what} in gradient sample {self.count + 1}")
+            end = offset + numel
+        self._pieces = None
+        self.count += 1
+        if self._group_index is not None and self.count % self.block_length == 0:
+            self.block_sums.append(
+                block_table(self._block_mean, self._block_m2, self.block_length, self._group_index, self.n_groups)
+            )
+
+    def abort(self) -> None:
+        """Drop the open sample. Raises `MolsError` if it was updated: accumulators hold no copy to go back to."""
+        if self._pieces:
+            raise MolsError("an updated gradient sample cannot be dropped: check it before its first update")
+        self._pieces = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all accumulators, the sample blocks' and their group index included, one chunk's scratch not."""
+        tensors = [self.mean, self.m2, self._block_mean, self._block_m2]
+        if self._group_index is not None:
+            tensors.append(self._group_index)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def free(self) -> None:
+        """Release all memory. `count` and `block_sums` stay; every other use raises `MolsError` from now on."""
+        self.mean = self.m2 = self._block_mean = self._block_m2 = torch.empty(0)
+        self._group_index = self._scratch = self._pieces = None
+        self._small, self._small_numel = [], 0
+        self._freed = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors (the accumulators themselves, not copies) and ints. Raises `MolsError` inside a sample."""
+        self._alive()
+        if self._pieces is not None:
+            raise MolsError("the state cannot be taken inside of a gradient sample: close() or abort() it first")
+        none = torch.zeros(0, self.n_groups, len(BLOCK_COLUMNS), dtype=torch.float64)
+        return {
+            "numel": self.numel,
+            "count": self.count,
+            "block_length": self.block_length,
+            "mean": self.mean,
+            "m2": self.m2,
+            "block_mean": self._block_mean,
+            "block_m2": self._block_m2,
+            "block_sums": torch.stack(self.block_sums) if self.block_sums else none,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state of equally made accumulators bit for bit; `MolsCheckpointError` if it does not fit."""
+        self._alive()
+        mine = self.state_dict()
+        if not isinstance(state, Mapping):
+            raise MolsCheckpointError(f"the state of the accumulators is a {type(state).__name__}")
+        missing = [key for key in mine if key not in state]
+        if missing:
+            raise MolsCheckpointError(f"the state of the accumulators lacks {', '.join(missing)}")
+        for key in ("numel", "block_length", "count"):
+            if type(state[key]) is not int or state[key] < 0:
+                raise MolsCheckpointError(f"the state of the accumulators has {key}={state[key]!r}, no count")
+        for key in ("mean", "m2", "block_mean", "block_m2", "block_sums"):
+            if not isinstance(state[key], Tensor):
+                raise MolsCheckpointError(f"the accumulators' {key!r} is a {type(state[key]).__name__}, not a tensor")
+        for key in ("numel", "block_length"):
+            if state[key] != mine[key]:
+                raise MolsCheckpointError(f"the state of the accumulators has {key}={state[key]}, this run {mine[key]}")
+        for key in ("mean", "m2", "block_mean", "block_m2"):
+            if state[key].shape != mine[key].shape or state[key].dtype != mine[key].dtype:
+                raise MolsCheckpointError(f"the accumulators' {key!r} is {_kind(state[key])}, not {_kind(mine[key])}")
+        blocks = state["block_sums"]
+        if blocks.shape[1:] != mine["block_sums"].shape[1:] or blocks.dtype != mine["block_sums"].dtype:
+            raise MolsCheckpointError("the sample blocks in the state are of other groups than this run's")
+        if self._group_index is not None and len(blocks) != state["count"] // self.block_length:
+            raise MolsCheckpointError(f"the state has {len(blocks)} sample blocks of {state['count']} samples")
+        for key in ("mean", "m2", "block_mean", "block_m2"):
+            mine[key].copy_(state[key])
+        self.block_sums = [table.clone() for table in state["block_sums"].cpu()]
+        self.count = int(state["count"])
+
+    def _zeros(self, numel: int) -> Tensor:
+        return torch.zeros(numel, dtype=self.dtype, device=self.device)
+
+    def _alive(self) -> None:
+        if self._freed:
+            raise MolsError("the accumulators were freed after their calibration")
+
+    def _gather(self, offset: int, grad: Tensor, scale: float) -> None:
+        """Accumulate a piece, or keep a copy of a small one until its neighbours fill a pass: the calls cost more.
+
+        An element's arithmetic does not depend on the piece that it comes in, so neither do the results.
+        """
+        numel = grad.numel()
+        if self._small and (offset != self._small_offset + self._small_numel or numel > SMALL):
+            self._flush()
+        if numel > SMALL:
+            self._accumulate(offset, grad, scale)
+            return
+        if not self._small:
+            self._small_offset = offset
+        value = grad.to(self.dtype)
+        self._small.append(value * scale if scale != 1.0 else value.clone() if value is grad else value)
+        self._small_numel += numel
+        if self._small_numel >= GATHERED:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Accumulate the small pieces that were kept."""
+        if self._small:
+            small, self._small, self._small_numel = self._small, [], 0
+            self._accumulate(self._small_offset, torch.cat(small) if len(small) > 1 else small[0], 1.0)
+
+    def _accumulate(self, offset: int, grad: Tensor, scale: float) -> None:
+        """One Welford step of one piece on the accumulators' device."""
+        numel = grad.numel()
+        if self._group_index is not None:
+            first, at, count = subsample(offset, numel)
+            if count:
+                sub = grad[first::STRIDE].to(self.dtype) * scale
+                k = self.count % self.block_length + 1
+                welford(self._block_mean[at : at + count], self._block_m2[at : at + count], sub, k)
+        if self._scratch is None:
+            self._scratch = torch.empty(min(self._chunk, self.numel), dtype=self.dtype, device=self.device)
+        for at in range(0, numel, self._chunk):
+            chunk = grad[at : at + self._chunk]
+            begin, end = offset + at, offset + at + chunk.numel()
+            mean, m2 = self.mean[begin:end], self.m2[begin:end]
+            scratch = self._scratch[: chunk.numel()]
+            if chunk.dtype != self.dtype:  # converted first: a product in 16 bits would be rounded to 16 bits
+                chunk = scratch.copy_(chunk)
+            if scale != 1.0:
+                chunk = torch.mul(chunk, scale, out=scratch)
+            welford(mean, m2, chunk, self.count + 1, scratch)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"

@@ -1,0 +1,379 @@
+"""What `engine.mols` is: joins groups, moments, sums, alphas and the phases. Knows no engine.
+
+An engine adapter tells it which elements this rank owns, feeds it gradient samples between `open_sample` and
+`close_sample`, calls `advance` after each optimizer step, and asks `rates(t)` for the multipliers of step t.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mols_ds.core import estimators
+from mols_ds.core.config import MolsConfig
+from mols_ds.core.document import measured_rows, unmeasured_rows
+from mols_ds.core.group_stats import GroupSums
+from mols_ds.core.groups import GroupTable, base_group, format_group_table, is_scaled
+from mols_ds.core.local_stats import Owned, OwnedElements
+from mols_ds.core.phases import Calibration, Phase, Schedule
+from mols_ds.core.state_check import STATE_VERSION, check_saved
+from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
+from mols_ds.report.table import format_report, write_report
+
+
+@dataclass
+class Context:
+    """What the engine adapter knows and the controller needs.
+
+    Attributes:
+        reduce: SUM over exactly the ranks whose owned elements are disjoint; float64 CPU tensor in, the sums out.
+        device: where the accumulators live.
+        rank: 0 writes the report.
+        world: sizes for the report: data, tensor, pipeline, expert.
+        versions: package versions for the report.
+        log: prints one message once per job.
+    """
+
+    reduce: Callable[[Tensor], Tensor]
+    device: torch.device
+    rank: int
+    world: dict[str, int]
+    versions: dict[str, str]
+    log: Callable[[str], None] = print
+
+
+class Controller:
+    """The MoLS state of one engine. The same calls in the same order on every rank give identical bits everywhere.
+
+    Raises:
+        MolsConfigError: the reference group or a group of `fixed_alphas` does not exist in this model.
+    """
+
+    def __init__(
+        self, config: MolsConfig, table: GroupTable, owned: Sequence[Owned], schedule: Schedule, context: Context
+    ) -> None:
+        self.config = config
+        self.table = table
+        self.context = context
+        self.groups: tuple[str, ...] = tuple(row.group for row in table)
+        self.elements = OwnedElements(owned, table.layouts, self.groups, context.device)
+        self.state = Calibration(
+            schedule, config.samples, config.max_samples, config.recalibrate.every if config.recalibrate else None
+        )
+        self.multipliers: dict[str, float] = {}
+        self.applied_lrs: dict[str, float] = {}
+        self._report: dict[str, Any] = {}
+        self._check_names()
+        self.log(f"MoLS module groups\n{format_group_table(table)}")
+
+    def _check_names(self) -> None:
+        known = ", ".join(self.groups)
+        bases = {base_group(g) for g in self.groups}
+        reference = self.config.reference
+        if reference != "max" and reference not in bases | set(self.groups) and self.config.fixed_alphas is None:
+            raise MolsConfigError(f'"mols.reference": no group "{reference}" in this model; groups: {known}, or "max"')
+        for group in self.config.fixed_alphas or {}:
+            if group not in self.groups:
+                raise MolsConfigError(f'"mols.fixed_alphas": no group "{group}" in this model; groups: {known}')
+            if not is_scaled(group):
+                raise MolsConfigError(f'"mols.fixed_alphas": group "{group}" is measured but never scaled; remove it')
+
+    # ------------------------------------------------------------------ what users read
+
+    @property
+    def phase(self) -> Phase:
+        """Phase of the step that comes next."""
+        return self.state.phase
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """group -> multiplier after the ramp; empty before they exist."""
+        return dict(self.state.alphas)
+
+    @property
+    def samples(self) -> int:
+        """Usable gradient samples of the current or last calibration."""
+        return self.state.samples
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Bytes of the streaming accumulators that this rank holds now; 0 outside a calibration."""
+        return self.elements.moments.nbytes if self.elements.moments is not None else 0
+
+    def report(self) -> dict[str, Any]:
+        """The content of mols_report.json (see docs/deepspeed.md); empty before the alphas exist."""
+        return json.loads(json.dumps(self._report)) if self._report else {}
+
+    # ------------------------------------------------------------------ steps
+
+    def log(self, message: str) -> None:
+        """Print once per job."""
+        if self.context.rank == 0:
+            self.context.log(message)
+
+    def warn(self, message: str) -> None:
+        """Warn once per job, as a `MolsWarning`."""
+        if self.context.rank == 0:
+            warnings.warn(message, MolsWarning, stacklevel=3)
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the next step's gradients are a sample."""
+        return self.state.phase == "calibrating"
+
+    @property
+    def discards_steps(self) -> bool:
+        """Whether the next `engine.step()` measures only and does not update (mode "probe")."""
+        return self.measuring and self.config.mode == "probe"
+
+    def advance(self, t: int) -> None:
+        """Called before step t (at attach, after each step, after a load): moves the phase on."""
+        self.state.advance(t)
+        if not self.state.due(t):
+            return
+        late = self.state.phase == "waiting" and t > self.state.schedule.start
+        if self.config.fixed_alphas is not None:
+            self._fix(t, self.config.fixed_alphas)
+            return
+        self.state.begin(t)
+        if late:
+            self.warn(f"step {t} is past mols.start (step {self.state.schedule.start}): the calibration begins now")
+        if self.config.mode == "probe":
+            self.log(
+                f"MoLS: the next {self.state.window} steps of the training loop measure gradients and do not update; "
+                "the count of updates and the schedule stand still (a loop that counts its own iterations trains "
+                f"{self.state.window} updates fewer)"
+            )
+
+    def _fix(self, t: int, fixed: Mapping[str, float]) -> None:
+        """Set the alphas that the config gives, before step t; the ramp begins at the multipliers of now."""
+        self.state.begin(t)
+        alphas = {g: fixed.get(g, 1.0) for g in self.groups}
+        self._report = self._header(t, self.config.reference) | {"groups": unmeasured_rows(self.table, alphas)}
+        self._finish(t, alphas)
+
+    def follow_config(self, t: int) -> None:
+        """After a load: `fixed_alphas` of this run's config win over what the checkpoint has, and that is said."""
+        fixed, came_fixed = self.config.fixed_alphas, self._report.get("mode") == "fixed"
+        if self.state.phase == "waiting" or (fixed is None and not came_fixed):
+            return
+        if fixed is None:
+            self.warn(
+                "the alphas of this checkpoint were given by mols.fixed_alphas and go on, although this run's config "
+                "would measure them; load a checkpoint from before, or load with load_module_only, to measure"
+            )
+        elif self.measuring or self.alphas != {g: fixed.get(g, 1.0) for g in self.groups}:
+            self.warn("mols.fixed_alphas of this run's config take the place of the checkpoint's alphas or calibration")
+            self._fix(t, fixed)
+
+    def rates(self, t: int) -> dict[str, float]:
+        """group -> multiplier for step t, every group named."""
+        current = self.state.multipliers(t)
+        return {group: current.get(group, 1.0) for group in self.groups}
+
+    def applied(self, t: int, base_lrs: Mapping[str, float]) -> None:
+        """Remember what step t applied; `base_lrs` is the scheduler's rate per group."""
+        self.multipliers = self.rates(t)
+        self.applied_lrs = {g: lr * self.multipliers[g] for g, lr in base_lrs.items()}
+
+    # ------------------------------------------------------------------ samples
+
+    def close_sample(self, t: int, *, usable: bool) -> None:
+        """End one attempted sample; `t` is the step that comes next. All ranks pass the same `usable`.
+
+        An unusable sample must never have been opened: a non-finite gradient would stay in the accumulators.
+        """
+        if usable:
+            self.elements.close()
+        self.count(t, usable=usable)
+
+    def count(self, t: int, *, usable: bool) -> None:
+        """Count an attempt and end the calibration when it was the last (mode "moments" counts steps alone)."""
+        self.state.count(usable)
+        if not usable:
+            self.warn(
+                f"gradient sample {self.state.attempts} is not finite (or its step was skipped) and is left out on "
+                f"every rank ({self.state.skipped} so far)"
+            )
+        outcome = self.state.exhausted()
+        if self.config.mode == "moments":
+            return
+        if outcome == "complete" or (outcome == "no" and usable and self.state.check_due() and self._precise()):
+            self.end_calibration(t, self._reduced(self.elements.gradient_sums()))
+        elif outcome == "failed":
+            self.give_up(
+                t, f"only {self.state.samples} of {self.state.attempts} gradient samples were finite; check the loss"
+            )
+
+    def _reduced(self, sums: GroupSums) -> GroupSums:
+        """The sums of all ranks: the one all-reduce of a calibration."""
+        sums.load_packed(self.context.reduce(sums.pack()))
+        return sums
+
+    def _precise(self) -> bool:
+        """samples="auto": whether every alpha's 95 % interval lies within alpha_rtol of it (one small all-reduce)."""
+        try:
+            _, found = self._compute(self._reduced(self.elements.gradient_sums()), self.config.noise_floor_correction)
+        except MolsError:
+            return False
+        wide = [g for g, a in found.items() if is_scaled(g) and not _narrow(a, self.config.alpha_rtol)]
+        return not wide
+
+    @property
+    def reads_moments_next(self) -> bool:
+        """Mode "moments": whether the step that comes next is the last of the window, whose state is read."""
+        return self.measuring and self.config.mode == "moments" and self.state.samples + 1 >= self.state.window
+
+    def close_moments(self, t: int) -> None:
+        """Mode "moments": end the calibration from the collected sums of all ranks."""
+        self.end_calibration(t, self._reduced(self.elements.take_squares()))
+
+    # ------------------------------------------------------------------ alphas
+
+    def _compute(self, sums: GroupSums, correction: bool) -> tuple[str, dict[str, estimators.Alpha]]:
+        config = self.config
+        return estimators.compute_alphas(
+            sums,
+            estimator=config.estimator,
+            correction=correction,
+            reference=config.reference,
+            alpha_min=config.alpha_min,
+            alpha_max=config.alpha_max,
+        )
+
+    def _alphas(self, sums: GroupSums) -> tuple[bool, str, dict[str, estimators.Alpha]]:
+        """(whether the noise floor was corrected, reference, alphas).
+
+        The correction subtracts what noise reads on average. Where the whole reference group lies below that (small
+        batches, few samples), no ratio can be formed; the uncorrected values still order the groups and lie close to
+        each other there, so they are the fallback.
+        """
+        corrected = self.config.noise_floor_correction
+        try:
+            return corrected, *self._compute(sums, corrected)
+        except MolsConfigError:
+            raise
+        except MolsError as error:
+            if not corrected:
+                raise
+            found = self._compute(sums, False)
+            self.warn(
+                f"{error}; the alphas come from the uncorrected {self.config.estimator} instead. "
+                "More samples or larger batches would lift the signal above the noise floor"
+            )
+            return False, *found
+
+    def end_calibration(self, t: int, sums: GroupSums) -> None:
+        """Alphas from global sums; the accumulators are freed, the report written, the ramp begun at step t."""
+        try:
+            corrected, reference, found = self._alphas(sums)
+        except MolsConfigError:
+            raise
+        except MolsError as error:
+            self.give_up(t, str(error))
+            return
+        rows = measured_rows(self.table, sums, found, self.config.estimator, corrected, self.config.mode)
+        self._report = self._header(t, reference) | {"noise_floor_correction": corrected, "groups": rows}
+        for group, alpha in found.items():
+            if alpha.clamped:
+                self.warn(
+                    f'alpha of group "{group}" hit its bound: {alpha.alpha:g} '
+                    f"(alpha_min {self.config.alpha_min}, alpha_max {self.config.alpha_max})"
+                )
+            if rows[group]["never_moved_share"] == 1.0:
+                self.warn(f'no element of group "{group}" had a gradient in any sample; its alpha stays 1')
+        self._finish(t, {group: alpha.alpha for group, alpha in found.items()})
+
+    def give_up(self, t: int, why: str) -> None:
+        """Go on with the multipliers as they were (1 the first time), loudly."""
+        keep = {group: self.state.old.get(group, 1.0) for group in self.groups}
+        former = "the former alphas" if self.state.old else "alpha = 1 for every group"
+        self.warn(f"the calibration failed at step {t}: {why}. Training goes on with {former}")
+        rows = unmeasured_rows(self.table, keep)
+        self._report = self._header(t, self.config.reference) | {"groups": rows, "failed": why}
+        self._finish(t, keep)
+
+    def _finish(self, t: int, alphas: dict[str, float]) -> None:
+        self.elements.free()
+        if not self.state.end(t, alphas):
+            self.warn(
+                f"the calibration ended at step {t}, after mols.ramp_end (step {self.state.schedule.ramp_end}); "
+                f"the ramp ends at step {self.state.ramp_until} instead"
+            )
+        self.log(format_report(self._report))
+        if self.context.rank == 0:
+            try:
+                write_report(self._report, self.config.report_dir)
+            except (MolsError, OSError) as error:  # the other ranks go on: an exception here would leave them waiting
+                self.warn(f"the report could not be written: {error}")
+
+    def _header(self, t: int, reference: str) -> dict[str, Any]:
+        config = self.config
+        return {
+            "schema": 1,
+            "step": t,
+            "samples": self.state.samples,
+            "mode": "fixed" if config.fixed_alphas is not None else config.mode,
+            "estimator": config.estimator,
+            "noise_floor_correction": config.noise_floor_correction,
+            "reference": reference,
+            "skipped_samples": self.state.skipped,
+            "world": dict(self.context.world),
+            "versions": dict(self.context.versions),
+        }
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint carries, identical on every rank. Accumulators go into side files (`elements.state_dict`).
+
+        Deliberately not in it: the config and the schedule (the resumed run's own count), `multipliers` and
+        `applied_lrs` (facts of the last step).
+        """
+        return {
+            "version": STATE_VERSION,
+            "groups": dict(self.table.elements),
+            "state": self.state.state_dict(),
+            "report": self.report(),
+        }
+
+    def load_state_dict(self, saved: Any) -> None:
+        """Take over phase, alphas and report.
+
+        Raises:
+            MolsCheckpointError: not a MoLS state, another version, or other groups than this model's; nothing is
+                changed then.
+        """
+        check_saved(saved, self.table.elements, self.state.state_dict())
+        self.elements.free()
+        self.state.load_state_dict(copy.deepcopy(dict(saved["state"])))
+        self._report = copy.deepcopy(dict(saved["report"]))
+
+    def restart(self, t: int, why: str, *, forget: bool = False) -> None:
+        """Drop a half-done calibration, or with `forget` all there was, and begin anew at or after step t.
+
+        A recalibration begins anew with the multipliers that it had; everything else where the schedule says.
+        """
+        self.elements.free()
+        self.warn(why)
+        if not forget and self.state.phase == "calibrating" and self.state.ended_at is not None:
+            self.state.begin(t)
+            return
+        old = self.state
+        self.state = Calibration(old.schedule, old.wanted, old.max_samples, old.every)
+        self._report = {}
+        self.advance(t)
+
+
+def _narrow(alpha: estimators.Alpha, rtol: float) -> bool:
+    if not (math.isfinite(alpha.low) and math.isfinite(alpha.high)):
+        return False
+    return (alpha.high - alpha.low) / 2.0 <= rtol * alpha.alpha

@@ -1,0 +1,65 @@
+"""The rows of mols_report.json (contract: docs/deepspeed.md), from group sums and alphas. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mols_ds.core.config import Mode
+from mols_ds.core.estimators import ESTIMATORS, Alpha, Estimator, estimate, intervals
+from mols_ds.core.group_stats import GroupSums
+from mols_ds.core.groups import GroupTable
+
+MEASURED = (
+    *("snr", "snr_mean", "snr_median", "snr_pooled", "damping", "snr_low", "snr_high"),
+    *("never_moved_share", "moved_once_share"),
+)
+
+
+def unmeasured_rows(table: GroupTable, alphas: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Rows of alphas that no measurement gave (`fixed_alphas`, a failed calibration): every statistic is null."""
+    return {
+        row.group: {"elements": row.elements} | dict.fromkeys(MEASURED) | {"alpha": alphas[row.group], "clamped": False}
+        for row in table
+    }
+
+
+def measured_rows(
+    table: GroupTable,
+    sums: GroupSums,
+    alphas: Mapping[str, Alpha],
+    estimator: Estimator,
+    correction: bool,
+    mode: Mode,
+) -> dict[str, dict[str, Any]]:
+    """One row a group: "snr" is what the chosen estimator gave, the others are uncorrected, from the same sums.
+
+    What is undefined (a group of which no element moved, an interval with too few samples) is null.
+    """
+    chosen = estimate(sums, estimator, correction)
+    plain = {name: estimate(sums, name, False) for name in ESTIMATORS}
+    spread = intervals(sums, estimator, correction)
+    total, never, once = (sums.column(name) for name in ("total", "never_moved", "moved_once"))
+    rows: dict[str, dict[str, Any]] = {}
+    for group, _, elements, _ in table:
+        seen = total[group] or math.nan
+        row: dict[str, Any] = {
+            "elements": elements,
+            "snr": chosen[group],
+            "snr_mean": plain["mean"][group],
+            "snr_median": plain["median"][group],
+            "snr_pooled": plain["pooled"][group],
+            "damping": plain["damping"][group],
+            "snr_low": spread[group][0],
+            "snr_high": spread[group][1],
+            "alpha": alphas[group].alpha,
+            "alpha_low": alphas[group].low,
+            "alpha_high": alphas[group].high,
+            "never_moved_share": never[group] / seen,
+            # Adam's moments do not tell in how many samples an element moved.
+            "moved_once_share": once[group] / seen if mode != "moments" else math.nan,
+            "clamped": alphas[group].clamped,
+        }
+        rows[group] = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return rows

@@ -1,0 +1,362 @@
+"""Per-group sums of per-element gradient statistics: what one small SUM all-reduce makes global.
+
+Names follow arXiv 2605.05794: per element i, mu_i is the mean and s_i^2 the variance of its K gradient samples,
+SNR_i = mu_i^2 / s_i^2, and d_i = |mu_i| / sqrt(mu_i^2 + s_i^2) is the effective signal step of the paper's eq. 4.
+"Ratio" is the plain SNR_i, as measured. All sums are float64. Every column, histogram bin and block is additive over
+disjoint pieces of the element space, so the result does not depend on how many ranks the elements are spread over
+(counts and bins exactly, the other sums up to float64 rounding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mols_ds.errors import MolsConfigError, MolsError
+
+if TYPE_CHECKING:
+    from mols_ds.core.accumulators import Moments
+    from mols_ds.core.groups import ElementLayout
+
+COLUMNS = (
+    "count",  # elements with s^2 > 0: the only ones that enter an estimator
+    "snr",
+    "snr_squared",
+    "mu2",
+    "s2",
+    "damping",
+    "damping_corrected",
+    "never_moved",  # s^2 == 0 and mu == 0
+    "constant",  # s^2 == 0 and mu != 0 (also where the fp32 square underflowed): excluded from the estimators
+    "moved_once",  # exactly one of the K samples was not zero; these are a part of "count"
+    "total",
+)
+COLUMN = {name: index for index, name in enumerate(COLUMNS)}
+
+BLOCK_COLUMNS = ("count", "snr", "mu2", "s2", "damping", "damping_corrected", "log_snr")
+BLOCK_COLUMN = {name: index for index, name in enumerate(BLOCK_COLUMNS)}
+
+BINS_PER_OCTAVE = 70  # 2 ** (1 / 70) = 1.00995: the relative width of a bin, at most 1 %
+OCTAVES = 30  # the bins cover SNR_i from 2 ** -30 (9e-10) to 2 ** 30 (1e9), with one bin below and one above
+N_EDGES = 2 * OCTAVES * BINS_PER_OCTAVE + 1
+N_BINS = N_EDGES + 1
+LOG_ERROR = 1e-6  # bins: far above the rounding of 70 * (log2 + 30), 1e-12, and far below a bin
+
+# K * ratio of an element that one sample moved is 1 up to fp32 rounding: off by at most 9e-7 for K = 32, 9e-6 for
+# K = 2,048. Of the others, at most 2e-5 times the density of F(1, K-1) at 1 (0.24), one in 200,000, is taken for one.
+MOVED_ONCE_RTOL = 1e-5
+BLOCK_CHUNK = 1 << 20  # subsampled elements, of 133 M: about 200 MiB of float64 temporaries
+CHUNK = 65536  # elements: the float64 temporaries of one chunk stay in the last-level cache
+
+
+class NoiseFloor(NamedTuple):
+    """The correction of the plain ratio's bias: corrected SNR_i = shrink * ratio_i - floor."""
+
+    shrink: float
+    floor: float
+
+
+def noise_floor(samples: int) -> NoiseFloor:
+    """The noise floor of K samples: ((K-3)/(K-1), 1/K), because K * ratio is noncentral-F(1, K-1) for Gaussian noise.
+
+    Its expectation exists for K > 3 only. For K <= 3 shrink is 0, which `estimators` refuses to correct with.
+    Raises `MolsConfigError` for K < 1.
+    """
+    if samples < 1:
+        raise MolsConfigError(f"samples={samples}: at least 1 gradient sample is needed for a noise floor")
+    return NoiseFloor((samples - 3) / (samples - 1) if samples > 3 else 0.0, 1.0 / samples)
+
+
+def bin_edge(position: float) -> float:
+    """Edge number `position` (a fraction lies inside a bin, geometrically): 2 ** ((position + 1/2) / 70 - 30).
+
+    Half a bin off the powers of two, because an element that moved in exactly one of K samples reads exactly 1/K: were
+    that an edge, rounding would decide its bin and the median would depend on the number of ranks.
+    """
+    return float(2.0 ** ((position + 0.5) / BINS_PER_OCTAVE - OCTAVES))
+
+
+def bin_edges() -> Tensor:
+    """The `N_EDGES` edges, float64 on the CPU: bin j holds edges[j-1] <= SNR_i < edges[j]. Same bits on every rank."""
+    return torch.tensor([bin_edge(j) for j in range(N_EDGES)], dtype=torch.float64)
+
+
+def find_bins(ratio: Tensor) -> Tensor:
+    """The histogram's bin of each ratio, as `torch.bucketize(ratio, bin_edges(), right=True)` gives it, in a seventh.
+
+    A logarithm alone will not do: its last bit can depend on an element's place in a vector, hence an element's bin on
+    the number of ranks. It gives a bin that is right or one too low; a comparison with that bin's upper edge decides.
+
+    ratio: 1-D float64 >= 0 without NaN, any device; infinity is in the last bin. Returns int64 of that shape.
+    """
+    position = ratio.log2().add_(OCTAVES).mul_(BINS_PER_OCTAVE).add_(0.5 - LOG_ERROR)
+    bins = position.clamp_(0, N_EDGES).to(torch.int64)
+    return bins.add_(ratio >= _upper_edges(ratio.device).index_select(0, bins))
+
+
+def adam_moments(
+    exp_avg: Tensor, exp_avg_sq: Tensor, step: int, beta1: float, beta2: float
+) -> tuple[Tensor, Tensor, float]:
+    """Statistics out of Adam's own moments after `step` updates: (mu2_plain, s2, c).
+
+    With bias-corrected m and v, E[m^2] = mu^2 + c s^2 and E[v] = mu^2 + s^2 for a gradient of constant statistics,
+    where c is the sum of the squared weights of m: c = (1-b1)/(1+b1) * (1+b1^t)/(1-b1^t). So s2 = (v - m^2)/(1-c) is
+    unbiased up to its clamp at 0, and mu2_plain = m^2 still holds c * s2 of noise: its noise floor is
+    `NoiseFloor(1, c)`. A factor that is constant over the steps (loss scale, sum instead of mean) does not change the
+    ratio; clipping, whose factor varies, does.
+
+    m and v average over different windows, so where SNR_i comes near 1/(4c) (5 for b1 = 0.9), v < m^2 is common. Such
+    an element reads s2 = 0, counts as "constant" and is left out, which lowers `mean` and `pooled` of a group of such
+    an SNR (0.46 instead of 0.57 was seen for SNR_i from 0 to 4 and b1 = 0.8). With b1 = 0.9 it strikes one element in
+    400 at SNR_i = 0.3 and b2 = 0.999, none of 400,000 with b2 = 0.95.
+
+    Args:
+        exp_avg, exp_avg_sq: Adam's m and v, equal shapes, any float dtype; not modified.
+        step: number of updates that they hold, at least 2.
+
+    Returns:
+        mu2_plain and s2: new tensors of that shape, fp32 (float64 for float64 moments); c: float in (0, 1).
+
+    Raises:
+        MolsConfigError: a beta outside (0, 1), or step < 2: one gradient has no variance.
+    """
+    if not 0.0 < beta1 < 1.0 or not 0.0 < beta2 < 1.0:
+        raise MolsConfigError(
+            f"betas=({beta1}, {beta2}): mode 'moments' needs both betas between 0 and 1; use mode 'probe' or 'online'"
+        )
+    if step < 2:
+        raise MolsConfigError(
+            f"step={step}: mode 'moments' needs Adam moments of at least 2 steps; choose a later start"
+        )
+    power = beta1**step
+    c = (1.0 - beta1) / (1.0 + beta1) * (1.0 + power) / (1.0 - power)
+    dtype = torch.promote_types(exp_avg.dtype, torch.float32)
+    mu2 = (exp_avg.detach().to(dtype) / (1.0 - power)).square_()
+    s2 = exp_avg_sq.detach().to(dtype) / (1.0 - beta2**step)
+    s2.sub_(mu2).div_(1.0 - c).clamp_(min=0.0)
+    return mu2, s2, c
+
+
+class GroupSums:
+    """Additive statistics of module groups.
+
+    Attributes:
+        groups: the group keys, in the row order of every tensor here; the same on every rank.
+        floor: the noise floor that the corrected columns were made with.
+        table: float64 (G, len(COLUMNS)) on the CPU.
+        histogram: float64 (G, N_BINS) on the CPU: integer counts of the ratio SNR_i in logarithmic bins.
+        blocks: float64 (B, G, len(BLOCK_COLUMNS)) on the CPU, one table (`block_table`) per sample block.
+        block_length: consecutive samples a block.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[str],
+        floor: NoiseFloor,
+        table: Tensor,
+        histogram: Tensor,
+        blocks: Tensor,
+        block_length: int,
+    ) -> None:
+        """Take over existing tensors; `zeros` makes new ones. Raises `MolsError` for a group listed twice."""
+        self.groups = tuple(groups)
+        self.floor = floor
+        self.table = table
+        self.histogram = histogram
+        self.blocks = blocks
+        self.block_length = block_length
+        self._row = {group: row for row, group in enumerate(self.groups)}
+        if len(self._row) != len(self.groups):
+            raise MolsError(f"groups={self.groups}: a group is listed twice")
+
+    @classmethod
+    def zeros(cls, groups: Sequence[str], floor: NoiseFloor, n_blocks: int = 0, block_length: int = 8) -> GroupSums:
+        """Empty sums for these groups and `n_blocks` blocks of `block_length` samples."""
+        size, f64 = len(groups), torch.float64
+        return cls(
+            groups,
+            floor,
+            torch.zeros(size, len(COLUMNS), dtype=f64),
+            torch.zeros(size, N_BINS, dtype=f64),
+            torch.zeros(n_blocks, size, len(BLOCK_COLUMNS), dtype=f64),
+            block_length,
+        )
+
+    def add(self, group: str, mean: Tensor, m2: Tensor, samples: int) -> None:
+        """Add the elements of one group.
+
+        Args:
+            mean: mu_i, a float view with 1 or 2 dimensions, any stride, any device.
+            m2: of mean's shape, the sum of squared deviations (`Moments.m2`), **not** the variance m2 / (K - 1).
+            samples: K.
+
+        Raises:
+            MolsConfigError: K < 2.
+            MolsError: an unknown group, or shapes that do not fit.
+        """
+        if samples < 2:
+            raise MolsConfigError(f"samples={samples}: a variance needs at least 2 gradient samples; raise 'samples'")
+        row = self._check(group, mean, m2)
+        for mean_c, m2_c in _chunks(mean, m2):
+            mu = mean_c.to(torch.float64)
+            self._accumulate(row, mu * mu, m2_c.to(torch.float64) / (samples - 1), samples)
+
+    def add_squares(self, group: str, mu2: Tensor, s2: Tensor) -> None:
+        """Add the elements of one group given as squares: plain mu_i^2 (noise included) and s_i^2, shapes as in `add`.
+
+        For mode "moments" (`adam_moments`). Moved-once elements cannot be told from these and count as 0.
+        """
+        row = self._check(group, mu2, s2)
+        for mu2_c, s2_c in _chunks(mu2, s2):
+            self._accumulate(row, mu2_c.to(torch.float64), s2_c.to(torch.float64), None)
+
+    def add_moments(self, moments: Moments, offset: int, layout: ElementLayout, start: int, numel: int) -> None:
+        """Add accumulator elements [offset, offset + numel), which are [start, start + numel) in a layout."""
+        means = layout.views(moments.mean[offset : offset + numel], start)
+        m2s = layout.views(moments.m2[offset : offset + numel], start)
+        for (group, mean), (_, m2) in zip(means, m2s, strict=True):
+            self.add(group, mean, m2, moments.count)
+
+    def add_blocks(self, block_sums: Sequence[Tensor]) -> None:
+        """Add one rank's `Moments.block_sums`. Raises `MolsError` unless there are as many as this has blocks."""
+        if len(block_sums) != self.blocks.shape[0]:
+            raise MolsError(f"{len(block_sums)} sample blocks were added to sums of {self.blocks.shape[0]} blocks")
+        for mine, other in zip(self.blocks, block_sums, strict=True):
+            mine += other
+
+    def merge(self, other: GroupSums) -> None:
+        """Add the sums of a disjoint set of elements. Raises `MolsError` unless groups, floor and blocks are equal."""
+        if (self.groups, self.floor, self.block_length) != (other.groups, other.floor, other.block_length):
+            raise MolsError("sums of different groups, noise floors or block lengths cannot be merged")
+        self.load_packed(self.pack() + other.pack())
+
+    def combined(self, members: Sequence[str], name: str) -> GroupSums:
+        """The sums of the union of some groups, as sums of one group called `name`."""
+        rows = [self._row[member] for member in members]
+        return GroupSums(
+            (name,),
+            self.floor,
+            self.table[rows].sum(0, keepdim=True),
+            self.histogram[rows].sum(0, keepdim=True),
+            self.blocks[:, rows].sum(1, keepdim=True),
+            self.block_length,
+        )
+
+    def pack(self) -> Tensor:
+        """Everything additive as one 1-D float64 CPU tensor for one SUM all-reduce: 213 kB for 6 groups, 32 blocks."""
+        return torch.cat([self.table.flatten(), self.histogram.flatten(), self.blocks.flatten()])
+
+    def load_packed(self, packed: Tensor) -> None:
+        """Take over what `pack` gave and an all-reduce summed. Raises `MolsError` where the size does not fit."""
+        sizes = [self.table.numel(), self.histogram.numel(), self.blocks.numel()]
+        if packed.numel() != sum(sizes):
+            raise MolsError(f"packed sums have {packed.numel()} numbers, these groups and blocks need {sum(sizes)}")
+        flat = packed.detach().to("cpu", torch.float64)
+        for mine, piece in zip((self.table, self.histogram, self.blocks), torch.split(flat, sizes), strict=True):
+            mine.copy_(piece.reshape(mine.shape))
+
+    def column(self, name: str) -> dict[str, float]:
+        """One column of the table by its name in `COLUMNS`, per group."""
+        values = self.table[:, COLUMN[name]].tolist()
+        return dict(zip(self.groups, values, strict=True))
+
+    def not_finite(self) -> dict[str, float]:
+        """Per group the number of elements whose statistics overflowed or are NaN. They are in no estimator."""
+        seen = sum(self.table[:, COLUMN[name]] for name in ("count", "never_moved", "constant"))
+        return dict(zip(self.groups, (self.table[:, COLUMN["total"]] - seen).tolist(), strict=True))
+
+    def _check(self, group: str, first: Tensor, second: Tensor) -> int:
+        if first.shape != second.shape or first.dim() not in (1, 2):
+            shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
+            raise MolsError(f"group {group!r}: shapes {shapes} are not equal and of 1 or 2 dimensions")
+        if group not in self._row:
+            raise MolsError(f"group {group!r} is not one of {self.groups}")
+        return self._row[group]
+
+    @torch.no_grad()
+    def _accumulate(self, row: int, mu2: Tensor, s2: Tensor, samples: int | None) -> None:
+        """Add one chunk of 1-D float64 (mu_i^2, s_i^2) to a row."""
+        total = mu2.numel()
+        counted = (s2 > 0) & torch.isfinite(s2) & torch.isfinite(mu2)
+        still = s2 == 0
+        never = still & (mu2 == 0)
+        # A NaN or infinite mean with s^2 == 0 is neither never-moved nor constant.
+        constant = still & (mu2 > 0) & torch.isfinite(mu2)
+        counts = torch.stack([counted.sum(), never.sum(), constant.sum()]).tolist()
+        if counts[0] < total:
+            mu2, s2 = mu2[counted], s2[counted]
+        ratio = mu2 / s2
+        damping, corrected = _dampings(mu2, s2, ratio, self.floor)
+        sums = torch.stack([v.sum() for v in (ratio, ratio * ratio, mu2, s2, damping, corrected)]).cpu()
+        line = self.table[row]
+        line[COLUMN["count"]] += counts[0]
+        line[COLUMN["snr"] : COLUMN["damping_corrected"] + 1] += sums
+        line[COLUMN["never_moved"]] += counts[1]
+        line[COLUMN["constant"]] += counts[2]
+        line[COLUMN["total"]] += total
+        if samples is not None:
+            line[COLUMN["moved_once"]] += int(((ratio * samples - 1.0).abs() <= MOVED_ONCE_RTOL).sum())
+        self.histogram[row] += torch.bincount(find_bins(ratio), minlength=N_BINS).cpu()
+
+
+def block_table(mean: Tensor, m2: Tensor, samples: int, group_index: Tensor, n_groups: int) -> Tensor:
+    """Per-group sums of one sample block over the subsampled elements: float64 (n_groups, len(BLOCK_COLUMNS)), CPU.
+
+    Args:
+        mean, m2: 1-D, the block's own mean and sum of squared deviations of the subsampled elements.
+        samples: the block's length L, at least 4; "damping_corrected" uses the noise floor of L samples.
+        group_index: integer, 1-D of the same length: each element's row.
+    """
+    table = torch.zeros(n_groups, len(BLOCK_COLUMNS), dtype=torch.float64, device=mean.device)
+    floor = noise_floor(samples)
+    # In pieces: at once, the temporaries would be an eighth of the accumulators of all elements.
+    pieces = (torch.split(whole, BLOCK_CHUNK) for whole in (mean, m2, group_index))
+    for mean_c, m2_c, index in zip(*pieces, strict=True):
+        mu, s2 = mean_c.to(torch.float64), m2_c.to(torch.float64) / (samples - 1)
+        counted = (s2 > 0) & torch.isfinite(s2) & torch.isfinite(mu)
+        mu, s2, index = mu[counted], s2[counted], index.to(torch.int64)[counted]
+        mu2 = mu * mu
+        ratio = mu2 / s2
+        damping, corrected = _dampings(mu2, s2, ratio, floor)
+        # mu = 0 with s^2 > 0 has no logarithm: the histogram's lowest edge stands for it.
+        logs = ratio.clamp(min=2.0**-OCTAVES).log()
+        values = torch.stack([torch.ones_like(ratio), ratio, mu2, s2, damping, corrected, logs], dim=1)
+        table.index_add_(0, index, values)
+    return table.cpu()
+
+
+def _dampings(mu2: Tensor, s2: Tensor, ratio: Tensor, floor: NoiseFloor) -> tuple[Tensor, Tensor]:
+    """(d_i, corrected d_i): sqrt(mu^2/(mu^2 + s^2)) and sqrt(c/(1 + c)) with c = max(0, corrected SNR_i)."""
+    c = (ratio * floor.shrink - floor.floor).clamp_(min=0.0)
+    return (mu2 / (mu2 + s2)).sqrt_(), (c / (1.0 + c)).sqrt_()
+
+
+_UPPER_EDGES: dict[torch.device, Tensor] = {}
+
+
+def _upper_edges(device: torch.device) -> Tensor:
+    """Upper edge of every bin; of the last one NaN, which nothing compares with."""
+    if device not in _UPPER_EDGES:
+        _UPPER_EDGES[device] = torch.cat([bin_edges(), torch.full((1,), torch.nan, dtype=torch.float64)]).to(device)
+    return _UPPER_EDGES[device]
+
+
+def _chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """1-D pieces of at most CHUNK elements of two equally shaped 1-D or 2-D views, in a fixed order."""
+    if first.dim() == 1:
+        for start in range(0, first.numel(), CHUNK):
+            yield first[start : start + CHUNK], second[start : start + CHUNK]
+        return
+    rows, width = first.shape
+    if width == 0:
+        return
+    if width > CHUNK:
+        for row in range(rows):
+            yield from _chunks(first[row], second[row])
+        return
+    step = CHUNK // width
+    for start in range(0, rows, step):
+        yield first[start : start + step].reshape(-1), second[start : start + step].reshape(-1)

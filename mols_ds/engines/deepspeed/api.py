@@ -1,0 +1,145 @@
+"""The two ways in: `initialize` in the place of `deepspeed.initialize`, and `attach` for an engine that exists."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+
+from mols_ds.core.config import MolsConfig
+from mols_ds.core.phases import Phase
+from mols_ds.engines.deepspeed.bind_optimizer import bind_optimizer
+from mols_ds.engines.deepspeed.engine import EngineMols
+from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
+from mols_ds.optim.build import Request, build, split_config
+
+
+class DisabledMols:
+    """`engine.mols` where MoLS is off: DeepSpeed is exactly stock."""
+
+    phase: Phase = "disabled"
+    alphas: dict[str, float] = {}  # noqa: RUF012 - read-only by contract
+    multipliers: dict[str, float] = {}  # noqa: RUF012
+    applied_lrs: dict[str, float] = {}  # noqa: RUF012
+    samples = 0
+    accumulator_bytes = 0
+
+    def report(self) -> dict[str, Any]:
+        """Empty: nothing was measured."""
+        return {}
+
+    def detach(self) -> None:
+        """Nothing to undo."""
+
+
+def attach(engine: Any, config: Mapping[str, Any] | MolsConfig) -> EngineMols | DisabledMols:
+    """Put MoLS on a DeepSpeed engine that exists already. Collective: every rank calls it at the same point.
+
+    Args:
+        engine: what `deepspeed.initialize` returned; ZeRO stage 0-3, before or after any number of steps.
+        config: a "mols" section (dict) or a `MolsConfig`.
+
+    Returns:
+        The object that is also `engine.mols`; its `detach()` makes the engine stock again.
+
+    Raises:
+        MolsConfigError: the section, a rule or a group name is wrong.
+        MolsUnsupportedError: the engine, its optimizer or a setting of it cannot be supported; named, with the way out.
+    """
+    section = MolsConfig.parse(config)
+    if isinstance(getattr(engine, "mols", None), EngineMols):
+        raise MolsError("this engine has MoLS already; call engine.mols.detach() first")
+    bind_optimizer(engine)
+    engine.mols = EngineMols(engine, section) if section.enabled else DisabledMols()
+    return engine.mols  # type: ignore[no-any-return]
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """`deepspeed.initialize` with the "mols" section of the DeepSpeed config and with optimizers by name.
+
+    Same arguments and same four results (deepspeed/__init__.py). An "optimizer" section whose "type" DeepSpeed does not
+    know, or with `"source": "library"`, is built from `mols_ds.optim`. Without such a one and without a "mols" section
+    (or with `"enabled": false`), the result is bit for bit that of `deepspeed.initialize`.
+
+    Raises:
+        MolsConfigError, MolsUnsupportedError: as `attach` and `mols_ds.optim.build.split_config`; a wrong section is
+            refused before the engine is built.
+    """
+    arguments = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
+    config = _find_config(arguments)
+    section = None if config is None or config.get("mols") is None else MolsConfig.parse(config["mols"])
+    request = None if config is None else split_config(config)
+    results: tuple[Any, Any, Any, Any]
+    results = deepspeed.initialize(*args, **kwargs) if request is None else _initialize_ours(arguments, request)
+    bind_optimizer(results[0])
+    if section is None or not section.enabled:
+        results[0].mols = DisabledMols()
+    else:
+        attach(results[0], section)
+    return results
+
+
+def _find_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The config that these arguments name, read by DeepSpeed's own loader; None where there is none."""
+    config = arguments.get("config") or arguments.get("config_params")
+    if config is None:
+        launched = arguments.get("args")
+        config = getattr(launched, "deepspeed_config", None) or getattr(launched, "deepscale_config", None)
+    if config is None:
+        return None
+    if not isinstance(config, Mapping):
+        if not Path(config).is_file() and str(config).endswith(".json"):
+            raise MolsConfigError(f"DeepSpeed config {config}: no such file")
+        config = load_ds_config(config)
+    return config
+
+
+def _initialize_ours(arguments: Mapping[str, Any], request: Request) -> tuple[Any, Any, Any, Any]:
+    """`deepspeed.initialize` with the optimizer of `request` as the client's, told which shards it steps."""
+    if arguments.get("optimizer") is not None:
+        raise MolsConfigError(
+            f'two optimizers: the config\'s "optimizer" ({request.entry.name}) and the argument `optimizer`; drop one'
+        )
+    if request.entry.reads == "tensors" and arguments.get("mpu") is not None:
+        raise MolsUnsupportedError(
+            f"optimizer {request.entry.name} works on whole tensors, and the argument `mpu` says that ranks hold parts "
+            "of them: use an optimizer that works element by element"
+        )
+    optimizer = build(request, arguments["model"], arguments.get("model_parameters"))
+    launched = copy.copy(arguments.get("args"))  # DeepSpeed refuses a config in two places
+    for name in ("deepspeed_config", "deepscale_config"):
+        if getattr(launched, name, None) is not None:
+            setattr(launched, name, None)
+    stock = {k: v for k, v in arguments.items() if k not in ("config_params", "model_parameters")}
+    options = [set(group) for group in optimizer.param_groups]
+    results: tuple[Any, Any, Any, Any] = deepspeed.initialize(
+        **{**stock, "args": launched, "optimizer": optimizer, "config": request.config}
+    )
+    _forget_empty_step(results[0], optimizer, options)
+    return results
+
+
+def _forget_empty_step(engine: Any, optimizer: torch.optim.Optimizer, options: list[set[str]]) -> None:
+    """Undo the step with zero gradients that DeepSpeed's 16-bit wrapper of stage 0 takes in its constructor.
+
+    (runtime/fp16/unfused_optimizer.py, initialize_optimizer_states.) It would decay the weights and count as the first
+    gradient, of which some optimizers make a basis (GaLore, SOAP) or a rate for each tensor (SGD-SaI) for long.
+    `options`: the keys of each parameter group before.
+    """
+    outer = engine.optimizer
+    if type(outer).__name__ != "FP16_UnfusedOptimizer":
+        return
+    with torch.no_grad():
+        for low, high in zip(outer.fp16_groups, outer.fp32_groups, strict=True):
+            for parameter, master in zip(low, high, strict=True):
+                master.copy_(parameter)
+    optimizer.state.clear()
+    for group, known in zip(optimizer.param_groups, options, strict=True):
+        for key in set(group) - known - {"initial_lr"}:
+            del group[key]

@@ -1,0 +1,87 @@
+"""Tells an optimizer that sums over ZeRO's shards (mols_ds.optim.sharded) what lies in the shards of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from mols_ds.engines.deepspeed.parallel.base import Grid, find_grid, local_shape
+from mols_ds.engines.deepspeed.shards import Replicated, find_shards
+from mols_ds.errors import MolsUnsupportedError
+from mols_ds.optim.held import Reduce
+from mols_ds.optim.sharded import ShardedOptimizer
+
+Refusal = tuple[bool, str, str]
+"""Whether it applies, what is not supported, the way out."""
+
+
+def bind_optimizer(engine: Any) -> None:
+    """Bind the engine's optimizer, if it is a `ShardedOptimizer`; other optimizers and engines are left alone.
+
+    Collective: every rank calls it, after `deepspeed.initialize` and before the first step. Again for an engine that is
+    bound already, it does nothing.
+
+    Raises:
+        MolsUnsupportedError: an engine or setting under which the optimizer would be wrong; named, with the way out.
+        MolsConfigError: Adam-mini's blocks cannot be told (see `mols_ds.group_table`).
+    """
+    outer = engine.optimizer
+    inner = getattr(outer, "optimizer", outer)
+    if not isinstance(inner, ShardedOptimizer):
+        return
+    for refuse, what, way_out in _refusals(engine, inner):
+        if refuse:
+            raise MolsUnsupportedError(f"{type(inner).__name__} does not support {what}: {way_out}")
+    shards = find_shards(engine)
+    if [id(tensor) for tensor in inner.bound_to] == [id(tensor) for tensor in shards.tensors]:
+        return
+    named = {name: parameter for parameter, name in engine.param_names.items() if name in shards.param_group}
+    shapes = {name: local_shape(parameter) for name, parameter in named.items()}
+    section = engine.config.get("mols") if isinstance(engine.config, Mapping) else None
+    blocks = inner.model_blocks(engine.module, shapes, (section or {}).get("rules") or ())
+    reduce = None if isinstance(shards, Replicated) else _reduction(engine)
+    inner.bind(shards.tensors, shards.pieces, shapes, blocks, reduce)
+
+
+def _reduction(engine: Any) -> Reduce:
+    """SUM over the data-parallel ranks; on the accelerator also for shards that lie on the CPU."""
+
+    def reduce(values: Tensor) -> Tensor:
+        sums = values.to(get_accelerator().current_device_name())
+        dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=engine.seq_data_parallel_group)
+        return sums.to(values.device)
+
+    return reduce
+
+
+def _refusals(engine: Any, inner: ShardedOptimizer) -> list[Refusal]:
+    outer = engine.optimizer
+    stays = not inner.moves
+    partial = getattr(outer, "backup_optimizer", None) is not None or getattr(outer, "partial_offload", 1.0) != 1.0
+    return [
+        (
+            type(find_grid(engine)) is not Grid or bool(getattr(engine, "has_moe_layers", False)),
+            "tensor, pipeline or expert parallelism (a rank does not know the other parts of its parameters)",
+            "use data parallelism with ZeRO, or AdamW",
+        ),
+        (
+            bool(getattr(outer, "swap_optimizer", False)),
+            "optimizer state on NVMe (its sums over the model need all of it)",
+            'set "offload_optimizer.device": "cpu"',
+        ),
+        (partial, "offload_optimizer.ratio < 1 (a second optimizer steps the rest)", "remove it"),
+        (
+            stays and engine.load_universal_checkpoint(),
+            "universal checkpoints, which carry Adam's two moments only",
+            'remove "checkpoint.load_universal" and resume with the same number of ranks, or use AdamW',
+        ),
+        (
+            bool(getattr(outer, "elastic_checkpoint", False)),
+            '"zero_optimization.elastic_checkpoint" (it cuts all state as if it had the size of the weights)',
+            "remove it",
+        ),
+    ]

@@ -1,0 +1,270 @@
+"""MoLS state in DeepSpeed checkpoints.
+
+What is the same on every rank (phase, counters, alphas, report) rides in `client_state["mols"]`, which survives the
+universal checkpoint. What differs by rank in a half-done calibration (accumulators, the random state that a probe
+window gives back) goes into one side file a rank in the tag's folder, written before DeepSpeed's own files so that
+`latest` never names a tag without them. A number drawn at each save stands in both, so that a side file of another save
+of the same tag is never taken for this one's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import secrets
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
+from deepspeed.utils import logger
+
+from mols_ds.engines.deepspeed import universal_checkpoint as universal
+from mols_ds.errors import MolsCheckpointError
+
+if TYPE_CHECKING:
+    from mols_ds.engines.deepspeed.engine import EngineMols
+
+KEY = "mols"
+ID_BITS = 52  # a whole number that float64 holds exactly: the ranks agree on it by a float64 reduction
+
+
+def side_file(folder: Path, rank: int, world: int) -> Path:
+    """The file of one rank's accumulators; the world size is in the name so that runs of two sizes cannot mix."""
+    return folder / f"mols_rank_{rank:05d}_of_{world:05d}.pt"
+
+
+class Checkpoints:
+    """Patches `save_checkpoint` and `load_checkpoint` of one engine instance until `remove()`."""
+
+    def __init__(self, mols: EngineMols) -> None:
+        self.mols = mols
+        self.engine = mols.engine
+        self._save = self.engine.save_checkpoint
+        self._load = self.engine.load_checkpoint
+        self.engine.save_checkpoint = self.save
+        self.engine.load_checkpoint = self.load
+
+    def remove(self) -> None:
+        """Give the engine its own methods back."""
+        del self.engine.save_checkpoint
+        del self.engine.load_checkpoint
+
+    def _ranks(self) -> tuple[int, int]:
+        """(rank, number of ranks) that name this rank's side file.
+
+        Under data parallelism the data-parallel rank; under tensor or pipeline parallelism that is not unique, and
+        the global rank takes its place.
+        """
+        return self.mols.grid.rank, self.mols.grid.size
+
+    def _failed(self, problem: str | None) -> list[int]:
+        """The ranks that have a problem, the same list everywhere; each of them logs its own. One small reduction."""
+        rank, world = self._ranks()
+        flags = torch.zeros(world, dtype=torch.float64)
+        if problem is not None:
+            flags[rank] = 1.0
+            logger.warning(f"MoLS WARNING: rank {rank}: {problem}")
+        return [i for i, flag in enumerate(self.mols.reduce(flags).tolist()) if flag]
+
+    # ------------------------------------------------------------------ save
+
+    def save(
+        self, save_dir: Any, tag: Any = None, client_state: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """`engine.save_checkpoint` with the MoLS state. Between two samples of a calibration, too, but a gradient that
+        is accumulated only half is lost, as in DeepSpeed's own checkpoints.
+
+        Raises:
+            MolsCheckpointError: `client_state` has the key "mols", which is ours; nothing is written then.
+        """
+        if client_state and KEY in client_state:
+            raise MolsCheckpointError(f'client_state["{KEY}"] is taken by MoLS; use another key')
+        if not save_dir:
+            return self._save(save_dir, tag, {}, *args, **kwargs)  # DeepSpeed's own error
+        tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
+        number = self._save_samples(Path(save_dir) / tag)
+        state = {**self.mols.controller.state_dict(), "mode": self.mols.config.mode, "side": number}
+        return self._save(save_dir, tag, {**(client_state or {}), KEY: state}, *args, **kwargs)
+
+    def _save_samples(self, folder: Path) -> int | None:
+        """Write this rank's side file, if there is something to write; returns the number of this save, else None.
+
+        Files of former saves of the same tag are removed: one's own, and by rank 0 those of other numbers of ranks.
+        """
+        controller = self.mols.controller
+        rank, world = self._ranks()
+        path = side_file(folder, rank, world)
+        if not controller.measuring:
+            _remove_stale(folder, path, rank, world)
+            return None
+        samples, random = controller.elements.state_dict(), self.mols._random
+        mine = torch.tensor(
+            [secrets.randbits(ID_BITS) if rank == 0 else 0, samples is not None or random is not None],
+            dtype=torch.float64,
+        )
+        drawn, holders = self.mols.reduce(mine).tolist()
+        number, problem = int(drawn), None
+        try:
+            _remove_stale(folder, path, rank, world)
+            if holders:
+                window = self.mols.grid.window
+                _write({"number": number, "samples": samples, "random": random, "window": window}, path)
+        except OSError as error:
+            problem = f"{path} could not be written: {error}"
+        if failed := self._failed(problem):
+            controller.warn(
+                f"rank {failed[0]} could not write its accumulators (its log says why): a run that resumes from this "
+                "checkpoint starts the calibration over"
+            )
+            return number  # no complete set of files has it: the resumed run sees that something is missing
+        return number if holders else None
+
+    # ------------------------------------------------------------------ load
+
+    def load(self, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """`engine.load_checkpoint`, then the MoLS state; the returned client_state is without our key.
+
+        - Same number of ranks: goes on bit for bit, in the middle of a calibration too. Torch's random state is the
+          caller's to restore, except the one that a probe window gives back at its end.
+        - Another number (a universal checkpoint at stages 1-3): alphas and ramp go on; a half-done calibration starts
+          over, except in mode "moments", whose only state is the optimizer's.
+        - A checkpoint without MoLS state (from before it was switched on) loads too: the calibration starts where the
+          schedule says, or at once where that step is past.
+        - `load_module_only` leaves the MoLS state as it is.
+
+        Raises:
+            MolsCheckpointError: the MoLS state is of other module groups, another release or not MoLS's at all; on
+                every rank, after DeepSpeed has loaded its part.
+            MolsUnsupportedError: a universal checkpoint with round_robin_gradients in this or the saving run.
+        """
+        asked = inspect.signature(self._load).bind(load_dir, tag, *args, **kwargs)
+        asked.apply_defaults()
+        with_optimizer = bool(asked.arguments["load_optimizer_states"]) and not asked.arguments["load_module_only"]
+        place = universal.folder_of(self.engine, load_dir, tag)
+        universal.refuse(self.engine, place, with_optimizer)
+        moved = bool(self.engine.load_universal_checkpoint())
+        if moved and (failed := self._failed(universal.empty_group(self.engine))):
+            raise universal.nothing_held(failed[0])
+        options = universal.options_of(self.mols.shards.inner)
+        try:
+            with universal.reading(self.engine, place):
+                path, loaded = self._load(load_dir, tag, *args, **kwargs)
+        except ZeRORuntimeException as error:  # of every rank: another number of ranks
+            raise MolsCheckpointError(f"{error} To resume, {universal.convert(Path(str(place)))}") from error
+        if path is None:
+            return path, loaded
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        client_state = dict(loaded or {})
+        if moved and universal.was_round_robin(client_state):
+            raise universal.round_robin("the run that saved it")
+        saved = client_state.pop(KEY, None)
+        if moved and (said := universal.left_alone(self.engine)):
+            self.mols.controller.warn(said)
+        if asked.arguments["load_module_only"]:
+            self.mols.controller.log("MoLS: load_module_only leaves the MoLS state as it is")
+            return path, client_state
+        if moved and with_optimizer and (said := universal.repair(self.engine, folder, options)):
+            self.mols.controller.warn(said)
+        self._restore(folder, saved, with_optimizer)
+        return path, client_state
+
+    def _restore(self, folder: Path, saved: Any, with_optimizer: bool) -> None:
+        controller, t = self.mols.controller, self.engine.global_steps
+        self.mols._random = self.mols.grid.window = None
+        if saved is None:
+            start = max(t, controller.state.schedule.start)
+            what = "mols.fixed_alphas apply" if controller.config.fixed_alphas is not None else "the calibration starts"
+            controller.restart(
+                t,
+                f"the checkpoint at step {t} has no MoLS state (it was saved without MoLS): all multipliers are 1, "
+                f"{what} at step {start}",
+                forget=True,
+            )
+            return
+        controller.load_state_dict(saved)
+        controller.follow_config(t)
+        if controller.measuring:
+            problem = self._continue(folder, saved, with_optimizer)
+            if problem is not None:
+                self.mols._random = self.mols.grid.window = None
+                controller.restart(
+                    t, f"the half-done calibration of this checkpoint cannot be continued: {problem}; it starts over"
+                )
+        controller.advance(t)
+        controller.log(
+            f"MoLS resumed at step {t}: phase {controller.phase}, {controller.samples} samples, "
+            f"alphas {controller.alphas or 'not set yet'}"
+        )
+
+    def _continue(self, folder: Path, saved: Mapping[str, Any], with_optimizer: bool) -> str | None:
+        """Go on with a half-done calibration; returns why that cannot be, the same on every rank, or None."""
+        controller = self.mols.controller
+        started = controller.state.samples > 0
+        if started and saved.get("mode") != controller.config.mode:
+            return f'its samples are of mode "{saved.get("mode")}", this run\'s mode is "{controller.config.mode}"'
+        if started and controller.config.mode == "moments" and not with_optimizer:
+            return 'mode "moments" reads the optimizer\'s moments, which were not loaded (load_optimizer_states=False)'
+        number = saved.get("side")
+        if number is None:
+            # Nothing was measured yet, or mode "moments", whose state is the optimizer's
+            return None if not started or controller.config.mode == "moments" else "it has no accumulators"
+        problem = self._load_side(folder, number)
+        if failed := self._failed(problem):
+            mine = problem if failed[0] == self._ranks()[0] else "its log says why"
+            return f"rank {failed[0]} has no usable accumulators ({mine})" if started else None
+        return None
+
+    def _load_side(self, folder: Path, number: int) -> str | None:
+        """This rank's accumulators and random state; returns what is wrong with them, or None."""
+        path = side_file(folder, *self._ranks())
+        if not path.is_file():
+            others = sorted(p.name for p in folder.glob("mols_rank_*.pt"))
+            there = f"there are {', '.join(others[:2])}" if others else "there are none"
+            return f"no {path.name} in {folder}; {there}: saved by another number of ranks?"
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                broken = archive.testzip()
+            if broken is not None:
+                return f"{path.name} is corrupt: wrong checksum of {broken}"
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if content["number"] != number:
+                return f"{path.name} belongs to another save of this tag"
+            random = None if content["random"] is None else tuple(state.clone() for state in content["random"])
+            if content["samples"] is not None:
+                self.mols.controller.elements.load_state_dict(content["samples"])
+        except MolsCheckpointError as error:
+            return f"{path.name}: {error}"
+        except Exception as error:  # a truncated or foreign file raises many types (zipfile, pickle, RuntimeError)
+            return f"{path.name} is corrupt: {type(error).__name__}"
+        self.mols._random, self.mols.grid.window = random, content.get("window")
+        return None
+
+
+def _remove_stale(folder: Path, own: Path, rank: int, world: int) -> None:
+    """Remove what former saves of the same tag left. Each file is removed by one rank only.
+
+    A file that cannot be removed is harmless: it has the number of another save.
+    """
+    stale = [own, own.with_suffix(".tmp")]
+    if rank == 0:
+        stale += [path for path in folder.glob("mols_rank_*") if f"_of_{world:05d}." not in path.name]
+    for path in stale:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    """Write to a file beside it first: what stands under the final name is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    try:
+        torch.save(content, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(str(error)) from error

@@ -1,0 +1,1 @@
+"""Which rank owns which elements under each kind of model parallelism."""

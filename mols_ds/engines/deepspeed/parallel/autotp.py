@@ -1,0 +1,92 @@
+"""DeepSpeed's AutoTP (module_inject/layers.py): a transformers model whose linears are cut over tensor-parallel ranks.
+
+AutoTP notes on each parameter that it cut how it did so (its "restore" metadata for universal checkpoints): that tells
+the logical shape and this rank's part. All else is a copy on every tensor-parallel rank, counted on the first.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank, bwc_tensor_model_parallel_world_size
+from torch import nn
+
+from mols_ds.core.config import MolsConfig
+from mols_ds.core.groups import GroupTable, build_layouts
+from mols_ds.engines.deepspeed.parallel.base import Grid, Place, config_of, local_shape
+from mols_ds.errors import MolsUnsupportedError
+
+CUT = "ds_autotp_universal_checkpoint_meta"
+"""The attribute with AutoTP's metadata (deepspeed/checkpoint/constants.py, DS_AUTOTP_UC_META)."""
+
+
+def tensor_parallel_size(engine: Any) -> int:
+    """Number of ranks that one data-parallel copy of the model is cut over, by `mpu` or by AutoTP."""
+    if engine.mpu is None or hasattr(engine.mpu, "initialize_sequence_parallel"):  # the latter: Ulysses' own mpu
+        return 1
+    return int(bwc_tensor_model_parallel_world_size(engine.mpu))
+
+
+def is_megatron(model: nn.Module) -> bool:
+    """Whether the model is built of Megatron-core's modules; does not import Megatron-core."""
+    if "megatron.core" not in sys.modules:
+        return False
+    return any(type(module).__module__.startswith("megatron.core.") for module in model.modules())
+
+
+class AutoTpGrid(Grid):
+    """Tensor and data parallelism by AutoTP. Raises `MolsUnsupportedError` for other tensor parallelism."""
+
+    model_parallel = True
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.group = None
+        self.world["tensor"] = tensor_parallel_size(engine)
+        if int(engine.autotp_size() or 0) <= 1:
+            raise MolsUnsupportedError(
+                f"MoLS does not support tensor parallelism (mpu of size {self.world['tensor']}) of a model that is "
+                "neither Megatron-core's nor cut by AutoTP: nothing tells which part of a parameter a rank holds; use "
+                'Megatron-core, "tensor_parallel": {"autotp_size": N}, or ZeRO data parallelism alone'
+            )
+        self._check_world()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._by_rows: set[str] = set()
+        rank = int(bwc_tensor_model_parallel_rank(engine.mpu))
+        self.places = {p: self._place(p, name, rank) for p, name in engine.param_names.items()}
+
+    def _place(self, parameter: Any, name: str, rank: int) -> Place:
+        shape = local_shape(parameter)
+        if not getattr(parameter, "tensor_model_parallel", False):
+            self._note(parameter, name, shape)
+            self._by_rows.add(name)
+            return Place(name, 0, rank == 0)
+        cut = getattr(parameter, CUT, None) or {}
+        logical, dim, sizes = cut.get("logical_shape"), cut.get("partition_dim"), cut.get("partition_sizes")
+        if logical is None:
+            raise MolsUnsupportedError(
+                f"MoLS does not support AutoTP's way of cutting parameter {name!r} of shape {list(shape)}: it left no "
+                "logical shape; exclude the layer from AutoTP, or use ZeRO data parallelism alone"
+            )
+        self._note(parameter, name, tuple(int(size) for size in logical))
+        if dim != 0 or sizes is None or cut.get("sub_param_sizes") is not None:
+            return Place(name)
+        self._by_rows.add(name)
+        return Place(name, sum(sizes[:rank]) * math.prod(shape[1:]))
+
+    def _note(self, parameter: Any, name: str, shape: tuple[int, ...]) -> None:
+        if parameter.requires_grad:
+            self.shapes[name] = shape
+
+    def _full_table(self, config: MolsConfig) -> GroupTable:
+        model_config = config_of(self.engine.module)
+        layouts = build_layouts(self.shapes, model_config, config.rules, config.granularity)
+        for name, layout in layouts.items():
+            if len(layout.groups) > 1 and name not in self._by_rows:
+                raise MolsUnsupportedError(
+                    f"MoLS does not support AutoTP's way of cutting parameter {name!r}, which holds elements of "
+                    f"{', '.join(layout.groups)}: give it one group with a rule, or use ZeRO data parallelism alone"
+                )
+        return GroupTable(layouts, self.shapes)

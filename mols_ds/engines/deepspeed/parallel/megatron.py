@@ -1,0 +1,123 @@
+"""The DeepSpeed engine with a Megatron-core model: tensor and data parallelism, ZeRO stages 0 to 3.
+
+Which logical parameter a local one is a part of, and which group each element belongs to, is the knowledge of
+`megatron_patches`. This module is imported for a model of Megatron-core's modules only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core import parallel_state
+
+from megatron_patches.param_map import Grid as MegatronRanks
+from megatron_patches.param_map import current_grid, local_layout, local_parameters, logical_table
+from megatron_patches.rng_state import RandomState
+from mols_ds.core.config import MolsConfig
+from mols_ds.core.group_rules import config_value
+from mols_ds.core.groups import GroupTable
+from mols_ds.engines.deepspeed.parallel.autotp import tensor_parallel_size
+from mols_ds.engines.deepspeed.parallel.base import Grid, Place
+from mols_ds.errors import MolsUnsupportedError
+
+
+class MegatronGrid(Grid):
+    """Tensor and data parallelism of a Megatron-core model.
+
+    Raises:
+        MolsUnsupportedError: a grid or setting whose gradients DeepSpeed does not reduce as Megatron does, by name.
+    """
+
+    packages = ("deepspeed", "megatron-core")
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.config = _config_of(engine.module)
+        ranks = current_grid()
+        _check(engine, ranks, self.config)
+        self.model_parallel = ranks.tensor > 1
+        self.world["tensor"] = ranks.tensor
+        if self.model_parallel:
+            self.group = None
+            self._check_world()
+        self.locals = local_parameters([engine.module], ranks)
+        self.places |= {local.parameter: Place(local.name, local.start, local.counted) for local in self.locals}
+
+    def begin_window(self) -> None:
+        """Megatron keeps a random state of its own for dropout inside tensor-parallel regions."""
+        random = RandomState()
+        random.remember()
+        self.window = random.saved
+
+    def end_window(self) -> None:
+        random = RandomState()
+        random.saved, self.window = self.window, None
+        random.restore()
+
+    def _full_table(self, config: MolsConfig) -> GroupTable:
+        shapes = {local.name: local.shape for local in self.locals}
+        table = logical_table(shapes, self.config, config.rules, config.granularity)
+        for local in self.locals:
+            local_layout(local, table.layouts)
+        return table
+
+
+def _config_of(model: Any) -> object | None:
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return next((config for config in configs if config_value(config, "num_attention_heads") is not None), None)
+
+
+def _check(engine: Any, ranks: MegatronRanks, config: object | None) -> None:
+    """Each entry: whether it applies, what is not supported, the way out."""
+    tensor = ranks.tensor > 1
+    summed = [
+        name
+        for name, p in engine.module.named_parameters()
+        if getattr(p, "sequence_parallel", False) or getattr(p, "average_gradients_across_tp_domain", False)
+    ]
+    refusals = [
+        (
+            ranks.pipeline > 1,
+            "Megatron's pipeline parallelism, whose schedules DeepSpeed does not run",
+            "use pipeline_model_parallel_size 1, DeepSpeed's PipelineModule, or Megatron's own optimizer",
+        ),
+        (
+            parallel_state.get_context_parallel_world_size() > 1,
+            "Megatron's context parallelism, over whose ranks DeepSpeed does not reduce gradients",
+            "use context_parallel_size 1, or Megatron's own optimizer",
+        ),
+        (
+            ranks.expert > 1,
+            "Megatron's expert parallelism, over whose ranks DeepSpeed does not reduce gradients",
+            "use expert_model_parallel_size 1, or Megatron's own optimizer",
+        ),
+        (
+            tensor_parallel_size(engine) != ranks.tensor,
+            f"a model that is cut over {ranks.tensor} tensor-parallel ranks in an engine that does not know it",
+            "pass mpu=megatron_patches.mpu.DeepSpeedMpu() to initialize",
+        ),
+        (
+            tensor and (bool(config_value(config, "sequence_parallel")) or bool(summed)),
+            f"sequence parallelism ({summed[0] if summed else 'sequence_parallel'}), whose norms' gradients DeepSpeed "
+            "does not sum over the tensor-parallel ranks",
+            "set sequence_parallel=False",
+        ),
+        (
+            tensor and bool(config_value(config, "qk_layernorm")),
+            "qk_layernorm with tensor parallelism, whose gradients DeepSpeed does not sum over those ranks",
+            "set qk_layernorm=False, or tensor_model_parallel_size 1",
+        ),
+        (
+            tensor and bool(config_value(config, "num_moe_experts")),
+            "experts with tensor parallelism, which need sequence parallelism",
+            "use tensor_model_parallel_size 1",
+        ),
+        (
+            bool(config_value(config, "gradient_accumulation_fusion")),
+            "gradient_accumulation_fusion, which writes gradients where DeepSpeed does not read them",
+            "set gradient_accumulation_fusion=False",
+        ),
+    ]
+    for refuse, what, way_out in refusals:
+        if refuse:
+            raise MolsUnsupportedError(f"MoLS on DeepSpeed does not support {what}: {way_out}")

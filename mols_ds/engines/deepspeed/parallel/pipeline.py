@@ -1,0 +1,137 @@
+"""DeepSpeed's PipelineModule (runtime/pipe/module.py), ZeRO stages 0 and 1: each stage holds some of the layers.
+
+Parameters are named by the number of their layer ("3.c_attn.weight"), the same on every stage, so the names of all
+stages together are the logical model. A module of a `TiedLayerSpec` lives on each stage that uses it, under one name
+("tied_modules.embed.weight"): the copy of the first of them is counted, and all get the same rate.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from deepspeed import comm as dist
+from torch import nn
+
+from mols_ds.core.config import MolsConfig
+from mols_ds.core.group_rules import PRESETS, Rule, canonical_name, config_value, text_config
+from mols_ds.core.groups import GroupTable, build_layouts
+from mols_ds.engines.deepspeed.parallel.base import Grid, Place, config_of, local_shape
+from mols_ds.errors import MolsUnsupportedError
+
+_LAYER = re.compile(r"^(\d+)\.")
+
+
+class StageParameter(NamedTuple):
+    """What one stage tells the others about a trainable parameter of its own.
+
+    kind: "embedding" for the weight of an `nn.Embedding`, "linear" for that of an `nn.Linear` which is a pipeline layer
+    itself, so that its name says nothing; else "".
+    lr_group: index of its parameter group in the stage's optimizer; None where the optimizer does not hold it.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    lr_group: int | None
+
+
+class PipelineGrid(Grid):
+    """Pipeline and data parallelism of a PipelineModule."""
+
+    model_parallel = True
+    counts_micro_steps = False
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.group = None
+        processes = engine.grid
+        if processes.get_slice_parallel_world_size() > 1:
+            raise MolsUnsupportedError(
+                "MoLS does not support a PipelineModule whose topology has tensor slicing (axis 'model'): nothing "
+                "tells which part of a parameter a rank holds; use pipeline and data parallelism alone"
+            )
+        self.world["pipeline"] = int(processes.get_pipe_parallel_world_size())
+        self._check_world()
+        self.model_parallel = self.world["pipeline"] > 1
+        self.places = {
+            p: Place(name, 0, not getattr(p, "ds_pipe_replicated", False)) for p, name in engine.param_names.items()
+        }
+
+    def table(self, config: MolsConfig, param_group: Mapping[str, int]) -> GroupTable:
+        """As `Grid.table`; the stages tell each other names and shapes: one exchange of a few bytes a parameter."""
+        module = self.engine.module
+        mine = _parameters(module, {p: place.name for p, place in self.places.items()}, param_group)
+        outer = self.engine.optimizer
+        groups = len(getattr(outer, "optimizer", outer).param_groups)
+        told: list[Any] = [None] * self.world["pipeline"]
+        record = ({name: tuple(value) for name, value in mine.items()}, _scalars(config_of(module)), groups)
+        dist.all_gather_object(told, record, group=self.engine.grid.get_pipe_parallel_group())
+        every: dict[str, StageParameter] = {}
+        for parameters, _, _ in told:
+            for name, values in parameters.items():
+                every.setdefault(name, StageParameter(*values))
+        model_config = next((found for _, found, _ in told if found is not None), None)
+        shapes = {name: parameter.shape for name, parameter in every.items()}
+        presets = (*PRESETS, *_rules_by_type(every))
+        layouts = build_layouts(shapes, model_config, config.rules, config.granularity, presets=presets)
+        held = {name: p.lr_group for name, p in every.items() if p.lr_group is not None}
+        # Stages whose optimizers have other groups number them otherwise: then each knows its own rates only
+        self.lr_groups = held if len({count for _, _, count in told}) == 1 else dict(param_group)
+        return self._held(GroupTable(layouts, shapes), held)
+
+    def begin_window(self) -> None:
+        """`seed_layers` seeds dropout by the number of forward passes so far."""
+        self.window = self.engine.module.micro_offset
+
+    def end_window(self) -> None:
+        if self.window is not None:
+            self.engine.module.micro_offset = self.window
+            self.window = None
+
+
+def _parameters(
+    module: nn.Module, names: Mapping[Any, str], param_group: Mapping[str, int]
+) -> dict[str, StageParameter]:
+    kinds: dict[int, str] = {}
+    for name, owner in module.named_modules():
+        weight = owner._parameters.get("weight")
+        if weight is not None and isinstance(owner, nn.Embedding):
+            kinds[id(weight)] = "embedding"
+        elif weight is not None and isinstance(owner, nn.Linear) and name.isdigit():
+            kinds[id(weight)] = "linear"
+    return {
+        name: StageParameter(local_shape(p), kinds.get(id(p), ""), param_group.get(name))
+        for p, name in names.items()
+        if p.requires_grad
+    }
+
+
+def _rules_by_type(parameters: Mapping[str, StageParameter]) -> list[Rule]:
+    """Rules by module type, for names that the presets do not know: embeddings, and the output head.
+
+    The head is an `nn.Linear` that is the last layer with a weight matrix and has as many rows as an embedding.
+    """
+    embeddings = {name: p for name, p in parameters.items() if p.kind == "embedding"}
+    rules = [_exactly(name, "embedding") for name in embeddings]
+    layers = [(int(m[1]), name) for name, p in parameters.items() if len(p.shape) > 1 and (m := _LAYER.match(name))]
+    last = max(layers, default=None)
+    if last is not None and parameters[last[1]].kind == "linear":
+        rows = {p.shape[0] for p in embeddings.values()}
+        if parameters[last[1]].shape[0] in rows:
+            rules.append(_exactly(last[1], "head"))
+    return rules
+
+
+def _exactly(name: str, group: str) -> Rule:
+    return Rule(re.compile(f"^{re.escape(canonical_name(name).name)}$"), group)
+
+
+def _scalars(config: object | None) -> dict[str, Any] | None:
+    """What fused layouts read of a config: plain numbers and words, which every stage can be told."""
+    found = text_config(config)
+    if found is None:
+        return None
+    values: Sequence[tuple[str, Any]] = list((found if isinstance(found, Mapping) else vars(found)).items())
+    kept = {key: value for key, value in values if isinstance(value, int | float | str)}
+    return {**kept, "model_type": config_value(found, "model_type")}

@@ -1,0 +1,387 @@
+"""Where each ZeRO layout keeps its shards: the only file that uses private names of DeepSpeed's optimizers.
+
+One class per layout says: which inner tensors the inner optimizer steps, which parameter elements lie where in them,
+how to read this rank's reduced gradient at an accumulation boundary, how to throw it away, and by which factor an inner
+`.grad` must be multiplied to become the unscaled, unclipped gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+from mols_ds.core.lr_scaler import Piece
+from mols_ds.engines.deepspeed.parallel.base import Place
+from mols_ds.engines.deepspeed.spans import OwnedPiece, Spans
+from mols_ds.errors import MolsUnsupportedError
+
+TESTED = "0.19.8"
+
+
+class Shards(ABC):
+    """The shards of one engine on this rank.
+
+    Attributes:
+        tensors: what the inner optimizer steps; their identity is stable for the engine's life.
+        sizes: number of elements of each (a tensor on NVMe is empty between steps).
+        pieces: per tensor, the parameter elements in it; what no piece covers is padding (and may be garbage).
+        owned: the pieces whose statistics this rank keeps: all of them, or its part of them where ranks hold replicas.
+        param_group: parameter name -> index of its group in `inner.param_groups`.
+    """
+
+    needs: tuple[str, ...] = ()
+    reads_before_clipping = False
+    """Whether online samples are read at the entry of the step; otherwise in the inner optimizer's step hook."""
+
+    def __init__(self, engine: Any, places: Mapping[Any, Place]) -> None:
+        self.engine = engine
+        self.outer = engine.optimizer
+        self.inner = getattr(self.outer, "optimizer", self.outer)
+        missing = [name for name in self.needs if not hasattr(self.outer, name)]
+        if missing:
+            raise MolsUnsupportedError(
+                f"DeepSpeed {deepspeed.__version__}: {type(self.outer).__name__} has no {', '.join(missing)} any more; "
+                f"mols_ds was tested with {TESTED}: install that, or report this version"
+            )
+        self.places = places
+        self.starts = {place.name: place.start for place in places.values()}
+        self.uncounted = {place.name for place in places.values() if not place.counted}
+        self.tensors: list[Tensor] = []
+        self.sizes: list[int] = []
+        self.pieces: list[list[Piece]] = []
+        self.param_group: dict[str, int] = {}
+        self._collect()
+        self.owned = self._owned()
+        self.spans = Spans(self.tensors, self.owned)
+
+    def _name(self, param: Any) -> str:
+        return self.places[param].name
+
+    def _piece(self, param: Any, start: int, offset: int, numel: int) -> Piece:
+        """Elements [start, start + numel) of the local parameter as a piece of the logical one."""
+        return Piece(self.places[param].name, self.places[param].start + start, offset, numel)
+
+    def _add(self, tensor: Tensor, size: int, pieces: list[Piece], group: int) -> None:
+        self.tensors.append(tensor)
+        self.sizes.append(size)
+        self.pieces.append([p for p in pieces if p.numel > 0])
+
+    @abstractmethod
+    def _collect(self) -> None:
+        """Fill tensors, sizes, pieces and param_group."""
+
+    def _owned(self) -> list[OwnedPiece]:
+        every = (OwnedPiece(i, piece) for i, pieces in enumerate(self.pieces) for piece in pieces)
+        return [owned for owned in every if owned.piece.name not in self.uncounted]
+
+    @abstractmethod
+    def read(self) -> Iterator[tuple[int, Tensor]]:
+        """(offset among the owned elements, 1-D gradient) at the boundary, still loss-scaled; no collective."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Throw the accumulated gradient away, as if the engine had never seen these batches."""
+
+    def loss_scale(self) -> float:
+        """What the gradients that `read` gives are multiplied by."""
+        return 1.0
+
+    def undo_factor(self, scale_before: float) -> float:
+        """inner `.grad` x this = the unscaled, unclipped gradient; NaN where the gradient is not finite.
+
+        `scale_before` is the loss scale at the entry of the step: DeepSpeed grows a dynamic scale before it unscales,
+        and then divides by the new one.
+        """
+        norm = getattr(self.outer, "_global_grad_norm", None)
+        if norm is None:
+            raise MolsUnsupportedError(
+                "zero_optimization.compute_grad_norm=false leaves no gradient norm to undo clipping by and to see "
+                'non-finite gradients with; remove it, or use "mode": "probe"'
+            )
+        norm = float(norm)
+        if not math.isfinite(norm) or norm < 0:
+            return math.nan
+        return self._undo(norm, scale_before)
+
+    def _undo(self, norm: float, scale_before: float) -> float:
+        scale = float(self.outer.loss_scale)
+        clip = float(self.outer.clip_grad)
+        if clip <= 0:
+            return scale / scale_before
+        scaled_norm = norm * self._norm_scale(scale_before, scale)
+        return scale * max(1.0, (scaled_norm / scale + 1e-6) / clip) / scale_before
+
+    def _norm_scale(self, before: float, after: float) -> float:
+        """The scale that `_global_grad_norm` was divided by."""
+        return before
+
+
+class Stage12(Shards):
+    """ZeRO stages 1 and 2, CPU offload included (runtime/zero/stage_1_and_2.py)."""
+
+    needs = (
+        "single_partition_of_fp32_groups",
+        "bit16_groups",
+        "params_in_partition",
+        "grad_start_offset",
+        "grad_partition_insertion_offset",
+        "partition_size",
+        "real_dp_process_group",
+        "get_param_id",
+        "averaged_gradients",
+        "all_grad_tensors",
+        "cpu_offload",
+        "micro_step_id",
+        "reset_cpu_buffers",
+        "_release_preflattened_grad_buffers",
+        "_wait_for_offload_copies",
+        "loss_scale",
+        "clip_grad",
+    )
+
+    def _collect(self) -> None:
+        o = self.outer
+        for i, flat in enumerate(o.single_partition_of_fp32_groups):
+            rank = dist.get_rank(o.real_dp_process_group[i])
+            pieces = []
+            for p in o.params_in_partition[i]:
+                key = o.get_param_id(p)
+                start = int(o.grad_start_offset[i][rank][key])
+                offset = int(o.grad_partition_insertion_offset[i][rank][key])
+                numel = min(p.numel() - start, int(o.partition_size[i]) - offset)
+                pieces.append(self._piece(p, start, offset, numel))
+            self._add(flat, flat.numel(), pieces, i)
+            self.param_group |= {self._name(p): i for p in o.bit16_groups[i]}
+
+    def loss_scale(self) -> float:
+        return float(self.outer.loss_scale)
+
+    def read(self) -> Iterator[tuple[int, Tensor]]:
+        o = self.outer
+        if o.cpu_offload:
+            o._wait_for_offload_copies()
+        for i, flat in enumerate(self.tensors):
+            if o.cpu_offload:
+                gradient: Any = flat.grad
+            else:
+                shards = o.averaged_gradients[i]
+                gradient = getattr(shards, "flat_partition", None)
+                if gradient is None:
+                    gradient = torch.cat([g.reshape(-1) for g in shards])
+            yield from self.spans.cut(flat, gradient)
+
+    def discard(self) -> None:
+        o = self.outer
+        o.zero_grad(set_to_none=True)
+        o.micro_step_id = -1
+        o._release_preflattened_grad_buffers()
+        if o.cpu_offload:
+            o._offload_accumulated_param_ids = set()
+            o.reset_cpu_buffers()
+        else:
+            for i in o.averaged_gradients:
+                o.averaged_gradients[i] = o.all_grad_tensors[i] = None
+
+
+class Stage3(Shards):
+    """ZeRO stage 3 with sub-groups, CPU and NVMe offload (runtime/zero/stage3.py). Nothing is ever gathered."""
+
+    needs = (
+        "fp32_partitioned_groups_flat",
+        "fp16_partitioned_groups_flat_numel",
+        "fp16_groups",
+        "grad_position",
+        "get_param_id",
+        "sub_group_to_group_id",
+        "averaged_gradients",
+        "offload_optimizer",
+        "persistent_parameters",
+        "reset_cpu_buffers",
+        "_pre_step",
+        "_partition_all_parameters",
+        "_swappable_optimizer_subgroup",
+        "_optimizer_states_and_gradient_swap_in",
+        "_release_swap_buffers",
+        "loss_scale",
+        "clip_grad",
+    )
+
+    def _collect(self) -> None:
+        o = self.outer
+        for i, flat in enumerate(o.fp32_partitioned_groups_flat):
+            pieces = []
+            for p in o.fp16_groups[i]:
+                _, offset, share = o.grad_position[o.get_param_id(p)]
+                start = dist.get_rank(p.ds_process_group) * share
+                pieces.append(self._piece(p, start, int(offset), min(share, p.ds_numel - start)))
+            self._add(flat, int(o.fp16_partitioned_groups_flat_numel[i]), pieces, i)
+            self.param_group |= {self._name(p): o.sub_group_to_group_id[i] for p in o.fp16_groups[i]}
+
+    def loss_scale(self) -> float:
+        return float(self.outer.loss_scale)
+
+    def _norm_scale(self, before: float, after: float) -> float:
+        return after
+
+    def read(self) -> Iterator[tuple[int, Tensor]]:
+        o = self.outer
+        for i, flat in enumerate(self.tensors):
+            swapped = o._swappable_optimizer_subgroup(i)
+            if swapped:
+                o._optimizer_states_and_gradient_swap_in(i)
+            if swapped or o.offload_optimizer:
+                gradient: Any = flat.grad
+            else:
+                gradient = torch.cat([g.reshape(-1) for g in o.averaged_gradients[i]])
+            yield from self.spans.cut(flat, gradient)
+            if swapped:
+                o._release_swap_buffers(i)
+
+    def discard(self) -> None:
+        o = self.outer
+        o._pre_step()
+        o._partition_all_parameters()
+        o.zero_grad(set_to_none=True)
+        if o.offload_optimizer:
+            o.reset_cpu_buffers()
+        else:
+            o.averaged_gradients = {}
+        if len(o.persistent_parameters) > 0:
+            o.persistent_parameters[0].all_gather(o.persistent_parameters)
+
+
+class Bf16(Shards):
+    """BF16_Optimizer: stage 1, bf16 with fp32 gradient accumulation (runtime/bf16_optimizer.py)."""
+
+    needs = ("fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "bf16_groups", "clip_grad")
+
+    def _collect(self) -> None:
+        o = self.outer
+        for i, flat in enumerate(o.fp32_groups_flat_partition):
+            pieces = []
+            for p in o.bf16_groups[i]:
+                if p._hp_mapping is not None:
+                    low, high = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+                    pieces.append(self._piece(p, low.start, high.start, low.numel))
+            self._add(flat, flat.numel(), pieces, i)
+            self.param_group |= {self._name(p): i for p in o.bf16_groups[i]}
+
+    def read(self) -> Iterator[tuple[int, Tensor]]:
+        for flat, gradient in zip(self.tensors, self.outer.fp32_groups_gradient_flat_partition, strict=True):
+            yield from self.spans.cut(flat, gradient)
+
+    def discard(self) -> None:
+        self.outer.zero_grad(set_to_none=True)
+
+    def _undo(self, norm: float, scale_before: float) -> float:
+        clip = float(self.outer.clip_grad)
+        return max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0
+
+
+class Replicated(Shards):
+    """Stage 0: data-parallel ranks hold the same gradients, so they split the elements among them.
+
+    The client optimizer itself (fp32), or DeepSpeed's fp16/bf16 wrappers with per-parameter or flat fp32 copies
+    (runtime/fp16/unfused_optimizer.py, fused_optimizer.py). Stage 0 does not scale the loss in `engine.backward`.
+    """
+
+    reads_before_clipping = True
+
+    def _collect(self) -> None:
+        self.params: list[Any] = []
+        if hasattr(self.outer, "fp32_groups_flat"):
+            self._collect_flat()
+        elif hasattr(self.outer, "fp32_groups"):
+            for i, (low, high) in enumerate(zip(self.outer.fp16_groups, self.outer.fp32_groups, strict=True)):
+                for p, copy in zip(low, high, strict=True):
+                    self._one(p, copy, i)
+        else:
+            for i, group in enumerate(self.inner.param_groups):
+                for p in group["params"]:
+                    if p.requires_grad:
+                        self._one(p, p, i)
+
+    def _one(self, param: Any, tensor: Tensor, group: int) -> None:
+        self._add(tensor, param.numel(), [self._piece(param, 0, 0, param.numel())], group)
+        self.param_group[self._name(param)] = group
+        self.params.append(param)
+
+    def _collect_flat(self) -> None:
+        for i, (params, flat) in enumerate(zip(self.outer.fp16_groups, self.outer.fp32_groups_flat, strict=True)):
+            pieces, offset = [], 0
+            for p in params:
+                pieces.append(self._piece(p, 0, offset, p.numel()))
+                offset += p.numel()
+                self.params.append(p)
+                self.param_group[self._name(p)] = i
+            self._add(flat, flat.numel(), pieces, i)
+
+    def _owned(self) -> list[OwnedPiece]:
+        """This rank's range of the concatenation of all pieces that are counted among its data-parallel replicas."""
+        group = self.engine.seq_data_parallel_group
+        rank, world = dist.get_rank(group), dist.get_world_size(group)
+        every = super()._owned()
+        total = sum(piece.numel for _, piece in every)
+        low, high = total * rank // world, total * (rank + 1) // world
+        owned, at = [], 0
+        for i, piece in every:
+            first, last = max(low - at, 0), min(high - at, piece.numel)
+            if first < last:
+                part = Piece(piece.name, piece.start + first, piece.offset + first, last - first)
+                owned.append(OwnedPiece(i, part))
+            at += piece.numel
+        return owned
+
+    def read(self) -> Iterator[tuple[int, Tensor]]:
+        gradients = {self._name(p): p.grad for p in self.params}
+        offset = 0
+        for _, piece in self.owned:
+            gradient, start = gradients[piece.name], piece.start - self.starts[piece.name]
+            if gradient is None:
+                yield offset, torch.zeros(piece.numel)
+            else:
+                yield offset, gradient.reshape(-1).narrow(0, start, piece.numel)
+            offset += piece.numel
+
+    def finite(self) -> bool:
+        """Whether every gradient, this rank's part or not, is finite; data-parallel replicas give the same answer."""
+        return all(bool(torch.isfinite(p.grad).all()) for p in self.params if p.grad is not None)
+
+    def discard(self) -> None:
+        if self.outer is self.inner:
+            self.engine.zero_grad()
+        else:
+            self.outer.zero_grad(set_to_none=True)
+
+
+def find_shards(engine: Any, places: Mapping[Any, Place] | None = None) -> Shards:
+    """The layout of this engine; `places`: see grid.py, by default those of data parallelism alone.
+
+    Raises `MolsUnsupportedError`, naming the wrapper, where none is known.
+    """
+    outer = engine.optimizer
+    if places is None:
+        places = {p: Place(name) for p, name in engine.param_names.items()}
+    kinds: dict[str, type[Shards]] = {
+        "DeepSpeedZeroOptimizer": Stage12,
+        "DeepSpeedZeroOptimizer_Stage3": Stage3,
+        "BF16_Optimizer": Bf16,
+        "FP16_UnfusedOptimizer": Replicated,
+        "FP16_Optimizer": Replicated,
+    }
+    kind = kinds.get(type(outer).__name__)
+    if kind is None and isinstance(outer, torch.optim.Optimizer):
+        kind = Replicated
+    if kind is None:
+        raise MolsUnsupportedError(
+            f"DeepSpeed's optimizer wrapper {type(outer).__name__} is not supported; "
+            f"supported are ZeRO 0-3: {', '.join(kinds)}, or the client optimizer itself"
+        )
+    return kind(engine, places)

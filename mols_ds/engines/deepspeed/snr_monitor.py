@@ -1,0 +1,121 @@
+"""SNR of every module group over a run, read off Adam's moments (METHOD "moments"; the paper's Figures 1 and 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from mols_ds.core import estimators
+from mols_ds.core.config import Estimator, MolsConfig
+from mols_ds.core.group_stats import NoiseFloor, adam_moments
+from mols_ds.core.local_stats import Owned, OwnedElements
+from mols_ds.engines.deepspeed.parallel.base import find_grid
+from mols_ds.engines.deepspeed.shards import find_shards
+from mols_ds.errors import MolsUnsupportedError
+
+ESTIMATORS: tuple[Estimator, ...] = ("mean", "median", "pooled", "damping")
+
+
+class SnrWatch:
+    """Reads the SNR of each group every `every` updates; changes nothing of the engine.
+
+    Call it with the engine after each update, on every rank. `steps` and `curves` (estimator -> group -> values, with
+    the noise floor of Adam's window taken off) are the same on all ranks. A reading costs a pass over this rank's
+    optimizer state and one all-reduce of the group sums.
+
+    Raises:
+        MolsUnsupportedError: the optimizer keeps no exp_avg and exp_avg_sq of the shards' size (checked at the first
+            reading, on every rank), or its state lies on NVMe.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.steps: list[int] = []
+        self.curves: dict[str, dict[str, list[float]]] = {name: {} for name in ESTIMATORS}
+
+    def __call__(self, engine: Any) -> None:
+        if engine.global_steps % self.every:
+            return
+        for name, values in self.read(engine).items():
+            for group, value in values.items():
+                self.curves[name].setdefault(group, []).append(value)
+        self.steps.append(int(engine.global_steps))
+
+    def reading(self) -> dict[str, Any]:
+        """The last reading, for `restore`: plain numbers."""
+        last = {name: {g: values[-1] for g, values in by.items()} for name, by in self.curves.items()}
+        return {"step": self.steps[-1], "curves": last}
+
+    def restore(self, readings: Iterable[Mapping[str, Any]], before: int) -> None:
+        """Take over the readings of a run that goes on from a checkpoint: those of steps before `before`, each once
+        (a run that was interrupted twice has read some steps again, to the same numbers)."""
+        for reading in readings:
+            if (self.steps[-1] if self.steps else 0) < reading["step"] < before:
+                self.steps.append(reading["step"])
+                for name, values in reading["curves"].items():
+                    for group, value in values.items():
+                        self.curves[name].setdefault(group, []).append(value)
+
+    def as_snr(self) -> dict[str, list[float]]:
+        """One curve a group, always positive: mean damping d as the SNR that has it, d^2 / (1 - d^2)."""
+        return {g: [d * d / (1.0 - d * d) for d in values] for g, values in self.curves["damping"].items()}
+
+    def read(self, engine: Any) -> dict[str, dict[str, float]]:
+        """Estimator -> group -> value from the moments as they are now. Collective."""
+        if not hasattr(self, "_grid"):
+            self._build(engine)
+        inner, elements = self._shards.inner, self._elements
+        weight = self._weight(inner)
+        elements.open_squares(NoiseFloor(1.0, weight))
+        for number, (index, piece) in enumerate(self._shards.owned):
+            tensor = self._shards.tensors[index]
+            state = inner.state.get(tensor, {})
+            part = slice(piece.offset, piece.offset + piece.numel)
+            mean, square = (state[key].view(-1)[part] for key in ("exp_avg", "exp_avg_sq"))
+            mu2, s2, _ = adam_moments(mean, square, self._step(inner), *self._betas)
+            elements.add_squares(number, mu2, s2)
+        sums = elements.take_squares()
+        sums.load_packed(self._reduce(sums.pack()))
+        return {name: estimators.estimate(sums, name, True) for name in ESTIMATORS}
+
+    def _build(self, engine: Any) -> None:
+        self._engine = engine
+        self._grid = find_grid(engine)
+        self._shards = find_shards(engine, self._grid.places)
+        inner = self._shards.inner
+        fits = all(
+            getattr(inner.state.get(tensor, {}).get(key), "numel", lambda: 0)() == size
+            for tensor, size in zip(self._shards.tensors, self._shards.sizes, strict=True)
+            for key in ("exp_avg", "exp_avg_sq")
+        )
+        bad = self._reduce(torch.tensor([0.0 if fits else 1.0], dtype=torch.float64))
+        if bad.item():
+            raise MolsUnsupportedError(
+                f"SNR curves cannot be read: {type(inner).__name__} keeps no exp_avg and exp_avg_sq in memory here"
+            )
+        table = self._grid.table(MolsConfig(), self._shards.param_group)
+        owned, offset = [], 0
+        for _, piece in self._shards.owned:
+            owned.append(Owned(piece.name, piece.start, offset, piece.numel))
+            offset += piece.numel
+        self._elements = OwnedElements(owned, table.layouts, list(table.elements), torch.device("cpu"))
+        self._betas: tuple[float, float] = tuple(inner.param_groups[0]["betas"])
+
+    def _step(self, inner: Any) -> int:
+        """Adam's own count, which differs from the engine's after skipped steps."""
+        counts = [int(state["step"]) for state in inner.state.values() if "step" in state]
+        counts += [int(group["step"]) for group in inner.param_groups if "step" in group]
+        return max(counts, default=int(self._engine.global_steps))
+
+    def _weight(self, inner: Any) -> float:
+        return adam_moments(torch.zeros(1), torch.zeros(1), self._step(inner), *self._betas)[2]
+
+    def _reduce(self, values: Tensor) -> Tensor:
+        device = values.to(get_accelerator().current_device_name())
+        dist.all_reduce(device, op=dist.ReduceOp.SUM, group=self._grid.group)
+        return device.cpu()

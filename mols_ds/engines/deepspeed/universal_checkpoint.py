@@ -1,0 +1,278 @@
+"""DeepSpeed's universal checkpoints (`deepspeed.checkpoint.ds_to_universal`): what its loaders do not do, or do wrong.
+
+A universal checkpoint holds each parameter's fp32 weight and Adam moments whole, in `TAG/zero/NAME/*.pt`, so that
+another number of ranks can cut them anew. DeepSpeed 0.19.8 makes one of ZeRO 1, 2 or 3 and loads it at the same kind of
+stage. Here are: the way between stages 1, 2 and stage 3 (whose files differ in names and form only), the faults of its
+loaders that can be undone, and refusals on every rank where only some of them would fail while the others wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from mols_ds.engines.deepspeed.parallel.autotp import is_megatron, tensor_parallel_size
+from mols_ds.errors import MolsCheckpointError, MolsUnsupportedError
+
+STATE, STEP, WHOLE, VERSION = "optimizer_state_dict", "step", "param", "ds_version"
+"""Keys of deepspeed/checkpoint/constants.py: OPTIMIZER_STATE_DICT, -, PARAM, DS_VERSION."""
+FAMILIES = {"1 or 2": "mp_rank_*_model_states.pt", "3": "zero_pp_rank_*_model_states.pt"}
+"""ZeRO stages whose checkpoints have the same form -> what their files of model states are called."""
+
+
+def folder_of(engine: Any, load_dir: Any, tag: Any) -> Path | None:
+    """What `engine.load_checkpoint(load_dir, tag)` reads; None where the file that names the tag is missing."""
+    if not load_dir:
+        return None
+    if tag is None:
+        latest = Path(load_dir, "latest_universal" if engine.load_universal_checkpoint() else "latest")
+        if not latest.is_file():
+            return None
+        tag = latest.read_text("utf-8").strip()
+    return Path(load_dir, str(tag))
+
+
+def saved_at(folder: Path) -> str | None:
+    """The key of FAMILIES that a checkpoint is of; None where it holds no model states."""
+    return next((stages for stages, pattern in FAMILIES.items() if any(folder.glob(pattern))), None)
+
+
+def family_of_stage(stage: int) -> str:
+    """The key of FAMILIES that a run at this stage saves."""
+    return "3" if stage == 3 else "1 or 2"
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def refuse(engine: Any, folder: Path | None, with_optimizer: bool) -> None:
+    """Refuse what DeepSpeed's loader fails at with another message or none; every rank sees the same files.
+
+    Raises:
+        MolsUnsupportedError: a universal load that this engine cannot do.
+        MolsCheckpointError: the checkpoint is not of the form that this engine loads.
+    """
+    universal = bool(engine.load_universal_checkpoint())
+    if universal:
+        _refuse_universal(engine)
+    if folder is None or not folder.is_dir():
+        return
+    if universal != (folder / "zero" / "optimizer_state.pt").is_file():
+        raise MolsCheckpointError(
+            f'{folder} is not a universal checkpoint, as the config\'s "load_universal" says: {convert(folder)}'
+            if universal
+            else f'{folder} is a universal checkpoint: set "checkpoint": {{"load_universal": true}} in the config'
+        )
+    if not universal:
+        _refuse_stage(engine.zero_optimization_stage(), folder, with_optimizer)
+
+
+def convert(folder: Path) -> str:
+    """What to do to load a checkpoint into another layout."""
+    return (
+        f"convert it (python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {folder} "
+        f'--output_folder {folder}_universal) and set "checkpoint": {{"load_universal": true}} in the DeepSpeed config'
+    )
+
+
+def _refuse_stage(stage: int, folder: Path, with_optimizer: bool) -> None:
+    saved, here = _stages(folder, stage), "0" if stage == 0 else family_of_stage(stage)
+    if saved is None or saved == here:
+        return
+    said = f"{folder} was saved at ZeRO stage {saved}, this run is at {stage}"
+    if "0" not in (saved, here):
+        raise MolsCheckpointError(f"{said}: {convert(folder)}")
+    if with_optimizer or "3" in (saved, here):
+        raise MolsCheckpointError(
+            f"{said}, and DeepSpeed moves nothing between stage 3 and 0, and between 0 and 1 or 2 the weights alone "
+            "(load_checkpoint(..., load_module_only=True)): resume at the same stage"
+        )
+
+
+def _stages(folder: Path, stage: int) -> str | None:
+    """ "0" or a key of FAMILIES: what a checkpoint was saved at, as far as a run at `stage` wants to know."""
+    saved = saved_at(folder)
+    if saved in (None, "3"):
+        return saved
+    sharded = any(folder.glob("*zero_pp_rank_*_optim_states.pt"))
+    if stage == 0 and sharded:  # unless these files are older than a save at stage 0
+        path = min(folder.glob(FAMILIES["1 or 2"]))
+        sharded = torch.load(path, map_location="cpu", weights_only=False, mmap=True).get("optimizer") is None
+    return "1 or 2" if sharded else "0"
+
+
+def _refuse_universal(engine: Any) -> None:
+    if engine.zero_optimization_stage() == 0:
+        raise MolsUnsupportedError(
+            "a universal checkpoint at ZeRO stage 0: DeepSpeed has no loader for it; resume at stage 1, 2 or 3"
+        )
+    if engine.zero_nvme_offload_optimizer():
+        raise MolsUnsupportedError(
+            "a universal checkpoint with the optimizer on NVMe: DeepSpeed loads the swap files of the same layout "
+            "alone; resume with offload_optimizer on the CPU"
+        )
+    if getattr(engine.optimizer, "round_robin_gradients", False):
+        raise round_robin("this run")
+    if is_megatron(engine.module) and tensor_parallel_size(engine) > 1:
+        raise MolsUnsupportedError(
+            "a universal checkpoint of a tensor-parallel Megatron-core model: DeepSpeed does not know how its "
+            "parameters are cut; resume with the same number of ranks and tensor-parallel size, without "
+            '"load_universal", or train with Megatron\'s own optimizer, whose checkpoints move'
+        )
+
+
+def was_round_robin(client_state: Mapping[str, Any]) -> bool:
+    """Whether the run that saved this state cut its shards by turns."""
+    zero = (client_state.get("ds_config") or {}).get("zero_optimization") or {}
+    return bool(zero.get("round_robin_gradients")) and zero.get("stage") in (1, 2)
+
+
+def round_robin(which: str) -> MolsUnsupportedError:
+    """The refusal: `_link_all_hp_params` walks the groups in another order than the shards are cut in."""
+    return MolsUnsupportedError(
+        f"a universal checkpoint with round_robin_gradients in {which}: DeepSpeed puts most weights in wrong places; "
+        'resume with the same number of ranks and without "load_universal", or set "round_robin_gradients": false in '
+        "both runs"
+    )
+
+
+def empty_group(engine: Any) -> str | None:
+    """What is wrong where this rank holds no element of a parameter group (stages 1 and 2), or None.
+
+    `load_hp_checkpoint_state_from_checkpoint_dir` (runtime/base_optimizer.py) then ends in an IndexError, on this rank
+    alone.
+    """
+    groups = getattr(engine.optimizer, "bit16_groups", None) or getattr(engine.optimizer, "bf16_groups", None) or ()
+    for number, group in enumerate(groups):
+        if all(getattr(parameter, "_hp_mapping", None) is None for parameter in group):
+            return f"parameter group {number} has {sum(p.numel() for p in group)} elements, none of them on this rank"
+    return None
+
+
+def nothing_held(rank: int) -> MolsUnsupportedError:
+    """The refusal where `empty_group` found something on `rank`."""
+    return MolsUnsupportedError(
+        f"a universal checkpoint where rank {rank} holds no element of a parameter group (its log says which): "
+        "DeepSpeed's loader fails there; join that group with another, or resume on fewer ranks or at ZeRO stage 3"
+    )
+
+
+# ------------------------------------------------------------------ between stages 1, 2 and 3
+
+
+@contextlib.contextmanager
+def reading(engine: Any, folder: Path | None) -> Iterator[None]:
+    """Let DeepSpeed's loader read a universal checkpoint of the other kind of stage; nothing is written.
+
+    Weights and moments are the same; the names of the model-state files, where the optimizer's common state stands and
+    how a tensor is wrapped are not.
+    """
+    source = None if folder is None or not engine.load_universal_checkpoint() else saved_at(folder)
+    if folder is None or source is None or source == family_of_stage(engine.zero_optimization_stage()):
+        yield
+        return
+    load = torch.load
+    states = sorted(str(path) for path in folder.glob(_first(FAMILIES[source])))
+    engine._get_all_ckpt_names = lambda *_: states
+    torch.load = _translated(load, folder / "zero", family_of_stage(engine.zero_optimization_stage()))
+    try:
+        yield
+    finally:
+        torch.load = load
+        del engine._get_all_ckpt_names
+    if family_of_stage(engine.zero_optimization_stage()) != "3":
+        _set_step(engine, _common(folder)[STATE]["state"][0][STEP])
+
+
+def _first(pattern: str) -> str:
+    """The files of data-parallel rank 0, one for each tensor-parallel rank."""
+    return pattern.replace("zero_pp_rank_*_", "zero_pp_rank_0_mp_rank_*_")
+
+
+def _common(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(
+        folder / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False, mmap=True
+    )
+    return content
+
+
+def _translated(load: Callable[..., Any], zero: Path, to: str) -> Callable[..., Any]:
+    """`torch.load` that gives what the loader of the stages `to` expects of the files below `zero`."""
+
+    def translated(file: Any, *args: Any, **kwargs: Any) -> Any:
+        content = load(file, *args, **kwargs)
+        if not isinstance(file, str | os.PathLike) or zero not in Path(file).parents:
+            return content
+        if Path(file).name != "optimizer_state.pt":
+            return {WHOLE: content} if to != "3" and isinstance(content, Tensor) else content
+        if to != "3":
+            return {VERSION: deepspeed.__version__, **content}
+        step = load(next(iter(sorted(zero.glob(f"*/{STEP}.pt")))), weights_only=False)
+        return {**content, STATE: {"state": {0: {STEP: step}}, "param_groups": content["param_groups"]}}
+
+    return translated
+
+
+def _set_step(engine: Any, step: Any) -> None:
+    """Stage 3 keeps one step counter for all; stages 1 and 2 want one in the state of each shard."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for values in inner.state.values():
+        if "exp_avg" in values:
+            values[STEP] = step.clone() if isinstance(step, Tensor) else step
+
+
+# ------------------------------------------------------------------ after a load
+
+
+def options_of(inner: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What each parameter group says beside its parameters."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in inner.param_groups]
+
+
+def repair(engine: Any, folder: Path, before: list[dict[str, Any]]) -> str | None:
+    """Undo what a universal load does wrong; `before` are this run's options. Returns what the user must be told.
+
+    Where the checkpoint has another number of parameter groups (its file is that of the first pipeline stage), this
+    run's options stay. At stage 3, `load_hp_checkpoint_state_from_checkpoint_dir_stage3` (runtime/zero/stage3.py) gives
+    every group the options of group 0: each gets its own back; and it makes all sub-groups share one step counter,
+    which would then advance once for each of them: each gets its own.
+    """
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    saved = [{k: v for k, v in group.items() if k != "params"} for group in _common(folder)["param_groups"]]
+    same = len(saved) == len(inner.param_groups)
+    if not same or engine.zero_optimization_stage() == 3:
+        for group, options in zip(inner.param_groups, saved if same else before, strict=True):
+            group.update(options)
+    if engine.zero_optimization_stage() == 3:
+        for values in inner.state.values():
+            if isinstance(values.get(STEP), Tensor):
+                values[STEP] = values[STEP].clone()
+    if same:
+        return None
+    return (
+        f"the universal checkpoint has {len(saved)} parameter groups, this run {len(inner.param_groups)}: the groups "
+        "keep the learning rates and options of this run's config"
+    )
+
+
+def left_alone(engine: Any) -> str | None:
+    """What DeepSpeed's loader left as the model was built, for the user; None if nothing.
+
+    It restores what the optimizer holds; the model's own state dict is not looked at.
+    """
+    frozen = [name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad]
+    known = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
+    buffers = [name for name, value in engine.module.state_dict().items() if name not in known and value is not None]
+    if not frozen and not buffers:
+        return None
+    return (
+        f"DeepSpeed restores from a universal checkpoint only what is trained: {len(frozen)} frozen parameters and "
+        f"{len(buffers)} buffers ({', '.join([*frozen, *buffers][:3])}) are as this run's model was built"
+    )

@@ -1,0 +1,1 @@
+"""Rendering of the calibration report: files, text table, plot, fixed alphas."""

@@ -1,0 +1,69 @@
+"""Alphas of one run for another: the "fixed_alphas" of a config, from a report, such as a small model's for a 7B."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mols_ds.core.groups import is_scaled
+from mols_ds.errors import MolsConfigError
+
+
+def fixed_alphas(report: Mapping[str, Any], groups: Sequence[str] | None = None) -> dict[str, Any]:
+    """The keys of a "mols" section that give a run the alphas of `report` without a calibration.
+
+    report: as `load_report` gives it. groups: those of the model that will use them, where it is known.
+    Returns {"fixed_alphas": {scaled group: alpha}}, with "granularity" where the groups are those of layers.
+
+    Raises MolsConfigError for a report without alphas, for an alpha of a group that `groups` lacks, and for a scaled
+    group of `groups` without an alpha, which would stay at the base rate unsaid.
+    """
+    alphas = {name: group["alpha"] for name, group in report["groups"].items() if is_scaled(name)}
+    if report.get("failed"):
+        raise MolsConfigError(f"the report holds no alphas: its calibration failed ({report['failed']})")
+    without = [name for name, alpha in alphas.items() if alpha is None]
+    if without or not alphas:
+        which = f"of {', '.join(without)}" if without else "of any scaled group"
+        raise MolsConfigError(f"the report holds no alpha {which}: nothing to hand over")
+    layered = any("." in name for name in alphas)
+    if groups is not None:
+        _check_groups(alphas, [group for group in groups if is_scaled(group)], layered)
+    return {"fixed_alphas": alphas} | ({"granularity": "layer_type"} if layered else {})
+
+
+def _check_groups(alphas: Mapping[str, float], known: Sequence[str], layered: bool) -> None:
+    here, there = [g for g in alphas if g not in known], [g for g in known if g not in alphas]
+    if not here and not there:
+        return
+    what = f"the report has {_few(here)}, the model has not" if here else f"the model has {_few(there)}, the report not"
+    hint = (
+        '; alphas of single layers fit a model of the same depth only: measure with "granularity": "type"'
+        if layered
+        else "; the model's groups come from its rules, give both the same"
+    )
+    raise MolsConfigError(f"the report's alphas do not fit this model: {what}{hint}")
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+
+
+def section_text(report: Mapping[str, Any], model: str | None) -> str:
+    """`fixed_alphas` as JSON for a config; `model`: file or checkpoint folder of the model that will use them."""
+    layered = any("." in name for name in report["groups"])
+    groups = None if model is None else groups_of(model, "layer_type" if layered else "type")
+    return json.dumps(fixed_alphas(report, groups), indent=2)
+
+
+def groups_of(model: str, granularity: Any = "type") -> list[str]:
+    """The groups of a model file or checkpoint folder, without its weights. Raises MolsConfigError."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mols_ds.core.groups import group_table
+    from mols_ds.training.models import load_model_config
+
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(load_model_config(model))
+    return list(group_table(built, None, granularity).elements)

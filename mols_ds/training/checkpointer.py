@@ -1,0 +1,220 @@
+"""Checkpoints that are whole or not there: written beside, listed with checksums, renamed, and only then named newest.
+
+`FOLDER/stepN.partial` is written by all ranks; `manifest.json` in it then says the size and the CRC-32 of every file;
+the folder becomes `stepN`; `FOLDER/latest` names it last. A run that is killed at any point leaves the checkpoint
+before it as it was. A resumed run reads every file of the newest one back against the manifest before anything is
+loaded, and goes to the one before where a file is missing, cut off or changed: torch.load checks no checksums.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from mols_ds.core.files import synchronize, write_whole
+from mols_ds.errors import MolsCheckpointError, MolsTrainingError, MolsWarning
+
+LATEST, MANIFEST = "latest", "manifest.json"
+PARTIAL, FORMER = ".partial", ".former"
+_STEP = re.compile(r"step(\d+)")
+_CHUNK = 1 << 24
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has saved a checkpoint in `folder`: a `latest`, or a whole step that was not yet named in one."""
+    return (folder / LATEST).is_file() or any(folder.glob(f"step*/{MANIFEST}"))
+
+
+def step_of(tag: str) -> int:
+    """N of `stepN`; -1 for a name that is none."""
+    found = _STEP.fullmatch(tag)
+    return int(found[1]) if found else -1
+
+
+def refuse_non_finite(parameters: Any, step: int, agree: Callable[[bool], bool]) -> None:
+    """Raises MolsTrainingError, on every rank, where any rank's weights hold a NaN or an infinity.
+
+    `parameters` are this rank's; under ZeRO-3 their shards are looked at. Collective. `agree` is "all ranks say yes".
+    """
+    shards = (getattr(parameter, "ds_tensor", parameter) for parameter in parameters)
+    fine = all(bool(torch.isfinite(shard.detach()).all()) for shard in shards if shard.is_floating_point())
+    if not agree(fine):
+        raise MolsTrainingError(
+            f"the weights are not finite after step {step}: nothing is saved. Continue with --resume from the newest "
+            "checkpoint; if it happens again, take a smaller rate or look at the data of the steps before"
+        )
+
+
+class Keeper:
+    """The checkpoints `stepN` in one folder. Every method is called on all ranks at the same point.
+
+    Args:
+        folder: where they lie; one and the same for all ranks, or, with `node_local`, one on each node.
+        node_local: DeepSpeed's `checkpoint.use_node_local_storage`: each node keeps the files of its own ranks.
+    """
+
+    def __init__(self, folder: Path, *, node_local: bool = False) -> None:
+        self.folder = folder
+        ranks = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
+        self._node, self._nodes = self.rank, self.world
+        if node_local and ranks:
+            self._node = int(os.environ.get("LOCAL_RANK", "0"))
+            self._nodes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.world)
+        self._home = self.rank - self._node
+        self.leader = self._node == 0
+        """Whether this rank renames and writes what all ranks of the folder share."""
+
+    # -- save
+
+    def save(self, tag: str, write: Callable[[Path], None]) -> None:
+        """Keeps as `tag` what `write` writes into the folder that it is given.
+
+        Raises MolsCheckpointError on the rank that cannot write: it must end then, as the others may be waiting for it
+        in a collective of `write`; their launcher ends them.
+        """
+        partial = self.folder / f"{tag}{PARTIAL}"
+        try:
+            if self.leader:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True, exist_ok=True)
+            self._barrier()
+            write(partial)
+            self._barrier()
+            listed = self._list(partial)
+            if self.leader:
+                self._commit(tag, partial, listed)
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+            if isinstance(error, dist.DistError) or "Connection" in str(error):
+                raise
+            line = next(iter(str(error).splitlines()), type(error).__name__)
+            raise MolsCheckpointError(
+                f"checkpoint {tag} cannot be saved in {self.folder}: {line}; the checkpoints before it are as they were"
+            ) from error
+        self._barrier()
+
+    def _commit(self, tag: str, partial: Path, listed: dict[str, dict[str, int]]) -> None:
+        write_whole(partial / MANIFEST, json.dumps({"schema": 1, "files": listed}, indent=1) + "\n")
+        place, former = self.folder / tag, self.folder / f"{tag}{FORMER}"
+        shutil.rmtree(former, ignore_errors=True)
+        if place.exists():
+            place.rename(former)
+        partial.rename(place)
+        write_whole(self.folder / LATEST, tag)
+        synchronize(self.folder)
+        shutil.rmtree(former, ignore_errors=True)
+
+    def _list(self, place: Path) -> dict[str, dict[str, int]]:
+        """Size and CRC-32 of every file below `place` but the manifest; each rank reads its share of them."""
+        files = sorted(path for path in place.rglob("*") if path.is_file() and path.name != MANIFEST)
+        mine = {
+            str(path.relative_to(place)): {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+            for path in files[self._node :: self._nodes]
+        }
+        shares = (share for home, share in self._gather((self._home, mine)) if home == self._home)
+        return {name: entry for share in shares for name, entry in share.items()}
+
+    # -- load
+
+    def newest(self) -> str:
+        """The name of the newest checkpoint that is whole: the one that `latest` names, or else an older one, with a
+        warning. What an interrupted save left is put right. Raises MolsCheckpointError where none is whole."""
+        if self.leader:
+            self._repair()
+        tags: list[str] = self._gather(self._candidates())[0]
+        problems: list[str] = []
+        for tag in tags:
+            problem = self.problem(tag)
+            if problem is None:
+                if problems and self.rank == 0:
+                    warnings.warn(f"{'; '.join(problems)}: going back to {tag}", MolsWarning, stacklevel=2)
+                return tag
+            problems.append(f"checkpoint {tag} is broken ({problem})")
+        what = "; ".join(problems) or f"there is no checkpoint in {self.folder}"
+        raise MolsCheckpointError(f"--resume: {what}")
+
+    def problem(self, tag: str) -> str | None:
+        """What is wrong with checkpoint `tag`, the same on every rank, or None.
+
+        One from before there were manifests is taken as it is.
+        """
+        place = self.folder / tag
+        mine = self._problem(place) if place.is_dir() else f"there is no {place.name}"
+        return next((problem for problem in self._gather(mine) if problem is not None), None)
+
+    def _problem(self, place: Path) -> str | None:
+        try:
+            listed = json.loads((place / MANIFEST).read_text("utf-8"))["files"]
+            files = sorted(listed.items())
+            for name, entry in files[self._node :: self._nodes]:
+                size = (place / name).stat().st_size
+                if size != entry["bytes"]:
+                    return f"{name} has {size} bytes and not {entry['bytes']}"
+                if _checksum(place / name) != entry["crc32"]:
+                    return f"{name} is corrupt: wrong checksum"
+        except FileNotFoundError as error:
+            missing = Path(error.filename).relative_to(place)
+            return None if str(missing) == MANIFEST else f"{missing} is missing"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{MANIFEST} cannot be read: {type(error).__name__}"
+        return None
+
+    def _candidates(self) -> list[str]:
+        """`latest`'s, then every older one; without a `latest`, all, the newest first. Those of unknown age have -1."""
+        found = sorted((path.parent.name for path in self.folder.glob(f"step*/{MANIFEST}")), key=step_of, reverse=True)
+        found = [tag for tag in found if step_of(tag) >= 0]
+        try:
+            named = (self.folder / LATEST).read_text("utf-8").strip()
+        except (OSError, ValueError):
+            return found
+        if step_of(named) < 0:
+            return [named, *found]
+        return [named, *(tag for tag in found if step_of(tag) < step_of(named))]
+
+    def _repair(self) -> None:
+        """After a save that was killed: what it had not finished goes, and a checkpoint whose place it was taking comes
+        back where it was killed between its two renames."""
+        for unfinished in self.folder.glob(f"step*{PARTIAL}"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for unfinished in self.folder.glob(f".{LATEST}.*.tmp"):
+            unfinished.unlink(missing_ok=True)
+        for former in self.folder.glob(f"step*{FORMER}"):
+            place = former.with_suffix("")
+            if place.exists():
+                shutil.rmtree(former, ignore_errors=True)
+            else:
+                former.rename(place)
+
+    # -- ranks
+
+    def _barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def _gather(self, mine: Any) -> list[Any]:
+        """Every rank's object, in the order of ranks."""
+        if self.world == 1:
+            return [mine]
+        every: list[Any] = [None] * self.world
+        dist.all_gather_object(every, mine)
+        return every
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file, which is on the disk afterwards."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            value = zlib.crc32(chunk, value)
+    synchronize(path)
+    return value

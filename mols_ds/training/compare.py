@@ -1,0 +1,139 @@
+"""Two arms of the main job side by side: what is printed and drawn when both are done."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mols_ds.training.trainer import METRICS, Job, Outcome, has_checkpoint, train
+
+ADAM, MOLS = "adam", "mols"
+SMOOTHING = 10
+"""Logged steps that the drawn training loss is averaged over."""
+
+
+def titles(optimizer: str) -> dict[str, str]:
+    """What both arms are called where `optimizer` trains them; Adam with decoupled weight decay goes by Adam."""
+    name = "Adam" if optimizer.lower() == "adamw" else optimizer
+    return {ADAM: name, MOLS: f"{name} + MoLS"}
+
+
+def split_arms(config: dict[str, Any], out: Path) -> dict[str, dict[str, Any]]:
+    """The configs of both arms in the order in which they run; Adam's has no "mols" section at all."""
+    mols = copy.deepcopy(config)
+    if mols["mols"]["report_dir"] == str(out / "mols_report"):
+        mols["mols"]["report_dir"] = str(out / MOLS / "mols_report")
+    adam = copy.deepcopy(config)
+    del adam["mols"]
+    return {ADAM: adam, MOLS: mols}
+
+
+def run_arms(job: Job, *, compare: bool) -> list[Path]:
+    """Trains the one arm, or Adam's first, and prints what came out. Returns each arm's folder."""
+    if not compare:
+        outcome = train(job)
+        if job.shape.rank == 0:
+            print_outcome(outcome, job.out)
+        return [job.out]
+    outcomes = {}
+    for name, config in split_arms(job.config, job.out).items():
+        # An interrupted comparison may not have come to its second arm yet
+        resume = job.resume and has_checkpoint(job.out / name)
+        arm = replace(job, out=job.out / name, config=copy.deepcopy(config), resume=resume)
+        arm.out.mkdir(exist_ok=True)
+        outcomes[name] = train(arm)
+    if job.shape.rank == 0:
+        print_comparison(outcomes, job.out, job.config["optimizer"]["type"])
+    return [job.out / name for name in outcomes]
+
+
+def alphas_text(alphas: dict[str, float]) -> str:
+    """One line: group, alpha; finer groups than six are counted only."""
+    shown = {group: alpha for group, alpha in alphas.items() if group != "other"}
+    if len(shown) > 6:
+        return f"{len(shown)} groups, {min(shown.values()):.3g} to {max(shown.values()):.3g}"
+    return ", ".join(f"{group} {alpha:.3g}" for group, alpha in shown.items()) or "none"
+
+
+def print_outcome(outcome: Outcome, out: Path) -> None:
+    """The result of a single arm."""
+    console = Console()
+    console.print(f"held-out perplexity {outcome.val_ppl:.3f} (loss {outcome.val_loss:.4f}), {outcome.tokens:,} tokens")
+    if outcome.alphas:
+        console.print(f"alphas: {alphas_text(outcome.alphas)}")
+    for path in _report_files(outcome):
+        console.print(f"report: {path}", soft_wrap=True)
+    console.print(f"metrics: {out / METRICS}", soft_wrap=True)
+
+
+def print_comparison(outcomes: dict[str, Outcome], out: Path, optimizer: str = "Adam") -> None:
+    """The table of both arms, where the files are, and one sentence about what a single seed is worth."""
+    names = titles(optimizer)
+    table = Table(title="held-out perplexity, same model, data order and steps")
+    for column in ("", "perplexity", "loss", "tokens", "seconds"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, outcome in outcomes.items():
+        numbers = (f"{outcome.val_ppl:.3f}", f"{outcome.val_loss:.4f}", f"{outcome.tokens:,}", f"{outcome.seconds:.0f}")
+        table.add_row(names[name], *numbers)
+    console = Console()
+    console.print(table)
+    mols = outcomes[MOLS]
+    if mols.probe_steps:
+        console.print(f"MoLS measured {mols.probe_steps} further batches without training on them.")
+    console.print(f"alphas: {alphas_text(mols.alphas)}")
+    for path in [*_report_files(mols), _plot(outcomes, out, names), _summary(outcomes, out)]:
+        if path is not None:
+            console.print(f"  {path}", soft_wrap=True)
+    console.print("One seed proves nothing: mols-ds compare studies/laptop.yaml tunes both and compares over seeds.")
+
+
+def _report_files(outcome: Outcome) -> list[Path]:
+    if outcome.report is None:
+        return []
+    return [path for path in (outcome.report, outcome.report.with_suffix(".png")) if path.is_file()]
+
+
+def _summary(outcomes: dict[str, Outcome], out: Path) -> Path:
+    path = out / "compare.json"
+    keys = ("val_loss", "val_ppl", "tokens", "alphas", "seconds")
+    arms = {name: {key: getattr(outcome, key) for key in keys} for name, outcome in outcomes.items()}
+    path.write_text(json.dumps(arms, indent=2) + "\n", "utf-8")
+    return path
+
+
+def read_curve(path: Path, key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one key of a metrics file."""
+    entries = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    points = [(entry["step"], entry[key]) for entry in entries if "step" in entry and key in entry]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _plot(outcomes: dict[str, Outcome], out: Path, names: dict[str, str]) -> Path | None:
+    """compare.png: training loss (smoothed) and held-out loss of both arms over steps."""
+    try:
+        import matplotlib
+    except ImportError:
+        Console(stderr=True).print("compare.png is not drawn: matplotlib is missing (pip install matplotlib)")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for index, name in enumerate(outcomes):
+        steps, losses = read_curve(out / name / METRICS, "loss")
+        smooth = [fmean(losses[max(0, i - SMOOTHING) : i]) for i in range(1, len(losses) + 1)]
+        axes.plot(steps, smooth, color=f"C{index}", alpha=0.45, linewidth=1.0, label=f"{names[name]}, training")
+        steps, losses = read_curve(out / name / METRICS, "val_loss")
+        axes.plot(steps, losses, color=f"C{index}", marker="o", markersize=3.5, label=f"{names[name]}, held out")
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    path = out / "compare.png"
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,179 @@
+"""The DeepSpeed config of the main job: read, "auto" values replaced by numbers, handed to DeepSpeed as a dict."""
+
+import copy
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mols_ds.core.config import MolsConfig
+from mols_ds.errors import MolsConfigError
+from mols_ds.optim.build import split_config
+from mols_ds.optim.choose import AUTO as AUTO
+from mols_ds.optim.choose import fill, rename
+from mols_ds.training.sources import one_line
+
+PAPER_CLIPPING = 1.0
+PAPER_BATCH = 512
+LARGEST_MICRO_BATCH = 16
+SECTIONS = ("optimizer", "bf16", "fp16", "zero_optimization", "tensorboard")
+"""Sections that are read here before DeepSpeed reads them."""
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A DeepSpeed config file. Raises MolsConfigError where it is missing, not JSON, has a key twice, misspells "mols"
+    or holds a wrong "mols" section."""
+    file = Path(path)
+    if not file.is_file():
+        raise MolsConfigError(f"config {path}: no such file")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise MolsConfigError(f"config {path}: key {key!r} stands there twice")
+        return dict(pairs)
+
+    try:
+        config = json.loads(file.read_text("utf-8"), object_pairs_hook=once)
+    except MolsConfigError:
+        raise
+    except ValueError as error:
+        raise MolsConfigError(f"config {path}: not JSON: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise MolsConfigError(f"config {path}: a JSON object is needed, not {type(config).__name__}")
+    for key in config:
+        # DeepSpeed ignores keys that it does not know, so a misspelt section would silently train without MoLS
+        if key != "mols" and difflib.get_close_matches(key.lower(), ["mols"], cutoff=0.75):
+            raise MolsConfigError(f'config {path}: unknown key {key!r}; did you mean "mols"?')
+    if "mols" in config:
+        MolsConfig.parse(config["mols"])
+    return config
+
+
+def resolve(
+    config: dict[str, Any],
+    *,
+    world: int,
+    steps: int,
+    out: Path,
+    lr: float | None = None,
+    optimizer: str | None = None,
+) -> dict[str, Any]:
+    """A copy of `config` in which nothing is left to guess: batch sizes, precision, optimizer, clipping, the mols
+    section's total steps and report folder. A number that the user wrote is never changed, except the rate by `lr`;
+    `optimizer` is a name in the place of the config's.
+
+    Raises MolsConfigError for batch sizes that do not fit `world` ranks, for "auto" where it means nothing, and for an
+    optimizer or a parameter of it that is not known; MolsUnsupportedError where it does not go with the ZeRO stage.
+    """
+    config = copy.deepcopy(config)
+    for name in [name for name in SECTIONS if name in config]:
+        if not isinstance(config[name], dict):
+            raise MolsConfigError(f'config: "{name}" is {config[name]!r}; give an object, {{...}}, or leave it out')
+    _batch_sizes(config, world)
+    _precision(config)
+    section = config.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
+    if optimizer is not None:
+        config["optimizer"] = rename(section, optimizer)
+    fill(config, lr)
+    if config.get("gradient_clipping", AUTO) == AUTO:
+        config["gradient_clipping"] = PAPER_CLIPPING
+    config.setdefault("steps_per_print", None)  # the progress bar and metrics.jsonl say it
+    zero = config.get("zero_optimization", {})
+    for key in [key for key, value in zero.items() if value == AUTO]:
+        del zero[key]  # DeepSpeed's own default
+    board = config.get("tensorboard", {})
+    if board.get("output_path", AUTO) in (AUTO, "") and board.get("enabled"):
+        board["output_path"] = str(out / "tensorboard")
+        board.setdefault("job_name", out.name)
+    mols = config.get("mols")
+    if mols is not None:
+        if mols.get("total_steps") is None:
+            mols["total_steps"] = steps
+        mols.setdefault("report_dir", str(out / "mols_report"))
+    _refuse_auto(config, "")
+    split_config(config)
+    return config
+
+
+def _refuse_auto(value: Any, where: str) -> None:
+    """Raises for an "auto" that nobody replaced; inside "mols" it is the section's own word."""
+    if value == AUTO:
+        raise MolsConfigError(f'config: "{where}" is "auto", which is not known for this key: give a value')
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if where or key != "mols":
+                _refuse_auto(item, f"{where}.{key}" if where else key)
+
+
+def _batch_sizes(config: dict[str, Any], world: int) -> None:
+    """Fills train_batch_size = micro x accumulation x world in, from whichever of the three are given."""
+    given: list[int | None] = []
+    for key in BATCH_KEYS:
+        value = config.get(key)
+        if value is not None and value != AUTO and (not isinstance(value, int) or value is True or value < 1):
+            raise MolsConfigError(f'config: "{key}" is {value!r}: give a whole number of at least 1, or "auto"')
+        given.append(value if isinstance(value, int) else None)
+    total, micro, passes = given
+    if total is None:
+        total = micro * (passes or 1) * world if micro is not None else PAPER_BATCH
+    if total % world:
+        raise MolsConfigError(f'config: "train_batch_size" {total} does not divide among {world} processes')
+    share = total // world
+    if micro is None and passes is None:
+        micro = max(n for n in range(1, min(share, LARGEST_MICRO_BATCH) + 1) if share % n == 0)
+    micro = micro if micro is not None else share // (passes or 1)
+    passes = passes if passes is not None else share // max(micro, 1)
+    if micro * passes != share:
+        raise MolsConfigError(
+            f'config: "train_batch_size" {total} is not micro batch {micro} x accumulation {passes} x {world} processes'
+        )
+    config.update(zip(BATCH_KEYS, (total, micro, passes), strict=True))
+
+
+def native_bf16() -> bool:
+    """Whether this process's device computes in bf16 rather than emulating it."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        return bool(accelerator.is_bf16_supported())
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch: fp32 then
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def _precision(config: dict[str, Any]) -> None:
+    """bf16 where the device has it (the default), fp16 only where asked for."""
+    half = config.get("fp16")
+    if half is not None and half.get("enabled") == AUTO:
+        half["enabled"] = False  # bf16 is this job's choice; fp16 needs a clear yes
+    brain = config.setdefault("bf16", {"enabled": AUTO})
+    if brain.get("enabled") == AUTO:
+        brain["enabled"] = not (half or {}).get("enabled", False) and native_bf16()
+
+
+def model_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The dtype that the model is built in for a resolved config."""
+    if config["bf16"].get("enabled"):
+        return torch.bfloat16
+    return torch.float16 if config.get("fp16", {}).get("enabled") else torch.float32
+
+
+def check_with_deepspeed(config: dict[str, Any], path: str) -> None:
+    """Has DeepSpeed validate a resolved config before anything is built. Raises MolsConfigError with one line."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    request = split_config(config)
+    try:
+        DeepSpeedConfig(copy.deepcopy(config if request is None else request.config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise MolsConfigError(f'config {path}: {error.title}: "{where}": {first["msg"]}') from error
+    except Exception as error:  # DeepSpeed asserts and raises plain Exceptions for wrong values
+        raise MolsConfigError(f"config {path}: DeepSpeed refuses it: {one_line(error)}") from error

@@ -1,0 +1,297 @@
+"""The config file of train_megatron.py: typed sections, unknown keys refused with a suggestion, nothing left to guess.
+
+A section holds what a user decides; names of Megatron-core's own are kept where it has one. Any further field of its
+TransformerConfig can stand in `model`, checked against the field's type.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mols_ds.core.config import MolsConfig
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.sources import one_line
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Model(_Section):
+    """The network. Other keys are fields of Megatron-core's TransformerConfig and go there as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    num_layers: Positive
+    hidden_size: Positive
+    num_attention_heads: Positive
+    ffn_hidden_size: Positive | None = None
+    num_query_groups: Positive | None = None
+    vocab_size: Positive = 4096
+    max_sequence_length: Positive | None = None
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    activation: Literal["swiglu", "geglu", "gelu", "squared_relu"] = "swiglu"
+    position_embedding: Literal["rope", "learned_absolute", "none"] = "rope"
+    rotary_base: Positive = 10000
+    rotary_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
+    tied_embeddings: bool = False
+    vocab_multiple: Positive = 128
+    """The embedding's rows are rounded up to a multiple of this times tp, as Megatron-LM does."""
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """The keys that are TransformerConfig's."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Parallel(_Section):
+    """Ranks along each axis; what is left of the world is data-parallel."""
+
+    tp: Positive = 1
+    pp: Positive = 1
+    vp: Positive | None = None
+    ep: Positive = 1
+    etp: Positive | None = None
+    cp: Positive = 1
+    sp: bool = False
+    distributed_optimizer: bool = True
+    distributed_optimizer_instances: Positive = 1
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Parallel:
+        if self.vp is not None and self.pp == 1:
+            raise ValueError("vp: interleaved stages need pp of at least 2; leave vp out")
+        if self.sp and self.tp == 1:
+            raise ValueError("sp: sequence parallelism needs tp of at least 2; set sp: false")
+        if self.overlap_param_gather and not self.distributed_optimizer:
+            raise ValueError("overlap_param_gather: needs distributed_optimizer: true")
+        return self
+
+
+class Precision(_Section):
+    """`auto` is bf16 on a GPU that has it, else fp32. FP8 and FP4 need Transformer Engine."""
+
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    transformer_engine: bool | Literal["auto"] = "auto"
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    fp8_recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] = "delayed"
+    fp8_param: bool = False
+    fp4: Literal["e2m1"] | None = None
+    fp4_param: bool = False
+    grad_reduce_in_fp32: bool = True
+    gradient_accumulation_fusion: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Precision:
+        if (self.fp8 or self.fp4) and self.dtype in ("fp32", "fp16"):
+            raise ValueError(f"dtype: {self.dtype} does not go with fp8 or fp4, which need bf16")
+        return self
+
+
+class Optimizer(_Section):
+    """METHOD, the paper's settings: Adam (0.9, 0.95, 1e-8) without weight decay, clipping at 1."""
+
+    name: Literal["adam", "sgd"] = "adam"
+    lr: Rate
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Rate = 1e-8
+    momentum: Share = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    precision_aware: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("betas"), list):
+            return {**values, "betas": tuple(values["betas"])}
+        return values
+
+
+class Scheduler(_Section):
+    """METHOD, the paper's schedule: linear warm-up over 10 % of the steps, then cosine to 10 % of the rate."""
+
+    style: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Share = 0.10
+    min_lr_share: Share = 0.10
+
+
+class Batch(_Section):
+    """Sequences: `micro` in one forward pass, `global` in one step over all data-parallel ranks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+    micro: Positive
+    total: Positive = Field(alias="global")
+
+
+class Data(_Section):
+    """The text; see --data of train.py. The tokenizer is trained on it where no folder is named."""
+
+    source: str = "stdlib"
+    text_key: str | None = None
+    eval_share: float | None = None
+    tokenizer: str | None = None
+    cache_dir: str | None = None
+
+
+class Run(_Section):
+    """How long, and what is written when."""
+
+    steps: Positive
+    seq_len: Positive
+    seed: Count = 0
+    eval_every: Count | None = None
+    eval_sequences: Positive = 256
+    save_every: Count = 0
+    reshardable_checkpoints: bool = False
+    """Whether another tp or pp can load them; costs a gather on data-parallel rank 0."""
+    log_every: Positive = 1
+    out: str | None = None
+
+
+class Settings(_Section):
+    """A whole config file. Raises MolsConfigError through `read`."""
+
+    model: Model
+    parallel: Parallel = Parallel()
+    precision: Precision = Precision()
+    optimizer: Optimizer
+    scheduler: Scheduler = Scheduler()
+    batch: Batch
+    data: Data = Data()
+    run: Run
+    mols: dict[str, Any] | None = None
+
+    def with_mols(self, section: dict[str, Any] | None) -> Settings:
+        """The same with another "mols" section."""
+        return self.model_copy(update={"mols": section})
+
+
+# ------------------------------------------------------------------ reading
+
+
+class _Once(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, and 1e-3 is a number (YAML 1.1 wants 1.0e-3)."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise MolsConfigError(f"key {key!r} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
+_Once.add_constructor("!exponent", lambda _, node: float(node.value))
+_Once.add_implicit_resolver("!exponent", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML text as plain values. Raises MolsConfigError with one line that names `where`."""
+    try:
+        return yaml.load(text, _Once)
+    except MolsConfigError as error:
+        raise MolsConfigError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f" in line {place.line + 1}" if place is not None else ""
+        what = getattr(error, "problem", None) or one_line(error)
+        raise MolsConfigError(f"{where}: not YAML{line}: {what}") from error
+
+
+def read(path: str, changes: Iterable[str] = ()) -> Settings:
+    """The settings of a file, with `section.key=value` changes of the command line on top.
+
+    Raises:
+        MolsConfigError: the file is missing or no YAML; a key is unknown, a value wrong; all in one line.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", None) or one_line(error)
+        raise MolsConfigError(f"config {path}: {problem}") from error
+    content = parse_yaml(text, f"config {path}")
+    if not isinstance(content, dict):
+        raise MolsConfigError(f"config {path}: sections are needed, not {type(content).__name__}")
+    for change in changes:
+        _change(content, change)
+    return validate(content, f"config {path}")
+
+
+def _change(content: dict[str, Any], change: str) -> None:
+    """Put one `section.key=value` into the file's content."""
+    name, equals, value = change.partition("=")
+    section, dot, key = name.partition(".")
+    if not equals or not dot or not section or not key:
+        raise MolsConfigError(f"--set {change}: write it as section.key=value, such as run.steps=100")
+    place = content.setdefault(section, {})
+    if not isinstance(place, dict):
+        raise MolsConfigError(f"--set {change}: {section!r} is no section of the config")
+    *path, last = key.split(".")
+    for part in path:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise MolsConfigError(f"--set {change}: {part!r} is a value, not a section")
+    place[last] = parse_yaml(value, f"--set {change}")
+
+
+def validate(content: Mapping[str, Any], where: str) -> Settings:
+    """Settings from plain values. Raises MolsConfigError, one line for all mistakes."""
+    try:
+        settings = Settings.model_validate(dict(content))
+    except ValidationError as error:
+        lines = dict.fromkeys(_one_line(item) for item in error.errors())
+        raise MolsConfigError(f"{where}: {'; '.join(lines)}") from None
+    if settings.mols is not None:
+        try:
+            MolsConfig.parse(settings.mols)
+        except MolsConfigError as error:
+            raise MolsConfigError(f"{where}: {error}") from None
+    return settings
+
+
+def fields_of(path: list[str]) -> list[str]:
+    """The keys that a section knows; of the whole file for an empty path."""
+    kind: type[BaseModel] = Settings
+    for part in path:
+        annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        kind = annotation
+    return [field.alias or name for name, field in kind.model_fields.items()]
+
+
+def suggestion(key: str, known: list[str]) -> str:
+    """A phrase that helps with an unknown key."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f'did you mean "{close[0]}"?' if close else f"allowed: {', '.join(known)}"
+
+
+def _one_line(item: Any) -> str:
+    path = [str(part) for part in item["loc"]]
+    if item["type"] == "extra_forbidden":
+        return f'"{".".join(path)}": unknown key; {suggestion(path[-1], fields_of(path[:-1]))}'
+    # A union's error names the alternative as a last part, which means nothing to a reader
+    names = fields_of([])
+    path = path[:2] if path and path[0] in names else path
+    where = ".".join(path)
+    if item["type"] == "missing":
+        return f'"{where}" is missing'
+    if item["type"] == "value_error":
+        return f'"{where}": {item["ctx"]["error"]}'
+    return f'"{where}": {item["msg"]} (got {item["input"]!r})'

@@ -1,0 +1,99 @@
+"""The model of the main job: a decoder from a model file (configs/models/*.json, a transformers configuration with its
+`model_type`) or from a transformers checkpoint folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.sources import one_line
+
+
+def load_model_config(source: str) -> Any:
+    """The transformers configuration of a model file or checkpoint folder.
+
+    Raises MolsConfigError where it is missing, not JSON, without a known `model_type`, or holds a bad value.
+    """
+    path = Path(source)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise MolsConfigError(f"model {source}: no such model file or checkpoint folder (see configs/models/)")
+    try:
+        settings = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise MolsConfigError(f"model {file}: not JSON: {one_line(error)}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
+        raise MolsConfigError(f'model {file}: it needs a "model_type" that transformers knows, such as "llama"')
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except Exception as error:  # unknown type: ValueError; bad value: huggingface_hub's own validation errors
+        raise MolsConfigError(f"model {file}: {one_line(error)}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise MolsConfigError(f"model {file}: model_type {config.model_type!r} has no causal language model")
+    return config
+
+
+def is_checkpoint(source: str) -> bool:
+    """Whether the model comes with weights (a folder with a weight file), so that training continues from them."""
+    path = Path(source)
+    return path.is_dir() and any(path.glob("*.safetensors")) | any(path.glob("pytorch_model*.bin"))
+
+
+def build_model(
+    source: str,
+    *,
+    vocab_size: int,
+    end: int,
+    seq_len: int,
+    seed: int,
+    dtype: torch.dtype,
+    checkpointing: bool = False,
+) -> nn.Module:
+    """The model in `dtype` with weights drawn under `seed` (or the checkpoint's), ready for training.
+
+    A model file's vocabulary is enlarged where the tokenizer is larger; `end` is its end-of-text token. Raises
+    MolsConfigError where a checkpoint's vocabulary is too small, positions are fewer than `seq_len`, or the model
+    cannot be built.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_model_config(source)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < seq_len:
+        raise MolsConfigError(f"--seq-len {seq_len}: model {source} has max_position_embeddings {positions}")
+    if config.vocab_size < vocab_size:
+        if is_checkpoint(source):
+            raise MolsConfigError(
+                f"model {source}: its vocabulary of {config.vocab_size} is smaller than the tokenizer's {vocab_size}"
+            )
+        config.vocab_size = vocab_size
+    config.use_cache = False
+    config.bos_token_id = config.eos_token_id = end
+    torch.manual_seed(seed)
+    try:
+        if is_checkpoint(source):
+            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, OSError, KeyError, TypeError, AssertionError, RuntimeError) as error:
+        raise MolsConfigError(f"model {source}: cannot be built: {one_line(error)}") from error
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return model  # type: ignore[no-any-return]
+
+
+def zero_init(config: dict[str, Any]) -> object | None:
+    """Makes transformers build models under `deepspeed.zero.Init` for as long as the returned object lives, so that a
+    stage-3 model never exists whole on one rank. None for other stages, where models are built as usual."""
+    if config.get("zero_optimization", {}).get("stage") != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    kept: object = HfDeepSpeedConfig(config)
+    return kept

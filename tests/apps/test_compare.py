@@ -1,0 +1,185 @@
+"""`mols-ds compare studies/smoke.yaml` as a user runs it: killed half-way, started again, finished, changed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.apps.command import free_port, run
+from tests.helpers.harness import RANK_ENVIRONMENT, ROOT
+
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(700)]
+SECONDS = 300  # a bound for a busy machine; alone it takes 40
+RUNS = 16  # 2 models x 2 arms x (2 rates with the tuning seed + 2 seeds at the best one)
+SMOKE = ROOT / "studies" / "smoke.yaml"
+
+
+def finished(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*.json")}
+
+
+def start(out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mols_ds.study", str(SMOKE), "--out", str(out), "--jobs", "2"]
+    environment = {**os.environ, **RANK_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def end_of(process: subprocess.Popen[str]) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke study, killed when a few runs had finished, then run to its end; the log of the second part beside."""
+    out = tmp_path_factory.mktemp("study")
+    process = start(out)
+    try:
+        deadline = time.monotonic() + SECONDS
+        while len(finished(out)) < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "no runs finished"
+            time.sleep(0.1)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.communicate()
+        _, alive = psutil.wait_procs(workers, timeout=60)
+        assert not alive, "workers outlived the process that was killed"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    before = finished(out)
+    assert 3 <= len(before) < RUNS
+    process = start(out)
+    stdout, stderr = end_of(process)
+    assert process.returncode == 0, stderr[-3000:]
+    after = finished(out)
+    assert {path: after[path] for path in before} == before, "a finished run was trained again"
+    lines = [line for line in stdout.splitlines() if line.startswith("[")]
+    assert len(lines) == RUNS - len(before), stdout
+    (out / "log.txt").write_text(stdout, "utf-8")
+    return out
+
+
+def test_a_killed_study_goes_on_and_repeats_no_finished_run(out: Path) -> None:
+    results = [json.loads(path.read_text("utf-8")) for path in finished(out)]
+    assert len(results) == RUNS
+    assert not list((out / "running").glob("*-s*")), "folders of runs are removed when their result is there"
+    for result in results:
+        assert result["steps"] == 20 and result["tokens"] == 20 * 4 * 32
+        assert result["probe_passes"] == (8 if result["arm"] == "mols" else 0)
+        assert result["val_curve"]["step"] == [5, 10, 15, 20]
+        assert result["val_curve"]["loss"][-1] == result["val_loss"] < result["val_curve"]["loss"][0]
+    seeds = {(r["model"], r["arm"]): set() for r in results}  # type: ignore[var-annotated]
+    for r in results:
+        seeds[r["model"], r["arm"]].add(r["seed"])
+    assert all(found == {0, 1, 2} for found in seeds.values()) and len(seeds) == 4
+
+
+def test_arms_see_the_same_weights_and_batches(out: Path) -> None:
+    """The first logged training loss is taken before any update: equal for all arms and rates of a seed."""
+    first: dict[tuple[str, int], set[float]] = {}
+    for path in finished(out):
+        result = json.loads(path.read_text("utf-8"))
+        first.setdefault((result["model"], result["seed"]), set()).add(result["curve"]["loss"][0])
+    assert len(first) == 6 and all(len(losses) == 1 for losses in first.values()), first
+
+
+def test_snr_curves_are_in_the_evaluation_runs_of_the_named_arms(out: Path) -> None:
+    for path in finished(out):
+        result = json.loads(path.read_text("utf-8"))
+        if result["arm"] == "adam" and result["seed"] != 0:
+            assert result["snr"]["step"] == [5, 10, 15, 20]
+            assert set(result["snr"]["groups"]) == {"embedding", "head", "qk", "vo", "mlp", "other"}
+        else:
+            assert result["snr"] == {}
+
+
+def test_costs_are_of_every_arm_at_its_chosen_settings(out: Path) -> None:
+    costs = json.loads((out / "costs.json").read_text("utf-8"))
+    for model in ("vocab", "block"):
+        assert costs[model]["adam"]["memory_ratio"] == 1.0
+        assert costs[model]["mols"]["memory_ratio"] == 1.0, "nothing is left of the calibration"
+        assert costs[model]["adam"]["accumulators"] == 0 < costs[model]["mols"]["accumulators"]
+
+
+def test_the_report_has_every_arm_and_file(out: Path) -> None:
+    for name in ("report.md", "report.html", "results.csv", "table.csv", "summary.json"):
+        assert (out / name).stat().st_size > 0
+    assert list(out.glob("*.png"))
+    with (out / "results.csv").open(encoding="utf-8", newline="") as file:
+        assert len(list(csv.DictReader(file))) == RUNS
+    with (out / "table.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["model"], row["arm"]) for row in rows} == {
+        (m, a) for m in ("vocab", "block") for a in ("adam", "mols")
+    }
+    html = (out / "report.html").read_text("utf-8")
+    assert "data:image/png;base64" in html and "http://" not in html.replace("http://www.w3.org", "")
+
+
+def test_an_arm_that_cannot_train_is_named_and_the_others_go_on(out: Path, tmp_path: Path) -> None:
+    """A further arm is added to the finished study: only its runs are started, and they fail by name."""
+    content = yaml.safe_load(SMOKE.read_text("utf-8"))
+    content["data"]["source"] = str(ROOT / "mols_ds")
+    content["arms"]["bad"] = {"optimizer": "AdamW", "params": {"torch_adam": True}, "models": ["block"]}
+    content["arms"]["bad"]["mols"] = {"reference": "nowhere"}
+    study = tmp_path / "more.yaml"
+    study.write_text(yaml.safe_dump(content), "utf-8")
+    before = finished(out)
+    done = run(sys.executable, "-m", "mols_ds.study", study, "--out", out, "--jobs", "1", cwd=tmp_path)
+    assert done.status == 1
+    assert 'block-bad-lr0.004-s0 failed: "mols.reference": no group "nowhere"' in done.stderr
+    assert "Traceback" not in done.stderr
+    assert finished(out) == before
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mols_ds.cli", "compare"]
+    for arguments, said in (
+        ([tmp_path / "none.yaml"], "no such file"),
+        ([SMOKE, "--arms", "sgd"], '--arms: "sgd" is not one of adam, mols'),
+        ([SMOKE, "--jobs", "0"], "--jobs: at least 1"),
+    ):
+        done = run(*command, *arguments, cwd=tmp_path)
+        assert done.status == 2 and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+
+
+def test_ranks_of_a_launched_job_train_the_same_runs_together(out: Path, tmp_path: Path) -> None:
+    """Two ranks under torchrun, half of each batch each: the losses of one process but for the summation order."""
+    content = yaml.safe_load(SMOKE.read_text("utf-8"))
+    content["data"]["source"] = str(ROOT / "mols_ds")
+    content |= {"models": {"vocab": content["models"]["vocab"]}, "lr": [1.6e-2], "seeds": [1], "costs": False}
+    study, here = tmp_path / "ranks.yaml", tmp_path / "out"
+    study.write_text(yaml.safe_dump(content), "utf-8")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    done = run(sys.executable, *launch, "-m", "mols_ds.study", study, "--out", here, cwd=tmp_path)
+    assert done.status == 0, done.stderr[-3000:]
+    found = {path.name: json.loads(path.read_text("utf-8")) for path in finished(here)}
+    assert len(found) == 4
+    for name, result in found.items():
+        alone = json.loads((out / "runs" / name).read_text("utf-8"))
+        assert result["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-3)
+        assert result["curve"]["loss"][0] == pytest.approx(alone["curve"]["loss"][0], abs=1e-6)
+        assert result["alphas"] == pytest.approx(alone["alphas"], rel=1e-4)
+    assert done.stdout.count("done, ") == 4, "rank 0 alone says a line a run"

@@ -1,0 +1,65 @@
+"""`mols-ds plan` against real engines: bytes of each kind that a rank holds, and of what it sends, within 5 %."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from tests.apps import plan_measure_megatron as megatron
+from tests.apps.plan_measure import CASES as every
+from tests.apps.plan_measure import TOLERANCE, WORLD, Case, largest, measure, planned, rows
+from tests.helpers.harness import Results, run_cases
+
+pytestmark = pytest.mark.distributed
+
+CASES: list[Case] = [case for case in every if case[2] not in ("overlap", "fp32 sums")]
+GRIDS = [name for name in megatron.GRIDS if "attention" not in name]
+"""The others of plan_measure.CASES and of megatron.GRIDS are in the table of docs/planning.md."""
+
+
+@functools.cache
+def engines() -> Results:
+    return run_cases(measure, WORLD, CASES, timeout=120)
+
+
+@functools.cache
+def grids() -> Results:
+    return run_cases(megatron.measure, megatron.WORLD, [(name,) for name in GRIDS], timeout=120)
+
+
+def compare(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> None:
+    seen = largest(outcomes)
+    wrong = [
+        f"{part} {kind}: planned {said:,}, measured {found:,}"
+        for part, kind, said, found in rows(plan, seen)
+        if abs(said - found) > TOLERANCE * found
+    ]
+    assert not wrong, "; ".join(wrong)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_deepspeed(case: Case) -> None:
+    compare(planned(case), engines()[case])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_accumulators_to_the_byte(case: Case) -> None:
+    """What `engine.mols.accumulator_bytes` says of the rank with most elements; the scratch is not in it."""
+    from mols_ds.apps.plan.calibration import accumulators
+
+    outcomes = engines()[case]
+    elements = max(outcome["nbytes"] for outcome in outcomes) // 8
+    plan = planned(case)["held"]["accumulators"]
+    assert abs(plan - accumulators(elements, "cpu").total) <= 0.01 * plan
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_megatron(name: str) -> None:
+    """Layers are Megatron's own, which the plan traces; Transformer Engine's need a GPU."""
+    for stage in range(megatron.GRIDS[name].pp):
+        outcomes = [outcome for outcome in grids()[name,] if outcome["stage"] == stage]
+        plan = megatron.planned(name, stage)
+        assert all(outcome["names"] == plan["names"] for outcome in outcomes), "the real model's parameters, in order"
+        compare(plan, outcomes)

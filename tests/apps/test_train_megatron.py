@@ -1,0 +1,239 @@
+"""train_megatron.py: configs, data, a comparison through torchrun, a resumed run, and what a mistake looks like."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_patches.machine import Machine
+from mols_ds.apps.train_megatron import main as job
+from mols_ds.apps.train_megatron.dataset import IndexedBatches, Text, evaluation_batches, write_indexed
+from mols_ds.core.config import MolsConfig
+from mols_ds.errors import MolsConfigError, MolsUnsupportedError
+from mols_ds.training.batches import BatchShape, held_out_batches
+from mols_ds.training.megatron_config import (
+    Grid,
+    micro_batches,
+    optimizer_config,
+    padded_vocabulary,
+    transformer_config,
+)
+from mols_ds.training.megatron_settings import read
+from mols_ds.training.tokens import Tokenizer
+from tests.apps.command import ROOT, read_metrics, run
+from tests.apps.megatron_job import STEPS, TRAIN, whole_and_resumed, write_job
+from tests.helpers.harness import run_ranks
+
+LAPTOP = Machine(None, "the package transformer_engine is not installed", None)
+HOPPER = Machine("2.9.0", "", (9, 0))
+WORLDS = {"tiny": 1, "tiny_tp2_pp2": 4, "llama_60m": 8, "llama_7b_tp2_pp2": 8, "llama_70b_tp8_pp8_fp8": 512}
+CONFIGS = [ROOT / "configs" / "megatron" / f"{name}.yaml" for name in WORLDS]  # the others: tests/apps/test_configs.py
+# hidden, MLP, heads, layers: METHOD, the paper's sizes
+SIZES = {"llama_60m": (512, 1376, 8, 8), "llama_7b_tp2_pp2": (4096, 11008, 32, 32)}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_ready_configs_become_megatron_s(path: Path) -> None:
+    settings = read(str(path))
+    grid = Grid.of(settings, WORLDS[path.stem])
+    assert micro_batches(settings, grid) >= settings.parallel.pp
+    assert MolsConfig.parse(settings.mols or {}).enabled
+    assert optimizer_config(settings).lr == settings.optimizer.lr
+    if settings.precision.fp8:
+        with pytest.raises(MolsUnsupportedError, match=r"fp8 \(recipe tensorwise\).*not installed.*train in bf16"):
+            transformer_config(settings, LAPTOP)
+        plain = read(str(path), ["precision.fp8=null"])
+        with pytest.raises(MolsConfigError, match=r"transformer_engine: true, but the package .* is not installed"):
+            transformer_config(plain, LAPTOP)
+    config = transformer_config(settings, HOPPER if settings.precision.fp8 else LAPTOP)
+    assert config.tensor_model_parallel_size == settings.parallel.tp
+    assert config.num_layers % (settings.parallel.pp * (settings.parallel.vp or 1)) == 0
+    if path.stem in SIZES:
+        sizes = (config.hidden_size, config.ffn_hidden_size, config.num_attention_heads, config.num_layers)
+        assert sizes == SIZES[path.stem]
+
+
+def test_changes_and_numbers_are_read_as_yaml(tmp_path: Path) -> None:
+    path = write_job(tmp_path)
+    settings = read(
+        str(path), ["optimizer.lr=2e-3", "parallel.sp=false", "mols.samples=8", "mols.accumulators.device=cpu"]
+    )
+    assert settings.optimizer.lr == 2e-3
+    assert settings.mols is not None
+    assert settings.mols["samples"] == 8
+    assert settings.mols["accumulators"] == {"device": "cpu"}
+    assert padded_vocabulary(301, settings) == 304
+
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (["--config", "missing.yaml"], "config missing.yaml: No such file"),
+    (["--confg", "x"], "unrecognized arguments: --confg x"),
+    (["--compare", "sgd"], "--compare"),
+    (["--set", "run.stepps=3"], '"run.stepps": unknown key; did you mean "steps"?'),
+    (["--set", "modell.x=3"], '"modell": unknown key; did you mean "model"?'),
+    (["--set", "model.num_layer=3"], '"model.num_layer": unknown key; did you mean "num_layers"?'),
+    (["--set", "model.sequence_parallel=true"], 'is set by "parallel.sp"'),
+    (["--set", "model.layernorm_epsilon=small"], '"model.layernorm_epsilon"'),
+    (["--set", "mols.sampels=3"], 'did you mean "samples"?'),
+    (["--set", "optimizer.lr=0"], '"optimizer.lr": Input should be greater than 0'),
+    (["--set", "optimizer.lr=[1"], "--set optimizer.lr=[1: not YAML"),
+    (["--set", "steps"], "write it as section.key=value"),
+    (["--set", "parallel.tp=2"], "needs a multiple of 2 ranks, not 1"),
+    (["--set", "batch.global=3", "--set", "batch.micro=2"], "global 3 is not a multiple of micro 2"),
+    (["--set", "precision.fp8=hybrid"], "fp8 (recipe delayed) needs Transformer Engine"),
+    (["--set", "model.num_attention_heads=3"], "hidden_size 16 does not divide by 3"),
+    (["--set", "model.num_query_groups=3"], "model.num_query_groups"),
+    (["--set", "model.moe_router_topk=2", "--set", "parallel.ep=1", "--set", "model.num_moe_experts=0"], "refuses it"),
+    (["--set", "data.source=./none.txt"], "data ./none.txt: no such file"),
+    (["--set", "data.source=team/set"], "is a data set of the hub"),
+    (["--set", "data.tokenizer=/none"], "data.tokenizer: /none: no such folder"),
+    (["--resume"], "--resume: there is no checkpoint below"),
+    (["--compare", "adam", "--set", "mols=null"], "write it as section.key=value"),
+    (["--compare", "adam", "--set", "mols.enabled=false"], "no enabled mols section"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(given) for given, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_status_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(job, "start_ranks", lambda: pytest.fail("the mistake was not found before the ranks joined"))
+    given = [] if "--config" in arguments else ["--config", str(write_job(tmp_path))]
+    assert job.main([*given, "--out", str(tmp_path / "out"), *arguments]) == job.USER_MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train_megatron.py: ")
+    assert message in line
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("run:\n  steps: 3\n  steps: 4\n", "utf-8")
+    with pytest.raises(MolsConfigError, match="'steps' stands there twice"):
+        read(str(path))
+
+
+def text_of(folder: Path, count: int) -> tuple[Text, np.ndarray[Any, Any]]:
+    """Documents of 1 to 30 random tokens, each closed by token 0, as an indexed data set."""
+    random = np.random.default_rng(3)
+    documents = [np.append(random.integers(1, 300, random.integers(1, 30)), 0) for _ in range(count)]
+    tokens = np.concatenate(documents).astype(np.uint16)
+    tokenizer = Tokenizer(lambda texts: [], 0, 300, "test")
+    write_indexed(tokens, tokenizer, str(folder / "text"))
+    return Text(str(folder / "text"), str(folder / "samples"), tokens[:500], tokenizer), tokens
+
+
+def test_indexed_data_set_holds_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    monkeypatch.setattr("mols_ds.apps.train_megatron.dataset.CHUNK", 64)  # several parts
+    text, tokens = text_of(tmp_path, 50)
+    stored = IndexedDataset(text.prefix)
+    assert np.array_equal(np.concatenate([stored[i] for i in range(len(stored))]), tokens)
+    assert len(stored) == 50 == len(stored.document_indices) - 1
+    assert all(document[-1] == 0 and (document[:-1] != 0).all() for document in stored[0:50])
+
+
+def test_batches_are_addressed_by_step_and_dealt_over_ranks(tmp_path: Path) -> None:
+    text, tokens = text_of(tmp_path, 200)
+    ranks = [BatchShape(16, 2, 2, rank, 2) for rank in range(2)]
+    found = [IndexedBatches(text, shape, steps=20, probes=4, seed=1) for shape in ranks]
+    whole = tokens.astype(np.int64)
+    windows = {bytes(whole[i : i + 17]) for i in range(len(whole) - 16)}
+    for stream in ("train", "probe"):
+        parts = [list(batches.step(stream, 3)) for batches in found]
+        rows = [row for part in parts for batch in part for row in batch["tokens"]]
+        assert len({bytes(row.numpy()) for row in rows}) == 8
+        for batch in (batch for part in parts for batch in part):
+            assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
+            assert batch["loss_mask"].eq(1).all()
+    again = IndexedBatches(text, ranks[0], steps=20, probes=0, seed=1)
+    first = next(again.step("train", 3))["tokens"]
+    assert torch.equal(first, next(found[0].step("train", 3))["tokens"])
+    assert not torch.equal(first, next(found[0].step("probe", 3))["tokens"])
+    # One epoch is cut from the documents in a shuffled order, so most samples begin inside of a window of the text
+    assert any(bytes(row.numpy())[: 8 * 8] in window for row in first for window in windows)
+
+
+def test_evaluation_has_the_targets_of_train_py(tmp_path: Path) -> None:
+    text, _ = text_of(tmp_path, 50)
+    shape = BatchShape(16, 4, 1, 1, 2)
+    plain = held_out_batches(text.held_out, shape, 21)
+    found = evaluation_batches(text, shape, 21, multiple=2)
+    assert len(plain) == 3
+    assert len(found) == 4
+    for (ids, valid), batch in zip(plain, found, strict=False):
+        kept = batch["loss_mask"].bool()
+        assert torch.equal(batch["labels"][kept], ids[:valid, 1:].flatten())
+        assert torch.equal(batch["tokens"], ids)
+    assert found[3]["loss_mask"].sum() == 0
+
+
+@pytest.mark.jobs
+def test_torchrun_compares_both_arms_on_two_stages(tmp_path: Path) -> None:
+    path = write_job(tmp_path, parallel={"pp": 2})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN]
+    out = tmp_path / "out"
+    done = run(*launch, "--config", path, "--out", out, "--compare", "adam", cwd=tmp_path)
+    assert done.status == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    for words in (
+        "2 processes, PP2",
+        "Adam + MoLS",
+        "perplexity",
+        "alphas: embedding",
+        "mols_report.json",
+        "4 further",
+    ):
+        assert words in done.stdout
+    assert (out / "compare.png").stat().st_size > 1000
+    adam, mols = read_metrics(out / "adam"), read_metrics(out / "mols")
+    # Probed batches come from a stream of their own: up to the calibration both arms see the same and do the same
+    assert [line.get("step") for line in adam] == [line.get("step") for line in mols] == [*range(1, STEPS + 1), None]
+    assert [line["loss"] for line in adam[:2]] == [line["loss"] for line in mols[:2]]
+    assert adam[-2]["loss"] != mols[-2]["loss"]
+    assert {line.get("phase") for line in adam} == {"disabled", None}
+    *steps, final = mols
+    for line in steps:
+        assert set(line) - {"val_loss"} == {"step", "tokens", "loss", "lr", "multipliers", "phase", "step_seconds"}
+        assert line["tokens"] == line["step"] * 4 * 32
+    assert final["final"] is True
+    assert set(final) == {"final", "val_loss", "val_ppl", "tokens", "alphas"}
+    assert math.isclose(final["val_ppl"], math.exp(final["val_loss"]))
+    assert set(final["alphas"]) == {"embedding", "head", "qk", "vo", "mlp", "other"}
+    assert steps[-1]["phase"] == "fixed"
+    assert steps[-1]["multipliers"] == pytest.approx(final["alphas"])
+    # Warm-up over a tenth of the steps, here one, then cosine to a tenth of the rate
+    assert steps[0]["lr"] == pytest.approx(1e-2)
+    assert steps[-1]["lr"] < steps[1]["lr"]
+
+
+@pytest.mark.jobs
+@pytest.mark.distributed
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    """From the middle of a calibration, with dropout, on two tensor-parallel ranks; and evaluating changes nothing."""
+    online = {"start": 2, "samples": 4, "mode": "online", "ramp_end": 6}
+    path = write_job(
+        tmp_path,
+        parallel={"tp": 2, "sp": True},
+        model={"hidden_dropout": 0.1},
+        run={"save_every": 3, "eval_every": 1},
+        mols=online,
+    )
+    assert run_ranks(whole_and_resumed, 2, str(path), str(tmp_path), 3, timeout=240) == [(0, 0, 0)] * 2
+
+    def updates(name: str, *without: str) -> list[dict[str, Any]]:
+        lines = read_metrics(tmp_path / name)
+        return [{key: value for key, value in line.items() if key not in ("step_seconds", *without)} for line in lines]
+
+    assert [line["phase"] for line in updates("whole")[1:4]] == ["calibrating"] * 3
+    assert updates("part") == updates("whole")
+    assert updates("blind", "val_loss") == updates("whole", "val_loss")
+    latest = tmp_path / "part" / "checkpoints" / "latest"
+    assert latest.read_text("utf-8") == f"step{STEPS}"

@@ -1,0 +1,331 @@
+"""Universal checkpoints on the move: what the ranks of `test_checkpoint_moves` do, and the oracle in plain torch.
+
+The global batch is the same on any number of ranks, so that a run may be compared with itself on others.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import mols_ds
+from mols_ds.engines.deepspeed.shards import find_shards
+from mols_ds.errors import MolsError
+from tests.engines.deepspeed.resume import (
+    DECAY,
+    MICROS,
+    PERSISTENT_BELOW,
+    SAMPLES,
+    START,
+    SUB_GROUP,
+    TOKENS,
+    Tiny,
+    caught,
+    section,
+)
+
+SEQUENCES = 12  # of a micro-batch over all ranks; dealt evenly over 1, 2, 3 and 4
+HALF, FOLLOWED, RAMP_END = 3, 3, 8
+CLIP, RATES = 0.5, (2e-2, 5e-2)  # of the matrices and of the vectors
+TAGS = {"waiting": 0, "half": HALF, "ramping": SAMPLES, "fixed": SAMPLES}  # tag -> samples
+STATES = ("fp32", "exp_avg", "exp_avg_sq")
+GROUPS = {"embed_tokens": "embedding", "q_proj": "qk", "k_proj": "qk", "v_proj": "vo", "lm_head": "head"}
+GROUPS |= {"up_proj": "mlp", "down_proj": "mlp", "norm": "other"}
+
+
+class Run(NamedTuple):
+    """An engine. `way`: by `mols_ds.initialize`, `mols_ds.attach`, or "stock" without MoLS."""
+
+    stage: int
+    dtype: str = "fp32"
+    offload: str = ""  # "optimizer", "all"
+    granularity: str = "type"
+    way: str = "initialize"
+    mode: str = "probe"
+
+    @property
+    def folder(self) -> str:
+        return "-".join(str(part) for part in self).replace(" ", "-")
+
+
+class WithGain(Tiny):
+    """A third parameter group of one element, which only one rank can hold; a frozen weight and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(1))
+        self.embed_tokens.weight.requires_grad_(False)
+        self.register_buffer("seen", torch.zeros(2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * self.gain
+
+
+def config_of(run: Run, universal: bool, **zero: Any) -> dict[str, Any]:
+    """The DeepSpeed config."""
+    zero = {"stage": run.stage, **zero}
+    if run.stage == 3:
+        zero |= {"sub_group_size": SUB_GROUP, "stage3_param_persistence_threshold": PERSISTENT_BELOW}
+    if run.offload:
+        zero |= {"offload_optimizer": {"device": "cpu"}}
+    if run.offload == "all":
+        zero |= {"offload_param": {"device": "cpu"}}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": SEQUENCES // dist.get_world_size(),
+        "gradient_accumulation_steps": MICROS,
+        "gradient_clipping": CLIP,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "bf16": {"enabled": run.dtype != "fp32"},
+        "checkpoint": {"load_universal": universal},
+    }
+    if run.dtype == "bf16 fp32 gradients":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def groups_of(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Matrices, vectors, and if there is one the gain."""
+    held = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in held if p.ndim >= 2], "lr": RATES[0], "weight_decay": DECAY},
+        {"params": [p for p in held if p.ndim < 2 and p.numel() > 1], "lr": RATES[1], "weight_decay": 0.0},
+        {"params": [p for p in held if p.numel() == 1], "lr": RATES[1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def rate(step: int) -> float:
+    """The scheduler's factor on every base rate for step `step`."""
+    return float(min((step + 1) / 4, 1.0) * 0.98**step)
+
+
+def engine_of(run: Run, *, universal: bool = False, model: type[Tiny] = Tiny, **zero: Any) -> Any:
+    torch.manual_seed(1)
+    module = model()
+    module.dropout.p = 0.0
+    config = config_of(run, universal, **zero)
+    ramp_end = RAMP_END if run.mode == "probe" else RAMP_END + SAMPLES
+    mols = section(run.mode, ramp_end=ramp_end, granularity=run.granularity)
+    if run.way == "initialize":
+        config["mols"] = mols
+    optimizer = torch.optim.AdamW(groups_of(module))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    initialize = mols_ds.initialize if run.way == "initialize" else deepspeed.initialize
+    engine = initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+    if run.way == "attach":
+        mols_ds.attach(engine, mols)
+    return engine
+
+
+def batch(iteration: int, micro: int) -> Tensor:
+    """The whole micro-batch: int64 (SEQUENCES, 9)."""
+    generator = torch.Generator().manual_seed(10_000 * iteration + 100 * micro)
+    return (torch.rand(SEQUENCES, 9, generator=generator) ** 3 * TOKENS).long()
+
+
+def iterate(engine: Any, iteration: int) -> None:
+    """One pass of a user's loop."""
+    for micro in range(MICROS):
+        engine.backward(engine(batch(iteration, micro).chunk(dist.get_world_size())[dist.get_rank()]))
+        engine.step()
+
+
+def state_of(engine: Any) -> dict[str, Any]:
+    """Every weight and moment, whole, the parameter groups' options and the optimizer's step counters. Collective."""
+    shards = find_shards(engine)
+    mine: list[tuple[str, str, int, Tensor]] = []
+    for tensor, pieces in zip(shards.tensors, shards.pieces, strict=True):
+        held = {"fp32": tensor, **shards.inner.state.get(tensor, {})}
+        for piece in pieces:
+            for key in STATES:
+                if key in held:
+                    values = held[key].detach().view(-1)[piece.offset : piece.offset + piece.numel].clone()
+                    mine.append((piece.name, key, piece.start, values))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    found: dict[tuple[str, str], dict[int, Tensor]] = {}
+    for name, key, start, values in (piece for pieces in everyone for piece in pieces):
+        found.setdefault((name, key), {})[start] = values
+    counters = [values["step"] for values in shards.inner.state.values() if "step" in values]
+    return {
+        "tensors": {key: torch.cat([parts[start] for start in sorted(parts)]) for key, parts in found.items()},
+        "options": [{k: v for k, v in group.items() if k != "params"} for group in shards.inner.param_groups],
+        "counters": {int(counter) for counter in counters},
+        "apart": len({id(c) for c in counters}) == len(counters) or all(isinstance(c, int) for c in counters),
+        "step": engine.global_steps,
+    }
+
+
+def follow(engine: Any, iteration: int) -> dict[str, Any]:
+    """The next FOLLOWED iterations: (multipliers, applied rates, phase) of each step, and the state after them."""
+    trace = {}
+    for later in range(iteration, iteration + FOLLOWED):
+        iterate(engine, later)
+        trace[engine.global_steps] = (engine.mols.multipliers, engine.mols.applied_lrs, engine.mols.phase)
+    return {"trace": trace, "after": state_of(engine)["tensors"]}
+
+
+def to_alphas(engine: Any, iteration: int) -> dict[str, Any]:
+    """On to the end of the calibration."""
+    while not engine.mols.alphas:
+        assert iteration < 40, engine.mols.phase
+        iterate(engine, iteration)
+        iteration += 1
+    return {"alphas": engine.mols.alphas, "samples": engine.mols.samples, "held": engine.mols.accumulator_bytes}
+
+
+def convert(folder: str, tag: str) -> None:
+    """DeepSpeed's converter, as its command line calls it; on rank 0."""
+    if dist.get_rank() == 0:
+        from deepspeed.checkpoint import ds_to_universal
+
+        arguments = {
+            "input_folder": str(Path(folder, tag)),
+            "output_folder": str(Path(folder, f"{tag}_universal")),
+            "num_extract_workers": 1,
+            "num_merge_workers": 1,
+            "keep_temp_folder": False,
+            "strict": True,
+            "inject_missing_state": True,
+        }
+        ds_to_universal.main(argparse.Namespace(**arguments))
+    dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------------- the oracle
+
+
+def oracle(tensors: dict[tuple[str, str], Tensor], alphas: dict[str, float], step: int, iteration: int) -> Any:
+    """FOLLOWED steps of torch's AdamW in one process from a gathered state; name -> flat weight.
+
+    Each parameter has a group of its own, at the base rate times 1 + (alpha - 1) f(t); f goes from 0 at the step of the
+    calibration to 1 at RAMP_END.
+    """
+    model = Tiny()
+    model.dropout.p = 0.0
+    groups = []
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(tensors[name, "fp32"].view_as(parameter))
+        groups.append({"params": [parameter], "weight_decay": DECAY if parameter.ndim >= 2 else 0.0})
+    optimizer = torch.optim.AdamW(groups)
+    for name, parameter in model.named_parameters():
+        moments = {key: tensors[name, key].clone().view_as(parameter) for key in STATES[1:]}
+        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+    for t in range(step, step + FOLLOWED):
+        optimizer.zero_grad()
+        for micro in range(MICROS):
+            (model(batch(iteration + t - step, micro)) / MICROS).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        ramp = min(1.0, (t - START) / (RAMP_END - START))
+        for (name, parameter), group in zip(model.named_parameters(), optimizer.param_groups, strict=True):
+            factor = 1.0 + (alphas.get(key_of(name, alphas), 1.0) - 1.0) * ramp
+            group["lr"] = RATES[parameter.ndim < 2] * rate(t) * factor
+        optimizer.step()
+    return {name: parameter.detach().flatten().clone() for name, parameter in model.named_parameters()}
+
+
+def key_of(name: str, alphas: dict[str, float]) -> str:
+    """The key of a parameter's alpha: its group, with the layer's number where alphas are by layer."""
+    parts = name.split(".")
+    group = GROUPS[parts[-2]]
+    return f"{group}.{parts[1]}" if parts[0] == "layers" and f"{group}.{parts[1]}" in alphas else group
+
+
+# ---------------------------------------------------------------------------------------------------- save and load
+
+
+def save(base: str, run: Run, tags: tuple[str, ...]) -> dict[str, Any]:
+    """On each rank of the saving run: tag -> state, and what the uninterrupted run and the oracle do next."""
+    folder, found = str(Path(base, run.folder)), {}
+    engine = engine_of(run)
+    iteration = 0
+    for tag in tags:
+        while not _reached(engine, tag):
+            iterate(engine, iteration)
+            iteration += 1
+        engine.save_checkpoint(folder, tag=tag, client_state={"iteration": iteration})
+        if run.stage > 0:
+            convert(folder, tag)
+        found[tag] = state_of(engine)
+        if run.way == "stock":
+            continue
+        found[tag]["alphas"] = alphas = dict(engine.mols.alphas)
+        if alphas:
+            if run.dtype == "fp32" and dist.get_rank() == 0:
+                found[tag]["oracle"] = oracle(found[tag]["tensors"], alphas, engine.global_steps, iteration)
+            found[tag]["next"] = follow(engine, iteration)
+            iteration += FOLLOWED
+    engine.destroy()
+    return found if dist.get_rank() == 0 else {}
+
+
+def _reached(engine: Any, tag: str) -> bool:
+    if not hasattr(engine, "mols"):
+        return bool(engine.global_steps == START + 1)
+    mols, phase = engine.mols, {"half": "calibrating"}.get(tag, tag)
+    ahead = {"waiting": 1, "ramping": START + 1}.get(tag, 0)
+    return bool(mols.phase == phase and mols.samples == TAGS[tag] and engine.global_steps >= ahead)
+
+
+def load(base: str, source: Run, target: Run, tags: tuple[str, ...]) -> dict[str, Any]:
+    """On each rank of a run that resumes: tag -> state, warnings, and what it does next."""
+    folder, found = str(Path(base, source.folder)), {}
+    for tag in tags:
+        engine = engine_of(target, universal=source.stage > 0)
+        with caught() as warned:
+            path, client_state = engine.load_checkpoint(folder, tag=f"{tag}_universal" if source.stage else tag)
+        assert path is not None and (target.way == "stock") == ("mols" in client_state and source.way != "stock")
+        found[tag] = state_of(engine) | {"warned": warned}
+        iteration = client_state["iteration"]
+        if target.way == "stock":
+            iterate(engine, iteration)
+        else:
+            found[tag] |= {"alphas": engine.mols.alphas, "now": (engine.mols.phase, engine.mols.samples)}
+            more = follow if engine.mols.alphas else to_alphas
+            found[tag]["next"] = more(engine, iteration)
+        engine.destroy()
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+def told(base: str, run: Run, folder: str, tag: str, universal: bool, how: str) -> str:
+    """What a load says: a MolsError's text, or the warnings. `how`: "", "gain", "robin", "nvme", "weights"."""
+    robin = {"round_robin_gradients": True} if how == "robin" else {}
+    engine = engine_of(run, universal=universal, model=WithGain if how == "gain" else Tiny, **robin)
+    if how == "nvme":
+        engine.zero_nvme_offload_optimizer = lambda: True
+    with caught() as warned:
+        try:
+            engine.load_checkpoint(str(Path(base, folder)), tag=tag, load_module_only=how == "weights")
+        except MolsError as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            engine.destroy()
+    return "; ".join(warned)
+
+
+def save_odd(base: str, run: Run, how: str) -> None:
+    """A checkpoint, and a universal one of it, of a run with something odd about it."""
+    robin = {"round_robin_gradients": True} if how == "robin" else {}
+    engine = engine_of(run, model=WithGain if how == "gain" else Tiny, **robin)
+    iterate(engine, 0)
+    folder = str(Path(base, how))
+    engine.save_checkpoint(folder, tag="odd", client_state={"iteration": 1})
+    convert(folder, "odd")
+    engine.destroy()
+
+
+def work(kind: str, *arguments: Any) -> Any:
+    """One case of a launch."""
+    return {"save": save, "load": load, "told": told, "save_odd": save_odd}[kind](*arguments)

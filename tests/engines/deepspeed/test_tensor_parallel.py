@@ -1,0 +1,387 @@
+"""DeepSpeed's engine with a tensor-parallel Megatron-core model, and with AutoTP, against single-process twins."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engines.deepspeed.support import SUB_GROUP
+from tests.engines.megatron.building import SEQUENCES, Setup, tokens
+from tests.engines.megatron.grids import Plan
+from tests.engines.megatron.oracle import Truth, rate, twin
+from tests.helpers.harness import Results, run_cases
+from tests.helpers.oracle import histogram
+
+pytestmark = pytest.mark.distributed
+
+RTOL = 1e-5  # the requirement
+MOMENTS_RTOL = 1e-4  # v - m^2 cancels: float noise of Adam's state grows by 1 + SNR_i, over 10 for some elements here
+ATOL = 1e-5  # of weights, the requirement; the largest movement of each weight is far above it
+UPDATES = 10
+CLIP = 0.2  # below the gradient norm, so that clipping always acts
+SHAPES = {"gqa": Setup(clip=CLIP), "tied": Setup(tied=True, bias=True, kv_groups=4, clip=CLIP)}
+
+Case = tuple[str, int, int, str]  # model, tensor-parallel size, ZeRO stage, mode
+TWO: list[Case] = [("gqa", 2, stage, "probe") for stage in (0, 1, 2, 3)]
+TWO += [("tied", 2, 0, "online"), ("gqa", 2, 1, "online"), ("tied", 2, 2, "online"), ("gqa", 2, 3, "online")]
+TWO += [("gqa", 2, 0, "moments"), ("tied", 2, 3, "moments"), ("gqa", 1, 2, "probe")]
+FOUR: list[Case] = [("gqa", 2, 0, "probe"), ("tied", 2, 2, "probe"), ("gqa", 2, 3, "online"), ("gqa", 2, 1, "moments")]
+LAUNCHES = {2: TWO, 4: FOUR}
+EVERY = [(world, case) for world, cases in LAUNCHES.items() for case in cases]
+
+
+def plan_of(mode: str) -> Plan:
+    estimator = "damping" if mode == "moments" else "mean"
+    return Plan(mode=mode, estimator=estimator, start=2, samples=5, ramp_end=9, updates=UPDATES, warmup=3)
+
+
+def section_of(plan: Plan) -> dict[str, Any]:
+    section = {"mode": plan.mode, "start": plan.start, "samples": plan.samples, "ramp_end": plan.ramp_end}
+    section |= {"estimator": plan.estimator, "noise_floor_correction": plan.corrected, "reference": "vo"}
+    return section | {"alpha_min": plan.low, "alpha_max": plan.high}
+
+
+# ------------------------------------------------------------------------------------------------------------ the ranks
+
+
+def setup_of(model: str, tensor: int) -> Setup:
+    return dataclasses.replace(SHAPES[model], tp=tensor)
+
+
+def build(setup: Setup, stage: int, mols: dict[str, Any] | None, plan: Plan, **arguments: Any) -> Any:
+    """An engine for this rank's part of the model; inside `cpu_megatron()`."""
+    import deepspeed
+    from megatron.core import parallel_state
+
+    import mols_ds
+    from megatron_patches.mpu import DeepSpeedMpu
+    from tests.engines.megatron.building import _model, start, transformer_config
+    from tests.engines.megatron.weights import fill
+
+    start(setup)
+    model = _model(setup, transformer_config(setup), True, True)()
+    fill([model], setup)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    groups = [
+        {"params": matrices, "weight_decay": setup.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=setup.lr, betas=(0.9, 0.95), eps=plan.eps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: rate(setup, plan, update) / setup.lr)
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero |= {"sub_group_size": SUB_GROUP, "stage3_param_persistence_threshold": 100}
+    config = {
+        "train_micro_batch_size_per_gpu": SEQUENCES,
+        "gradient_accumulation_steps": setup.micro_batches // parallel_state.get_data_parallel_world_size(),
+        "gradient_clipping": setup.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        **({} if mols is None else {"mols": {**mols, "total_steps": plan.updates}}),
+    }
+    arguments = {"mpu": DeepSpeedMpu(), **arguments}
+    initialize = deepspeed.initialize if mols is None else mols_ds.initialize
+    return initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, **arguments)[0]
+
+
+def feed(setup: Setup, iteration: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(ids, positions, mask) of this data-parallel rank's micro-batches, as if cards were dealt."""
+    from megatron.core import parallel_state
+
+    positions = torch.arange(setup.seq)[None].expand(SEQUENCES, -1)
+    masked = torch.triu(torch.ones(1, 1, setup.seq, setup.seq, dtype=torch.bool), 1)
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    for number in range(rank, setup.micro_batches, ranks):
+        yield tokens(setup, iteration, number), positions, masked
+
+
+def go(engine: Any, setup: Setup, iteration: int) -> None:
+    for ids, positions, masked in feed(setup, iteration):
+        engine.backward(engine(ids, positions, masked, labels=ids.roll(-1, 1)).float().mean())
+        engine.step()
+
+
+def local_weights(engine: Any) -> dict[str, tuple[Tensor, tuple[int, int], int]]:
+    """Logical name -> this rank's whole part, (tensor rank, size) that cut it, and the dimension."""
+    import deepspeed
+
+    from tests.engines.megatron.weights import tensor_rank
+
+    result = {}
+    for name, p in engine.module.named_parameters():
+        if hasattr(p, "ds_id"):
+            with deepspeed.zero.GatheredParameters([p]):
+                weight = p.data.clone()
+        else:
+            weight = p.data.clone()
+        result[name] = (weight, tensor_rank(name, p), int(getattr(p, "partition_dim", 0)))
+    return result
+
+
+def train(model: str, tensor: int, stage: int, mode: str) -> dict[str, Any]:
+    from megatron_patches.cpu.emulation import cpu_megatron
+
+    setup, plan = setup_of(model, tensor), plan_of(mode)
+    with cpu_megatron():
+        engine = build(setup, stage, section_of(plan), plan)
+        applied = []
+        for iteration in range(plan.passes):
+            step = engine.global_steps
+            go(engine, setup, iteration)
+            if engine.global_steps > step:
+                applied.append((dict(engine.mols.multipliers), dict(engine.mols.applied_lrs)))
+        result = {
+            "report": engine.mols.report(),
+            "alphas": {group: alpha.hex() for group, alpha in engine.mols.alphas.items()},
+            "applied": applied,
+            "steps": engine.global_steps,
+            "micro_steps": engine.micro_steps,
+            "weights": local_weights(engine),
+            "owned": sum(piece.numel for piece in engine.mols.controller.elements.pieces),
+            "norm": float(engine.get_global_grad_norm() or 0.0),
+        }
+        engine.destroy()
+    return result
+
+
+@functools.cache
+def results(world: int) -> Results:
+    return run_cases(train, world, LAUNCHES[world], timeout=150)
+
+
+@functools.cache
+def twins() -> Results:
+    models = {(case[0], case[3]) for _, case in EVERY}
+    return run_cases(twin, 1, [(SHAPES[model], plan_of(mode)) for model, mode in sorted(models)], timeout=150)
+
+
+def truth_of(case: Case) -> Truth:
+    return twins()[SHAPES[case[0]], plan_of(case[3])][0]
+
+
+def _ids(cases: list[Any]) -> list[str]:
+    return [f"{world}-{c[0]}-tp{c[1]}-zero{c[2]}-{c[3]}" for world, c in cases]
+
+
+# ------------------------------------------------------------------------------------------------------------ the tests
+
+
+@pytest.mark.parametrize(("world", "case"), EVERY, ids=_ids(EVERY))
+def test_statistics_equal_oracle(world: int, case: Case) -> None:
+    truth, rtol = truth_of(case), MOMENTS_RTOL if case[3] == "moments" else RTOL
+    for outcome in results(world)[case]:
+        rows = outcome["report"]["groups"]
+        assert list(rows) == list(truth.values)
+        for group, values in truth.values.items():
+            assert rows[group]["elements"] == values.elements
+            keys = {"snr_mean": "mean", "snr_pooled": "pooled", "damping": "damping"}
+            if case[3] == "moments":  # one element with v - m^2 near 0 can be a tenth of the mean, and is float noise
+                del keys["snr_mean"]
+            for key, estimator in keys.items():
+                assert rows[group][key] == pytest.approx(values.estimate(estimator, corrected=False), rel=rtol), group
+            low, high = histogram.median_bounds(values.snr, rtol)
+            assert low <= rows[group]["snr_median"] <= high
+        assert outcome["report"]["world"] == {"data": world // case[1], "tensor": case[1], "pipeline": 1, "expert": 1}
+
+
+@pytest.mark.parametrize(("world", "case"), EVERY, ids=_ids(EVERY))
+def test_alphas_have_the_same_bits_on_every_rank(world: int, case: Case) -> None:
+    outcomes, truth = results(world)[case], truth_of(case)
+    for outcome in outcomes:
+        for key in ("alphas", "report", "applied", "steps", "micro_steps"):
+            assert outcome[key] == outcomes[0][key], key
+        assert outcome["steps"] == UPDATES
+        assert outcome["micro_steps"] == UPDATES * SHAPES[case[0]].micro_batches * case[1] // world
+        alphas = {group: float.fromhex(alpha) for group, alpha in outcome["alphas"].items()}
+        assert (
+            alphas == pytest.approx(truth.alphas, rel=MOMENTS_RTOL if case[3] == "moments" else RTOL)
+            and len(set(alphas.values())) > 2
+        )
+
+
+@pytest.mark.parametrize(("world", "case"), EVERY, ids=_ids(EVERY))
+def test_weights_equal_per_element_adamw(world: int, case: Case) -> None:
+    from tests.engines.megatron.weights import _slice
+
+    truth = truth_of(case)
+    assert min(truth.norms) > CLIP, "clipping must act"
+    for outcome in results(world)[case]:
+        assert outcome["weights"].keys() == truth.weights.keys()
+        for name, (weight, (rank, size), dim) in outcome["weights"].items():
+            expected = _slice(name, truth.weights[name], rank, size, dim)
+            assert float((weight - expected).abs().max()) <= ATOL, name
+            assert float((truth.weights[name] - truth.initial[name]).abs().max()) > 50 * ATOL, name
+
+
+def test_the_cases_are_what_they_say() -> None:
+    """Parameters are cut and copied, every logical element is owned once, fused rows are cut by the ranks."""
+    for world, case in EVERY:
+        outcomes = results(world)[case]
+        total = sum(w.numel() for w in truth_of(case).weights.values())
+        assert sum(outcome["owned"] for outcome in outcomes) == total
+        sizes = {name: size for name, (_, (_, size), _) in outcomes[0]["weights"].items()}
+        assert sizes["decoder.layers.0.self_attention.linear_qkv.weight"] == case[1]
+        assert sizes["decoder.final_layernorm.weight"] == 1
+        cuts = {outcome["weights"]["embedding.word_embeddings.weight"][1] for outcome in outcomes}
+        assert cuts == {(rank, case[1]) for rank in range(case[1])}
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+def resume(folder: str, part: str) -> dict[str, Any]:
+    """Half a calibration, saved; or the other half, resumed; or both in one."""
+    from megatron_patches.cpu.emulation import cpu_megatron
+
+    setup, plan = setup_of("gqa", 2), plan_of("probe")
+    with cpu_megatron():
+        engine = build(setup, 2, section_of(plan), plan)
+        iteration = 0
+        if part == "second":
+            engine.load_checkpoint(folder, tag="half")
+            iteration = plan.start + 3
+            assert engine.mols.samples == 3
+        while iteration < (plan.start + 3 if part == "first" else plan.passes):
+            go(engine, setup, iteration)
+            iteration += 1
+        if part == "first":
+            engine.save_checkpoint(folder, tag="half")
+        result = {name: weight.numpy().tobytes() for name, (weight, _, _) in local_weights(engine).items()}
+        alphas = engine.mols.alphas
+        engine.destroy()
+    return {"weights": result, "alphas": alphas}
+
+
+def test_resume_in_the_middle_of_a_probe_window(tmp_path: Any) -> None:
+    found = run_cases(resume, 2, [(str(tmp_path), part) for part in ("first", "second", "whole")], timeout=120)
+    files = sorted(path.name for path in (tmp_path / "half").glob("mols_rank_*"))
+    assert files == [f"mols_rank_0000{rank}_of_00002.pt" for rank in (0, 1)]  # by global rank: both are data rank 0
+    for resumed, whole in zip(found[str(tmp_path), "second"], found[str(tmp_path), "whole"], strict=True):
+        assert resumed == whole and whole["alphas"]
+
+
+# ---------------------------------------------------------------------------------------------------------- AutoTP
+
+AUTO: list[tuple[str, int, str]] = [("llama", 0, "online"), ("llama", 1, "probe"), ("qwen2", 2, "probe")]
+AUTO += [("qwen2", 3, "probe")]
+
+
+def train_auto(model: str, stage: int, mode: str) -> dict[str, Any]:
+    """A transformers model that DeepSpeed cuts by itself; both ranks see the same batches."""
+    import mols_ds
+    from tests.engines.deepspeed.support import config
+    from tests.helpers.oracle.models import batch, build, loss_of
+
+    section = {"mode": mode, "start": 0, "samples": 5, "ramp_end": 20, "total_steps": 50}
+    whole = build(model)
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=0.0, weight_decay=0.0)  # at fixed weights: online is probe
+    settings = config(stage, section, tensor_parallel={"autotp_size": 2})
+    engine = mols_ds.initialize(model=whole, optimizer=optimizer, config=settings)[0]
+    for iteration in range(5):
+        for micro in range(settings["gradient_accumulation_steps"]):
+            engine.backward(loss_of(engine, batch(iteration, micro, 0)))
+            engine.step()
+    cut = sum(bool(getattr(p, "tensor_model_parallel", False)) for p in engine.module.parameters())
+    result = {"report": engine.mols.report(), "alphas": engine.mols.alphas, "cut": cut}
+    engine.destroy()
+    return result
+
+
+@functools.cache
+def auto() -> Results:
+    return run_cases(train_auto, 2, AUTO, timeout=120)
+
+
+@pytest.mark.parametrize("case", AUTO, ids=str)
+def test_autotp_statistics_equal_oracle(case: tuple[str, int, str]) -> None:
+    from tests.helpers.oracle.models import build, masks
+    from tests.helpers.oracle.statistics import gradient_sample, group_values
+
+    whole = build(case[0])
+    truth = group_values([gradient_sample(whole, i, 1, 2) for i in range(5)], masks(case[0], whole))
+    outcomes = auto()[case]
+    for outcome in outcomes:
+        assert outcome["cut"] > 10
+        assert outcome["alphas"] == outcomes[0]["alphas"]
+        rows = outcome["report"]["groups"]
+        assert list(rows) == list(truth)
+        for group, values in truth.items():
+            assert rows[group]["elements"] == values.elements
+            for key, estimator in (("snr_mean", "mean"), ("snr_pooled", "pooled"), ("damping", "damping")):
+                assert rows[group][key] == pytest.approx(values.estimate(estimator, corrected=False), rel=RTOL), group
+
+
+# ---------------------------------------------------------------------------------------------- refused, by name
+
+
+def refuse(what: str) -> str:
+    import deepspeed
+
+    import mols_ds
+    from megatron_patches.cpu.emulation import cpu_megatron
+    from mols_ds.errors import MolsError
+
+    setups = {"no mpu": Setup(tp=2), "sequence parallel": Setup(tp=2, sp=True), "qk norm": Setup(tp=2, qk_norm=True)}
+    setups |= {"foreign": Setup(tp=2), "pipeline": Setup(pp=2), "experts": Setup(ep=2, experts=2)}
+    plan = plan_of("probe")
+    with cpu_megatron():
+        from tests.engines.megatron.building import start
+
+        try:
+            if what == "no grid":
+                from megatron_patches.mpu import DeepSpeedMpu
+
+                DeepSpeedMpu()
+            elif what in ("pipeline", "experts"):
+                from megatron_patches.mpu import DeepSpeedMpu
+
+                start(setups[what])
+                DeepSpeedMpu()
+            elif what == "foreign":
+                from megatron_patches.mpu import DeepSpeedMpu
+                from tests.engines.deepspeed.building import ds_config, model_of
+
+                start(setups[what])
+                model = model_of()
+                optimizer = torch.optim.AdamW(model.parameters())
+                config = ds_config(1, micros=1)
+                engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=DeepSpeedMpu())[0]
+                mols_ds.attach(engine, section_of(plan))
+            else:
+                more = {"mpu": None} if what == "no mpu" else {}
+                engine = build(setups[what], 1, None, plan, **more)
+                mols_ds.attach(engine, section_of(plan))
+        except MolsError as error:
+            return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+REFUSED = {
+    "no grid": r"parallel_state is not initialised: call parallel_state.initialize_model_parallel",
+    "no mpu": r"cut over 2 tensor-parallel ranks in an engine that does not know it: pass mpu=",
+    "sequence parallel": r"sequence parallelism \(.*\), whose norms' gradients .*: set sequence_parallel=False",
+    "qk norm": r"qk_layernorm with tensor parallelism, .*: set qk_layernorm=False",
+    "foreign": r"tensor parallelism \(mpu of size 2\) of a model that is neither Megatron-core's nor cut by AutoTP",
+    "pipeline": r"cannot run a Megatron model with pipeline_model_parallel_size 2: use 1, or train with Megatron's own",
+    "experts": r"cannot run a Megatron model with expert_model_parallel_size 2",
+}
+
+
+@functools.cache
+def refused() -> Results:
+    return run_cases(refuse, 2, [(what,) for what in REFUSED], timeout=90)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_by_name(what: str) -> None:
+    for said in refused()[what,]:
+        assert said.startswith("MolsUnsupportedError: "), said
+        assert re.search(REFUSED[what], said), said

@@ -1,0 +1,390 @@
+"""Small real Megatron models on any grid of ranks, and a loop that trains them.
+
+One logical model: a weight depends on its logical name alone, a micro-batch on its iteration and number alone. So each
+grid holds and learns the same, and may be compared with another grid or with an oracle in one process.
+
+`start`, `build`, `optimizer` and `step` are called inside `cpu_megatron()`, in this order, on every rank; several
+setups can follow each other in one launch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.engines.megatron.weights import fill
+
+SEQUENCES = 2  # sequences of a micro-batch
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+POSITIONS = {"rope": "rope", "learned": "learned_absolute", "none": "none"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Grid, model and optimizer of a test; hashable, so that it can be a case of `run_cases`.
+
+    `micro_batches` are those of the whole batch, dealt over the data-parallel ranks. `recompute`: "full", or modules of
+    selective recomputation joined by "+". Tensor parallelism with experts needs `sp`; `grouped` ends with 0.16.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vp: int = 0
+    ep: int = 1
+    etp: int | None = None
+    sp: bool = False
+    distributed: bool = True
+    instances: int = 1
+    tied: bool = False
+    experts: int = 0
+    grouped: bool = False
+    shared_expert: bool = False
+    dispatcher: str = "alltoall"  # of gloo, tp and ep together need "allgather" or etp=1: token counts differ by rank
+    mla: bool = False
+    q_lora: bool = False
+    gate: bool = False
+    mtp: int = 0
+    qk_norm: bool = False
+    bias: bool = False  # also LayerNorm in the place of RMSNorm
+    kv_groups: int = 2
+    heads: int = 4
+    layers: int = 2
+    dtype: str = "float32"
+    overlap: bool = False
+    recompute: str = ""
+    position: str = "rope"
+    clip: float = 1.0
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    micro_batches: int = 8
+    vocab: int = 64
+    hidden: int = 32
+    seq: int = 16
+
+    @property
+    def n_layers(self) -> int:
+        """`layers`, or as many as there are pipeline stages where they cannot be dealt evenly."""
+        stages = self.pp * max(1, self.vp)
+        return stages if self.layers % stages else self.layers
+
+
+@dataclass(frozen=True)
+class Built:
+    """Model chunks of this rank, wrapped in Megatron's DistributedDataParallel, and what they were built from."""
+
+    setup: Setup
+    chunks: list[Any]
+    config: Any  # TransformerConfig
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What one iteration gave. `losses`: of this rank's micro-batches, on the last pipeline stage; empty elsewhere."""
+
+    successful: bool
+    grad_norm: float | None
+    losses: list[float]
+
+
+def newest() -> Path | None:
+    """Folder with the newest megatron-core, to go in front of PYTHONPATH; None where `make setup-dev` put none."""
+    folder = Path(os.environ.get("MOLS_MEGATRON_NEWEST") or Path(sys.prefix) / "megatron-core-newest")
+    return folder if (folder / "megatron" / "core").is_dir() else None
+
+
+# --- the grid -------------------------------------------------------------------------------------------------------
+
+
+def start(setup: Setup) -> None:
+    """Lay the grid of `setup` over the ranks that there are, in the place of the one before."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    stop()
+    more = {"num_distributed_optimizer_instances": setup.instances} if setup.instances > 1 else {}
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=setup.tp,
+        pipeline_model_parallel_size=setup.pp,
+        virtual_pipeline_model_parallel_size=setup.vp or None,
+        expert_model_parallel_size=setup.ep,
+        expert_tensor_parallel_size=setup.etp,
+        **more,
+    )
+    model_parallel_cuda_manual_seed(1)
+
+
+def stop() -> None:
+    """Forget the grid, its process groups and what Megatron keeps in module variables."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    MTPLossLoggingHelper.tracker.clear()
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    for group in groups:  # Megatron forgets most of its groups without ending them: their threads would pile up
+        if group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+def build(setup: Setup) -> Built:
+    """Build this rank's part of the model of `setup` with its weights; `start(setup)` has been called."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.transformer.module import Float16Module
+
+    dtype, config = DTYPES[setup.dtype], transformer_config(setup)
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=setup.distributed,
+        overlap_grad_reduce=setup.overlap,
+        grad_reduce_in_fp32=True,
+        bucket_size=4000,  # several buckets in a model of this size
+        num_distributed_optimizer_instances=setup.instances,
+    )
+    rank, chunks = parallel_state.get_pipeline_model_parallel_rank(), []
+    for stage in range(max(1, setup.vp)):
+        model = _model(setup, config, rank == 0 and stage == 0, rank == setup.pp - 1 and stage == max(1, setup.vp) - 1)(
+            **({"vp_stage": stage} if setup.vp else {})
+        )
+        if dtype is not torch.float32:
+            model = Float16Module(config, model)
+        chunks.append(DistributedDataParallel(config, ddp_config, model, disable_bucketing=stage > 0))
+    config.finalize_model_grads_func = finalize_model_grads
+    if setup.overlap:
+        config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    fill(chunks, setup)
+    return Built(setup, chunks, config, dtype)
+
+
+def _model(setup: Setup, config: Any, first: bool, last: bool) -> Any:
+    """Return `build(**more)` of a GPTModel for a pipeline stage."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+
+    spec = get_gpt_layer_local_spec(
+        num_experts=setup.experts or None,
+        moe_grouped_gemm=setup.grouped,
+        qk_layernorm=setup.qk_norm,
+        multi_latent_attention=setup.mla,
+        normalization=config.normalization,
+    )
+
+    def model(**stage: Any) -> Any:
+        mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, **stage) if setup.mtp else None
+        return GPTModel(
+            config,
+            spec,
+            vocab_size=setup.vocab,
+            max_sequence_length=setup.seq,
+            pre_process=first,
+            post_process=last,
+            position_embedding_type=POSITIONS[setup.position],
+            share_embeddings_and_output_weights=setup.tied,
+            mtp_block_spec=mtp,
+            **stage,
+        )
+
+    return model
+
+
+def transformer_config(setup: Setup) -> Any:
+    """The TransformerConfig or MLATransformerConfig of `setup`."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    dtype = DTYPES[setup.dtype]
+    settings: dict[str, Any] = dict(
+        num_layers=setup.n_layers,
+        hidden_size=setup.hidden,
+        num_attention_heads=setup.heads,
+        ffn_hidden_size=2 * setup.hidden,
+        normalization="LayerNorm" if setup.bias else "RMSNorm",
+        add_bias_linear=setup.bias,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=setup.tp,
+        pipeline_model_parallel_size=setup.pp,
+        virtual_pipeline_model_parallel_size=setup.vp or None,
+        expert_model_parallel_size=setup.ep,
+        expert_tensor_parallel_size=setup.etp,
+        sequence_parallel=setup.sp,
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        # kernels of CUDA
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+    if setup.vp:  # else gradients are silently wrong with two stages; Megatron-LM's arguments forbid it
+        settings |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
+    if setup.qk_norm:
+        settings |= dict(qk_layernorm=True)
+    if setup.gate:  # from 0.16 on
+        settings |= dict(attention_output_gate=True)
+    if setup.mtp:
+        settings |= dict(mtp_num_layers=setup.mtp, mtp_loss_scaling_factor=0.1)
+    if setup.recompute == "full":
+        settings |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif setup.recompute:
+        settings |= dict(recompute_granularity="selective", recompute_modules=setup.recompute.split("+"))
+    if setup.experts:
+        settings |= _moe(setup)
+    if setup.mla:
+        ranks = dict(q_lora_rank=16 if setup.q_lora else None, kv_lora_rank=16)
+        widths = dict(qk_head_dim=8, qk_pos_emb_head_dim=4, v_head_dim=8)
+        return MLATransformerConfig(**settings, **ranks, **widths, multi_latent_attention=True, rope_type="rope")
+    return TransformerConfig(**settings, num_query_groups=setup.kv_groups)
+
+
+def _moe(setup: Setup) -> dict[str, Any]:
+    return dict(
+        num_moe_experts=setup.experts,
+        moe_ffn_hidden_size=2 * setup.hidden,
+        moe_router_topk=2,
+        moe_router_load_balancing_type="none",  # a balancing loss would depend on how the micro-batches are dealt
+        moe_token_dispatcher_type=setup.dispatcher,
+        moe_grouped_gemm=setup.grouped,
+        moe_shared_expert_intermediate_size=2 * setup.hidden if setup.shared_expert else None,
+    )
+
+
+# --- optimizer and loop ---------------------------------------------------------------------------------------------
+
+
+def optimizer(built: Built, *, iterations: int = 20, warmup: int = 4, **overrides: Any) -> tuple[Any, Any]:
+    """Return (optimizer, OptimizerParamScheduler): Adam, linear warm-up, cosine; `overrides` of OptimizerConfig."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    setup = built.setup
+    settings = dict(
+        optimizer="adam",
+        lr=setup.lr,
+        min_lr=setup.lr / 10,
+        adam_beta2=0.95,
+        weight_decay=setup.weight_decay,
+        clip_grad=setup.clip,
+        use_distributed_optimizer=setup.distributed,
+        params_dtype=built.dtype,
+        bf16=built.dtype is torch.bfloat16,
+        fp16=built.dtype is torch.float16,
+        initial_loss_scale=2.0**10,
+        min_loss_scale=1.0,
+    )
+    config = OptimizerConfig(**{**settings, **overrides})
+    result = get_megatron_optimizer(config, built.chunks)
+    result.reload_model_params()  # the weights were set behind the masters' back
+    built.config.grad_scale_func = result.scale_loss
+    scheduler = OptimizerParamScheduler(
+        result,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=warmup * samples_per_step(setup),
+        lr_decay_steps=iterations * samples_per_step(setup),
+        lr_decay_style="cosine",
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=iterations * samples_per_step(setup),
+        wd_incr_style="constant",
+    )
+    return result, scheduler
+
+
+def samples_per_step(setup: Setup) -> int:
+    """Sequences of one global batch: what Megatron's scheduler counts."""
+    return setup.micro_batches * SEQUENCES
+
+
+def tokens(setup: Setup, iteration: int, micro_batch: int) -> Tensor:
+    """Int64 [SEQUENCES, seq] of a micro-batch of the whole batch; labels are these, rolled by one to the left.
+
+    Low ids are frequent and high ones rare: gradients have a signal, and some rows of the embedding do not move.
+    """
+    generator = torch.Generator().manual_seed(10_000 * iteration + micro_batch + 1)
+    return (torch.rand(SEQUENCES, setup.seq, generator=generator) ** 4 * setup.vocab).long()
+
+
+def _mine(setup: Setup, iteration: int) -> Iterator[Tensor]:
+    """This data-parallel rank's micro-batches, as if cards were dealt."""
+    from megatron.core import parallel_state
+
+    rank, world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    assert setup.micro_batches % world == 0, f"{setup.micro_batches} micro-batches over {world} data-parallel ranks"
+    for number in range(rank, setup.micro_batches, world):
+        yield tokens(setup, iteration, number)
+
+
+def forward_backward(built: Built, iteration: int) -> list[float]:
+    """Gradients of one global batch, reduced. Returns this rank's losses, as `Stepped`."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    setup = built.setup
+    positions = torch.arange(setup.seq)[None].expand(SEQUENCES, -1)
+    masked = torch.triu(torch.ones(1, 1, setup.seq, setup.seq, dtype=torch.bool), 1)
+
+    def loss_of(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = output.float().mean()
+        return loss, {"loss": loss.detach().clone()}  # the schedule divides `loss` in place
+
+    def forward_step(iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
+        ids = next(iterator)
+        more = {"loss_mask": torch.ones(ids.shape)} if setup.mtp else {}
+        return model(ids, positions, masked, labels=ids.roll(-1, 1), **more), loss_of
+
+    iterators = [_mine(setup, iteration) for _ in built.chunks]
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=built.chunks,
+        num_microbatches=setup.micro_batches // parallel_state.get_data_parallel_world_size(),
+        seq_length=setup.seq,
+        micro_batch_size=SEQUENCES,
+        forward_only=False,
+    )
+    return [float(result["loss"]) for result in results or ()]
+
+
+def step(built: Built, optimizer: Any, scheduler: Any, iteration: int) -> Stepped:
+    """One iteration, as Megatron-LM's `train_step`: the scheduler stands still where the optimizer skipped."""
+    for chunk in built.chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = forward_backward(built, iteration)
+    successful, grad_norm, _ = optimizer.step()
+    if successful and scheduler is not None:
+        scheduler.step(increment=samples_per_step(built.setup))
+    return Stepped(bool(successful), None if grad_norm is None else float(grad_norm), losses)
+
+
+def mean_loss(stepped: Stepped) -> float:
+    """Mean loss of the whole batch, on every rank (a collective call)."""
+    sums = torch.tensor([sum(stepped.losses), len(stepped.losses)], dtype=torch.float64)
+    dist.all_reduce(sums)
+    return float(sums[0] / sums[1])

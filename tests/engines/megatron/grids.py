@@ -1,0 +1,231 @@
+"""One fixed model and data on many grids of ranks: what each rank says of its run, for several test files.
+
+Imported by the ranks: nothing of the oracle, whose imports are slow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_patches.cpu.emulation import cpu_megatron
+from tests.engines.megatron.building import Built, Setup, build, optimizer, samples_per_step, start, step
+from tests.engines.megatron.weights import logical_names, tensor_rank
+
+if "RANK" in os.environ:  # a rank of the harness, not pytest's own process
+    sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]  # no plots from here: a second for each run
+
+REFERENCE = "vo"
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
+class Plan(NamedTuple):
+    """What a run does, hashable. In mode "probe" `samples` passes of the loop, from `start` on, do not update.
+
+    eps: well above the float noise of the gradients, which Adam's first steps would turn into full steps.
+    """
+
+    mode: str = "probe"
+    estimator: str = "mean"
+    corrected: bool = False
+    start: int = 2
+    samples: int = 6
+    ramp_end: int = 12
+    updates: int = 20
+    warmup: int = 4
+    eps: float = 1e-5
+    low: float = 0.1
+    high: float = 10.0
+    tilt: float = 1.0  # factor on the rate of `vo` in the twin alone
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """The "mols" section."""
+        return {
+            "mode": self.mode,
+            "estimator": self.estimator,
+            "noise_floor_correction": self.corrected,
+            "start": self.start,
+            "samples": self.samples,
+            "ramp_end": self.ramp_end,
+            "reference": REFERENCE,
+            "alpha_min": self.low,
+            "alpha_max": self.high,
+        }
+
+    @property
+    def passes(self) -> int:
+        """Iterations of the training loop."""
+        return self.updates + (self.samples if self.mode == "probe" else 0)
+
+    def measures(self, iteration: int) -> bool:
+        """Whether this pass of the loop gives a sample."""
+        return self.start <= iteration < self.start + self.samples
+
+
+def tiny(**more: Any) -> Setup:
+    """128 tokens, of which some never occur; the gradient norm is above 1, so that clipping acts throughout."""
+    return Setup(**{"vocab": 128, "micro_batches": 2, "clip": 0.5, **more})
+
+
+def attach(built: Built, chain: Any, scheduler: Any, section: dict[str, Any]) -> Any:
+    import megatron_patches
+
+    return megatron_patches.attach(
+        built.chunks, chain, scheduler, section, samples_per_step=samples_per_step(built.setup)
+    )
+
+
+def run(setup: Setup, plan: Plan) -> dict[str, Any]:
+    """On each rank: the user's loop over all phases; what MoLS says, the weights, who owned which elements."""
+    with cpu_megatron():
+        start(setup)
+        built = build(setup)
+        chain, scheduler = optimizer(built, iterations=plan.updates, warmup=plan.warmup, adam_eps=plan.eps)
+        mols = attach(built, chain, scheduler, plan.section)
+        phases, multipliers, norms = [mols.phase], [], []
+        for iteration in range(plan.passes):
+            done = step(built, chain, scheduler, iteration)
+            phases.append(mols.phase)
+            if done.successful:
+                multipliers.append(mols.multipliers)
+                norms.append(done.grad_norm)
+        return {
+            "phases": phases,
+            "steps": mols.steps,
+            "report": mols.report(),
+            "alphas": {group: alpha.hex() for group, alpha in mols.alphas.items()},
+            "multipliers": multipliers,
+            "norms": norms,
+            "weights": weights(built),
+            "owned": owned(built, mols),
+            "parts": [type(part.outer).__name__ for part in mols.shards.parts],
+        }
+
+
+def count_latent(setup: Setup) -> dict[str, Any]:
+    """On each rank: elements by group in the report, and what the rank's norms hold."""
+    with cpu_megatron():
+        start(setup)
+        built = build(setup)
+        chain, scheduler = optimizer(built)
+        mols = attach(built, chain, scheduler, {"fixed_alphas": {"mlp": 1.5}, "start": 0, "ramp_end": 4})
+        named = {k: p.numel() for chunk in built.chunks for k, p in chunk.named_parameters()}
+        return {
+            "elements": {group: row["elements"] for group, row in mols.report()["groups"].items()},
+            "norms": sum(n for k, n in named.items() if "norm" in k),
+        }
+
+
+OFF_WAYS = ("disabled", "detached at once", "detached while waiting", "detached while ramping")
+OFF_UPDATES, DETACH_AT = 5, 3
+
+
+def train_off(setup: Setup, way: str) -> list[dict[str, str]]:
+    """On each rank: fingerprints along a run with one way to have MoLS off; `stock` never touches it."""
+    with cpu_megatron():
+        start(setup)
+        torch.manual_seed(0)
+        built = build(setup)
+        chain, scheduler = optimizer(built, iterations=OFF_UPDATES, warmup=2)
+        begin = {"detached while waiting": DETACH_AT + 1, "detached while ramping": DETACH_AT}.get(way, 0)
+        section = {"fixed_alphas": {"embedding": 3.0, "qk": 0.5}, "start": begin, "ramp_end": 20}
+        mols = None
+        if way != "stock":
+            mols = attach(built, chain, scheduler, section | {"enabled": way != "disabled"})
+            assert mols.phase == ("disabled" if way == "disabled" else "ramping" if begin == 0 else "waiting")
+        if way == "detached at once":
+            mols.detach()
+        prints = []
+        for iteration in range(OFF_UPDATES):
+            if iteration == DETACH_AT and way.startswith("detached while"):
+                assert mols.phase == way.split()[-1]
+                mols.detach()
+            step(built, chain, scheduler, iteration)
+            prints.append(fingerprint(built, chain, scheduler))
+        return prints
+
+
+def work(kind: str, *arguments: Any) -> Any:
+    """One case of a launch."""
+    return {"run": run, "latent": count_latent, "off": train_off}[kind](*arguments)
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """What one rank holds of a logical parameter: the `rank`-th of `size` slices along `dim`."""
+
+    values: Tensor
+    rank: int
+    size: int
+    dim: int
+
+    def of(self, name: str, whole: Tensor) -> Tensor:
+        """The same slice of `whole`, a tensor of the logical shape."""
+        blocks = 2 if ".linear_fc1." in name else 1  # gate and up projection are cut apart
+        return torch.cat(
+            [block.chunk(self.size, self.dim)[self.rank] for block in whole.chunk(blocks, self.dim)], self.dim
+        )
+
+
+def weights(built: Built) -> dict[str, Part]:
+    """This rank's parts, float32, by logical name; the tied copy of a last stage goes by its own name."""
+    parts = {}
+    for chunk in built.chunks:
+        for name, parameter in logical_names(chunk, built.setup).items():
+            rank, size = tensor_rank(name, parameter)
+            values = parameter.detach().float().clone()
+            parts[name] = Part(values, rank, size, getattr(parameter, "partition_dim", 0) if size > 1 else 0)
+    return parts
+
+
+def owned(built: Built, mols: Any) -> list[tuple[str, int, int]]:
+    """(name, first, numel): the flat ranges of local parameters that this rank measures; names as in `weights`."""
+    names = {id(p): name for chunk in built.chunks for name, p in logical_names(chunk, built.setup).items()}
+    pieces = []
+    for shard, first, _, numel in mols.shards.owned:
+        local = shard.local
+        pieces.append((names[id(local.parameter)], shard.start - local.start + first, numel))
+    return pieces
+
+
+# --- bit for bit ----------------------------------------------------------------------------------------------------
+
+
+def digest(tensor: Tensor) -> str:
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
+
+
+def fingerprint(built: Built, chain: Any, scheduler: Any) -> dict[str, str]:
+    """Hashes of weights, optimizer state, groups, scheduler and random state: equal means equal bit for bit."""
+    state = {f"weight {name}": digest(part.values) for name, part in weights(built).items()}
+    for number, outer in enumerate(chain.chained_optimizers):
+        if getattr(outer, "is_stub_optimizer", False):
+            continue
+        for i, group in enumerate(outer.optimizer.param_groups):
+            state[f"group {number} {i}"] = repr({k: v for k, v in group.items() if k != "params"})
+            for j, tensor in enumerate(group["params"]):
+                state[f"main {number} {i} {j}"] = digest(tensor)
+                for key, value in outer.optimizer.state.get(tensor, {}).items():
+                    state[f"{key} {number} {i} {j}"] = digest(value) if isinstance(value, Tensor) else repr(value)
+    state["scheduler"] = repr(scheduler.num_steps)
+    state["random"] = random_state()
+    return state
+
+
+def random_state() -> str:
+    """Of the CPU generator and of Megatron's tensor-parallel tracker."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker().get_states()
+    return " ".join(
+        [digest(torch.get_rng_state()), *(f"{key} {digest(value)}" for key, value in sorted(tracker.items()))]
+    )

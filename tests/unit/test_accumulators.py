@@ -1,0 +1,290 @@
+"""Streaming moments against stacked float64 statistics, fed the same (rounded) gradients."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mols_ds.core import accumulators as moments_module
+from mols_ds.core.accumulators import STRIDE, Moments, subsample
+from mols_ds.core.group_stats import BLOCK_COLUMN
+from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
+
+
+def feed(moments: Moments, gradient: Tensor, cuts: tuple[int, ...] = (), scale: float = 1.0) -> None:
+    """One sample, in pieces at these cuts."""
+    edges = [0, *cuts, gradient.numel()]
+    moments.open()
+    for start, end in pairwise(edges):
+        moments.update(start, gradient[start:end], scale)
+    moments.close()
+
+
+def gradients(k: int, n: int, seed: int = 0) -> Tensor:
+    """(k, n) fp32 with means of the size of the noise, and sizes that differ by 12 orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    size = 10.0 ** (12 * torch.rand(n, generator=generator) - 9)
+    return size * (torch.randn(n, generator=generator) + torch.randn(k, n, generator=generator))
+
+
+def check(moments: Moments, samples: Tensor) -> None:
+    """Error bounds: Welford in fp32 errs by a few K * 6e-8 of the standard deviation, seen here far below 1e-5."""
+    exact = samples.double()
+    k = exact.shape[0]
+    deviation = exact.var(0).sqrt() + exact.mean(0).abs()
+    assert moments.count == k
+    assert ((moments.mean - exact.mean(0)).abs() <= 2e-6 * deviation).all()
+    assert ((moments.m2 / (k - 1) - exact.var(0)).abs() <= 5e-6 * deviation**2).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    k=st.integers(2, 40),
+    n=st.integers(1, 700),
+    cut=st.floats(0, 1),
+    chunk=st.integers(1, 300),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+)
+def test_equals_stacked_statistics(k: int, n: int, cut: float, chunk: int, dtype: torch.dtype) -> None:
+    samples = gradients(k, n).clamp(-6e4, 6e4).to(dtype)
+    moments = Moments(n)
+    moments._chunk = chunk  # several chunks, the last one shorter
+    for sample in samples:
+        feed(moments, sample, (int(cut * n),))
+    check(moments, samples.float())
+
+
+def test_several_real_chunks() -> None:
+    n = 2 * moments_module.CPU_CHUNK + 12345
+    samples = gradients(4, n)
+    moments = Moments(n)
+    for sample in samples:
+        feed(moments, sample, (STRIDE, 99_991))
+    check(moments, samples)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 1 / 65536, 1 / 3])
+def test_strided_scaled_input_is_left_alone(dtype: torch.dtype, scale: float) -> None:
+    samples = (torch.randn(6, 501, 3, generator=torch.Generator().manual_seed(1)) * 100).to(dtype)
+    kept = samples.clone()
+    moments = Moments(501)
+    for sample in samples:
+        feed(moments, sample[:, 1], (250,), scale)
+    assert torch.equal(samples, kept)
+    # The product is made in fp32, never in 16 bits, which would err by 4e-3.
+    check(moments, samples[:, :, 1].float() * scale)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 3])
+def test_zero_and_constant_elements_are_exact(scale: float) -> None:
+    moments = Moments(100)
+    gradient = torch.linspace(-7, 7, 100)
+    gradient[:40] = 0
+    for _ in range(17):
+        feed(moments, gradient, (), scale)
+    assert not moments.m2.any()
+    assert torch.equal(moments.mean, gradient * scale)
+
+
+def test_large_offset_keeps_the_variance() -> None:
+    """Sum of squares minus square of sum would lose everything here: mean 1e4, standard deviation 1."""
+    samples = 1e4 + torch.randn(32, 1000, generator=torch.Generator().manual_seed(2))
+    moments = Moments(1000)
+    for sample in samples:
+        feed(moments, sample)
+    # One ulp of 1e4 is 1e-3: each deviation is known to 1e-3 of the standard deviation, the variance of 32 to a few.
+    torch.testing.assert_close(moments.m2.double() / 31, samples.double().var(0), rtol=5e-3, atol=0)
+
+
+def test_pieces_may_come_in_any_order_and_change() -> None:
+    samples = gradients(9, 1000)
+    one, other = Moments(1000), Moments(1000)
+    for number, sample in enumerate(samples):
+        feed(one, sample)
+        other.open()
+        cut = 100 * number + 1
+        other.update(cut, sample[cut:])
+        other.update(cut, sample[cut:cut])
+        other.update(0, sample[:cut])
+        other.close()
+    assert torch.equal(one.mean, other.mean)
+    assert torch.equal(one.m2, other.m2)
+
+
+def test_subsample_visits_multiples_of_the_stride() -> None:
+    for offset in (0, 1, 126, 127, 128, 1000):
+        for numel in (0, 1, 126, 127, 128, 500):
+            first, index, n = subsample(offset, numel)
+            wanted = [i for i in range(offset, offset + numel) if i % STRIDE == 0]
+            assert [offset + first + STRIDE * j for j in range(n)] == wanted
+            assert not wanted or index == wanted[0] // STRIDE
+
+
+def test_block_sums_equal_those_of_the_blocks_alone() -> None:
+    n, length = 2000, 5
+    samples = torch.randn(17, n, generator=torch.Generator().manual_seed(3)) + 0.5
+    samples[:, 10 * STRIDE] = 0  # an element that never moves is in no sum
+    size = subsample(0, n)[2]
+    index = (torch.arange(size) % 3).to(torch.int16)
+    moments = Moments(n, group_index=index, n_groups=4, block_length=length)
+    for sample in samples.to(torch.bfloat16):
+        feed(moments, sample, (1, 127, 128, 1500), 0.25)
+    assert len(moments.block_sums) == 3
+    exact = samples.to(torch.bfloat16).double()[:, ::STRIDE] * 0.25
+    for number, table in enumerate(moments.block_sums):
+        block = exact[number * length : (number + 1) * length]
+        mu2, s2 = block.mean(0) ** 2, block.var(0)
+        for group in range(4):
+            keep = (index == group) & (s2 > 0)
+            ratio = mu2[keep] / s2[keep]
+            wanted = {
+                "count": float(keep.sum()),
+                "snr": float(ratio.sum()),
+                "mu2": float(mu2[keep].sum()),
+                "s2": float(s2[keep].sum()),
+                "damping": float((ratio / (1 + ratio)).sqrt().sum()),
+                "log_snr": float(ratio.log().sum()),
+            }
+            for name, value in wanted.items():
+                assert float(table[group, BLOCK_COLUMN[name]]) == pytest.approx(value, rel=1e-5, abs=1e-5)
+
+
+def test_state_round_trip_is_bitwise_inside_a_block() -> None:
+    n = 1500
+    samples = gradients(13, n)
+    index = torch.zeros(subsample(0, n)[2], dtype=torch.uint8)
+
+    def fresh() -> Moments:
+        return Moments(n, group_index=index, n_groups=1, block_length=4)
+
+    through, resumed = fresh(), fresh()
+    for sample in samples[:6]:  # one block is full, the second half full
+        feed(through, sample)
+    resumed.load_state_dict(copy.deepcopy(through.state_dict()))
+    for sample in samples[6:]:
+        feed(through, sample)
+        feed(resumed, sample)
+    assert through.count == resumed.count == 13
+    for key, value in through.state_dict().items():
+        other = resumed.state_dict()[key]
+        assert torch.equal(value, other) if isinstance(value, Tensor) else value == other, key
+    assert len(through.block_sums) == 3
+
+
+def test_state_that_does_not_fit_is_refused() -> None:
+    state = Moments(10).state_dict()
+    with pytest.raises(MolsCheckpointError, match="numel"):
+        Moments(11).load_state_dict(state)
+    with pytest.raises(MolsCheckpointError, match="block_length"):
+        Moments(10, block_length=5).load_state_dict(state)
+    with pytest.raises(MolsCheckpointError, match="float32"):
+        Moments(10, dtype=torch.float64).load_state_dict(state)
+    with pytest.raises(MolsCheckpointError, match="block_mean"):
+        Moments(10, group_index=torch.zeros(1, dtype=torch.uint8), n_groups=0).load_state_dict(state)
+    with pytest.raises(MolsCheckpointError, match="other groups"):
+        Moments(10, n_groups=2).load_state_dict(state)
+    with pytest.raises(MolsCheckpointError, match="lacks m2"):
+        Moments(10).load_state_dict({key: value for key, value in state.items() if key != "m2"})
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([(0, 50)], r"\[50, 100\) were missed in gradient sample 1"),
+        ([(60, 40), (0, 50)], r"\[50, 60\) were missed"),
+        ([(0, 60), (50, 50)], r"\[50, 60\) were updated twice"),
+        ([(0, 100), (0, 100)], r"\[0, 100\) were updated twice"),
+        ([], r"\[0, 100\) were missed"),
+    ],
+)
+def test_every_element_exactly_once(pieces: list[tuple[int, int]], message: str) -> None:
+    moments = Moments(100)
+    moments.open()
+    for offset, numel in pieces:
+        moments.update(offset, torch.ones(numel))
+    with pytest.raises(MolsError, match=message):
+        moments.close()
+
+
+def test_order_of_calls_is_enforced() -> None:
+    moments = Moments(10)
+    with pytest.raises(MolsError, match="open"):
+        moments.update(0, torch.ones(10))
+    with pytest.raises(MolsError, match="without an open"):
+        moments.close()
+    moments.open()
+    with pytest.raises(MolsError, match="open already"):
+        moments.open()
+    with pytest.raises(MolsError, match="inside of a gradient sample"):
+        moments.state_dict()
+    moments.abort()
+    assert moments.count == 0
+    moments.open()
+    with pytest.raises(MolsError, match="exceeds"):
+        moments.update(1, torch.ones(10))
+    with pytest.raises(MolsError, match="1-D float"):
+        moments.update(0, torch.ones(10, dtype=torch.int32))
+    with pytest.raises(MolsError, match="1-D float"):
+        moments.update(0, torch.ones(5, 2))
+    moments.update(0, torch.ones(10))
+    with pytest.raises(MolsError, match="cannot be dropped"):
+        moments.abort()
+    moments.close()
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(MolsConfigError, match="float32"):
+        Moments(10, dtype=torch.bfloat16)
+    with pytest.raises(MolsConfigError, match="block_length=3"):
+        Moments(10, block_length=3)
+    with pytest.raises(MolsError, match=r"shape \(2,\)"):
+        Moments(128, group_index=torch.zeros(1, dtype=torch.uint8))
+    with pytest.raises(MolsError, match="uint8 or int16"):
+        Moments(128, group_index=torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+@pytest.mark.parametrize("n", [10_000, 10_160, 1_000_003])
+def test_accumulators_take_8_bytes_an_element(n: int, dtype: torch.dtype) -> None:
+    moments = Moments(n, group_index=torch.zeros(subsample(0, n)[2], dtype=dtype), n_groups=6)
+    assert 8 * n <= moments.nbytes <= 1.01 * 8 * n
+    assert Moments(n).nbytes == 8 * n
+
+
+def test_freed_accumulators_hold_nothing() -> None:
+    moments = Moments(1000, group_index=torch.zeros(8, dtype=torch.uint8), n_groups=1, block_length=4)
+    for _ in range(4):
+        feed(moments, torch.randn(1000))
+    moments.free()
+    assert moments.nbytes == 0
+    assert moments.count == 4
+    assert len(moments.block_sums) == 1
+    for use in (moments.open, moments.state_dict):
+        with pytest.raises(MolsError, match="freed"):
+            use()
+
+
+def test_a_rank_without_elements_keeps_step() -> None:
+    moments = Moments(0, group_index=torch.zeros(0, dtype=torch.uint8), n_groups=2, block_length=4)
+    for number in range(8):
+        moments.open()
+        if number % 2:
+            moments.update(0, torch.ones(0))
+        moments.close()
+    assert moments.count == 8
+    assert [table.tolist() for table in moments.block_sums] == [[[0.0] * len(BLOCK_COLUMN)] * 2] * 2
+
+
+def test_gradients_from_another_device() -> None:
+    """A meta accumulator has no values; what is tested is that pieces are moved to it and cover the sample."""
+    moments = Moments(300, device="meta")
+    feed(moments, torch.ones(300), (100,))
+    assert moments.count == 1
+    assert moments.mean.device.type == "meta"

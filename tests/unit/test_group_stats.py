@@ -1,0 +1,316 @@
+"""Group sums, estimators, intervals and alphas against float64 statistics of stacked gradients."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mols_ds.core import group_stats as snr_module
+from mols_ds.core.accumulators import STRIDE, Moments
+from mols_ds.core.estimators import ESTIMATORS, estimate, intervals
+from mols_ds.core.group_stats import (
+    COLUMN,
+    COLUMNS,
+    GroupSums,
+    NoiseFloor,
+    adam_moments,
+    bin_edges,
+    find_bins,
+    noise_floor,
+)
+from mols_ds.core.groups import ElementLayout
+from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
+
+GROUPS = ("embedding", "head", "qk", "vo", "mlp", "other")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def accumulate(samples: Tensor, block_length: int = 8) -> Moments:
+    """Moments of (K, n) samples, all subsampled elements in group 0."""
+    n = samples.shape[1]
+    index = torch.zeros(-(-n // STRIDE), dtype=torch.uint8)
+    moments = Moments(n, group_index=index, n_groups=1, block_length=block_length)
+    for sample in samples:
+        moments.open()
+        moments.update(0, sample)
+        moments.close()
+    return moments
+
+
+def sums_of(samples: Tensor, block_length: int = 8) -> GroupSums:
+    """The sums of one group "vo" that holds all elements of (K, n) samples."""
+    moments = accumulate(samples, block_length)
+    sums = GroupSums.zeros(("vo",), noise_floor(moments.count), len(moments.block_sums), block_length)
+    sums.add("vo", moments.mean, moments.m2, moments.count)
+    sums.add_blocks(moments.block_sums)
+    return sums
+
+
+def oracle(samples: Tensor, correction: bool) -> dict[str, float]:
+    """Every estimator, written down from the method's text in float64."""
+    exact, k = samples.double(), samples.shape[0]
+    mu2, s2 = exact.mean(0) ** 2, exact.var(0)
+    mu2, s2 = mu2[s2 > 0], s2[s2 > 0]
+    ratio = mu2 / s2
+    snr = (k - 3) / (k - 1) * ratio - 1 / k if correction else ratio
+    return {
+        "mean": float(snr.mean()),
+        "median": float(snr.quantile(0.5)),
+        "pooled": float(((mu2 - s2 / k).sum() if correction else mu2.sum()) / s2.sum()),
+        "damping": float((snr.clamp(min=0) / (1 + snr.clamp(min=0))).sqrt().mean()),
+    }
+
+
+@settings(max_examples=20, deadline=None)
+@given(k=st.integers(4, 40), n=st.integers(1, 3000), signal=st.floats(0, 10), correction=st.booleans())
+def test_estimators_equal_the_oracle(k: int, n: int, signal: float, correction: bool) -> None:
+    samples = normal(k, n, seed=n) * 1e-6 + signal * 1e-6 * normal(n, seed=k)
+    samples[:, : n // 3] = 0
+    sums, wanted = sums_of(samples), oracle(samples, correction)
+    floor = 1.0 / k if correction else 0.0
+    for name in ESTIMATORS:
+        found = estimate(sums, name, correction)["vo"]
+        # fp32 moments give 1e-5 of what is measured, which before the correction is larger by the floor.
+        tolerance = 1e-5 * (abs(wanted[name]) + floor)
+        if name == "median":  # a bin is 1 % wide, and the middle of two far apart values is as uncertain as they are
+            tolerance = 0.01 * (abs(wanted[name]) + floor)
+        if name == "damping":  # the square root of a clamped value near 0 amplifies rounding
+            tolerance = 1e-5 * wanted[name] + (1e-4 if correction else 0.0)
+        assert abs(found - wanted[name]) <= tolerance, name
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_few_samples_work_only_without_correction(k: int) -> None:
+    samples = normal(k, 1000) + 1
+    sums, wanted = sums_of(samples), oracle(samples, False)
+    for name in ESTIMATORS:
+        assert estimate(sums, name, False)["vo"] == pytest.approx(wanted[name], rel=0.01 if name == "median" else 1e-4)
+        with pytest.raises(MolsConfigError, match=rf"samples={k}.*at least 4"):
+            estimate(sums, name, True)
+    with pytest.raises(MolsConfigError, match="samples=1"):
+        GroupSums.zeros(("vo",), noise_floor(1)).add("vo", samples[0], samples[0], 1)
+    with pytest.raises(MolsConfigError, match="samples=0"):
+        noise_floor(0)
+
+
+def test_noise_floor_is_that_of_the_method() -> None:
+    assert noise_floor(32) == (29 / 31, 1 / 32)
+    for k in (4, 8, 32):
+        # Pure noise, 2e5 elements. At K = 4 the mean has no finite variance: only `pooled` is held to a bound there.
+        sums = sums_of(normal(k, 200_000, seed=k))
+        plain, corrected = estimate(sums, "pooled", False)["vo"], estimate(sums, "pooled", True)["vo"]
+        assert plain == pytest.approx(1 / k, rel=0.03)
+        assert abs(corrected) < 0.03 / k
+        if k > 4:
+            assert estimate(sums, "mean", False)["vo"] == pytest.approx((k - 1) / (k - 3) / k, rel=0.03)
+            assert abs(estimate(sums, "mean", True)["vo"]) < 0.03 / k
+
+
+def test_corrected_mean_and_pooled_recover_the_truth() -> None:
+    mu = 0.3 * normal(100_000)
+    sums = sums_of(mu + normal(32, 100_000, seed=1))
+    truth = float((mu**2).mean())
+    # Standard error: sqrt((4 mu^2 + 2/K) / K / 1e5) = 4e-4 of 0.09.
+    assert estimate(sums, "mean", True)["vo"] == pytest.approx(truth, rel=0.02)
+    assert estimate(sums, "pooled", True)["vo"] == pytest.approx(truth, rel=0.02)
+    assert estimate(sums, "mean", False)["vo"] > 1.3 * truth
+
+
+def test_sparse_elements_are_counted_exactly() -> None:
+    k, n = 32, 5000
+    samples = normal(k, n)
+    samples[:, :1000] = 0  # never moved
+    samples[:, 1000:1700] = 0  # moved once, at any size and place
+    place = torch.arange(700) % k
+    samples[place, torch.arange(1000, 1700)] = 10.0 ** (torch.rand(700) * 20 - 15)
+    samples[:, 1700:1750] = 3.25  # constant
+    samples[:, 1750:2000] = 0  # moved twice
+    samples[3, 1750:2000], samples[17, 1750:2000] = 1.0, 0.5
+    sums = sums_of(samples)
+    columns = {name: sums.column(name)["vo"] for name in COLUMNS}
+    assert columns["never_moved"] == 1000
+    assert columns["moved_once"] == 700
+    assert columns["constant"] == 50
+    assert columns["count"] == n - 1050
+    assert columns["total"] == n
+
+
+def test_moved_once_among_noise_and_many_samples() -> None:
+    """At most one noise element in 200,000 is taken for one that moved once; rounding over 512 samples hides none."""
+    assert sums_of(normal(16, 400_000)).column("moved_once")["vo"] <= 10
+    samples = torch.zeros(512, 512)
+    samples.diagonal().copy_(normal(512))
+    assert sums_of(samples).column("moved_once")["vo"] == 512
+
+
+def test_damping_lies_in_0_to_1() -> None:
+    for signal in (0.0, 1e-3, 1.0, 1e3, 1e6):
+        sums = sums_of(normal(8, 5000) + signal)
+        for correction in (False, True):
+            value = estimate(sums, "damping", correction)["vo"]
+            assert 0.0 <= value <= 1.0
+            low, high = intervals(sums_of(normal(16, 5000) + signal), "damping", correction)["vo"]
+            assert 0.0 <= low <= high <= 1.0
+
+
+def test_non_finite_statistics_are_left_out_with_a_warning() -> None:
+    samples = normal(8, 100)
+    samples[2, 7] = 3e30  # its square is beyond fp32
+    sums = sums_of(samples)
+    assert sums.not_finite() == {"vo": 1.0}
+    with pytest.warns(MolsWarning, match="'vo': 1"):
+        assert math.isfinite(estimate(sums, "mean", False)["vo"])
+
+
+# ---------------------------------------------------------------------------------------------- sharding
+
+
+def packed(moments: Moments, layouts: list[tuple[ElementLayout, int]], cuts: list[int]) -> Tensor:
+    """Sum of the packed sums of ranks that own [cuts[r], cuts[r+1]) of parameters (layout, numel) laid end to end."""
+    total: Tensor | None = None
+    for begin, end in pairwise(cuts):
+        sums = GroupSums.zeros(GROUPS, noise_floor(moments.count), 2)
+        offset = 0
+        for layout, numel in layouts:
+            first, last = max(begin, offset), min(end, offset + numel)
+            if first < last:
+                sums.add_moments(moments, first, layout, first - offset, last - first)
+            offset += numel
+        total = sums.pack() if total is None else total + sums.pack()
+    assert total is not None
+    return total
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(0, 8464), min_size=0, max_size=5), st.integers(50, 900))
+def test_sums_do_not_depend_on_the_ranks(cuts: list[int], chunk: int) -> None:
+    columns = ElementLayout(1, ((12, "qk"), (4, "vo")))  # a fused weight, split by columns: 2-D strided views
+    rows = ElementLayout(16, ((3, "qk"), (2, "vo")))
+    layouts = [
+        (ElementLayout.whole("embedding"), 4000),
+        (columns, 2048),
+        (rows, 2400),
+        (ElementLayout.whole("head"), 16),
+    ]
+    samples = normal(8, 8464) + normal(8464, seed=1)
+    samples[:, :777] = 0
+    moments = accumulate(samples)
+    whole = packed(moments, layouts, [0, 8464])
+    old = snr_module.CHUNK
+    snr_module.CHUNK = chunk
+    try:
+        parts = packed(moments, layouts, [0, *sorted(cuts), 8464])  # equal cuts make ranks without any element
+    finally:
+        snr_module.CHUNK = old
+    a, b = GroupSums.zeros(GROUPS, noise_floor(8), 2), GroupSums.zeros(GROUPS, noise_floor(8), 2)
+    a.load_packed(whole)
+    b.load_packed(parts)
+    assert torch.equal(a.histogram, b.histogram)
+    for name in ("count", "never_moved", "constant", "moved_once", "total"):
+        assert a.column(name) == b.column(name)
+    assert a.column("total") == {"embedding": 4000, "qk": 2976, "vo": 1472, "head": 16, "mlp": 0, "other": 0}
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
+
+
+def test_every_ratio_is_in_the_bin_that_comparing_with_the_edges_gives() -> None:
+    edges = bin_edges()
+    infinity = torch.full_like(edges, math.inf)
+    extremes = torch.tensor([0.0, 5e-324, 1e-308, 1e-300, 1.0, 1e300, 1.7e308, math.inf], dtype=torch.float64)
+    beside = [torch.nextafter(edges, -infinity), torch.nextafter(edges, infinity)]
+    ratios = torch.cat([edges, *beside, extremes, normal(20_000).double().mul(12).exp()])
+    for shift in range(4):  # an element's place in a vector
+        piece = ratios[shift:]
+        assert torch.equal(find_bins(piece), torch.bucketize(piece, edges, right=True))
+
+
+def test_pack_holds_everything_and_is_small() -> None:
+    sums = GroupSums.zeros(GROUPS, noise_floor(256), 32)
+    for tensor in (sums.table, sums.histogram, sums.blocks):
+        tensor.copy_(torch.rand(tensor.shape, dtype=torch.float64))
+    data = sums.pack()
+    assert data.dim() == 1
+    assert data.dtype == torch.float64
+    assert data.numel() * data.element_size() <= 262_144
+    other = GroupSums.zeros(GROUPS, noise_floor(256), 32)
+    other.load_packed(data)
+    assert torch.equal(other.table, sums.table)
+    assert torch.equal(other.histogram, sums.histogram)
+    assert torch.equal(other.blocks, sums.blocks)
+    other.merge(sums)
+    assert torch.equal(other.pack(), 2 * data)
+    with pytest.raises(MolsError, match="packed sums"):
+        other.load_packed(data[1:])
+    with pytest.raises(MolsError, match="cannot be merged"):
+        other.merge(GroupSums.zeros(GROUPS, noise_floor(255), 32))
+    with pytest.raises(MolsError, match="3 sample blocks"):
+        other.add_blocks([sums.blocks[0]] * 3)
+
+
+def test_misuse_of_sums_is_refused() -> None:
+    sums = GroupSums.zeros(("vo",), noise_floor(8))
+    with pytest.raises(MolsError, match="'qk' is not one of"):
+        sums.add("qk", torch.ones(3), torch.ones(3), 8)
+    with pytest.raises(MolsError, match="shapes"):
+        sums.add("vo", torch.ones(3), torch.ones(4), 8)
+    with pytest.raises(MolsError, match="shapes"):
+        sums.add("vo", torch.ones(3, 1, 1), torch.ones(3, 1, 1), 8)
+    with pytest.raises(MolsError, match="twice"):
+        GroupSums.zeros(("vo", "vo"), noise_floor(8))
+    with pytest.raises(MolsConfigError, match="estimator='mode' is not known: use one of mean"):
+        estimate(sums, "mode", False)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------- Adam's moments
+
+
+@pytest.mark.parametrize(
+    ("step", "beta1", "beta2"), [(3, 0.9, 0.95), (20, 0.9, 0.999), (300, 0.9, 0.95), (9, 0.5, 0.6)]
+)
+def test_adam_moments_recover_the_statistics(step: int, beta1: float, beta2: float) -> None:
+    n = 400_000
+    mu, sigma = torch.linspace(0, 0.3, n), torch.linspace(1, 0.8, n)
+    m, v = torch.zeros(n), torch.zeros(n)
+    generator = torch.Generator().manual_seed(step)
+    for _ in range(step):
+        # Uniform noise of unit variance: cheaper than Gaussian, and only two moments matter.
+        g = torch.rand(n, generator=generator).sub_(0.5).mul_(12**0.5).mul_(sigma).add_(mu)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    mu2, s2, c = adam_moments(m, v, step, beta1, beta2)
+    weights = torch.tensor([beta1**j for j in range(step)], dtype=torch.float64)
+    assert c == pytest.approx(float((weights / weights.sum()).square().sum()), rel=1e-12)
+    # Averages over 4e5 elements. The unclamped s2 is what is unbiased: with few weights v - m^2 is often negative.
+    plain_s2 = (v.double() / (1 - beta2**step) - mu2.double()) / (1 - c)
+    assert float(plain_s2.mean()) == pytest.approx(float(sigma.double().square().mean()), rel=0.01)
+    assert float((mu2 - c * plain_s2).mean()) == pytest.approx(float(mu.double().square().mean()), abs=0.005)
+    torch.testing.assert_close(s2.double(), plain_s2.clamp(min=0), rtol=1e-4, atol=1e-6)
+    if step > 100:
+        sums = GroupSums.zeros(("vo",), NoiseFloor(1.0, c))
+        sums.add_squares("vo", mu2, s2)
+        truth = float(mu.double().square().sum() / sigma.double().square().sum())
+        assert estimate(sums, "pooled", True)["vo"] == pytest.approx(truth, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("step", "betas", "message"),
+    [(1, (0.9, 0.95), "step=1"), (10, (0.0, 0.95), "betas"), (10, (0.9, 1.0), "betas")],
+)
+def test_adam_moments_that_hold_no_variance(step: int, betas: tuple[float, float], message: str) -> None:
+    with pytest.raises(MolsConfigError, match=message):
+        adam_moments(torch.ones(2), torch.ones(2), step, *betas)
+
+
+def test_adam_elements_that_never_moved() -> None:
+    mu2, s2, c = adam_moments(torch.tensor([0.0, 0.1]), torch.tensor([0.0, 0.5]), 10, 0.9, 0.95)
+    sums = GroupSums.zeros(("vo",), NoiseFloor(1.0, c))
+    sums.add_squares("vo", mu2, s2)
+    assert sums.table[0, [COLUMN["never_moved"], COLUMN["count"], COLUMN["moved_once"]]].tolist() == [1, 1, 0]
