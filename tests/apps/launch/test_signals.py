@@ -19,7 +19,7 @@ from tests.apps.command import ROOT, free_port
 from tests.apps.launch.network import NAMES, Hosts, two_hosts
 from tests.apps.launch.running import LAUNCH, Running, finish, started
 
-STUB = ROOT / "tests" / "launch" / "stub.py"
+STUB = ROOT / "tests" / "apps" / "launch" / "stub.py"
 RUN = [sys.executable, "-m", "mols_ds.signals", "run"]
 # A launcher of two ranks, the second of which has a child that is none
 BASH = f"""
