@@ -15,31 +15,8 @@ from megatron_patches.collective_checks import same_everywhere, together
 from megatron_patches.engine import MegatronMols
 from megatron_patches.monkeypatch import Patches
 from mols_ds.core.config import MolsConfig
+from mols_ds.core.handle import Handle
 from mols_ds.errors import MolsConfigError, MolsError
-
-
-class DisabledMols:
-    """What `attach` returns where the section says `"enabled": false`: Megatron is exactly stock."""
-
-    phase = "disabled"
-    samples = 0
-    steps = 0
-    accumulator_bytes = 0
-
-    def __init__(self) -> None:
-        self.alphas: dict[str, float] = {}
-        self.multipliers: dict[str, float] = {}
-        self.applied_lrs: dict[str, float] = {}
-
-    def report(self) -> dict[str, Any]:
-        """Empty: nothing was measured."""
-        return {}
-
-    def resume_from(self, checkpoint_dir: str) -> None:
-        """Nothing to ask for."""
-
-    def detach(self) -> None:
-        """Nothing to undo."""
 
 
 def attach(
@@ -50,7 +27,7 @@ def attach(
     *,
     samples_per_step: int | None = None,
     force: bool = False,
-) -> MegatronMols | DisabledMols:
+) -> Handle:
     """Put MoLS on a Megatron optimizer. Collective: every rank calls it at the same point.
 
     Only the instances handed over are touched. Call it after the optimizer is built and before a checkpoint is loaded.
@@ -82,7 +59,7 @@ def attach(
     same_everywhere(together(check), ['the "mols" section'])
     section = MolsConfig.parse(config)
     if not section.enabled:
-        return DisabledMols()
+        return Handle()
     chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
     mols = MegatronMols(chunks, optimizer, scheduler, section, samples_per_step)
     _ours.add(optimizer)
@@ -186,7 +163,7 @@ class _Applied:
 
 _active: _Applied | None = None
 _ours: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that have or had MoLS
-_last: Callable[[], MegatronMols | DisabledMols | None] = lambda: None  # noqa: E731
+_last: Callable[[], Handle | None] = lambda: None  # noqa: E731
 
 
 def apply(config: Mapping[str, Any] | MolsConfig, *, samples_per_step: int | None = None, force: bool = False) -> None:
@@ -230,7 +207,7 @@ def undo() -> None:
     _active = None
 
 
-def current() -> MegatronMols | DisabledMols:
+def current() -> Handle:
     """What `apply` attached last. Raises `MolsConfigError` where there is no such optimizer (any more)."""
     mols = _last()
     if mols is None:

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import distributed as dist
 
 from megatron_patches.checks import optimizer_steps
+from megatron_patches.rng_state import RandomState
+from mols_ds.core.session import Session
 from mols_ds.core.state_check import check_saved
 from mols_ds.errors import MolsCheckpointError
-
-if TYPE_CHECKING:
-    from megatron_patches.engine import MegatronMols
 
 KEY, SAMPLES = "mols", "mols_samples"
 PADDING = 0.02
@@ -68,12 +67,14 @@ def _model_ranks() -> int:
     return int(tensor * pipeline)
 
 
-class Checkpoints:
-    """Replaces the state-dict methods of one `ChainedOptimizer` instance until `remove()`."""
+class MegatronCheckpoints:
+    """Replaces the state-dict methods of one `ChainedOptimizer` instance until `remove()`.
 
-    def __init__(self, mols: MegatronMols) -> None:
-        self.mols = mols
-        self.optimizer = mols.optimizer
+    count_from: sets the number of updates that the session counts on from.
+    """
+
+    def __init__(self, mols: Session, optimizer: Any, random: RandomState, count_from: Callable[[int], None]) -> None:
+        self.mols, self.optimizer, self.random, self.count_from = mols, optimizer, random, count_from
         self._wanted = False
         self._asked: Any = None  # the state dict of the load that is under way
         self._stock = {name: getattr(self.optimizer, name) for name in METHODS}
@@ -90,8 +91,7 @@ class Checkpoints:
 
     def _common(self) -> dict[str, Any]:
         """What every rank has alike."""
-        mols = self.mols
-        return {**mols.controller.state_dict(), "mode": mols.config.mode, "steps": mols.steps}
+        return {**self.mols.common_state(), "steps": self.mols.steps}
 
     def _host(self, state: Any) -> dict[Any, Any]:
         """The dict of the state of the chained optimizers that ours is put into.
@@ -114,7 +114,7 @@ class Checkpoints:
             return state
         host[KEY] = self._common()
         if self.mols.controller.measuring:
-            samples, random = self.mols.controller.elements.state_dict(), self.mols.random.saved
+            samples, random = self.mols.controller.elements.state_dict(), self.random.saved
             host[KEY]["samples_of"] = dist.get_world_size()
             host[SAMPLES] = self._object({"samples": samples, "random": random})
         return state
@@ -200,28 +200,15 @@ class Checkpoints:
         self._wanted, self._asked = False, None
         self._refuse_experts(state_dict)
         state, saved, samples = self._split(state_dict)
-        controller = self.mols.controller
         if saved is not None:
             saved = self._checked(saved)
         self._stock["load_state_dict"](state)
-        self.mols.random.saved = None
+        self.random.forget()
         if saved is None:
             self._without_state()
             return
-        controller.load_state_dict(saved)
-        t = self.mols.steps = int(saved["steps"])
-        controller.follow_config(t)
-        if controller.measuring:
-            problem = self._continue(saved, samples)
-            if problem is not None:
-                controller.restart(
-                    t, f"the half-done calibration of this checkpoint cannot be continued: {problem}; it starts over"
-                )
-        controller.advance(t)
-        controller.log(
-            f"MoLS resumed at step {t}: phase {controller.phase}, {controller.samples} samples, "
-            f"alphas {controller.alphas or 'not set yet'}"
-        )
+        self.count_from(int(saved["steps"]))
+        self.mols.resume(saved, self.mols.steps, lambda: self._continue(saved, samples))
 
     def _refuse_experts(self, state: Any) -> None:
         """Megatron keeps an optimizer of its own for experts that are dealt over ranks: two, or one, as saved."""
@@ -247,18 +234,10 @@ class Checkpoints:
         return state, host.pop(KEY, None), host.pop(SAMPLES, None)
 
     def _without_state(self) -> None:
-        controller = self.mols.controller
         mine = torch.zeros(dist.get_world_size(), dtype=torch.float64)
         mine[dist.get_rank()] = optimizer_steps(self.optimizer)
-        t = self.mols.steps = int(self.mols.reduce(mine).max())
-        start = max(t, controller.state.schedule.start)
-        what = "mols.fixed_alphas apply" if controller.config.fixed_alphas is not None else "the calibration starts"
-        controller.restart(
-            t,
-            f"the checkpoint at step {t} has no MoLS state (it was saved without MoLS): all multipliers are 1, "
-            f"{what} at step {start}",
-            forget=True,
-        )
+        self.count_from(int(self.mols.reduce(mine).max()))
+        self.mols.resume_without_state(self.mols.steps)
 
     def _checked(self, saved: Any) -> Any:
         saved = self._same_groups(saved)
@@ -288,10 +267,7 @@ class Checkpoints:
         """Go on with a half-done calibration; returns why that cannot be, the same on every rank, or None."""
         mols = self.mols
         started = mols.controller.state.samples > 0
-        mode = mols.config.mode
-        if started and saved.get("mode") != mode:
-            return f'its samples are of mode "{saved.get("mode")}", this run\'s mode is "{mode}"'
-        if mode == "moments":
+        if mols.config.mode == "moments":
             return None  # its only state is Adam's
         problem = None
         if samples is None:
@@ -304,12 +280,11 @@ class Checkpoints:
             )
         else:
             try:
-                mols.random.saved = samples["random"]
+                self.random.saved = samples["random"]
                 if samples["samples"] is not None:
                     mols.controller.elements.load_state_dict(samples["samples"])
             except Exception as error:  # a corrupt object raises many types; the other ranks must hear of it
                 problem = str(error) if isinstance(error, MolsCheckpointError) else f"{type(error).__name__}: {error}"
         if mols.agree(problem is None):
             return None
-        mols.random.saved = None
         return (problem or "another rank's accumulators do not fit it (another layout)") if started else None

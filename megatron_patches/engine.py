@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_patches import precision
-from megatron_patches.checkpoint import Checkpoints
+from megatron_patches.checkpoint import MegatronCheckpoints
 from megatron_patches.checks import check_supported, find_config, optimizer_steps, scheduler_hints
 from megatron_patches.collective_checks import Shapes, check_locals, merge_shapes, same_everywhere, together
 from megatron_patches.param_map import (
@@ -35,16 +35,15 @@ from megatron_patches.rng_state import RandomState
 from megatron_patches.shards import Shards
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Context, Controller
-from mols_ds.core.group_stats import NoiseFloor, adam_moments
 from mols_ds.core.groups import GroupTable
-from mols_ds.core.handle import Attached
 from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import RateScaler, make_plan
 from mols_ds.core.phases import resolve_schedule
+from mols_ds.core.session import Session, largest_holder
 from mols_ds.errors import MolsConfigError
 
 
-class MegatronMols(Attached):
+class MegatronMols(Session):
     """MoLS on one `ChainedOptimizer` and its model chunks. Made by `attach`, collectively on all ranks.
 
     In mode "probe", during the calibration, `optimizer.step()` measures the gradient that the training loop just
@@ -53,9 +52,10 @@ class MegatronMols(Attached):
     random state of dropout end the window as if those batches had never been run.
 
     Attributes:
-        steps: optimizer updates so far, skipped iterations not counted; what "mols.start" and "mols.ramp_end" count.
         random: the random state that a probe window gives back at its end.
     """
+
+    random: RandomState
 
     def __init__(
         self,
@@ -65,8 +65,8 @@ class MegatronMols(Attached):
         config: MolsConfig,
         samples_per_step: int | None,
     ) -> None:
+        super().__init__(config)
         self.optimizer = optimizer
-        self.config = config
         locals_: list[LocalParameter] = []
 
         def collect() -> list[Any]:
@@ -77,7 +77,7 @@ class MegatronMols(Attached):
 
         told = together(collect)
         shapes = merge_shapes([rank[0] for rank in told])
-        self.steps = max(int(rank[1]) for rank in told)
+        self._updates = max(int(rank[1]) for rank in told)
 
         def build() -> list[Any]:
             self._build(model_chunks, locals_, shapes, scheduler_hints(scheduler, samples_per_step))
@@ -87,14 +87,11 @@ class MegatronMols(Attached):
         same_everywhere(together(build), ["the schedule of MoLS", "the checksum of the parameters' layouts"])
         table = self.controller.table
         self.check_counts()
-        self._sampling = self._sampled = self._stepping = False
-        self._adam_step = 0
         self.random = RandomState()
         self._hooks: list[Any] = []
-        self.scalers: list[RateScaler] = []
         self._stock_step, self._stock_norm = optimizer.step, optimizer.get_grad_norm
         self._install(model_chunks, table)
-        self.checkpoints = Checkpoints(self)
+        self.checkpoints = MegatronCheckpoints(self, optimizer, self.random, self._count_from)
         self.controller.advance(self.steps)
 
     def resume_from(self, checkpoint_dir: str) -> None:
@@ -132,7 +129,7 @@ class MegatronMols(Attached):
         table = logical_table(shapes, self.model_config, config.rules, config.granularity)
         fused = any(len(local_layout(local, table.layouts).groups) > 1 for local in locals_)
         check_supported(optimizer, self.model_config, config, fused=fused)
-        self.shards = Shards(optimizer, locals_, self.grid)
+        self.source = self.shards = Shards(optimizer, locals_, self.grid)
         schedule = resolve_schedule(config, *hints)
         if self.steps > schedule.start and config.fixed_alphas is None:
             raise MolsConfigError(
@@ -140,7 +137,7 @@ class MegatronMols(Attached):
                 "MoLS before training and before a checkpoint is loaded, or set a later start"
             )
         self.device = _collective_device()
-        self.controller = Controller(config, table, self.shards.pieces(), schedule, self._context())
+        self._controller = Controller(config, table, self.shards.pieces(), schedule, self._context())
 
     def _context(self) -> Context:
         grid: Grid = self.grid
@@ -158,27 +155,38 @@ class MegatronMols(Attached):
         return precision.as_versions(precision.describe(self.model_config, self.optimizer))
 
     def _install(self, model_chunks: Sequence[nn.Module], table: GroupTable) -> None:
-        held: dict[str, dict[tuple[int, int], int]] = {group: {} for group in table.elements}
+        counts = []
         for number, part in enumerate(self.shards.parts):
             if part.inner is None:
                 continue
             plans = {}
             for shard in part.shards:
                 plans[id(shard.tensor)] = make_plan(shard.numel, [shard.piece], table.layouts)
-                for group, count in table.layouts[shard.local.name].counts(shard.start, shard.numel).items():
-                    key = (number, shard.group)
-                    held[group][key] = held[group].get(key, 0) + count
+                layout = table.layouts[shard.local.name]
+                counts.append(((number, shard.group), layout.counts(shard.start, shard.numel)))
             self.scalers.append(RateScaler(part.inner, plans, lambda: self.controller.rates(self.steps)))
-            self._hooks.append(part.inner.register_step_post_hook(self._after_inner_step))
+            self._hooks.append(part.inner.register_step_post_hook(self._read_moments))
         first = next(((i, 0) for i, part in enumerate(self.shards.parts) if part.inner is not None), None)
-        self._lr_group = {
-            group: max(keys, key=lambda key: keys[key]) if keys else first for group, keys in held.items()
-        }
+        # A group of which this rank holds nothing has the rate of the first parameter group.
+        holders = dict.fromkeys(table.elements, first) if first is not None else {}
+        self._lr_group = {**holders, **largest_holder(counts, table.elements)}
+        self._ranges: dict[int, list[tuple[int, int, int]]] = {}
+        for number, owned in enumerate(self.shards.owned):
+            self._ranges.setdefault(id(owned.shard.tensor), []).append((number, owned.first, owned.numel))
         self._hooks += [chunk.register_forward_pre_hook(_weak(self._before_forward)) for chunk in model_chunks]
         self.optimizer.step, self.optimizer.get_grad_norm = self._step, self._grad_norm
         self.optimizer.mols = self
 
-    # ------------------------------------------------------------------ communication
+    # ------------------------------------------------------------------ what the protocol asks
+
+    @property
+    def steps(self) -> int:
+        """Optimizer updates so far, skipped iterations not counted; what "mols.start" and "mols.ramp_end" count."""
+        return self._updates
+
+    def _count_from(self, steps: int) -> None:
+        """Set the number of updates, after a checkpoint was loaded."""
+        self._updates = steps
 
     def reduce(self, values: Tensor) -> Tensor:
         """SUM over all ranks, whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
@@ -186,57 +194,39 @@ class MegatronMols(Attached):
         dist.all_reduce(moved)
         return moved.cpu()
 
-    # ------------------------------------------------------------------ steps
+    def base_lrs(self) -> dict[str, float]:
+        parts = self.shards.parts
+        return {
+            group: float(parts[part].outer.optimizer.param_groups[index]["lr"])
+            for group, (part, index) in self._lr_group.items()
+        }
 
-    def _base_lrs(self) -> dict[str, float]:
-        lrs = {}
-        for group, key in self._lr_group.items():
-            if key is not None:
-                lrs[group] = float(self.shards.parts[key[0]].outer.optimizer.param_groups[key[1]]["lr"])
-        return lrs
+    def owned_in(self, tensor: Tensor) -> Sequence[tuple[int, int, int]]:
+        return self._ranges.get(id(tensor), ())
+
+    def adam_settings(self, step: int) -> tuple[int, float, float]:
+        config = self.optimizer.config
+        return max(2, step), config.adam_beta1, config.adam_beta2
+
+    # ------------------------------------------------------------------ steps
 
     @torch.no_grad()
     def _step(self) -> tuple[bool, Any, Any]:
         """In the place of `ChainedOptimizer.step`: measure, or step with the multipliers of this step."""
-        controller = self.controller
-        if controller.discards_steps:
-            self._probe()
-            return False, None, None
-        base = self._base_lrs()
-        self._sampling, self._sampled = controller.measuring and self.config.mode == "online", False
-        reads_moments = controller.reads_moments_next
-        self._adam_step = self.steps + 1
-        self._stepping = True
-        try:
-            result: tuple[bool, Any, Any] = self._stock_step()
-        finally:
-            self._stepping = False
-            for scaler in self.scalers:
-                scaler.restore()
-        if result[0]:
-            controller.applied(self.steps, base)
-            self.steps += 1
-        self._end_sample(bool(result[0]), reads_moments)
-        controller.advance(self.steps)
+        result: tuple[bool, Any, Any] = (False, None, None)
+
+        def stock() -> bool:
+            nonlocal result
+            result = self._stock_step()
+            self._updates += bool(result[0])
+            return bool(result[0])
+
+        self.take_step(stock)
         return result
 
-    def _probe(self) -> None:
-        """Measure the reduced, unscaled, unclipped gradient and leave it: the loop zeroes it before the next one."""
-        controller = self.controller
-        overflow = bool(self.optimizer.prepare_grads())
-        usable = self.agree(not overflow and self.shards.finite())
-        if usable:
-            self._add_sample()
-        controller.close_sample(self.steps, usable=usable)
-        if not controller.discards_steps:
-            self.random.restore()
-        controller.advance(self.steps)
-
-    def _add_sample(self) -> None:
-        elements = self.controller.elements
-        elements.open()
-        for offset, gradient in self.shards.read():
-            elements.add(offset, gradient, 1.0)
+    def _prepare_probe(self) -> bool:
+        """Unscale the reduced gradient. It stays where it is: the loop zeroes it before the next iteration."""
+        return not self.optimizer.prepare_grads()
 
     def _grad_norm(self) -> Any:
         """In the place of `get_grad_norm`, which Megatron calls between `prepare_grads` and clipping.
@@ -245,60 +235,9 @@ class MegatronMols(Attached):
         everywhere without a reduction of ours.
         """
         norm = self._stock_norm()
-        if self._sampling and not self._sampled and math.isfinite(float(norm)):
-            self._add_sample()
-            self._sampled = True
+        if self.wants_sample and math.isfinite(float(norm)):
+            self.take_sample()
         return norm
-
-    def _end_sample(self, updated: bool, reads_moments: bool) -> None:
-        controller = self.controller
-        if self._sampling:
-            self._sampling = False
-            controller.close_sample(self.steps, usable=self._sampled)
-        elif controller.measuring and self.config.mode == "moments" and updated:
-            controller.count(self.steps, usable=True)
-            if reads_moments:
-                self._open_squares()
-                controller.close_moments(self.steps)
-
-    # ------------------------------------------------------------------ mode "moments"
-
-    def _open_squares(self) -> None:
-        """Every rank opens, also one whose inner optimizers hold nothing."""
-        if self.controller.elements.has_squares:
-            return
-        config = self.optimizer.config
-        zero = torch.zeros(1)
-        c = adam_moments(zero, zero, max(2, self._adam_step), config.adam_beta1, config.adam_beta2)[2]
-        self.controller.elements.open_squares(NoiseFloor(1.0, c))
-
-    def _after_inner_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Group sums of Adam's moments, right after the inner step that ends the window.
-
-        Not after the dummy steps with which Megatron allocates states before a load.
-        """
-        if not (self._stepping and self.controller.reads_moments_next):
-            return
-        self._open_squares()
-        for number, owned in enumerate(self.shards.owned):
-            shard = owned.shard
-            state = optimizer.state.get(shard.tensor)
-            if not state or "exp_avg" not in state:
-                continue
-            group = optimizer.param_groups[shard.group]
-            step = int(state.get("step", group.get("step", self._adam_step)))
-            mean, square = (
-                state[key].detach().reshape(-1).narrow(0, owned.first, owned.numel) for key in ("exp_avg", "exp_avg_sq")
-            )
-            mu2, s2, _ = adam_moments(mean, square, step, *group["betas"])
-            self.controller.elements.add_squares(number, mu2, s2)
-
-    # ------------------------------------------------------------------ random state of a probe window
-
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
-        """At the first forward pass of a probe window: remember the random state, to give it back at the end."""
-        if self.controller.discards_steps and module.training:
-            self.random.remember()
 
 
 def _collective_device() -> torch.device:

@@ -39,6 +39,10 @@ class RandomState:
                 states[name] = copy
         tracker.set_states(states)
 
+    def forget(self) -> None:
+        """Drop the copy."""
+        self.saved = None
+
 
 def _tracker() -> Any:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker

@@ -129,6 +129,13 @@ class Shards:
             else:
                 yield owned.offset, gradient.narrow(0, owned.first, owned.numel)
 
+    def loss_scale(self) -> float:
+        """1: `prepare_grads()` has divided the loss scale out."""
+        return 1.0
+
+    def discard(self) -> None:
+        """Nothing: the training loop zeroes the gradient buffers before each iteration."""
+
     def finite(self) -> bool:
         """Whether every gradient that this rank owns is finite."""
         return all(bool(torch.isfinite(gradient).all()) for _, gradient in self.read())

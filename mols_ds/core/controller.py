@@ -204,14 +204,14 @@ class Controller:
                 f"every rank ({self.state.skipped} so far)"
             )
         outcome = self.state.exhausted()
-        if self.config.mode == "moments":
-            return
-        if outcome == "complete" or (outcome == "no" and usable and self.state.check_due() and self._precise()):
-            self.end_calibration(t, self._reduced(self.elements.gradient_sums()))
-        elif outcome == "failed":
+        if outcome == "failed":
             self.give_up(
                 t, f"only {self.state.samples} of {self.state.attempts} gradient samples were finite; check the loss"
             )
+        elif self.config.mode == "moments":
+            return  # the moments are read after this step: `close_moments`
+        elif outcome == "complete" or (outcome == "no" and usable and self.state.check_due() and self._precise()):
+            self.end_calibration(t, self._reduced(self.elements.gradient_sums()))
 
     def _reduced(self, sums: GroupSums) -> GroupSums:
         """The sums of all ranks: the one all-reduce of a calibration."""

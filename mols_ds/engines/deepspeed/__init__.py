@@ -1,6 +1,6 @@
 """MoLS on DeepSpeed ZeRO."""
 
-from mols_ds.engines.deepspeed.api import DisabledMols, attach, initialize
+from mols_ds.engines.deepspeed.api import attach, initialize
 from mols_ds.engines.deepspeed.engine import EngineMols
 
-__all__ = ["DisabledMols", "EngineMols", "attach", "initialize"]
+__all__ = ["EngineMols", "attach", "initialize"]

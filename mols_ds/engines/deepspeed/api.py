@@ -13,32 +13,14 @@ import torch
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.phases import Phase
+from mols_ds.core.handle import Handle
 from mols_ds.engines.deepspeed.bind_optimizer import bind_optimizer
 from mols_ds.engines.deepspeed.engine import EngineMols
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
 from mols_ds.optim.build import Request, build, split_config
 
 
-class DisabledMols:
-    """`engine.mols` where MoLS is off: DeepSpeed is exactly stock."""
-
-    phase: Phase = "disabled"
-    alphas: dict[str, float] = {}  # noqa: RUF012 - read-only by contract
-    multipliers: dict[str, float] = {}  # noqa: RUF012
-    applied_lrs: dict[str, float] = {}  # noqa: RUF012
-    samples = 0
-    accumulator_bytes = 0
-
-    def report(self) -> dict[str, Any]:
-        """Empty: nothing was measured."""
-        return {}
-
-    def detach(self) -> None:
-        """Nothing to undo."""
-
-
-def attach(engine: Any, config: Mapping[str, Any] | MolsConfig) -> EngineMols | DisabledMols:
+def attach(engine: Any, config: Mapping[str, Any] | MolsConfig) -> Handle:
     """Put MoLS on a DeepSpeed engine that exists already. Collective: every rank calls it at the same point.
 
     Args:
@@ -56,7 +38,7 @@ def attach(engine: Any, config: Mapping[str, Any] | MolsConfig) -> EngineMols | 
     if isinstance(getattr(engine, "mols", None), EngineMols):
         raise MolsError("this engine has MoLS already; call engine.mols.detach() first")
     bind_optimizer(engine)
-    engine.mols = EngineMols(engine, section) if section.enabled else DisabledMols()
+    engine.mols = EngineMols(engine, section) if section.enabled else Handle()
     return engine.mols  # type: ignore[no-any-return]
 
 
@@ -79,7 +61,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     results = deepspeed.initialize(*args, **kwargs) if request is None else _initialize_ours(arguments, request)
     bind_optimizer(results[0])
     if section is None or not section.enabled:
-        results[0].mols = DisabledMols()
+        results[0].mols = Handle()
     else:
         attach(results[0], section)
     return results

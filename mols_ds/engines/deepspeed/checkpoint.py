@@ -16,17 +16,17 @@ import secrets
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger
 
+from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed import universal_checkpoint as universal
+from mols_ds.engines.deepspeed.parallel.base import Grid
+from mols_ds.engines.deepspeed.rng_state import EngineWindow
 from mols_ds.errors import MolsCheckpointError
-
-if TYPE_CHECKING:
-    from mols_ds.engines.deepspeed.engine import EngineMols
 
 KEY = "mols"
 ID_BITS = 52  # a whole number that float64 holds exactly: the ranks agree on it by a float64 reduction
@@ -37,12 +37,11 @@ def side_file(folder: Path, rank: int, world: int) -> Path:
     return folder / f"mols_rank_{rank:05d}_of_{world:05d}.pt"
 
 
-class Checkpoints:
+class EngineCheckpoints:
     """Patches `save_checkpoint` and `load_checkpoint` of one engine instance until `remove()`."""
 
-    def __init__(self, mols: EngineMols) -> None:
-        self.mols = mols
-        self.engine = mols.engine
+    def __init__(self, mols: Session, engine: Any, grid: Grid, random: EngineWindow) -> None:
+        self.mols, self.engine, self.grid, self.random = mols, engine, grid, random
         self._save = self.engine.save_checkpoint
         self._load = self.engine.load_checkpoint
         self.engine.save_checkpoint = self.save
@@ -59,7 +58,7 @@ class Checkpoints:
         Under data parallelism the data-parallel rank; under tensor or pipeline parallelism that is not unique, and
         the global rank takes its place.
         """
-        return self.mols.grid.rank, self.mols.grid.size
+        return self.grid.rank, self.grid.size
 
     def _failed(self, problem: str | None) -> list[int]:
         """The ranks that have a problem, the same list everywhere; each of them logs its own. One small reduction."""
@@ -87,7 +86,7 @@ class Checkpoints:
             return self._save(save_dir, tag, {}, *args, **kwargs)  # DeepSpeed's own error
         tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
         number = self._save_samples(Path(save_dir) / tag)
-        state = {**self.mols.controller.state_dict(), "mode": self.mols.config.mode, "side": number}
+        state = {**self.mols.common_state(), "side": number}
         return self._save(save_dir, tag, {**(client_state or {}), KEY: state}, *args, **kwargs)
 
     def _save_samples(self, folder: Path) -> int | None:
@@ -101,7 +100,7 @@ class Checkpoints:
         if not controller.measuring:
             _remove_stale(folder, path, rank, world)
             return None
-        samples, random = controller.elements.state_dict(), self.mols._random
+        samples, random = controller.elements.state_dict(), self.random.saved
         mine = torch.tensor(
             [secrets.randbits(ID_BITS) if rank == 0 else 0, samples is not None or random is not None],
             dtype=torch.float64,
@@ -111,7 +110,7 @@ class Checkpoints:
         try:
             _remove_stale(folder, path, rank, world)
             if holders:
-                window = self.mols.grid.window
+                window = self.grid.window
                 _write({"number": number, "samples": samples, "random": random, "window": window}, path)
         except OSError as error:
             problem = f"{path} could not be written: {error}"
@@ -149,7 +148,7 @@ class Checkpoints:
         moved = bool(self.engine.load_universal_checkpoint())
         if moved and (failed := self._failed(universal.empty_group(self.engine))):
             raise universal.nothing_held(failed[0])
-        options = universal.options_of(self.mols.shards.inner)
+        options = universal.options_of(getattr(self.engine.optimizer, "optimizer", self.engine.optimizer))
         try:
             with universal.reading(self.engine, place):
                 path, loaded = self._load(load_dir, tag, *args, **kwargs)
@@ -173,39 +172,17 @@ class Checkpoints:
         return path, client_state
 
     def _restore(self, folder: Path, saved: Any, with_optimizer: bool) -> None:
-        controller, t = self.mols.controller, self.engine.global_steps
-        self.mols._random = self.mols.grid.window = None
+        mols, t = self.mols, self.engine.global_steps
+        mols.random.forget()
         if saved is None:
-            start = max(t, controller.state.schedule.start)
-            what = "mols.fixed_alphas apply" if controller.config.fixed_alphas is not None else "the calibration starts"
-            controller.restart(
-                t,
-                f"the checkpoint at step {t} has no MoLS state (it was saved without MoLS): all multipliers are 1, "
-                f"{what} at step {start}",
-                forget=True,
-            )
-            return
-        controller.load_state_dict(saved)
-        controller.follow_config(t)
-        if controller.measuring:
-            problem = self._continue(folder, saved, with_optimizer)
-            if problem is not None:
-                self.mols._random = self.mols.grid.window = None
-                controller.restart(
-                    t, f"the half-done calibration of this checkpoint cannot be continued: {problem}; it starts over"
-                )
-        controller.advance(t)
-        controller.log(
-            f"MoLS resumed at step {t}: phase {controller.phase}, {controller.samples} samples, "
-            f"alphas {controller.alphas or 'not set yet'}"
-        )
+            mols.resume_without_state(t)
+        else:
+            mols.resume(saved, t, lambda: self._continue(folder, saved, with_optimizer))
 
     def _continue(self, folder: Path, saved: Mapping[str, Any], with_optimizer: bool) -> str | None:
         """Go on with a half-done calibration; returns why that cannot be, the same on every rank, or None."""
         controller = self.mols.controller
         started = controller.state.samples > 0
-        if started and saved.get("mode") != controller.config.mode:
-            return f'its samples are of mode "{saved.get("mode")}", this run\'s mode is "{controller.config.mode}"'
         if started and controller.config.mode == "moments" and not with_optimizer:
             return 'mode "moments" reads the optimizer\'s moments, which were not loaded (load_optimizer_states=False)'
         number = saved.get("side")
@@ -240,7 +217,7 @@ class Checkpoints:
             return f"{path.name}: {error}"
         except Exception as error:  # a truncated or foreign file raises many types (zipfile, pickle, RuntimeError)
             return f"{path.name} is corrupt: {type(error).__name__}"
-        self.mols._random, self.mols.grid.window = random, content.get("window")
+        self.random.saved, self.grid.window = random, content.get("window")
         return None
 
 

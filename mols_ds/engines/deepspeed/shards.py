@@ -85,6 +85,11 @@ class Shards(ABC):
     def read(self) -> Iterator[tuple[int, Tensor]]:
         """(offset among the owned elements, 1-D gradient) at the boundary, still loss-scaled; no collective."""
 
+    def finite(self) -> bool:
+        """Whether the gradient that this rank reads is finite. Reads all of it, so that NVMe buffers are released."""
+        flags = [bool(torch.isfinite(gradient).all()) for _, gradient in self.read()]
+        return all(flags)
+
     @abstractmethod
     def discard(self) -> None:
         """Throw the accumulated gradient away, as if the engine had never seen these batches."""

@@ -213,9 +213,9 @@ def _fixed() -> dict[str, Any]:
 
 def _engine_part(engine: Any) -> dict[str, Any]:
     """A fingerprint of an engine that may have no MoLS."""
-    from mols_ds.engines.deepspeed import DisabledMols
+    from mols_ds.core.handle import Handle
 
-    engine.mols = DisabledMols()
+    engine.mols = Handle()
     found = fingerprint(engine)
     return {key: found[key] for key in found if key not in ("phase", "alphas", "report", "applied")}
 

@@ -77,7 +77,7 @@ def train(case: str, probing: bool, *, forget: bool = False) -> dict[str, Any]:
         section = {"recalibrate": {"every": 2}}
     engine = engine_of(case, probing, micros, **section)
     if forget:
-        engine.mols._restore_random = lambda: None
+        engine.mols.random.restore = lambda: None
     result: dict[str, Any] = {"steps": [], "windows": [], "samples": []}
     probes, before, inside = 0, None, []
     while engine.global_steps < STEPS:

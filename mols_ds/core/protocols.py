@@ -1,0 +1,48 @@
+"""What the step protocol needs from an engine, as small interfaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+
+class GradientSource(Protocol):
+    """The reduced gradient of the elements that this rank owns, at an accumulation boundary.
+
+    "Owned" elements are disjoint over the ranks of the statistics and together the whole model. No method communicates
+    gradient elements.
+    """
+
+    def read(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (offset among the owned elements, 1-D gradient), each owned element once, times `loss_scale()`."""
+        ...
+
+    def loss_scale(self) -> float:
+        """Factor that the gradients of `read` carry."""
+        ...
+
+    def finite(self) -> bool:
+        """Whether the gradient that this rank reads is finite."""
+        ...
+
+    def discard(self) -> None:
+        """Drop the accumulated gradient, as if the engine had not run these batches."""
+        ...
+
+
+class WindowState(Protocol):
+    """What forward passes advance and a probe window gives back at its end: the random state, counters."""
+
+    def remember(self) -> None:
+        """Take a copy, unless there is one."""
+        ...
+
+    def restore(self) -> None:
+        """Put the copy back and drop it. Does nothing without one."""
+        ...
+
+    def forget(self) -> None:
+        """Drop the copy."""
+        ...

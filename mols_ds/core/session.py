@@ -1,0 +1,296 @@
+"""The step protocol: what one call of the optimizer's step does under MoLS, the same on every engine.
+
+    probe    measure the gradient at the boundary and discard the step, K times
+    online   take the step, and measure its gradient on the way
+    moments  take the step, and read Adam's moments after the last step of the window
+
+An adapter subclasses `Session`, one class an engine. It hands the engine's own step to `take_step` and says how
+gradients are read (`source`), where the rates are applied (`scalers`) and how ranks add up (`reduce`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mols_ds.core.config import MolsConfig
+from mols_ds.core.controller import Controller
+from mols_ds.core.group_stats import NoiseFloor, adam_moments
+from mols_ds.core.handle import Handle
+from mols_ds.core.lr_scaler import RateScaler
+from mols_ds.core.protocols import GradientSource, WindowState
+from mols_ds.errors import MolsError
+
+Key = TypeVar("Key")
+
+
+class Session(Handle, ABC):
+    """MoLS on one optimizer: the handle, and the protocol of its steps.
+
+    Every rank makes the same calls in the same order. A rank that owns no element joins every reduction.
+
+    Attributes:
+        config: the "mols" section.
+        source: this rank's gradients.
+        scalers: one for each inner optimizer; they apply the multipliers around its step.
+        random: what a probe window gives back at its end.
+    """
+
+    config: MolsConfig
+    source: GradientSource
+    random: WindowState
+
+    def __init__(self, config: MolsConfig) -> None:
+        self.config = config
+        self.scalers: list[RateScaler] = []
+        self._sampling = self._sampled = self._stepping = False
+        self._step_number = 0
+
+    # ------------------------------------------------------------------ what an adapter says
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Optimizer steps so far, as "mols.start" and "mols.ramp_end" count them."""
+
+    @abstractmethod
+    def reduce(self, values: Tensor) -> Tensor:
+        """SUM over the ranks whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
+
+    @abstractmethod
+    def base_lrs(self) -> dict[str, float]:
+        """Module group -> the rate that the scheduler has set, as far as this rank knows."""
+
+    @abstractmethod
+    def owned_in(self, tensor: Tensor) -> Sequence[tuple[int, int, int]]:
+        """(number of the owned range, first element, number of elements) of the owned ranges in an inner tensor."""
+
+    @abstractmethod
+    def adam_settings(self, step: int) -> tuple[int, float, float]:
+        """(Adam's step, beta1, beta2) of a rank that owns nothing of an inner step; `step`: by this session's count."""
+
+    def _prepare_probe(self) -> bool:
+        """Make the gradient of a discarded step readable. Returns whether the engine found it finite on this rank."""
+        return True
+
+    def _before_step(self) -> None:
+        """Called before the engine's own step; mode "online" may take its sample here."""
+
+    def _after_discard(self) -> None:
+        """Called after a discarded step: put back what the engine counted."""
+
+    # ------------------------------------------------------------------ one step
+
+    def take_step(self, stock: Callable[[], bool]) -> bool:
+        """Measure and discard the step that is due, or take it with its multipliers.
+
+        Args:
+            stock: takes the engine's own step; returns whether it updated the weights.
+
+        Returns:
+            Whether `stock` was called.
+        """
+        controller = self.controller
+        if controller.discards_steps:
+            self._probe()
+            return False
+        t, base = self.steps, self.base_lrs()
+        self._sampling, self._sampled = controller.measuring and self.config.mode == "online", False
+        reads_moments = controller.reads_moments_next
+        self._step_number, self._stepping = t + 1, True
+        try:
+            self._before_step()
+            updated = stock()
+        finally:
+            self._stepping = False
+            for scaler in self.scalers:
+                scaler.restore()
+        if updated:
+            controller.applied(t, base)
+        self._close_step(updated, reads_moments)
+        controller.advance(self.steps)
+        return True
+
+    def _probe(self) -> None:
+        """Measure this boundary's gradient and discard it. One 8-byte reduction takes the place of the norm's."""
+        controller, t = self.controller, self.steps
+        self._sampled = False
+        found_finite = self._prepare_probe()
+        usable = self.agree(found_finite and self.source.finite())
+        if usable:
+            self.take_sample(1.0 / self.source.loss_scale())
+        self.source.discard()
+        self._after_discard()
+        controller.close_sample(t, usable=usable)
+        if not controller.discards_steps:
+            self.random.restore()
+        controller.advance(t)
+
+    def _close_step(self, updated: bool, reads_moments: bool) -> None:
+        controller = self.controller
+        if self._sampling:
+            self._sampling = False
+            controller.close_sample(self.steps, usable=self._sampled)
+        elif controller.measuring and self.config.mode == "moments":
+            controller.count(self.steps, usable=updated)
+            if reads_moments and updated:
+                self._open_moments()
+                controller.close_moments(self.steps)
+
+    # ------------------------------------------------------------------ samples
+
+    @property
+    def wants_sample(self) -> bool:
+        """Mode "online": whether the step under way is a sample that has not been taken yet."""
+        return self._sampling and not self._sampled
+
+    def open_sample(self) -> None:
+        """Begin the sample of this step, once."""
+        if not self._sampled:
+            self.controller.elements.open()
+            self._sampled = True
+
+    def take_sample(self, factor: float = 1.0) -> None:
+        """Add the gradient of all owned elements, times `factor`, as the sample of this step."""
+        self.open_sample()
+        for offset, gradient in self.source.read():
+            self.controller.elements.add(offset, gradient, factor)
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook: at the first pass of a probe window remember the random state."""
+        if self.controller.discards_steps and module.training:
+            self.random.remember()
+
+    # ------------------------------------------------------------------ mode "moments"
+
+    def _read_moments(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Step post-hook of an inner optimizer: add Adam's moments while their state is at hand (NVMe).
+
+        Only inside a step that ends the window; not in the dummy steps that allocate states before a load (Megatron).
+        """
+        if not (self._stepping and self.controller.reads_moments_next):
+            return
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                for number, first, numel in self.owned_in(tensor):
+                    self._add_moments(optimizer.state.get(tensor, {}), group, number, first, numel)
+        self._open_moments()
+
+    def _add_moments(
+        self, state: Mapping[str, Any], group: Mapping[str, Any], number: int, first: int, numel: int
+    ) -> None:
+        if "exp_avg" not in state:  # no gradient reached this parameter yet: it never moved
+            self._open_moments()
+            nothing = torch.zeros(numel)
+            self.controller.elements.add_squares(number, nothing, nothing)
+            return
+        step = int(state.get("step", group.get("step", self._step_number)))
+        mean, square = (state[key].detach().reshape(-1).narrow(0, first, numel) for key in ("exp_avg", "exp_avg_sq"))
+        mu2, s2, noise_weight = adam_moments(mean, square, step, *group["betas"])
+        self._open_moments(noise_weight)
+        self.controller.elements.add_squares(number, mu2, s2)
+
+    def _open_moments(self, noise_weight: float | None = None) -> None:
+        """Begin to collect Adam's moments, once. Every rank does, also one that owns nothing."""
+        if self.controller.elements.has_squares:
+            return
+        if noise_weight is None:
+            zero = torch.zeros(1)
+            noise_weight = adam_moments(zero, zero, *self.adam_settings(self._step_number))[2]
+        self.controller.elements.open_squares(NoiseFloor(1.0, noise_weight))
+
+    # ------------------------------------------------------------------ what all ranks do together
+
+    def agree(self, ok: bool) -> bool:
+        """Whether every rank says True: one all-reduce of 8 bytes."""
+        return int(self.reduce(torch.tensor([0.0 if ok else 1.0], dtype=torch.float64)).item()) == 0
+
+    def check_counts(self) -> None:
+        """Check that every element of the logical model is owned by exactly one rank. One small reduction.
+
+        Raises:
+            MolsError: on every rank, naming the group and both numbers.
+        """
+        table = self.controller.table
+        mine = dict.fromkeys(table.elements, 0)
+        for piece in self.controller.elements.pieces:
+            for group, count in table.layouts[piece.name].counts(piece.start, piece.numel).items():
+                mine[group] += count
+        counted = self.reduce(torch.tensor([float(count) for count in mine.values()], dtype=torch.float64)).tolist()
+        for group, count in zip(mine, counted, strict=True):
+            if int(count) != table.elements[group]:
+                raise MolsError(
+                    f'group "{group}" has {table.elements[group]} elements in the whole model, but the ranks together '
+                    f"own {int(count)}: they do not hold the parts of one model, each once (were all of them given the "
+                    "same model config, and all of their part of it?)"
+                )
+
+    # ------------------------------------------------------------------ after a checkpoint was loaded
+
+    def common_state(self) -> dict[str, Any]:
+        """What a checkpoint holds of MoLS and every rank has alike."""
+        return {**self.controller.state_dict(), "mode": self.config.mode}
+
+    def resume(self, saved: Mapping[str, Any], t: int, load_samples: Callable[[], str | None]) -> None:
+        """Go on at step t from the state of a checkpoint. Collective.
+
+        Args:
+            saved: what `common_state` gave.
+            load_samples: reads this engine's accumulators of a half-done calibration. Returns why that cannot go on,
+                the same on every rank, or None.
+
+        Raises:
+            MolsCheckpointError: not a state of MoLS, or of other module groups; nothing is changed then.
+        """
+        controller = self.controller
+        controller.load_state_dict(saved)
+        controller.follow_config(t)
+        if controller.measuring:
+            problem = self._mode_problem(saved) or load_samples()
+            if problem is not None:
+                self.random.forget()
+                controller.restart(
+                    t, f"the half-done calibration of this checkpoint cannot be continued: {problem}; it starts over"
+                )
+        controller.advance(t)
+        controller.log(
+            f"MoLS resumed at step {t}: phase {controller.phase}, {controller.samples} samples, "
+            f"alphas {controller.alphas or 'not set yet'}"
+        )
+
+    def _mode_problem(self, saved: Mapping[str, Any]) -> str | None:
+        mode = self.config.mode
+        if self.controller.state.samples > 0 and saved.get("mode") != mode:
+            return f'its samples are of mode "{saved.get("mode")}", this run\'s mode is "{mode}"'
+        return None
+
+    def resume_without_state(self, t: int) -> None:
+        """Go on at step t from a checkpoint that was saved without MoLS."""
+        controller: Controller = self.controller
+        start = max(t, controller.state.schedule.start)
+        what = "mols.fixed_alphas apply" if controller.config.fixed_alphas is not None else "the calibration starts"
+        controller.restart(
+            t,
+            f"the checkpoint at step {t} has no MoLS state (it was saved without MoLS): all multipliers are 1, "
+            f"{what} at step {start}",
+            forget=True,
+        )
+
+
+def largest_holder(layout_counts: Iterable[tuple[Key, Mapping[str, int]]], groups: Iterable[str]) -> dict[str, Key]:
+    """Module group -> the parameter group that holds most of its elements; absent where none does.
+
+    Args:
+        layout_counts: (parameter group, elements of each module group), for each parameter.
+        groups: the module groups.
+    """
+    held: dict[str, dict[Key, int]] = {group: {} for group in groups}
+    for key, counts in layout_counts:
+        for group, count in counts.items():
+            held[group][key] = held[group].get(key, 0) + count
+    return {group: max(keys, key=lambda key: keys[key]) for group, keys in held.items() if keys}
