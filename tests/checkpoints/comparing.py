@@ -12,7 +12,7 @@ import torch
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 RTOL = 1e-5
 """Relative, of every float but those below. Processors add float32 numbers in different orders, and each order rounds
-differently. Runs with other kernels (ATEN_CPU_CAPABILITY=default; MKL_ENABLE_INSTRUCTIONS=SSE4_2) moved them by 2e-7
+differently. Runs with other kernels (ATEN_CPU_CAPABILITY=default; MKL_ENABLE_INSTRUCTIONS=SSE4_2) moved them by 1e-6
 at most. Adam's eps of 1e-4 keeps the update of a gradient that is zero but for rounding small.
 """
 RTOL_INTERVAL = 1e-2
@@ -34,7 +34,7 @@ def merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """One result of those of all ranks: the mean of the losses, and the rest, which must be alike on all ranks."""
     first = ranks[0]
     for other in ranks[1:]:
-        for key in ("loaded", "report", "weights", "random"):
+        for key in first.keys() - {"trace", "warned"}:
             assert first[key] == other[key], key
     trace = []
     for rows in zip(*(rank["trace"] for rank in ranks), strict=True):

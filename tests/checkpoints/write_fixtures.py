@@ -13,6 +13,7 @@ Each fixture is a folder:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -22,9 +23,10 @@ from typing import Any
 
 import mols_ds
 from mols_ds.config import MolsConfig
-from tests.checkpoints import deepspeed_runs
+from tests.checkpoints import deepspeed_runs, megatron_runs
 from tests.checkpoints.comparing import FIXTURES, merge
 from tests.harness import run_cases
+from tests.megatron.building import Setup
 
 RELEASE, WORLD = "0.4.0", 2
 START, SAMPLES, HALF = 2, 18, 11  # 11 of 18 samples: one sample block of 8 is full, the next is open
@@ -128,6 +130,82 @@ def write_deepspeed() -> None:
     expect(deepspeed_runs.continued, "zero")
 
 
+# --- Megatron -----------------------------------------------------------------------------------------------------
+
+MEGATRON_RUNS = {  # fixture -> (grid, way in)
+    "megatron-dp2": ({"tp": 1}, "apply"),
+    "megatron-tp2": ({"tp": 2}, "attach"),
+}
+
+
+def megatron_settings(name: str, mode: str) -> dict[str, Any]:
+    grid, way = MEGATRON_RUNS[name]
+    setup = Setup(
+        **grid,
+        distributed=True,
+        micro_batches=4,
+        layers=1,
+        hidden=16,
+        heads=2,
+        kv_groups=2,
+        vocab=32,
+        seq=8,
+        lr=2e-2,
+        weight_decay=0.1,
+        clip=1.0,
+        dtype="float32",
+        position="rope",
+        tied=False,
+        bias=False,
+    )
+    return {
+        "release": RELEASE,
+        "engine": "megatron",
+        "world": WORLD,
+        "setup": dataclasses.asdict(setup),
+        "way": way,
+        "sharding": "fully_reshardable",
+        "optimizer": {
+            "iterations": 60,
+            "warmup": 4,
+            "optimizer": "adam",
+            "lr": 2e-2,
+            "min_lr": 2e-3,
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.95,
+            "adam_eps": 1e-4,
+            "decoupled_weight_decay": True,
+            "weight_decay": 0.1,
+            "clip_grad": 1.0,
+        },
+        "mols": full_section(
+            preset="robust",
+            start=START,
+            samples=SAMPLES,
+            mode=mode,
+            estimator="damping" if grid["tp"] == 2 else "mean",
+            noise_floor_correction=False,
+            alpha_min=0.01,
+            alpha_max=100.0,
+            ramp="linear",
+            ramp_end=6 if mode == "probe" else 25,
+            granularity="type",
+            total_steps=60,
+            report_dir="report",
+        ),
+    }
+
+
+def write_megatron() -> None:
+    runs = {}
+    for name in MEGATRON_RUNS:
+        for mode, points in (("probe", PROBE_POINTS), ("online", ONLINE_POINTS)):
+            settings = megatron_settings(name, mode)
+            runs[json.dumps(settings)] = {f"{name}-{point}": (settings, *where) for point, where in points.items()}
+    write_checkpoints(megatron_runs.written, runs)
+    expect(megatron_runs.continued, "megatron-")
+
+
 # --- all engines --------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +237,7 @@ def expect(continued: Any, prefix: str) -> None:
         write_json(FIXTURES / name / "expected.json", merge(results[(name,)]))
 
 
-PARTS = {"deepspeed": write_deepspeed}
+PARTS = {"deepspeed": write_deepspeed, "megatron": write_megatron}
 
 
 def main(parts: list[str]) -> None:
