@@ -51,6 +51,12 @@ class Session(Handle, ABC):
         self._sampling = self._sampled = self._stepping = False
         self._step_number = 0
 
+    @property
+    def controller(self) -> Controller:
+        """Groups, phases, accumulators and report."""
+        assert self._controller is not None, "the adapter makes the controller when it attaches"
+        return self._controller
+
     # ------------------------------------------------------------------ what an adapter says
 
     @property

@@ -1,6 +1,6 @@
 """Train a tiny GPT model on Megatron-core from a `settings.json`: to write a fixture, and to go on from it.
 
-Model, data and loop are those of tests/megatron/building.py; every option of them is written out in the settings.
+Model, data and loop are those of tests/engines/megatron/building.py; the settings write out every option of them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_patches.cpu import cpu_megatron
+from megatron_patches.cpu.emulation import cpu_megatron
 from tests.checkpoints.comparing import FIXTURES, read, weight_sums
-from tests.megatron.building import Setup, mean_loss
-from tests.megatron.running import Run
+from tests.engines.megatron.building import Setup, mean_loss
+from tests.engines.megatron.running import Run
 
 CHECKPOINT = "checkpoint"
 SEED_OF_WRITER, SEED_OF_READER = 5, 77

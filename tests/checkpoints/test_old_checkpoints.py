@@ -13,7 +13,7 @@ import torch
 
 from tests.checkpoints import deepspeed_runs, megatron_runs
 from tests.checkpoints.comparing import FIXTURES, differences, merge, read
-from tests.harness import Results, run_cases
+from tests.helpers.harness import Results, run_cases
 
 WORLD = 2
 POINTS = ("waiting", "calibrating", "calibrating-online", "ramping", "fixed")

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import mols_ds
-from mols_ds.config import MolsConfig
+from mols_ds.core.config import MolsConfig
 from tests.checkpoints import deepspeed_runs, megatron_runs
 from tests.checkpoints.comparing import FIXTURES, merge
-from tests.harness import run_cases
-from tests.megatron.building import Setup
+from tests.engines.megatron.building import Setup
+from tests.helpers.harness import run_cases
 
 RELEASE, WORLD = "0.4.0", 2
 START, SAMPLES, HALF = 2, 18, 11  # 11 of 18 samples: one sample block of 8 is full, the next is open

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tests.harness import ROOT, run_cases
+from tests.helpers.harness import ROOT, run_cases
 
 OURS = ("mols_ds", "megatron_patches")
 MORE_NAMES = ("megatron_patches.mpu.DeepSpeedMpu",)  # documented, but not exported by its package
@@ -221,8 +221,8 @@ def _first() -> bool:
 def _megatron() -> dict[str, Any]:
     import megatron_patches
     from tests.checkpoints.comparing import read
-    from tests.megatron.building import Setup
-    from tests.megatron.running import Run
+    from tests.engines.megatron.building import Setup
+    from tests.engines.megatron.running import Run
 
     settings, found = read("megatron-tp2-waiting", "settings.json"), {}
     with megatron_patches.cpu_megatron(fused_adam=True):
@@ -271,7 +271,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "benchmarks/accumulator.py": ("path", "benchmarks/accumulator.py", ()),
     "benchmarks/scale.py": ("path", "benchmarks/scale.py", ()),
 }
-WITHOUT_OPTIONS = ("tests.zero.plan_measure",)  # documented as `python -m NAME`, and it works for minutes
+WITHOUT_OPTIONS = ("tests.apps.plan_measure",)  # documented as `python -m NAME`, and it works for minutes
 
 
 def commands() -> dict[str, Any]:
