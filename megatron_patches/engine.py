@@ -39,9 +39,10 @@ from mols_ds.core.group_stats import NoiseFloor, adam_moments
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.handle import Attached
 from mols_ds.core.log import say, versions
-from mols_ds.core.lr_scaler import RateScaler, make_plan
+from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.phases import resolve_schedule
 from mols_ds.errors import MolsConfigError
+from mols_ds.optim.traits import has_shared_counter, is_elementwise
 
 
 class MegatronMols(Attached):
@@ -91,7 +92,7 @@ class MegatronMols(Attached):
         self._adam_step = 0
         self.random = RandomState()
         self._hooks: list[Any] = []
-        self.scalers: list[RateScaler] = []
+        self.scalers: list[LRScaler] = []
         self._stock_step, self._stock_norm = optimizer.step, optimizer.get_grad_norm
         self._install(model_chunks, table)
         self.checkpoints = Checkpoints(self)
@@ -168,7 +169,15 @@ class MegatronMols(Attached):
                 for group, count in table.layouts[shard.local.name].counts(shard.start, shard.numel).items():
                     key = (number, shard.group)
                     held[group][key] = held[group].get(key, 0) + count
-            self.scalers.append(RateScaler(part.inner, plans, lambda: self.controller.rates(self.steps)))
+            self.scalers.append(
+                LRScaler(
+                    part.inner,
+                    plans,
+                    lambda: self.controller.rates(self.steps),
+                    elementwise=is_elementwise(part.inner),
+                    shared_counter=has_shared_counter(part.inner),
+                )
+            )
             self._hooks.append(part.inner.register_step_post_hook(self._after_inner_step))
         first = next(((i, 0) for i, part in enumerate(self.shards.parts) if part.inner is not None), None)
         self._lr_group = {

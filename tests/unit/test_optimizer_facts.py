@@ -7,15 +7,10 @@ from typing import Any
 import pytest
 
 from mols_ds.apps.plan.optimizers import Weight, state_bytes
-from mols_ds.core.lr_scaler import SHARED_COUNTER, is_elementwise
 from mols_ds.errors import MolsUnsupportedError
-from mols_ds.optim.catalog import OPTIMIZERS, find
+from mols_ds.optim.catalog import ENTRIES, OPTIMIZERS, find, row_of
+from mols_ds.optim.traits import has_shared_counter, is_elementwise
 from tests.helpers.optimizer_facts import CLASSES, MODULES, Facts, stand_in
-
-
-def has_shared_counter(optimizer: Any) -> bool:
-    return type(optimizer).__name__ in SHARED_COUNTER
-
 
 # ---------------------------------------------------------------------- classes
 
@@ -44,6 +39,15 @@ def test_what_keeps_an_elementwise_class_whole(facts: Facts) -> None:
 def test_an_unknown_class_is_not_stepped_on_views() -> None:
     for package in MODULES:
         assert not is_elementwise(stand_in("Sophia", package)) and not has_shared_counter(stand_in("Sophia", package))
+
+
+def test_each_class_and_each_name_is_in_one_row() -> None:
+    classes = [kind.name for entry in ENTRIES for kind in entry.classes]
+    assert sorted(classes) == sorted(facts.name for facts in CLASSES)
+    for entry in ENTRIES:
+        assert all(row_of(name) is entry for name in (entry.name, *entry.aliases)), "two rows answer to one name"
+    for entry in OPTIMIZERS.values():
+        assert entry.built.name == entry.factory.split(":")[1], "a row that is built has facts about its class"
 
 
 # ---------------------------------------------------------------------- names and settings
@@ -112,7 +116,7 @@ def test_what_the_package_builds() -> None:
         assert entry.package == (source if source in ("pytorch-optimizer", "bitsandbytes") else "")
         assert dict(entry.fixed) == FIXED.get(name, {})
         assert list(entry.settings.items()) == list(SETTINGS[name].items()), "order is that of messages"
-        assert bool(entry.doubtful) == (name == "SGDSaI")
+        assert bool(entry.refused) == (name == "SGDSaI")
         split = entry.split({**entry.settings}, 32) if entry.split is not None else None
         assert split == HALVES.get(name)
 

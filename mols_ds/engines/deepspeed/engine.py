@@ -23,13 +23,14 @@ from mols_ds.core.groups import GroupTable
 from mols_ds.core.handle import Attached
 from mols_ds.core.local_stats import Owned
 from mols_ds.core.log import say, versions
-from mols_ds.core.lr_scaler import Piece, RateScaler, make_plan
+from mols_ds.core.lr_scaler import LRScaler, Piece, make_plan
 from mols_ds.core.phases import resolve_schedule
 from mols_ds.engines.deepspeed.checkpoint import Checkpoints
 from mols_ds.engines.deepspeed.checks import check_supported, scheduler_hints
 from mols_ds.engines.deepspeed.parallel.base import find_grid
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsConfigError
+from mols_ds.optim.traits import has_shared_counter, is_elementwise
 
 
 class EngineMols(Attached):
@@ -65,7 +66,14 @@ class EngineMols(Attached):
         self._hooks = [
             self.shards.inner.register_step_pre_hook(self._on_inner_step),
         ]
-        self.scaler = RateScaler(self.shards.inner, plans, lambda: self.controller.rates(engine.global_steps))
+        inner = self.shards.inner
+        self.scaler = LRScaler(
+            inner,
+            plans,
+            lambda: self.controller.rates(engine.global_steps),
+            elementwise=is_elementwise(inner),
+            shared_counter=has_shared_counter(inner),
+        )
         self._hooks += [
             self.shards.inner.register_step_post_hook(self._after_inner_step),
             engine.module.register_forward_pre_hook(self._before_forward),
