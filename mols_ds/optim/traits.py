@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch.optim import Optimizer
 
 from mols_ds.optim.catalog import CLASSES, OTHER_STATE, WHOLE_TENSOR_OPTIONS, class_facts
@@ -18,8 +20,18 @@ def is_elementwise(optimizer: Optimizer) -> bool:
     for cls in type(optimizer).__mro__:
         facts = CLASSES.get(cls.__name__)
         if facts is not None and cls.__module__.startswith(facts.elementwise_in):
-            return type(optimizer).step is vars(cls).get("step", Optimizer.step)
+            return _unhooked(type(optimizer)) is _unhooked(cls)
     return False
+
+
+def _unhooked(cls: type) -> Callable[..., object]:
+    """The class's `step`, its own or inherited, without the profiler's wrapper.
+
+    torch puts the wrapper on the first class of a family of which an object is built, and not again on its subclasses
+    (`Optimizer._patch_step_function`), so it is on Adam or on AdamW, a subclass of Adam, depending on the order.
+    """
+    step = cls.step  # type: ignore[attr-defined]
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[no-any-return]
 
 
 def has_shared_counter(optimizer: Optimizer) -> bool:

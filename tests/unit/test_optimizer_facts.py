@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
+import torch
 
 from mols_ds.apps.plan.optimizers import Weight, state_bytes
 from mols_ds.errors import MolsUnsupportedError
@@ -34,6 +36,26 @@ def test_what_keeps_an_elementwise_class_whole(facts: Facts) -> None:
         inherits = type("Mine", (parent,), {"__module__": "elsewhere"})()
         overrides = type("Mine", (parent,), {"__module__": "elsewhere", "step": lambda self: None})()
         assert is_elementwise(inherits) and not is_elementwise(overrides)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["Adam", "AdamW", "Inherits", "Overrides"])))
+def test_the_order_in_which_a_family_is_built_does_not_matter(order: tuple[str, ...]) -> None:
+    """torch wraps `step` of the first class of a family that is built: torch.optim.AdamW is a subclass of Adam."""
+
+    def step(self: Any, closure: Any = None) -> None:
+        """Steps nothing."""
+
+    def family(name: str, parent: Any, package: str, **own: Any) -> Any:
+        return type(name, (parent,), {"__module__": MODULES[package], **own})
+
+    adam = family("Adam", torch.optim.Optimizer, "torch", step=step)
+    adamw = family("AdamW", adam, "torch")
+    kinds = {"Adam": adam, "AdamW": adamw, "Inherits": family("Inherits", adamw, "elsewhere")}
+    kinds["Overrides"] = family("Overrides", adamw, "elsewhere", step=lambda self, closure=None: None)
+    built = {name: kinds[name]([torch.nn.Parameter(torch.ones(2))], {}) for name in order}
+    assert {name: is_elementwise(optimizer) for name, optimizer in built.items()} == {
+        "Adam": True, "AdamW": True, "Inherits": True, "Overrides": False
+    }  # fmt: skip
 
 
 def test_an_unknown_class_is_not_stepped_on_views() -> None:
