@@ -22,7 +22,7 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Controller
 from mols_ds.core.group_stats import NoiseFloor, adam_moments
 from mols_ds.core.handle import Handle
-from mols_ds.core.lr_scaler import RateScaler
+from mols_ds.core.lr_scaler import LRScaler
 from mols_ds.core.protocols import GradientSource, WindowState
 from mols_ds.errors import MolsError
 
@@ -47,7 +47,7 @@ class Session(Handle, ABC):
 
     def __init__(self, config: MolsConfig) -> None:
         self.config = config
-        self.scalers: list[RateScaler] = []
+        self.scalers: list[LRScaler] = []
         self._sampling = self._sampled = self._stepping = False
         self._step_number = 0
 
