@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import mols_ds
-from mols_ds.config import MolsConfig
+from mols_ds import MolsConfig
 from tests.checkpoints import deepspeed_runs, job_runs, megatron_runs
 from tests.checkpoints.comparing import FIXTURES, merge
 from tests.harness import run_cases
