@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_patches.cpu.emulation import cpu_megatron
+from megatron_patches import cpu_megatron
 from tests.checkpoints.comparing import FIXTURES, read, weight_sums
 from tests.engines.megatron.building import Setup, mean_loss
 from tests.engines.megatron.running import Run

@@ -5,34 +5,27 @@ The fixtures, and what belongs to each, are described in write_fixtures.py. They
 
 from __future__ import annotations
 
-import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.checkpoints import deepspeed_runs, megatron_runs
+from tests.checkpoints import job_runs
 from tests.checkpoints.comparing import FIXTURES, differences, merge, read
-from tests.helpers.harness import Results, run_cases
+from tests.checkpoints.outcomes import (
+    DEEPSPEED,
+    JOBS,
+    MEGATRON,
+    WORLD,
+    deepspeed_outcomes,
+    job_outcomes,
+    megatron_outcomes,
+)
 
-WORLD = 2
-POINTS = ("waiting", "calibrating", "calibrating-online", "ramping", "fixed")
-DEEPSPEED = [f"zero{stage}-{point}" for stage in (0, 1, 2, 3) for point in POINTS]
 MACHINE = (b"/tmp", b"/work", b"/root", b"/home", b"site-packages")  # an absolute path has one of these
 MODULES = (b"mols_ds", b"megatron_patches")
-
-
-MEGATRON = [f"megatron-{grid}-{point}" for grid in ("dp2", "tp2") for point in POINTS]
-
-
-@functools.cache
-def deepspeed_outcomes() -> Results:
-    return run_cases(deepspeed_runs.continued, WORLD, [(name,) for name in DEEPSPEED])
-
-
-@functools.cache
-def megatron_outcomes() -> Results:
-    return run_cases(megatron_runs.continued, WORLD, [(name,) for name in MEGATRON])
 
 
 def check_preconditions(settings: dict[str, Any], loaded: dict[str, Any]) -> None:
@@ -68,6 +61,37 @@ def test_deepspeed_fixture_holds_the_accumulators_of_each_rank(name: str) -> Non
         moments = content["samples"]["moments"]
         assert 0 < moments["count"] < section["samples"] and float(moments["m2"].sum()) > 0
         assert (content["random"] is not None) == (section["mode"] == "probe")
+
+
+@pytest.mark.jobs
+@pytest.mark.parametrize("name", JOBS)
+def test_program_goes_on_from_its_folder_as_under_0_4_0(name: str) -> None:
+    expected = read(name, "expected.json")
+    first, second = job_outcomes()[(name,)]
+    assert differences(expected, first, name) == [] and first == second
+    *steps, final = first["metrics"]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1)) and final["final"]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_program_was_interrupted_in_the_middle_of_its_calibration(name: str) -> None:
+    out = FIXTURES / name / job_runs.START / job_runs.OUT
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert lines[-1]["phase"] == "calibrating" and not any(line.get("final") for line in lines)
+    place = out / "checkpoints" / (out / "checkpoints" / "latest").read_text("utf-8")
+    listed = json.loads((place / "manifest.json").read_text("utf-8"))["files"]
+    assert {str(path.relative_to(place)) for path in place.iterdir()} == {*listed, "manifest.json"}
+    assert 0 < samples_in(place) < read(name, "settings.json")["samples"]
+
+
+def samples_in(place: Path) -> int:
+    """How many gradient samples a program's checkpoint holds."""
+    common = place / "common.pt"  # Megatron's
+    if common.is_file():
+        state = torch.load(common, weights_only=False)["optimizer"]["mols"]
+    else:
+        state = torch.load(place / "mp_rank_00_model_states.pt", weights_only=False)["mols"]
+    return int(state["state"]["samples"])
 
 
 def test_fixtures_name_no_machine_and_no_module_of_ours_and_are_small() -> None:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import mols_ds
-from mols_ds.core.config import MolsConfig
-from tests.checkpoints import deepspeed_runs, megatron_runs
+from mols_ds import MolsConfig
+from tests.checkpoints import deepspeed_runs, job_runs, megatron_runs
 from tests.checkpoints.comparing import FIXTURES, merge
 from tests.engines.megatron.building import Setup
 from tests.helpers.harness import run_cases
@@ -206,6 +206,134 @@ def write_megatron() -> None:
     expect(megatron_runs.continued, "megatron-")
 
 
+# --- programs -----------------------------------------------------------------------------------------------------
+
+# 3 updates and 4 of 6 samples: the seventh iteration, which has two passes, is under way when the signal comes
+JOB_START, JOB_SAMPLES, JOB_STEPS, STOP_AT_PASS = 3, 6, 8, 13
+TINY_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 1,
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "initializer_range": 0.2,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def job_section() -> dict[str, Any]:
+    return full_section(
+        preset="robust",
+        start=JOB_START,
+        samples=JOB_SAMPLES,
+        mode="probe",
+        estimator="damping",
+        noise_floor_correction=False,
+        alpha_min=0.01,
+        alpha_max=100.0,
+        ramp_end=6,
+        total_steps=JOB_STEPS,
+        report_dir=f"{job_runs.OUT}/mols_report",
+    )
+
+
+def job_inputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Write what the two programs read; returns fixture -> settings."""
+    from mols_ds.training.megatron_settings import validate
+    from mols_ds.training.tokens import train_tokenizer
+    from tests.apps.command import write_text
+
+    write_text(folder / "text.jsonl", documents=30)
+    rows = [json.loads(line)["text"] for line in (folder / "text.jsonl").read_text("utf-8").splitlines()]
+    train_tokenizer(rows, TINY_LLAMA["vocab_size"], folder / "tokenizer")
+    write_json(folder / "model.json", TINY_LLAMA)
+    adam = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-4, "weight_decay": 0.1, "torch_adam": True}
+    write_json(
+        folder / "ds.json",
+        {
+            "train_batch_size": 8,
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 2,
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": False},
+            "fp16": {"enabled": False},
+            "zero_optimization": {"stage": 2, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
+            "optimizer": {"type": "AdamW", "params": {**adam, "adam_w_mode": True}},
+            "mols": job_section(),
+        },
+    )
+    llama = TINY_LLAMA
+    content = {
+        "model": {
+            "num_layers": 1,
+            "hidden_size": llama["hidden_size"],
+            "ffn_hidden_size": llama["intermediate_size"],
+            "num_attention_heads": 2,
+            "vocab_size": llama["vocab_size"],
+            "vocab_multiple": 4,
+        },
+        "parallel": {"tp": 2},
+        "precision": {"dtype": "fp32", "transformer_engine": False},
+        "optimizer": {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1},
+        "batch": {"micro": 2, "global": 4},
+        "data": {"source": "text.jsonl", "eval_share": 0.2, "tokenizer": "tokenizer", "cache_dir": "cache"},
+        "run": {"steps": JOB_STEPS, "seq_len": 32, "eval_every": 3, "eval_sequences": 6},
+        "mols": job_section(),
+    }
+    write_json(folder / "job.yaml", validate(content, "job.yaml").model_dump(mode="json", by_alias=True))
+    out = ["--out", job_runs.OUT]
+    run = [("steps", JOB_STEPS), ("seq-len", 32), ("seed", 0), ("eval-every", 3), ("eval-sequences", 6)]
+    run += [("save-every", 0), ("log-every", 1), ("eval-share", 0.2), ("text-key", "text"), ("cache-dir", "cache")]
+    named = [("deepspeed_config", "ds.json"), ("model", "model.json"), ("data", "text.jsonl"), *run]
+    train = [*out, "--tokenizer", "tokenizer", *(word for key, value in named for word in (f"--{key}", str(value)))]
+    about = {"release": RELEASE, "world": WORLD, "stop_at_pass": STOP_AT_PASS, "samples": JOB_SAMPLES}
+    return {
+        "job-train": {**about, "script": "train.py", "arguments": train},
+        "job-train_megatron": {**about, "script": "train_megatron.py", "arguments": ["--config", "job.yaml", *out]},
+    }
+
+
+JOB_FILES = {
+    "job-train": ("text.jsonl", "tokenizer", "model.json", "ds.json"),
+    "job-train_megatron": ("text.jsonl", "tokenizer", "job.yaml"),
+}
+
+
+def write_jobs() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Path(folder, "inputs")
+        inputs.mkdir()
+        cases, settings = {}, job_inputs(inputs)
+        for name, files in JOB_FILES.items():
+            place = Path(folder, name)
+            place.mkdir()
+            for file in files:
+                copy = shutil.copytree if (inputs / file).is_dir() else shutil.copy
+                copy(inputs / file, place / file)
+            cases[name] = (str(place), json.dumps(settings[name]))
+        results = run_cases(job_runs.interrupted, WORLD, list(cases.values()))
+        for name, case in cases.items():
+            assert results[case]
+            shutil.rmtree(FIXTURES / name, ignore_errors=True)
+            shutil.copytree(case[0], FIXTURES / name / job_runs.START)
+            for copied in (FIXTURES / name).rglob("zero_to_*.py"):
+                copied.unlink()
+            write_json(FIXTURES / name / "settings.json", settings[name])
+    results = run_cases(job_runs.continued, WORLD, [(name,) for name in JOB_FILES])
+    for name in JOB_FILES:
+        first, second = results[(name,)]
+        assert first == second
+        write_json(FIXTURES / name / "expected.json", first)
+
+
 # --- all engines --------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +365,7 @@ def expect(continued: Any, prefix: str) -> None:
         write_json(FIXTURES / name / "expected.json", merge(results[(name,)]))
 
 
-PARTS = {"deepspeed": write_deepspeed, "megatron": write_megatron}
+PARTS = {"deepspeed": write_deepspeed, "megatron": write_megatron, "jobs": write_jobs}
 
 
 def main(parts: list[str]) -> None:

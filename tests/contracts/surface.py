@@ -344,9 +344,22 @@ def _engines() -> dict[str, Any]:
     return {which: results[(which,)][0] for which in ("deepspeed", "megatron")}
 
 
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+def metrics() -> dict[str, Any]:
+    """Key -> type in each kind of line of metrics.jsonl, of every program that writes one."""
+    from tests.checkpoints.outcomes import FINETUNE, JOBS, job_outcomes
+
+    results = job_outcomes()
+    programs = {name.removeprefix("job-") + ".py": results[(name,)][0]["keys"] for name in JOBS}
+    return {**programs, "finetune.py": results[(FINETUNE,)][0]}
+
+
 SNAPSHOTS: dict[str, Callable[[], Any]] = {
     "names": names,
     "config": config,
     "commands": commands,
     "engines": _engines,
+    "metrics": metrics,
 }

@@ -93,6 +93,18 @@ def test_report_has_the_same_keys_and_types(engine: str, kind: str) -> None:
         assert set(found["group"][key]) <= allowed, key
 
 
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.jobs
+@pytest.mark.parametrize("program", snapshot("metrics"))
+def test_metrics_have_the_same_keys_and_types(program: str) -> None:
+    before, found = snapshot("metrics")[program], now("metrics")[program]
+    assert set(before) == {"step", "evaluated", "final"}
+    for kind, keys in before.items():
+        assert {key: found[kind].get(key) for key in keys} == keys, kind
+
+
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
