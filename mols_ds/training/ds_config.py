@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from mols_ds.core.config import MolsConfig
+from mols_ds.core.validation import validation_message
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.build import split_config
 from mols_ds.optim.choose import AUTO as AUTO
@@ -166,14 +168,11 @@ def model_dtype(config: dict[str, Any]) -> torch.dtype:
 def check_with_deepspeed(config: dict[str, Any], path: str) -> None:
     """Has DeepSpeed validate a resolved config before anything is built. Raises MolsConfigError with one line."""
     from deepspeed.runtime.config import DeepSpeedConfig
-    from pydantic import ValidationError
 
     request = split_config(config)
     try:
         DeepSpeedConfig(copy.deepcopy(config if request is None else request.config))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise MolsConfigError(f'config {path}: {error.title}: "{where}": {first["msg"]}') from error
+        raise MolsConfigError(f"config {path}: {error.title}: {validation_message(error)}") from error
     except Exception as error:  # DeepSpeed asserts and raises plain Exceptions for wrong values
         raise MolsConfigError(f"config {path}: DeepSpeed refuses it: {one_line(error)}") from error

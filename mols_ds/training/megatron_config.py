@@ -20,8 +20,9 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from megatron_patches.machine import Machine, probe_machine
 from megatron_patches.precision import check
+from mols_ds.core.validation import suggestion, validation_message
 from mols_ds.errors import MolsConfigError
-from mols_ds.training.megatron_settings import Settings, suggestion
+from mols_ds.training.megatron_settings import Settings
 from mols_ds.training.sources import one_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -148,7 +149,7 @@ def _further(settings: Settings, kind: type[Any]) -> dict[str, Any]:
         except PydanticUserError:
             out[key] = value  # a type of Megatron's own, which its config checks
         except ValidationError as error:
-            raise MolsConfigError(f'"model.{key}": {error.errors()[0]["msg"]} (got {value!r})') from None
+            raise MolsConfigError(validation_message(error, hints[key], f"model.{key}")) from None
     return out
 
 

@@ -6,16 +6,17 @@ TransformerConfig can stand in `model`, checked against the field's type.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from mols_ds.core.config import MolsConfig
+from mols_ds.core.json_types import JsonMapping, JsonObject
+from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import one_line
 
@@ -25,14 +26,14 @@ Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+class _Section(Frozen):
+    model_config = ConfigDict(strict=True)
 
 
 class Model(_Section):
     """The network. Other keys are fields of Megatron-core's TransformerConfig and go there as they are."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow")
 
     num_layers: Positive
     hidden_size: Positive
@@ -51,7 +52,7 @@ class Model(_Section):
     """The embedding's rows are rounded up to a multiple of this times tp, as Megatron-LM does."""
 
     @property
-    def further(self) -> dict[str, Any]:
+    def further(self) -> JsonObject:
         """The keys that are TransformerConfig's."""
         return dict(self.__pydantic_extra__ or {})
 
@@ -133,7 +134,7 @@ class Scheduler(_Section):
 class Batch(_Section):
     """Sequences: `micro` in one forward pass, `global` in one step over all data-parallel ranks."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     micro: Positive
     total: Positive = Field(alias="global")
@@ -175,9 +176,9 @@ class Settings(_Section):
     batch: Batch
     data: Data = Data()
     run: Run
-    mols: dict[str, Any] | None = None
+    mols: JsonObject | None = None
 
-    def with_mols(self, section: dict[str, Any] | None) -> Settings:
+    def with_mols(self, section: JsonObject | None) -> Settings:
         """The same with another "mols" section."""
         return self.model_copy(update={"mols": section})
 
@@ -233,7 +234,7 @@ def read(path: str, changes: Iterable[str] = ()) -> Settings:
     return validate(content, f"config {path}")
 
 
-def _change(content: dict[str, Any], change: str) -> None:
+def _change(content: JsonObject, change: str) -> None:
     """Put one `section.key=value` into the file's content."""
     name, equals, value = change.partition("=")
     section, dot, key = name.partition(".")
@@ -250,48 +251,15 @@ def _change(content: dict[str, Any], change: str) -> None:
     place[last] = parse_yaml(value, f"--set {change}")
 
 
-def validate(content: Mapping[str, Any], where: str) -> Settings:
+def validate(content: JsonMapping, where: str) -> Settings:
     """Settings from plain values. Raises MolsConfigError, one line for all mistakes."""
     try:
         settings = Settings.model_validate(dict(content))
     except ValidationError as error:
-        lines = dict.fromkeys(_one_line(item) for item in error.errors())
-        raise MolsConfigError(f"{where}: {'; '.join(lines)}") from None
+        raise MolsConfigError(f"{where}: {validation_message(error, Settings)}") from None
     if settings.mols is not None:
         try:
             MolsConfig.parse(settings.mols)
         except MolsConfigError as error:
             raise MolsConfigError(f"{where}: {error}") from None
     return settings
-
-
-def fields_of(path: list[str]) -> list[str]:
-    """The keys that a section knows; of the whole file for an empty path."""
-    kind: type[BaseModel] = Settings
-    for part in path:
-        annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        kind = annotation
-    return [field.alias or name for name, field in kind.model_fields.items()]
-
-
-def suggestion(key: str, known: list[str]) -> str:
-    """A phrase that helps with an unknown key."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f'did you mean "{close[0]}"?' if close else f"allowed: {', '.join(known)}"
-
-
-def _one_line(item: Any) -> str:
-    path = [str(part) for part in item["loc"]]
-    if item["type"] == "extra_forbidden":
-        return f'"{".".join(path)}": unknown key; {suggestion(path[-1], fields_of(path[:-1]))}'
-    # A union's error names the alternative as a last part, which means nothing to a reader
-    names = fields_of([])
-    path = path[:2] if path and path[0] in names else path
-    where = ".".join(path)
-    if item["type"] == "missing":
-        return f'"{where}" is missing'
-    if item["type"] == "value_error":
-        return f'"{where}": {item["ctx"]["error"]}'
-    return f'"{where}": {item["msg"]} (got {item["input"]!r})'

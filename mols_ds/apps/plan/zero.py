@@ -19,10 +19,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import ValidationError
+
 from mols_ds.apps.plan.live import Gathered, gathered
 from mols_ds.apps.plan.model import Activations
 from mols_ds.apps.plan.optimizers import Weight, state_of_shard
 from mols_ds.apps.plan.parts import Bytes, Footprint, Message, up
+from mols_ds.core.validation import validation_message
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
 REFUSED = {
@@ -81,6 +84,9 @@ class Zero:
                 raise MolsUnsupportedError(f'plan: "{precision}.{key}" is not known to the plan; leave it out')
         try:
             zero = DeepSpeedZeroConfig(**section)
+        except ValidationError as error:
+            message = validation_message(error, DeepSpeedZeroConfig, "zero_optimization")
+            raise MolsConfigError(f"DeepSpeed refuses {message}") from error
         except ValueError as error:
             raise MolsConfigError(
                 f'"zero_optimization": DeepSpeed refuses it: {" ".join(str(error).split())}'
