@@ -3,16 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from mols_ds.errors import MolsConfigError, MolsError
-
-USER_MISTAKE = 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise MolsConfigError(f"{message} (see {self.prog} --help)")
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.cli_utils import Parser, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,20 +20,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mols_ds.apps.doctor.command import main as examine
 
         return examine(arguments[1:])
-    try:
-        args = _parser().parse_args(arguments)
-        if arguments[0] == "compare":
-            from mols_ds.apps.study.command import compare
+    return run_program("mols-ds", lambda: _run(arguments))
 
-            return compare(args)
-        if arguments[0] == "plan":
-            from mols_ds.apps.plan.command import plan
 
-            return plan(args)
-        print(args.text(args))
-    except MolsError as error:
-        print(f"mols-ds: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_MISTAKE
+def _run(arguments: Sequence[str]) -> int:
+    args = _parser().parse_args(arguments)
+    if arguments[0] == "compare":
+        from mols_ds.apps.study.command import compare
+
+        return compare(args)
+    if arguments[0] == "plan":
+        from mols_ds.apps.plan.command import plan
+
+        return plan(args)
+    print(args.text(args))
     return 0
 
 
@@ -48,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     from mols_ds.apps.plan.command import add_arguments as add_plan
     from mols_ds.apps.study.command import add_arguments
 
-    parser = _Parser(prog="mols-ds", description="MoLS: module-wise learning rates from the gradients' SNR.")
+    parser = Parser(prog="mols-ds", description="MoLS: module-wise learning rates from the gradients' SNR.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     launch = "start a script as DeepSpeed's launcher does: mols-ds launch --config FILE train.py ..."
     commands.add_parser("launch", help=launch, add_help=False)

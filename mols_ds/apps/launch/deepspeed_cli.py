@@ -22,20 +22,22 @@ from types import FrameType, ModuleType
 from typing import Any
 
 from mols_ds.apps.launch.signals import IDLE_SECONDS, SENT, ranks_below, send
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.cli_utils import USER_MISTAKE, Parser, print_line, shell_status
 from mols_ds.training.preemption import SIGNALS
 
-USER_MISTAKE = 2
+PROGRAM = "deepspeed"
 CONFIG_OPTIONS = ("--deepspeed_config", "--config")
 ROOT = str(Path(__file__).resolve().parents[3])
 UNMAPPED = ("OpenMPIRunner", "MVAPICHRunner", "SlurmRunner")
 """Runners of DeepSpeed (launcher/multinode_runner.py) that start the script itself and tell it no master address."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """The launcher's parser plus `--config`."""
+class RunnerParser(Parser):
+    """The parser of DeepSpeed's runner, with `--config`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, description: str | None = None, **options: Any) -> None:
+        super().__init__(description=description, **options)
         self.add_argument("--config", dest="ds_config", metavar="FILE", help="DeepSpeed config, passed to the script")
 
 
@@ -54,11 +56,6 @@ def script_arguments(user_args: Sequence[str], config: str | None) -> list[str]:
         return list(user_args)
     extra = ["--deepspeed_config", os.path.abspath(config)]
     return [*user_args, *([] if "--deepspeed" in user_args else ["--deepspeed"]), *extra]
-
-
-def _mistake(message: str) -> None:
-    print(f"deepspeed: {message}", file=sys.stderr, flush=True)
-    sys.exit(USER_MISTAKE)
 
 
 class _Job:
@@ -80,15 +77,15 @@ class _Job:
             from deepspeed.launcher import runner
 
             module = runner.argparse
-            runner.argparse = _copy_with(module, ArgumentParser=_Parser)
+            runner.argparse = _copy_with(module, ArgumentParser=RunnerParser)
             try:
                 parsed = stock(args)
             finally:
                 runner.argparse = module
             if parsed.ds_config is not None and not os.path.isfile(parsed.ds_config):
-                _mistake(f"--config {parsed.ds_config}: no such file")
+                raise MolsConfigError(f"--config {parsed.ds_config}: no such file")
             if not parsed.module and not parsed.no_python and not os.path.isfile(parsed.user_script):
-                _mistake(f"{parsed.user_script}: no such script")
+                raise MolsConfigError(f"{parsed.user_script}: no such script")
             parsed.user_args = script_arguments(parsed.user_args, parsed.ds_config)
             self.args = parsed
             return parsed
@@ -223,7 +220,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except (ValueError, RuntimeError, AssertionError) as error:  # how the launcher refuses hosts, slots and counts
-        print(f"deepspeed: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print_line(PROGRAM, error)
         return USER_MISTAKE
-    status = getattr(job.process, "returncode", 0)
-    return 128 - status if status < 0 else 0
+    return shell_status(getattr(job.process, "returncode", 0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mols_ds.apps.plan.job import Job
+from mols_ds.apps.plan.job import PlanJob
 from mols_ds.apps.plan.search import Found, Planned, nearest
 
 SCHEMA = 1
@@ -64,7 +64,7 @@ def document(job: Planned) -> dict[str, Any]:
     }
 
 
-def _mols(job: Job) -> dict[str, Any]:
+def _mols(job: PlanJob) -> dict[str, Any]:
     return {
         "enabled": job.mols is not None,
         "mode": job.mode if job.mols is not None else None,

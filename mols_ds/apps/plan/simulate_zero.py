@@ -11,7 +11,7 @@ this package's: `find_shards`, that is `Stage12` or `Stage3`, for each rank. Wha
 - Stage 3: a rank's place in the flat sub-groups (`grad_position`) is that of every rank, since each holds a share of
   ceil(numel / ranks) of every parameter.
 
-`Zero.built` builds another rank whole, to be compared with what one constructor gave for it.
+`ZeroWorld.built` builds another rank whole, to be compared with what one constructor gave for it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Still(torch.optim.SGD):
 
 
 @dataclass
-class Zero:
+class ZeroWorld:
     """One model under one ZeRO stage on `ranks` data-parallel ranks.
 
     model: makes the same model each time; stage 3 takes a model's parameters apart for good.

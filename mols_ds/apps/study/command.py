@@ -24,9 +24,9 @@ from typing import Any
 from mols_ds.apps.study.runs import Chosen, Run, Store, StudyResults, collect, needed
 from mols_ds.apps.study.spec import Study, load_study
 from mols_ds.core.log import versions
-from mols_ds.errors import MolsConfigError, MolsError
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.cli_utils import FAILED, Parser, run_program
 
-USER_MISTAKE, FAILED = 2, 1
 MOST_JOBS = 4
 
 
@@ -61,7 +61,7 @@ def compare(args: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         report(collect(study, store), out, command)
         for failure in failures:
-            print(f"mols-ds: {failure.run.label} failed: {failure.why}", file=sys.stderr)
+            print(f"mols-ds: {failure.run.label} failed: {failure.why}", file=sys.stderr)  # may be a traceback
     if launched and not args.report_only:
         _leave()
     return FAILED if failures else 0
@@ -69,14 +69,10 @@ def compare(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m mols_ds.study`: the command as a launcher starts it on every rank."""
-    parser = argparse.ArgumentParser(prog="mols_ds.apps.study", description=__doc__)
+    parser = Parser(prog="mols_ds.apps.study", description=__doc__)
     add_arguments(parser)
-    try:
-        return compare(parser.parse_args(argv))
-    except MolsError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"mols-ds: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return USER_MISTAKE
+    silent = int(os.environ.get("RANK", "0")) != 0  # rank 0 meets the same mistake
+    return run_program("mols-ds", lambda: compare(parser.parse_args(argv)), silent=silent)
 
 
 def default_jobs() -> int:
@@ -206,7 +202,7 @@ def _launched(study: Study, store: Store) -> list[Any]:
     """Every run on all ranks of this job together."""
     from mols_ds.apps.study.work import Machine, Worker
     from mols_ds.apps.study.workers import quiet_engines, runs_wanted, together
-    from mols_ds.training.cli_utils import start_ranks
+    from mols_ds.training.ranks import start_ranks
 
     rank, world = start_ranks()
     quiet_engines()

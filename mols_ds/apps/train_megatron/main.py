@@ -24,7 +24,7 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training.batches import BatchShape
 from mols_ds.training.cli_utils import USER_MISTAKE as USER_MISTAKE
-from mols_ds.training.cli_utils import Parser, add_timeout, run_command
+from mols_ds.training.cli_utils import Parser, add_timeout
 from mols_ds.training.compare import ADAM, MOLS, print_comparison, print_outcome
 from mols_ds.training.megatron_build import start_grid, start_ranks
 from mols_ds.training.megatron_config import (
@@ -37,6 +37,7 @@ from mols_ds.training.megatron_config import (
     uses_engine,
 )
 from mols_ds.training.megatron_settings import Settings, read
+from mols_ds.training.ranks import run_command
 from mols_ds.training.sources import DataSpec
 from mols_ds.training.trainer import has_checkpoint
 
