@@ -49,14 +49,14 @@ ELSEWHERE = {
 
 
 @dataclass(frozen=True)
-class Grid:
+class ProcessGrid:
     """How `world` ranks are laid out."""
 
     world: int
     data: int
 
     @classmethod
-    def of(cls, settings: Settings, world: int) -> Grid:
+    def of(cls, settings: Settings, world: int) -> ProcessGrid:
         """Raises MolsConfigError where the ranks do not divide."""
         parallel = settings.parallel
         model = parallel.tp * parallel.pp * parallel.cp
@@ -74,7 +74,7 @@ class Grid:
         return cls(world, world // model)
 
 
-def micro_batches(settings: Settings, grid: Grid) -> int:
+def micro_batches(settings: Settings, grid: ProcessGrid) -> int:
     """Forward passes of a rank in one step. Raises MolsConfigError where the batch does not divide."""
     batch, parallel = settings.batch, settings.parallel
     share = batch.micro * grid.data

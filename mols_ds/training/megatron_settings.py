@@ -30,7 +30,7 @@ class _Section(Frozen):
     model_config = ConfigDict(strict=True)
 
 
-class Model(_Section):
+class ModelSettings(_Section):
     """The network. Other keys are fields of Megatron-core's TransformerConfig and go there as they are."""
 
     model_config = ConfigDict(extra="allow")
@@ -57,7 +57,7 @@ class Model(_Section):
         return dict(self.__pydantic_extra__ or {})
 
 
-class Parallel(_Section):
+class ParallelSettings(_Section):
     """Ranks along each axis; what is left of the world is data-parallel."""
 
     tp: Positive = 1
@@ -73,7 +73,7 @@ class Parallel(_Section):
     overlap_param_gather: bool = False
 
     @model_validator(mode="after")
-    def _check(self) -> Parallel:
+    def _check(self) -> ParallelSettings:
         if self.vp is not None and self.pp == 1:
             raise ValueError("vp: interleaved stages need pp of at least 2; leave vp out")
         if self.sp and self.tp == 1:
@@ -83,7 +83,7 @@ class Parallel(_Section):
         return self
 
 
-class Precision(_Section):
+class PrecisionSettings(_Section):
     """`auto` is bf16 on a GPU that has it, else fp32. FP8 and FP4 need Transformer Engine."""
 
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -97,13 +97,13 @@ class Precision(_Section):
     gradient_accumulation_fusion: bool = False
 
     @model_validator(mode="after")
-    def _check(self) -> Precision:
+    def _check(self) -> PrecisionSettings:
         if (self.fp8 or self.fp4) and self.dtype in ("fp32", "fp16"):
             raise ValueError(f"dtype: {self.dtype} does not go with fp8 or fp4, which need bf16")
         return self
 
 
-class Optimizer(_Section):
+class OptimizerSettings(_Section):
     """METHOD, the paper's settings: Adam (0.9, 0.95, 1e-8) without weight decay, clipping at 1."""
 
     name: Literal["adam", "sgd"] = "adam"
@@ -123,7 +123,7 @@ class Optimizer(_Section):
         return values
 
 
-class Scheduler(_Section):
+class SchedulerSettings(_Section):
     """METHOD, the paper's schedule: linear warm-up over 10 % of the steps, then cosine to 10 % of the rate."""
 
     style: Literal["cosine", "linear", "constant"] = "cosine"
@@ -131,7 +131,7 @@ class Scheduler(_Section):
     min_lr_share: Share = 0.10
 
 
-class Batch(_Section):
+class BatchSettings(_Section):
     """Sequences: `micro` in one forward pass, `global` in one step over all data-parallel ranks."""
 
     model_config = ConfigDict(populate_by_name=True)
@@ -140,7 +140,7 @@ class Batch(_Section):
     total: Positive = Field(alias="global")
 
 
-class Data(_Section):
+class DataSettings(_Section):
     """The text; see --data of train.py. The tokenizer is trained on it where no folder is named."""
 
     source: str = "stdlib"
@@ -150,7 +150,7 @@ class Data(_Section):
     cache_dir: str | None = None
 
 
-class Run(_Section):
+class RunSettings(_Section):
     """How long, and what is written when."""
 
     steps: Positive
@@ -168,14 +168,14 @@ class Run(_Section):
 class Settings(_Section):
     """A whole config file. Raises MolsConfigError through `read`."""
 
-    model: Model
-    parallel: Parallel = Parallel()
-    precision: Precision = Precision()
-    optimizer: Optimizer
-    scheduler: Scheduler = Scheduler()
-    batch: Batch
-    data: Data = Data()
-    run: Run
+    model: ModelSettings
+    parallel: ParallelSettings = ParallelSettings()
+    precision: PrecisionSettings = PrecisionSettings()
+    optimizer: OptimizerSettings
+    scheduler: SchedulerSettings = SchedulerSettings()
+    batch: BatchSettings
+    data: DataSettings = DataSettings()
+    run: RunSettings
     mols: JsonObject | None = None
 
     def with_mols(self, section: JsonObject | None) -> Settings:

@@ -114,7 +114,7 @@ def prepare(
     `seed` decides which documents are held out; `held_out_tokens` is how many tokens of them a streamed source keeps
     on disk. Every process of a job may call this at the same time.
     """
-    source = _Source(spec, seed)
+    source = _SplitSource(spec, seed)
     if tokenizer is None:
         name = f"tokenizer-{vocab_size}-{fingerprint(spec, vocab_size, seed, TRAINING_CHARACTERS)}"
         tokenizer = _cached(cache / name, lambda folder: train_tokenizer(source.train(), vocab_size, folder))
@@ -133,7 +133,7 @@ def prepare(
     return loaded, TokenData(train, map_tokens(folder / "held_out.bin", loaded.size))
 
 
-class _Source:
+class _SplitSource:
     """Both sides of a source's split as fresh iterators over documents."""
 
     def __init__(self, spec: DataSpec, seed: int) -> None:

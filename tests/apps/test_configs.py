@@ -22,7 +22,13 @@ from mols_ds.errors import MolsUnsupportedError
 from mols_ds.report.fixed_alphas import groups_of
 from mols_ds.report.table import write_report
 from mols_ds.training import ds_config as settings
-from mols_ds.training.megatron_config import Grid, ddp_config, micro_batches, optimizer_config, transformer_config
+from mols_ds.training.megatron_config import (
+    ProcessGrid,
+    ddp_config,
+    micro_batches,
+    optimizer_config,
+    transformer_config,
+)
 from mols_ds.training.megatron_settings import Settings, read
 from mols_ds.training.models import load_model_config
 
@@ -119,7 +125,7 @@ def test_megatron_takes_every_yaml(name: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("megatron.core.utils._te_version", Version(str(GPU.engine)))
     chosen = read(str(CONFIGS / "megatron" / f"{name}.yaml"))
     world, data, passes = MEGATRON[name]
-    grid = Grid.of(chosen, world)
+    grid = ProcessGrid.of(chosen, world)
     assert (grid.data, micro_batches(chosen, grid)) == (data, passes)
     model, optimizer, ddp = transformer_config(chosen, GPU), optimizer_config(chosen), ddp_config(chosen)
     assert type(model).__name__ == "TransformerConfig"

@@ -13,7 +13,7 @@ from typing import Any
 
 from mols_ds.apps.doctor.findings import Findings, last_line, silence
 from mols_ds.apps.doctor.model import check_memory, check_model
-from mols_ds.apps.doctor.schedule import DEFAULT_FIX, Run, check_schedule
+from mols_ds.apps.doctor.schedule import DEFAULT_FIX, RunFacts, check_schedule
 from mols_ds.core.config import MolsConfig
 
 TRIED_STEPS = 64
@@ -210,10 +210,10 @@ def _step_it(findings: Findings, name: str, scheduler: Any, optimizer: Any, sect
         findings.add("ok", "config.scheduler", f"{name} goes with MoLS: multipliers never enter its state")
 
 
-def _run(resolved: Mapping[str, Any], steps: int | None, warmup: int | None) -> Run:
+def _run(resolved: Mapping[str, Any], steps: int | None, warmup: int | None) -> RunFacts:
     half = resolved.get("fp16") or {}
     dynamic = half.get("enabled") is True and not half.get("loss_scale")
-    return Run(
+    return RunFacts(
         steps=steps,
         warmup=warmup,
         sequences=resolved["train_batch_size"],

@@ -20,7 +20,7 @@ FORMS = '"prompt" and "completion", "instruction" and "output", or "messages"'
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class ChatMessage:
     """One turn of a conversation."""
 
     role: str
@@ -32,7 +32,7 @@ class Example:
     """A conversation that ends with the assistant. `where` names its file and line for messages to the user; `form`
     says how the row was written, which decides how it becomes text."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
     form: Form
     where: str
     input: str = ""
@@ -121,8 +121,8 @@ def parse_row(row: Any, where: str) -> Example:
     raise MolsConfigError(f"{where}: it needs {FORMS}; its keys are {', '.join(map(str, row)) or 'none'}")
 
 
-def _pair(prompt: str, answer: str) -> tuple[Message, ...]:
-    return Message("user", prompt), Message("assistant", answer)
+def _pair(prompt: str, answer: str) -> tuple[ChatMessage, ...]:
+    return ChatMessage("user", prompt), ChatMessage("assistant", answer)
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
@@ -136,7 +136,7 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _messages(rows: Any, where: str) -> tuple[Message, ...]:
+def _messages(rows: Any, where: str) -> tuple[ChatMessage, ...]:
     if not isinstance(rows, list | tuple) or not rows:
         raise MolsConfigError(f'{where}: "messages" must be a list of at least a question and an answer')
     messages = []
@@ -147,7 +147,7 @@ def _messages(rows: Any, where: str) -> tuple[Message, ...]:
         role = row.get("role")
         if role not in ROLES:
             raise MolsConfigError(f'{place}: "role" is {role!r}; allowed: {", ".join(ROLES)}')
-        messages.append(Message(role, _text(row, "content", place)))
+        messages.append(ChatMessage(role, _text(row, "content", place)))
     if messages[-1].role != "assistant":
         raise MolsConfigError(f"{where}: the last message is the {messages[-1].role}'s: there is no answer to train on")
     return tuple(messages)

@@ -18,7 +18,7 @@ tokenizer's end-of-text token behind each answer.
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from mols_ds.apps.finetune.examples import Example, Message
+from mols_ds.apps.finetune.examples import ChatMessage, Example
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import one_line
 
@@ -57,7 +57,7 @@ def pieces(example: Example, template: Template, tokenizer: Any) -> list[Piece]:
     return _plain(example.messages)
 
 
-def _plain(messages: Sequence[Message]) -> list[Piece]:
+def _plain(messages: Sequence[ChatMessage]) -> list[Piece]:
     found: list[Piece] = []
     before = ""
     for message in messages:

@@ -70,13 +70,13 @@ class MegatronWorld:
     """
 
     def __init__(self, settings: Any, ranks: int) -> None:
-        from mols_ds.training.megatron_config import Grid
+        from mols_ds.training.megatron_config import ProcessGrid
 
         if settings.parallel.distributed_optimizer_instances > 1:
             raise MolsUnsupportedError(
                 "parallel.distributed_optimizer_instances > 1 is not simulated; set it to 1 for the simulation"
             )
-        Grid.of(settings, ranks)
+        ProcessGrid.of(settings, ranks)
         self.settings = _plain(settings)
         self.ranks = ranks
 
@@ -176,13 +176,13 @@ class MegatronWorld:
 
 def _plain(settings: Any) -> Any:
     """The same cut of the same elements, without what only Transformer Engine can build."""
-    from mols_ds.training.megatron_settings import Precision
+    from mols_ds.training.megatron_settings import PrecisionSettings
 
     model = settings.model
     engine_only = {"moe_grouped_gemm": False, "moe_router_padding_for_quantization": False}
     changes = {key: value for key, value in engine_only.items() if model.further.get(key)}
     model = type(model).model_validate({**model.model_dump(), **changes})
-    precision = Precision(dtype="bf16" if settings.precision.fp8 else settings.precision.dtype)
+    precision = PrecisionSettings(dtype="bf16" if settings.precision.fp8 else settings.precision.dtype)
     precision = precision.model_copy(update={"grad_reduce_in_fp32": settings.precision.grad_reduce_in_fp32})
     return settings.model_copy(update={"model": model, "precision": precision})
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mols_ds.apps.study.curves import Band
 from mols_ds.apps.study.paired import Difference
-from mols_ds.apps.study.relative import Cost
+from mols_ds.apps.study.relative import RelativeCost
 from mols_ds.apps.study.summary import ArmRow
 
 
@@ -52,7 +52,7 @@ def speed_up_text(row: ArmRow) -> str:
     return f"{row.speed_up:.2f}{charged}"
 
 
-def step_text(cost: Cost) -> str:
+def step_text(cost: RelativeCost) -> str:
     """Median ratio and quartiles; `~`: not taken in turns."""
     if cost.step is None:
         return "-"
@@ -60,7 +60,7 @@ def step_text(cost: Cost) -> str:
     return f"{'' if cost.in_turns else '~'}{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def memory_text(cost: Cost) -> str:
+def memory_text(cost: RelativeCost) -> str:
     """Ratio, and MiB that MoLS holds besides while it measures."""
     if cost.memory_ratio is None:
         return "-"

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mols_ds.apps.study.runs import Chosen, Run, Store, StudyResults, collect, needed
+from mols_ds.apps.study.runs import Chosen, Store, StudyResults, StudyRun, collect, needed
 from mols_ds.apps.study.spec import Study, load_study
 from mols_ds.core.log import versions
 from mols_ds.errors import MolsConfigError
@@ -139,7 +139,7 @@ class _Lines:
         self.began = time.monotonic()
 
     def __call__(self, task: Any, result: dict[str, Any]) -> None:
-        if not isinstance(task, Run):
+        if not isinstance(task, StudyRun):
             self.store.save_cost(task.run, result)
             ratio, memory = result["step_ratio"][0], result["memory_ratio"]
             print(f"cost of {task.run.model} {task.run.arm}: step x {ratio:.3f}, memory x {memory:.3f}", flush=True)
@@ -159,7 +159,7 @@ class _Lines:
 
 def _costs_wanted(study: Study, store: Store) -> list[Any]:
     """The arms whose step has not been timed at the settings that were chosen for them, after all runs."""
-    from mols_ds.apps.study.workers import Cost
+    from mols_ds.apps.study.workers import CostTask
 
     if not study.costs:
         return []
@@ -169,11 +169,11 @@ def _costs_wanted(study: Study, store: Store) -> list[Any]:
     known = store.costs()
     wanted = []
     for (model, arm), best in chosen.items():
-        run = Run(model, arm, best.values, study.seeds[0])
+        run = StudyRun(model, arm, best.values, study.seeds[0])
         base = chosen.get((model, study.baseline))
         done = known.get(model, {}).get(arm, {}).get("run") == store.key(run)
         if base is not None and store.load(run) is not None and not done:
-            wanted.append(Cost(Run(model, study.baseline, base.values, study.seeds[0]), run))
+            wanted.append(CostTask(StudyRun(model, study.baseline, base.values, study.seeds[0]), run))
     return wanted
 
 
@@ -200,13 +200,13 @@ def _here(study: Study, store: Store, jobs: int) -> list[Any]:
 
 def _launched(study: Study, store: Store) -> list[Any]:
     """Every run on all ranks of this job together."""
-    from mols_ds.apps.study.work import Machine, Worker
+    from mols_ds.apps.study.work import RankInfo, Worker
     from mols_ds.apps.study.workers import quiet_engines, runs_wanted, together
     from mols_ds.training.ranks import start_ranks
 
     rank, world = start_ranks()
     quiet_engines()
-    worker = Worker(study, store, Machine(rank, world))
+    worker = Worker(study, store, RankInfo(rank, world))
     lines = _Lines(study, store)
     failures = together(worker, lambda: runs_wanted(study, store), lines)
     return failures + together(worker, lambda: _costs_wanted(study, store), lines)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from mols_ds.apps.study.runs import Run
+from mols_ds.apps.study.runs import StudyRun
 from mols_ds.core.groups import is_scaled
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ ROUNDS, WARM_UP = 15, 4
 HOW = "bytes of the live tensors of one rank: weights, gradients, optimizer state with fp32 copies; no activations"
 
 
-def measure(worker: Worker, baseline: Run, run: Run) -> dict[str, Any]:
+def measure(worker: Worker, baseline: StudyRun, run: StudyRun) -> dict[str, Any]:
     """Step time and memory of an arm over the baseline's, at their tuned settings and after the calibration.
 
     Both engines take steps in turns on the same batches, so that a machine that becomes slower does so for both: the
@@ -56,7 +56,7 @@ def measure(worker: Worker, baseline: Run, run: Run) -> dict[str, Any]:
     }
 
 
-def _engine(worker: Worker, run: Run, *, calibrating: bool = False) -> Any:
+def _engine(worker: Worker, run: StudyRun, *, calibrating: bool = False) -> Any:
     """An engine of this run's arm; with MoLS past its calibration (the run's own alphas), or at the start of one."""
     import mols_ds
 
@@ -87,7 +87,7 @@ def _step(engine: Any, batches: Iterable[torch.Tensor]) -> float:
     return time.perf_counter() - began
 
 
-def _accumulators(worker: Worker, run: Run) -> int:
+def _accumulators(worker: Worker, run: StudyRun) -> int:
     """Bytes of this rank's accumulators during the calibration; 0 without one."""
     section = worker.config(run, worker.store.out).get("mols")
     if section is None or section.get("mode") == "moments" or section.get("fixed_alphas"):

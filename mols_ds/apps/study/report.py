@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mols_ds.apps.study.curves import final_loss
-from mols_ds.apps.study.document import Block, Bullets, Heading, Picture, Table, Text, build
+from mols_ds.apps.study.document import Block, HeadingBlock, ListBlock, Picture, TableBlock, TextBlock, build
 from mols_ds.apps.study.page import page
 from mols_ds.apps.study.summary import Summary, group_order, summarise, to_json
 from mols_ds.core.files import write_whole
@@ -99,15 +99,15 @@ def markdown(blocks: Iterable[Block]) -> str:
 
 def _markdown(block: Block) -> str:
     match block:
-        case Heading(level, text):
+        case HeadingBlock(level, text):
             return f"{'#' * level} {text}"
-        case Text(text, warning):
+        case TextBlock(text, warning):
             return f"> {text}" if warning else text
-        case Bullets(items):
+        case ListBlock(items):
             return "\n".join(f"- {item}" for item in items)
         case Picture(file, title, caption):
             return f"![{title}]({file})\n\n*{title}.* {caption}"
-        case Table(command, head, rows, words):
+        case TableBlock(command, head, rows, words):
             lines = [
                 f"`{command}`",
                 "",

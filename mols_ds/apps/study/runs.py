@@ -23,7 +23,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Run:
+class StudyRun:
     """One training: model, arm, tuned settings and seed."""
 
     model: str
@@ -61,10 +61,10 @@ class StudyResults:
 
     study: dict[str, Any]
     baseline: str
-    runs: dict[Run, dict[str, Any]]
+    runs: dict[StudyRun, dict[str, Any]]
     chosen: dict[tuple[str, str], Chosen]
     costs: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    missing: list[Run] = field(default_factory=list)
+    missing: list[StudyRun] = field(default_factory=list)
 
 
 def _short(value: Value) -> str:
@@ -116,7 +116,7 @@ class Store:
     def __init__(self, study: Study, out: Path) -> None:
         self.study, self.out = study, out
 
-    def key(self, run: Run) -> str:
+    def key(self, run: StudyRun) -> str:
         """Label and hash of a run: its file name without suffix."""
         study = self.study
         state = [
@@ -135,15 +135,15 @@ class Store:
         digest = hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=6).hexdigest()
         return f"{run.label}-{digest}"
 
-    def file(self, run: Run) -> Path:
+    def file(self, run: StudyRun) -> Path:
         """Where the result of a finished run is."""
         return self.out / "runs" / f"{self.key(run)}.json"
 
-    def folder(self, run: Run) -> Path:
+    def folder(self, run: StudyRun) -> Path:
         """What a run writes while it trains; removed when its result is there."""
         return self.out / "running" / self.key(run)
 
-    def load(self, run: Run) -> dict[str, Any] | None:
+    def load(self, run: StudyRun) -> dict[str, Any] | None:
         """The result of a run, or None if it has not finished. Raises MolsConfigError for a file that is damaged."""
         file = self.file(run)
         if not file.is_file():
@@ -155,7 +155,7 @@ class Store:
         assert isinstance(result, dict)
         return result
 
-    def save(self, run: Run, result: Mapping[str, Any]) -> None:
+    def save(self, run: StudyRun, result: Mapping[str, Any]) -> None:
         """Write a finished run, complete or not at all."""
         file = self.file(run)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -167,13 +167,13 @@ class Store:
         found: dict[str, dict[str, dict[str, Any]]] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         return found
 
-    def save_cost(self, run: Run, cost: Mapping[str, Any]) -> None:
+    def save_cost(self, run: StudyRun, cost: Mapping[str, Any]) -> None:
         """Add the costs of a run's arm, complete or not at all."""
         costs = self.costs()
         costs.setdefault(run.model, {})[run.arm] = {**cost, "run": self.key(run)}
         write_whole(self.out / "costs.json", json.dumps(costs, indent=1) + "\n")
 
-    def loss(self, run: Run) -> float | None:
+    def loss(self, run: StudyRun) -> float | None:
         """Final validation loss: infinite where the run diverged, None where it has not finished."""
         result = self.load(run)
         if result is None:
@@ -181,7 +181,7 @@ class Store:
         return math.inf if result["val_loss"] is None else float(result["val_loss"])
 
 
-def tuning(study: Study, store: Store, model: str, arm: str) -> tuple[list[Run], Chosen | None]:
+def tuning(study: Study, store: Store, model: str, arm: str) -> tuple[list[StudyRun], Chosen | None]:
     """The tuning runs that an arm still needs on a model; when there are none, what was chosen.
 
     The candidates are the whole grid. While the best rate is at an edge of what was tried, the next one by a factor
@@ -192,7 +192,7 @@ def tuning(study: Study, store: Store, model: str, arm: str) -> tuple[list[Run],
     for _ in range(study.extend + 1):
         missing = []
         for values in wanted:
-            found = [(run, store.loss(run)) for run in (Run(model, arm, values, s) for s in study.tune_seeds)]
+            found = [(run, store.loss(run)) for run in (StudyRun(model, arm, values, s) for s in study.tune_seeds)]
             missing += [run for run, loss in found if loss is None]
             losses[values] = math.fsum(loss or 0.0 for _, loss in found) / len(found)
         if missing:
@@ -216,12 +216,12 @@ def _beyond(best: Values, tried: Iterable[Values]) -> Values | None:
     return tuple(sorted(settings.items()))
 
 
-def needed(study: Study, store: Store) -> tuple[list[Run], dict[tuple[str, str], Chosen]]:
+def needed(study: Study, store: Store) -> tuple[list[StudyRun], dict[tuple[str, str], Chosen]]:
     """Every run that can be started now, in order, and what has been chosen so far.
 
     Arms come in the file's order, so that a study that is stopped has its first arms complete.
     """
-    todo: list[Run] = []
+    todo: list[StudyRun] = []
     chosen: dict[tuple[str, str], Chosen] = {}
     for arm in study.arms:
         for model in study.models:
@@ -231,7 +231,7 @@ def needed(study: Study, store: Store) -> tuple[list[Run], dict[tuple[str, str],
             if best is not None:
                 chosen[model, arm] = best
                 if math.isfinite(best.losses[best.values]):
-                    runs = [Run(model, arm, best.values, seed) for seed in study.seeds]
+                    runs = [StudyRun(model, arm, best.values, seed) for seed in study.seeds]
                     missing = [run for run in runs if store.load(run) is None]
             todo += [run for run in missing if run not in todo]
     return todo, chosen
@@ -240,10 +240,10 @@ def needed(study: Study, store: Store) -> tuple[list[Run], dict[tuple[str, str],
 def collect(study: Study, store: Store) -> StudyResults:
     """Every finished run of the study as it stands now."""
     missing, chosen = needed(study, store)
-    runs: dict[Run, dict[str, Any]] = {}
+    runs: dict[StudyRun, dict[str, Any]] = {}
     for (model, arm), best in chosen.items():
-        every = [Run(model, arm, values, seed) for values in best.losses for seed in study.tune_seeds]
-        every += [Run(model, arm, best.values, seed) for seed in study.seeds]
+        every = [StudyRun(model, arm, values, seed) for values in best.losses for seed in study.tune_seeds]
+        every += [StudyRun(model, arm, best.values, seed) for seed in study.seeds]
         for run in every:
             result = store.load(run)
             if result is not None:
@@ -251,6 +251,6 @@ def collect(study: Study, store: Store) -> StudyResults:
     costs: dict[str, dict[str, dict[str, Any]]] = {}
     for (model, arm), best in chosen.items():
         known = store.costs().get(model, {}).get(arm, {})
-        if known.get("run") == store.key(Run(model, arm, best.values, study.seeds[0])):
+        if known.get("run") == store.key(StudyRun(model, arm, best.values, study.seeds[0])):
             costs.setdefault(model, {})[arm] = known
     return StudyResults(study.model_dump(mode="json"), study.baseline, runs, chosen, costs, missing)

@@ -29,7 +29,7 @@ Rate = Annotated[float, Field(gt=0)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"
 
 
-class Data(Frozen):
+class StudyData(Frozen):
     """Text, as train.py's data arguments (mols_ds/training/sources.py); a path may be relative to the study file. The
     tokenizer is trained to each model's vocabulary."""
 
@@ -40,20 +40,20 @@ class Data(Frozen):
     split_seed: int = 0
 
 
-class Budget(Frozen):
+class StudyBudget(Frozen):
     """How long a run is: optimizer steps or tokens."""
 
     steps: Positive | None = None
     tokens: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> Budget:
+    def _one(self) -> StudyBudget:
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give either steps or tokens")
         return self
 
 
-class Batch(Frozen):
+class StudyBatch(Frozen):
     """The global batch of every run: `sequences` of `length` tokens, `micro` of them a forward pass."""
 
     sequences: Positive
@@ -61,21 +61,21 @@ class Batch(Frozen):
     micro: Positive | None = None
 
 
-class Evaluation(Frozen):
+class StudyEvaluation(Frozen):
     """Held-out loss: `sequences` of the held-out documents, every `every` steps and at the end."""
 
     sequences: Positive = 256
     every: Positive | None = None
 
 
-class Snr(Frozen):
+class StudySnr(Frozen):
     """SNR of every group from Adam's moments, read every `every` steps in the evaluation runs of these arms."""
 
     every: Positive
     arms: tuple[str, ...] = ()
 
 
-class Arm(Frozen):
+class StudyArm(Frozen):
     """What one arm trains with.
 
     `optimizer` and `params` are as in a DeepSpeed config; `mols` is the "mols" section (absent: no MoLS); `deepspeed`
@@ -94,7 +94,7 @@ class Arm(Frozen):
     about: str = ""
 
     @model_validator(mode="after")
-    def _check(self) -> Arm:
+    def _check(self) -> StudyArm:
         for name, values in self.grid.items():
             if name.split(".", 1)[0] not in ("params", "mols", "deepspeed") or "." not in name:
                 raise ValueError(f'grid: "{name}" must be params.NAME, mols.NAME or deepspeed.NAME')
@@ -116,20 +116,20 @@ class Study(Frozen):
     name: Annotated[StrictStr, Field(pattern=NAME)]
     about: str = ""
     models: Annotated[dict[str, str | JsonObject], Field(min_length=1)]
-    data: Data = Data()
-    batch: Batch
-    budget: Budget
+    data: StudyData = StudyData()
+    batch: StudyBatch
+    budget: StudyBudget
     lr: Annotated[tuple[Rate, ...], Field(min_length=1)]
     extend: Annotated[StrictInt, Field(ge=0)] = 2
     tune_seeds: Annotated[tuple[StrictInt, ...], Field(min_length=1)] = (0,)
     seeds: Annotated[tuple[StrictInt, ...], Field(min_length=1)]
     baseline: str = "adam"
     pairs: tuple[tuple[str, str], ...] = ()
-    arms: Annotated[dict[str, Arm], Field(min_length=1)]
+    arms: Annotated[dict[str, StudyArm], Field(min_length=1)]
     deepspeed: JsonObject = Field(default_factory=dict)
     clip: float = 1.0
-    evaluation: Evaluation = Evaluation()
-    snr: Snr | None = None
+    evaluation: StudyEvaluation = StudyEvaluation()
+    snr: StudySnr | None = None
     save_every: Annotated[StrictInt, Field(ge=0)] = 0
     activation_checkpointing: bool = False
     costs: bool = True

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mols_ds.apps.study import curves
 from mols_ds.apps.study.curves import Band, Curve, Sensitivity, SnrCurve, final_loss
 from mols_ds.apps.study.paired import Difference, compare, holm
-from mols_ds.apps.study.relative import Cost, Runs, relative_cost
+from mols_ds.apps.study.relative import RelativeCost, Runs, relative_cost
 
 if TYPE_CHECKING:
     from mols_ds.apps.study.runs import Chosen, StudyResults
@@ -53,7 +53,7 @@ class ArmRow:
     reached: float | None
     speed_up: float | None
     speed_up_charged: float | None
-    cost: Cost
+    cost: RelativeCost
     weights: int | None
     tokens: int | None
     curve: Curve

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mols_ds.apps.study.runs import SCHEMA, Run, Store, arm_config
+from mols_ds.apps.study.runs import SCHEMA, Store, StudyRun, arm_config
 from mols_ds.apps.study.spec import Study
 from mols_ds.core.files import write_whole
 from mols_ds.engines.deepspeed.snr_monitor import SnrWatch
@@ -30,7 +30,7 @@ CURVE_POINTS = 200
 
 
 @dataclass
-class Machine:
+class RankInfo:
     """This process's place in a job that runs one run at a time: `world` ranks."""
 
     rank: int = 0
@@ -40,8 +40,8 @@ class Machine:
 class Worker:
     """Executes runs of one study, keeping tokenizers and token files open between them."""
 
-    def __init__(self, study: Study, store: Store, machine: Machine) -> None:
-        self.study, self.store, self.machine = study, store, machine
+    def __init__(self, study: Study, store: Store, rank_info: RankInfo) -> None:
+        self.study, self.store, self.rank_info = study, store, rank_info
         self.tokens = lru_cache(maxsize=None)(self._prepare)
 
     def model_source(self, model: str) -> str:
@@ -70,26 +70,26 @@ class Worker:
         )
         return spec, tokenizer, tokens
 
-    def config(self, run: Run, out: Path) -> dict[str, Any]:
+    def config(self, run: StudyRun, out: Path) -> dict[str, Any]:
         """The resolved DeepSpeed config of a run. Raises MolsConfigError where DeepSpeed refuses it."""
         config = arm_config(self.study, run.arm, run.values)
         if "mols" in config:
             config["mols"].setdefault("report_dir", str(out / "mols_report"))
-        config = resolve(config, world=self.machine.world, steps=self.study.steps, out=out)
+        config = resolve(config, world=self.rank_info.world, steps=self.study.steps, out=out)
         check_with_deepspeed(config, f"of arm {run.arm}")
         return config
 
-    def job(self, run: Run, out: Path) -> Job:
+    def job(self, run: StudyRun, out: Path) -> Job:
         """What `mols_ds.training.trainer.train` is given for a run."""
-        study, machine = self.study, self.machine
+        study, ranks = self.study, self.rank_info
         spec, tokenizer, tokens = self.tokens(run.model)
         config = self.config(run, out)
         shape = BatchShape(
             study.batch.length,
             config["train_micro_batch_size_per_gpu"],
             config["gradient_accumulation_steps"],
-            machine.rank,
-            machine.world,
+            ranks.rank,
+            ranks.world,
         )
         batches: Batches
         if tokens.train is None:
@@ -114,7 +114,7 @@ class Worker:
             shown=False,
         )
 
-    def model(self, run: Run, config: dict[str, Any], tokenizer: Tokenizer) -> torch.nn.Module:
+    def model(self, run: StudyRun, config: dict[str, Any], tokenizer: Tokenizer) -> torch.nn.Module:
         """The model of a run: equal weights for equal seeds, whatever the arm."""
         sharded = zero_init(config)
         model = build_model(
@@ -129,14 +129,14 @@ class Worker:
         del sharded
         return model
 
-    def execute(self, run: Run) -> dict[str, Any]:
+    def execute(self, run: StudyRun) -> dict[str, Any]:
         """Train a run to its end and, on rank 0, save its result. Returns the result.
 
         A run that was interrupted goes on from its newest checkpoint, if the study saves any (`save_every`), else it
         starts over.
         """
         out = self.store.folder(run)
-        first = self.machine.rank == 0
+        first = self.rank_info.rank == 0
         if first and not has_checkpoint(out):
             shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from mols_ds.apps.study.costs import measure
-from mols_ds.apps.study.runs import Run, Store, needed
+from mols_ds.apps.study.runs import Store, StudyRun, needed
 from mols_ds.apps.study.spec import Study
-from mols_ds.apps.study.work import Machine, Worker
+from mols_ds.apps.study.work import RankInfo, Worker
 from mols_ds.errors import MolsError
 
 POLL_SECONDS = 1.0
@@ -32,30 +32,30 @@ POLL_SECONDS = 1.0
 class Failure:
     """A run that raised: it has no result, and the study goes on without it."""
 
-    run: Run
+    run: StudyRun
     why: str
     mistake: bool
     """Whether it was a user's mistake (a MolsError), told in one line; otherwise `why` is a traceback."""
 
 
 @dataclass(frozen=True)
-class Cost:
+class CostTask:
     """The task of timing an arm against the baseline, both at these tuned settings."""
 
-    baseline: Run
-    run: Run
+    baseline: StudyRun
+    run: StudyRun
 
 
-Task = Run | Cost
-Done = Callable[[Run, dict[str, Any]], None]
+Task = StudyRun | CostTask
+Done = Callable[[StudyRun, dict[str, Any]], None]
 
 
 def perform(worker: Worker, task: Task) -> dict[str, Any]:
     """Execute one task with everything that it prints going to OUT/logs."""
-    run = task if isinstance(task, Run) else task.run
-    kind = "" if isinstance(task, Run) else "cost-"
-    with _logged(worker.store.out / "logs" / f"{kind}{worker.store.key(run)}.log", worker.machine.rank):
-        if isinstance(task, Run):
+    run = task if isinstance(task, StudyRun) else task.run
+    kind = "" if isinstance(task, StudyRun) else "cost-"
+    with _logged(worker.store.out / "logs" / f"{kind}{worker.store.key(run)}.log", worker.rank_info.rank):
+        if isinstance(task, StudyRun):
             return worker.execute(task)
         return measure(worker, task.baseline, task.run)
 
@@ -108,7 +108,7 @@ def _serve(connection: Any, study: Study, out: Path, threads: int, parent: int) 
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     start_alone()
-    worker = Worker(study, Store(study, out), Machine())
+    worker = Worker(study, Store(study, out), RankInfo())
     while True:
         try:
             task = connection.recv()
@@ -179,14 +179,14 @@ class Pool:
                 del self.busy[ready]
                 self.free.append(ready)
                 if failed is not None:
-                    run = task if isinstance(task, Run) else task.run
+                    run = task if isinstance(task, StudyRun) else task.run
                     failures[task] = Failure(run, *failed)
                 else:
                     done(task, result)
 
 
 def _name(task: Task) -> str:
-    return task.label if isinstance(task, Run) else f"the costs of {task.run.label}"
+    return task.label if isinstance(task, StudyRun) else f"the costs of {task.run.label}"
 
 
 # ---------------------------------------------------------------------- all ranks of a launched job
@@ -202,7 +202,7 @@ def together(
     failures: dict[Task, Failure] = {}
     while True:
         box: list[Any] = [None]
-        if worker.machine.rank == 0:
+        if worker.rank_info.rank == 0:
             box[0] = next((task for task in wanted() if task not in failures), None)
         torch.distributed.broadcast_object_list(box, src=0)
         task: Task | None = box[0]
@@ -211,10 +211,10 @@ def together(
         try:
             result = perform(worker, task)
         except MolsError as error:
-            run = task if isinstance(task, Run) else task.run
+            run = task if isinstance(task, StudyRun) else task.run
             failures[task] = Failure(run, " ".join(str(error).split()), True)
             continue
-        if worker.machine.rank == 0:
+        if worker.rank_info.rank == 0:
             done(task, result)
 
 
