@@ -52,14 +52,9 @@ def add_timeout(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def one_line(message: object) -> str:
-    """The text of an error, or anything else, without line breaks."""
-    return " ".join(str(message).split())
-
-
 def print_line(program: str, message: object) -> None:
-    """Prints `program: message` as one line on stderr."""
-    print(f"{program}: {one_line(message)}", file=sys.stderr, flush=True)
+    """Prints `program: message` as one line on stderr; line breaks become spaces."""
+    print(f"{program}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def status_of(error: MolsError) -> int:

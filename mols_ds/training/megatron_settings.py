@@ -7,9 +7,9 @@ TransformerConfig can stand in `model`, checked against the field's type.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, model_validator
@@ -117,7 +117,7 @@ class OptimizerSettings(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _lists(cls, values: Any) -> Any:
+    def _lists(cls, values: object) -> object:
         if isinstance(values, dict) and isinstance(values.get("betas"), list):
             return {**values, "betas": tuple(values["betas"])}
         return values
@@ -189,7 +189,7 @@ class Settings(_Section):
 class _Once(yaml.SafeLoader):
     """YAML in which a key that stands twice is an error, and 1e-3 is a number (YAML 1.1 wants 1.0e-3)."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -201,7 +201,7 @@ _Once.add_constructor("!exponent", lambda _, node: float(node.value))
 _Once.add_implicit_resolver("!exponent", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> object:
     """YAML text as plain values. Raises MolsConfigError with one line that names `where`."""
     try:
         return yaml.load(text, _Once)

@@ -35,6 +35,7 @@ TRAINING_CHARACTERS = 16_000_000
 """Text that the tokenizer is trained on, from the start of the training documents: more changes it little."""
 BATCH_DOCUMENTS = 512
 
+TokenType = np.dtype[np.unsignedinteger[Any]]
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
@@ -187,7 +188,7 @@ def _cached(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
+def token_dtype(vocab_size: int) -> TokenType:
     """uint16 where every token id fits, else uint32."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 

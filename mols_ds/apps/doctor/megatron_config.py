@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mols_ds.apps.doctor.findings import Findings, silence
 from mols_ds.apps.doctor.schedule import DEFAULT_FIX, RunFacts, check_schedule
 from mols_ds.core.config import MolsConfig
+
+if TYPE_CHECKING:
+    from mols_ds.training.megatron_settings import Settings
 
 KEYS_FIX = "correct the keys that are named; docs/megatron.md lists them, configs/megatron/ has examples"
 
@@ -43,7 +46,7 @@ def check_yaml(findings: Findings, path: str, *, steps: int | None, world: int |
         findings.add("note", "config.groups", found)
 
 
-def _grid(findings: Findings, settings: Any, world: int | None) -> int:
+def _grid(findings: Findings, settings: Settings, world: int | None) -> int:
     """Micro-batches of a rank in a step, for `world` ranks or the least that the config allows."""
     from mols_ds.training.megatron_config import ProcessGrid, micro_batches
 
@@ -56,7 +59,7 @@ def _grid(findings: Findings, settings: Any, world: int | None) -> int:
     return passes
 
 
-def _megatron(findings: Findings, settings: Any) -> None:
+def _megatron(findings: Findings, settings: Settings) -> None:
     from megatron_patches.precision import check, optimizer_refusals
     from mols_ds.training.megatron_config import ddp_config, optimizer_config, transformer_config
 

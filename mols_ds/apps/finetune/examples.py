@@ -4,12 +4,15 @@ A row has one of three forms: {"prompt", "completion"}, Alpaca's {"instruction",
 missing or empty), or {"messages": [{"role", "content"}, ...]}. Other keys are ignored. Rows of one source may differ.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import READERS, DataSpec, local_files, one_line
 
@@ -52,7 +55,7 @@ def read_examples(spec: DataSpec) -> list[Example]:
     return examples
 
 
-def _hub_rows(spec: DataSpec) -> Iterator[tuple[str, Any]]:
+def _hub_rows(spec: DataSpec) -> Iterator[tuple[str, object]]:
     import datasets
 
     try:
@@ -65,7 +68,7 @@ def _hub_rows(spec: DataSpec) -> Iterator[tuple[str, Any]]:
         yield f"data {spec.source} row {number}", row
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
     if path.suffix not in SUFFIXES:
         raise MolsConfigError(f"data {path}: examples are read from {', '.join(SUFFIXES)}, not from {path.suffix!r}")
     if path.suffix == ".parquet":
@@ -87,14 +90,14 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
             yield where, _json(line, where)
 
 
-def _json(text: str, where: str) -> Any:
+def _json(text: str, where: str) -> object:
     try:
         return json.loads(text)
     except ValueError as error:
         raise MolsConfigError(f"{where}: not JSON: {one_line(error)}") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
     import datasets
 
     try:
@@ -104,7 +107,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise MolsConfigError(f"data {path}: cannot be read as parquet: {one_line(error)}") from error
 
 
-def parse_row(row: Any, where: str) -> Example:
+def parse_row(row: object, where: str) -> Example:
     """A row of any of the three forms. Raises MolsConfigError that begins with `where`."""
     if not isinstance(row, dict):
         raise MolsConfigError(f"{where}: a JSON object is needed, not {type(row).__name__}")
@@ -125,7 +128,7 @@ def _pair(prompt: str, answer: str) -> tuple[ChatMessage, ...]:
     return ChatMessage("user", prompt), ChatMessage("assistant", answer)
 
 
-def _text(row: dict[str, Any], key: str, where: str) -> str:
+def _text(row: JsonObject, key: str, where: str) -> str:
     value = row.get(key)
     if value is None:
         raise MolsConfigError(f'{where}: key "{key}" is missing; its keys are {", ".join(map(str, row))}')
@@ -136,7 +139,7 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _messages(rows: Any, where: str) -> tuple[ChatMessage, ...]:
+def _messages(rows: object, where: str) -> tuple[ChatMessage, ...]:
     if not isinstance(rows, list | tuple) or not rows:
         raise MolsConfigError(f'{where}: "messages" must be a list of at least a question and an answer')
     messages = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from mols_ds.core.groups import base_group
+from mols_ds.core.json_types import JsonMapping
 from mols_ds.errors import MolsUnsupportedError
 
 QUANTILE_BLOCK = 256
@@ -32,7 +33,7 @@ class Weight(NamedTuple):
         return len(self.shape) >= 2 and base_group(self.group) not in ("embedding", "head")
 
 
-State = Callable[[Weight, Mapping[str, Any]], int]
+State = Callable[[Weight, JsonMapping], int]
 """Bytes of state of one parameter (or of a shard of it, where `per_element` holds)."""
 
 
@@ -40,35 +41,35 @@ def _flat(size: float) -> State:
     return lambda weight, settings: int(size * weight.numel)
 
 
-def _sgd(weight: Weight, settings: Mapping[str, Any]) -> int:
+def _sgd(weight: Weight, settings: JsonMapping) -> int:
     return 4 * weight.numel if settings.get("momentum", 0.0) else 0
 
 
-def _eight_bit(weight: Weight, settings: Mapping[str, Any]) -> int:
+def _eight_bit(weight: Weight, settings: JsonMapping) -> int:
     """Two 8-bit moments with a maximum a block; small tensors keep fp32."""
     if weight.numel < int(settings.get("min_8bit_size", 4096)):
         return 8 * weight.numel
     return 2 * weight.numel + 8 * -(-weight.numel // QUANTILE_BLOCK)
 
 
-def _muon(weight: Weight, settings: Mapping[str, Any]) -> int:
+def _muon(weight: Weight, settings: JsonMapping) -> int:
     return (4 if weight.is_matrix else 8) * weight.numel
 
 
-def _soap(weight: Weight, settings: Mapping[str, Any]) -> int:
+def _soap(weight: Weight, settings: JsonMapping) -> int:
     """Two moments; a Gram matrix and its basis for each side of a matrix up to max_precondition_dim (2409.11321)."""
     sides = [side for side in weight.shape if side <= settings.get("max_precondition_dim", 10000)]
     return 8 * weight.numel + (8 * sum(side * side for side in sides) if weight.is_matrix else 0)
 
 
-def _adafactor(weight: Weight, settings: Mapping[str, Any]) -> int:
+def _adafactor(weight: Weight, settings: JsonMapping) -> int:
     """Row and column means of a matrix's squares, all squares of a vector (Shazeer and Stern 2018)."""
     if len(weight.shape) < 2:
         return 4 * weight.numel
     return 4 * (weight.numel // weight.shape[-1] + weight.numel // weight.shape[-2])
 
 
-def _low_rank(weight: Weight, settings: Mapping[str, Any]) -> int:
+def _low_rank(weight: Weight, settings: JsonMapping) -> int:
     """Moments of the projected gradient and the projection (GaLore 2403.03507, APOLLO 2412.05270)."""
     if not weight.is_matrix or len(weight.shape) != 2:
         return 8 * weight.numel
@@ -77,7 +78,7 @@ def _low_rank(weight: Weight, settings: Mapping[str, Any]) -> int:
     return 8 * rank * large + 4 * rank * small
 
 
-def _adam_mini(weight: Weight, settings: Mapping[str, Any]) -> int:
+def _adam_mini(weight: Weight, settings: JsonMapping) -> int:
     """One moment; the other is a number a block (2406.16793), which is left out."""
     return 4 * weight.numel
 
@@ -113,7 +114,7 @@ def plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
-def state_bytes(name: str, settings: Mapping[str, Any], weights: Iterable[Weight]) -> int:
+def state_bytes(name: str, settings: JsonMapping, weights: Iterable[Weight]) -> int:
     """State of whole parameters. Raises MolsUnsupportedError for an optimizer whose state is not known."""
     key = plain(name)
     if key not in STATES:
@@ -121,7 +122,7 @@ def state_bytes(name: str, settings: Mapping[str, Any], weights: Iterable[Weight
     return sum(STATES[key](weight, settings) for weight in weights)
 
 
-def state_of_shard(name: str, settings: Mapping[str, Any], weights: Iterable[Weight], elements: int) -> int:
+def state_of_shard(name: str, settings: JsonMapping, weights: Iterable[Weight], elements: int) -> int:
     """State of `elements` of a flat shard: the whole parameters' bytes an element times that many."""
     every = list(weights)
     return round(state_bytes(name, settings, every) / sum(weight.numel for weight in every) * elements)

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from pydantic import ValidationError
 
 from mols_ds.apps.plan.live import Gathered, gathered
 from mols_ds.apps.plan.model import Activations
 from mols_ds.apps.plan.optimizers import Weight, state_of_shard
-from mols_ds.apps.plan.parts import Bytes, Footprint, Message, up
+from mols_ds.apps.plan.parts import Bytes, Footprint, Message, Operation, up
+from mols_ds.core.json_types import JsonMapping
 from mols_ds.core.validation import validation_message
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
@@ -53,7 +53,7 @@ class ZeroPlan:
     micro_batch: int
     accumulation: int
     optimizer: str
-    optimizer_settings: Mapping[str, Any]
+    optimizer_settings: JsonMapping
     reduce_bucket: int
     double_bucket: bool
     contiguous: bool
@@ -67,7 +67,7 @@ class ZeroPlan:
     checkpointing: bool
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], *, checkpointing: bool, hidden: int = 0) -> ZeroPlan:
+    def of(cls, config: JsonMapping, *, checkpointing: bool, hidden: int = 0) -> ZeroPlan:
         """From a resolved config; `hidden` is the model's width, which some optimizers take a rank from.
 
         Raises MolsConfigError where DeepSpeed refuses it, MolsUnsupportedError for options that are not known.
@@ -129,7 +129,7 @@ def _size(name: str) -> int:
     return SIZES[key]
 
 
-def _device(section: Any) -> str:
+def _device(section: object) -> str:
     device = getattr(section, "device", None)
     name = str(getattr(device, "value", device) or "none")
     return "none" if name in ("none", "None") else name
@@ -378,7 +378,7 @@ def messages(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, inside: bool
         return []
     numel, size = _numel(weights), zero.message_bytes
 
-    def message(what: str, operation: Any, calls: int, total: int, *, measuring: int | None = None) -> Message:
+    def message(what: str, operation: Operation, calls: int, total: int, *, measuring: int | None = None) -> Message:
         return Message(what, operation, "data", ranks, calls, total, inside, total if measuring is None else measuring)
 
     if zero.stage == 0:

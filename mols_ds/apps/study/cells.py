@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
 
 from mols_ds.apps.study.curves import Band
 from mols_ds.apps.study.paired import Difference
@@ -76,7 +75,7 @@ def alpha_text(value: Band | None) -> str:
     return middle if low == high else f"{middle} [{low}, {high}]"
 
 
-def compact(value: Any) -> str:
+def compact(value: object) -> str:
     """A setting in one line; empty for one that is not set. Of an absolute path only the name is shown."""
     if value is None or value == {} or value == [] or value == "":
         return ""

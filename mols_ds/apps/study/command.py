@@ -19,13 +19,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mols_ds.apps.study.runs import Chosen, Store, StudyResults, StudyRun, collect, needed
 from mols_ds.apps.study.spec import Study, load_study
+from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import versions
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.cli_utils import FAILED, Parser, run_program
+
+if TYPE_CHECKING:
+    from mols_ds.apps.study.workers import Failure, Task
 
 MOST_JOBS = 4
 
@@ -55,7 +59,7 @@ def compare(args: argparse.Namespace) -> int:
     _prepare(study, out)
     store = Store(study, out)
     command = f"mols-ds compare {args.study}" + ("" if args.out is None else f" --out {args.out}")
-    failures: list[Any] = []
+    failures: list[Failure] = []
     if not args.report_only:
         failures = _launched(study, store) if launched else _here(study, store, args.jobs or default_jobs())
     if int(os.environ.get("RANK", "0")) == 0:
@@ -110,7 +114,7 @@ def _prepare(study: Study, out: Path) -> None:
 PACKAGES = ("deepspeed", "transformers", "pytorch-optimizer", "bitsandbytes")
 
 
-def machine() -> dict[str, Any]:
+def machine() -> JsonObject:
     """What the runs are made on, without its name."""
     from deepspeed.accelerator import get_accelerator
 
@@ -138,7 +142,7 @@ class _Lines:
         self.finished = 0
         self.began = time.monotonic()
 
-    def __call__(self, task: Any, result: dict[str, Any]) -> None:
+    def __call__(self, task: Task, result: JsonObject) -> None:
         if not isinstance(task, StudyRun):
             self.store.save_cost(task.run, result)
             ratio, memory = result["step_ratio"][0], result["memory_ratio"]
@@ -157,7 +161,7 @@ class _Lines:
         )
 
 
-def _costs_wanted(study: Study, store: Store) -> list[Any]:
+def _costs_wanted(study: Study, store: Store) -> list[Task]:
     """The arms whose step has not been timed at the settings that were chosen for them, after all runs."""
     from mols_ds.apps.study.workers import CostTask
 
@@ -167,7 +171,7 @@ def _costs_wanted(study: Study, store: Store) -> list[Any]:
     if todo:
         return []
     known = store.costs()
-    wanted = []
+    wanted: list[Task] = []
     for (model, arm), best in chosen.items():
         run = StudyRun(model, arm, best.values, study.seeds[0])
         base = chosen.get((model, study.baseline))
@@ -177,12 +181,12 @@ def _costs_wanted(study: Study, store: Store) -> list[Any]:
     return wanted
 
 
-def _here(study: Study, store: Store, jobs: int) -> list[Any]:
+def _here(study: Study, store: Store, jobs: int) -> list[Failure]:
     """Every run in processes of this machine, then the costs one at a time."""
     from mols_ds.apps.study.workers import Pool, runs_wanted
 
     lines = _Lines(study, store)
-    failures: list[Any] = []
+    failures: list[Failure] = []
     if runs_wanted(study, store):
         pool = Pool(study, store, jobs)
         try:
@@ -198,7 +202,7 @@ def _here(study: Study, store: Store, jobs: int) -> list[Any]:
     return failures
 
 
-def _launched(study: Study, store: Store) -> list[Any]:
+def _launched(study: Study, store: Store) -> list[Failure]:
     """Every run on all ranks of this job together."""
     from mols_ds.apps.study.work import RankInfo, Worker
     from mols_ds.apps.study.workers import quiet_engines, runs_wanted, together

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-RunResult = Mapping[str, Any]
+from mols_ds.core.json_types import JsonMapping
+
+if TYPE_CHECKING:
+    from mols_ds.apps.study.spec import Values
+
+RunResult = JsonMapping
 """The result of one run, as its JSON file holds it."""
 
 
@@ -124,7 +129,7 @@ def tokens_to_reach(curve: Curve, target: float) -> float | None:
     return None
 
 
-def sensitivity(losses: Mapping[tuple[tuple[str, Any], ...], float], chosen: Mapping[str, Any]) -> Sensitivity | None:
+def sensitivity(losses: Mapping[Values, float], chosen: JsonMapping) -> Sensitivity | None:
     """Loss over rate from every candidate tried; None where no setting is called `lr`."""
     best: dict[float, float] = {}
     for values, loss in losses.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mols_ds.apps.study.cells import (
     alpha_text,
@@ -22,6 +21,7 @@ from mols_ds.apps.study.cells import (
     step_text,
 )
 from mols_ds.apps.study.summary import ENOUGH_SEEDS, Summary, group_order, setting_text
+from mols_ds.core.json_types import JsonMapping
 
 MAX_LISTED = 6
 """Up to this many missing runs of an arm are named one by one; of more, the number is told."""
@@ -76,10 +76,10 @@ WORDS = frozenset({"arm", "compared with", "model", "tuned settings", "notes", "
 
 def build(
     summary: Summary,
-    study: Mapping[str, Any],
+    study: JsonMapping,
     command: str,
     pictures: Sequence[Picture],
-    facts: Mapping[str, Any] | None = None,
+    facts: JsonMapping | None = None,
 ) -> list[Block]:
     """All blocks of the report in their order.
 
@@ -293,13 +293,13 @@ def _alpha_table(summary: Summary, command: str) -> TableBlock:
     return TableBlock(command, ["arm", "model", "weights", "seeds", *groups], rows, WORDS)
 
 
-def _settings_table(summary: Summary, study: Mapping[str, Any], command: str) -> TableBlock:
+def _settings_table(summary: Summary, study: JsonMapping, command: str) -> TableBlock:
     rows = [["models", ", ".join(_model_title(summary, model) for model in summary.models)]]
     rows += [[key, compact(value)] for key, value in study.items() if key not in ("arms", "models", "about", "name")]
     return TableBlock(command, ["setting", "value"], [row for row in rows if row[1]], WORDS)
 
 
-def _arms_table(summary: Summary, study: Mapping[str, Any], command: str) -> TableBlock:
+def _arms_table(summary: Summary, study: JsonMapping, command: str) -> TableBlock:
     rows = []
     for arm in summary.arms:
         settings = dict(study.get("arms", {}).get(arm) or {})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from mols_ds.core.json_types import JsonMapping
 
 PARTS = ("weights", "gradients", "optimizer")
 
-Runs = Mapping[int, Mapping[str, Any]]
+Runs = Mapping[int, JsonMapping]
 """An arm's evaluation runs on one model: seed -> result."""
 
 
@@ -29,7 +31,7 @@ class RelativeCost(NamedTuple):
     in_turns: bool
 
 
-def relative_cost(measured: Mapping[str, Any] | None, runs: Runs, baseline: Runs) -> RelativeCost:
+def relative_cost(measured: JsonMapping | None, runs: Runs, baseline: Runs) -> RelativeCost:
     """From the cost measurement if there is one, else from the runs of both arms, paired by seed."""
     if not measured:
         return _from_runs(runs, baseline)
@@ -65,7 +67,7 @@ def _from_runs(runs: Runs, baseline: Runs) -> RelativeCost:
     )
 
 
-def memory_bytes(run: Mapping[str, Any], peak: bool) -> float | None:
+def memory_bytes(run: JsonMapping, peak: bool) -> float | None:
     """Bytes of a run: its peak, or weights, gradients and optimizer state together; None where that is not known."""
     memory = run.get("memory") or {}
     parts = [memory.get(part) for part in (("peak",) if peak else PARTS)]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mols_ds.apps.study.spec import Study, Value, Values
 from mols_ds.core.files import write_whole
+from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.errors import MolsConfigError
 
 SCHEMA = 1
@@ -59,11 +60,11 @@ class Chosen(NamedTuple):
 class StudyResults:
     """What a report is made of."""
 
-    study: dict[str, Any]
+    study: JsonObject
     baseline: str
-    runs: dict[StudyRun, dict[str, Any]]
+    runs: dict[StudyRun, JsonObject]
     chosen: dict[tuple[str, str], Chosen]
-    costs: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    costs: dict[str, dict[str, JsonObject]] = field(default_factory=dict)
     missing: list[StudyRun] = field(default_factory=list)
 
 
@@ -71,13 +72,13 @@ def _short(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def arm_config(study: Study, arm: str, values: Values) -> dict[str, Any]:
+def arm_config(study: Study, arm: str, values: Values) -> JsonObject:
     """The DeepSpeed config of an arm at given tuned settings, batch sizes left to `mols_ds.training.ds_config.resolve`.
 
     fp32 and ZeRO stage 0, unless the study or the arm says otherwise.
     """
     spec = study.arms[arm]
-    config: dict[str, Any] = {"zero_optimization": {"stage": 0}, "gradient_clipping": study.clip}
+    config: JsonObject = {"zero_optimization": {"stage": 0}, "gradient_clipping": study.clip}
     config["train_batch_size"] = study.batch.sequences
     if study.batch.micro is not None:
         config["train_micro_batch_size_per_gpu"] = study.batch.micro
@@ -102,7 +103,7 @@ def arm_config(study: Study, arm: str, values: Values) -> dict[str, Any]:
     return config
 
 
-def _merge(into: dict[str, Any], extra: Mapping[str, Any]) -> None:
+def _merge(into: JsonObject, extra: JsonMapping) -> None:
     for key, value in json.loads(json.dumps(dict(extra))).items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)
@@ -143,7 +144,7 @@ class Store:
         """What a run writes while it trains; removed when its result is there."""
         return self.out / "running" / self.key(run)
 
-    def load(self, run: StudyRun) -> dict[str, Any] | None:
+    def load(self, run: StudyRun) -> JsonObject | None:
         """The result of a run, or None if it has not finished. Raises MolsConfigError for a file that is damaged."""
         file = self.file(run)
         if not file.is_file():
@@ -155,19 +156,19 @@ class Store:
         assert isinstance(result, dict)
         return result
 
-    def save(self, run: StudyRun, result: Mapping[str, Any]) -> None:
+    def save(self, run: StudyRun, result: JsonMapping) -> None:
         """Write a finished run, complete or not at all."""
         file = self.file(run)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(result) + "\n")
 
-    def costs(self) -> dict[str, dict[str, dict[str, Any]]]:
+    def costs(self) -> dict[str, dict[str, JsonObject]]:
         """Model -> arm -> what `costs.measure` found, and the key of the "run" that it was found for."""
         file = self.out / "costs.json"
-        found: dict[str, dict[str, dict[str, Any]]] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        found: dict[str, dict[str, JsonObject]] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         return found
 
-    def save_cost(self, run: StudyRun, cost: Mapping[str, Any]) -> None:
+    def save_cost(self, run: StudyRun, cost: JsonMapping) -> None:
         """Add the costs of a run's arm, complete or not at all."""
         costs = self.costs()
         costs.setdefault(run.model, {})[run.arm] = {**cost, "run": self.key(run)}
@@ -240,7 +241,7 @@ def needed(study: Study, store: Store) -> tuple[list[StudyRun], dict[tuple[str, 
 def collect(study: Study, store: Store) -> StudyResults:
     """Every finished run of the study as it stands now."""
     missing, chosen = needed(study, store)
-    runs: dict[StudyRun, dict[str, Any]] = {}
+    runs: dict[StudyRun, JsonObject] = {}
     for (model, arm), best in chosen.items():
         every = [StudyRun(model, arm, values, seed) for values in best.losses for seed in study.tune_seeds]
         every += [StudyRun(model, arm, best.values, seed) for seed in study.seeds]
@@ -248,7 +249,7 @@ def collect(study: Study, store: Store) -> StudyResults:
             result = store.load(run)
             if result is not None:
                 runs[run] = result
-    costs: dict[str, dict[str, dict[str, Any]]] = {}
+    costs: dict[str, dict[str, JsonObject]] = {}
     for (model, arm), best in chosen.items():
         known = store.costs().get(model, {}).get(arm, {})
         if known.get("run") == store.key(StudyRun(model, arm, best.values, study.seeds[0])):

@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mols_ds.apps.study.costs import measure
 from mols_ds.apps.study.runs import Store, StudyRun, needed
 from mols_ds.apps.study.spec import Study
 from mols_ds.apps.study.work import RankInfo, Worker
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsError
 
 POLL_SECONDS = 1.0
@@ -47,10 +49,10 @@ class CostTask:
 
 
 Task = StudyRun | CostTask
-Done = Callable[[StudyRun, dict[str, Any]], None]
+Done = Callable[[StudyRun, JsonObject], None]
 
 
-def perform(worker: Worker, task: Task) -> dict[str, Any]:
+def perform(worker: Worker, task: Task) -> JsonObject:
     """Execute one task with everything that it prints going to OUT/logs."""
     run = task if isinstance(task, StudyRun) else task.run
     kind = "" if isinstance(task, StudyRun) else "cost-"
@@ -103,7 +105,7 @@ def start_alone() -> None:
 # ---------------------------------------------------------------------- processes of this machine
 
 
-def _serve(connection: Any, study: Study, out: Path, threads: int, parent: int) -> None:
+def _serve(connection: Connection, study: Study, out: Path, threads: int, parent: int) -> None:
     """One worker process: takes tasks from the pipe until it closes."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
@@ -137,8 +139,8 @@ class Pool:
         spawn = multiprocessing.get_context("spawn")
         threads = max(1, (os.cpu_count() or 1) // jobs)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read by torch when the children import it
-        self.free: list[multiprocessing.connection.Connection] = []
-        self.busy: dict[multiprocessing.connection.Connection, Task] = {}
+        self.free: list[Connection] = []
+        self.busy: dict[Connection, Task] = {}
         self.processes = []
         for _ in range(jobs):
             mine, theirs = spawn.Pipe()
@@ -156,7 +158,7 @@ class Pool:
         for process in self.processes:
             process.join()
 
-    def run(self, wanted: Callable[[], list[Task]], done: Callable[[Task, dict[str, Any]], None]) -> list[Failure]:
+    def run(self, wanted: Callable[[], list[Task]], done: Callable[[Task, JsonObject], None]) -> list[Failure]:
         """Execute what `wanted` names until it names nothing new; it is asked again after every result."""
         failures: dict[Task, Failure] = {}
         while True:
@@ -168,7 +170,7 @@ class Pool:
             if not self.busy:
                 return list(failures.values())
             for ready in multiprocessing.connection.wait(list(self.busy)):
-                assert isinstance(ready, multiprocessing.connection.Connection)
+                assert isinstance(ready, Connection)
                 try:
                     task, result, failed = ready.recv()
                 except EOFError as error:
@@ -193,7 +195,7 @@ def _name(task: Task) -> str:
 
 
 def together(
-    worker: Worker, wanted: Callable[[], list[Task]], done: Callable[[Task, dict[str, Any]], None]
+    worker: Worker, wanted: Callable[[], list[Task]], done: Callable[[Task, JsonObject], None]
 ) -> list[Failure]:
     """Execute what rank 0's `wanted` names, one after the other, on every rank. `done` is called on rank 0.
 
