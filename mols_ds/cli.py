@@ -1,18 +1,19 @@
 """The command `mols-ds`: launch a job, run a study, show a model's module groups, show a report."""
 
+from __future__ import annotations
+
 import argparse
+import json
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-from mols_ds.errors import MolsConfigError, MolsError
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.cli_utils import Parser, run_program
 
-USER_MISTAKE = 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise MolsConfigError(f"{message} (see {self.prog} --help)")
+if TYPE_CHECKING:
+    from mols_ds.core.groups import Granularity
+    from mols_ds.core.json_types import JsonMapping
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,20 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mols_ds.apps.doctor.command import main as examine
 
         return examine(arguments[1:])
-    try:
-        args = _parser().parse_args(arguments)
-        if arguments[0] == "compare":
-            from mols_ds.apps.study.command import compare
+    return run_program("mols-ds", lambda: _run(arguments))
 
-            return compare(args)
-        if arguments[0] == "plan":
-            from mols_ds.apps.plan.command import plan
 
-            return plan(args)
-        print(args.text(args))
-    except MolsError as error:
-        print(f"mols-ds: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_MISTAKE
+def _run(arguments: Sequence[str]) -> int:
+    args = _parser().parse_args(arguments)
+    if arguments[0] == "compare":
+        from mols_ds.apps.study.command import compare
+
+        return compare(args)
+    if arguments[0] == "plan":
+        from mols_ds.apps.plan.command import plan
+
+        return plan(args)
+    print(args.text(args))
     return 0
 
 
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     from mols_ds.apps.plan.command import add_arguments as add_plan
     from mols_ds.apps.study.command import add_arguments
 
-    parser = _Parser(prog="mols-ds", description="MoLS: module-wise learning rates from the gradients' SNR.")
+    parser = Parser(prog="mols-ds", description="MoLS: module-wise learning rates from the gradients' SNR.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     launch = "start a script as DeepSpeed's launcher does: mols-ds launch --config FILE train.py ..."
     commands.add_parser("launch", help=launch, add_help=False)
@@ -78,28 +79,38 @@ def report_text(args: argparse.Namespace) -> str:
     from mols_ds.report.table import format_report, load_report
 
     if args.fixed_alphas:
-        from mols_ds.report.fixed_alphas import section_text
-
-        return section_text(load_report(args.report), args.model)
+        return fixed_alphas_text(load_report(args.report), args.model)
     if args.model is not None:
         raise MolsConfigError("--model: only with --fixed-alphas")
     return format_report(load_report(args.report))
 
 
+def fixed_alphas_text(report: JsonMapping, model: str | None) -> str:
+    """The keys of a "mols" section that give a run the alphas of `report`, as JSON; `model`: file or checkpoint folder
+    of the model that will use them, against which they are checked."""
+    from mols_ds.report.fixed_alphas import fixed_alphas, granularity_of
+
+    groups = None if model is None else groups_of(model, granularity_of(report))
+    return json.dumps(fixed_alphas(report, groups), indent=2)
+
+
+def groups_of(model: str, granularity: Granularity = "type") -> list[str]:
+    """The groups of a model file or checkpoint folder, without its weights. Raises MolsConfigError."""
+    from mols_ds.core.groups import group_table
+    from mols_ds.training.models import meta_model
+
+    return list(group_table(meta_model(model), None, granularity).elements)
+
+
 def groups_text(args: argparse.Namespace) -> str:
     """The group table of `args.model`: group, parameters (tensors), elements, share of all trainable elements."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from mols_ds.core.config import MolsConfig
     from mols_ds.core.groups import group_table
     from mols_ds.training.ds_config import read_config
-    from mols_ds.training.models import load_model_config
+    from mols_ds.training.models import meta_model
 
     section = MolsConfig.parse(read_config(args.config).get("mols", {}) if args.config else {})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_model_config(args.model))
-    table = group_table(model, section.rules, section.granularity)
+    table = group_table(meta_model(args.model), section.rules, section.granularity)
     lines = [f"{'group':<12} {'parameters':>10} {'elements':>16} {'share':>8}"]
     lines += [f"{row.group:<12} {row.parameters:>10,} {row.elements:>16,} {row.share:>8.2%}" for row in table]
     if args.parameters:

@@ -10,20 +10,11 @@ import torch
 
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
-from mols_ds.training.cli_utils import (
-    USER_MISTAKE,
-    Parser,
-    add_timeout,
-    check_run,
-    not_negative,
-    positive,
-    quiet,
-    run_command,
-    start_ranks,
-)
+from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_timeout, not_negative, positive
 from mols_ds.training.compare import run_arms
 from mols_ds.training.ds_config import check_with_deepspeed, model_dtype, read_config, resolve
 from mols_ds.training.models import build_model, load_model_config, zero_init
+from mols_ds.training.ranks import check_run, quiet, run_command, start_ranks
 from mols_ds.training.sources import DataSpec, check_hub
 from mols_ds.training.tokens import Tokenizer, prepare
 from mols_ds.training.trainer import Job

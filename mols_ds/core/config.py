@@ -5,20 +5,21 @@ Every default stands here and nowhere else.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
 
+from mols_ds.core.json_types import JsonMapping, JsonObject
+from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError
 
 Estimator = Literal["mean", "median", "pooled", "damping"]
 Mode = Literal["probe", "online", "moments"]
 StepOrShare = StrictInt | StrictFloat
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, JsonObject] = {
     "robust": {},
     # The paper to the letter: average of SNR_i (sec. 3.2), no correction, no bounds, the largest SNR as reference.
     "paper": {
@@ -35,24 +36,20 @@ MIN_SAMPLES_CORRECTED = 4
 """The correction divides by K - 3 degrees of freedom (METHOD: noncentral F), so it needs K > 3."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class AccumulatorConfig(_Frozen):
+class AccumulatorConfig(Frozen):
     """Where the streaming mean and M2 live during a calibration: 8 bytes per owned element, freed afterwards."""
 
     device: Literal["cpu", "accelerator"] = "cpu"
     dtype: Literal["float32"] = "float32"
 
 
-class RecalibrateConfig(_Frozen):
+class RecalibrateConfig(Frozen):
     """Measure again every `every` optimizer steps after the previous calibration."""
 
     every: Annotated[StrictInt, Field(ge=1)]
 
 
-class MolsConfig(_Frozen):
+class MolsConfig(Frozen):
     """The "mols" section. A float `start` / `ramp_end` is a share of all steps, an integer is a step.
 
     Raises `MolsConfigError` through `parse`; the message names the key, the value and what is allowed.
@@ -82,7 +79,7 @@ class MolsConfig(_Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _apply_preset(cls, values: Any) -> Any:
+    def _apply_preset(cls, values: object) -> object:
         if isinstance(values, Mapping):
             preset = values.get("preset", "robust")
             if isinstance(preset, str) and preset in PRESETS:
@@ -116,7 +113,7 @@ class MolsConfig(_Frozen):
         return self
 
     @classmethod
-    def parse(cls, section: Mapping[str, Any] | MolsConfig) -> MolsConfig:
+    def parse(cls, section: JsonMapping | MolsConfig) -> MolsConfig:
         """Validate a section. Raises `MolsConfigError` with one line that names every wrong key."""
         if isinstance(section, MolsConfig):
             return section
@@ -125,17 +122,4 @@ class MolsConfig(_Frozen):
         try:
             return cls.model_validate(dict(section))
         except ValidationError as error:
-            raise MolsConfigError("; ".join(_one_line(cls, e) for e in error.errors())) from None
-
-
-def _one_line(cls: type[BaseModel], error: Any) -> str:
-    """One pydantic error as `"mols.key": what (got value)`, with a suggestion for a misspelt key."""
-    path = [str(part) for part in error["loc"] if not str(part).startswith(("function", "constrained", "literal"))]
-    where = ".".join(["mols", *path])
-    if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(path[-1], cls.model_fields, n=1) if len(path) == 1 else []
-        hint = f'; did you mean "{close[0]}"?' if close else f"; allowed: {', '.join(cls.model_fields)}"
-        return f'"{where}": unknown key{hint if len(path) == 1 else ""}'
-    if error["type"] == "value_error":
-        return f'"{where}": {error["ctx"]["error"]}'
-    return f'"{where}": {error["msg"]} (got {error["input"]!r})'
+            raise MolsConfigError(validation_message(error, cls, "mols")) from None

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mols_ds.core.validation import validation_message
 from mols_ds.errors import MolsCheckpointError
 from mols_ds.report.table import schema_problem
 
@@ -64,9 +65,7 @@ def _check_values(state: Mapping[str, Any], report: Mapping[str, Any], elements:
     try:
         values = _State.model_validate(dict(state))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise _damaged(f'"{where}" is {first["input"]!r}') from None
+        raise _damaged(validation_message(error, _State)) from None
     over = values.phase in ("ramping", "fixed")
     if over and (values.ended_at is None or not values.alphas):
         raise _damaged(f'phase "{values.phase}" without alphas, or without the step that they are from')

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from mols_ds.core.groups import is_scaled
+from mols_ds.core.groups import Granularity, is_scaled
+from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.errors import MolsConfigError
 
 
-def fixed_alphas(report: Mapping[str, Any], groups: Sequence[str] | None = None) -> dict[str, Any]:
+def granularity_of(report: JsonMapping) -> Granularity:
+    """The granularity of a report's groups: "layer_type" where they are named by layer, such as "qk.3"."""
+    return "layer_type" if any("." in name for name in report["groups"]) else "type"
+
+
+def fixed_alphas(report: JsonMapping, groups: Sequence[str] | None = None) -> JsonObject:
     """The keys of a "mols" section that give a run the alphas of `report` without a calibration.
 
     report: as `load_report` gives it. groups: those of the model that will use them, where it is known.
@@ -26,7 +30,7 @@ def fixed_alphas(report: Mapping[str, Any], groups: Sequence[str] | None = None)
     if without or not alphas:
         which = f"of {', '.join(without)}" if without else "of any scaled group"
         raise MolsConfigError(f"the report holds no alpha {which}: nothing to hand over")
-    layered = any("." in name for name in alphas)
+    layered = granularity_of(report) == "layer_type"
     if groups is not None:
         _check_groups(alphas, [group for group in groups if is_scaled(group)], layered)
     return {"fixed_alphas": alphas} | ({"granularity": "layer_type"} if layered else {})
@@ -47,23 +51,3 @@ def _check_groups(alphas: Mapping[str, float], known: Sequence[str], layered: bo
 
 def _few(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-
-
-def section_text(report: Mapping[str, Any], model: str | None) -> str:
-    """`fixed_alphas` as JSON for a config; `model`: file or checkpoint folder of the model that will use them."""
-    layered = any("." in name for name in report["groups"])
-    groups = None if model is None else groups_of(model, "layer_type" if layered else "type")
-    return json.dumps(fixed_alphas(report, groups), indent=2)
-
-
-def groups_of(model: str, granularity: Any = "type") -> list[str]:
-    """The groups of a model file or checkpoint folder, without its weights. Raises MolsConfigError."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from mols_ds.core.groups import group_table
-    from mols_ds.training.models import load_model_config
-
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(load_model_config(model))
-    return list(group_table(built, None, granularity).elements)

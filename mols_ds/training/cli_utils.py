@@ -1,34 +1,35 @@
-"""What the programs that start training share: arguments, the one line of a user's mistake, warnings, joining ranks."""
+"""What all commands share: the parser, the exit statuses, and the one line on stderr that says what is wrong.
+
+Needs the standard library only: `mols-ds doctor` and `mols-ds launch` start where torch, DeepSpeed or pydantic are
+broken.
+"""
+
+from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Callable
-from datetime import timedelta
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn
 
-import torch
+from mols_ds.errors import MolsConfigError, MolsError, MolsTrainingError
 
-from mols_ds.errors import MolsConfigError, MolsError, MolsTrainingError, MolsUnsupportedError, MolsWarning
-from mols_ds.training.compare import ADAM
-from mols_ds.training.preemption import Preempted
-from mols_ds.training.rank_env import adopt_rank_environment
-from mols_ds.training.trainer import has_checkpoint
-
-FAILED, USER_MISTAKE = 1, 2
-PATIENCE_SECONDS = 15.0
-"""How long other ranks wait for rank 0 to say what is wrong (the launcher then ends them) before they say it."""
+FAILED = 1
+"""The command ran, and its answer is no: a run failed, a check found a problem, a plan does not fit."""
+USER_MISTAKE = 2
+"""A wrong argument, config, file or setting; one line on stderr says which."""
+COMMAND_NOT_FOUND = 127
+"""The command that was to be started is not there; the status that shells give."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are user's mistakes like all others: one line, from one rank."""
+    """An argument parser whose errors are user's mistakes like all others: MolsConfigError, one line, no usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise MolsConfigError(f"{message} (see --help)")
+        raise MolsConfigError(f"{message} (see {self.prog} --help)")
 
 
 def positive(text: str) -> int:
+    """Argument type: a whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
@@ -36,13 +37,14 @@ def positive(text: str) -> int:
 
 
 def not_negative(text: str) -> int:
+    """Argument type: a whole number of at least 0."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative")
     return value
 
 
-def add_timeout(parser: Any) -> None:
+def add_timeout(parser: argparse._ActionsContainer) -> None:
     """Adds --timeout to a parser or a group of one."""
     parser.add_argument(
         "--timeout", type=positive, metavar="SECONDS",
@@ -50,110 +52,35 @@ def add_timeout(parser: Any) -> None:
     )  # fmt: skip
 
 
-def check_run(args: argparse.Namespace, config: dict[str, Any]) -> None:
-    """Checks --compare, --resume and --out against a config as it was read, and makes the folder --out.
+def print_line(program: str, message: object) -> None:
+    """Prints `program: message` as one line on stderr; line breaks become spaces."""
+    print(f"{program}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
-    Raises MolsConfigError for a comparison without a "mols" section, nothing to resume, or a folder that cannot be.
+
+def status_of(error: MolsError) -> int:
+    """Exit status of a command that `error` ended: FAILED for a run that could not go on, else USER_MISTAKE."""
+    return FAILED if isinstance(error, MolsTrainingError) else USER_MISTAKE
+
+
+def shell_status(returncode: int) -> int:
+    """Exit status for the return code of a process: 128 + n where signal n ended it, as shells have it."""
+    return 128 - returncode if returncode < 0 else returncode
+
+
+def run_program(program: str, command: Callable[[], int], *, silent: bool = False) -> int:
+    """Runs a command of one process.
+
+    Args:
+        program: its name, which begins the line on stderr.
+        command: returns the exit status.
+        silent: prints nothing, because another rank meets the same mistake and prints it.
+
+    Returns:
+        What `command` returns; the status of its MolsError, which is printed in one line on stderr.
     """
-    if args.compare and not config.get("mols", {}).get("enabled", "mols" in config):
-        raise MolsConfigError(f'--compare adam: config {args.config} has no enabled "mols" section to compare with')
-    if args.resume and not has_checkpoint(args.out / ADAM if args.compare else args.out):
-        raise MolsConfigError(f"--resume: there is no checkpoint below {args.out}; leave it out to start a new run")
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MolsConfigError(f"--out {args.out}: {error.strerror or error}") from error
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def run_command(program: str, command: Callable[[], None]) -> int:
-    """Runs a program. Returns 0, also for a run that a signal ended; 2 for a user's mistake and 1 for a run that cannot
-    go on, both of which rank 0 states in one line on stderr."""
-    try:
-        adopt_rank_environment()
-        command()
-    except Preempted as stop:
-        if _rank() == 0:
-            print(f"{program}: {stop}", file=sys.stderr, flush=True)
+        return command()
     except MolsError as error:
-        if (rank := _rank()) != 0:
-            # Rank 0 meets the same mistake and says it; its exit makes the launcher end this process. What only this
-            # rank can see (a file missing on its node) must still be said.
-            time.sleep(PATIENCE_SECONDS)
-        where = f" (rank {rank})" if rank != 0 else ""
-        line = " ".join(str(error).split())
-        print(f"{program}{where}: {line}", file=sys.stderr, flush=True)
-        return FAILED if isinstance(error, MolsTrainingError) else USER_MISTAKE
-    return 0
-
-
-def quiet() -> None:
-    """Leaves the terminal to the progress bar; DeepSpeed's warnings stay."""
-    import logging
-    import warnings
-
-    from deepspeed.utils import logger
-    from transformers.utils import logging as transformers_logging
-
-    logger.setLevel(logging.WARNING)
-    transformers_logging.set_verbosity_error()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\..*")
-    stock = warnings.showwarning
-
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        if not issubclass(category, MolsWarning):
-            stock(message, category, filename, lineno, file, line)
-        elif _rank() == 0:
-            print(f"warning: {message}", file=sys.stderr, flush=True)
-
-    warnings.showwarning = show
-
-
-def start_ranks(timeout: float | None = None) -> tuple[int, int]:
-    """Joins the ranks that the launcher started; a plain `python train.py` is one rank. Returns (rank, world).
-
-    `timeout` is the time in seconds after which a collective that a rank does not join fails; None: DeepSpeed's 30 min.
-    """
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    if "RANK" not in os.environ:
-        os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
-    if get_accelerator().device_name() == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce for a minute before the first step; gloo does as well here
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:
-            local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    else:
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    patience = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
-    if timeout is not None:
-        _limit_new_groups(timedelta(seconds=timeout))
-    deepspeed.init_distributed(**patience)
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _limit_new_groups(patience: timedelta) -> None:
-    """Makes `patience` torch's default for groups made from here on. DeepSpeed's collectives run in groups that it
-    makes without a time limit (0.19: TorchBackend.new_group, comm/torch.py), neither init_distributed's nor
-    DEEPSPEED_TIMEOUT's: a rank that stopped would be waited for for torch's 10 (NCCL) or 30 minutes."""
-    from torch.distributed import distributed_c10d
-
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-        if not hasattr(distributed_c10d, name):
-            raise MolsUnsupportedError(f"--timeout: this torch has no {name} any more; leave --timeout out")
-        setattr(distributed_c10d, name, patience)
+        if not silent:
+            print_line(program, error)
+        return status_of(error)

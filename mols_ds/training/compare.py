@@ -5,11 +5,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from mols_ds.core.json_types import JsonObject
 from mols_ds.training.trainer import METRICS, Job, Outcome, has_checkpoint, train
 
 ADAM, MOLS = "adam", "mols"
@@ -23,7 +23,7 @@ def titles(optimizer: str) -> dict[str, str]:
     return {ADAM: name, MOLS: f"{name} + MoLS"}
 
 
-def split_arms(config: dict[str, Any], out: Path) -> dict[str, dict[str, Any]]:
+def split_arms(config: JsonObject, out: Path) -> dict[str, JsonObject]:
     """The configs of both arms in the order in which they run; Adam's has no "mols" section at all."""
     mols = copy.deepcopy(config)
     if mols["mols"]["report_dir"] == str(out / "mols_report"):

@@ -4,11 +4,13 @@ import copy
 import difflib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from mols_ds.core.config import MolsConfig
+from mols_ds.core.json_types import JsonObject
+from mols_ds.core.validation import validation_message
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.build import split_config
 from mols_ds.optim.choose import AUTO as AUTO
@@ -23,14 +25,14 @@ SECTIONS = ("optimizer", "bf16", "fp16", "zero_optimization", "tensorboard")
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def read_config(path: str) -> dict[str, Any]:
+def read_config(path: str) -> JsonObject:
     """A DeepSpeed config file. Raises MolsConfigError where it is missing, not JSON, has a key twice, misspells "mols"
     or holds a wrong "mols" section."""
     file = Path(path)
     if not file.is_file():
         raise MolsConfigError(f"config {path}: no such file")
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, object]]) -> JsonObject:
         keys = [key for key, _ in pairs]
         for key in keys:
             if keys.count(key) > 1:
@@ -55,14 +57,14 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def resolve(
-    config: dict[str, Any],
+    config: JsonObject,
     *,
     world: int,
     steps: int,
     out: Path,
     lr: float | None = None,
     optimizer: str | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """A copy of `config` in which nothing is left to guess: batch sizes, precision, optimizer, clipping, the mols
     section's total steps and report folder. A number that the user wrote is never changed, except the rate by `lr`;
     `optimizer` is a name in the place of the config's.
@@ -100,7 +102,7 @@ def resolve(
     return config
 
 
-def _refuse_auto(value: Any, where: str) -> None:
+def _refuse_auto(value: object, where: str) -> None:
     """Raises for an "auto" that nobody replaced; inside "mols" it is the section's own word."""
     if value == AUTO:
         raise MolsConfigError(f'config: "{where}" is "auto", which is not known for this key: give a value')
@@ -110,7 +112,7 @@ def _refuse_auto(value: Any, where: str) -> None:
                 _refuse_auto(item, f"{where}.{key}" if where else key)
 
 
-def _batch_sizes(config: dict[str, Any], world: int) -> None:
+def _batch_sizes(config: JsonObject, world: int) -> None:
     """Fills train_batch_size = micro x accumulation x world in, from whichever of the three are given."""
     given: list[int | None] = []
     for key in BATCH_KEYS:
@@ -142,11 +144,11 @@ def native_bf16() -> bool:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         return bool(accelerator.is_bf16_supported())
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch: fp32 then
+    capabilities: JsonObject = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch: fp32 then
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
-def _precision(config: dict[str, Any]) -> None:
+def _precision(config: JsonObject) -> None:
     """bf16 where the device has it (the default), fp16 only where asked for."""
     half = config.get("fp16")
     if half is not None and half.get("enabled") == AUTO:
@@ -156,24 +158,21 @@ def _precision(config: dict[str, Any]) -> None:
         brain["enabled"] = not (half or {}).get("enabled", False) and native_bf16()
 
 
-def model_dtype(config: dict[str, Any]) -> torch.dtype:
+def model_dtype(config: JsonObject) -> torch.dtype:
     """The dtype that the model is built in for a resolved config."""
     if config["bf16"].get("enabled"):
         return torch.bfloat16
     return torch.float16 if config.get("fp16", {}).get("enabled") else torch.float32
 
 
-def check_with_deepspeed(config: dict[str, Any], path: str) -> None:
+def check_with_deepspeed(config: JsonObject, path: str) -> None:
     """Has DeepSpeed validate a resolved config before anything is built. Raises MolsConfigError with one line."""
     from deepspeed.runtime.config import DeepSpeedConfig
-    from pydantic import ValidationError
 
     request = split_config(config)
     try:
         DeepSpeedConfig(copy.deepcopy(config if request is None else request.config))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise MolsConfigError(f'config {path}: {error.title}: "{where}": {first["msg"]}') from error
+        raise MolsConfigError(f"config {path}: {error.title}: {validation_message(error)}") from error
     except Exception as error:  # DeepSpeed asserts and raises plain Exceptions for wrong values
         raise MolsConfigError(f"config {path}: DeepSpeed refuses it: {one_line(error)}") from error

@@ -6,14 +6,21 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed as dist
 
 from mols_ds.errors import MolsConfigError
-from mols_ds.training.megatron_config import Grid, ddp_config, optimizer_config, padded_vocabulary
+from mols_ds.training.megatron_config import ProcessGrid, ddp_config, optimizer_config, padded_vocabulary
 from mols_ds.training.megatron_settings import Settings
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 STAGE_SEED = 100
 """Added to the seed for each pipeline stage, or stages would begin alike (megatron/training/initialize.py)."""
@@ -23,10 +30,10 @@ STAGE_SEED = 100
 class Built:
     """What a run trains. `chunks`: this rank's model chunks, wrapped in DistributedDataParallel."""
 
-    chunks: list[Any]
-    config: Any
-    optimizer: Any
-    scheduler: Any
+    chunks: list[DistributedDataParallel]
+    config: TransformerConfig
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
 
 
 def start_ranks(timeout: float | None = None) -> tuple[int, int]:
@@ -63,7 +70,7 @@ def grid_sizes(settings: Settings) -> dict[str, int | None]:
     }
 
 
-def start_grid(settings: Settings, grid: Grid, timeout: float | None = None) -> None:
+def start_grid(settings: Settings, grid: ProcessGrid, timeout: float | None = None) -> None:
     """Lay the grid over the ranks, once a process; `timeout` as in `start_ranks`, for the groups of the grid.
 
     Raises MolsConfigError for a grid that Megatron refuses.
@@ -73,7 +80,7 @@ def start_grid(settings: Settings, grid: Grid, timeout: float | None = None) -> 
     parallel = settings.parallel
     if parallel_state.model_parallel_is_initialized():
         return
-    more: dict[str, Any] = {} if timeout is None else {"distributed_timeout_minutes": timeout / 60}
+    more: dict[str, float] = {} if timeout is None else {"distributed_timeout_minutes": timeout / 60}
     if parallel.distributed_optimizer_instances > 1:
         more["num_distributed_optimizer_instances"] = parallel.distributed_optimizer_instances
     try:
@@ -95,7 +102,7 @@ def seed_all(settings: Settings) -> None:
     model_parallel_cuda_manual_seed(seed)
 
 
-def build(settings: Settings, config: Any, *, vocab_size: int, engine: bool) -> Built:
+def build(settings: Settings, config: TransformerConfig, *, vocab_size: int, engine: bool) -> Built:
     """Model, optimizer and scheduler of an arm.
 
     Args:
@@ -112,7 +119,9 @@ def build(settings: Settings, config: Any, *, vocab_size: int, engine: bool) -> 
     return Built(chunks, config, optimizer, _scheduler(settings, optimizer))
 
 
-def _chunks(settings: Settings, config: Any, vocab_size: int, engine: bool) -> list[Any]:
+def _chunks(
+    settings: Settings, config: TransformerConfig, vocab_size: int, engine: bool
+) -> list[DistributedDataParallel]:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.transformer.module import Float16Module
 
@@ -129,7 +138,7 @@ def _chunks(settings: Settings, config: Any, vocab_size: int, engine: bool) -> l
     return chunks
 
 
-def _model(settings: Settings, config: Any, vocab_size: int, engine: bool, stage: int | None) -> Any:
+def _model(settings: Settings, config: TransformerConfig, vocab_size: int, engine: bool, stage: int | None) -> GPTModel:
     """The GPTModel of one pipeline stage of this rank."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -159,12 +168,17 @@ def _model(settings: Settings, config: Any, vocab_size: int, engine: bool, stage
     )
 
 
-def _connect(config: Any, chunks: list[Any], optimizer: Any, settings: Settings) -> None:
+def _connect(
+    config: TransformerConfig,
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    settings: Settings,
+) -> None:
     """The functions by which Megatron's schedules reach optimizer and data parallelism (megatron/training/training.py,
     `train`)."""
     from megatron.core.distributed import finalize_model_grads
 
-    def one_or_all(functions: list[Callable[..., Any]]) -> Any:
+    def one_or_all(functions: list[Callable[..., object]]) -> object:
         return functions[0] if len(functions) == 1 else functions
 
     config.finalize_model_grads_func = finalize_model_grads
@@ -175,7 +189,7 @@ def _connect(config: Any, chunks: list[Any], optimizer: Any, settings: Settings)
         config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in chunks])
 
 
-def _scheduler(settings: Settings, optimizer: Any) -> Any:
+def _scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Megatron's scheduler, which counts sequences as Megatron-LM does.
 
     Its warm-up starts at rate / steps of the warm-up: from 0, Megatron-LM's default, the first step would do nothing.

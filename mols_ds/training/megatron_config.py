@@ -13,16 +13,22 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from megatron_patches.machine import Machine, probe_machine
 from megatron_patches.precision import check
+from mols_ds.core.validation import suggestion, validation_message
 from mols_ds.errors import MolsConfigError
-from mols_ds.training.megatron_settings import Settings, suggestion
+from mols_ds.training.megatron_settings import Settings
 from mols_ds.training.sources import one_line
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ELSEWHERE = {
@@ -48,14 +54,14 @@ ELSEWHERE = {
 
 
 @dataclass(frozen=True)
-class Grid:
+class ProcessGrid:
     """How `world` ranks are laid out."""
 
     world: int
     data: int
 
     @classmethod
-    def of(cls, settings: Settings, world: int) -> Grid:
+    def of(cls, settings: Settings, world: int) -> ProcessGrid:
         """Raises MolsConfigError where the ranks do not divide."""
         parallel = settings.parallel
         model = parallel.tp * parallel.pp * parallel.cp
@@ -73,7 +79,7 @@ class Grid:
         return cls(world, world // model)
 
 
-def micro_batches(settings: Settings, grid: Grid) -> int:
+def micro_batches(settings: Settings, grid: ProcessGrid) -> int:
     """Forward passes of a rank in one step. Raises MolsConfigError where the batch does not divide."""
     batch, parallel = settings.batch, settings.parallel
     share = batch.micro * grid.data
@@ -122,7 +128,7 @@ def _squared_relu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.relu(x).square()
 
 
-def _further(settings: Settings, kind: type[Any]) -> dict[str, Any]:
+def _further(settings: Settings, kind: type[TransformerConfig]) -> dict[str, object]:
     """The `model` keys that are fields of TransformerConfig, checked by name and type."""
     own = type(settings.model).model_fields
     fields = {field.name for field in dataclasses.fields(kind) if field.init}
@@ -148,11 +154,11 @@ def _further(settings: Settings, kind: type[Any]) -> dict[str, Any]:
         except PydanticUserError:
             out[key] = value  # a type of Megatron's own, which its config checks
         except ValidationError as error:
-            raise MolsConfigError(f'"model.{key}": {error.errors()[0]["msg"]} (got {value!r})') from None
+            raise MolsConfigError(validation_message(error, hints[key], f"model.{key}")) from None
     return out
 
 
-def transformer_config(settings: Settings, machine: Machine | None = None) -> Any:
+def transformer_config(settings: Settings, machine: Machine | None = None) -> TransformerConfig:
     """Megatron-core's TransformerConfig (MLATransformerConfig with `multi_latent_attention`).
 
     Raises:
@@ -170,7 +176,7 @@ def transformer_config(settings: Settings, machine: Machine | None = None) -> An
         check(SimpleNamespace(fp8=precision.fp8, fp8_recipe=precision.fp8_recipe, fp4=precision.fp4), machine=machine)
     engine = low or uses_engine(settings, machine)
     function, gated = _activation(model.activation)
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "num_attention_heads": model.num_attention_heads,
@@ -222,7 +228,7 @@ def transformer_config(settings: Settings, machine: Machine | None = None) -> An
     return config
 
 
-def _check_shapes(settings: Settings, config: Any) -> None:
+def _check_shapes(settings: Settings, config: TransformerConfig) -> None:
     """What Megatron finds out only while it builds, or divides silently."""
     parallel = settings.parallel
     heads = config.num_attention_heads
@@ -253,12 +259,12 @@ def _check_shapes(settings: Settings, config: Any) -> None:
         raise MolsConfigError("parallel.ep: the model has no experts; set model.num_moe_experts or ep: 1")
 
 
-def optimizer_config(settings: Settings) -> Any:
+def optimizer_config(settings: Settings) -> OptimizerConfig:
     """Megatron-core's OptimizerConfig. Raises MolsConfigError where Megatron refuses it."""
     from megatron.core.optimizer import OptimizerConfig
 
     chosen, dtype = settings.optimizer, dtype_of(settings)
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "optimizer": chosen.name,
         "lr": chosen.lr,
         "min_lr": chosen.lr * settings.scheduler.min_lr_share,
@@ -282,7 +288,7 @@ def optimizer_config(settings: Settings) -> Any:
         raise MolsConfigError(f"optimizer: Megatron-core refuses it: {one_line(error)}") from error
 
 
-def ddp_config(settings: Settings) -> Any:
+def ddp_config(settings: Settings) -> DistributedDataParallelConfig:
     """Megatron-core's DistributedDataParallelConfig."""
     from megatron.core.distributed import DistributedDataParallelConfig
 

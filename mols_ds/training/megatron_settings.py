@@ -6,16 +6,17 @@ TransformerConfig can stand in `model`, checked against the field's type.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from mols_ds.core.config import MolsConfig
+from mols_ds.core.json_types import JsonMapping, JsonObject
+from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import one_line
 
@@ -25,14 +26,14 @@ Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+class _Section(Frozen):
+    model_config = ConfigDict(strict=True)
 
 
-class Model(_Section):
+class ModelSettings(_Section):
     """The network. Other keys are fields of Megatron-core's TransformerConfig and go there as they are."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow")
 
     num_layers: Positive
     hidden_size: Positive
@@ -51,12 +52,12 @@ class Model(_Section):
     """The embedding's rows are rounded up to a multiple of this times tp, as Megatron-LM does."""
 
     @property
-    def further(self) -> dict[str, Any]:
+    def further(self) -> JsonObject:
         """The keys that are TransformerConfig's."""
         return dict(self.__pydantic_extra__ or {})
 
 
-class Parallel(_Section):
+class ParallelSettings(_Section):
     """Ranks along each axis; what is left of the world is data-parallel."""
 
     tp: Positive = 1
@@ -72,7 +73,7 @@ class Parallel(_Section):
     overlap_param_gather: bool = False
 
     @model_validator(mode="after")
-    def _check(self) -> Parallel:
+    def _check(self) -> ParallelSettings:
         if self.vp is not None and self.pp == 1:
             raise ValueError("vp: interleaved stages need pp of at least 2; leave vp out")
         if self.sp and self.tp == 1:
@@ -82,7 +83,7 @@ class Parallel(_Section):
         return self
 
 
-class Precision(_Section):
+class PrecisionSettings(_Section):
     """`auto` is bf16 on a GPU that has it, else fp32. FP8 and FP4 need Transformer Engine."""
 
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -96,13 +97,13 @@ class Precision(_Section):
     gradient_accumulation_fusion: bool = False
 
     @model_validator(mode="after")
-    def _check(self) -> Precision:
+    def _check(self) -> PrecisionSettings:
         if (self.fp8 or self.fp4) and self.dtype in ("fp32", "fp16"):
             raise ValueError(f"dtype: {self.dtype} does not go with fp8 or fp4, which need bf16")
         return self
 
 
-class Optimizer(_Section):
+class OptimizerSettings(_Section):
     """METHOD, the paper's settings: Adam (0.9, 0.95, 1e-8) without weight decay, clipping at 1."""
 
     name: Literal["adam", "sgd"] = "adam"
@@ -116,13 +117,13 @@ class Optimizer(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _lists(cls, values: Any) -> Any:
+    def _lists(cls, values: object) -> object:
         if isinstance(values, dict) and isinstance(values.get("betas"), list):
             return {**values, "betas": tuple(values["betas"])}
         return values
 
 
-class Scheduler(_Section):
+class SchedulerSettings(_Section):
     """METHOD, the paper's schedule: linear warm-up over 10 % of the steps, then cosine to 10 % of the rate."""
 
     style: Literal["cosine", "linear", "constant"] = "cosine"
@@ -130,16 +131,16 @@ class Scheduler(_Section):
     min_lr_share: Share = 0.10
 
 
-class Batch(_Section):
+class BatchSettings(_Section):
     """Sequences: `micro` in one forward pass, `global` in one step over all data-parallel ranks."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     micro: Positive
     total: Positive = Field(alias="global")
 
 
-class Data(_Section):
+class DataSettings(_Section):
     """The text; see --data of train.py. The tokenizer is trained on it where no folder is named."""
 
     source: str = "stdlib"
@@ -149,7 +150,7 @@ class Data(_Section):
     cache_dir: str | None = None
 
 
-class Run(_Section):
+class RunSettings(_Section):
     """How long, and what is written when."""
 
     steps: Positive
@@ -167,17 +168,17 @@ class Run(_Section):
 class Settings(_Section):
     """A whole config file. Raises MolsConfigError through `read`."""
 
-    model: Model
-    parallel: Parallel = Parallel()
-    precision: Precision = Precision()
-    optimizer: Optimizer
-    scheduler: Scheduler = Scheduler()
-    batch: Batch
-    data: Data = Data()
-    run: Run
-    mols: dict[str, Any] | None = None
+    model: ModelSettings
+    parallel: ParallelSettings = ParallelSettings()
+    precision: PrecisionSettings = PrecisionSettings()
+    optimizer: OptimizerSettings
+    scheduler: SchedulerSettings = SchedulerSettings()
+    batch: BatchSettings
+    data: DataSettings = DataSettings()
+    run: RunSettings
+    mols: JsonObject | None = None
 
-    def with_mols(self, section: dict[str, Any] | None) -> Settings:
+    def with_mols(self, section: JsonObject | None) -> Settings:
         """The same with another "mols" section."""
         return self.model_copy(update={"mols": section})
 
@@ -188,7 +189,7 @@ class Settings(_Section):
 class _Once(yaml.SafeLoader):
     """YAML in which a key that stands twice is an error, and 1e-3 is a number (YAML 1.1 wants 1.0e-3)."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -200,7 +201,7 @@ _Once.add_constructor("!exponent", lambda _, node: float(node.value))
 _Once.add_implicit_resolver("!exponent", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> object:
     """YAML text as plain values. Raises MolsConfigError with one line that names `where`."""
     try:
         return yaml.load(text, _Once)
@@ -233,7 +234,7 @@ def read(path: str, changes: Iterable[str] = ()) -> Settings:
     return validate(content, f"config {path}")
 
 
-def _change(content: dict[str, Any], change: str) -> None:
+def _change(content: JsonObject, change: str) -> None:
     """Put one `section.key=value` into the file's content."""
     name, equals, value = change.partition("=")
     section, dot, key = name.partition(".")
@@ -250,48 +251,15 @@ def _change(content: dict[str, Any], change: str) -> None:
     place[last] = parse_yaml(value, f"--set {change}")
 
 
-def validate(content: Mapping[str, Any], where: str) -> Settings:
+def validate(content: JsonMapping, where: str) -> Settings:
     """Settings from plain values. Raises MolsConfigError, one line for all mistakes."""
     try:
         settings = Settings.model_validate(dict(content))
     except ValidationError as error:
-        lines = dict.fromkeys(_one_line(item) for item in error.errors())
-        raise MolsConfigError(f"{where}: {'; '.join(lines)}") from None
+        raise MolsConfigError(f"{where}: {validation_message(error, Settings)}") from None
     if settings.mols is not None:
         try:
             MolsConfig.parse(settings.mols)
         except MolsConfigError as error:
             raise MolsConfigError(f"{where}: {error}") from None
     return settings
-
-
-def fields_of(path: list[str]) -> list[str]:
-    """The keys that a section knows; of the whole file for an empty path."""
-    kind: type[BaseModel] = Settings
-    for part in path:
-        annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        kind = annotation
-    return [field.alias or name for name, field in kind.model_fields.items()]
-
-
-def suggestion(key: str, known: list[str]) -> str:
-    """A phrase that helps with an unknown key."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f'did you mean "{close[0]}"?' if close else f"allowed: {', '.join(known)}"
-
-
-def _one_line(item: Any) -> str:
-    path = [str(part) for part in item["loc"]]
-    if item["type"] == "extra_forbidden":
-        return f'"{".".join(path)}": unknown key; {suggestion(path[-1], fields_of(path[:-1]))}'
-    # A union's error names the alternative as a last part, which means nothing to a reader
-    names = fields_of([])
-    path = path[:2] if path and path[0] in names else path
-    where = ".".join(path)
-    if item["type"] == "missing":
-        return f'"{where}" is missing'
-    if item["type"] == "value_error":
-        return f'"{where}": {item["ctx"]["error"]}'
-    return f'"{where}": {item["msg"]} (got {item["input"]!r})'

@@ -1,18 +1,24 @@
 """The model of the main job: a decoder from a model file (configs/models/*.json, a transformers configuration with its
 `model_type`) or from a transformers checkpoint folder."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import one_line
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-def load_model_config(source: str) -> Any:
+
+def load_model_config(source: str) -> PretrainedConfig:
     """The transformers configuration of a model file or checkpoint folder.
 
     Raises MolsConfigError where it is missing, not JSON, without a known `model_type`, or holds a bad value.
@@ -42,6 +48,22 @@ def is_checkpoint(source: str) -> bool:
     """Whether the model comes with weights (a folder with a weight file), so that training continues from them."""
     path = Path(source)
     return path.is_dir() and any(path.glob("*.safetensors")) | any(path.glob("pytorch_model*.bin"))
+
+
+def meta_model(source: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of a file or checkpoint folder on the meta device: its parameters have names and shapes, no memory.
+
+    Raises MolsConfigError where there is none, or transformers cannot build it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_model_config(source)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        raise MolsConfigError(f"model {source}: cannot be built: {one_line(error)}") from error
+    return model
 
 
 def build_model(
@@ -88,7 +110,7 @@ def build_model(
     return model  # type: ignore[no-any-return]
 
 
-def zero_init(config: dict[str, Any]) -> object | None:
+def zero_init(config: JsonObject) -> object | None:
     """Makes transformers build models under `deepspeed.zero.Init` for as long as the returned object lives, so that a
     stage-3 model never exists whole on one rank. None for other stages, where models are built as usual."""
     if config.get("zero_optimization", {}).get("stage") != 3:

@@ -17,7 +17,7 @@ DEFAULT_PORT = "29500"
 
 
 @dataclass(frozen=True)
-class _Source:
+class _LauncherVariables:
     """The variables of one launcher: rank, number of ranks, rank on the node, number of ranks on the node."""
 
     rank: str
@@ -28,10 +28,10 @@ class _Source:
 
 # STEP_NUM_TASKS, not SLURM_NTASKS: an sbatch script has the latter, and SLURM_PROCID, without being one of the tasks
 SOURCES = (
-    _Source("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-    _Source(*(f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
-    _Source(*(f"MV2_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
-    _Source("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    _LauncherVariables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    _LauncherVariables(*(f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
+    _LauncherVariables(*(f"MV2_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
+    _LauncherVariables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
 
 
@@ -46,7 +46,7 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {}
 
 
-def _translated(source: _Source, environment: Mapping[str, str]) -> dict[str, str]:
+def _translated(source: _LauncherVariables, environment: Mapping[str, str]) -> dict[str, str]:
     result = {
         "RANK": environment[source.rank],
         "WORLD_SIZE": environment[source.world],

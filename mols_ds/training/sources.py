@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError
 
 STDLIB = "stdlib"
@@ -55,7 +56,7 @@ class DataSpec:
         """Reads the value of `--data`: "stdlib", a data file or folder, a JSON file with a "source" key (see
         configs/data/), or a hub name. Raises MolsConfigError for a path that is not there or an unknown key."""
         path = Path(value)
-        settings: dict[str, Any] = {"source": value}
+        settings: JsonObject = {"source": value}
         if path.suffix == ".json" and path.is_file():
             settings = _settings_file(path) or settings
         settings.update({key: given for key, given in overrides.items() if given is not None})
@@ -70,7 +71,7 @@ class DataSpec:
         return spec
 
 
-def _settings_file(path: Path) -> dict[str, Any] | None:
+def _settings_file(path: Path) -> JsonObject | None:
     """The object of a data settings file, or None where the file holds data rather than settings."""
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -148,7 +149,7 @@ def _rows(spec: DataSpec, path: Path) -> Iterator[str]:
     if path.stat().st_size == 0:
         return
     reader = READERS[path.suffix]
-    options: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
+    options: JsonObject = {"sample_by": "document"} if reader == "text" else {}
     key = "text" if reader == "text" else spec.text_key
     try:
         rows = datasets.load_dataset(reader, data_files=str(path), split="train", streaming=True, **options)
@@ -161,7 +162,7 @@ def _rows(spec: DataSpec, path: Path) -> Iterator[str]:
         raise MolsConfigError(f"data {path}: cannot be read as {reader}: {one_line(error)}") from error
 
 
-def _text(row: dict[str, Any], key: str, where: str) -> str:
+def _text(row: JsonObject, key: str, where: str) -> str:
     text = row.get(key)
     if not isinstance(text, str):
         columns = ", ".join(map(str, row))

@@ -35,6 +35,7 @@ TRAINING_CHARACTERS = 16_000_000
 """Text that the tokenizer is trained on, from the start of the training documents: more changes it little."""
 BATCH_DOCUMENTS = 512
 
+TokenType = np.dtype[np.unsignedinteger[Any]]
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
@@ -114,7 +115,7 @@ def prepare(
     `seed` decides which documents are held out; `held_out_tokens` is how many tokens of them a streamed source keeps
     on disk. Every process of a job may call this at the same time.
     """
-    source = _Source(spec, seed)
+    source = _SplitSource(spec, seed)
     if tokenizer is None:
         name = f"tokenizer-{vocab_size}-{fingerprint(spec, vocab_size, seed, TRAINING_CHARACTERS)}"
         tokenizer = _cached(cache / name, lambda folder: train_tokenizer(source.train(), vocab_size, folder))
@@ -133,7 +134,7 @@ def prepare(
     return loaded, TokenData(train, map_tokens(folder / "held_out.bin", loaded.size))
 
 
-class _Source:
+class _SplitSource:
     """Both sides of a source's split as fresh iterators over documents."""
 
     def __init__(self, spec: DataSpec, seed: int) -> None:
@@ -187,7 +188,7 @@ def _cached(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
+def token_dtype(vocab_size: int) -> TokenType:
     """uint16 where every token id fits, else uint32."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 

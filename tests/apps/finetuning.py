@@ -73,7 +73,7 @@ def fine_tune(folder: str, method: str, stage: int, *more: str) -> dict[str, Any
     the engine as it was saved and those of the saved folder loaded again."""
     from mols_ds.apps.finetune import main as job
     from mols_ds.apps.finetune import model, task
-    from mols_ds.training import cli_utils as commandline
+    from mols_ds.training import ranks as commandline
 
     commandline.PATIENCE_SECONDS = 0.0
     base, world = Path(folder), torch.distributed.get_world_size()

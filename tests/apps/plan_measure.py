@@ -339,7 +339,7 @@ def planned(case: Case) -> dict[str, Any]:
     from mols_ds.apps.plan.calibration import accumulators
 
     decoder = plan_model.load(model_file())
-    zero = plan_zero.Zero.of(config(case), checkpointing=case[2] == "checkpointing")
+    zero = plan_zero.ZeroPlan.of(config(case), checkpointing=case[2] == "checkpointing")
     dtype = torch.bfloat16 if case[1] == "bf16" else torch.float32
     activations = decoder.activations(BATCH, LENGTH, dtype)
     footprint = plan_zero.footprint(zero, decoder.weights, WORLD, activations)

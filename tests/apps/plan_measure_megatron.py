@@ -129,8 +129,7 @@ def planned(name: str, stage: int) -> dict[str, Any]:
     from megatron_patches.cpu.emulation import cpu_megatron
     from mols_ds.apps.plan import grid
     from mols_ds.apps.plan.calibration import accumulators
-    from mols_ds.apps.plan.gpt import Gpt
-    from mols_ds.apps.plan.local import Local
+    from mols_ds.apps.plan.gpt import Gpt, Local
 
     setup = GRIDS[name]
     with cpu_megatron():
@@ -144,7 +143,7 @@ def planned(name: str, stage: int) -> dict[str, Any]:
         recompute=_granularity(setup), flash=False, local=local,
     )  # fmt: skip
     data = WORLD // (setup.tp * setup.pp)
-    plan = grid.Plan(
+    plan = grid.MegatronPlan(
         gpt=gpt, ranks=WORLD, weight_bytes=size, gradient_bytes=4, distributed=setup.distributed, overlap=False,
         optimizer="adam", settings={}, micro_batch=SEQUENCES, micro_batches=MICROS // data, length=setup.seq,
         gathers=2 if setup.experts else 1,

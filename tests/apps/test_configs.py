@@ -19,10 +19,15 @@ from mols_ds.core.controller import Context, Controller
 from mols_ds.core.groups import group_table, is_scaled
 from mols_ds.core.phases import resolve_schedule
 from mols_ds.errors import MolsUnsupportedError
-from mols_ds.report.fixed_alphas import groups_of
 from mols_ds.report.table import write_report
 from mols_ds.training import ds_config as settings
-from mols_ds.training.megatron_config import Grid, ddp_config, micro_batches, optimizer_config, transformer_config
+from mols_ds.training.megatron_config import (
+    ProcessGrid,
+    ddp_config,
+    micro_batches,
+    optimizer_config,
+    transformer_config,
+)
 from mols_ds.training.megatron_settings import Settings, read
 from mols_ds.training.models import load_model_config
 
@@ -119,7 +124,7 @@ def test_megatron_takes_every_yaml(name: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("megatron.core.utils._te_version", Version(str(GPU.engine)))
     chosen = read(str(CONFIGS / "megatron" / f"{name}.yaml"))
     world, data, passes = MEGATRON[name]
-    grid = Grid.of(chosen, world)
+    grid = ProcessGrid.of(chosen, world)
     assert (grid.data, micro_batches(chosen, grid)) == (data, passes)
     model, optimizer, ddp = transformer_config(chosen, GPU), optimizer_config(chosen), ddp_config(chosen)
     assert type(model).__name__ == "TransformerConfig"
@@ -188,7 +193,7 @@ def report_of(model: str, path: Path, granularity: Any = "type") -> dict[str, fl
     )
     groups = {
         name: {**numbers, "moved_once_share": 0.0, "elements": 10, "alpha": 1.0 + number / 8, "clamped": False}
-        for number, name in enumerate(groups_of(str(CONFIGS / "models" / f"{model}.json"), granularity))
+        for number, name in enumerate(cli.groups_of(str(CONFIGS / "models" / f"{model}.json"), granularity))
     }
     keys = {"schema": 1, "step": 100, "samples": 32, "mode": "probe", "estimator": "damping", "reference": "vo"}
     write_report({**keys, "groups": groups, "world": {"data": 1}, "versions": {}}, path)

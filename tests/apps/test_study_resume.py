@@ -13,7 +13,7 @@ STEPS, SAVED, STOPPED = 12, 4, 7
 def interrupt(folder: str) -> dict[str, Any]:
     """On one rank: the run without interruption, and the one that ends in its 7th update and is started again."""
     from mols_ds.apps.study import work
-    from mols_ds.apps.study.runs import Run, Store
+    from mols_ds.apps.study.runs import Store, StudyRun
     from mols_ds.apps.study.spec import load_study
 
     study = load_study(ROOT / "studies" / "smoke.yaml")
@@ -21,8 +21,8 @@ def interrupt(folder: str) -> dict[str, Any]:
     changes = {"save_every": SAVED, "arms": arms, "models": {"block": study.models["block"]}}
     study = study.model_copy(update={**changes, "budget": study.budget.model_copy(update={"steps": STEPS})})
     study = study.model_copy(update={"snr": study.snr.model_copy(update={"every": 2})})  # type: ignore[union-attr]
-    run = Run("block", "adam", (("lr", 4e-3),), 1)
-    whole = work.Worker(study, Store(study, Path(folder, "whole")), work.Machine()).execute(run)
+    run = StudyRun("block", "adam", (("lr", 4e-3),), 1)
+    whole = work.Worker(study, Store(study, Path(folder, "whole")), work.RankInfo()).execute(run)
 
     class Stop(Exception):
         pass
@@ -34,7 +34,7 @@ def interrupt(folder: str) -> dict[str, Any]:
         if engine.global_steps == STOPPED:
             raise Stop
 
-    worker = work.Worker(study, Store(study, Path(folder, "parts")), work.Machine())
+    worker = work.Worker(study, Store(study, Path(folder, "parts")), work.RankInfo())
     work.KeptWatch.__call__ = stops  # type: ignore[method-assign]
     try:
         worker.execute(run)

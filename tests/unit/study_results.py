@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mols_ds.apps.study.runs import Chosen, Run, StudyResults
+from mols_ds.apps.study.runs import Chosen, StudyResults, StudyRun
 
 RATES = (1e-3, 2e-3, 4e-3)
 STEPS, TOKENS_PER_STEP = 10, 100
@@ -101,11 +101,13 @@ def study(
             for rate in rates:
                 values = (("lr", rate),)
                 for seed in tune_seeds:
-                    results.runs[Run(model, arm, values, seed)] = make(model, arm, rate, seed, loss(model, rate, seed))
+                    results.runs[StudyRun(model, arm, values, seed)] = make(
+                        model, arm, rate, seed, loss(model, rate, seed)
+                    )
                 losses[values] = math.fsum(loss(model, rate, seed) for seed in tune_seeds) / len(tune_seeds)
             results.chosen[model, arm] = Chosen((("lr", best),), losses, False)
             for seed in seeds:
-                results.runs[Run(model, arm, (("lr", best),), seed)] = make(
+                results.runs[StudyRun(model, arm, (("lr", best),), seed)] = make(
                     model, arm, best, seed, loss(model, best, seed)
                 )
     return results

@@ -39,7 +39,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"granularity": "layer"}, r'"mols.granularity"'),
     ({"rules": [["a"]]}, r'"mols.rules'),
     ({"recalibrate": {"every": 0}}, r'"mols.recalibrate.every"'),
-    ({"recalibrate": {}}, r'"mols.recalibrate.every": .*required'),
+    ({"recalibrate": {}}, r'"mols.recalibrate.every" is missing'),
     ({"fixed_alphas": {}}, r"fixed_alphas: is empty"),
     ({"fixed_alphas": {"qk": -1.0}}, r"fixed_alphas.qk: must be a finite number > 0, got -1"),
     ({"fixed_alphas": {"qk": float("nan")}}, r"fixed_alphas.qk: must be a finite number"),

@@ -17,7 +17,7 @@ import pytest
 from mols_ds.apps.study.document import Picture
 from mols_ds.apps.study.paired import Difference
 from mols_ds.apps.study.report import COMMAND, write_report
-from mols_ds.apps.study.runs import Chosen, Run, StudyResults
+from mols_ds.apps.study.runs import Chosen, StudyResults, StudyRun
 from mols_ds.apps.study.summary import summarise
 from mols_ds.errors import MolsConfigError, MolsWarning
 from tests.unit.study_results import study
@@ -149,7 +149,7 @@ def test_csv_and_json_hold_the_same_numbers(written: Path) -> None:
     assert len(runs) == len(results.runs)
     assert sum(r["diverged"] == "1" for r in runs) == 1 and {r["tuning"] for r in runs} == {"0", "1"}
     for record in runs:
-        run = Run(record["model"], record["arm"], (("lr", float(record["lr"])),), int(record["seed"]))
+        run = StudyRun(record["model"], record["arm"], (("lr", float(record["lr"])),), int(record["seed"]))
         loss = results.runs[run]["val_loss"]
         assert record["val_loss"] == ("inf" if loss is None else repr(loss)), "every digit is there"
         assert record["evaluation"] == str(int(run.seed > 0))
@@ -172,7 +172,7 @@ def test_csv_and_json_hold_the_same_numbers(written: Path) -> None:
 def test_unfinished_studies_say_so_first(tmp_path: Path) -> None:
     results = study(ARMS, seeds=(0, 1, 2), rates=(1e-3,))
     for seed in (1, 2):
-        gone = Run("a", "lion", (("lr", 1e-3),), seed)
+        gone = StudyRun("a", "lion", (("lr", 1e-3),), seed)
         del results.runs[gone]
         results.missing.append(gone)
     del results.chosen["b", "adam+mols"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mols_ds.apps.study.runs import Run, Store, arm_config, collect, needed, tuning
+from mols_ds.apps.study.runs import Store, StudyRun, arm_config, collect, needed, tuning
 from mols_ds.apps.study.spec import Study, load_study
 from mols_ds.errors import MolsConfigError
 
@@ -41,7 +41,7 @@ def study_of(tmp_path: Path, **changes: Any) -> Study:
     return load_study(file)
 
 
-def pretend(store: Store, run: Run, loss: float | None) -> None:
+def pretend(store: Store, run: StudyRun, loss: float | None) -> None:
     """Write a result as a finished run would; what is tested here never looks at how it was trained."""
     store.save(run, {"val_loss": loss})
 
@@ -111,7 +111,7 @@ def test_a_best_rate_inside_is_taken_and_a_diverged_run_never_wins(tmp_path: Pat
     study = study_of(tmp_path)
     store = Store(study, tmp_path / "out")
     for rate, loss in ((1e-3, 2.9), (2e-3, 2.8), (4e-3, None)):
-        pretend(store, Run("small", "adam", lr(rate), 0), loss)
+        pretend(store, StudyRun("small", "adam", lr(rate), 0), loss)
     todo, chosen = tuning(study, store, "small", "adam")
     assert todo == [] and chosen is not None and chosen.values == lr(2e-3) and not chosen.edge
     assert chosen.losses[lr(4e-3)] == math.inf
@@ -121,7 +121,7 @@ def test_an_arm_whose_every_run_diverged_gets_no_evaluation_runs(tmp_path: Path)
     study = study_of(tmp_path)
     store = Store(study, tmp_path / "out")
     for rate in study.lr:
-        pretend(store, Run("small", "adam", lr(rate), 0), None)
+        pretend(store, StudyRun("small", "adam", lr(rate), 0), None)
     todo, chosen = needed(study, store)
     assert {run.arm for run in todo} == {"mols"} and ("small", "adam") in chosen
 
@@ -130,9 +130,9 @@ def test_evaluation_seeds_follow_the_tuning_and_the_first_arm_comes_first(tmp_pa
     study = study_of(tmp_path)
     store = Store(study, tmp_path / "out")
     for rate, loss in ((1e-3, 2.9), (2e-3, 2.8), (4e-3, 3.0)):
-        pretend(store, Run("small", "adam", lr(rate), 0), loss)
+        pretend(store, StudyRun("small", "adam", lr(rate), 0), loss)
     todo, _ = needed(study, store)
-    assert todo[:2] == [Run("small", "adam", lr(2e-3), 1), Run("small", "adam", lr(2e-3), 2)]
+    assert todo[:2] == [StudyRun("small", "adam", lr(2e-3), 1), StudyRun("small", "adam", lr(2e-3), 2)]
     assert [run.arm for run in todo[2:]] == ["mols"] * 3
     for run in todo[:2]:
         pretend(store, run, 2.75)
@@ -172,7 +172,7 @@ def test_what_a_study_says_reaches_the_config_of_an_arm(tmp_path: Path) -> None:
 
 
 def test_a_result_belongs_to_the_settings_that_made_it(tmp_path: Path) -> None:
-    run = Run("small", "mols", lr(1e-3), 0)
+    run = StudyRun("small", "mols", lr(1e-3), 0)
 
     def key(**changes: Any) -> str:
         return Store(study_of(tmp_path, **changes), tmp_path).key(run)
@@ -196,7 +196,7 @@ def test_a_result_belongs_to_the_settings_that_made_it(tmp_path: Path) -> None:
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     study = study_of(tmp_path)
     store = Store(study, tmp_path)
-    run = Run("small", "adam", lr(1e-3), 0)
+    run = StudyRun("small", "adam", lr(1e-3), 0)
     store.file(run).parent.mkdir(parents=True)
     store.file(run).write_text('{"val_loss": 1', "utf-8")
     with pytest.raises(MolsConfigError, match=r"is damaged.*remove it"):

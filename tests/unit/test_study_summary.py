@@ -12,7 +12,7 @@ import pytest
 from mols_ds.apps.study.curves import Band, Curve, sensitivity, snr_curve, tokens_to_reach, validation_curve
 from mols_ds.apps.study.paired import compare, holm, p_value
 from mols_ds.apps.study.relative import relative_cost
-from mols_ds.apps.study.runs import Chosen, Run
+from mols_ds.apps.study.runs import Chosen, StudyRun
 from mols_ds.apps.study.summary import ArmRow, Summary, setting_text, summarise, to_json
 from mols_ds.core.estimators import t_quantile
 from tests.unit.study_results import NOISE, SEED_EFFECT, STEPS, TOKENS_PER_STEP, mols_result, result, study
@@ -250,7 +250,7 @@ def test_diverged_runs_are_shown_and_never_averaged_away() -> None:
 
 def test_an_unfinished_study_says_what_is_missing() -> None:
     results = study(ARMS)
-    gone = Run("a", "adam+mols", (("lr", 2e-3),), 4)
+    gone = StudyRun("a", "adam+mols", (("lr", 2e-3),), 4)
     del results.runs[gone]
     del results.chosen["b", "adam+mols"]
     results.missing = [gone]
@@ -272,7 +272,7 @@ def test_an_arm_that_diverged_everywhere_and_one_at_the_edge() -> None:
     results.chosen["a", "lion"] = Chosen(values, {values: math.inf}, False)
     results.runs = {run: r for run, r in results.runs.items() if not (run.arm == "lion" and run.seed)}
     results.chosen["b", "adam+mols"] = results.chosen["b", "adam+mols"]._replace(edge=True)
-    failed = results.runs[Run("b", "adam+mols", values, 1)]
+    failed = results.runs[StudyRun("b", "adam+mols", values, 1)]
     failed["report"] = {"failed": "no usable sample", "groups": {}}
     summary = summarise(results)
     lion = row(summary, "a", "lion")

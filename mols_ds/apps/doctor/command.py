@@ -5,29 +5,23 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from mols_ds.apps.doctor.findings import Findings, silence
 from mols_ds.apps.doctor.imports import try_all
 from mols_ds.apps.doctor.machine import GLOO, NCCL, check_machine, check_torch
 from mols_ds.apps.doctor.packages import APEX, IMPORTS, check_packages
 from mols_ds.errors import MolsConfigError
+from mols_ds.training.cli_utils import Parser, run_program
 
+PROGRAM = "mols-ds doctor"
 MEGATRON_SUFFIXES = (".yaml", ".yml")
-USER_MISTAKE = 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise MolsConfigError(f"{message} (see mols-ds doctor --help)")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of the command. Raises MolsConfigError for an unknown or a bad one."""
-    parser = _Parser(prog="mols-ds doctor", description="What is usable here, and what is wrong with a config.")
+    parser = Parser(prog=PROGRAM, description="What is usable here, and what is wrong with a config.")
     add = parser.add_argument
     add("--config", metavar="FILE", help="DeepSpeed config (JSON) or config of train_megatron.py (YAML)")
     add("--model", metavar="FILE", help="model file or checkpoint folder: rules, groups and memory are checked too")
@@ -41,11 +35,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command. Returns its status: 2 for a user's mistake, stated in one line on stderr."""
-    try:
-        return doctor(parse_arguments(argv))
-    except MolsConfigError as error:
-        print(f"mols-ds doctor: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_MISTAKE
+    return run_program(PROGRAM, lambda: doctor(parse_arguments(argv)))
 
 
 def doctor(args: argparse.Namespace) -> int:

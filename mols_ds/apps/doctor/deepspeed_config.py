@@ -9,12 +9,16 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mols_ds.apps.doctor.findings import Findings, last_line, silence
 from mols_ds.apps.doctor.model import check_memory, check_model
-from mols_ds.apps.doctor.schedule import DEFAULT_FIX, Run, check_schedule
+from mols_ds.apps.doctor.schedule import DEFAULT_FIX, RunFacts, check_schedule
 from mols_ds.core.config import MolsConfig
+from mols_ds.core.json_types import JsonMapping, JsonObject
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 TRIED_STEPS = 64
 """Steps of a scheduler that are tried, to see whether it keeps the groups' own rates and the betas."""
@@ -32,8 +36,8 @@ def check_config(
     from mols_ds.training.ds_config import check_with_deepspeed, read_config, resolve
 
     before = len(findings.items)
-    config: dict[str, Any] = {}
-    resolved: dict[str, Any] | None = None
+    config: JsonObject = {}
+    resolved: JsonObject | None = None
     with findings.guard("config.file", KEYS_FIX), silence():
         config = read_config(path)
     if not config:
@@ -86,7 +90,7 @@ def _model(findings: Findings, model: str | None, section: MolsConfig, ranks: in
     return sum(table.elements.values())
 
 
-def _ranks_meant(config: Mapping[str, Any]) -> int:
+def _ranks_meant(config: JsonMapping) -> int:
     """The number of ranks that the three batch sizes imply; 1 where they leave it open."""
     from mols_ds.training.ds_config import BATCH_KEYS
 
@@ -96,7 +100,7 @@ def _ranks_meant(config: Mapping[str, Any]) -> int:
     return 1
 
 
-def _misspelt(findings: Findings, config: Mapping[str, Any]) -> None:
+def _misspelt(findings: Findings, config: JsonMapping) -> None:
     """DeepSpeed ignores top-level keys that it does not know: warn of those that nearly are one of its own."""
     known = _known_keys()
     for key in config:
@@ -120,7 +124,7 @@ def _known_keys() -> set[str]:
 
 
 def _scheduler(
-    findings: Findings, config: Mapping[str, Any], section: MolsConfig | None, steps: int | None
+    findings: Findings, config: JsonMapping, section: MolsConfig | None, steps: int | None
 ) -> tuple[int | None, int | None]:
     """(steps, warm-up) of the run, from the "scheduler" section, which is built and stepped on a stand-in."""
     named = config.get("scheduler")
@@ -156,7 +160,7 @@ def _scheduler(
     return (steps if steps is not None else total), warmup
 
 
-def _not_deepspeeds(findings: Findings, name: str, config: Mapping[str, Any]) -> None:
+def _not_deepspeeds(findings: Findings, name: str, config: JsonMapping) -> None:
     import torch
     from deepspeed.runtime import lr_schedules
 
@@ -171,7 +175,7 @@ def _not_deepspeeds(findings: Findings, name: str, config: Mapping[str, Any]) ->
         findings.add("problem", "config.scheduler", found, fix)
 
 
-def _two_groups() -> Any:
+def _two_groups() -> Optimizer:
     """A stand-in with two parameter groups of different rates."""
     import torch
 
@@ -179,7 +183,16 @@ def _two_groups() -> Any:
     return torch.optim.AdamW([{"params": [w], "lr": lr} for w, lr in zip(weights, (1e-3, 2e-3), strict=True)])
 
 
-def _step_it(findings: Findings, name: str, scheduler: Any, optimizer: Any, section: MolsConfig | None) -> None:
+class _Scheduler(Protocol):
+    """What DeepSpeed's schedulers have in common."""
+
+    def step(self) -> None:
+        """Sets the next rate."""
+
+
+def _step_it(
+    findings: Findings, name: str, scheduler: _Scheduler, optimizer: Optimizer, section: MolsConfig | None
+) -> None:
     betas = [group["betas"] for group in optimizer.param_groups]
     flattened = True
     for _ in range(TRIED_STEPS):
@@ -210,10 +223,10 @@ def _step_it(findings: Findings, name: str, scheduler: Any, optimizer: Any, sect
         findings.add("ok", "config.scheduler", f"{name} goes with MoLS: multipliers never enter its state")
 
 
-def _run(resolved: Mapping[str, Any], steps: int | None, warmup: int | None) -> Run:
+def _run(resolved: JsonMapping, steps: int | None, warmup: int | None) -> RunFacts:
     half = resolved.get("fp16") or {}
     dynamic = half.get("enabled") is True and not half.get("loss_scale")
-    return Run(
+    return RunFacts(
         steps=steps,
         warmup=warmup,
         sequences=resolved["train_batch_size"],
@@ -225,7 +238,7 @@ def _run(resolved: Mapping[str, Any], steps: int | None, warmup: int | None) -> 
 # ------------------------------------------------------------------ what attach would refuse
 
 
-def _engine(findings: Findings, resolved: Mapping[str, Any], section: MolsConfig) -> None:
+def _engine(findings: Findings, resolved: JsonMapping, section: MolsConfig) -> None:
     """The refusals of `mols_ds.attach`, on a stand-in for the engine that this config would make."""
     from mols_ds.engines.deepspeed.checks import _engine_refusals, _optimizer_refusals
 
@@ -236,7 +249,7 @@ def _engine(findings: Findings, resolved: Mapping[str, Any], section: MolsConfig
             findings.add("problem", "config.engine", f"MoLS does not support {what}", way_out)
 
 
-def _stand_in(resolved: Mapping[str, Any]) -> Any:
+def _stand_in(resolved: JsonMapping) -> SimpleNamespace:
     zero = resolved.get("zero_optimization") or {}
     offload = zero.get("offload_optimizer") or {}
     stage = int(zero.get("stage") or 0)
@@ -257,7 +270,7 @@ def _stand_in(resolved: Mapping[str, Any]) -> Any:
     )
 
 
-def _inner(resolved: Mapping[str, Any]) -> Any:
+def _inner(resolved: JsonMapping) -> object:
     """A stand-in of the class and the settings of this config's optimizer; nothing is built."""
     import torch
 
@@ -280,7 +293,7 @@ def _inner(resolved: Mapping[str, Any]) -> Any:
 # ------------------------------------------------------------------ kernels
 
 
-def _kernels(findings: Findings, config: Mapping[str, Any]) -> None:
+def _kernels(findings: Findings, config: JsonMapping) -> None:
     """Kernels that DeepSpeed compiles for this config, and whether it can here."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
@@ -295,7 +308,7 @@ def _kernels(findings: Findings, config: Mapping[str, Any]) -> None:
             findings.add("note", "config.kernels", found, f"compile it before: ds_report tells; or {way_out}")
 
 
-def _needed(config: Mapping[str, Any], device: str) -> list[tuple[str, str, str]]:
+def _needed(config: JsonMapping, device: str) -> list[tuple[str, str, str]]:
     """(kernel, what needs it, the way out)."""
     from mols_ds.optim.build import offload_device, requested
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mols_ds.apps.doctor.findings import Findings, silence
-from mols_ds.apps.doctor.schedule import DEFAULT_FIX, Run, check_schedule
+from mols_ds.apps.doctor.schedule import DEFAULT_FIX, RunFacts, check_schedule
 from mols_ds.core.config import MolsConfig
+
+if TYPE_CHECKING:
+    from mols_ds.training.megatron_settings import Settings
 
 KEYS_FIX = "correct the keys that are named; docs/megatron.md lists them, configs/megatron/ has examples"
 
@@ -37,26 +40,26 @@ def check_yaml(findings: Findings, path: str, *, steps: int | None, world: int |
     with findings.guard("config.schedule", DEFAULT_FIX):
         warmup = round(settings.scheduler.warmup * settings.run.steps)
         power = 32 if settings.precision.dtype == "fp16" else None  # OptimizerConfig.initial_loss_scale: 2 ** 32
-        check_schedule(findings, section, Run(settings.run.steps, warmup, settings.batch.total, passes, power))
+        check_schedule(findings, section, RunFacts(settings.run.steps, warmup, settings.batch.total, passes, power))
     if section.rules or section.fixed_alphas:
         found = "rules and group names are checked when training starts, before its first step"
         findings.add("note", "config.groups", found)
 
 
-def _grid(findings: Findings, settings: Any, world: int | None) -> int:
+def _grid(findings: Findings, settings: Settings, world: int | None) -> int:
     """Micro-batches of a rank in a step, for `world` ranks or the least that the config allows."""
-    from mols_ds.training.megatron_config import Grid, micro_batches
+    from mols_ds.training.megatron_config import ProcessGrid, micro_batches
 
     parallel = settings.parallel
     least = parallel.pp * max(parallel.tp * parallel.cp, parallel.ep * (parallel.etp or parallel.tp))
-    grid = Grid.of(settings, world or least)
+    grid = ProcessGrid.of(settings, world or least)
     passes = micro_batches(settings, grid)
     where = f"{grid.world} ranks" + ("" if world else " (the least; --world N checks others)")
     findings.add("ok", "config.grid", f"{where}, {grid.data} of them data-parallel, {passes} micro-batches a step")
     return passes
 
 
-def _megatron(findings: Findings, settings: Any) -> None:
+def _megatron(findings: Findings, settings: Settings) -> None:
     from megatron_patches.precision import check, optimizer_refusals
     from mols_ds.training.megatron_config import ddp_config, optimizer_config, transformer_config
 

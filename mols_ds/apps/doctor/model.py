@@ -22,13 +22,10 @@ def check_model(findings: Findings, source: str, config: MolsConfig) -> GroupTab
     Raises MolsConfigError where the model file itself is wrong.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from mols_ds.training.models import load_model_config
+    from mols_ds.training.models import meta_model
 
-    described = load_model_config(source)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(described)
+    model = meta_model(source)
     try:
         table = group_table(model, config.rules, config.granularity)
         context = Context(lambda sums: sums, torch.device("cpu"), 0, {}, {}, log=lambda _: None)

@@ -7,10 +7,14 @@ import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mols_ds.apps.doctor.findings import Findings, silence
 from mols_ds.apps.doctor.imports import Tried
+
+if TYPE_CHECKING:
+    from deepspeed.ops.op_builder.builder import OpBuilder
+    from packaging.requirements import Requirement
 
 DEEPSPEED_TESTED = "0.19.8"
 ENGINE = "transformer_engine.pytorch"
@@ -71,7 +75,7 @@ def _requirements(findings: Findings, tried: Mapping[str, Tried]) -> None:
         _extra(findings, extra, extras[extra], tried)
 
 
-def _extra(findings: Findings, extra: str, wanted: list[Any], tried: Mapping[str, Tried]) -> None:
+def _extra(findings: Findings, extra: str, wanted: list[Requirement], tried: Mapping[str, Tried]) -> None:
     name = f"requirements.{extra or 'base'}"
     install = "pip install --upgrade " + (f"'mols-ds[{extra}]'" if extra else "mols-ds")
     there, missing, broken = [], [], []
@@ -137,7 +141,7 @@ def _ops(findings: Findings) -> None:
         findings.add("warning", "deepspeed.lock", found, "delete it if nothing is compiling")
 
 
-def _compatible(builder: Any) -> bool:
+def _compatible(builder: OpBuilder) -> bool:
     try:
         return bool(builder.is_compatible(verbose=False))
     except Exception:  # a CUDA builder without a toolkit

@@ -16,7 +16,7 @@ DEFAULT_FIX = "docs/deepspeed.md lists every key of the section with what is all
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFacts:
     """What is known of a run.
 
     Attributes:
@@ -34,7 +34,7 @@ class Run:
     fp16_scale_power: int | None = None
 
 
-def check_schedule(findings: Findings, config: MolsConfig, run: Run) -> None:
+def check_schedule(findings: Findings, config: MolsConfig, run: RunFacts) -> None:
     """Findings on start, window, ramp and cost of the "mols" section `config`."""
     if not config.enabled:
         findings.add("note", "config.mols", '"enabled" is false: the engine is stock and nothing is measured')
@@ -75,7 +75,7 @@ def _window_of(config: MolsConfig) -> int:
     return config.max_samples if config.samples == "auto" else config.samples
 
 
-def _ramp(findings: Findings, config: MolsConfig, schedule: Schedule, run: Run) -> None:
+def _ramp(findings: Findings, config: MolsConfig, schedule: Schedule, run: RunFacts) -> None:
     if schedule.ramp_end == schedule.start:
         found = f"start and ramp_end are both step {schedule.start}: the multipliers jump instead of ramping"
         findings.add("warning", "config.ramp", found, "set ramp_end to the end of the warm-up")
@@ -92,7 +92,7 @@ def _ramp(findings: Findings, config: MolsConfig, schedule: Schedule, run: Run) 
         findings.add("warning", "config.start", found, "start at about 1 % of the run, inside the warm-up")
 
 
-def _window(findings: Findings, config: MolsConfig, schedule: Schedule, run: Run) -> None:
+def _window(findings: Findings, config: MolsConfig, schedule: Schedule, run: RunFacts) -> None:
     if config.mode == "probe":
         return
     end = schedule.start + _window_of(config)
@@ -111,7 +111,7 @@ def _window(findings: Findings, config: MolsConfig, schedule: Schedule, run: Run
         findings.add("note", "config.mode", found, '"probe" is what docs/results.md finds best')
 
 
-def _cost(findings: Findings, config: MolsConfig, run: Run) -> None:
+def _cost(findings: Findings, config: MolsConfig, run: RunFacts) -> None:
     if config.mode != "probe":
         return
     window = _window_of(config)
@@ -128,7 +128,7 @@ def _cost(findings: Findings, config: MolsConfig, run: Run) -> None:
     findings.add("warning" if share > PROBE_SHARE else "ok", "config.cost", found, fix)
 
 
-def _loss_scale(findings: Findings, config: MolsConfig, schedule: Schedule, run: Run) -> None:
+def _loss_scale(findings: Findings, config: MolsConfig, schedule: Schedule, run: RunFacts) -> None:
     power = run.fp16_scale_power
     if power is None or config.mode != "probe" or schedule.start >= power:
         return

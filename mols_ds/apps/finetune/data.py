@@ -4,12 +4,14 @@ Every process holds all examples, so each knows how many answer tokens the globa
 the others: that is what the loss is divided by (`AnswerBatch.weight`).
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,9 @@ from mols_ds.apps.finetune.template import Piece, Template, pieces
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.batches import STREAMS, BatchShape, SequenceOrder, Stream
 from mols_ds.training.sources import DataSpec, document_hash, local_threshold, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """Label of a token that no loss is taken of, torch's `ignore_index`."""
@@ -74,7 +79,7 @@ class AnswerBatch:
     weight: float
 
 
-def load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The transformers tokenizer of a folder or hub name. Raises MolsConfigError where there is none, or it has no
     end-of-text token to end an answer with."""
     from transformers import AutoTokenizer
@@ -91,7 +96,13 @@ def load_tokenizer(source: str) -> Any:
 
 
 def prepare(
-    spec: DataSpec, held_out: DataSpec | None, *, tokenizer: Any, template: Template, cutoff: int, seed: int
+    spec: DataSpec,
+    held_out: DataSpec | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    cutoff: int,
+    seed: int,
 ) -> tuple[Tokenized, Tokenized]:
     """(examples to train on, held-out examples) of a source, or of two. Which are held out depends on `seed` and their
     text alone, and equal examples fall on the same side. Raises MolsConfigError where either side is empty."""
@@ -117,7 +128,9 @@ def prepare(
     return tokenized[0], tokenized[1]
 
 
-def tokenize(examples: Sequence[Example], tokenizer: Any, template: Template, cutoff: int) -> Tokenized:
+def tokenize(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: Template, cutoff: int
+) -> Tokenized:
     """Tokens of all examples, at most `cutoff` each. Prompt and answer are tokenized apart, as the prompt is when the
     model is asked: no token straddles them. What the tokenizer puts before a text (a begin-of-text token) stands
     before plain texts; chat templates write their own."""
@@ -146,7 +159,7 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, template: Template, cu
     )
 
 
-def _before_text(tokenizer: Any) -> list[int]:
+def _before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that a tokenizer puts before every text."""
     plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(plain) + 1):
@@ -156,7 +169,7 @@ def _before_text(tokenizer: Any) -> list[int]:
 
 
 def _join(
-    parts: Sequence[Piece], encoded: Iterator[list[int]], before: list[int], tokenizer: Any
+    parts: Sequence[Piece], encoded: Iterator[list[int]], before: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """(ids, whether each is of an answer) of one example."""
     ids = list(before)

@@ -4,17 +4,25 @@ Tasks are evaluated one by one, and OUT/evaluation.json is written after each, s
 reached costs no other task its result.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from mols_ds.apps.finetune.model import load_saved
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import one_line
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedTokenizerBase
 
 COMMONSENSE = "commonsense8"
 SETS: dict[str, tuple[str, ...]] = {
@@ -49,7 +57,7 @@ class Evaluation:
     of tasks, which takes seconds to build."""
 
     tasks: tuple[Asked, ...]
-    manager: Any
+    manager: TaskManager
     sets: tuple[str, ...] = ()
     limit: int | None = None
     batch: int = 8
@@ -91,7 +99,7 @@ def parse(text: str, *, folder: Path | None, limit: int | None, batch: int) -> E
     return Evaluation(tuple(tasks), manager, tuple(sets), limit, batch)
 
 
-def task_manager(folder: Path | None) -> Any:
+def task_manager(folder: Path | None) -> TaskManager:
     """lm-eval's index of tasks. Raises MolsConfigError where lm-eval is not installed."""
     try:
         from lm_eval.tasks import TaskManager
@@ -102,7 +110,9 @@ def task_manager(folder: Path | None) -> Any:
     return TaskManager(include_path=None if folder is None else str(folder))
 
 
-def evaluate(asked: Evaluation, model_folder: str, out: Path, *, tokenizer: Any, dtype: torch.dtype) -> Results:
+def evaluate(
+    asked: Evaluation, model_folder: str, out: Path, *, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> Results:
     """Evaluates a saved model or adapter and writes out/evaluation.json. Called by one process alone.
 
     Raises MolsConfigError where the model cannot be loaded; what goes wrong in a task is in the results.
@@ -123,7 +133,7 @@ def evaluate(asked: Evaluation, model_folder: str, out: Path, *, tokenizer: Any,
     return results
 
 
-def _one(model: Any, manager: Any, asked: Asked, limit: int | None) -> dict[str, float]:
+def _one(model: HFLM, manager: TaskManager, asked: Asked, limit: int | None) -> dict[str, float]:
     """The metrics of one task or group of tasks, by names such as "acc" and "acc_stderr"."""
     import lm_eval
 
@@ -136,7 +146,7 @@ def _one(model: Any, manager: Any, asked: Asked, limit: int | None) -> dict[str,
         log_samples=False,
         bootstrap_iters=0,
     )
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     for name, metrics in {**found["results"], **found.get("groups", {})}.items():
         if name == asked.task or asked.task not in found["results"]:  # a tag stands for tasks, and has no line itself
             prefix = "" if name == asked.task else f"{name}/"
@@ -155,10 +165,10 @@ def averages(sets: Sequence[str], results: Results) -> dict[str, float]:
     return means
 
 
-def _content(asked: Evaluation, results: Results) -> dict[str, Any]:
+def _content(asked: Evaluation, results: Results) -> JsonObject:
     import lm_eval
 
-    tasks: dict[str, Any] = {}
+    tasks: JsonObject = {}
     for task in asked.tasks:
         if task.task in results.metrics:
             tasks[task.task] = {"shots": task.shots, "metrics": results.metrics[task.task]}

@@ -4,12 +4,15 @@ A row has one of three forms: {"prompt", "completion"}, Alpaca's {"instruction",
 missing or empty), or {"messages": [{"role", "content"}, ...]}. Other keys are ignored. Rows of one source may differ.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import READERS, DataSpec, local_files, one_line
 
@@ -20,7 +23,7 @@ FORMS = '"prompt" and "completion", "instruction" and "output", or "messages"'
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class ChatMessage:
     """One turn of a conversation."""
 
     role: str
@@ -32,7 +35,7 @@ class Example:
     """A conversation that ends with the assistant. `where` names its file and line for messages to the user; `form`
     says how the row was written, which decides how it becomes text."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
     form: Form
     where: str
     input: str = ""
@@ -52,7 +55,7 @@ def read_examples(spec: DataSpec) -> list[Example]:
     return examples
 
 
-def _hub_rows(spec: DataSpec) -> Iterator[tuple[str, Any]]:
+def _hub_rows(spec: DataSpec) -> Iterator[tuple[str, object]]:
     import datasets
 
     try:
@@ -65,7 +68,7 @@ def _hub_rows(spec: DataSpec) -> Iterator[tuple[str, Any]]:
         yield f"data {spec.source} row {number}", row
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
     if path.suffix not in SUFFIXES:
         raise MolsConfigError(f"data {path}: examples are read from {', '.join(SUFFIXES)}, not from {path.suffix!r}")
     if path.suffix == ".parquet":
@@ -87,14 +90,14 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
             yield where, _json(line, where)
 
 
-def _json(text: str, where: str) -> Any:
+def _json(text: str, where: str) -> object:
     try:
         return json.loads(text)
     except ValueError as error:
         raise MolsConfigError(f"{where}: not JSON: {one_line(error)}") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
     import datasets
 
     try:
@@ -104,7 +107,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise MolsConfigError(f"data {path}: cannot be read as parquet: {one_line(error)}") from error
 
 
-def parse_row(row: Any, where: str) -> Example:
+def parse_row(row: object, where: str) -> Example:
     """A row of any of the three forms. Raises MolsConfigError that begins with `where`."""
     if not isinstance(row, dict):
         raise MolsConfigError(f"{where}: a JSON object is needed, not {type(row).__name__}")
@@ -121,11 +124,11 @@ def parse_row(row: Any, where: str) -> Example:
     raise MolsConfigError(f"{where}: it needs {FORMS}; its keys are {', '.join(map(str, row)) or 'none'}")
 
 
-def _pair(prompt: str, answer: str) -> tuple[Message, ...]:
-    return Message("user", prompt), Message("assistant", answer)
+def _pair(prompt: str, answer: str) -> tuple[ChatMessage, ...]:
+    return ChatMessage("user", prompt), ChatMessage("assistant", answer)
 
 
-def _text(row: dict[str, Any], key: str, where: str) -> str:
+def _text(row: JsonObject, key: str, where: str) -> str:
     value = row.get(key)
     if value is None:
         raise MolsConfigError(f'{where}: key "{key}" is missing; its keys are {", ".join(map(str, row))}')
@@ -136,7 +139,7 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _messages(rows: Any, where: str) -> tuple[Message, ...]:
+def _messages(rows: object, where: str) -> tuple[ChatMessage, ...]:
     if not isinstance(rows, list | tuple) or not rows:
         raise MolsConfigError(f'{where}: "messages" must be a list of at least a question and an answer')
     messages = []
@@ -147,7 +150,7 @@ def _messages(rows: Any, where: str) -> tuple[Message, ...]:
         role = row.get("role")
         if role not in ROLES:
             raise MolsConfigError(f'{place}: "role" is {role!r}; allowed: {", ".join(ROLES)}')
-        messages.append(Message(role, _text(row, "content", place)))
+        messages.append(ChatMessage(role, _text(row, "content", place)))
     if messages[-1].role != "assistant":
         raise MolsConfigError(f"{where}: the last message is the {messages[-1].role}'s: there is no answer to train on")
     return tuple(messages)

@@ -22,20 +22,11 @@ from mols_ds.apps.finetune.task import Answers
 from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training.batches import BatchShape
-from mols_ds.training.cli_utils import (
-    USER_MISTAKE,
-    Parser,
-    add_timeout,
-    check_run,
-    not_negative,
-    positive,
-    quiet,
-    run_command,
-    start_ranks,
-)
+from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_timeout, not_negative, positive
 from mols_ds.training.compare import run_arms
 from mols_ds.training.ds_config import BATCH_KEYS, check_with_deepspeed, model_dtype, native_bf16, read_config, resolve
 from mols_ds.training.models import zero_init
+from mols_ds.training.ranks import check_run, quiet, run_command, start_ranks
 from mols_ds.training.sources import DataSpec, check_hub
 from mols_ds.training.trainer import Job
 

@@ -1,15 +1,23 @@
 """The model to fine-tune: loaded with its weights, adapters put in by peft, and saved so that it loads again."""
 
+from __future__ import annotations
+
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training.sources import one_line
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Method = Literal["full", "lora", "dora"]
 ADAPTER, MODEL = "adapter", "model"
@@ -28,7 +36,7 @@ class AdapterSettings:
     dora: bool = False
 
 
-def load_config(source: str) -> Any:
+def load_config(source: str) -> PretrainedConfig:
     """The transformers configuration of a checkpoint folder or hub name. Raises MolsConfigError where there is none."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -89,7 +97,7 @@ def build(
     return model  # type: ignore[no-any-return]
 
 
-def add_adapters(model: nn.Module, settings: AdapterSettings) -> Any:
+def add_adapters(model: nn.Module, settings: AdapterSettings) -> PeftModel:
     """`model` with peft's adapters, which alone are trained. Raises MolsConfigError where peft refuses."""
     import peft
 
@@ -114,7 +122,7 @@ def add_adapters(model: nn.Module, settings: AdapterSettings) -> Any:
     return adapted
 
 
-def save_weights(engine: Any, folder: Path, tokenizer: Any, *, adapters: bool) -> None:
+def save_weights(engine: DeepSpeedEngine, folder: Path, tokenizer: PreTrainedTokenizerBase, *, adapters: bool) -> None:
     """Writes folder/adapter (peft's files) or folder/model (transformers' files), with the tokenizer. Collective: under
     stage 3 the ranks gather one layer after the other to rank 0, which alone writes."""
     state = None
@@ -123,14 +131,14 @@ def save_weights(engine: Any, folder: Path, tokenizer: Any, *, adapters: bool) -
     if engine.global_rank == 0:
         target = folder / (ADAPTER if adapters else MODEL)
         # No embedding is ever resized here, and peft would ask the hub whether one was
-        options: dict[str, Any] = {"save_embedding_layers": False} if adapters else {}
+        options: JsonObject = {"save_embedding_layers": False} if adapters else {}
         engine.module.save_pretrained(target, state_dict=state, **options)
         tokenizer.save_pretrained(target)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
-def load_saved(folder: str, dtype: torch.dtype) -> Any:
+def load_saved(folder: str, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
     """What `save_weights` wrote, or any checkpoint, as a model that answers: an adapter on the model that it names.
 
     Raises MolsConfigError where it cannot be loaded.

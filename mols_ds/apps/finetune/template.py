@@ -15,12 +15,17 @@ with an empty line between the parts ("### Input:" only where there is one), a l
 tokenizer's end-of-text token behind each answer.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from __future__ import annotations
 
-from mols_ds.apps.finetune.examples import Example, Message
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from mols_ds.apps.finetune.examples import ChatMessage, Example
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Template = Literal["auto", "plain", "chat"]
 HEADS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
@@ -35,14 +40,14 @@ class Piece(NamedTuple):
     ends: bool = False
 
 
-def uses_chat(example: Example, template: Template, tokenizer: Any) -> bool:
+def uses_chat(example: Example, template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether an example goes through the tokenizer's chat template: "auto" takes it for conversations only."""
     if template == "auto":
         return example.form == "messages" and bool(tokenizer.chat_template)
     return template == "chat"
 
 
-def pieces(example: Example, template: Template, tokenizer: Any) -> list[Piece]:
+def pieces(example: Example, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """The text of an example, in pieces. Raises MolsConfigError where the chat template does not fit it."""
     if uses_chat(example, template, tokenizer):
         return _chat(example, tokenizer)
@@ -57,7 +62,7 @@ def pieces(example: Example, template: Template, tokenizer: Any) -> list[Piece]:
     return _plain(example.messages)
 
 
-def _plain(messages: Sequence[Message]) -> list[Piece]:
+def _plain(messages: Sequence[ChatMessage]) -> list[Piece]:
     found: list[Piece] = []
     before = ""
     for message in messages:
@@ -70,7 +75,7 @@ def _plain(messages: Sequence[Message]) -> list[Piece]:
     return found
 
 
-def _chat(example: Example, tokenizer: Any) -> list[Piece]:
+def _chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """Every answer is what the template adds from its prompt for the assistant to the end of the assistant's turn."""
     messages = [{"role": message.role, "content": message.content} for message in example.messages]
     if example.input:
@@ -92,7 +97,7 @@ def _chat(example: Example, tokenizer: Any) -> list[Piece]:
     return found
 
 
-def _render(tokenizer: Any, messages: Sequence[dict[str, str]], where: str, *, prompt: bool) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], where: str, *, prompt: bool) -> str:
     try:
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # jinja's own types, and whatever a template raises by name

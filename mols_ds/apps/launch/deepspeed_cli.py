@@ -8,6 +8,8 @@ SIGTERM and SIGUSR1 go to the ranks, wherever they are, so that they save a chec
 with them; what DeepSpeed's launcher does by itself is in mols_ds/apps/launch/signals.py.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import os
@@ -19,27 +21,36 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mols_ds.apps.launch.signals import IDLE_SECONDS, SENT, ranks_below, send
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.cli_utils import USER_MISTAKE, Parser, print_line, shell_status
 from mols_ds.training.preemption import SIGNALS
 
-USER_MISTAKE = 2
+if TYPE_CHECKING:
+    from deepspeed.launcher.multinode_runner import MultiNodeRunner
+
+Hosts = dict[str, list[int]]
+"""Host -> the slots of it that the job uses."""
+Process = subprocess.Popen[bytes]
+Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
+PROGRAM = "deepspeed"
 CONFIG_OPTIONS = ("--deepspeed_config", "--config")
 ROOT = str(Path(__file__).resolve().parents[3])
 UNMAPPED = ("OpenMPIRunner", "MVAPICHRunner", "SlurmRunner")
 """Runners of DeepSpeed (launcher/multinode_runner.py) that start the script itself and tell it no master address."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """The launcher's parser plus `--config`."""
+class RunnerParser(Parser):
+    """The parser of DeepSpeed's runner, with `--config`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, description: str | None = None, **options: Any) -> None:
+        super().__init__(description=description, **options)
         self.add_argument("--config", dest="ds_config", metavar="FILE", help="DeepSpeed config, passed to the script")
 
 
-def _copy_with(module: Any, **changes: Any) -> ModuleType:
+def _copy_with(module: object, **changes: object) -> ModuleType:
     """A copy of `module` (or of what stands for one) with other attributes, to be put in its place in the runner."""
     copy = ModuleType("copy")
     copy.__dict__.update(vars(module))
@@ -56,17 +67,12 @@ def script_arguments(user_args: Sequence[str], config: str | None) -> list[str]:
     return [*user_args, *([] if "--deepspeed" in user_args else ["--deepspeed"]), *extra]
 
 
-def _mistake(message: str) -> None:
-    print(f"deepspeed: {message}", file=sys.stderr, flush=True)
-    sys.exit(USER_MISTAKE)
-
-
 class _Job:
     """One call of DeepSpeed's runner: what it was asked for, and the process that it started."""
 
     def __init__(self) -> None:
         self.args = argparse.Namespace()
-        self.active: dict[str, list[int]] = {}
+        self.active: Hosts = {}
         self.process: Any = None
         self.end: Any = None
         """What the runner itself would do on SIGTERM: with pdsh, kill the launchers of all nodes."""
@@ -80,41 +86,41 @@ class _Job:
             from deepspeed.launcher import runner
 
             module = runner.argparse
-            runner.argparse = _copy_with(module, ArgumentParser=_Parser)
+            runner.argparse = _copy_with(module, ArgumentParser=RunnerParser)
             try:
                 parsed = stock(args)
             finally:
                 runner.argparse = module
             if parsed.ds_config is not None and not os.path.isfile(parsed.ds_config):
-                _mistake(f"--config {parsed.ds_config}: no such file")
+                raise MolsConfigError(f"--config {parsed.ds_config}: no such file")
             if not parsed.module and not parsed.no_python and not os.path.isfile(parsed.user_script):
-                _mistake(f"{parsed.user_script}: no such script")
+                raise MolsConfigError(f"{parsed.user_script}: no such script")
             parsed.user_args = script_arguments(parsed.user_args, parsed.ds_config)
             self.args = parsed
             return parsed
 
         return parse_args
 
-    def remember(self, stock: Callable[[Any], str]) -> Callable[[Any], str]:
+    def remember(self, stock: Callable[[Hosts], str]) -> Callable[[Hosts], str]:
         """The runner's `encode_world_info`, which is called once with the hosts and slots that are used."""
 
-        def encode_world_info(world_info: dict[str, list[int]]) -> str:
+        def encode_world_info(world_info: Hosts) -> str:
             self.active = dict(world_info)
             return stock(world_info)
 
         return encode_world_info
 
-    def start(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+    def start(self, stock: Callable[..., Process]) -> Callable[..., Process]:
         """The runner's `Popen`; the first process is the job, others are how the runner ends it."""
 
-        def popen(command: Sequence[str], **options: Any) -> Any:
+        def popen(command: Sequence[str], **options: object) -> Process:
             process = stock(command, **options)
             self.process = self.process or process
             return process
 
         return popen
 
-    def listen(self, number: int, handler: Any) -> Any:
+    def listen(self, number: int, handler: Handler) -> Handler:
         """The runner's `signal.signal`, which it calls with pdsh only."""
         if number not in SIGNALS:
             return signal.signal(number, handler)
@@ -127,7 +133,7 @@ class _Job:
         """Hands SIGTERM or SIGUSR1 to the ranks. Processes that hand signals on themselves get SIGUSR1, which mpirun
         and srun pass to all ranks: SIGTERM would make mpirun kill them."""
         if self.process is None:
-            sys.exit(128 + number)
+            sys.exit(shell_status(-number))
         several = (len(self.active) > 1 or self.args.force_multi) and not self.args.no_ssh
         if several and self.args.launcher.lower() == "pdsh":
             if not self.reached(number):
@@ -165,21 +171,22 @@ class _Job:
         return {**os.environ, "PDSH_RCMD_TYPE": "ssh", **more}
 
 
-def _with_master(runner_class: Any) -> Any:
+def _with_master(runner_class: type[MultiNodeRunner]) -> type[MultiNodeRunner]:
     """A runner of DeepSpeed that also tells the ranks where rank 0 is; they take their number from the launcher's
     variables, see mols_ds/training/rank_env.py."""
 
     class Runner(runner_class):  # type: ignore[misc]
-        def get_cmd(self, environment: Any, active_resources: Any) -> Any:
+        def get_cmd(self, environment: dict[str, str], active_resources: Hosts) -> list[str]:
             self.add_export("MASTER_ADDR", str(self.args.master_addr))
             self.add_export("MASTER_PORT", str(self.args.master_port))
-            return super().get_cmd(environment, active_resources)
+            command: list[str] = super().get_cmd(environment, active_resources)
+            return command
 
     return Runner
 
 
 @contextlib.contextmanager
-def _changed(runner: Any, job: _Job) -> Iterator[None]:
+def _changed(runner: ModuleType, job: _Job) -> Iterator[None]:
     """DeepSpeed's runner with what `job` and `_with_master` put into it."""
     changes = {
         "parse_args": job.parse(runner.parse_args),
@@ -223,7 +230,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except (ValueError, RuntimeError, AssertionError) as error:  # how the launcher refuses hosts, slots and counts
-        print(f"deepspeed: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print_line(PROGRAM, error)
         return USER_MISTAKE
-    status = getattr(job.process, "returncode", 0)
-    return 128 - status if status < 0 else 0
+    return shell_status(getattr(job.process, "returncode", 0))

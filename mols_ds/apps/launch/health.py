@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mols_ds.errors import MolsConfigError
+from mols_ds.training.cli_utils import Parser, run_program
 from mols_ds.training.rank_env import DEFAULT_PORT, adopt_rank_environment, rank_environment
 
+PROGRAM = "mols_ds.apps.launch.health"
 GIB = 2**30
 SHM_GIB, DISK_GIB, COLLECTIVE_MIB = 1.0, 10.0, 64
 FINE, NOTED, FAILED = "ok", "note", "FAILED"
@@ -31,7 +32,7 @@ ECC_FIELDS = ("index", "ecc.errors.uncorrected.volatile.total", "remapped_rows.p
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One check: its name, FINE, NOTED or FAILED, and what was seen."""
 
     check: str
@@ -39,7 +40,7 @@ class Finding:
     text: str
 
 
-def gpus(expected: int | None) -> Finding:
+def gpus(expected: int | None) -> Check:
     """Whether torch sees as many GPUs as expected (None: as many as nvidia-smi) and each of them computes."""
     import torch
 
@@ -48,16 +49,16 @@ def gpus(expected: int | None) -> Finding:
     wanted = len(listed or ()) if expected is None else expected
     if seen < wanted:
         hint = "look at CUDA_VISIBLE_DEVICES, the driver and the job's --gpus-per-node"
-        return Finding("gpus", FAILED, f"torch sees {seen} of {wanted}: {hint}")
+        return Check("gpus", FAILED, f"torch sees {seen} of {wanted}: {hint}")
     for device in range(seen):
         try:
             ones = torch.ones(256, 256, device=f"cuda:{device}")
             right = bool((ones @ ones == 256).all())
         except RuntimeError as error:
-            return Finding("gpus", FAILED, f"GPU {device}: {next(iter(str(error).splitlines()), error)}")
+            return Check("gpus", FAILED, f"GPU {device}: {next(iter(str(error).splitlines()), error)}")
         if not right:
-            return Finding("gpus", FAILED, f"GPU {device} multiplies wrongly: take the node out")
-    return Finding("gpus", FINE, f"{seen} seen" + ("" if seen else ": training runs on the CPU"))
+            return Check("gpus", FAILED, f"GPU {device} multiplies wrongly: take the node out")
+    return Check("gpus", FINE, f"{seen} seen" + ("" if seen else ": training runs on the CPU"))
 
 
 def _nvidia_smi(*fields: str) -> list[list[str]] | None:
@@ -70,62 +71,62 @@ def _nvidia_smi(*fields: str) -> list[list[str]] | None:
     return [[cell.strip() for cell in line.split(",")] for line in out.splitlines() if line.strip()]
 
 
-def memory_errors() -> Finding:
+def memory_errors() -> Check:
     """Uncorrectable ECC errors since the driver was loaded, and rows that wait for a reset or cannot be remapped."""
     rows = _nvidia_smi(*ECC_FIELDS)
     if rows is None:
-        return Finding("ecc", NOTED, "not looked at: nvidia-smi is not there or does not answer")
+        return Check("ecc", NOTED, "not looked at: nvidia-smi is not there or does not answer")
     for index, uncorrected, pending, failed in rows:
         if uncorrected.isdigit() and int(uncorrected):
-            return Finding("ecc", FAILED, f"GPU {index}: {uncorrected} uncorrectable errors: reset it or leave it out")
+            return Check("ecc", FAILED, f"GPU {index}: {uncorrected} uncorrectable errors: reset it or leave it out")
         if "yes" in (pending.lower(), failed.lower()) or "1" in (pending, failed):
-            return Finding("ecc", FAILED, f"GPU {index}: rows to be remapped ({pending}) or not ({failed}): reset it")
-    return Finding("ecc", FINE, f"none on {len(rows)} GPUs")
+            return Check("ecc", FAILED, f"GPU {index}: rows to be remapped ({pending}) or not ({failed}): reset it")
+    return Check("ecc", FINE, f"none on {len(rows)} GPUs")
 
 
-def driver_errors() -> Finding:
+def driver_errors() -> Check:
     """Xid lines of the kernel's log: what the driver reported since the machine was started, old or new."""
     try:
         log = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return Finding("xid", NOTED, "not looked at: the kernel's log cannot be read as this user")
+        return Check("xid", NOTED, "not looked at: the kernel's log cannot be read as this user")
     lines = [line for line in log.splitlines() if "NVRM: Xid" in line]
     if lines:
-        return Finding("xid", NOTED, f"{len(lines)} since the machine was started, the last: {lines[-1].strip()[:160]}")
-    return Finding("xid", FINE, "none since the machine was started")
+        return Check("xid", NOTED, f"{len(lines)} since the machine was started, the last: {lines[-1].strip()[:160]}")
+    return Check("xid", FINE, "none since the machine was started")
 
 
-def space(name: str, place: Path, gib: float) -> Finding:
+def space(name: str, place: Path, gib: float) -> Check:
     """Whether the file system of `place`, or of the nearest folder above that exists, has `gib` GiB free."""
     existing = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free / GIB
     text = f"{free:.1f} GiB free in {place}"
     if free < gib:
         hint = "; give the container more (docker --shm-size, an emptyDir of medium Memory)" if name == "shm" else ""
-        return Finding(name, FAILED, f"{text}, {gib:g} wanted{hint}")
+        return Check(name, FAILED, f"{text}, {gib:g} wanted{hint}")
     if not os.access(existing, os.W_OK):
-        return Finding(name, FAILED, f"{existing} cannot be written")
-    return Finding(name, FINE, text)
+        return Check(name, FAILED, f"{existing} cannot be written")
+    return Check(name, FINE, text)
 
 
-def master(address: str, port: int, first: bool) -> Finding:
+def master(address: str, port: int, first: bool) -> Check:
     """Whether the first node's name is known here and, on that node, its port is free. That the port is reached can
     be seen only when rank 0 listens: --collective."""
     try:
         found = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)})
     except OSError as error:
-        return Finding("master", FAILED, f"{address} is not known here: {error.strerror or error}")
+        return Check("master", FAILED, f"{address} is not known here: {error.strerror or error}")
     if first:
         with socket.socket(socket.AF_INET6 if ":" in found[0] else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("", port))
             except OSError as error:
-                return Finding("master", FAILED, f"port {port}: {error.strerror}: another job? set another MASTER_PORT")
-    return Finding("master", FINE, f"{address} is {', '.join(found)}" + (f", port {port} is free" if first else ""))
+                return Check("master", FAILED, f"port {port}: {error.strerror}: another job? set another MASTER_PORT")
+    return Check("master", FINE, f"{address} is {', '.join(found)}" + (f", port {port} is free" if first else ""))
 
 
-def collective(mib: int, timeout: float) -> Finding:
+def collective(mib: int, timeout: float) -> Check:
     """Adds up a tensor of `mib` MiB over all ranks, twice, over NCCL where there are GPUs and gloo elsewhere.
 
     The sum of rank + 1 over ranks is exact in float32. The rate is what nccl-tests call bus bandwidth: 2 (n - 1) / n
@@ -156,15 +157,15 @@ def collective(mib: int, timeout: float) -> Finding:
         hint = (
             "look at GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (launch/nccl.env), at firewalls and at the other nodes"
         )
-        return Finding("collective", FAILED, f"{backend} by {where}: {line}; {hint}")
+        return Check("collective", FAILED, f"{backend} by {where}: {line}; {hint}")
     if not right:
-        return Finding("collective", FAILED, f"{backend}: rank {rank} got a wrong sum over {world} ranks")
+        return Check("collective", FAILED, f"{backend}: rank {rank} got a wrong sum over {world} ranks")
     rate = mib * 2**20 * 2 * (world - 1) / world / seconds / 1e9
-    return Finding("collective", FINE, f"{backend}, {world} ranks by {where}, {mib} MiB at {rate:.2f} GB/s")
+    return Check("collective", FINE, f"{backend}, {world} ranks by {where}, {mib} MiB at {rate:.2f} GB/s")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="mols_ds.apps.launch.health", description="Checks a node before a job.")
+    parser = Parser(prog=PROGRAM, description="Checks a node before a job.")
     add = parser.add_argument
     add("--gpus", type=int, metavar="N", help="GPUs that must be there (default: those that nvidia-smi lists)")
     add("--shm-gib", type=float, default=SHM_GIB, metavar="GIB", help="free in /dev/shm (default %(default)s)")
@@ -196,11 +197,11 @@ def _first_node() -> tuple[str, int] | None:
     return (host, int(port)) if host and port.isdigit() else None
 
 
-def findings(args: argparse.Namespace) -> Iterator[Finding]:
+def findings(args: argparse.Namespace) -> Iterator[Check]:
     """The checks of a node, one rank a node, and the collective of all ranks where it is asked for."""
     several = args.collective and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not several or os.environ.get("LOCAL_RANK", "0") == "0":
-        checks: list[Callable[[], Finding]] = [partial(gpus, args.gpus), memory_errors, driver_errors]
+        checks: list[Callable[[], Check]] = [partial(gpus, args.gpus), memory_errors, driver_errors]
         checks += [partial(space, "shm", Path("/dev/shm"), args.shm_gib)]
         checks += [partial(space, "disk", path, gib) for path, gib in args.disk]
         yield from (check() for check in checks)
@@ -215,22 +216,21 @@ def findings(args: argparse.Namespace) -> Iterator[Finding]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0, 1 where a check failed, 2 for a user's mistake."""
-    args = _arguments(argv)
+    return run_program(PROGRAM, lambda: _check(_arguments(argv)))
+
+
+def _check(args: argparse.Namespace) -> int:
     failed = False
     host = socket.gethostname()
-    try:
-        if args.collective:
-            adopt_rank_environment()
-        else:
-            os.environ.update(rank_environment(os.environ))
-        for finding in findings(args):
-            failed = failed or finding.state == FAILED
-            rank: Any = os.environ.get("RANK")
-            where = host if rank is None else f"{host} rank {rank}"
-            print(f"health: {where}: {finding.state:<6} {finding.check}: {finding.text}", flush=True)
-    except MolsConfigError as error:
-        print(f"mols_ds.apps.launch.health: {error}", file=sys.stderr, flush=True)
-        return 2
+    if args.collective:
+        adopt_rank_environment()
+    else:
+        os.environ.update(rank_environment(os.environ))
+    for finding in findings(args):
+        failed = failed or finding.state == FAILED
+        rank = os.environ.get("RANK")
+        where = host if rank is None else f"{host} rank {rank}"
+        print(f"health: {where}: {finding.state:<6} {finding.check}: {finding.text}", flush=True)
     return int(failed)
 
 

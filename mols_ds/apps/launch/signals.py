@@ -27,10 +27,11 @@ from types import FrameType
 
 import psutil  # type: ignore[import-untyped]
 
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.cli_utils import COMMAND_NOT_FOUND, FAILED, Parser, print_line, run_program, shell_status
 from mols_ds.training.preemption import SIGNALS
 
-NOT_FOUND = NOT_FINISHED = 1
-NO_COMMAND = 127
+PROGRAM = "mols_ds.apps.launch.signals"
 METRICS = ("metrics.jsonl", "mols/metrics.jsonl")
 """Of a run, and of the second arm of a comparison; training writes their last line after the last step."""
 SENT = "was sent to"
@@ -138,7 +139,7 @@ class Supervisor:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
-        return 128 - status if status < 0 else status
+        return shell_status(status)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         limit: float | None = None
@@ -156,7 +157,7 @@ class Supervisor:
         """Tells the ranks. Returns whether there are any."""
         ranks = ranks_below(pid)
         self._told |= {rank.pid for rank in ranks}
-        _say(f"{signal.Signals(number).name} goes to {len(ranks)} ranks")
+        print_line(PROGRAM, f"{signal.Signals(number).name} goes to {len(ranks)} ranks")
         return send(ranks, number) > 0
 
     def _began_again(self, pid: int) -> bool:
@@ -165,7 +166,7 @@ class Supervisor:
 
     def _end(self, process: subprocess.Popen[bytes]) -> int:
         """Ends the launcher and everything below it."""
-        _say("the launcher is ended")
+        print_line(PROGRAM, "the launcher is ended")
         everything = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -181,12 +182,8 @@ def _status(process: subprocess.Popen[bytes]) -> int | None:
     return None
 
 
-def _say(message: str) -> None:
-    print(f"mols_ds.apps.launch.signals: {message}", file=sys.stderr, flush=True)
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="mols_ds.apps.launch.signals", description="Signals for the ranks of a job.")
+    parser = Parser(prog=PROGRAM, description="Signals for the ranks of a job.")
     commands = parser.add_subparsers(required=True, dest="what")
     run = commands.add_parser("run", help="run a launcher; SIGTERM and SIGUSR1 go to its ranks")
     run.add_argument(
@@ -206,26 +203,30 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     done.add_argument("out", type=Path, help="the run's --out")
     args = parser.parse_args(argv)
     if args.what == "run" and args.unfinished and args.out is None:
-        parser.error("--unfinished needs --out")
+        raise MolsConfigError("--unfinished needs --out")
     if args.what == "run" and args.command[:1] == ["--"]:
         del args.command[0]
     if args.what == "run" and not args.command:
-        parser.error("run: no command")
+        raise MolsConfigError("run: no command")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the status of what was run, or 1 where `send` found no rank or `finished` no end."""
-    args = _parse(argv)
+    """The command line. Returns the status of what was run; 1 where `send` found no rank or `finished` no end, 2 for a
+    user's mistake."""
+    return run_program(PROGRAM, lambda: _command(_parse(argv)))
+
+
+def _command(args: argparse.Namespace) -> int:
     if args.what == "run":
         return _run(args)
     if args.what == "finished":
-        return 0 if finished(args.out) else NOT_FINISHED
+        return 0 if finished(args.out) else FAILED
     count = send(ranks_here(args.port), signal.Signals[args.signal])
     if not count:
-        _say(f"no rank of a job with MASTER_PORT {args.port} runs here as this user")
-        return NOT_FOUND
-    _say(f"{args.signal} {SENT} {count} ranks")
+        print_line(PROGRAM, f"no rank of a job with MASTER_PORT {args.port} runs here as this user")
+        return FAILED
+    print_line(PROGRAM, f"{args.signal} {SENT} {count} ranks")
     return 0
 
 
@@ -233,10 +234,10 @@ def _run(args: argparse.Namespace) -> int:
     try:
         status = Supervisor(args.command, args.grace).run()
     except OSError as error:
-        _say(f"{args.command[0]}: {error.strerror or error}")
-        return NO_COMMAND
+        print_line(PROGRAM, f"{args.command[0]}: {error.strerror or error}")
+        return COMMAND_NOT_FOUND
     if status == 0 and args.unfinished and not finished(args.out):
-        _say(f"{args.out}: the run is not at its last step; start it again to go on")
+        print_line(PROGRAM, f"{args.out}: the run is not at its last step; start it again to go on")
         return int(args.unfinished)
     return status
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from mols_ds.core.json_types import JsonObject
+from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError
 
 Positive = Annotated[float, Field(gt=0)]
@@ -17,13 +19,11 @@ GB = 10**9
 _UNITS = {"gib": GIB, "gb": GB, "tib": 2**40, "tb": 10**12, "mib": 2**20, "mb": 10**6}
 
 
-class Cluster(BaseModel):
+class Cluster(Frozen):
     """Equal nodes. Figures of a vendor are nominal: what a link or a chip reaches is below them.
 
     Units: GiB = 2^30 bytes, GB/s = 10^9 bytes a second, in one direction; TFLOP/s = 10^12 operations a second.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = "cluster"
     device: Literal["cuda", "cpu"] = "cuda"
@@ -81,24 +81,15 @@ class Cluster(BaseModel):
         return self.model_copy(update={"nodes": nodes})
 
     @classmethod
-    def parse(cls, values: dict[str, Any], where: str) -> Cluster:
+    def parse(cls, values: JsonObject, where: str) -> Cluster:
         """Raises MolsConfigError with one line that names every wrong key."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise MolsConfigError(f"{where}: {'; '.join(map(_one_line, error.errors()))}") from None
+            raise MolsConfigError(f"{where}: {validation_message(error, cls)}") from None
 
 
-def _one_line(error: Any) -> str:
-    name = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f'"{name}": unknown key; known are {", ".join(Cluster.model_fields)}'
-    if error["type"] == "missing":
-        return f'"{name}" is missing'
-    return f'"{name}": {error["msg"]} (got {error["input"]!r})'
-
-
-def read_cluster(path: str) -> dict[str, Any]:
+def read_cluster(path: str) -> JsonObject:
     """The content of a cluster file. Raises MolsConfigError where it is missing or no YAML mapping."""
     try:
         content = yaml.safe_load(Path(path).read_text("utf-8"))

@@ -6,17 +6,25 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mols_ds.apps.plan.calibration import Device
 from mols_ds.apps.plan.cluster import Cluster, gib, read_cluster
+from mols_ds.apps.plan.simulate import YAML, SimulatedJob, checked_table, zero_job
 from mols_ds.core.config import MolsConfig
+from mols_ds.core.json_types import JsonMapping
 from mols_ds.errors import MolsConfigError
+from mols_ds.training.cli_utils import FAILED
 
-DOES_NOT_FIT = 1
-YAML = (".yaml", ".yml")
-OVERRIDES = (
+if TYPE_CHECKING:
+    from mols_ds.apps.plan.gpt import Local
+    from mols_ds.apps.plan.job import MegatronJob, ZeroJob
+    from mols_ds.training.megatron_settings import Settings
+
+Number = int | float
+OVERRIDES: tuple[tuple[str, str, Callable[[str], Number], str], ...] = (
     ("nodes", "--nodes", int, "how many nodes"),
     ("accelerators", "--accelerators-per-node", int, "accelerators (= ranks) of a node"),
     ("memory_gib", "--memory", gib, "of one accelerator, such as 80GiB"),
@@ -52,10 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(text=None)
 
 
-def _checked(kind: Any) -> Any:
+def _checked(kind: Callable[[str], Number]) -> Callable[[str], Number]:
     """A type of argparse whose own message is kept."""
 
-    def convert(text: str) -> Any:
+    def convert(text: str) -> Number:
         try:
             return kind(text)
         except MolsConfigError as error:
@@ -73,9 +81,7 @@ def plan(args: argparse.Namespace) -> int:
 
     _check(args)
     if args.simulate:
-        from mols_ds.apps.plan.simulate import simulate_text
-
-        print(simulate_text(args), file=sys.stderr if args.json else sys.stdout)
+        print(_simulation(args), file=sys.stderr if args.json else sys.stdout)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         job = build(args)
@@ -83,7 +89,7 @@ def plan(args: argparse.Namespace) -> int:
     if args.plot:
         save(made, args.plot)
     print(json.dumps(made, indent=2) if args.json else render(made))
-    return 0 if made["fits"] else DOES_NOT_FIT
+    return 0 if made["fits"] else FAILED
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -95,6 +101,14 @@ def _check(args: argparse.Namespace) -> None:
         raise MolsConfigError(f"config {args.config}: no such file")
 
 
+def _simulation(args: argparse.Namespace) -> str:
+    """The table of --simulate: the plan's model and config on the ranks of its cluster."""
+    ranks = cluster_of(args).ranks
+    if Path(args.config).suffix.lower() in YAML:
+        return checked_table(SimulatedJob(source=args.config, ranks=ranks, changes=tuple(args.set)))
+    return checked_table(zero_job(args.model, args.config, ranks))
+
+
 def cluster_of(args: argparse.Namespace) -> Cluster:
     """The cluster file with the command line's numbers on top. Raises MolsConfigError."""
     values = read_cluster(args.cluster) if args.cluster else {}
@@ -104,8 +118,8 @@ def cluster_of(args: argparse.Namespace) -> Cluster:
     return Cluster.parse(values | given, f"cluster {args.cluster}" if args.cluster else "cluster")
 
 
-def build(args: argparse.Namespace) -> Any:
-    """The job that the arguments describe: a ZeroJob, or a GridJob for a YAML config."""
+def build(args: argparse.Namespace) -> ZeroJob | MegatronJob:
+    """The job that the arguments describe: a ZeroJob, or a MegatronJob for a YAML config."""
     cluster = cluster_of(args)
     if Path(args.config).suffix.lower() in YAML:
         return _grid(args, cluster)
@@ -118,15 +132,15 @@ def _device(mols: MolsConfig | None) -> Device:
     return "accelerator" if mols is not None and mols.accumulators.device == "accelerator" else "cpu"
 
 
-def _section(content: Any) -> MolsConfig | None:
+def _section(content: JsonMapping | None) -> MolsConfig | None:
     mols = None if content is None else MolsConfig.parse(content)
     return mols if mols is not None and mols.enabled else None
 
 
-def _zero(args: argparse.Namespace, cluster: Cluster) -> Any:
+def _zero(args: argparse.Namespace, cluster: Cluster) -> ZeroJob:
     from mols_ds.apps.plan.job import ZeroJob
     from mols_ds.apps.plan.model import load
-    from mols_ds.apps.plan.zero import Zero
+    from mols_ds.apps.plan.zero import ZeroPlan
     from mols_ds.training.ds_config import AUTO, read_config, resolve
 
     raw = read_config(args.config)
@@ -145,33 +159,33 @@ def _zero(args: argparse.Namespace, cluster: Cluster) -> Any:
         cluster, mols, tuple(row.group for row in decoder.table), steps, int(config["train_batch_size"]),
         args.sequence or min(SEQUENCE, getattr(decoder.config, "max_position_embeddings", SEQUENCE)), _device(mols),
         decoder,
-        Zero.of(config, checkpointing=args.activation_checkpointing, hidden=decoder.config.hidden_size),
+        ZeroPlan.of(config, checkpointing=args.activation_checkpointing, hidden=decoder.config.hidden_size),
     )  # fmt: skip
 
 
-def _scheduled(config: dict[str, Any]) -> int | None:
+def _scheduled(config: JsonMapping) -> int | None:
     params = (config.get("scheduler") or {}).get("params") or {}
     total = params.get("total_num_steps")
     return int(total) if isinstance(total, int) else None
 
 
-def _grid(args: argparse.Namespace, cluster: Cluster) -> Any:
+def _grid(args: argparse.Namespace, cluster: Cluster) -> MegatronJob:
     from mols_ds.apps.plan.gpt import Gpt
-    from mols_ds.apps.plan.grid import Plan
-    from mols_ds.apps.plan.job import GridJob
-    from mols_ds.training.megatron_config import Grid, micro_batches
+    from mols_ds.apps.plan.grid import MegatronPlan
+    from mols_ds.apps.plan.job import MegatronJob
+    from mols_ds.training.megatron_config import ProcessGrid, micro_batches
     from mols_ds.training.megatron_settings import read
 
     changes = [*args.set, *([f"batch.micro={args.micro_batch}"] if args.micro_batch else [])]
     changes += [f"run.seq_len={args.sequence}"] if args.sequence else []
     settings = read(args.config, changes)
-    laid = Grid.of(settings, cluster.ranks)
+    laid = ProcessGrid.of(settings, cluster.ranks)
     passes = micro_batches(settings, laid)
     settings = _as_on(settings, cluster)
     precision = settings.precision
     half = precision.dtype != "fp32"
     local = _local(settings, cluster)
-    plan = Plan(
+    plan = MegatronPlan(
         gpt=Gpt.of(settings, flash=half and local is None, local=local),
         ranks=cluster.ranks,
         weight_bytes=2 if half else 4,
@@ -189,13 +203,13 @@ def _grid(args: argparse.Namespace, cluster: Cluster) -> Any:
     )
     mols = _section(settings.mols)
     groups = ("embedding", *(() if settings.model.tied_embeddings else ("head",)), "qk", "vo", "mlp", "other")
-    return GridJob(
+    return MegatronJob(
         cluster, mols, groups, args.steps or settings.run.steps, settings.batch.total, settings.run.seq_len,
         _device(mols), plan, precision.fp8 is not None,
     )  # fmt: skip
 
 
-def _as_on(settings: Any, cluster: Cluster) -> Any:
+def _as_on(settings: Settings, cluster: Cluster) -> Settings:
     """Settings whose dtype "auto" is what the cluster's ranks make of it."""
     precision = settings.precision
     if precision.dtype != "auto":
@@ -205,11 +219,11 @@ def _as_on(settings: Any, cluster: Cluster) -> Any:
     return settings.model_copy(update={"precision": precision.model_copy(update={"dtype": dtype})})
 
 
-def _local(settings: Any, cluster: Cluster) -> Any:
+def _local(settings: Settings, cluster: Cluster) -> Local | None:
     """Megatron's own layers where the job runs them on the cluster: on processors, or where the config wants them. A
     cluster's GPUs are taken to have Transformer Engine, whatever this machine has."""
     from megatron_patches.machine import Machine
-    from mols_ds.apps.plan.local import Local
+    from mols_ds.apps.plan.gpt import Local
     from mols_ds.training.megatron_config import transformer_config, uses_engine
 
     engine = "2.8.0"  # newer than any recipe needs

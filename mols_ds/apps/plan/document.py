@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from mols_ds.apps.plan.job import Job
+from mols_ds.apps.plan.job import PlanJob
 from mols_ds.apps.plan.search import Found, Planned, nearest
+from mols_ds.core.json_types import JsonObject
 
 SCHEMA = 1
 
 
-def document(job: Planned) -> dict[str, Any]:
+def document(job: Planned) -> JsonObject:
     """The plan of a job. Sizes in bytes, times in seconds; every key is always there (docs/planning.md)."""
     footprints = job.footprints()
     number = job.heaviest()
@@ -64,7 +63,7 @@ def document(job: Planned) -> dict[str, Any]:
     }
 
 
-def _mols(job: Job) -> dict[str, Any]:
+def _mols(job: PlanJob) -> JsonObject:
     return {
         "enabled": job.mols is not None,
         "mode": job.mode if job.mols is not None else None,
@@ -76,7 +75,7 @@ def _mols(job: Job) -> dict[str, Any]:
     }
 
 
-def _nearest(found: Found | None) -> dict[str, Any] | None:
+def _nearest(found: Found | None) -> JsonObject | None:
     if found is None:
         return None
     number = found.job.heaviest()

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mols_ds.apps.plan import local
-from mols_ds.apps.plan.local import Local
 from mols_ds.apps.plan.optimizers import Weight
 from mols_ds.apps.plan.parts import up
 from mols_ds.errors import MolsUnsupportedError
+from mols_ds.training.megatron_settings import Settings
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 REFUSED = (
     "multi_latent_attention",
@@ -29,6 +31,16 @@ REFUSED = (
     "moe_latent_size",
 )
 """Keys of `model` whose parameters or stages are cut otherwise than here."""
+
+
+@dataclass(frozen=True, eq=False)
+class Local:
+    """Megatron's own layers, whose activations are traced (`local.activation_bytes`). position, tied: as GPTModel's
+    arguments `position_embedding_type` and `share_embeddings_and_output_weights`."""
+
+    config: TransformerConfig
+    position: str = "rope"
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class Gpt:
     """Megatron's own layers, to be traced; None: Transformer Engine's, by formula."""
 
     @classmethod
-    def of(cls, settings: Any, *, flash: bool, local: Local | None) -> Gpt:
+    def of(cls, settings: Settings, *, flash: bool, local: Local | None) -> Gpt:
         """From train_megatron.py's settings. Raises MolsUnsupportedError for what is laid out otherwise."""
         model, parallel, more = settings.model, settings.parallel, settings.model.further
         for key in REFUSED:
@@ -225,9 +237,7 @@ class Gpt:
         return min(micro_batches * self.vp, 2 * (self.pp - stage - 1) + (self.vp - 1) * self.pp + 1)
 
     def activation_bytes(self, stage: int, tokens: int, length: int, size: int, micro_batches: int) -> int:
-        """Of one rank. Raises what `local.activation_bytes` does, where the layers are Megatron's own."""
-        if self.local is not None:
-            return local.activation_bytes(self.local, self, stage, tokens, length, micro_batches)
+        """Of one rank with Transformer Engine's layers, by formula."""
         layer = self.layer_bytes(tokens, length, size)
         rows = tokens // self.cp // (self.tp if self.sp else 1)
         if self.recompute == "full":

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from mols_ds.apps.plan import local
 from mols_ds.apps.plan.gpt import Gpt
 from mols_ds.apps.plan.optimizers import Weight, state_of_shard
 from mols_ds.apps.plan.parts import Bytes, Footprint, Message, Operation, up
+from mols_ds.core.json_types import JsonObject
 
 
 @dataclass(frozen=True)
-class Plan:
+class MegatronPlan:
     """What of a Megatron config decides memory and messages."""
 
     gpt: Gpt
@@ -28,7 +29,7 @@ class Plan:
     distributed: bool
     overlap: bool
     optimizer: str
-    settings: dict[str, Any]
+    settings: JsonObject
     micro_batch: int
     micro_batches: int
     length: int
@@ -77,7 +78,7 @@ def _chunks(weights: Sequence[Weight]) -> list[list[Weight]]:
     return list(found.values())
 
 
-def buffers(plan: Plan, stage: int) -> list[tuple[int, int, list[Weight]]]:
+def buffers(plan: MegatronPlan, stage: int) -> list[tuple[int, int, list[Weight]]]:
     """(elements, ranks that share it, parameters) of each flat buffer of a rank."""
     found = []
     for chunk in _chunks(plan.gpt.weights(stage)):
@@ -89,7 +90,7 @@ def buffers(plan: Plan, stage: int) -> list[tuple[int, int, list[Weight]]]:
     return found
 
 
-def footprint(plan: Plan, stage: int) -> Footprint:
+def footprint(plan: MegatronPlan, stage: int) -> Footprint:
     """Of a rank of one pipeline stage."""
     gpt, half = plan.gpt, plan.weight_bytes == 2
     weight_bytes = gradient = optimizer = owned = measured = converted = 0
@@ -105,10 +106,9 @@ def footprint(plan: Plan, stage: int) -> Footprint:
         measured += mine if plan.distributed else -(-numel // ranks)
         converted += 4 * mine if half and plan.gradient_bytes != 4 else 0
     resident: Bytes = {"weights": weight_bytes, "gradients": gradient, "optimizer": optimizer}
-    activations = gpt.activation_bytes(stage, plan.tokens, plan.length, plan.weight_bytes, plan.micro_batches)
     moments = {
         "backward": {
-            "activations": activations,
+            "activations": _activation_bytes(plan, stage),
             "workspace": gpt.head_bytes(stage, plan.tokens, plan.weight_bytes),
             "buffers": _gathered(plan),
         },
@@ -117,7 +117,15 @@ def footprint(plan: Plan, stage: int) -> Footprint:
     return Footprint(resident, moments, owned, measured, name=f"a rank of pipeline stage {stage}")
 
 
-def _gathered(plan: Plan) -> int:
+def _activation_bytes(plan: MegatronPlan, stage: int) -> int:
+    """Of Megatron's own layers by a trace, of Transformer Engine's by formula. Raises what the trace does."""
+    gpt = plan.gpt
+    if gpt.local is not None:
+        return local.activation_bytes(gpt.local, gpt, stage, plan.tokens, plan.length, plan.micro_batches)
+    return gpt.activation_bytes(stage, plan.tokens, plan.length, plan.weight_bytes, plan.micro_batches)
+
+
+def _gathered(plan: MegatronPlan) -> int:
     """Sequence parallelism gathers the whole input of a layer into one buffer (core/utils.py, GlobalMemoryBuffer)."""
     gpt = plan.gpt
     return plan.tokens // gpt.cp * gpt.hidden * plan.weight_bytes if gpt.sp else 0
@@ -126,7 +134,7 @@ def _gathered(plan: Plan) -> int:
 # ------------------------------------------------------------------ messages
 
 
-def messages(plan: Plan, stage: int, accelerators: int) -> list[Message]:
+def messages(plan: MegatronPlan, stage: int, accelerators: int) -> list[Message]:
     """What a rank of a stage sends in one step, embedding and loss included where the stage has them."""
     found = [*_data(plan, stage, accelerators)]
     gpt = plan.gpt
@@ -143,7 +151,7 @@ def messages(plan: Plan, stage: int, accelerators: int) -> list[Message]:
     return found
 
 
-def _data(plan: Plan, stage: int, accelerators: int) -> list[Message]:
+def _data(plan: MegatronPlan, stage: int, accelerators: int) -> list[Message]:
     found = []
     for size, ranks, weights in buffers(plan, stage):
         if ranks == 1:
@@ -159,7 +167,7 @@ def _data(plan: Plan, stage: int, accelerators: int) -> list[Message]:
     return found
 
 
-def _tensor(plan: Plan, stage: int, inside: bool) -> list[Message]:
+def _tensor(plan: MegatronPlan, stage: int, inside: bool) -> list[Message]:
     """A layer: without sequence parallelism two all-reduces forward and two backward; with it, two gathers and two
     scatters each way, and two more gathers for the weights' gradients. The embedding and the head: one more of them."""
     gpt, times = plan.gpt, plan.micro_batches
@@ -184,7 +192,7 @@ def _tensor(plan: Plan, stage: int, inside: bool) -> list[Message]:
     return found
 
 
-def _pipeline(plan: Plan, stage: int, inside: bool) -> list[Message]:
+def _pipeline(plan: MegatronPlan, stage: int, inside: bool) -> list[Message]:
     gpt = plan.gpt
     size = plan.tokens // gpt.cp * gpt.hidden * plan.weight_bytes // (gpt.tp if gpt.sp else 1)
     if gpt.vp > 1:

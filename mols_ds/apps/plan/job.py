@@ -42,7 +42,7 @@ class Phase(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job(ABC):
+class PlanJob(ABC):
     """mols: None for a run without it. steps: optimizer steps of the whole run. device: of the accumulators."""
 
     cluster: Cluster
@@ -168,7 +168,7 @@ class Job(ABC):
 ON_HOST = Change("accumulators on the host", 1, lambda job: _on_host(job))
 
 
-def _on_host(job: Job) -> Job | None:
+def _on_host(job: PlanJob) -> PlanJob | None:
     return replace(job, device="cpu") if job.device == "accelerator" else None
 
 
@@ -176,11 +176,11 @@ def _on_host(job: Job) -> Job | None:
 
 
 @dataclass(frozen=True)
-class ZeroJob(Job):
+class ZeroJob(PlanJob):
     """A run of train.py."""
 
     decoder: Decoder
-    zero: zero.Zero
+    zero: zero.ZeroPlan
 
     def footprints(self) -> list[Footprint]:
         dtype = torch.float32 if self.zero.weight_bytes == 4 else torch.bfloat16
@@ -269,10 +269,10 @@ def _offload_param(job: ZeroJob) -> ZeroJob | None:
 
 
 @dataclass(frozen=True)
-class GridJob(Job):
+class MegatronJob(PlanJob):
     """A run of train_megatron.py."""
 
-    plan: grid.Plan
+    plan: grid.MegatronPlan
     fp8: bool
 
     def footprints(self) -> list[Footprint]:
@@ -300,7 +300,7 @@ class GridJob(Job):
             f"layers: {'Transformer Engine, by formula' if g.local is None else 'Megatron-core, traced'}",
         ]
 
-    def regrid(self, *, micro: int | None = None, **values: Any) -> GridJob | None:
+    def regrid(self, *, micro: int | None = None, **values: Any) -> MegatronJob | None:
         """Another grid or micro batch for the same ranks and batch; None where it does not divide."""
         gpt = replace(self.plan.gpt, **values)
         micro = micro or self.plan.micro_batch
@@ -316,14 +316,14 @@ class GridJob(Job):
         plan = replace(self.plan, gpt=gpt, ranks=self.ranks, micro_batch=micro, micro_batches=passes)
         return replace(self, plan=plan)
 
-    def with_nodes(self, nodes: int) -> GridJob | None:
+    def with_nodes(self, nodes: int) -> MegatronJob | None:
         """More data-parallel ranks."""
         return replace(self, cluster=self.cluster.with_nodes(nodes)).regrid()
 
     def axes(self) -> list[list[Change]]:
         g, p = self.plan.gpt, self.plan
 
-        def to(**values: Any) -> Callable[[GridJob], GridJob | None]:
+        def to(**values: Any) -> Callable[[MegatronJob], MegatronJob | None]:
             return lambda job: job.regrid(**values)
 
         micros = [n for n in range(p.micro_batch - 1, 0, -1) if p.micro_batch % n == 0]

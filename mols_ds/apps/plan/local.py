@@ -13,27 +13,17 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 import torch
 
+from mols_ds.apps.plan.gpt import Gpt, Local
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import one_line
 
 if TYPE_CHECKING:
-    from mols_ds.apps.plan.gpt import Gpt
-
-
-@dataclass(frozen=True, eq=False)
-class Local:
-    """The model to trace. config: Megatron's TransformerConfig; position, tied: as GPTModel's arguments
-    `position_embedding_type` and `share_embeddings_and_output_weights`."""
-
-    config: Any
-    position: str = "rope"
-    tied: bool = False
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class Cut(NamedTuple):
@@ -155,10 +145,10 @@ def _fake(ranks: int) -> Iterator[None]:
             parallel_state.destroy_model_parallel()
 
 
-def _config(local: Local, cut: Cut, layers: int) -> Any:
+def _config(local: Local, cut: Cut, layers: int) -> TransformerConfig:
     """A dense model of `layers` layers on one pipeline stage; its checks have been made for the job's own."""
     config = copy.copy(local.config)
-    changes: dict[str, Any] = {
+    changes: dict[str, object] = {
         "num_layers": layers,
         "tensor_model_parallel_size": cut.tp,
         "sequence_parallel": cut.sp,
@@ -192,7 +182,7 @@ def _trace(local: Local, cut: Cut, batch: int, layers: int, *, first: bool, last
     config = _config(local, cut, layers)
     dtype = config.params_dtype
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    storages: dict[int, Any] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

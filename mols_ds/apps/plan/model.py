@@ -8,15 +8,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from mols_ds.apps.plan.optimizers import Weight
-from mols_ds.core.groups import GroupTable, group_table
+from mols_ds.core.groups import Granularity, GroupTable, group_table
 from mols_ds.errors import MolsConfigError
-from mols_ds.training.models import load_model_config
+from mols_ds.training.models import load_model_config, meta_model
 from mols_ds.training.sources import one_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "embd_dropout")
 
@@ -53,7 +56,7 @@ class Decoder:
     """
 
     source: str
-    config: Any
+    config: PretrainedConfig
     weights: tuple[Weight, ...]
     table: GroupTable
     matmul: int
@@ -80,16 +83,11 @@ class Decoder:
         return Activations(one.layers, *(a + (batch - 1) * (b - a) for a, b in pairs))
 
 
-def load(source: str, rules: tuple[tuple[str, str], ...] = (), granularity: Any = "type") -> Decoder:
+def load(source: str, rules: tuple[tuple[str, str], ...] = (), granularity: Granularity = "type") -> Decoder:
     """The model of a file (configs/models/*.json) or checkpoint folder, without its weights. Raises MolsConfigError."""
-    from transformers import AutoModelForCausalLM
-
     config = load_model_config(source)
-    try:
-        with torch.device("meta"), _quiet():
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise MolsConfigError(f"model {source}: cannot be built: {one_line(error)}") from error
+    with _quiet():
+        model = meta_model(source)
     table = group_table(model, list(rules), granularity)
     share = _expert_share(config)
     weights = tuple(
@@ -100,7 +98,7 @@ def load(source: str, rules: tuple[tuple[str, str], ...] = (), granularity: Any 
     return Decoder(source, config, weights, table, _matmul(model, weights), _attention(config))
 
 
-def _expert_share(config: Any) -> float:
+def _expert_share(config: PretrainedConfig) -> float:
     experts = next(
         (getattr(config, key) for key in ("num_local_experts", "n_routed_experts") if hasattr(config, key)), 0
     )
@@ -108,7 +106,7 @@ def _expert_share(config: Any) -> float:
     return chosen / experts if experts and chosen else 1.0
 
 
-def _matmul(model: Any, weights: tuple[Weight, ...]) -> int:
+def _matmul(model: PreTrainedModel, weights: tuple[Weight, ...]) -> int:
     """A tied embedding is the head's matrix too; one that is not tied is a look-up and no product."""
     tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     head = model.get_output_embeddings()
@@ -117,7 +115,7 @@ def _matmul(model: Any, weights: tuple[Weight, ...]) -> int:
     return int(sum(w.numel * w.active for w in weights if len(w.shape) >= 2 and w.name not in skipped))
 
 
-def _attention(config: Any) -> int:
+def _attention(config: PretrainedConfig) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(config.num_hidden_layers * config.num_attention_heads * width)
 
@@ -133,7 +131,7 @@ def _activations(source: str, batch: int, length: int, dtype: torch.dtype) -> Ac
     return Activations(layers, two - one, one - (two - one), boundary, logits)
 
 
-def _saved(config: Any, layers: int, batch: int, length: int, dtype: torch.dtype) -> int:
+def _saved(config: PretrainedConfig, layers: int, batch: int, length: int, dtype: torch.dtype) -> int:
     """Bytes of the distinct storages that autograd saves in a forward pass of the real model with `layers` layers, its
     parameters left out. The tensors are fake: they have shapes and storages, and no memory.
 
@@ -154,7 +152,7 @@ def _saved(config: Any, layers: int, batch: int, length: int, dtype: torch.dtype
     for key in DROPOUTS:
         if hasattr(config, key):
             setattr(config, key, 0.0)
-    storages: dict[int, Any] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mols_ds.apps.plan.parts import KINDS
+from mols_ds.core.json_types import JsonMapping
 from mols_ds.errors import MolsConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 GIB = 2**30
 
 
-def save(plan: Mapping[str, Any], path: str) -> None:
+def save(plan: JsonMapping, path: str) -> None:
     """Write the plot; the file's ending chooses the format. Raises MolsConfigError where it cannot be written."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,7 +35,7 @@ def save(plan: Mapping[str, Any], path: str) -> None:
         raise MolsConfigError(f"--plot {path}: {' '.join(str(error).split())}") from error
 
 
-def _bars(axis: Any, plan: Mapping[str, Any], where: str) -> None:
+def _bars(axis: Axes, plan: JsonMapping, where: str) -> None:
     phases = plan["phases"]
     names = [phase["phase"] for phase in phases]
     bottoms = [0.0] * len(phases)

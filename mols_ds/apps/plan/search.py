@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mols_ds.apps.plan.job import Change, GridJob, ZeroJob
+from mols_ds.apps.plan.job import Change, MegatronJob, ZeroJob
 
 MOST_NODES = 4096
-Planned = ZeroJob | GridJob
+Planned = ZeroJob | MegatronJob
 
 
 @dataclass(frozen=True)

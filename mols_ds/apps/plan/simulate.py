@@ -23,13 +23,17 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
+from mols_ds.core.json_types import JsonObject
+from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError, MolsError
+from mols_ds.training.cli_utils import FAILED, USER_MISTAKE, Parser, run_program
 
+PROGRAM = "simulate"
 YAML = (".yaml", ".yml")
+"""Endings of Megatron configs."""
 EVEN = 1.01
 """The most that a rank may own over the mean of its pipeline stage: what padding and replicated norms may add."""
 SUMMED = 32_000_000
@@ -37,19 +41,16 @@ SUMMED = 32_000_000
 alone are compared."""
 SECONDS = 600.0
 RANKS = (8, 64, 512, 4096)
-USER_MISTAKE = 2
 MARK = "simulated: "
 
 
-class Job(BaseModel):
+class SimulatedJob(Frozen):
     """One row. source: a model file for a ZeRO `stage`, or a Megatron config; options: `simulate_zero.OPTIONS`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     ranks: int
     stage: int | None = None
-    options: dict[str, Any] = {}
+    options: JsonObject = Field(default_factory=dict)
     changes: tuple[str, ...] = ()
 
     @property
@@ -57,12 +58,10 @@ class Job(BaseModel):
         return "Megatron" if self.stage is None else f"ZeRO-{self.stage}"
 
 
-class Result(BaseModel):
+class Result(Frozen):
     """What a row found. `summed`: of the last rank, by GroupSums itself ("" where it has too many elements)."""
 
-    model_config = ConfigDict(frozen=True)
-
-    job: Job
+    job: SimulatedJob
     elements: int
     pieces: int
     least: int
@@ -80,19 +79,21 @@ class Result(BaseModel):
         return not self.faults and self.balance <= EVEN and self.same_when_built and self.summed is not False
 
 
-def table_jobs(configs: Path) -> list[Job]:
+def table_jobs(configs: Path) -> list[SimulatedJob]:
     """The rows of `--all`; `configs`: the project's folder of that name."""
     models = [str(configs / "models" / f"{name}.json") for name in ("llama_7b", "llama_70b")]
-    jobs = [Job(source=m, ranks=n, stage=s) for m in models for s in (1, 2, 3) for n in RANKS]
+    jobs = [SimulatedJob(source=m, ranks=n, stage=s) for m in models for s in (1, 2, 3) for n in RANKS]
     grids = [("llama_7b_tp2_pp2", (8, 64, 512, 4096)), ("llama_70b_tp8_pp8", (64, 512, 4096))]
     grids += [("mixtral_8x7b_tp2_pp4_ep8", (64, 512))]
-    return jobs + [Job(source=str(configs / "megatron" / f"{n}.yaml"), ranks=r) for n, many in grids for r in many]
+    return jobs + [
+        SimulatedJob(source=str(configs / "megatron" / f"{n}.yaml"), ranks=r) for n, many in grids for r in many
+    ]
 
 
 # ------------------------------------------------------------------ one row, in this process
 
 
-def walk(job: Job) -> Result:
+def walk(job: SimulatedJob) -> Result:
     """Walk all ranks of a job. Alters no state that outlives it, but needs a process outside any process group.
 
     Raises MolsConfigError for a model or config that cannot be read, MolsUnsupportedError for what is not simulated.
@@ -112,9 +113,9 @@ def walk(job: Job) -> Result:
             count.add(*rank)
         pieces, built = owned[last].pieces, world.built(last)
     else:
-        from mols_ds.apps.plan.simulate_zero import Zero, build_model
+        from mols_ds.apps.plan.simulate_zero import ZeroWorld, build_model
 
-        zero = Zero(functools.partial(build_model, job.source), job.stage, job.ranks, job.options)
+        zero = ZeroWorld(functools.partial(build_model, job.source), job.stage, job.ranks, job.options)
         count = Count(zero.table)
         for pieces in zero.pieces():
             count.add(pieces)
@@ -142,7 +143,7 @@ def _child(texts: Sequence[str]) -> int:
         start = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = walk(Job.model_validate_json(text))
+            result = walk(_job_from(text))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
         spent = time.perf_counter() - start
         told = result.model_copy(update={"seconds": spent, "peak_gib": peak}).model_dump_json()
@@ -150,10 +151,17 @@ def _child(texts: Sequence[str]) -> int:
     return 0
 
 
+def _job_from(text: str) -> SimulatedJob:
+    try:
+        return SimulatedJob.model_validate_json(text)
+    except ValidationError as error:
+        raise MolsConfigError(f"--one: {validation_message(error, SimulatedJob)}") from None
+
+
 # ------------------------------------------------------------------ rows in processes of their own
 
 
-def simulate(job: Job, *more: Job, seconds: float = SECONDS) -> list[Result]:
+def simulate(job: SimulatedJob, *more: SimulatedJob, seconds: float = SECONDS) -> list[Result]:
     """Walk jobs one after the other in a process apart, for at most `seconds`.
 
     Raises MolsConfigError for what the user can mend, MolsError where the process ends otherwise or takes too long.
@@ -169,7 +177,7 @@ def simulate(job: Job, *more: Job, seconds: float = SECONDS) -> list[Result]:
     except subprocess.TimeoutExpired:
         raise MolsError(f"{job.engine} on {job.ranks} ranks was not walked within {seconds:.0f} seconds") from None
     if done.returncode == USER_MISTAKE:
-        raise MolsConfigError(done.stderr.strip().splitlines()[-1].removeprefix("simulate: "))
+        raise MolsConfigError(done.stderr.strip().splitlines()[-1].removeprefix(f"{PROGRAM}: "))
     if done.returncode != 0:
         last = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
         raise MolsError(f"{job.engine} on {job.ranks} ranks could not be walked: {last}")
@@ -222,25 +230,19 @@ def _problems(results: Iterable[Result]) -> list[str]:
     return lines
 
 
-def simulate_text(args: argparse.Namespace) -> str:
-    """The row of `mols-ds plan --simulate`: the plan's model and config on the ranks of its cluster.
+def checked_table(job: SimulatedJob) -> str:
+    """The table of one job.
 
     Raises MolsConfigError as `simulate`, MolsError where an element is not counted once or the shards are uneven.
     """
-    from mols_ds.apps.plan.command import cluster_of
-
-    ranks = cluster_of(args).ranks
-    if Path(args.config).suffix.lower() in YAML:
-        job = Job(source=args.config, ranks=ranks, changes=tuple(args.set))
-    else:
-        job = _zero_job(args.model, args.config, ranks)
     (result,) = simulate(job)
     if not result.holds:
         raise MolsError("; ".join(_problems([result])))
     return render([result])
 
 
-def _zero_job(model: str | None, config: str, ranks: int) -> Job:
+def zero_job(model: str | None, config: str, ranks: int) -> SimulatedJob:
+    """The job of a model file under the ZeRO stage and the `OPTIONS` of a DeepSpeed config. Raises MolsConfigError."""
     from mols_ds.apps.plan.simulate_zero import OPTIONS
     from mols_ds.training.ds_config import AUTO, read_config
 
@@ -248,14 +250,14 @@ def _zero_job(model: str | None, config: str, ranks: int) -> Job:
         raise MolsConfigError("a DeepSpeed config does not hold the model: name a model file")
     zero = read_config(config).get("zero_optimization", {})
     options = {key: zero[key] for key in OPTIONS if zero.get(key, AUTO) != AUTO}
-    return Job(source=model, ranks=ranks, stage=int(zero.get("stage", 0)), options=options)
+    return SimulatedJob(source=model, ranks=ranks, stage=int(zero.get("stage", 0)), options=options)
 
 
 # ------------------------------------------------------------------ the command
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mols_ds.plan.simulate", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m mols_ds.plan.simulate", description=__doc__.splitlines()[0])
     parser.add_argument("source", nargs="?", help="model file (with --stage or --config) or Megatron config")
     parser.add_argument("--ranks", type=int, default=8, metavar="N", help="(default %(default)s)")
     parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage, for a model file")
@@ -266,33 +268,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _jobs(args: argparse.Namespace) -> list[Job]:
+def _jobs(args: argparse.Namespace) -> list[SimulatedJob]:
     if args.all:
         return table_jobs(args.configs)
     if args.source is None or args.ranks < 1:
         raise MolsConfigError("name a model file or a Megatron config and --ranks of at least 1, or --all")
     if Path(args.source).suffix.lower() in YAML:
-        return [Job(source=args.source, ranks=args.ranks)]
+        return [SimulatedJob(source=args.source, ranks=args.ranks)]
     if args.config is not None:
-        return [_zero_job(args.source, args.config, args.ranks)]
-    return [Job(source=args.source, ranks=args.ranks, stage=3 if args.stage is None else args.stage)]
+        return [zero_job(args.source, args.config, args.ranks)]
+    return [SimulatedJob(source=args.source, ranks=args.ranks, stage=3 if args.stage is None else args.stage)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns its status."""
-    args = _parser().parse_args(argv)
-    try:
-        if args.one:
-            return _child(args.one)
-        results = []
-        for job in _jobs(args):
-            results += simulate(job)
-            print(f"{Path(job.source).stem}, {job.engine}, {job.ranks:,} ranks", file=sys.stderr)
-    except (MolsError, ValidationError) as error:
-        print(f"simulate: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_MISTAKE
+    """Runs the command. Returns its status: 1 where a row does not hold, 2 for a user's mistake."""
+    return run_program(PROGRAM, lambda: _run(_parser().parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.one:
+        return _child(args.one)
+    results = []
+    for job in _jobs(args):
+        results += simulate(job)
+        print(f"{Path(job.source).stem}, {job.engine}, {job.ranks:,} ranks", file=sys.stderr)
     print(render(results))
-    return 0 if all(result.holds for result in results) else 1
+    return 0 if all(result.holds for result in results) else FAILED
 
 
 if __name__ == "__main__":

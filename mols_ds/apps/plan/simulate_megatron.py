@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 from megatron_patches.param_map import LocalParameter, shape_of
@@ -25,6 +25,11 @@ from mols_ds.apps.plan.simulate_meta import fake_world, on_meta
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.local_stats import Owned
 from mols_ds.errors import MolsUnsupportedError
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+
+    from mols_ds.training.megatron_settings import Settings
 
 ORDER = "tp-cp-ep-dp-pp"  # of parallel_state.initialize_model_parallel
 
@@ -34,9 +39,9 @@ class Stage(NamedTuple):
 
     chunks: list[Any]
     config: Any
-    settings: Any
+    settings: Settings
 
-    def optimizer(self) -> Any:
+    def optimizer(self) -> MegatronOptimizer:
         """Megatron's chained optimizer over the chunks' buffers."""
         from megatron.core.optimizer import get_megatron_optimizer
 
@@ -69,14 +74,14 @@ class MegatronWorld:
     Raises MolsConfigError where the ranks do not divide, MolsUnsupportedError for several optimizer instances.
     """
 
-    def __init__(self, settings: Any, ranks: int) -> None:
-        from mols_ds.training.megatron_config import Grid
+    def __init__(self, settings: Settings, ranks: int) -> None:
+        from mols_ds.training.megatron_config import ProcessGrid
 
         if settings.parallel.distributed_optimizer_instances > 1:
             raise MolsUnsupportedError(
                 "parallel.distributed_optimizer_instances > 1 is not simulated; set it to 1 for the simulation"
             )
-        Grid.of(settings, ranks)
+        ProcessGrid.of(settings, ranks)
         self.settings = _plain(settings)
         self.ranks = ranks
 
@@ -174,15 +179,15 @@ class MegatronWorld:
                     parallel_state.destroy_model_parallel()
 
 
-def _plain(settings: Any) -> Any:
+def _plain(settings: Settings) -> Settings:
     """The same cut of the same elements, without what only Transformer Engine can build."""
-    from mols_ds.training.megatron_settings import Precision
+    from mols_ds.training.megatron_settings import PrecisionSettings
 
     model = settings.model
     engine_only = {"moe_grouped_gemm": False, "moe_router_padding_for_quantization": False}
     changes = {key: value for key, value in engine_only.items() if model.further.get(key)}
     model = type(model).model_validate({**model.model_dump(), **changes})
-    precision = Precision(dtype="bf16" if settings.precision.fp8 else settings.precision.dtype)
+    precision = PrecisionSettings(dtype="bf16" if settings.precision.fp8 else settings.precision.dtype)
     precision = precision.model_copy(update={"grad_reduce_in_fp32": settings.precision.grad_reduce_in_fp32})
     return settings.model_copy(update={"model": model, "precision": precision})
 
@@ -209,7 +214,7 @@ def _alike(members: dict[int, Any]) -> list[list[int]]:
 def _no_agreement() -> Iterator[None]:
     """Every rank says what this one says: Megatron asks the others which kinds of parameter groups they have."""
 
-    def gather(objects: list[Any], mine: Any, group: Any = None) -> None:
+    def gather(objects: list[object], mine: object, group: object = None) -> None:
         objects[:] = [mine] * len(objects)
 
     with mock.patch("torch.distributed.all_gather_object", gather):

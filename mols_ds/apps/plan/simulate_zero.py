@@ -11,7 +11,7 @@ this package's: `find_shards`, that is `Stage12` or `Stage3`, for each rank. Wha
 - Stage 3: a rank's place in the flat sub-groups (`grad_position`) is that of every rank, since each holds a share of
   ceil(numel / ranks) of every parameter.
 
-`Zero.built` builds another rank whole, to be compared with what one constructor gave for it.
+`ZeroWorld.built` builds another rank whole, to be compared with what one constructor gave for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -31,7 +31,10 @@ from torch import nn
 from mols_ds.apps.plan.simulate_meta import fake_world, on_meta
 from mols_ds.core.groups import GroupTable, group_table
 from mols_ds.core.local_stats import Owned
-from mols_ds.training.models import load_model_config
+from mols_ds.training.models import meta_model
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
 OPTIONS = ("sub_group_size", "round_robin_gradients", "parameter_alignment", "stage3_param_persistence_threshold")
 """Keys of "zero_optimization" that say how elements are cut."""
@@ -39,14 +42,10 @@ OPTIONS = ("sub_group_size", "round_robin_gradients", "parameter_alignment", "st
 
 def build_model(source: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """The model of a file on the meta device. Raises MolsConfigError as `load_model_config`."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(load_model_config(source), dtype=dtype)
-    return model
+    return meta_model(source, dtype)
 
 
-def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+def decay_groups(model: nn.Module) -> list[dict[str, object]]:
     """Matrices with weight decay and vectors without, as training scripts have it: two flat buffers to be cut.
 
     The one of the vectors is so small that most ranks of a large world own nothing in it.
@@ -54,7 +53,8 @@ def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     wide = [p for p in trainable if p.ndim >= 2]
     flat = [p for p in trainable if p.ndim < 2]
-    return [group for group in ({"params": wide}, {"params": flat, "weight_decay": 0.0}) if group["params"]]
+    groups: list[dict[str, object]] = [{"params": wide}, {"params": flat, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 class _Still(torch.optim.SGD):
@@ -65,7 +65,7 @@ class _Still(torch.optim.SGD):
 
 
 @dataclass
-class Zero:
+class ZeroWorld:
     """One model under one ZeRO stage on `ranks` data-parallel ranks.
 
     model: makes the same model each time; stage 3 takes a model's parameters apart for good.
@@ -98,7 +98,7 @@ class Zero:
             return _pieces_of(engine)
 
     @contextlib.contextmanager
-    def _engine(self, rank: int) -> Iterator[Any]:
+    def _engine(self, rank: int) -> Iterator[SimpleNamespace]:
         """What `find_shards` asks of an engine, with DeepSpeed's optimizer of `rank`."""
         from deepspeed import comm
 
@@ -111,7 +111,9 @@ class Zero:
             group = comm.get_world_group()
             yield SimpleNamespace(optimizer=outer, param_names=names, module=model, seq_data_parallel_group=group)
 
-    def _wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer, names: dict[Any, str]) -> Any:
+    def _wrap(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]
+    ) -> torch.optim.Optimizer | ZeROOptimizer:
         from deepspeed import comm
 
         common = {
@@ -150,7 +152,7 @@ def _pieces_of(engine: Any) -> list[Owned]:
     return owned
 
 
-def _enter_partition(outer: Any, rank: int) -> None:
+def _enter_partition(outer: ZeROOptimizer, rank: int) -> None:
     """What the constructor asks for its own rank (runtime/zero/stage_1_and_2.py, the loop over groups)."""
     groups = zip(outer.round_robin_bit16_groups, outer.partition_size, outer.round_robin_bit16_padding, strict=True)
     for i, (tensors, size, padding) in enumerate(groups):

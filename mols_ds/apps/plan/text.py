@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mols_ds.apps.plan.parts import KINDS
+from mols_ds.core.json_types import JsonMapping
 from mols_ds.errors import MolsConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 WIDTH = 100
 GIB = 2**30
 
 
-def render(plan: Mapping[str, Any]) -> str:
+def render(plan: JsonMapping) -> str:
     """Raises MolsConfigError where rich is not installed."""
     try:
         from rich.console import Console
@@ -30,14 +33,14 @@ def render(plan: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def _cluster(cluster: Mapping[str, Any]) -> str:
+def _cluster(cluster: JsonMapping) -> str:
     return (
         f"{cluster['name']}: {cluster['nodes']} x {cluster['accelerators']} accelerators of "
         f"{cluster['memory_gib']:g} GiB, {cluster['usable_share']:.0%} of it usable"
     )
 
 
-def _mols(mols: Mapping[str, Any]) -> str:
+def _mols(mols: JsonMapping) -> str:
     if not mols["enabled"]:
         return "no MoLS"
     if mols["mode"] == "fixed":
@@ -47,7 +50,7 @@ def _mols(mols: Mapping[str, Any]) -> str:
     return f"MoLS: {mols['mode']}, {mols['samples']} samples from step {mols['start']}{held}"
 
 
-def _table(title: str, *columns: str) -> Any:
+def _table(title: str, *columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -67,7 +70,7 @@ def size(count: float) -> str:
     return f"{count:,.2f} GiB"
 
 
-def _memory(plan: Mapping[str, Any]) -> Any:
+def _memory(plan: JsonMapping) -> Table:
     phases = plan["phases"]
     table = _table(f"Memory of {plan['heaviest']}, the heaviest", "", *(phase["phase"] for phase in phases))
     for where in ("device", "host"):
@@ -86,7 +89,7 @@ def _memory(plan: Mapping[str, Any]) -> Any:
     return table
 
 
-def _messages(plan: Mapping[str, Any]) -> Any:
+def _messages(plan: JsonMapping) -> Table:
     table = _table("Messages of a rank in a step", "what", "operation", "ranks", "calls", "tensors", "a call", "sent")
     for message in plan["messages"]:
         over = f"{message['size']} {message['over']}"
@@ -103,7 +106,7 @@ def _messages(plan: Mapping[str, Any]) -> Any:
     return table
 
 
-def _seconds(plan: Mapping[str, Any]) -> Any:
+def _seconds(plan: JsonMapping) -> Table:
     seconds, steps = plan["seconds"], plan["run"]["steps"]
     table = _table("Time, from nominal figures", "", "seconds", "of the run")
 
@@ -123,7 +126,7 @@ def _seconds(plan: Mapping[str, Any]) -> Any:
     return table
 
 
-def _verdict(plan: Mapping[str, Any]) -> list[str]:
+def _verdict(plan: JsonMapping) -> list[str]:
     seconds = plan["seconds"]
     slow = (
         ["A step's messages alone take longer than a step at this mfu: expect a lower one (--mfu), or less to send."]

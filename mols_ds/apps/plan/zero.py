@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+
+from pydantic import ValidationError
 
 from mols_ds.apps.plan.live import Gathered, gathered
 from mols_ds.apps.plan.model import Activations
 from mols_ds.apps.plan.optimizers import Weight, state_of_shard
-from mols_ds.apps.plan.parts import Bytes, Footprint, Message, up
+from mols_ds.apps.plan.parts import Bytes, Footprint, Message, Operation, up
+from mols_ds.core.json_types import JsonMapping
+from mols_ds.core.validation import validation_message
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
 REFUSED = {
@@ -40,7 +43,7 @@ LOW_PRECISION = ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16
 
 
 @dataclass(frozen=True)
-class Zero:
+class ZeroPlan:
     """What of a DeepSpeed config decides memory and messages. Sizes are elements unless named bytes."""
 
     stage: int
@@ -50,7 +53,7 @@ class Zero:
     micro_batch: int
     accumulation: int
     optimizer: str
-    optimizer_settings: Mapping[str, Any]
+    optimizer_settings: JsonMapping
     reduce_bucket: int
     double_bucket: bool
     contiguous: bool
@@ -64,7 +67,7 @@ class Zero:
     checkpointing: bool
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], *, checkpointing: bool, hidden: int = 0) -> Zero:
+    def of(cls, config: JsonMapping, *, checkpointing: bool, hidden: int = 0) -> ZeroPlan:
         """From a resolved config; `hidden` is the model's width, which some optimizers take a rank from.
 
         Raises MolsConfigError where DeepSpeed refuses it, MolsUnsupportedError for options that are not known.
@@ -81,6 +84,9 @@ class Zero:
                 raise MolsUnsupportedError(f'plan: "{precision}.{key}" is not known to the plan; leave it out')
         try:
             zero = DeepSpeedZeroConfig(**section)
+        except ValidationError as error:
+            message = validation_message(error, DeepSpeedZeroConfig, "zero_optimization")
+            raise MolsConfigError(f"DeepSpeed refuses {message}") from error
         except ValueError as error:
             raise MolsConfigError(
                 f'"zero_optimization": DeepSpeed refuses it: {" ".join(str(error).split())}'
@@ -111,7 +117,7 @@ class Zero:
             checkpointing=checkpointing,
         )
 
-    def with_stage(self, stage: int) -> Zero:
+    def with_stage(self, stage: int) -> ZeroPlan:
         """Another stage; overlapping messages is the default of stage 3 alone."""
         return replace(self, stage=stage, double_bucket=self.double_bucket and stage in (1, 2))
 
@@ -123,7 +129,7 @@ def _size(name: str) -> int:
     return SIZES[key]
 
 
-def _device(section: Any) -> str:
+def _device(section: object) -> str:
     device = getattr(section, "device", None)
     name = str(getattr(device, "value", device) or "none")
     return "none" if name in ("none", "None") else name
@@ -132,7 +138,7 @@ def _device(section: Any) -> str:
 # ------------------------------------------------------------------ memory
 
 
-def footprint(zero: Zero, weights: Sequence[Weight], ranks: int, activations: Activations) -> Footprint:
+def footprint(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, activations: Activations) -> Footprint:
     """Of the rank that needs most."""
     passing: Bytes = {"activations": activations.kept(zero.checkpointing), "workspace": activations.logits}
     if zero.stage == 0:
@@ -148,17 +154,17 @@ def _numel(weights: Sequence[Weight]) -> int:
     return sum(weight.numel for weight in weights)
 
 
-def _state(zero: Zero, weights: Sequence[Weight], elements: int) -> int:
+def _state(zero: ZeroPlan, weights: Sequence[Weight], elements: int) -> int:
     return state_of_shard(zero.optimizer, zero.optimizer_settings, weights, elements)
 
 
-def _work(zero: Zero, elements: int) -> int:
+def _work(zero: ZeroPlan, elements: int) -> int:
     """Bytes that the optimizer's own arithmetic takes while it steps: torch's Adam, which works on all tensors of a
     list at a time, one fp32 array (the roots of the second moments); DeepSpeed's fused ones none."""
     return 4 * elements if zero.optimizer_settings.get("torch_adam") else 0
 
 
-def _replicated(zero: Zero, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
+def _replicated(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
     """Stage 0: everything on every rank. In 16 bits, fp32 copies of weights, and of gradients while it steps."""
     numel, half = _numel(weights), zero.weight_bytes == 2
     bucket = min(numel, STAGE0_BUCKET) * zero.message_bytes if ranks > 1 else 0
@@ -222,7 +228,7 @@ def _straddling(weights: Sequence[Weight], size: int, partition: int) -> int:
     return largest
 
 
-def _stage1_peak(zero: Zero, weights: Sequence[Weight], part: Partition) -> int:
+def _stage1_peak(zero: ZeroPlan, weights: Sequence[Weight], part: Partition) -> int:
     """Elements of all gradients once this rank begins to keep its own: the buckets so far are gone (in the order of the
     parameters, since stage 1 reduces after the backward pass), and its part is there in full."""
     left, at, begin = _numel(weights), 0, part.rank * part.size
@@ -234,7 +240,7 @@ def _stage1_peak(zero: Zero, weights: Sequence[Weight], part: Partition) -> int:
     return left + part.whole
 
 
-def _stage12(zero: Zero, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
+def _stage12(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
     every = partitions(weights, ranks)
     size, numel = zero.accumulation_bytes, _numel(weights)
     largest = max(weight.numel for weight in weights)
@@ -263,7 +269,7 @@ def _stage12(zero: Zero, weights: Sequence[Weight], ranks: int, passing: Bytes) 
     return Footprint(resident, moments, part.owned, part.owned, name=f"rank {part.rank}")
 
 
-def _stepping(zero: Zero, kept: int, elements: int) -> dict[str, Bytes]:
+def _stepping(zero: ZeroPlan, kept: int, elements: int) -> dict[str, Bytes]:
     """The moments of a step: gradients of `elements` elements, `kept` bytes, are flattened (for a moment in their own
     type too) and converted to fp32; then they alone are left."""
     flat = zero.accumulation_bytes * elements if zero.accumulation_bytes != 4 else 0
@@ -273,7 +279,7 @@ def _stepping(zero: Zero, kept: int, elements: int) -> dict[str, Bytes]:
     }
 
 
-def _offloaded12(zero: Zero, weights: Sequence[Weight], part: Partition, passing: Bytes, buffers: int) -> Footprint:
+def _offloaded12(zero: ZeroPlan, weights: Sequence[Weight], part: Partition, passing: Bytes, buffers: int) -> Footprint:
     """Masters, state and gradients in the host's memory; buffers of the largest parameter on both sides."""
     largest = max(weight.numel for weight in weights) * zero.weight_bytes
     whole = _numel(weights) * zero.accumulation_bytes if zero.stage == 1 else 0
@@ -289,7 +295,7 @@ def _offloaded12(zero: Zero, weights: Sequence[Weight], part: Partition, passing
     return Footprint(resident, moments, part.owned, part.owned, host, name=f"rank {part.rank}")
 
 
-def _bf16_optimizer(zero: Zero, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
+def _bf16_optimizer(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
     """Stage 1 in bf16 with fp32 accumulation: a whole flat fp32 gradient on every rank (runtime/bf16_optimizer.py)."""
     part = max(partitions(weights, ranks), key=lambda p: p.owned)
     resident = {
@@ -306,13 +312,13 @@ def _bf16_optimizer(zero: Zero, weights: Sequence[Weight], ranks: int, passing: 
     return Footprint(resident, moments, part.owned, part.owned)
 
 
-def split_persistent(zero: Zero, weights: Sequence[Weight]) -> tuple[list[Weight], list[Weight]]:
+def split_persistent(zero: ZeroPlan, weights: Sequence[Weight]) -> tuple[list[Weight], list[Weight]]:
     """(parameters that every rank keeps whole as well, the others): below `param_persistence_threshold`."""
     small = [weight for weight in weights if weight.numel <= zero.persistence]
     return small, [weight for weight in weights if weight.numel > zero.persistence]
 
 
-def gathers(zero: Zero, weights: Sequence[Weight], layers: int) -> Gathered:
+def gathers(zero: ZeroPlan, weights: Sequence[Weight], layers: int) -> Gathered:
     """Of one micro-step at stage 3."""
     return gathered(
         split_persistent(zero, weights)[1],
@@ -324,7 +330,7 @@ def gathers(zero: Zero, weights: Sequence[Weight], layers: int) -> Gathered:
     )
 
 
-def _stage3(zero: Zero, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
+def _stage3(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
     part = sum(-(-weight.numel // ranks) for weight in weights)
     owned = max(sum(max(0, min(-(-w.numel // ranks), w.numel)) for w in weights), 1)
     small, _ = split_persistent(zero, weights)
@@ -366,13 +372,13 @@ def _stage3(zero: Zero, weights: Sequence[Weight], ranks: int, passing: Bytes) -
 # ------------------------------------------------------------------ messages
 
 
-def messages(zero: Zero, weights: Sequence[Weight], ranks: int, inside: bool, layers: int) -> list[Message]:
+def messages(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, inside: bool, layers: int) -> list[Message]:
     """What a rank sends in one step. A step that only measures skips what comes after the gradients."""
     if ranks == 1:
         return []
     numel, size = _numel(weights), zero.message_bytes
 
-    def message(what: str, operation: Any, calls: int, total: int, *, measuring: int | None = None) -> Message:
+    def message(what: str, operation: Operation, calls: int, total: int, *, measuring: int | None = None) -> Message:
         return Message(what, operation, "data", ranks, calls, total, inside, total if measuring is None else measuring)
 
     if zero.stage == 0:

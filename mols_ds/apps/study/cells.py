@@ -6,11 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
 
 from mols_ds.apps.study.curves import Band
 from mols_ds.apps.study.paired import Difference
-from mols_ds.apps.study.relative import Cost
+from mols_ds.apps.study.relative import RelativeCost
 from mols_ds.apps.study.summary import ArmRow
 
 
@@ -52,7 +51,7 @@ def speed_up_text(row: ArmRow) -> str:
     return f"{row.speed_up:.2f}{charged}"
 
 
-def step_text(cost: Cost) -> str:
+def step_text(cost: RelativeCost) -> str:
     """Median ratio and quartiles; `~`: not taken in turns."""
     if cost.step is None:
         return "-"
@@ -60,7 +59,7 @@ def step_text(cost: Cost) -> str:
     return f"{'' if cost.in_turns else '~'}{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def memory_text(cost: Cost) -> str:
+def memory_text(cost: RelativeCost) -> str:
     """Ratio, and MiB that MoLS holds besides while it measures."""
     if cost.memory_ratio is None:
         return "-"
@@ -76,7 +75,7 @@ def alpha_text(value: Band | None) -> str:
     return middle if low == high else f"{middle} [{low}, {high}]"
 
 
-def compact(value: Any) -> str:
+def compact(value: object) -> str:
     """A setting in one line; empty for one that is not set. Of an absolute path only the name is shown."""
     if value is None or value == {} or value == [] or value == "":
         return ""

@@ -19,14 +19,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mols_ds.apps.study.runs import Chosen, Run, Store, StudyResults, collect, needed
+from mols_ds.apps.study.runs import Chosen, Store, StudyResults, StudyRun, collect, needed
 from mols_ds.apps.study.spec import Study, load_study
+from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import versions
-from mols_ds.errors import MolsConfigError, MolsError
+from mols_ds.errors import MolsConfigError
+from mols_ds.training.cli_utils import FAILED, Parser, run_program
 
-USER_MISTAKE, FAILED = 2, 1
+if TYPE_CHECKING:
+    from mols_ds.apps.study.workers import Failure, Task
+
 MOST_JOBS = 4
 
 
@@ -55,13 +59,13 @@ def compare(args: argparse.Namespace) -> int:
     _prepare(study, out)
     store = Store(study, out)
     command = f"mols-ds compare {args.study}" + ("" if args.out is None else f" --out {args.out}")
-    failures: list[Any] = []
+    failures: list[Failure] = []
     if not args.report_only:
         failures = _launched(study, store) if launched else _here(study, store, args.jobs or default_jobs())
     if int(os.environ.get("RANK", "0")) == 0:
         report(collect(study, store), out, command)
         for failure in failures:
-            print(f"mols-ds: {failure.run.label} failed: {failure.why}", file=sys.stderr)
+            print(f"mols-ds: {failure.run.label} failed: {failure.why}", file=sys.stderr)  # may be a traceback
     if launched and not args.report_only:
         _leave()
     return FAILED if failures else 0
@@ -69,14 +73,10 @@ def compare(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m mols_ds.study`: the command as a launcher starts it on every rank."""
-    parser = argparse.ArgumentParser(prog="mols_ds.apps.study", description=__doc__)
+    parser = Parser(prog="mols_ds.apps.study", description=__doc__)
     add_arguments(parser)
-    try:
-        return compare(parser.parse_args(argv))
-    except MolsError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"mols-ds: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return USER_MISTAKE
+    silent = int(os.environ.get("RANK", "0")) != 0  # rank 0 meets the same mistake
+    return run_program("mols-ds", lambda: compare(parser.parse_args(argv)), silent=silent)
 
 
 def default_jobs() -> int:
@@ -114,7 +114,7 @@ def _prepare(study: Study, out: Path) -> None:
 PACKAGES = ("deepspeed", "transformers", "pytorch-optimizer", "bitsandbytes")
 
 
-def machine() -> dict[str, Any]:
+def machine() -> JsonObject:
     """What the runs are made on, without its name."""
     from deepspeed.accelerator import get_accelerator
 
@@ -142,8 +142,8 @@ class _Lines:
         self.finished = 0
         self.began = time.monotonic()
 
-    def __call__(self, task: Any, result: dict[str, Any]) -> None:
-        if not isinstance(task, Run):
+    def __call__(self, task: Task, result: JsonObject) -> None:
+        if not isinstance(task, StudyRun):
             self.store.save_cost(task.run, result)
             ratio, memory = result["step_ratio"][0], result["memory_ratio"]
             print(f"cost of {task.run.model} {task.run.arm}: step x {ratio:.3f}, memory x {memory:.3f}", flush=True)
@@ -161,9 +161,9 @@ class _Lines:
         )
 
 
-def _costs_wanted(study: Study, store: Store) -> list[Any]:
+def _costs_wanted(study: Study, store: Store) -> list[Task]:
     """The arms whose step has not been timed at the settings that were chosen for them, after all runs."""
-    from mols_ds.apps.study.workers import Cost
+    from mols_ds.apps.study.workers import CostTask
 
     if not study.costs:
         return []
@@ -171,22 +171,22 @@ def _costs_wanted(study: Study, store: Store) -> list[Any]:
     if todo:
         return []
     known = store.costs()
-    wanted = []
+    wanted: list[Task] = []
     for (model, arm), best in chosen.items():
-        run = Run(model, arm, best.values, study.seeds[0])
+        run = StudyRun(model, arm, best.values, study.seeds[0])
         base = chosen.get((model, study.baseline))
         done = known.get(model, {}).get(arm, {}).get("run") == store.key(run)
         if base is not None and store.load(run) is not None and not done:
-            wanted.append(Cost(Run(model, study.baseline, base.values, study.seeds[0]), run))
+            wanted.append(CostTask(StudyRun(model, study.baseline, base.values, study.seeds[0]), run))
     return wanted
 
 
-def _here(study: Study, store: Store, jobs: int) -> list[Any]:
+def _here(study: Study, store: Store, jobs: int) -> list[Failure]:
     """Every run in processes of this machine, then the costs one at a time."""
     from mols_ds.apps.study.workers import Pool, runs_wanted
 
     lines = _Lines(study, store)
-    failures: list[Any] = []
+    failures: list[Failure] = []
     if runs_wanted(study, store):
         pool = Pool(study, store, jobs)
         try:
@@ -202,15 +202,15 @@ def _here(study: Study, store: Store, jobs: int) -> list[Any]:
     return failures
 
 
-def _launched(study: Study, store: Store) -> list[Any]:
+def _launched(study: Study, store: Store) -> list[Failure]:
     """Every run on all ranks of this job together."""
-    from mols_ds.apps.study.work import Machine, Worker
+    from mols_ds.apps.study.work import RankInfo, Worker
     from mols_ds.apps.study.workers import quiet_engines, runs_wanted, together
-    from mols_ds.training.cli_utils import start_ranks
+    from mols_ds.training.ranks import start_ranks
 
     rank, world = start_ranks()
     quiet_engines()
-    worker = Worker(study, store, Machine(rank, world))
+    worker = Worker(study, store, RankInfo(rank, world))
     lines = _Lines(study, store)
     failures = together(worker, lambda: runs_wanted(study, store), lines)
     return failures + together(worker, lambda: _costs_wanted(study, store), lines)

@@ -6,22 +6,25 @@ import gc
 import statistics
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from mols_ds.apps.study.runs import Run
+from mols_ds.apps.study.runs import StudyRun
 from mols_ds.core.groups import is_scaled
+from mols_ds.core.json_types import JsonObject
 
 if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
     from mols_ds.apps.study.work import Worker
 
 ROUNDS, WARM_UP = 15, 4
 HOW = "bytes of the live tensors of one rank: weights, gradients, optimizer state with fp32 copies; no activations"
 
 
-def measure(worker: Worker, baseline: Run, run: Run) -> dict[str, Any]:
+def measure(worker: Worker, baseline: StudyRun, run: StudyRun) -> JsonObject:
     """Step time and memory of an arm over the baseline's, at their tuned settings and after the calibration.
 
     Both engines take steps in turns on the same batches, so that a machine that becomes slower does so for both: the
@@ -56,7 +59,7 @@ def measure(worker: Worker, baseline: Run, run: Run) -> dict[str, Any]:
     }
 
 
-def _engine(worker: Worker, run: Run, *, calibrating: bool = False) -> Any:
+def _engine(worker: Worker, run: StudyRun, *, calibrating: bool = False) -> DeepSpeedEngine:
     """An engine of this run's arm; with MoLS past its calibration (the run's own alphas), or at the start of one."""
     import mols_ds
 
@@ -77,7 +80,7 @@ def _engine(worker: Worker, run: Run, *, calibrating: bool = False) -> Any:
     return engine
 
 
-def _step(engine: Any, batches: Iterable[torch.Tensor]) -> float:
+def _step(engine: DeepSpeedEngine, batches: Iterable[torch.Tensor]) -> float:
     get_accelerator().synchronize()
     began = time.perf_counter()
     for ids in batches:
@@ -87,7 +90,7 @@ def _step(engine: Any, batches: Iterable[torch.Tensor]) -> float:
     return time.perf_counter() - began
 
 
-def _accumulators(worker: Worker, run: Run) -> int:
+def _accumulators(worker: Worker, run: StudyRun) -> int:
     """Bytes of this rank's accumulators during the calibration; 0 without one."""
     section = worker.config(run, worker.store.out).get("mols")
     if section is None or section.get("mode") == "moments" or section.get("fixed_alphas"):
@@ -103,7 +106,7 @@ def _accumulators(worker: Worker, run: Run) -> int:
     return held
 
 
-def live_bytes(engine: Any, batches: list[torch.Tensor]) -> int:
+def live_bytes(engine: DeepSpeedEngine, batches: list[torch.Tensor]) -> int:
     """Bytes of weights, gradients (between backward and step) and optimizer state of this rank, each storage once."""
     *head, last = batches
     for ids in head:
@@ -114,7 +117,7 @@ def live_bytes(engine: Any, batches: list[torch.Tensor]) -> int:
     inner = getattr(outer, "optimizer", outer)
     storages: dict[int, int] = {}
 
-    def add(value: Any) -> None:
+    def add(value: object) -> None:
         if isinstance(value, torch.Tensor):
             inside = getattr(value, "__tensor_flatten__", None)
             if inside is not None:

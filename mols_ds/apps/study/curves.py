@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-Run = Mapping[str, Any]
+from mols_ds.core.json_types import JsonMapping
+
+if TYPE_CHECKING:
+    from mols_ds.apps.study.spec import Values
+
+RunResult = JsonMapping
 """The result of one run, as its JSON file holds it."""
 
 
@@ -62,7 +67,7 @@ class Sensitivity:
     chosen: float
 
 
-def final_loss(run: Run) -> float:
+def final_loss(run: RunResult) -> float:
     """Final validation loss in nats a token; infinite where the run diverged."""
     value = run["val_loss"]
     return math.inf if value is None or not math.isfinite(value) else float(value)
@@ -78,7 +83,7 @@ def geometric(values: Sequence[float]) -> Band:
     return Band(math.exp(math.fsum(map(math.log, values)) / len(values)), min(values), max(values))
 
 
-def validation_curve(runs: Iterable[Run]) -> Curve:
+def validation_curve(runs: Iterable[RunResult]) -> Curve:
     """The mean curve of one arm's seeds. Each seed's ends with its final loss, if its evaluations do not."""
     curves = [_points(run) for run in runs]
     if not curves:
@@ -96,7 +101,7 @@ def validation_curve(runs: Iterable[Run]) -> Curve:
     return Curve(tokens, loss)
 
 
-def _points(run: Run) -> tuple[dict[int, float], float]:
+def _points(run: RunResult) -> tuple[dict[int, float], float]:
     """Evaluations of one run, tokens -> loss, and its final loss."""
     curve = run.get("val_curve") or {}
     values = zip(curve.get("tokens", ()), curve.get("loss", ()), strict=True)
@@ -124,7 +129,7 @@ def tokens_to_reach(curve: Curve, target: float) -> float | None:
     return None
 
 
-def sensitivity(losses: Mapping[tuple[tuple[str, Any], ...], float], chosen: Mapping[str, Any]) -> Sensitivity | None:
+def sensitivity(losses: Mapping[Values, float], chosen: JsonMapping) -> Sensitivity | None:
     """Loss over rate from every candidate tried; None where no setting is called `lr`."""
     best: dict[float, float] = {}
     for values, loss in losses.items():
@@ -142,13 +147,13 @@ def kind_of(group: str) -> str:
     return group.split(".", 1)[0]
 
 
-def snr_curves(runs: Sequence[Run]) -> dict[str, SnrCurve]:
+def snr_curves(runs: Sequence[RunResult]) -> dict[str, SnrCurve]:
     """The SNR curves of one arm, by estimator as far as its runs have them; empty where none has any."""
     found = {name: snr_curve(runs, key) for name, key in SNR_SERIES.items()}
     return {name: curve for name, curve in found.items() if curve is not None}
 
 
-def snr_curve(runs: Iterable[Run], key: str = "groups") -> SnrCurve | None:
+def snr_curve(runs: Iterable[RunResult], key: str = "groups") -> SnrCurve | None:
     """Join the readings `run["snr"][key]` of one arm's seeds; None where no run has any.
 
     Readings of zero and less (no signal above the noise floor) or of null have no place on a logarithmic axis: they

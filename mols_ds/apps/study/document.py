@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mols_ds.apps.study.cells import (
     alpha_text,
@@ -22,13 +21,14 @@ from mols_ds.apps.study.cells import (
     step_text,
 )
 from mols_ds.apps.study.summary import ENOUGH_SEEDS, Summary, group_order, setting_text
+from mols_ds.core.json_types import JsonMapping
 
 MAX_LISTED = 6
 """Up to this many missing runs of an arm are named one by one; of more, the number is told."""
 
 
 @dataclass(frozen=True, slots=True)
-class Heading:
+class HeadingBlock:
     """level 1 is the title."""
 
     level: int
@@ -36,7 +36,7 @@ class Heading:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class TextBlock:
     """A paragraph; `warning`: something that limits the whole report."""
 
     text: str
@@ -44,14 +44,14 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Bullets:
+class ListBlock:
     """An unordered list."""
 
     items: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class TableBlock:
     """`command` made it and stands above it. The columns whose heads are in `words` are read as text, others lined up
     as numbers."""
 
@@ -70,46 +70,46 @@ class Picture:
     caption: str
 
 
-Block = Heading | Text | Bullets | Table | Picture
+Block = HeadingBlock | TextBlock | ListBlock | TableBlock | Picture
 WORDS = frozenset({"arm", "compared with", "model", "tuned settings", "notes", "setting", "value", "about", "settings"})
 
 
 def build(
     summary: Summary,
-    study: Mapping[str, Any],
+    study: JsonMapping,
     command: str,
     pictures: Sequence[Picture],
-    facts: Mapping[str, Any] | None = None,
+    facts: JsonMapping | None = None,
 ) -> list[Block]:
     """All blocks of the report in their order.
 
     `pictures`: what was drawn; empty where matplotlib is missing. `facts`: further settings, such as the machine.
     """
     drawn = {picture.file: picture for picture in pictures}
-    blocks: list[Block] = [Heading(1, f"Study {summary.name}")]
+    blocks: list[Block] = [HeadingBlock(1, f"Study {summary.name}")]
     if study.get("about"):
-        blocks.append(Text(" ".join(str(study["about"]).split())))
+        blocks.append(TextBlock(" ".join(str(study["about"]).split())))
     blocks += _status(summary)
-    blocks += [Heading(2, "In short"), Bullets(_in_short(summary))]
-    blocks += [Heading(2, "Final validation loss"), Text(_result_text(summary))]
+    blocks += [HeadingBlock(2, "In short"), ListBlock(_in_short(summary))]
+    blocks += [HeadingBlock(2, "Final validation loss"), TextBlock(_result_text(summary))]
     for model in summary.models:
-        blocks += [Heading(3, _model_title(summary, model)), *_result_table(summary, model, command)]
+        blocks += [HeadingBlock(3, _model_title(summary, model)), *_result_table(summary, model, command)]
     blocks += [*_pair_blocks(summary, command), *_take(drawn, "forest")]
-    blocks += [Heading(2, "Loss over tokens"), *_take(drawn, "curves")] if _has(drawn, "curves") else []
-    blocks += [Heading(2, "How each arm was tuned"), Text(_tuning_text(summary))]
+    blocks += [HeadingBlock(2, "Loss over tokens"), *_take(drawn, "curves")] if _has(drawn, "curves") else []
+    blocks += [HeadingBlock(2, "How each arm was tuned"), TextBlock(_tuning_text(summary))]
     for model in summary.models:
-        blocks += [Heading(3, model), *_tuning_table(summary, model, command), *_take(drawn, f"{model}-lr")]
+        blocks += [HeadingBlock(3, model), *_tuning_table(summary, model, command), *_take(drawn, f"{model}-lr")]
     if _has(drawn, "snr"):
-        blocks += [Heading(2, "Signal-to-noise ratio over training"), Text(SNR_TEXT), *_take(drawn, "snr")]
+        blocks += [HeadingBlock(2, "Signal-to-noise ratio over training"), TextBlock(SNR_TEXT), *_take(drawn, "snr")]
     if summary.alphas:
-        blocks += [Heading(2, "Alphas by model"), Text(ALPHA_TEXT), _alpha_table(summary, command)]
+        blocks += [HeadingBlock(2, "Alphas by model"), TextBlock(ALPHA_TEXT), _alpha_table(summary, command)]
         blocks += _take(drawn, "alphas")
     blocks += [
-        Heading(2, "What was run"),
+        HeadingBlock(2, "What was run"),
         _settings_table(summary, {**study, **(facts or {})}, command),
         _arms_table(summary, study, command),
     ]
-    blocks += [Heading(2, "Before you rely on it"), Bullets(_limits(summary))]
+    blocks += [HeadingBlock(2, "Before you rely on it"), ListBlock(_limits(summary))]
     return blocks
 
 
@@ -139,13 +139,13 @@ def _status(summary: Summary) -> list[Block]:
     blocks: list[Block] = []
     if summary.missing or summary.absent:
         text = f"**This study is not complete**: {len(summary.missing)} runs could start now and are missing. What "
-        blocks.append(Text(text + "follows is what has finished; the same command goes on.", warning=True))
-        blocks.append(Bullets(_missing(summary)))
+        blocks.append(TextBlock(text + "follows is what has finished; the same command goes on.", warning=True))
+        blocks.append(ListBlock(_missing(summary)))
     pairs = [row.difference.pairs for row in summary.rows if row.difference is not None]
     fewest = min([len(summary.seeds), *pairs])
     if fewest < ENOUGH_SEEDS:
         text = f"**Fewer than {ENOUGH_SEEDS} evaluation seeds** ({fewest}): the intervals are not to be relied on."
-        blocks.append(Text(text, warning=True))
+        blocks.append(TextBlock(text, warning=True))
     return blocks
 
 
@@ -235,7 +235,7 @@ RESULT_HEAD += ("p", "won", "speed-up", "step time", "memory", "notes")
 
 def _result_table(summary: Summary, model: str, command: str) -> list[Block]:
     if not summary.of(model):
-        return [Text("No arm has a result on it yet.")]
+        return [TextBlock("No arm has a result on it yet.")]
     rows = []
     for row in summary.of(model):
         difference = "baseline" if row.baseline else difference_text(row.difference)
@@ -245,7 +245,7 @@ def _result_table(summary: Summary, model: str, command: str) -> list[Block]:
         cells += [difference, p_text(row.adjusted), won, speed_up_text(row)]
         cells += [step_text(row.cost), memory_text(row.cost), "; ".join(row.notes)]
         rows.append(cells)
-    return [Table(command, RESULT_HEAD, rows, WORDS)]
+    return [TableBlock(command, RESULT_HEAD, rows, WORDS)]
 
 
 def _pair_blocks(summary: Summary, command: str) -> list[Block]:
@@ -259,7 +259,7 @@ def _pair_blocks(summary: Summary, command: str) -> list[Block]:
         for row, difference in found
     ]
     head = ("model", "arm", "compared with", "difference", "won")
-    return [Heading(3, "Arm against arm"), Text(text), Table(command, head, rows, WORDS)]
+    return [HeadingBlock(3, "Arm against arm"), TextBlock(text), TableBlock(command, head, rows, WORDS)]
 
 
 def _tuning_text(summary: Summary) -> str:
@@ -274,32 +274,32 @@ def _tuning_table(summary: Summary, model: str, command: str) -> list[Block]:
     found = summary.sensitivity.get(model, {})
     rates = sorted({rate for curve in found.values() for rate in curve.rates})
     if not rates:
-        return [Text("No arm has been tuned on it yet.")]
+        return [TextBlock("No arm has been tuned on it yet.")]
     rows = []
     for arm, curve in found.items():
         at = dict(zip(curve.rates, curve.losses, strict=True))
         cells = [loss_text(at[rate]) if rate in at else "" for rate in rates]
         rows.append([arm, *(f"**{c}**" if rate == curve.chosen else c for rate, c in zip(rates, cells, strict=True))])
-    return [Table(command, ["arm", *(f"{rate:g}" for rate in rates)], rows, WORDS)]
+    return [TableBlock(command, ["arm", *(f"{rate:g}" for rate in rates)], rows, WORDS)]
 
 
-def _alpha_table(summary: Summary, command: str) -> Table:
+def _alpha_table(summary: Summary, command: str) -> TableBlock:
     groups = group_order(group for row in summary.alphas for group in row.alphas)
     rows = []
     for row in summary.alphas:
         weights = f"{row.weights:,}" if row.weights else "-"
         cells = [alpha_text(row.alphas.get(group)) + "*" * (group in row.clamped) for group in groups]
         rows.append([row.arm, row.model, weights, str(row.seeds), *cells])
-    return Table(command, ["arm", "model", "weights", "seeds", *groups], rows, WORDS)
+    return TableBlock(command, ["arm", "model", "weights", "seeds", *groups], rows, WORDS)
 
 
-def _settings_table(summary: Summary, study: Mapping[str, Any], command: str) -> Table:
+def _settings_table(summary: Summary, study: JsonMapping, command: str) -> TableBlock:
     rows = [["models", ", ".join(_model_title(summary, model) for model in summary.models)]]
     rows += [[key, compact(value)] for key, value in study.items() if key not in ("arms", "models", "about", "name")]
-    return Table(command, ["setting", "value"], [row for row in rows if row[1]], WORDS)
+    return TableBlock(command, ["setting", "value"], [row for row in rows if row[1]], WORDS)
 
 
-def _arms_table(summary: Summary, study: Mapping[str, Any], command: str) -> Table:
+def _arms_table(summary: Summary, study: JsonMapping, command: str) -> TableBlock:
     rows = []
     for arm in summary.arms:
         settings = dict(study.get("arms", {}).get(arm) or {})
@@ -308,7 +308,7 @@ def _arms_table(summary: Summary, study: Mapping[str, Any], command: str) -> Tab
         if settings.get("mols") == {}:
             shown["mols"] = "{}"  # the defaults, which is not the same as none
         rows.append([arm, about, ", ".join(f"{key} {text}" for key, text in shown.items() if text)])
-    return Table(command, ["arm", "about", "settings"], rows, WORDS)
+    return TableBlock(command, ["arm", "about", "settings"], rows, WORDS)
 
 
 def _limits(summary: Summary) -> list[str]:

@@ -7,7 +7,7 @@ import html
 import re
 from collections.abc import Iterable, Mapping
 
-from mols_ds.apps.study.document import Block, Bullets, Heading, Picture, Table, Text
+from mols_ds.apps.study.document import Block, HeadingBlock, ListBlock, Picture, TableBlock, TextBlock
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --faint: #5d6573; --paper: #ffffff; --line: #d9dde3;
@@ -48,13 +48,13 @@ figcaption { color: var(--faint); font-size: 0.9rem; margin-top: 0.4rem; max-wid
 def page(blocks: Iterable[Block], images: Mapping[str, bytes]) -> str:
     """The whole HTML text. `images`: PNG file name -> its bytes; a picture without bytes is left out."""
     every = list(blocks)
-    title = next((block.text for block in every if isinstance(block, Heading) and block.level == 1), "Study")
-    sections = [block.text for block in every if isinstance(block, Heading) and block.level == 2]
+    title = next((block.text for block in every if isinstance(block, HeadingBlock) and block.level == 1), "Study")
+    sections = [block.text for block in every if isinstance(block, HeadingBlock) and block.level == 2]
     links = "".join(f'<a href="#{_anchor(text)}">{html.escape(text)}</a>' for text in sections)
     body: list[str] = []
     for block in every:
         body.append(_block(block, images))
-        if isinstance(block, Heading) and block.level == 1 and links:
+        if isinstance(block, HeadingBlock) and block.level == 1 and links:
             body.append(f'<nav aria-label="Sections">{links}</nav>')
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -78,13 +78,13 @@ def _anchor(text: str) -> str:
 
 def _block(block: Block, images: Mapping[str, bytes]) -> str:
     match block:
-        case Heading(level, text):
+        case HeadingBlock(level, text):
             return f'<h{level} id="{_anchor(text)}">{html.escape(text)}</h{level}>'
-        case Text(text, warning):
+        case TextBlock(text, warning):
             return f'<p class="warning" role="note">{inline(text)}</p>' if warning else f"<p>{inline(text)}</p>"
-        case Bullets(items):
+        case ListBlock(items):
             return "<ul>\n" + "\n".join(f"<li>{inline(item)}</li>" for item in items) + "\n</ul>"
-        case Table():
+        case TableBlock():
             return _table(block)
         case Picture(file, title, caption):
             if file not in images:
@@ -96,7 +96,7 @@ def _block(block: Block, images: Mapping[str, bytes]) -> str:
             return f"<figure>{source}\n<figcaption>{below}</figcaption></figure>"
 
 
-def _table(table: Table) -> str:
+def _table(table: TableBlock) -> str:
     kinds = [' class="word"' if head in table.words else "" for head in table.head]
     head = "".join(f'<th scope="col"{kind}>{inline(text)}</th>' for kind, text in zip(kinds, table.head, strict=True))
     rows = []

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from mols_ds.core.json_types import JsonMapping
 
 PARTS = ("weights", "gradients", "optimizer")
 
-Runs = Mapping[int, Mapping[str, Any]]
+Runs = Mapping[int, JsonMapping]
 """An arm's evaluation runs on one model: seed -> result."""
 
 
-class Cost(NamedTuple):
+class RelativeCost(NamedTuple):
     """Wall-clock and memory of a step relative to the baseline.
 
     step: median and quartiles of the paired ratios; step_seconds: the arm's own. memory_bytes, memory_ratio: of what
@@ -29,12 +31,12 @@ class Cost(NamedTuple):
     in_turns: bool
 
 
-def relative_cost(measured: Mapping[str, Any] | None, runs: Runs, baseline: Runs) -> Cost:
+def relative_cost(measured: JsonMapping | None, runs: Runs, baseline: Runs) -> RelativeCost:
     """From the cost measurement if there is one, else from the runs of both arms, paired by seed."""
     if not measured:
         return _from_runs(runs, baseline)
     ratio = measured.get("step_ratio")
-    return Cost(
+    return RelativeCost(
         step=(float(ratio[0]), float(ratio[1]), float(ratio[2])) if ratio else None,
         step_seconds=measured.get("step_seconds"),
         memory_bytes=measured.get("memory_bytes"),
@@ -45,7 +47,7 @@ def relative_cost(measured: Mapping[str, Any] | None, runs: Runs, baseline: Runs
     )
 
 
-def _from_runs(runs: Runs, baseline: Runs) -> Cost:
+def _from_runs(runs: Runs, baseline: Runs) -> RelativeCost:
     seconds = {seed: run.get("step_seconds") for seed, run in runs.items()}
     known = [value for value in seconds.values() if value is not None]
     peaks = all(memory_bytes(run, True) is not None for run in [*runs.values(), *baseline.values()])
@@ -54,7 +56,7 @@ def _from_runs(runs: Runs, baseline: Runs) -> Cost:
     found = [value for value in sizes.values() if value is not None]
     held = [value for run in runs.values() if (value := (run.get("memory") or {}).get("accumulators")) is not None]
     how = "peak of the process" if peaks else "weights, gradients and optimizer state"
-    return Cost(
+    return RelativeCost(
         step=ratios(seconds, {seed: run.get("step_seconds") for seed, run in baseline.items()}),
         step_seconds=statistics.median(known) if known else None,
         memory_bytes=statistics.median(found) if found else None,
@@ -65,7 +67,7 @@ def _from_runs(runs: Runs, baseline: Runs) -> Cost:
     )
 
 
-def memory_bytes(run: Mapping[str, Any], peak: bool) -> float | None:
+def memory_bytes(run: JsonMapping, peak: bool) -> float | None:
     """Bytes of a run: its peak, or weights, gradients and optimizer state together; None where that is not known."""
     memory = run.get("memory") or {}
     parts = [memory.get(part) for part in (("peak",) if peak else PARTS)]

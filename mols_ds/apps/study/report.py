@@ -7,15 +7,16 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mols_ds.apps.study.curves import final_loss
-from mols_ds.apps.study.document import Block, Bullets, Heading, Picture, Table, Text, build
+from mols_ds.apps.study.document import Block, HeadingBlock, ListBlock, Picture, TableBlock, TextBlock, build
 from mols_ds.apps.study.page import page
 from mols_ds.apps.study.summary import Summary, group_order, summarise, to_json
 from mols_ds.core.files import write_whole
+from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.errors import MolsConfigError, MolsWarning
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def write_report(results: StudyResults, out: Path, command: str = COMMAND) -> li
         ) from error
 
 
-def made_on(out: Path) -> dict[str, Any]:
+def made_on(out: Path) -> JsonObject:
     """Machine and versions of the newest call, out of OUT/study.json; empty where that file is not there or damaged."""
     try:
         content = json.loads((out / "study.json").read_text("utf-8"))
@@ -99,15 +100,15 @@ def markdown(blocks: Iterable[Block]) -> str:
 
 def _markdown(block: Block) -> str:
     match block:
-        case Heading(level, text):
+        case HeadingBlock(level, text):
             return f"{'#' * level} {text}"
-        case Text(text, warning):
+        case TextBlock(text, warning):
             return f"> {text}" if warning else text
-        case Bullets(items):
+        case ListBlock(items):
             return "\n".join(f"- {item}" for item in items)
         case Picture(file, title, caption):
             return f"![{title}]({file})\n\n*{title}.* {caption}"
-        case Table(command, head, rows, words):
+        case TableBlock(command, head, rows, words):
             lines = [
                 f"`{command}`",
                 "",
@@ -124,7 +125,7 @@ def _line(cells: Sequence[str]) -> str:
 # ---------------------------------------------------------------------- CSV
 
 
-def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+def csv_text(records: Sequence[JsonMapping]) -> str:
     """One line a record; the columns are the records' keys in the order of their first appearance."""
     columns = list(dict.fromkeys(key for record in records for key in record))
     buffer = io.StringIO()
@@ -134,14 +135,14 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
     return buffer.getvalue()
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     """Floats in full, infinity as `inf`, yes and no as 1 and 0, what is not known as nothing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return int(value) if isinstance(value, bool) else value
 
 
-def run_records(results: StudyResults) -> list[dict[str, Any]]:
+def run_records(results: StudyResults) -> list[JsonObject]:
     """results.csv: one record a finished run, tuning runs too, sorted by model, arm, settings and seed."""
     study = results.study
     settings = sorted({name for run in results.runs for name, _ in run.values})
@@ -174,7 +175,7 @@ def run_records(results: StudyResults) -> list[dict[str, Any]]:
     return records
 
 
-def table_records(summary: Summary) -> list[dict[str, Any]]:
+def table_records(summary: Summary) -> list[JsonObject]:
     """table.csv: one record an arm and model, as in the main table."""
     records = []
     alphas = {(row.model, row.arm): row.alphas for row in summary.alphas}
@@ -182,7 +183,7 @@ def table_records(summary: Summary) -> list[dict[str, Any]]:
     for row in summary.rows:
         difference, cost = row.difference, row.cost
         ppl, mine = row.perplexity, alphas.get((row.model, row.arm), {})
-        record: dict[str, Any] = {"model": row.model, "arm": row.arm, "baseline": row.baseline}
+        record: JsonObject = {"model": row.model, "arm": row.arm, "baseline": row.baseline}
         record |= {"values": json.dumps(row.values), "tried": row.tried, "edge": row.edge}
         record |= {"seeds": len(row.losses), "seeds_planned": row.planned, "diverged": row.diverged}
         record |= {"loss_mean": row.mean, "loss_sd": row.sd}

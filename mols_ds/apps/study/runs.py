@@ -10,20 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mols_ds.apps.study.spec import Study, Value, Values
 from mols_ds.core.files import write_whole
+from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.errors import MolsConfigError
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Run:
+class StudyRun:
     """One training: model, arm, tuned settings and seed."""
 
     model: str
@@ -59,25 +60,25 @@ class Chosen(NamedTuple):
 class StudyResults:
     """What a report is made of."""
 
-    study: dict[str, Any]
+    study: JsonObject
     baseline: str
-    runs: dict[Run, dict[str, Any]]
+    runs: dict[StudyRun, JsonObject]
     chosen: dict[tuple[str, str], Chosen]
-    costs: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    missing: list[Run] = field(default_factory=list)
+    costs: dict[str, dict[str, JsonObject]] = field(default_factory=dict)
+    missing: list[StudyRun] = field(default_factory=list)
 
 
 def _short(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def arm_config(study: Study, arm: str, values: Values) -> dict[str, Any]:
+def arm_config(study: Study, arm: str, values: Values) -> JsonObject:
     """The DeepSpeed config of an arm at given tuned settings, batch sizes left to `mols_ds.training.ds_config.resolve`.
 
     fp32 and ZeRO stage 0, unless the study or the arm says otherwise.
     """
     spec = study.arms[arm]
-    config: dict[str, Any] = {"zero_optimization": {"stage": 0}, "gradient_clipping": study.clip}
+    config: JsonObject = {"zero_optimization": {"stage": 0}, "gradient_clipping": study.clip}
     config["train_batch_size"] = study.batch.sequences
     if study.batch.micro is not None:
         config["train_micro_batch_size_per_gpu"] = study.batch.micro
@@ -102,7 +103,7 @@ def arm_config(study: Study, arm: str, values: Values) -> dict[str, Any]:
     return config
 
 
-def _merge(into: dict[str, Any], extra: Mapping[str, Any]) -> None:
+def _merge(into: JsonObject, extra: JsonMapping) -> None:
     for key, value in json.loads(json.dumps(dict(extra))).items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)
@@ -116,7 +117,7 @@ class Store:
     def __init__(self, study: Study, out: Path) -> None:
         self.study, self.out = study, out
 
-    def key(self, run: Run) -> str:
+    def key(self, run: StudyRun) -> str:
         """Label and hash of a run: its file name without suffix."""
         study = self.study
         state = [
@@ -135,15 +136,15 @@ class Store:
         digest = hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=6).hexdigest()
         return f"{run.label}-{digest}"
 
-    def file(self, run: Run) -> Path:
+    def file(self, run: StudyRun) -> Path:
         """Where the result of a finished run is."""
         return self.out / "runs" / f"{self.key(run)}.json"
 
-    def folder(self, run: Run) -> Path:
+    def folder(self, run: StudyRun) -> Path:
         """What a run writes while it trains; removed when its result is there."""
         return self.out / "running" / self.key(run)
 
-    def load(self, run: Run) -> dict[str, Any] | None:
+    def load(self, run: StudyRun) -> JsonObject | None:
         """The result of a run, or None if it has not finished. Raises MolsConfigError for a file that is damaged."""
         file = self.file(run)
         if not file.is_file():
@@ -155,25 +156,25 @@ class Store:
         assert isinstance(result, dict)
         return result
 
-    def save(self, run: Run, result: Mapping[str, Any]) -> None:
+    def save(self, run: StudyRun, result: JsonMapping) -> None:
         """Write a finished run, complete or not at all."""
         file = self.file(run)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(result) + "\n")
 
-    def costs(self) -> dict[str, dict[str, dict[str, Any]]]:
+    def costs(self) -> dict[str, dict[str, JsonObject]]:
         """Model -> arm -> what `costs.measure` found, and the key of the "run" that it was found for."""
         file = self.out / "costs.json"
-        found: dict[str, dict[str, dict[str, Any]]] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        found: dict[str, dict[str, JsonObject]] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         return found
 
-    def save_cost(self, run: Run, cost: Mapping[str, Any]) -> None:
+    def save_cost(self, run: StudyRun, cost: JsonMapping) -> None:
         """Add the costs of a run's arm, complete or not at all."""
         costs = self.costs()
         costs.setdefault(run.model, {})[run.arm] = {**cost, "run": self.key(run)}
         write_whole(self.out / "costs.json", json.dumps(costs, indent=1) + "\n")
 
-    def loss(self, run: Run) -> float | None:
+    def loss(self, run: StudyRun) -> float | None:
         """Final validation loss: infinite where the run diverged, None where it has not finished."""
         result = self.load(run)
         if result is None:
@@ -181,7 +182,7 @@ class Store:
         return math.inf if result["val_loss"] is None else float(result["val_loss"])
 
 
-def tuning(study: Study, store: Store, model: str, arm: str) -> tuple[list[Run], Chosen | None]:
+def tuning(study: Study, store: Store, model: str, arm: str) -> tuple[list[StudyRun], Chosen | None]:
     """The tuning runs that an arm still needs on a model; when there are none, what was chosen.
 
     The candidates are the whole grid. While the best rate is at an edge of what was tried, the next one by a factor
@@ -192,7 +193,7 @@ def tuning(study: Study, store: Store, model: str, arm: str) -> tuple[list[Run],
     for _ in range(study.extend + 1):
         missing = []
         for values in wanted:
-            found = [(run, store.loss(run)) for run in (Run(model, arm, values, s) for s in study.tune_seeds)]
+            found = [(run, store.loss(run)) for run in (StudyRun(model, arm, values, s) for s in study.tune_seeds)]
             missing += [run for run, loss in found if loss is None]
             losses[values] = math.fsum(loss or 0.0 for _, loss in found) / len(found)
         if missing:
@@ -216,12 +217,12 @@ def _beyond(best: Values, tried: Iterable[Values]) -> Values | None:
     return tuple(sorted(settings.items()))
 
 
-def needed(study: Study, store: Store) -> tuple[list[Run], dict[tuple[str, str], Chosen]]:
+def needed(study: Study, store: Store) -> tuple[list[StudyRun], dict[tuple[str, str], Chosen]]:
     """Every run that can be started now, in order, and what has been chosen so far.
 
     Arms come in the file's order, so that a study that is stopped has its first arms complete.
     """
-    todo: list[Run] = []
+    todo: list[StudyRun] = []
     chosen: dict[tuple[str, str], Chosen] = {}
     for arm in study.arms:
         for model in study.models:
@@ -231,7 +232,7 @@ def needed(study: Study, store: Store) -> tuple[list[Run], dict[tuple[str, str],
             if best is not None:
                 chosen[model, arm] = best
                 if math.isfinite(best.losses[best.values]):
-                    runs = [Run(model, arm, best.values, seed) for seed in study.seeds]
+                    runs = [StudyRun(model, arm, best.values, seed) for seed in study.seeds]
                     missing = [run for run in runs if store.load(run) is None]
             todo += [run for run in missing if run not in todo]
     return todo, chosen
@@ -240,17 +241,17 @@ def needed(study: Study, store: Store) -> tuple[list[Run], dict[tuple[str, str],
 def collect(study: Study, store: Store) -> StudyResults:
     """Every finished run of the study as it stands now."""
     missing, chosen = needed(study, store)
-    runs: dict[Run, dict[str, Any]] = {}
+    runs: dict[StudyRun, JsonObject] = {}
     for (model, arm), best in chosen.items():
-        every = [Run(model, arm, values, seed) for values in best.losses for seed in study.tune_seeds]
-        every += [Run(model, arm, best.values, seed) for seed in study.seeds]
+        every = [StudyRun(model, arm, values, seed) for values in best.losses for seed in study.tune_seeds]
+        every += [StudyRun(model, arm, best.values, seed) for seed in study.seeds]
         for run in every:
             result = store.load(run)
             if result is not None:
                 runs[run] = result
-    costs: dict[str, dict[str, dict[str, Any]]] = {}
+    costs: dict[str, dict[str, JsonObject]] = {}
     for (model, arm), best in chosen.items():
         known = store.costs().get(model, {}).get(arm, {})
-        if known.get("run") == store.key(Run(model, arm, best.values, study.seeds[0])):
+        if known.get("run") == store.key(StudyRun(model, arm, best.values, study.seeds[0])):
             costs.setdefault(model, {})[arm] = known
     return StudyResults(study.model_dump(mode="json"), study.baseline, runs, chosen, costs, missing)

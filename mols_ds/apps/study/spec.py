@@ -11,12 +11,14 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, model_validator
+from pydantic import Field, StrictInt, StrictStr, ValidationError, model_validator
 
 from mols_ds.core.config import MolsConfig
+from mols_ds.core.json_types import JsonObject
+from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError
 
 Value = int | float | str
@@ -27,11 +29,7 @@ Rate = Annotated[float, Field(gt=0)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Data(_Frozen):
+class StudyData(Frozen):
     """Text, as train.py's data arguments (mols_ds/training/sources.py); a path may be relative to the study file. The
     tokenizer is trained to each model's vocabulary."""
 
@@ -42,20 +40,20 @@ class Data(_Frozen):
     split_seed: int = 0
 
 
-class Budget(_Frozen):
+class StudyBudget(Frozen):
     """How long a run is: optimizer steps or tokens."""
 
     steps: Positive | None = None
     tokens: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> Budget:
+    def _one(self) -> StudyBudget:
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give either steps or tokens")
         return self
 
 
-class Batch(_Frozen):
+class StudyBatch(Frozen):
     """The global batch of every run: `sequences` of `length` tokens, `micro` of them a forward pass."""
 
     sequences: Positive
@@ -63,21 +61,21 @@ class Batch(_Frozen):
     micro: Positive | None = None
 
 
-class Evaluation(_Frozen):
+class StudyEvaluation(Frozen):
     """Held-out loss: `sequences` of the held-out documents, every `every` steps and at the end."""
 
     sequences: Positive = 256
     every: Positive | None = None
 
 
-class Snr(_Frozen):
+class StudySnr(Frozen):
     """SNR of every group from Adam's moments, read every `every` steps in the evaluation runs of these arms."""
 
     every: Positive
     arms: tuple[str, ...] = ()
 
 
-class Arm(_Frozen):
+class StudyArm(Frozen):
     """What one arm trains with.
 
     `optimizer` and `params` are as in a DeepSpeed config; `mols` is the "mols" section (absent: no MoLS); `deepspeed`
@@ -87,16 +85,16 @@ class Arm(_Frozen):
 
     optimizer: str = "AdamW"
     source: str | None = None
-    params: dict[str, Any] = {}
-    mols: dict[str, Any] | None = None
-    deepspeed: dict[str, Any] = {}
+    params: JsonObject = Field(default_factory=dict)
+    mols: JsonObject | None = None
+    deepspeed: JsonObject = Field(default_factory=dict)
     lr: tuple[Rate, ...] | None = None
-    grid: dict[str, tuple[Value, ...]] = {}
+    grid: dict[str, tuple[Value, ...]] = Field(default_factory=dict)
     models: tuple[str, ...] | None = None
     about: str = ""
 
     @model_validator(mode="after")
-    def _check(self) -> Arm:
+    def _check(self) -> StudyArm:
         for name, values in self.grid.items():
             if name.split(".", 1)[0] not in ("params", "mols", "deepspeed") or "." not in name:
                 raise ValueError(f'grid: "{name}" must be params.NAME, mols.NAME or deepspeed.NAME')
@@ -109,7 +107,7 @@ class Arm(_Frozen):
         return self
 
 
-class Study(_Frozen):
+class Study(Frozen):
     """One study file. Raises MolsConfigError through `load_study`.
 
     `pairs` are comparisons beside those with the baseline: (arm, the arm that it is compared with).
@@ -117,21 +115,21 @@ class Study(_Frozen):
 
     name: Annotated[StrictStr, Field(pattern=NAME)]
     about: str = ""
-    models: Annotated[dict[str, str | dict[str, Any]], Field(min_length=1)]
-    data: Data = Data()
-    batch: Batch
-    budget: Budget
+    models: Annotated[dict[str, str | JsonObject], Field(min_length=1)]
+    data: StudyData = StudyData()
+    batch: StudyBatch
+    budget: StudyBudget
     lr: Annotated[tuple[Rate, ...], Field(min_length=1)]
     extend: Annotated[StrictInt, Field(ge=0)] = 2
     tune_seeds: Annotated[tuple[StrictInt, ...], Field(min_length=1)] = (0,)
     seeds: Annotated[tuple[StrictInt, ...], Field(min_length=1)]
     baseline: str = "adam"
     pairs: tuple[tuple[str, str], ...] = ()
-    arms: Annotated[dict[str, Arm], Field(min_length=1)]
-    deepspeed: dict[str, Any] = {}
+    arms: Annotated[dict[str, StudyArm], Field(min_length=1)]
+    deepspeed: JsonObject = Field(default_factory=dict)
     clip: float = 1.0
-    evaluation: Evaluation = Evaluation()
-    snr: Snr | None = None
+    evaluation: StudyEvaluation = StudyEvaluation()
+    snr: StudySnr | None = None
     save_every: Annotated[StrictInt, Field(ge=0)] = 0
     activation_checkpointing: bool = False
     costs: bool = True
@@ -208,8 +206,7 @@ def load_study(path: str | Path) -> Study:
     try:
         study = Study.model_validate(dict(content))
     except ValidationError as error:
-        lines = [f'"{".".join(map(str, e["loc"]))}": {_reason(e)}' for e in error.errors()]
-        raise MolsConfigError(f"study {path}: " + "; ".join(lines)) from None
+        raise MolsConfigError(f"study {path}: {validation_message(error, Study)}") from None
     models = {name: _model(value, file.parent) for name, value in study.models.items()}
     data = study.data
     if (file.parent / data.source).exists():
@@ -217,15 +214,7 @@ def load_study(path: str | Path) -> Study:
     return study.model_copy(update={"models": models, "data": data})
 
 
-def _reason(error: Any) -> str:
-    if error["type"] == "extra_forbidden":
-        return "unknown key"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    return f"{error['msg']} (got {error['input']!r})"
-
-
-def _model(value: str | dict[str, Any], folder: Path) -> str | dict[str, Any]:
+def _model(value: str | JsonObject, folder: Path) -> str | JsonObject:
     """The model's settings: those of a model file (its path is relative to the study file), or written in the study."""
     if isinstance(value, dict):
         return value

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mols_ds.apps.study import curves
 from mols_ds.apps.study.curves import Band, Curve, Sensitivity, SnrCurve, final_loss
 from mols_ds.apps.study.paired import Difference, compare, holm
-from mols_ds.apps.study.relative import Cost, Runs, relative_cost
+from mols_ds.apps.study.relative import RelativeCost, Runs, relative_cost
+from mols_ds.core.json_types import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
     from mols_ds.apps.study.runs import Chosen, StudyResults
@@ -40,7 +41,7 @@ class ArmRow:
     model: str
     arm: str
     baseline: bool
-    values: dict[str, Any]
+    values: JsonObject
     tried: int
     edge: bool
     planned: int
@@ -53,7 +54,7 @@ class ArmRow:
     reached: float | None
     speed_up: float | None
     speed_up_charged: float | None
-    cost: Cost
+    cost: RelativeCost
     weights: int | None
     tokens: int | None
     curve: Curve
@@ -106,7 +107,7 @@ class Summary:
     sensitivity: dict[str, dict[str, Sensitivity]]
     snr: dict[str, dict[str, dict[str, SnrCurve]]]
     alphas: list[AlphaRow]
-    missing: list[dict[str, Any]]
+    missing: list[JsonObject]
     tuning: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     pairs: list[PairRow] = field(default_factory=list)
 
@@ -145,7 +146,7 @@ def summarise(results: StudyResults) -> Summary:
     )
 
 
-def setting_text(values: Mapping[str, Any]) -> str:
+def setting_text(values: JsonMapping) -> str:
     """`lr 0.004, params.rank 128`."""
     return ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
@@ -158,12 +159,12 @@ def group_order(groups: Iterable[str]) -> list[str]:
     return sorted(set(groups), key=lambda group: (known.get(group, len(known)), group))
 
 
-def to_json(summary: Summary) -> dict[str, Any]:
+def to_json(summary: Summary) -> JsonObject:
     """All of `summary` as a dict for summary.json; numbers that are not finite are null (`diverged` counts them)."""
     content = asdict(summary)
     for record, row in zip(content["rows"], summary.rows, strict=True):
         record["diverged"] = row.diverged
-    clean: dict[str, Any] = _plain({"schema": SCHEMA, **content})
+    clean: JsonObject = _plain({"schema": SCHEMA, **content})
     return clean
 
 
@@ -182,12 +183,12 @@ def _ordered(first: Iterable[str], more: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*first, *more]))
 
 
-def _planned(study: Mapping[str, Any], model: str, arm: str) -> bool:
+def _planned(study: JsonMapping, model: str, arm: str) -> bool:
     only = (study.get("arms", {}).get(arm) or {}).get("models")
     return only is None or model in only
 
 
-def _evaluated(results: StudyResults, model: str, arm: str) -> dict[int, dict[str, Any]]:
+def _evaluated(results: StudyResults, model: str, arm: str) -> dict[int, JsonObject]:
     """Evaluation runs of an arm at its chosen settings, by seed in the study's order."""
     chosen = results.chosen.get((model, arm))
     if chosen is None:
@@ -211,7 +212,7 @@ def _row(results: StudyResults, model: str, arm: str) -> ArmRow | None:
     values = list(losses.values())
     planned = len(results.study.get("seeds", ()))
     reached, speed_up, charged = _speed_up(runs, baseline)
-    first: Mapping[str, Any] = next(iter(runs.values()), {})
+    first: JsonMapping = next(iter(runs.values()), {})
     return ArmRow(
         model=model,
         arm=arm,

@@ -9,13 +9,14 @@ import statistics
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from mols_ds.apps.study.runs import SCHEMA, Run, Store, arm_config
+from mols_ds.apps.study.runs import SCHEMA, Store, StudyRun, arm_config
 from mols_ds.apps.study.spec import Study
 from mols_ds.core.files import write_whole
+from mols_ds.core.json_types import JsonObject
 from mols_ds.engines.deepspeed.snr_monitor import SnrWatch
 from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
 from mols_ds.training.ds_config import check_with_deepspeed, model_dtype, resolve
@@ -24,13 +25,16 @@ from mols_ds.training.sources import DataSpec, check_hub
 from mols_ds.training.tokens import TokenData, Tokenizer, prepare
 from mols_ds.training.trainer import METRICS, Job, has_checkpoint, train
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 READINGS = "snr.jsonl"
 CURVE_POINTS = 200
 """Points of the training loss that a result keeps, at most; each is the mean of the steps since the one before."""
 
 
 @dataclass
-class Machine:
+class RankInfo:
     """This process's place in a job that runs one run at a time: `world` ranks."""
 
     rank: int = 0
@@ -40,8 +44,8 @@ class Machine:
 class Worker:
     """Executes runs of one study, keeping tokenizers and token files open between them."""
 
-    def __init__(self, study: Study, store: Store, machine: Machine) -> None:
-        self.study, self.store, self.machine = study, store, machine
+    def __init__(self, study: Study, store: Store, rank_info: RankInfo) -> None:
+        self.study, self.store, self.rank_info = study, store, rank_info
         self.tokens = lru_cache(maxsize=None)(self._prepare)
 
     def model_source(self, model: str) -> str:
@@ -70,26 +74,26 @@ class Worker:
         )
         return spec, tokenizer, tokens
 
-    def config(self, run: Run, out: Path) -> dict[str, Any]:
+    def config(self, run: StudyRun, out: Path) -> JsonObject:
         """The resolved DeepSpeed config of a run. Raises MolsConfigError where DeepSpeed refuses it."""
         config = arm_config(self.study, run.arm, run.values)
         if "mols" in config:
             config["mols"].setdefault("report_dir", str(out / "mols_report"))
-        config = resolve(config, world=self.machine.world, steps=self.study.steps, out=out)
+        config = resolve(config, world=self.rank_info.world, steps=self.study.steps, out=out)
         check_with_deepspeed(config, f"of arm {run.arm}")
         return config
 
-    def job(self, run: Run, out: Path) -> Job:
+    def job(self, run: StudyRun, out: Path) -> Job:
         """What `mols_ds.training.trainer.train` is given for a run."""
-        study, machine = self.study, self.machine
+        study, ranks = self.study, self.rank_info
         spec, tokenizer, tokens = self.tokens(run.model)
         config = self.config(run, out)
         shape = BatchShape(
             study.batch.length,
             config["train_micro_batch_size_per_gpu"],
             config["gradient_accumulation_steps"],
-            machine.rank,
-            machine.world,
+            ranks.rank,
+            ranks.world,
         )
         batches: Batches
         if tokens.train is None:
@@ -114,7 +118,7 @@ class Worker:
             shown=False,
         )
 
-    def model(self, run: Run, config: dict[str, Any], tokenizer: Tokenizer) -> torch.nn.Module:
+    def model(self, run: StudyRun, config: JsonObject, tokenizer: Tokenizer) -> torch.nn.Module:
         """The model of a run: equal weights for equal seeds, whatever the arm."""
         sharded = zero_init(config)
         model = build_model(
@@ -129,14 +133,14 @@ class Worker:
         del sharded
         return model
 
-    def execute(self, run: Run) -> dict[str, Any]:
+    def execute(self, run: StudyRun) -> JsonObject:
         """Train a run to its end and, on rank 0, save its result. Returns the result.
 
         A run that was interrupted goes on from its newest checkpoint, if the study saves any (`save_every`), else it
         starts over.
         """
         out = self.store.folder(run)
-        first = self.machine.rank == 0
+        first = self.rank_info.rank == 0
         if first and not has_checkpoint(out):
             shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
@@ -147,13 +151,13 @@ class Worker:
         if snr is not None and run.arm in snr.arms and run.seed in self.study.seeds:
             watch = KeptWatch(snr.every, out / READINGS, first)
 
-        def after_update(engine: Any) -> None:
+        def after_update(engine: DeepSpeedEngine) -> None:
             facts(engine)
             if watch is not None:
                 watch(engine)
 
         outcome = train(replace(job, watch=after_update))
-        result: dict[str, Any] = {"schema": SCHEMA, "model": run.model, "arm": run.arm, "values": dict(run.values)}
+        result: JsonObject = {"schema": SCHEMA, "model": run.model, "arm": run.arm, "values": dict(run.values)}
         result |= {"seed": run.seed, "steps": self.study.steps, "tokens": outcome.tokens}
         result |= {"tokens_per_step": self.study.tokens_per_step, "probe_passes": outcome.probe_steps}
         result |= {"weights": facts.weights, "groups": facts.groups, "alphas": outcome.alphas}
@@ -177,7 +181,7 @@ class KeptWatch(SnrWatch):
         self.path, self.writes = path, writes
         self._begun = False
 
-    def __call__(self, engine: Any) -> None:
+    def __call__(self, engine: DeepSpeedEngine) -> None:
         if not self._begun:
             self._begun = True
             lines = self.path.read_text("utf-8").splitlines() if self.path.is_file() else []
@@ -196,7 +200,7 @@ class Facts:
         self.weights = 0
         self.groups: dict[str, int] = {}
 
-    def __call__(self, engine: Any) -> None:
+    def __call__(self, engine: DeepSpeedEngine) -> None:
         if self.weights:
             return
         from mols_ds.core.groups import group_table
@@ -206,7 +210,7 @@ class Facts:
         self.weights = sum(self.groups.values())
 
 
-def curves(path: Path, tokens_per_step: int) -> dict[str, Any]:
+def curves(path: Path, tokens_per_step: int) -> JsonObject:
     """Training and validation loss over steps and tokens, and the median step time, out of a metrics file."""
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     steps = [line for line in lines if "step" in line]
@@ -221,7 +225,7 @@ def curves(path: Path, tokens_per_step: int) -> dict[str, Any]:
     }
 
 
-def _curve(points: list[tuple[int, float]], tokens_per_step: int) -> dict[str, list[Any]]:
+def _curve(points: list[tuple[int, float]], tokens_per_step: int) -> dict[str, list[int] | list[float | None]]:
     losses = [loss if math.isfinite(loss) else None for _, loss in points]
     steps = [step for step, _ in points]
     return {"step": steps, "tokens": [step * tokens_per_step for step in steps], "loss": losses}

@@ -14,15 +14,17 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mols_ds.apps.study.costs import measure
-from mols_ds.apps.study.runs import Run, Store, needed
+from mols_ds.apps.study.runs import Store, StudyRun, needed
 from mols_ds.apps.study.spec import Study
-from mols_ds.apps.study.work import Machine, Worker
+from mols_ds.apps.study.work import RankInfo, Worker
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsError
 
 POLL_SECONDS = 1.0
@@ -32,30 +34,30 @@ POLL_SECONDS = 1.0
 class Failure:
     """A run that raised: it has no result, and the study goes on without it."""
 
-    run: Run
+    run: StudyRun
     why: str
     mistake: bool
     """Whether it was a user's mistake (a MolsError), told in one line; otherwise `why` is a traceback."""
 
 
 @dataclass(frozen=True)
-class Cost:
+class CostTask:
     """The task of timing an arm against the baseline, both at these tuned settings."""
 
-    baseline: Run
-    run: Run
+    baseline: StudyRun
+    run: StudyRun
 
 
-Task = Run | Cost
-Done = Callable[[Run, dict[str, Any]], None]
+Task = StudyRun | CostTask
+Done = Callable[[StudyRun, JsonObject], None]
 
 
-def perform(worker: Worker, task: Task) -> dict[str, Any]:
+def perform(worker: Worker, task: Task) -> JsonObject:
     """Execute one task with everything that it prints going to OUT/logs."""
-    run = task if isinstance(task, Run) else task.run
-    kind = "" if isinstance(task, Run) else "cost-"
-    with _logged(worker.store.out / "logs" / f"{kind}{worker.store.key(run)}.log", worker.machine.rank):
-        if isinstance(task, Run):
+    run = task if isinstance(task, StudyRun) else task.run
+    kind = "" if isinstance(task, StudyRun) else "cost-"
+    with _logged(worker.store.out / "logs" / f"{kind}{worker.store.key(run)}.log", worker.rank_info.rank):
+        if isinstance(task, StudyRun):
             return worker.execute(task)
         return measure(worker, task.baseline, task.run)
 
@@ -103,12 +105,12 @@ def start_alone() -> None:
 # ---------------------------------------------------------------------- processes of this machine
 
 
-def _serve(connection: Any, study: Study, out: Path, threads: int, parent: int) -> None:
+def _serve(connection: Connection, study: Study, out: Path, threads: int, parent: int) -> None:
     """One worker process: takes tasks from the pipe until it closes."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     start_alone()
-    worker = Worker(study, Store(study, out), Machine())
+    worker = Worker(study, Store(study, out), RankInfo())
     while True:
         try:
             task = connection.recv()
@@ -137,8 +139,8 @@ class Pool:
         spawn = multiprocessing.get_context("spawn")
         threads = max(1, (os.cpu_count() or 1) // jobs)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read by torch when the children import it
-        self.free: list[multiprocessing.connection.Connection] = []
-        self.busy: dict[multiprocessing.connection.Connection, Task] = {}
+        self.free: list[Connection] = []
+        self.busy: dict[Connection, Task] = {}
         self.processes = []
         for _ in range(jobs):
             mine, theirs = spawn.Pipe()
@@ -156,7 +158,7 @@ class Pool:
         for process in self.processes:
             process.join()
 
-    def run(self, wanted: Callable[[], list[Task]], done: Callable[[Task, dict[str, Any]], None]) -> list[Failure]:
+    def run(self, wanted: Callable[[], list[Task]], done: Callable[[Task, JsonObject], None]) -> list[Failure]:
         """Execute what `wanted` names until it names nothing new; it is asked again after every result."""
         failures: dict[Task, Failure] = {}
         while True:
@@ -168,7 +170,7 @@ class Pool:
             if not self.busy:
                 return list(failures.values())
             for ready in multiprocessing.connection.wait(list(self.busy)):
-                assert isinstance(ready, multiprocessing.connection.Connection)
+                assert isinstance(ready, Connection)
                 try:
                     task, result, failed = ready.recv()
                 except EOFError as error:
@@ -179,21 +181,21 @@ class Pool:
                 del self.busy[ready]
                 self.free.append(ready)
                 if failed is not None:
-                    run = task if isinstance(task, Run) else task.run
+                    run = task if isinstance(task, StudyRun) else task.run
                     failures[task] = Failure(run, *failed)
                 else:
                     done(task, result)
 
 
 def _name(task: Task) -> str:
-    return task.label if isinstance(task, Run) else f"the costs of {task.run.label}"
+    return task.label if isinstance(task, StudyRun) else f"the costs of {task.run.label}"
 
 
 # ---------------------------------------------------------------------- all ranks of a launched job
 
 
 def together(
-    worker: Worker, wanted: Callable[[], list[Task]], done: Callable[[Task, dict[str, Any]], None]
+    worker: Worker, wanted: Callable[[], list[Task]], done: Callable[[Task, JsonObject], None]
 ) -> list[Failure]:
     """Execute what rank 0's `wanted` names, one after the other, on every rank. `done` is called on rank 0.
 
@@ -202,7 +204,7 @@ def together(
     failures: dict[Task, Failure] = {}
     while True:
         box: list[Any] = [None]
-        if worker.machine.rank == 0:
+        if worker.rank_info.rank == 0:
             box[0] = next((task for task in wanted() if task not in failures), None)
         torch.distributed.broadcast_object_list(box, src=0)
         task: Task | None = box[0]
@@ -211,10 +213,10 @@ def together(
         try:
             result = perform(worker, task)
         except MolsError as error:
-            run = task if isinstance(task, Run) else task.run
+            run = task if isinstance(task, StudyRun) else task.run
             failures[task] = Failure(run, " ".join(str(error).split()), True)
             continue
-        if worker.machine.rank == 0:
+        if worker.rank_info.rank == 0:
             done(task, result)
 
 

@@ -22,7 +22,7 @@ from mols_ds.errors import MolsCheckpointError, MolsError
 from mols_ds.training.batches import BatchShape, Stream
 from mols_ds.training.checkpointer import refuse_non_finite
 from mols_ds.training.megatron_build import Built, build
-from mols_ds.training.megatron_config import Grid, transformer_config
+from mols_ds.training.megatron_config import ProcessGrid, transformer_config
 from mols_ds.training.megatron_settings import Settings
 from mols_ds.training.preemption import Preempted, StopRequest
 from mols_ds.training.progress import Progress
@@ -38,7 +38,7 @@ class Arm:
 
     settings: Settings
     machine: Machine
-    grid: Grid
+    grid: ProcessGrid
     batches: IndexedBatches
     held_out: list[Batch]
     shape: BatchShape

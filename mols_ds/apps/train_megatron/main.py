@@ -24,11 +24,11 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training.batches import BatchShape
 from mols_ds.training.cli_utils import USER_MISTAKE as USER_MISTAKE
-from mols_ds.training.cli_utils import Parser, add_timeout, run_command
+from mols_ds.training.cli_utils import Parser, add_timeout
 from mols_ds.training.compare import ADAM, MOLS, print_comparison, print_outcome
 from mols_ds.training.megatron_build import start_grid, start_ranks
 from mols_ds.training.megatron_config import (
-    Grid,
+    ProcessGrid,
     ddp_config,
     dtype_of,
     micro_batches,
@@ -37,6 +37,7 @@ from mols_ds.training.megatron_config import (
     uses_engine,
 )
 from mols_ds.training.megatron_settings import Settings, read
+from mols_ds.training.ranks import run_command
 from mols_ds.training.sources import DataSpec
 from mols_ds.training.trainer import has_checkpoint
 
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     if args.resume and not has_checkpoint(out / ADAM if args.compare else out):
         raise MolsConfigError(f"--resume: there is no checkpoint below {out}; leave it out to start a new run")
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    grid = Grid.of(settings, world)
+    grid = ProcessGrid.of(settings, world)
     passes = micro_batches(settings, grid)
     _quiet()
     with _engine_room(settings):
@@ -118,7 +119,7 @@ def _train(
     args: argparse.Namespace,
     settings: Settings,
     spec: DataSpec,
-    grid: Grid,
+    grid: ProcessGrid,
     passes: int,
     machine: Machine,
     out: Path,
@@ -204,7 +205,7 @@ def _quiet() -> None:
 
 
 def _say_what(
-    args: argparse.Namespace, settings: Settings, text: Text, shape: BatchShape, grid: Grid, engine: bool
+    args: argparse.Namespace, settings: Settings, text: Text, shape: BatchShape, grid: ProcessGrid, engine: bool
 ) -> None:
     axes = {"TP": settings.parallel.tp, "PP": settings.parallel.pp, "VP": settings.parallel.vp or 1}
     axes |= {"EP": settings.parallel.ep, "CP": settings.parallel.cp, "DP": grid.data}

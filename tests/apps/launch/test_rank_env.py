@@ -9,8 +9,9 @@ import pytest
 
 from mols_ds.apps.launch import health
 from mols_ds.training import rank_env as rank_environment
-from mols_ds.training.cli_utils import USER_MISTAKE, run_command
+from mols_ds.training.cli_utils import USER_MISTAKE
 from mols_ds.training.rank_env import tasks_on_node
+from mols_ds.training.ranks import run_command
 from tests.apps.command import free_port
 
 SRUN = {

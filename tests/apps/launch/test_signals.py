@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from mols_ds.apps.launch import signals
+from mols_ds.training.cli_utils import COMMAND_NOT_FOUND, FAILED
 from tests.apps.command import ROOT, free_port
 from tests.apps.launch.network import NAMES, Hosts, two_hosts
 from tests.apps.launch.running import LAUNCH, Running, finish, started
@@ -93,7 +94,7 @@ def test_supervisor_hands_the_status_on(tmp_path: Path) -> None:
         with started([*RUN, "bash", "-c", command], tmp_path) as running:
             assert running.wait() == status
     with started([*RUN, "no-such-command"], tmp_path) as running:
-        assert running.wait() == signals.NO_COMMAND
+        assert running.wait() == COMMAND_NOT_FOUND
     assert "no-such-command: No such file" in running.text
 
 
@@ -110,7 +111,7 @@ def test_send_finds_the_ranks_of_one_job_only(tmp_path: Path) -> None:
         assert one.wait() == 0
         assert other.process.poll() is None
         assert (heard(outs[0]), heard(outs[1])) == ({"SIGUSR1"}, set())
-        assert signals.main(["send", "SIGUSR1", "--port", str(port)]) == signals.NOT_FOUND
+        assert signals.main(["send", "SIGUSR1", "--port", str(port)]) == FAILED
 
 
 @pytest.mark.jobs

@@ -109,9 +109,9 @@ def _deepspeed(engine: Engine, order: Order) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mols_ds.training.batches import BatchShape, PackedBatches, held_out_batches
-    from mols_ds.training.cli_utils import start_ranks
     from mols_ds.training.ds_config import resolve
     from mols_ds.training.models import zero_init
+    from mols_ds.training.ranks import start_ranks
     from mols_ds.training.trainer import Job, has_checkpoint, train
 
     rank, world = start_ranks(order.timeout)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from mols_ds.apps.plan.simulate import EVEN, Job, Result, main, simulate, table_jobs
+from mols_ds.apps.plan.simulate import EVEN, Result, SimulatedJob, main, simulate, table_jobs
 from mols_ds.apps.plan.simulate_count import Count
-from mols_ds.apps.plan.simulate_zero import Zero, decay_groups
+from mols_ds.apps.plan.simulate_zero import ZeroWorld, decay_groups
 from mols_ds.core.groups import group_table
 from mols_ds.core.local_stats import Owned
 from tests.helpers.harness import run_cases
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 SEVEN = str(CONFIGS / "models" / "llama_7b.json")
 SEVENTY = str(CONFIGS / "models" / "llama_70b.json")
 GRID = str(CONFIGS / "megatron" / "llama_7b_tp2_pp2.yaml")
@@ -24,10 +24,10 @@ ELEMENTS = {SEVEN: 6_738_415_616, SEVENTY: 70_553_706_496, GRID: 6_738_415_616}
 GIB = 4.0
 
 WALKS = [
-    Job(source=SEVEN, stage=3, ranks=8),
-    Job(source=SEVEN, stage=3, ranks=4096),
-    Job(source=SEVENTY, stage=1, ranks=64),
-    Job(source=GRID, ranks=8),
+    SimulatedJob(source=SEVEN, stage=3, ranks=8),
+    SimulatedJob(source=SEVEN, stage=3, ranks=4096),
+    SimulatedJob(source=SEVENTY, stage=1, ranks=64),
+    SimulatedJob(source=GRID, ranks=8),
 ]
 
 
@@ -81,7 +81,7 @@ def on_meta() -> torch.nn.Module:
 
 @functools.cache
 def walked() -> list[list[Owned]]:
-    return list(Zero(on_meta, stage=2, ranks=3).pieces())
+    return list(ZeroWorld(on_meta, stage=2, ranks=3).pieces())
 
 
 def renumbered(pieces: list[Owned]) -> list[Owned]:
@@ -185,7 +185,7 @@ def test_real_ranks_own_what_simulated_ones_do() -> None:
     cases = [(stage, tuple(options.items())) for stage, options in STAGES]
     real = run_cases(real_pieces, RANKS, cases)
     for stage, options in STAGES:
-        zero = Zero(on_meta, stage=stage, ranks=RANKS, options=options)
+        zero = ZeroWorld(on_meta, stage=stage, ranks=RANKS, options=options)
         simulated = [[tuple(piece) for piece in pieces] for pieces in zero.pieces()]
         assert real[(stage, tuple(options.items()))] == simulated, f"stage {stage} {options}"
 
@@ -215,7 +215,7 @@ def test_a_row_that_does_not_hold_is_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = Result(
-        job=Job(source=SEVEN, stage=3, ranks=8), elements=10, pieces=2, least=4, mean=5.0, most=6, balance=1.2,
+        job=SimulatedJob(source=SEVEN, stage=3, ranks=8), elements=10, pieces=2, least=4, mean=5.0, most=6, balance=1.2,
         faults=("x: elements 0 to 1 are counted by no rank",), same_when_built=False, summed=False,
     )  # fmt: skip
     monkeypatch.setattr("mols_ds.apps.plan.simulate.simulate", lambda job: [bad])
