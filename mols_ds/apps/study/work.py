@@ -6,10 +6,11 @@ import json
 import math
 import shutil
 import statistics
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,11 +19,17 @@ from mols_ds.apps.study.spec import Study
 from mols_ds.core.files import write_whole
 from mols_ds.engines.deepspeed.snr_monitor import SnrWatch
 from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
+from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import check_with_deepspeed, model_dtype, resolve
 from mols_ds.training.models import build_model, load_model_config, zero_init
 from mols_ds.training.sources import DataSpec, check_hub
+from mols_ds.training.task import NextTokens
 from mols_ds.training.tokens import TokenData, Tokenizer, prepare
-from mols_ds.training.trainer import METRICS, Job, has_checkpoint, train
+from mols_ds.training.train_job import TrainJob
+from mols_ds.training.trainer import METRICS, has_checkpoint, train
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 READINGS = "snr.jsonl"
 CURVE_POINTS = 200
@@ -79,8 +86,8 @@ class Worker:
         check_with_deepspeed(config, f"of arm {run.arm}")
         return config
 
-    def job(self, run: Run, out: Path) -> Job:
-        """What `mols_ds.training.trainer.train` is given for a run."""
+    def job(self, run: Run, out: Path, watch: Callable[[DeepSpeedEngine], None] | None = None) -> TrainJob:
+        """The job of a run, for `mols_ds.training.trainer.train`. `watch` is called after every update."""
         study, machine = self.study, self.machine
         spec, tokenizer, tokens = self.tokens(run.model)
         config = self.config(run, out)
@@ -96,12 +103,18 @@ class Worker:
             batches = StreamedBatches(spec, tokenizer, shape, run.seed)
         else:
             batches = PackedBatches(tokens.train, shape, run.seed)
-        return Job(
+        setup = DeepSpeedSetup(
             config=config,
             model=partial(self.model, run, config, tokenizer),
-            batches=batches,
             held_out=held_out_batches(tokens.held_out, shape, study.evaluation.sequences),
+            task=NextTokens(shape),
+            watch=watch,
+        )
+        return TrainJob(
+            setup=setup,
+            batches=batches,
             shape=shape,
+            rank=machine.rank,
             steps=study.steps,
             out=out,
             seed=run.seed,
@@ -141,18 +154,17 @@ class Worker:
             shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
-        job = self.job(run, out)
         facts, watch = Facts(), None
         snr = self.study.snr
         if snr is not None and run.arm in snr.arms and run.seed in self.study.seeds:
             watch = KeptWatch(snr.every, out / READINGS, first)
 
-        def after_update(engine: Any) -> None:
+        def after_update(engine: DeepSpeedEngine) -> None:
             facts(engine)
             if watch is not None:
                 watch(engine)
 
-        outcome = train(replace(job, watch=after_update))
+        outcome = train(self.job(run, out, after_update))
         result: dict[str, Any] = {"schema": SCHEMA, "model": run.model, "arm": run.arm, "values": dict(run.values)}
         result |= {"seed": run.seed, "steps": self.study.steps, "tokens": outcome.tokens}
         result |= {"tokens_per_step": self.study.tokens_per_step, "probe_passes": outcome.probe_steps}
@@ -177,7 +189,7 @@ class KeptWatch(SnrWatch):
         self.path, self.writes = path, writes
         self._begun = False
 
-    def __call__(self, engine: Any) -> None:
+    def __call__(self, engine: DeepSpeedEngine) -> None:
         if not self._begun:
             self._begun = True
             lines = self.path.read_text("utf-8").splitlines() if self.path.is_file() else []
@@ -196,7 +208,7 @@ class Facts:
         self.weights = 0
         self.groups: dict[str, int] = {}
 
-    def __call__(self, engine: Any) -> None:
+    def __call__(self, engine: DeepSpeedEngine) -> None:
         if self.weights:
             return
         from mols_ds.core.groups import group_table
