@@ -12,12 +12,14 @@ from mols_ds.errors import MolsConfigError
 from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
 from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_timeout, not_negative, positive
 from mols_ds.training.compare import run_arms
+from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import check_with_deepspeed, model_dtype, read_config, resolve
 from mols_ds.training.models import build_model, load_model_config, zero_init
 from mols_ds.training.ranks import check_run, quiet, run_command, start_ranks
 from mols_ds.training.sources import DataSpec, check_hub
+from mols_ds.training.task import NextTokens
 from mols_ds.training.tokens import Tokenizer, prepare
-from mols_ds.training.trainer import Job
+from mols_ds.training.train_job import TrainJob
 
 __all__ = ["USER_MISTAKE", "main", "parse_arguments", "run"]
 
@@ -128,10 +130,10 @@ def _arms(
     args: argparse.Namespace, config: dict[str, Any], model: Any, batches: Batches, held_out: Any, shape: BatchShape
 ) -> None:
     """Trains the one arm, or Adam's first, and prints what came out."""
-    job = Job(
-        config=config, model=model, batches=batches, held_out=held_out, shape=shape, steps=args.steps, out=args.out,
-        seed=args.seed, eval_every=args.eval_every, save_every=args.save_every, log_every=args.log_every,
-        resume=args.resume, preemptible=True,
+    job = TrainJob(
+        setup=DeepSpeedSetup(config, model, held_out, NextTokens(shape)), batches=batches, shape=shape,
+        rank=shape.rank, steps=args.steps, out=args.out, seed=args.seed, eval_every=args.eval_every,
+        save_every=args.save_every, log_every=args.log_every, resume=args.resume, preemptible=True,
     )  # fmt: skip
     run_arms(job, compare=bool(args.compare))
 

@@ -23,6 +23,8 @@ Stream = Literal["train", "probe"]
 STREAMS: tuple[Stream, ...] = ("train", "probe")
 STREAM_DOCUMENTS = 64
 """Documents of a streamed source that are tokenized at a time."""
+MicroBatch = Any
+"""A micro-batch as the arm's backend and task take it: int64 of shape (micro, length) for `task.NextTokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,8 @@ class BatchShape:
 class Batches(Protocol):
     """Where the training loop gets its batches."""
 
-    def step(self, stream: Stream, step: int) -> Iterator[Any]:
-        """This rank's micro-batches of global batch `step` of a stream, as the job's task takes them: int64 tensors of
-        shape (micro, length) for `task.NextTokens`."""
+    def step(self, stream: Stream, step: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of global batch `step` of a stream."""
         ...
 
 

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there: written beside, listed with checksums, renamed, and only then named newest.
+"""Atomic checkpoints: written under another name, listed with checksums, renamed, and only then named newest.
 
-`FOLDER/stepN.partial` is written by all ranks; `manifest.json` in it then says the size and the CRC-32 of every file;
-the folder becomes `stepN`; `FOLDER/latest` names it last. A run that is killed at any point leaves the checkpoint
-before it as it was. A resumed run reads every file of the newest one back against the manifest before anything is
-loaded, and goes to the one before where a file is missing, cut off or changed: torch.load checks no checksums.
+All ranks write `FOLDER/stepN.partial`. `manifest.json` in it then holds the size and the CRC-32 of every file. The
+folder is renamed to `stepN`. `FOLDER/latest` names it last. A run that is killed at any point leaves the checkpoint
+before it as it was. A resumed run first checks every file of the newest one against the manifest. It falls back to the
+one before where a file is missing, cut off or changed: torch.load checks no checksums.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from mols_ds.core.files import synchronize, write_whole
@@ -28,10 +29,11 @@ LATEST, MANIFEST = "latest", "manifest.json"
 PARTIAL, FORMER = ".partial", ".former"
 _STEP = re.compile(r"step(\d+)")
 _CHUNK = 1 << 24
+_T = TypeVar("_T")
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run has saved a checkpoint in `folder`: a `latest`, or a whole step that was not yet named in one."""
+    """Whether a run has saved a checkpoint in `folder`: a `latest`, or a complete step that it does not name yet."""
     return (folder / LATEST).is_file() or any(folder.glob(f"step*/{MANIFEST}"))
 
 
@@ -41,10 +43,13 @@ def step_of(tag: str) -> int:
     return int(found[1]) if found else -1
 
 
-def refuse_non_finite(parameters: Any, step: int, agree: Callable[[bool], bool]) -> None:
-    """Raises MolsTrainingError, on every rank, where any rank's weights hold a NaN or an infinity.
+def refuse_non_finite(parameters: Iterable[Tensor], step: int, agree: Callable[[bool], bool]) -> None:
+    """Raises MolsTrainingError, on every rank, where any rank's weights hold a NaN or an infinity. Collective.
 
-    `parameters` are this rank's; under ZeRO-3 their shards are looked at. Collective. `agree` is "all ranks say yes".
+    Args:
+        parameters: this rank's; under ZeRO-3 their shards are checked.
+        step: the last update, for the message.
+        agree: whether all ranks say yes.
     """
     shards = (getattr(parameter, "ds_tensor", parameter) for parameter in parameters)
     fine = all(bool(torch.isfinite(shard.detach()).all()) for shard in shards if shard.is_floating_point())
@@ -55,11 +60,11 @@ def refuse_non_finite(parameters: Any, step: int, agree: Callable[[bool], bool])
         )
 
 
-class Keeper:
-    """The checkpoints `stepN` in one folder. Every method is called on all ranks at the same point.
+class Checkpointer:
+    """The checkpoints `stepN` in one folder. Call every method on all ranks at the same point.
 
     Args:
-        folder: where they lie; one and the same for all ranks, or, with `node_local`, one on each node.
+        folder: one for all ranks; with `node_local`, one on each node.
         node_local: DeepSpeed's `checkpoint.use_node_local_storage`: each node keeps the files of its own ranks.
     """
 
@@ -78,10 +83,10 @@ class Keeper:
     # -- save
 
     def save(self, tag: str, write: Callable[[Path], None]) -> None:
-        """Keeps as `tag` what `write` writes into the folder that it is given.
+        """Saves checkpoint `tag`: what `write` writes into the folder that it gets.
 
-        Raises MolsCheckpointError on the rank that cannot write: it must end then, as the others may be waiting for it
-        in a collective of `write`; their launcher ends them.
+        Raises MolsCheckpointError on the rank that cannot write. That process must end: the others may be waiting for
+        it in a collective of `write`, and their launcher ends them.
         """
         partial = self.folder / f"{tag}{PARTIAL}"
         try:
@@ -115,7 +120,7 @@ class Keeper:
         shutil.rmtree(former, ignore_errors=True)
 
     def _list(self, place: Path) -> dict[str, dict[str, int]]:
-        """Size and CRC-32 of every file below `place` but the manifest; each rank reads its share of them."""
+        """Size and CRC-32 of every file below `place` but the manifest. Each rank reads its share of them."""
         files = sorted(path for path in place.rglob("*") if path.is_file() and path.name != MANIFEST)
         mine = {
             str(path.relative_to(place)): {"bytes": path.stat().st_size, "crc32": _checksum(path)}
@@ -127,11 +132,13 @@ class Keeper:
     # -- load
 
     def newest(self) -> str:
-        """The name of the newest checkpoint that is whole: the one that `latest` names, or else an older one, with a
-        warning. What an interrupted save left is put right. Raises MolsCheckpointError where none is whole."""
+        """The newest complete checkpoint's name: the one that `latest` names, or else an older one, with a warning.
+
+        Repairs what an interrupted save left. Raises MolsCheckpointError where no checkpoint is complete.
+        """
         if self.leader:
             self._repair()
-        tags: list[str] = self._gather(self._candidates())[0]
+        tags = self._gather(self._candidates())[0]
         problems: list[str] = []
         for tag in tags:
             problem = self.problem(tag)
@@ -146,7 +153,7 @@ class Keeper:
     def problem(self, tag: str) -> str | None:
         """What is wrong with checkpoint `tag`, the same on every rank, or None.
 
-        One from before there were manifests is taken as it is.
+        A checkpoint without a manifest (from a former release) is accepted unchecked.
         """
         place = self.folder / tag
         mine = self._problem(place) if place.is_dir() else f"there is no {place.name}"
@@ -170,7 +177,7 @@ class Keeper:
         return None
 
     def _candidates(self) -> list[str]:
-        """`latest`'s, then every older one; without a `latest`, all, the newest first. Those of unknown age have -1."""
+        """The checkpoint that `latest` names, then every older one; without a `latest`, all, the newest first."""
         found = sorted((path.parent.name for path in self.folder.glob(f"step*/{MANIFEST}")), key=step_of, reverse=True)
         found = [tag for tag in found if step_of(tag) >= 0]
         try:
@@ -182,8 +189,8 @@ class Keeper:
         return [named, *(tag for tag in found if step_of(tag) < step_of(named))]
 
     def _repair(self) -> None:
-        """After a save that was killed: what it had not finished goes, and a checkpoint whose place it was taking comes
-        back where it was killed between its two renames."""
+        """After a killed save: removes what it had not finished, and restores the former checkpoint of the same step
+        where it was killed between its two renames."""
         for unfinished in self.folder.glob(f"step*{PARTIAL}"):
             shutil.rmtree(unfinished, ignore_errors=True)
         for unfinished in self.folder.glob(f".{LATEST}.*.tmp"):
@@ -201,17 +208,17 @@ class Keeper:
         if self.world > 1:
             dist.barrier()
 
-    def _gather(self, mine: Any) -> list[Any]:
+    def _gather(self, mine: _T) -> list[_T]:
         """Every rank's object, in the order of ranks."""
+        every = [mine] * self.world
         if self.world == 1:
-            return [mine]
-        every: list[Any] = [None] * self.world
+            return every
         dist.all_gather_object(every, mine)
         return every
 
 
 def _checksum(path: Path) -> int:
-    """CRC-32 of a file, which is on the disk afterwards."""
+    """CRC-32 of a file. Flushes it to the disk."""
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

@@ -1,6 +1,5 @@
 """Two arms of the main job side by side: what is printed and drawn when both are done."""
 
-import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +8,8 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
-from mols_ds.core.json_types import JsonObject
-from mols_ds.training.trainer import METRICS, Job, Outcome, has_checkpoint, train
+from mols_ds.training.train_job import Outcome, TrainJob, TrainSetup
+from mols_ds.training.trainer import METRICS, has_checkpoint, train
 
 ADAM, MOLS = "adam", "mols"
 SMOOTHING = 10
@@ -23,32 +22,33 @@ def titles(optimizer: str) -> dict[str, str]:
     return {ADAM: name, MOLS: f"{name} + MoLS"}
 
 
-def split_arms(config: JsonObject, out: Path) -> dict[str, JsonObject]:
-    """The configs of both arms in the order in which they run; Adam's has no "mols" section at all."""
-    mols = copy.deepcopy(config)
-    if mols["mols"]["report_dir"] == str(out / "mols_report"):
-        mols["mols"]["report_dir"] = str(out / MOLS / "mols_report")
-    adam = copy.deepcopy(config)
-    del adam["mols"]
-    return {ADAM: adam, MOLS: mols}
+def split_arms(setup: TrainSetup, out: Path) -> dict[str, TrainSetup]:
+    """The setups of both arms in the order in which they run: Adam's has no "mols" section at all.
+
+    The report of the second arm goes into that arm's folder, unless the user named one.
+    """
+    section = dict(setup.section or {})
+    if section["report_dir"] == str(out / "mols_report"):
+        section["report_dir"] = str(out / MOLS / "mols_report")
+    return {ADAM: setup.with_section(None), MOLS: setup.with_section(section)}
 
 
-def run_arms(job: Job, *, compare: bool) -> list[Path]:
-    """Trains the one arm, or Adam's first, and prints what came out. Returns each arm's folder."""
+def run_arms(job: TrainJob, *, compare: bool) -> list[Path]:
+    """Trains the one arm, or Adam's first, and prints the results. Returns each arm's folder."""
     if not compare:
         outcome = train(job)
-        if job.shape.rank == 0:
+        if job.rank == 0:
             print_outcome(outcome, job.out)
         return [job.out]
     outcomes = {}
-    for name, config in split_arms(job.config, job.out).items():
+    for name, setup in split_arms(job.setup, job.out).items():
         # An interrupted comparison may not have come to its second arm yet
         resume = job.resume and has_checkpoint(job.out / name)
-        arm = replace(job, out=job.out / name, config=copy.deepcopy(config), resume=resume)
+        arm = replace(job, out=job.out / name, setup=setup, resume=resume)
         arm.out.mkdir(exist_ok=True)
         outcomes[name] = train(arm)
-    if job.shape.rank == 0:
-        print_comparison(outcomes, job.out, job.config["optimizer"]["type"])
+    if job.rank == 0:
+        print_comparison(outcomes, job.out, job.setup.optimizer)
     return [job.out / name for name in outcomes]
 
 
@@ -71,7 +71,7 @@ def print_outcome(outcome: Outcome, out: Path) -> None:
     console.print(f"metrics: {out / METRICS}", soft_wrap=True)
 
 
-def print_comparison(outcomes: dict[str, Outcome], out: Path, optimizer: str = "Adam") -> None:
+def print_comparison(outcomes: dict[str, Outcome], out: Path, optimizer: str) -> None:
     """The table of both arms, where the files are, and one sentence about what a single seed is worth."""
     names = titles(optimizer)
     table = Table(title="held-out perplexity, same model, data order and steps")

@@ -1,4 +1,4 @@
-"""A run that is asked to end: SIGTERM and SIGUSR1 make all ranks save a checkpoint at the same step and exit with 0."""
+"""Preemption: SIGTERM and SIGUSR1 make all ranks save a checkpoint at the same step and exit with status 0."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+Handler = Callable[[int, FrameType | None], object] | int | None
+"""What `signal.signal` returns."""
 
 
 class Preempted(Exception):
@@ -16,15 +17,15 @@ class Preempted(Exception):
 
 
 class StopRequest:
-    """Listens for `SIGNALS` while it is entered. Only the main thread of a process can listen; others never hear any.
+    """Listens for `SIGNALS` inside its `with` block. Only the main thread of a process can listen.
 
-    The handler notes the signal and nothing else: what is under way (a step, a collective, a save) ends first.
+    The handler only notes the signal: what is under way (a step, a collective, a save) ends first.
     """
 
     def __init__(self) -> None:
         self.heard = 0
         """Number of the signal that this rank heard, or 0."""
-        self._former: dict[signal.Signals, Any] = {}
+        self._former: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():

@@ -1,26 +1,32 @@
-"""What a micro-batch is and what is trained on it. `NextTokens` is pre-training; `finetune.task` trains on answers."""
+"""What a micro-batch is and what its loss is. `NextTokens` is pre-training; `finetune.task` trains on answers."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
-from mols_ds.training.batches import BatchShape
+from mols_ds.training.batches import BatchShape, MicroBatch
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 class Task(Protocol):
-    """What the training loop leaves open. Every method is called on all ranks at the same point."""
+    """What is trained on a DeepSpeed engine. Call every method on all ranks at the same point."""
 
     partial: bool
-    """Whether the checkpoints leave frozen weights out, which are loaded from elsewhere."""
-    identity: dict[str, Any]
-    """Arguments by name that a checkpoint must have been made with to be resumed."""
+    """Whether checkpoints leave frozen weights out, which are loaded from elsewhere."""
+    identity: Mapping[str, object]
+    """Further arguments by name that a resumed run must share with its checkpoint."""
 
-    def loss(self, engine: Any, batch: Any) -> Tensor:
-        """A micro-batch's loss. What a step descends is its mean over the step's micro-batches and ranks."""
+    def loss(self, engine: DeepSpeedEngine, batch: MicroBatch) -> Tensor:
+        """A micro-batch's loss. A step descends its mean over the step's micro-batches and ranks."""
         ...
 
-    def held_out(self, engine: Any, batch: Any, valid: int) -> tuple[float, int]:
+    def held_out(self, engine: DeepSpeedEngine, batch: MicroBatch, valid: int) -> tuple[float, int]:
         """(sum of the losses, tokens that have one) over the first `valid` sequences of a held-out micro-batch."""
         ...
 
@@ -28,27 +34,27 @@ class Task(Protocol):
         """Tokens that `steps` steps have trained on."""
         ...
 
-    def save(self, engine: Any, folder: Path) -> None:
-        """Writes what is wanted beside a checkpoint."""
+    def save(self, engine: DeepSpeedEngine, folder: Path) -> None:
+        """Writes further files of a checkpoint."""
         ...
 
 
 class NextTokens:
-    """Every token of packed sequences from those before it. A batch is int64 of shape (micro, length)."""
+    """Predicts every token of packed sequences from those before it. A batch is int64 of shape (micro, length)."""
 
     partial = False
 
     def __init__(self, shape: BatchShape) -> None:
         self.shape = shape
-        self.identity: dict[str, Any] = {}
+        self.identity: Mapping[str, object] = {}
 
-    def loss(self, engine: Any, batch: Tensor) -> Tensor:
+    def loss(self, engine: DeepSpeedEngine, batch: Tensor) -> Tensor:
         """See `Task`: the mean over the micro-batch's tokens, which all micro-batches have equally many of."""
         ids = batch.to(engine.device)
         loss: Tensor = engine(input_ids=ids, labels=ids).loss
         return loss
 
-    def held_out(self, engine: Any, batch: Tensor, valid: int) -> tuple[float, int]:
+    def held_out(self, engine: DeepSpeedEngine, batch: Tensor, valid: int) -> tuple[float, int]:
         """See `Task`."""
         ids = batch.to(engine.device)
         logits = engine(input_ids=ids).logits
@@ -63,5 +69,5 @@ class NextTokens:
         """See `Task`."""
         return steps * self.shape.tokens
 
-    def save(self, engine: Any, folder: Path) -> None:
+    def save(self, engine: DeepSpeedEngine, folder: Path) -> None:
         """Nothing: the checkpoint holds all."""

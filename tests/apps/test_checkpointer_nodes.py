@@ -16,17 +16,19 @@ def keep(folder: str, node_local: bool) -> tuple[list[str], str, str | None, lis
     """Runs on ranks, each a node of its own: files in the manifest, newest, then what is wrong once rank 1's is cut."""
     import torch.distributed as dist
 
-    from mols_ds.training.checkpointer import Keeper
+    from mols_ds.training.checkpointer import Checkpointer
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     rank = dist.get_rank()
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     place = Path(folder, f"node{rank}" if node_local else "shared")
-    keeper = Keeper(place, node_local=node_local)
+    checkpointer = Checkpointer(place, node_local=node_local)
     for step in (2, 4):
-        keeper.save(f"step{step}", lambda partial: (partial / f"rank{rank}.pt").write_bytes(bytes(10 + rank)) and None)
-    newest = keeper.newest()
+        checkpointer.save(
+            f"step{step}", lambda partial: (partial / f"rank{rank}.pt").write_bytes(bytes(10 + rank)) and None
+        )
+    newest = checkpointer.newest()
     listed = sorted(json.loads((place / "step4" / "manifest.json").read_text())["files"])
     dist.barrier()
     if rank == 1:
@@ -34,8 +36,8 @@ def keep(folder: str, node_local: bool) -> tuple[list[str], str, str | None, lis
     dist.barrier()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        broken = keeper.problem("step4")
-        newest += f" {keeper.newest()}"
+        broken = checkpointer.problem("step4")
+        newest += f" {checkpointer.newest()}"
     return listed, newest, broken, [str(each.message) for each in said]
 
 

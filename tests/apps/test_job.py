@@ -14,9 +14,11 @@ from mols_ds.apps import train as job
 from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsConfigError
 from mols_ds.training import ds_config as settings
+from mols_ds.training.batches import BatchShape
+from mols_ds.training.deepspeed_backend import schedule
 from mols_ds.training.ds_config import read_config, resolve
 from mols_ds.training.models import build_model, load_model_config
-from mols_ds.training.trainer import Metrics, schedule
+from mols_ds.training.trainer import Metrics
 from tests.apps.command import ROOT, TINY_CONFIG, TINY_MODEL, job_arguments, write_job
 
 # hidden, intermediate, heads, layers: METHOD, the paper's sizes
@@ -240,10 +242,10 @@ def test_timeout_reaches_the_ranks(
     assert heard == [limit]
 
 
-def test_a_run_of_train_py_heeds_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_train_py_ends_on_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a signal then does is in tests/tools/faults, on real engines."""
     jobs: list[Any] = []
     monkeypatch.setattr(job, "run_arms", lambda made, compare: jobs.append(made))
     args = job.parse_arguments(["--deepspeed_config", "x.json", "--out", str(tmp_path)])
-    job._arms(args, {}, None, None, [], None)  # type: ignore[arg-type]
+    job._arms(args, {}, None, None, [], BatchShape(32, 1, 1, 0, 1))  # type: ignore[arg-type]
     assert jobs[0].preemptible

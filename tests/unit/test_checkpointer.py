@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from mols_ds.errors import MolsCheckpointError, MolsTrainingError, MolsWarning
-from mols_ds.training.checkpointer import FORMER, LATEST, MANIFEST, PARTIAL, Keeper, has_checkpoint, refuse_non_finite
+from mols_ds.training.checkpointer import (
+    FORMER,
+    LATEST,
+    MANIFEST,
+    PARTIAL,
+    Checkpointer,
+    has_checkpoint,
+    refuse_non_finite,
+)
 
 CONTENT = b"weights of step "
 
@@ -25,23 +33,23 @@ def write(content: bytes) -> Callable[[Path], None]:
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
+def checkpointer(tmp_path: Path) -> Checkpointer:
     """Steps 2, 4 and 10 are kept."""
-    keeper = Keeper(tmp_path / "checkpoints")
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
     for step in (2, 4, 10):
-        keeper.save(f"step{step}", write(CONTENT + str(step).encode()))
-    return keeper
+        checkpointer.save(f"step{step}", write(CONTENT + str(step).encode()))
+    return checkpointer
 
 
-def names(keeper: Keeper) -> set[str]:
-    return {path.name for path in keeper.folder.iterdir()}
+def names(checkpointer: Checkpointer) -> set[str]:
+    return {path.name for path in checkpointer.folder.iterdir()}
 
 
-def test_the_newest_is_named_last(keeper: Keeper) -> None:
-    assert names(keeper) == {"step2", "step4", "step10", LATEST}
-    assert keeper.newest() == (keeper.folder / LATEST).read_text() == "step10"
-    assert has_checkpoint(keeper.folder)
-    assert not has_checkpoint(keeper.folder / "other")
+def test_the_newest_is_named_last(checkpointer: Checkpointer) -> None:
+    assert names(checkpointer) == {"step2", "step4", "step10", LATEST}
+    assert checkpointer.newest() == (checkpointer.folder / LATEST).read_text() == "step10"
+    assert has_checkpoint(checkpointer.folder)
+    assert not has_checkpoint(checkpointer.folder / "other")
 
 
 def flip(path: Path) -> None:
@@ -62,68 +70,70 @@ def flip(path: Path) -> None:
         (shutil.rmtree, "there is no step10"),
     ],
 )
-def test_a_broken_one_is_named_and_passed_over(keeper: Keeper, harm: Callable[[Path], None], what: str) -> None:
-    harm(keeper.folder / "step10")
+def test_a_broken_one_is_named_and_passed_over(
+    checkpointer: Checkpointer, harm: Callable[[Path], None], what: str
+) -> None:
+    harm(checkpointer.folder / "step10")
     with pytest.warns(MolsWarning, match=f"step10 is broken.*{what}.*going back to step4"):
-        assert keeper.newest() == "step4"
+        assert checkpointer.newest() == "step4"
 
 
-def test_what_a_user_names_in_latest_counts(keeper: Keeper) -> None:
+def test_what_a_user_names_in_latest_counts(checkpointer: Checkpointer) -> None:
     """An earlier step on purpose; only older ones take its place."""
-    (keeper.folder / LATEST).write_text("step4\n")
-    assert keeper.newest() == "step4"
-    flip(keeper.folder / "step4" / "model.pt")
+    (checkpointer.folder / LATEST).write_text("step4\n")
+    assert checkpointer.newest() == "step4"
+    flip(checkpointer.folder / "step4" / "model.pt")
     with pytest.warns(MolsWarning):
-        assert keeper.newest() == "step2"
+        assert checkpointer.newest() == "step2"
 
 
-def test_where_none_is_whole_each_is_named(keeper: Keeper) -> None:
+def test_where_none_is_whole_each_is_named(checkpointer: Checkpointer) -> None:
     for step in (2, 4, 10):
-        flip(keeper.folder / f"step{step}" / "model.pt")
+        flip(checkpointer.folder / f"step{step}" / "model.pt")
     with pytest.raises(MolsCheckpointError, match=r"--resume: .*step10 is broken.*step4 is broken.*step2 is broken"):
-        keeper.newest()
+        checkpointer.newest()
     with pytest.raises(MolsCheckpointError, match="there is no checkpoint"):
-        Keeper(keeper.folder / "other").newest()
+        Checkpointer(checkpointer.folder / "other").newest()
 
 
-def test_a_checkpoint_without_a_manifest_is_taken_as_it_is(keeper: Keeper) -> None:
-    (keeper.folder / "step10" / MANIFEST).unlink()
-    assert keeper.newest() == "step10"
+def test_a_checkpoint_without_a_manifest_is_taken_as_it_is(checkpointer: Checkpointer) -> None:
+    (checkpointer.folder / "step10" / MANIFEST).unlink()
+    assert checkpointer.newest() == "step10"
 
 
-def test_a_save_that_fails_changes_nothing(keeper: Keeper) -> None:
+def test_a_save_that_fails_changes_nothing(checkpointer: Checkpointer) -> None:
     def full(place: Path) -> None:
         (place / "model.pt").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(MolsCheckpointError, match=r"step12 cannot be saved in .*No space left"):
-        keeper.save("step12", full)
-    assert names(keeper) == {"step2", "step4", "step10", f"step12{PARTIAL}", LATEST}
-    assert keeper.newest() == "step10"
-    keeper.save("step12", write(b"again"))
-    assert keeper.newest() == "step12"
-    assert f"step12{PARTIAL}" not in names(keeper)
+        checkpointer.save("step12", full)
+    assert names(checkpointer) == {"step2", "step4", "step10", f"step12{PARTIAL}", LATEST}
+    assert checkpointer.newest() == "step10"
+    checkpointer.save("step12", write(b"again"))
+    assert checkpointer.newest() == "step12"
+    assert f"step12{PARTIAL}" not in names(checkpointer)
 
 
-def test_a_step_is_saved_again(keeper: Keeper) -> None:
-    keeper.save("step10", write(b"other"))
-    assert (keeper.folder / "step10" / "model.pt").read_bytes() == b"other" * 3
-    assert keeper.newest() == "step10"
-    assert names(keeper) == {"step2", "step4", "step10", LATEST}
+def test_a_step_is_saved_again(checkpointer: Checkpointer) -> None:
+    checkpointer.save("step10", write(b"other"))
+    assert (checkpointer.folder / "step10" / "model.pt").read_bytes() == b"other" * 3
+    assert checkpointer.newest() == "step10"
+    assert names(checkpointer) == {"step2", "step4", "step10", LATEST}
 
 
-def test_killed_between_its_two_renames_the_former_comes_back(keeper: Keeper) -> None:
-    (keeper.folder / "step10").rename(keeper.folder / f"step10{FORMER}")
-    assert keeper.newest() == "step10"
-    shutil.copytree(keeper.folder / "step10", keeper.folder / f"step10{FORMER}")
-    assert keeper.newest() == "step10"
-    assert f"step10{FORMER}" not in names(keeper)
+def test_killed_between_its_two_renames_the_former_comes_back(checkpointer: Checkpointer) -> None:
+    (checkpointer.folder / "step10").rename(checkpointer.folder / f"step10{FORMER}")
+    assert checkpointer.newest() == "step10"
+    shutil.copytree(checkpointer.folder / "step10", checkpointer.folder / f"step10{FORMER}")
+    assert checkpointer.newest() == "step10"
+    assert f"step10{FORMER}" not in names(checkpointer)
 
 
-def test_killed_before_latest_was_first_written(keeper: Keeper) -> None:
-    (keeper.folder / LATEST).unlink()
-    assert has_checkpoint(keeper.folder)
-    assert keeper.newest() == "step10"
+def test_killed_before_latest_was_first_written(checkpointer: Checkpointer) -> None:
+    (checkpointer.folder / LATEST).unlink()
+    assert has_checkpoint(checkpointer.folder)
+    assert checkpointer.newest() == "step10"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -24,11 +24,12 @@ from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training.batches import BatchShape
 from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_timeout, not_negative, positive
 from mols_ds.training.compare import run_arms
+from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import BATCH_KEYS, check_with_deepspeed, model_dtype, native_bf16, read_config, resolve
 from mols_ds.training.models import zero_init
 from mols_ds.training.ranks import check_run, quiet, run_command, start_ranks
 from mols_ds.training.sources import DataSpec, check_hub
-from mols_ds.training.trainer import Job
+from mols_ds.training.train_job import TrainJob
 
 __all__ = ["USER_MISTAKE", "main", "parse_arguments", "run"]
 
@@ -165,12 +166,15 @@ def run(args: argparse.Namespace) -> None:
     torch.distributed.barrier()  # from here on ranks run in step
     if rank == 0:
         _say_what(args, config, data, held_out, steps, world)
-    job = Job(
-        config=config, model=partial(_model, args, config, len(tokenizer), rank), batches=batches,
-        held_out=held_out_batches(held_out, shape, args.eval_examples, pad), shape=shape, steps=steps, out=args.out,
-        seed=args.seed, eval_every=max(1, steps // 5) if args.eval_every is None else args.eval_every,
-        save_every=args.save_every, log_every=args.log_every, resume=args.resume, preemptible=True,
+    setup = DeepSpeedSetup(
+        config=config, model=partial(_model, args, config, len(tokenizer), rank),
+        held_out=held_out_batches(held_out, shape, args.eval_examples, pad),
         task=Answers(batches, tokenizer, args.method != "full", _identity(args, data)),
+    )  # fmt: skip
+    job = TrainJob(
+        setup=setup, batches=batches, shape=shape, rank=rank, steps=steps, out=args.out, seed=args.seed,
+        eval_every=max(1, steps // 5) if args.eval_every is None else args.eval_every,
+        save_every=args.save_every, log_every=args.log_every, resume=args.resume, preemptible=True,
     )  # fmt: skip
     folders = run_arms(job, compare=bool(args.compare))
     if rank == 0:

@@ -1,12 +1,19 @@
 """Training on answers: the loss of a micro-batch, the held-out loss, and what is saved beside a checkpoint."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from mols_ds.apps.finetune.data import IGNORED, AnswerBatch, AnswerBatches
 from mols_ds.apps.finetune.model import save_weights
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from transformers import PreTrainedTokenizerBase
 
 
 class Answers:
@@ -17,16 +24,18 @@ class Answers:
     global batch). The logged loss is that mean too.
     """
 
-    def __init__(self, batches: AnswerBatches, tokenizer: Any, adapters: bool, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, batches: AnswerBatches, tokenizer: PreTrainedTokenizerBase, adapters: bool, identity: Mapping[str, object]
+    ) -> None:
         self.batches, self.tokenizer = batches, tokenizer
         self.partial = self.adapters = adapters
         self.identity = identity
 
-    def loss(self, engine: Any, batch: AnswerBatch) -> Tensor:
+    def loss(self, engine: DeepSpeedEngine, batch: AnswerBatch) -> Tensor:
         """See `Task`: float32, on the engine's device."""
         return _summed(engine, batch, len(batch.ids)) * batch.weight
 
-    def held_out(self, engine: Any, batch: AnswerBatch, valid: int) -> tuple[float, int]:
+    def held_out(self, engine: DeepSpeedEngine, batch: AnswerBatch, valid: int) -> tuple[float, int]:
         """See `Task`."""
         summed = _summed(engine, batch, valid)
         return float(summed), int((batch.labels[:valid, 1:] != IGNORED).sum())
@@ -35,12 +44,12 @@ class Answers:
         """See `Task`: tokens of the examples, prompts included, padding not."""
         return self.batches.tokens(steps)
 
-    def save(self, engine: Any, folder: Path) -> None:
+    def save(self, engine: DeepSpeedEngine, folder: Path) -> None:
         """Adapters into folder/adapter, or the whole model into folder/model, with the tokenizer."""
         save_weights(engine, folder, self.tokenizer, adapters=self.adapters)
 
 
-def _summed(engine: Any, batch: AnswerBatch, valid: int) -> Tensor:
+def _summed(engine: DeepSpeedEngine, batch: AnswerBatch, valid: int) -> Tensor:
     """Cross-entropy summed over the labels of the first `valid` rows; every rank runs the model, whatever `valid`."""
     device = engine.device
     logits = engine(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), use_cache=False).logits

@@ -6,7 +6,8 @@ import json
 import math
 import shutil
 import statistics
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +20,14 @@ from mols_ds.core.files import write_whole
 from mols_ds.core.json_types import JsonObject
 from mols_ds.engines.deepspeed.snr_monitor import SnrWatch
 from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
+from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import check_with_deepspeed, model_dtype, resolve
 from mols_ds.training.models import build_model, load_model_config, zero_init
 from mols_ds.training.sources import DataSpec, check_hub
+from mols_ds.training.task import NextTokens
 from mols_ds.training.tokens import TokenData, Tokenizer, prepare
-from mols_ds.training.trainer import METRICS, Job, has_checkpoint, train
+from mols_ds.training.train_job import TrainJob
+from mols_ds.training.trainer import METRICS, has_checkpoint, train
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -83,8 +87,8 @@ class Worker:
         check_with_deepspeed(config, f"of arm {run.arm}")
         return config
 
-    def job(self, run: StudyRun, out: Path) -> Job:
-        """What `mols_ds.training.trainer.train` is given for a run."""
+    def job(self, run: StudyRun, out: Path, watch: Callable[[DeepSpeedEngine], None] | None = None) -> TrainJob:
+        """The job of a run, for `mols_ds.training.trainer.train`. `watch` is called after every update."""
         study, ranks = self.study, self.rank_info
         spec, tokenizer, tokens = self.tokens(run.model)
         config = self.config(run, out)
@@ -100,12 +104,18 @@ class Worker:
             batches = StreamedBatches(spec, tokenizer, shape, run.seed)
         else:
             batches = PackedBatches(tokens.train, shape, run.seed)
-        return Job(
+        setup = DeepSpeedSetup(
             config=config,
             model=partial(self.model, run, config, tokenizer),
-            batches=batches,
             held_out=held_out_batches(tokens.held_out, shape, study.evaluation.sequences),
+            task=NextTokens(shape),
+            watch=watch,
+        )
+        return TrainJob(
+            setup=setup,
+            batches=batches,
             shape=shape,
+            rank=ranks.rank,
             steps=study.steps,
             out=out,
             seed=run.seed,
@@ -145,7 +155,6 @@ class Worker:
             shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
-        job = self.job(run, out)
         facts, watch = Facts(), None
         snr = self.study.snr
         if snr is not None and run.arm in snr.arms and run.seed in self.study.seeds:
@@ -156,7 +165,7 @@ class Worker:
             if watch is not None:
                 watch(engine)
 
-        outcome = train(replace(job, watch=after_update))
+        outcome = train(self.job(run, out, after_update))
         result: JsonObject = {"schema": SCHEMA, "model": run.model, "arm": run.arm, "values": dict(run.values)}
         result |= {"seed": run.seed, "steps": self.study.steps, "tokens": outcome.tokens}
         result |= {"tokens_per_step": self.study.tokens_per_step, "probe_passes": outcome.probe_steps}

@@ -1,22 +1,30 @@
-"""Checkpoints of the job: Megatron's dist_checkpointing (torch_dist), one folder a step, with what the loop counts.
+"""The content of train_megatron.py's checkpoints, in the format of Megatron's dist_checkpointing (torch_dist).
 
-How they are kept whole: `mols_ds.training.checkpointer`.
+`mols_ds.training.checkpointer` names, checks and replaces them.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import distributed as dist
 
 from megatron_patches.rng_state import RandomState
 from mols_ds.errors import MolsCheckpointError
-from mols_ds.training.checkpointer import Keeper
 from mols_ds.training.megatron_build import Built
 from mols_ds.training.sources import one_line
+from mols_ds.training.train_job import Counted, MolsView
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.models.gpt import GPTModel
+
+ShardedState = dict[str, Any]
+"""A sharded state dict, as Megatron's dist_checkpointing takes it."""
 
 SHARDING = {
     # Each rank writes its own slices: nothing is gathered, another number of data-parallel ranks can load it
@@ -30,35 +38,45 @@ SHARDING = {
 """Metadata of DistributedOptimizer.sharded_state_dict, by `run.reshardable_checkpoints`."""
 
 
-class Checkpoints:
-    """Saves and loads one arm in `folder`. Every call is collective."""
+class ResumableMols(MolsView, Protocol):
+    """What `megatron_patches.attach` returns, as far as this program calls it."""
 
-    def __init__(self, folder: Path, built: Built, mols: Any, *, reshardable: bool) -> None:
-        self.folder, self.built, self.mols = folder, built, mols
+    def resume_from(self, checkpoint_dir: str) -> None: ...
+    def detach(self) -> None: ...
+
+
+class MegatronCheckpoint:
+    """Writes and loads one arm's model, optimizer, scheduler and random state. Every call is collective.
+
+    Attributes:
+        metadata: of the sharding. A resumed run keeps its checkpoint's.
+    """
+
+    def __init__(self, built: Built, mols: ResumableMols | None, *, reshardable: bool) -> None:
+        self.built, self.mols = built, mols
         self.metadata = SHARDING[reshardable]
-        self.keeper = Keeper(folder)
 
-    def save(self, step: int, counted: dict[str, Any]) -> None:
-        """Write `folder`/stepN; `counted` is what the loop has to know again, the same on every rank."""
+    def writer(self, counted: Counted) -> Callable[[Path], None]:
+        """Takes the state as it is now. The result writes it, with `counted`, into a folder."""
         from megatron.core import dist_checkpointing
 
-        state = self._state(is_loading=False) | {"job": {**counted, "step": step}}
+        state = self._state(is_loading=False) | {"job": counted}
 
         def write(place: Path) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 dist_checkpointing.save(state, str(place), content_metadata=self.metadata)
 
-        self.keeper.save(f"step{step}", write)
+        return write
 
-    def load(self) -> dict[str, Any]:
-        """Load the newest whole one and return its `counted` with "step".
+    def load(self, folder: Path, tag: str) -> Counted | None:
+        """Loads checkpoint `tag` of `folder`. Returns its `counted`; None where it is another program's.
 
-        Raises MolsCheckpointError where none is, or it is another program's.
+        Raises MolsCheckpointError where it cannot be loaded.
         """
         from megatron.core import dist_checkpointing
 
-        place = self.folder / self.keeper.newest()
+        place = folder / tag
         try:
             if self.mols is not None:
                 self.mols.resume_from(str(place))
@@ -72,9 +90,9 @@ class Checkpoints:
         except MolsCheckpointError:
             raise
         except Exception as error:  # Megatron and torch raise a dozen unrelated types for a broken checkpoint
-            raise MolsCheckpointError(f"--resume: {self.folder} cannot be loaded: {one_line(error)}") from error
+            raise MolsCheckpointError(f"--resume: {folder} cannot be loaded: {one_line(error)}") from error
         if "job" not in loaded:
-            raise MolsCheckpointError(f"--resume: {self.folder} holds no checkpoint of this program")
+            return None
         for number, model in enumerate(self._models()):
             model.load_state_dict(loaded[self._name(number)])
         with torch.no_grad():  # fp32 weights are their own main parameters, which Megatron copies into
@@ -83,14 +101,14 @@ class Checkpoints:
         state = RandomState()
         state.saved = loaded.get("random")
         state.restore()
-        counted: dict[str, Any] = loaded["job"]
+        counted: Counted = loaded["job"]
         return counted
 
-    def _models(self) -> list[Any]:
+    def _models(self) -> list[GPTModel]:
         """The bare GPTModels: wrappers would put `module.` in front of the names."""
         from megatron.core.utils import unwrap_model
 
-        models: list[Any] = unwrap_model(self.built.chunks)
+        models: list[GPTModel] = unwrap_model(self.built.chunks)
         return models
 
     @staticmethod
@@ -104,7 +122,7 @@ class Checkpoints:
         """Megatron-LM's key of a model chunk."""
         return "model" if len(self.built.chunks) == 1 else f"model{number}"
 
-    def _state(self, *, is_loading: bool) -> dict[str, Any]:
+    def _state(self, *, is_loading: bool) -> ShardedState:
         built = self.built
         models = {
             self._name(number): model.sharded_state_dict(metadata=self.metadata)
@@ -117,7 +135,7 @@ class Checkpoints:
         return state if is_loading else state | {"scheduler": built.scheduler.state_dict()}
 
     @staticmethod
-    def _random() -> Any:
+    def _random() -> ShardedObject:
         """The random state of this rank: one object a rank, which another number of ranks cannot load."""
         from megatron.core.dist_checkpointing.mapping import ShardedObject
 

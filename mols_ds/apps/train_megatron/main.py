@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,14 @@ import torch
 
 from megatron_patches.machine import Machine, probe_machine
 from megatron_patches.precision import check
+from mols_ds.apps.train_megatron.backend import MegatronSetup
 from mols_ds.apps.train_megatron.dataset import IndexedBatches, Text, evaluation_batches, prepare_text, refuse_streamed
-from mols_ds.apps.train_megatron.loop import Arm, train
 from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training.batches import BatchShape
 from mols_ds.training.cli_utils import USER_MISTAKE as USER_MISTAKE
 from mols_ds.training.cli_utils import Parser, add_timeout
-from mols_ds.training.compare import ADAM, MOLS, print_comparison, print_outcome
+from mols_ds.training.compare import ADAM, run_arms
 from mols_ds.training.megatron_build import start_grid, start_ranks
 from mols_ds.training.megatron_config import (
     ProcessGrid,
@@ -39,6 +37,7 @@ from mols_ds.training.megatron_config import (
 from mols_ds.training.megatron_settings import Settings, read
 from mols_ds.training.ranks import run_command
 from mols_ds.training.sources import DataSpec
+from mols_ds.training.train_job import TrainJob
 from mols_ds.training.trainer import has_checkpoint
 
 PROGRAM = "train_megatron.py"
@@ -141,12 +140,15 @@ def _train(
     engine = uses_engine(settings, machine)
     if rank == 0:
         _say_what(args, settings, text, shape, grid, engine)
-    arm = Arm(
-        settings=settings, machine=machine, grid=grid, batches=batches, held_out=held_out, shape=shape,
-        vocab_size=text.tokenizer.size, engine=engine, rank=rank, out=out, resume=args.resume,
+    setup = MegatronSetup(
+        settings=settings, machine=machine, grid=grid, held_out=held_out, vocab_size=text.tokenizer.size, engine=engine
+    )
+    job = TrainJob(
+        setup=setup, batches=batches, shape=shape, rank=rank, steps=plan.steps, out=out, seed=plan.seed,
         eval_every=max(1, plan.steps // 5) if plan.eval_every is None else plan.eval_every,
+        save_every=plan.save_every, log_every=plan.log_every, resume=args.resume, preemptible=True,
     )  # fmt: skip
-    _arms(args, arm)
+    run_arms(job, compare=bool(args.compare))
 
 
 def _probes(settings: Settings) -> int:
@@ -155,33 +157,6 @@ def _probes(settings: Settings) -> int:
     if section is None or not section.enabled or section.mode != "probe" or section.fixed_alphas is not None:
         return 0
     return section.max_samples if section.samples == "auto" else section.samples
-
-
-def _arms(args: argparse.Namespace, arm: Arm) -> None:
-    """Train the one arm, or Adam's first, and print what came out."""
-    if not args.compare:
-        outcome = train(arm)
-        if arm.rank == 0:
-            print_outcome(outcome, arm.out)
-        return
-    outcomes = {}
-    for name in (ADAM, MOLS):
-        out = arm.out / name
-        out.mkdir(exist_ok=True)
-        # An interrupted comparison may not have come to its second arm yet
-        resume = args.resume and has_checkpoint(out)
-        settings = arm.settings.with_mols(_section(arm, out) if name == MOLS else None)
-        outcomes[name] = train(replace(arm, settings=settings, out=out, resume=resume))
-    if arm.rank == 0:
-        print_comparison(outcomes, arm.out)
-
-
-def _section(arm: Arm, out: Path) -> dict[str, Any]:
-    """The mols section of the second arm, whose report lies in its own folder unless the user named one."""
-    section = copy.deepcopy(arm.settings.mols or {})
-    if section["report_dir"] == str(arm.out / "mols_report"):
-        section["report_dir"] = str(out / "mols_report")
-    return section
 
 
 def _quiet() -> None:

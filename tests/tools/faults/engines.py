@@ -109,10 +109,13 @@ def _deepspeed(engine: Engine, order: Order) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mols_ds.training.batches import BatchShape, PackedBatches, held_out_batches
+    from mols_ds.training.deepspeed_backend import DeepSpeedSetup
     from mols_ds.training.ds_config import resolve
     from mols_ds.training.models import zero_init
     from mols_ds.training.ranks import start_ranks
-    from mols_ds.training.trainer import Job, has_checkpoint, train
+    from mols_ds.training.task import NextTokens
+    from mols_ds.training.train_job import TrainJob
+    from mols_ds.training.trainer import has_checkpoint, train
 
     rank, world = start_ranks(order.timeout)
     out = Path(order.out)
@@ -137,10 +140,10 @@ def _deepspeed(engine: Engine, order: Order) -> None:
         del sharded
         return built
 
-    job = Job(
-        config=config, model=model, batches=PackedBatches(tokens[:16_000], shape, SEED),
-        held_out=held_out_batches(tokens[16_000:], shape, 4), shape=shape, steps=engine.steps, out=out, seed=SEED,
-        eval_every=6, save_every=SAVE_EVERY, resume=has_checkpoint(out), preemptible=True,
+    setup = DeepSpeedSetup(config, model, held_out_batches(tokens[16_000:], shape, 4), NextTokens(shape))
+    job = TrainJob(
+        setup=setup, batches=PackedBatches(tokens[:16_000], shape, SEED), shape=shape, rank=rank, steps=engine.steps,
+        out=out, seed=SEED, eval_every=6, save_every=SAVE_EVERY, resume=has_checkpoint(out), preemptible=True,
     )  # fmt: skip
     train(job)
 
@@ -193,12 +196,9 @@ def write_megatron_job(engine: Engine, folder: Path) -> None:
 @contextlib.contextmanager
 def places(injection: Injection | None, out: Path, ended: dict[str, Any], *, megatron: bool) -> Iterator[None]:
     """The loop of the engine with `injection` at its places; `ended` gets the fingerprint of a run that ended."""
-    if megatron:
-        from mols_ds.apps.train_megatron import loop as training
-    else:
-        from mols_ds.training import trainer as training  # type: ignore[no-redef]
+    from mols_ds.training.trainer import Trainer
 
-    loop: Any = training._Loop
+    loop: Any = Trainer
     stock = {name: getattr(loop, name) for name in ("run", "step", "save")}
 
     def run(self: Any) -> Any:
@@ -219,11 +219,12 @@ def places(injection: Injection | None, out: Path, ended: dict[str, Any], *, meg
 
 def _hook_loop(loop: Any, injection: Injection, out: Path, stock: dict[str, Any], *, megatron: bool) -> None:
     def step(self: Any) -> Any:
-        owner = self.built.optimizer if megatron else self.engine
+        backend = self.backend
+        owner = backend.built.optimizer if megatron else backend.engine
         if "injected" not in vars(owner):
             owner.injected = True
             owner.step = _before(injection.before_update, owner.step)
-        modules = self.built.chunks if megatron else [self.engine.module]
+        modules = backend.built.chunks if megatron else [backend.engine.module]
         injection.before_step(p for module in modules for p in module.parameters())
         return stock["step"](self)
 
@@ -267,10 +268,11 @@ def _hook_calls(injection: Injection) -> None:
 def _deepspeed_end(loop: Any) -> dict[str, Any]:
     from tests.engines.deepspeed.resume import fingerprint
 
-    return fingerprint(loop.engine)
+    return fingerprint(loop.backend.engine)
 
 
 def _megatron_end(loop: Any) -> dict[str, Any]:
     from tests.engines.megatron.checkpoints import fingerprint
 
-    return fingerprint(loop.built, loop.built.optimizer, loop.built.scheduler, loop.mols)
+    built = loop.backend.built
+    return fingerprint(built, built.optimizer, built.scheduler, loop.backend.mols)

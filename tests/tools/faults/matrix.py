@@ -226,7 +226,7 @@ def _differences(one: Ended, other: Ended) -> list[str]:
 
 def _half_written(out: Path) -> list[str]:
     """Checkpoints under their final name that do not agree with their list of files."""
-    from mols_ds.training.checkpointer import MANIFEST, Keeper
+    from mols_ds.training.checkpointer import MANIFEST, Checkpointer
 
     folder = out / "checkpoints"
     found = []
@@ -240,7 +240,7 @@ def _half_written(out: Path) -> list[str]:
         there = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()} - {MANIFEST}
         if listed != there:
             found.append(f"{place.name}: {sorted(listed ^ there)} listed or there, not both")
-        problem = Keeper(folder).problem(place.name)
+        problem = Checkpointer(folder).problem(place.name)
         if problem is not None:
             found.append(f"{place.name} is half-written: {problem}")
     return found

@@ -1,0 +1,227 @@
+"""The Megatron-core engine of an arm, for the training loop (`mols_ds.training.trainer`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import megatron_patches
+from megatron_patches.machine import Machine
+from megatron_patches.rng_state import RandomState
+from mols_ds.apps.train_megatron.checkpoint import MegatronCheckpoint, ResumableMols
+from mols_ds.apps.train_megatron.dataset import Batch
+from mols_ds.errors import MolsError
+from mols_ds.training.megatron_build import Built, build
+from mols_ds.training.megatron_config import ProcessGrid, transformer_config
+from mols_ds.training.megatron_settings import Settings
+from mols_ds.training.train_job import Counted, MolsView, Section, StepResult, TrainBackend, TrainJob
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+
+GIVE_UP_AFTER = 50
+"""Iterations in a row that Megatron may skip (the gradients are not finite) before the run ends."""
+LossOf = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""What Megatron's schedules call with the model's output: (sum of the losses, targets, what the caller gets)."""
+
+
+@dataclass(frozen=True)
+class MegatronSetup:
+    """What a Megatron engine is built from. See `train_job.TrainSetup`.
+
+    Attributes:
+        held_out: the held-out micro-batches of this data-parallel rank.
+        vocab_size: of the tokenizer; the embedding is padded from it.
+        engine: whether the layers are Transformer Engine's.
+    """
+
+    settings: Settings
+    machine: Machine
+    grid: ProcessGrid
+    held_out: list[Batch]
+    vocab_size: int
+    engine: bool
+
+    @property
+    def section(self) -> Section | None:
+        """See `TrainSetup`."""
+        return self.settings.mols
+
+    @property
+    def optimizer(self) -> str:
+        """See `TrainSetup`."""
+        name = self.settings.optimizer.name
+        return "Adam" if name == "adam" else name
+
+    def with_section(self, section: Section | None) -> MegatronSetup:
+        """See `TrainSetup`."""
+        return replace(self, settings=self.settings.with_mols(section))
+
+    def build(self, job: TrainJob) -> MegatronBackend:
+        """See `TrainSetup`."""
+        settings = self.settings
+        # A config of its own for each arm: Megatron's schedules find functions of the optimizer on it
+        config = transformer_config(settings, self.machine)
+        built = build(settings, config, vocab_size=self.vocab_size, engine=self.engine)
+        mols = None
+        if settings.mols is not None:
+            mols = megatron_patches.attach(
+                built.chunks, built.optimizer, built.scheduler, settings.mols, samples_per_step=settings.batch.total
+            )
+        return MegatronBackend(job, self, built, mols)
+
+
+class MegatronBackend(TrainBackend):
+    """See `TrainBackend`. An iteration that Megatron skips counts as an update, as in Megatron-LM; one that MoLS only
+    measures does not, and does not move the schedule either.
+
+    Attributes:
+        skipped: iterations in a row that Megatron skipped, up to now.
+    """
+
+    option = "run.{}"
+
+    def __init__(self, job: TrainJob, setup: MegatronSetup, built: Built, mols: ResumableMols | None) -> None:
+        self.job, self.setup, self.built, self._mols = job, setup, built, mols
+        self.rank, self.world, self.device = job.rank, setup.grid.world, _device()
+        self.skipped = 0
+        self.checkpoint = MegatronCheckpoint(built, mols, reshardable=setup.settings.run.reshardable_checkpoints)
+
+    @property
+    def mols(self) -> MolsView | None:
+        """See `TrainBackend`."""
+        return self._mols
+
+    # -- training
+
+    def base_lr(self) -> float:
+        """See `TrainBackend`."""
+        return float(self.built.optimizer.param_groups[0]["lr"])
+
+    def step(self, batches: Iterator[Batch], *, number: int, measures: bool) -> StepResult:
+        """See `TrainBackend`. `losses` is that of `_pass`.
+
+        Raises MolsError after `GIVE_UP_AFTER` iterations in a row that Megatron skipped.
+        """
+        for chunk in self.built.chunks:
+            chunk.zero_grad_buffer()
+        self.built.optimizer.zero_grad()
+        sums = self._pass(batches, self.job.shape.accumulation)
+        successful, *_ = self.built.optimizer.step()
+        if not measures:
+            self._advance(bool(successful), number)
+        return StepResult(sums, updated=not measures)
+
+    def _advance(self, successful: bool, number: int) -> None:
+        """After iteration `number`: the schedule moves on where the weights did."""
+        self.skipped = 0 if successful else self.skipped + 1
+        if successful:
+            self.built.scheduler.step(increment=self.setup.settings.batch.total)
+        elif self.skipped >= GIVE_UP_AFTER:
+            raise MolsError(
+                f"{self.skipped} iterations in a row were skipped up to step {number}: the gradients are not finite; "
+                "take a smaller optimizer.lr, or bf16 in the place of fp16"
+            )
+
+    def _pass(self, batches: Iterator[Batch], number: int, *, forward_only: bool = False) -> Tensor:
+        """Forward (and backward) of `number` micro-batches by the schedule that fits the grid.
+
+        Returns [sum of the losses, number of targets] of what this rank computed, float64: zeros but on the last
+        stage's first tensor-parallel rank.
+        """
+        from megatron.core import parallel_state
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        chunks, shape = self.built.chunks, self.job.shape
+        # Every chunk of an interleaved stage asks for each micro-batch, and only the first and the last use it
+        every = list(batches) if len(chunks) > 1 else None
+        found = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=batches if every is None else [iter(every) for _ in chunks],
+            model=chunks,
+            num_microbatches=number,
+            seq_length=shape.length,
+            micro_batch_size=shape.micro,
+            forward_only=forward_only,
+        )
+        sums = torch.zeros(2, dtype=torch.float64)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for one in found or ():
+                sums += one["sums"].to("cpu", torch.float64)
+        return sums
+
+    def mean_loss(self, losses: Tensor) -> float:
+        """See `TrainBackend`: the mean over targets."""
+        total, count = self.total(losses).tolist()
+        return float(total / count)
+
+    def held_out_sums(self) -> Tensor:
+        """See `TrainBackend`. Training's random numbers go on as if it had not been called."""
+        random = RandomState()
+        random.remember()
+        for chunk in self.built.chunks:
+            chunk.eval()
+        held_out = self.setup.held_out
+        with torch.no_grad():
+            sums = self._pass(iter(held_out), len(held_out), forward_only=True)
+        for chunk in self.built.chunks:
+            chunk.train()
+        random.restore()
+        return sums
+
+    def tokens(self, steps: int) -> int:
+        """See `TrainBackend`."""
+        return steps * self.job.shape.tokens
+
+    def parameters(self) -> Iterable[Tensor]:
+        """See `TrainBackend`."""
+        return (parameter for chunk in self.built.chunks for parameter in chunk.parameters())
+
+    # -- checkpoints
+
+    def checkpoint_writer(self, step: int, counted: Counted) -> Callable[[Path], None]:
+        """See `TrainBackend`."""
+        return self.checkpoint.writer({**counted, "step": step})
+
+    def load_checkpoint(self, folder: Path, tag: str | None) -> Counted | None:
+        """See `TrainBackend`."""
+        assert tag is not None  # not `universal`
+        return self.checkpoint.load(folder, tag)
+
+    def close(self) -> None:
+        """See `TrainBackend`."""
+        if self._mols is not None:
+            self._mols.detach()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _forward_step(iterator: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, LossOf]:
+    """One micro-batch through one chunk, in the form that Megatron's schedules want (pretrain_gpt.py)."""
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    batch = next(iterator)
+    if torch.cuda.is_available():
+        batch = {key: value.to(_device(), non_blocking=True) for key, value in batch.items()}
+    if parallel_state.get_context_parallel_world_size() > 1:
+        batch = get_batch_on_this_cp_rank(batch)
+    mask = batch["loss_mask"]
+    more = {"loss_mask": mask} if getattr(model.config, "mtp_num_layers", None) else {}
+    # Without an attention mask the layers, which are causal, make their own
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **more)
+
+    def loss_of(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sum of the masked losses, number of targets; losses: (micro, length), or flat."""
+        summed = torch.sum(losses.reshape(-1).float() * mask.reshape(-1))
+        count = mask.sum()
+        return summed, count.to(torch.int), {"sums": torch.stack([summed.detach(), count])}
+
+    return output, loss_of

@@ -1,0 +1,212 @@
+"""The DeepSpeed engine of an arm, for the training loop (`mols_ds.training.trainer`)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from mols_ds.errors import MolsCheckpointError, MolsConfigError
+from mols_ds.training.batches import MicroBatch
+from mols_ds.training.rng_state import load_random, save_random
+from mols_ds.training.task import Task
+from mols_ds.training.train_job import Counted, MolsView, Section, StepResult, TrainBackend, TrainJob
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+DeepSpeedConfig = dict[str, Any]
+CLIENT_KEY = "main_job"
+"""Where a checkpoint's client state holds what the loop counts."""
+WARMUP_SHARE, FINAL_SHARE = 0.10, 0.10
+"""METHOD, the paper's schedule: linear warm-up over 10 % of the steps, then cosine to 10 % of the base rate."""
+
+
+def schedule(steps: int) -> Callable[[int], float]:
+    """Share of the base rate at each step, counted from 0: (t + 1) / w up to warm-up's w steps, then cosine."""
+    warmup = max(1, round(WARMUP_SHARE * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step + 1 - warmup) / max(1, steps - warmup))
+        return FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+@dataclass(frozen=True)
+class DeepSpeedSetup:
+    """What a DeepSpeed engine is built from. See `train_job.TrainSetup`.
+
+    Attributes:
+        config: a resolved DeepSpeed config.
+        model: builds the model of an arm.
+        held_out: this rank's held-out micro-batches, with how many of each one's sequences count.
+        task: what a micro-batch is and what its loss is.
+        watch: called with the engine after every update.
+    """
+
+    config: DeepSpeedConfig
+    model: Callable[[], nn.Module]
+    held_out: Sequence[tuple[MicroBatch, int]]
+    task: Task
+    watch: Callable[[DeepSpeedEngine], None] | None = None
+
+    @property
+    def section(self) -> Section | None:
+        """See `TrainSetup`."""
+        return self.config.get("mols")
+
+    @property
+    def optimizer(self) -> str:
+        """See `TrainSetup`."""
+        return str(self.config["optimizer"]["type"])
+
+    def with_section(self, section: Section | None) -> DeepSpeedSetup:
+        """See `TrainSetup`."""
+        config = copy.deepcopy(self.config)
+        if section is None:
+            config.pop("mols", None)
+        else:
+            config["mols"] = copy.deepcopy(section)
+        return replace(self, config=config)
+
+    def build(self, job: TrainJob) -> DeepSpeedBackend:
+        """See `TrainSetup`. Without a "scheduler" in the config, the rate follows `schedule`."""
+        import mols_ds
+
+        model = self.model()
+        rates: dict[str, Callable[[torch.optim.Optimizer], LambdaLR]] = {}
+        if "scheduler" not in self.config:
+            rates["lr_scheduler"] = lambda optimizer: LambdaLR(optimizer, schedule(job.steps))
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        engine, *_ = mols_ds.initialize(model=model, model_parameters=trainable, config=self.config, **rates)
+        torch.manual_seed(job.seed + 1 + job.shape.rank)  # dropout differs between ranks
+        return DeepSpeedBackend(job, self, engine)
+
+
+class DeepSpeedBackend(TrainBackend):
+    """See `TrainBackend`. `global_steps` stands still while MoLS probes: that is how a probe is told from an update."""
+
+    option = "--{}"
+
+    def __init__(self, job: TrainJob, setup: DeepSpeedSetup, engine: DeepSpeedEngine) -> None:
+        self.job, self.setup, self.task, self.engine = job, setup, setup.task, engine
+        self.rank, self.world, self.device = job.shape.rank, job.shape.world, engine.device
+        options = setup.config.get("checkpoint") or {}
+        self.universal = bool(options.get("load_universal"))
+        self.node_local = bool(options.get("use_node_local_storage"))
+        if engine.checkpoint_engine.is_decoupled():
+            raise MolsConfigError(
+                '"checkpoint.writer.decoupled" writes on after the save has returned, and this loop renames what is '
+                "written: leave it out"
+            )
+
+    @property
+    def mols(self) -> MolsView | None:
+        """See `TrainBackend`."""
+        return getattr(self.engine, "mols", None)
+
+    @property
+    def identity(self) -> Mapping[str, object]:
+        """See `TrainBackend`."""
+        return self.task.identity
+
+    # -- training
+
+    def base_lr(self) -> float:
+        """See `TrainBackend`."""
+        lr: float = self.engine.get_lr()[0]
+        return lr
+
+    def step(self, batches: Iterator[MicroBatch], *, number: int, measures: bool) -> StepResult:
+        """See `TrainBackend`. `losses` is the mean over this rank's micro-batches, a scalar."""
+        engine = self.engine
+        before = engine.global_steps
+        summed = torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            loss = self.task.loss(engine, batch)
+            engine.backward(loss)
+            summed += loss.detach().to("cpu", torch.float64)
+            engine.step()
+        return StepResult(summed / self.job.shape.accumulation, engine.global_steps != before)
+
+    def mean_loss(self, losses: Tensor) -> float:
+        """See `TrainBackend`: the mean over ranks."""
+        return float(self.total(losses.reshape(1))[0]) / self.world
+
+    def held_out_sums(self) -> Tensor:
+        """See `TrainBackend`."""
+        engine = self.engine
+        sums = torch.zeros(2, dtype=torch.float64)
+        engine.eval()
+        with torch.no_grad():
+            for batch, valid in self.setup.held_out:
+                sums += torch.tensor(self.task.held_out(engine, batch, valid), dtype=torch.float64)
+        engine.train()
+        return sums
+
+    def tokens(self, steps: int) -> int:
+        """See `TrainBackend`."""
+        return self.task.tokens(steps)
+
+    def parameters(self) -> Iterable[Tensor]:
+        """See `TrainBackend`."""
+        parameters: Iterable[Tensor] = self.engine.module.parameters()
+        return parameters
+
+    def after_update(self) -> None:
+        """See `TrainBackend`."""
+        if self.setup.watch is not None:
+            self.setup.watch(self.engine)
+
+    def write_events(self, values: Mapping[str, float]) -> None:
+        """See `TrainBackend`: DeepSpeed's monitor, against the number of samples."""
+        monitor = getattr(self.engine, "monitor", None)
+        if self.rank == 0 and monitor is not None and monitor.enabled:
+            samples = self.engine.global_samples
+            monitor.write_events([(f"Train/Samples/{name}", value, samples) for name, value in values.items()])
+
+    # -- checkpoints
+
+    def checkpoint_writer(self, step: int, counted: Counted) -> Callable[[Path], None]:
+        """See `TrainBackend`."""
+        job, engine, task = self.job, self.engine, self.task
+
+        def write(place: Path) -> None:
+            engine.save_checkpoint(
+                str(place.parent), tag=place.name, client_state={CLIENT_KEY: counted}, save_latest=False,
+                exclude_frozen_parameters=task.partial,
+            )  # fmt: skip
+            save_random(place, self.rank, self.world)
+            task.save(engine, job.out if step >= job.steps else place)
+
+        return write
+
+    def load_checkpoint(self, folder: Path, tag: str | None) -> Counted | None:
+        """See `TrainBackend`. Without a tag, DeepSpeed's `latest_universal` names the checkpoint."""
+        try:
+            strict = not self.task.partial
+            path, client = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
+        except (OSError, EOFError, KeyError, RuntimeError, ValueError, AssertionError) as error:
+            if isinstance(error, MolsCheckpointError):
+                raise
+            line = next(iter(str(error).splitlines()), type(error).__name__)
+            raise MolsCheckpointError(f"--resume: the checkpoint in {folder} cannot be loaded: {line}") from error
+        counted = (client or {}).get(CLIENT_KEY)
+        if path is None or counted is None:
+            return None
+        load_random(Path(path).parent, self.rank, self.world)
+        return {**counted, "step": self.engine.global_steps}
+
+    def close(self) -> None:
+        """See `TrainBackend`."""
+        self.engine.destroy()
