@@ -75,12 +75,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def report_text(args: argparse.Namespace) -> str:
     """The report of `args.report` as a table, or its alphas for another run's config."""
-    from mols_ds.report.table import format_report, load_report
+    from mols_ds.report.files import load_report
+    from mols_ds.report.table import format_report
 
     if args.fixed_alphas:
-        from mols_ds.report.fixed_alphas import section_text
+        from mols_ds.report.fixed_alphas import granularity_of, section_text
+        from mols_ds.training.models import groups_of
 
-        return section_text(load_report(args.report), args.model)
+        report = load_report(args.report)
+        groups = None if args.model is None else groups_of(args.model, granularity_of(report))
+        return section_text(report, groups)
     if args.model is not None:
         raise MolsConfigError("--model: only with --fixed-alphas")
     return format_report(load_report(args.report))

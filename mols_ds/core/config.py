@@ -16,6 +16,7 @@ from mols_ds.errors import MolsConfigError
 
 Estimator = Literal["mean", "median", "pooled", "damping"]
 Mode = Literal["probe", "online", "moments"]
+Granularity = Literal["type", "layer_type"]
 StepOrShare = StrictInt | StrictFloat
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -72,7 +73,7 @@ class MolsConfig(_Frozen):
     alpha_max: Annotated[float, Field(ge=1)] | None = 10.0
     ramp: Literal["linear", "cosine"] = "linear"
     ramp_end: StepOrShare | Literal["auto"] = 0.10
-    granularity: Literal["type", "layer_type"] = "type"
+    granularity: Granularity = "type"
     rules: tuple[tuple[str, str], ...] = ()
     accumulators: AccumulatorConfig = AccumulatorConfig()
     recalibrate: RecalibrateConfig | None = None

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mols_ds.core.document import schema_problem
 from mols_ds.errors import MolsCheckpointError
-from mols_ds.report.table import schema_problem
 
 STATE_VERSION = 1
 Count = Annotated[int, Field(ge=0)]

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
+from mols_ds.core.config import Granularity
+from mols_ds.core.document import Report
 from mols_ds.core.groups import is_scaled
 from mols_ds.errors import MolsConfigError
 
 
-def fixed_alphas(report: Mapping[str, Any], groups: Sequence[str] | None = None) -> dict[str, Any]:
+class FixedAlphas(TypedDict):
+    """Keys of a "mols" section."""
+
+    fixed_alphas: dict[str, float]
+    granularity: NotRequired[Granularity]
+
+
+def fixed_alphas(report: Report, groups: Sequence[str] | None = None) -> FixedAlphas:
     """The keys of a "mols" section that give a run the alphas of `report` without a calibration.
 
     report: as `load_report` gives it. groups: those of the model that will use them, where it is known.
@@ -19,17 +28,21 @@ def fixed_alphas(report: Mapping[str, Any], groups: Sequence[str] | None = None)
     Raises MolsConfigError for a report without alphas, for an alpha of a group that `groups` lacks, and for a scaled
     group of `groups` without an alpha, which would stay at the base rate unsaid.
     """
-    alphas = {name: group["alpha"] for name, group in report["groups"].items() if is_scaled(name)}
+    rows = {name: group["alpha"] for name, group in report["groups"].items() if is_scaled(name)}
     if report.get("failed"):
         raise MolsConfigError(f"the report holds no alphas: its calibration failed ({report['failed']})")
-    without = [name for name, alpha in alphas.items() if alpha is None]
+    alphas = {name: alpha for name, alpha in rows.items() if alpha is not None}
+    without = [name for name in rows if name not in alphas]
     if without or not alphas:
         which = f"of {', '.join(without)}" if without else "of any scaled group"
         raise MolsConfigError(f"the report holds no alpha {which}: nothing to hand over")
-    layered = any("." in name for name in alphas)
+    layered = granularity_of(report) == "layer_type"
     if groups is not None:
         _check_groups(alphas, [group for group in groups if is_scaled(group)], layered)
-    return {"fixed_alphas": alphas} | ({"granularity": "layer_type"} if layered else {})
+    section: FixedAlphas = {"fixed_alphas": alphas}
+    if layered:
+        section["granularity"] = "layer_type"
+    return section
 
 
 def _check_groups(alphas: Mapping[str, float], known: Sequence[str], layered: bool) -> None:
@@ -49,21 +62,11 @@ def _few(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
-def section_text(report: Mapping[str, Any], model: str | None) -> str:
-    """`fixed_alphas` as JSON for a config; `model`: file or checkpoint folder of the model that will use them."""
-    layered = any("." in name for name in report["groups"])
-    groups = None if model is None else groups_of(model, "layer_type" if layered else "type")
+def granularity_of(report: Report) -> Granularity:
+    """The "granularity" of the run that wrote a report."""
+    return "layer_type" if any("." in name for name in report["groups"]) else "type"
+
+
+def section_text(report: Report, groups: Sequence[str] | None) -> str:
+    """`fixed_alphas` as JSON for a config. Raises as `fixed_alphas`."""
     return json.dumps(fixed_alphas(report, groups), indent=2)
-
-
-def groups_of(model: str, granularity: Any = "type") -> list[str]:
-    """The groups of a model file or checkpoint folder, without its weights. Raises MolsConfigError."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from mols_ds.core.groups import group_table
-    from mols_ds.training.models import load_model_config
-
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(load_model_config(model))
-    return list(group_table(built, None, granularity).elements)

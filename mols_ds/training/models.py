@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mols_ds.core.config import Granularity
+from mols_ds.core.groups import group_table
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import one_line
 
@@ -36,6 +38,15 @@ def load_model_config(source: str) -> Any:
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise MolsConfigError(f"model {file}: model_type {config.model_type!r} has no causal language model")
     return config
+
+
+def groups_of(source: str, granularity: Granularity = "type") -> list[str]:
+    """The module groups of a model file or checkpoint folder, without its weights. Raises MolsConfigError."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_model_config(source))
+    return list(group_table(model, None, granularity).elements)
 
 
 def is_checkpoint(source: str) -> bool:

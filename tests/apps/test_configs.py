@@ -19,12 +19,11 @@ from mols_ds.core.controller import Context, Controller
 from mols_ds.core.groups import group_table, is_scaled
 from mols_ds.core.phases import resolve_schedule
 from mols_ds.errors import MolsUnsupportedError
-from mols_ds.report.fixed_alphas import groups_of
-from mols_ds.report.table import write_report
+from mols_ds.report.files import write_report
 from mols_ds.training import ds_config as settings
 from mols_ds.training.megatron_config import Grid, ddp_config, micro_batches, optimizer_config, transformer_config
 from mols_ds.training.megatron_settings import Settings, read
-from mols_ds.training.models import load_model_config
+from mols_ds.training.models import groups_of, load_model_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STEPS = 10_000

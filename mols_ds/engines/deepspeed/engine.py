@@ -30,6 +30,7 @@ from mols_ds.engines.deepspeed.parallel.base import find_grid
 from mols_ds.engines.deepspeed.rng_state import EngineWindow
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsConfigError
+from mols_ds.report.files import publisher
 
 
 class EngineMols(Session):
@@ -116,6 +117,7 @@ class EngineMols(Session):
             world=self.grid.world,
             versions=versions(self.grid.packages),
             log=say,
+            publish=publisher(self.config.report_dir, say),
         )
 
     def _groups_of_lr(self, table: GroupTable) -> dict[str, int]:
