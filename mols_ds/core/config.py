@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
 
+from mols_ds.core.layout import Granularity
 from mols_ds.errors import MolsConfigError
 
 Estimator = Literal["mean", "median", "pooled", "damping"]
 Mode = Literal["probe", "online", "moments"]
-Granularity = Literal["type", "layer_type"]
 StepOrShare = StrictInt | StrictFloat
 
 PRESETS: dict[str, dict[str, Any]] = {

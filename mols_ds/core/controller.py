@@ -19,11 +19,12 @@ from torch import Tensor
 
 from mols_ds.core import estimators
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.document import GroupRow, Report, build_report, measured_rows, unmeasured_rows
+from mols_ds.core.document import build_report, measured_rows, unmeasured_rows
 from mols_ds.core.group_stats import GroupSums
 from mols_ds.core.groups import GroupTable, base_group, format_group_table, is_scaled
 from mols_ds.core.local_stats import Owned, OwnedElements
 from mols_ds.core.phases import Calibration, Phase, Schedule
+from mols_ds.core.schema import Report, ReportGroup
 from mols_ds.core.state_check import STATE_VERSION, check_saved
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 
@@ -322,7 +323,7 @@ class Controller:
         except Exception as error:
             self.warn(f"the report could not be written: {error}")
 
-    def _new_report(self, t: int, reference: str, rows: dict[str, GroupRow]) -> Report:
+    def _new_report(self, t: int, reference: str, rows: dict[str, ReportGroup]) -> Report:
         return build_report(
             self.config,
             rows,

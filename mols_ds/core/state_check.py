@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mols_ds.core.document import schema_problem
+from mols_ds.core.schema import schema_problem
 from mols_ds.errors import MolsCheckpointError
 
 STATE_VERSION = 1

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mols_ds.core.document import SCHEMA, Report, schema_problem
 from mols_ds.core.files import write_whole
+from mols_ds.core.schema import SCHEMA, Report, schema_problem
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 from mols_ds.report.table import format_report
 
@@ -41,7 +41,7 @@ def write_report(report: Report, report_dir: str | os.PathLike[str]) -> Path:
     finite become null, since JSON has none. Without matplotlib the plot is left out with a `MolsWarning`.
 
     Returns the path of the JSON file. Raises `MolsConfigError` where `report_dir` cannot be written, `MolsError` where
-    `report` breaks the schema of `mols_ds.core.document`.
+    `report` breaks the schema of `mols_ds.core.schema`.
     """
     clean = _finite(report)
     problem = schema_problem(clean)

@@ -6,9 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict
 
-from mols_ds.core.config import Granularity
-from mols_ds.core.document import Report
-from mols_ds.core.groups import is_scaled
+from mols_ds.core.layout import Granularity, is_scaled
+from mols_ds.core.schema import Report
 from mols_ds.errors import MolsConfigError
 
 

@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from mols_ds.core.document import GroupRow, Number, Report
+from mols_ds.core.schema import Number, Report, ReportGroup
 from mols_ds.report.table import MAX_ROWS, group_cells, headline, statistic_name
 
 # Okabe and Ito's palette, which stays readable for the colour-blind and in grey.
@@ -56,7 +56,7 @@ def draw_report(report: Report) -> Figure:
     return figure
 
 
-def _intervals(axes: Axes, groups: Mapping[str, GroupRow], label: str) -> None:
+def _intervals(axes: Axes, groups: Mapping[str, ReportGroup], label: str) -> None:
     """One dot a group on a logarithmic axis. Zero and less have no place there: they stand at its left edge as `<`."""
     ends = [group[key] for group in groups.values() for key in ("snr", "snr_low", "snr_high")]
     positive = [end for end in ends if end is not None and end > 0]
@@ -81,7 +81,7 @@ def _intervals(axes: Axes, groups: Mapping[str, GroupRow], label: str) -> None:
     axes.set_xlabel(label, fontsize=9.5)
 
 
-def _alphas(axes: Axes, groups: Mapping[str, GroupRow], reference: str) -> None:
+def _alphas(axes: Axes, groups: Mapping[str, ReportGroup], reference: str) -> None:
     """Bars that start at 1 on a logarithmic axis, so that halving and doubling look alike; clamped ones are hatched."""
     ends = [
         end for group in groups.values() for end in (group["alpha"], group.get("alpha_low"), group.get("alpha_high"))
@@ -127,7 +127,7 @@ def _alphas(axes: Axes, groups: Mapping[str, GroupRow], reference: str) -> None:
     axes.set_xlabel("learning-rate multiplier alpha" + (", 95 % interval" if any(ends[1::3]) else ""), fontsize=9.5)
 
 
-def _lines(axes: Axes, groups: Mapping[str, GroupRow], key: Number, label: str) -> None:
+def _lines(axes: Axes, groups: Mapping[str, ReportGroup], key: Number, label: str) -> None:
     """One line for each kind of group over the layer index; kinds without layers are a dashed level."""
     series: dict[str, list[tuple[int, float]]] = {}
     for name, group in groups.items():
@@ -172,7 +172,7 @@ def _table(axes: Axes, cells: list[list[str]]) -> None:
             text.set_fontweight("bold")
 
 
-def _names(axes: Axes, groups: Mapping[str, GroupRow]) -> None:
+def _names(axes: Axes, groups: Mapping[str, ReportGroup]) -> None:
     axes.set_yticks(range(len(groups)), list(groups), fontsize=10)
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, pad=9)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from mols_ds.core.document import GroupRow, Report
+from mols_ds.core.schema import Report, ReportGroup
 
 MAX_ROWS = 16
 """Above this many groups (granularity `layer_type`) a table has one row for each kind of group, with ranges."""
@@ -100,7 +100,7 @@ def statistic_name(report: Report) -> str:
     return "d" if report["estimator"] == "damping" else "SNR"
 
 
-def _row(kind: str, names: list[str], groups: Mapping[str, GroupRow], total: int, reference: str) -> Row:
+def _row(kind: str, names: list[str], groups: Mapping[str, ReportGroup], total: int, reference: str) -> Row:
     """Join the groups `names` to one row. Intervals of several layers are not joined: their range is no interval."""
     members = [groups[name] for name in names]
     elements = sum(group["elements"] for group in members)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mols_ds.core.config import Granularity
-from mols_ds.core.groups import group_table
+from mols_ds.core.groups import Granularity, group_table
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import one_line
 

@@ -9,7 +9,8 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from mols_ds.engines.deepspeed.parallel.base import Grid, find_grid, local_shape
+from mols_ds.engines.deepspeed.parallel.base import Grid, local_shape
+from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.held import Reduce

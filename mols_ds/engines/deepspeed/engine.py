@@ -26,7 +26,7 @@ from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.engines.deepspeed.checkpoint import EngineCheckpoints
 from mols_ds.engines.deepspeed.checks import check_supported, scheduler_hints
-from mols_ds.engines.deepspeed.parallel.base import find_grid
+from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.rng_state import EngineWindow
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsConfigError

@@ -14,7 +14,7 @@ from mols_ds.core import estimators
 from mols_ds.core.config import Estimator, MolsConfig
 from mols_ds.core.group_stats import NoiseFloor, adam_moments
 from mols_ds.core.local_stats import Owned, OwnedElements
-from mols_ds.engines.deepspeed.parallel.base import find_grid
+from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.shards import find_shards
 from mols_ds.errors import MolsUnsupportedError
 

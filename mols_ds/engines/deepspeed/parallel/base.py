@@ -127,19 +127,3 @@ def config_of(module: nn.Module) -> object | None:
     """The transformers config of the first layer that carries one."""
     configs = (getattr(part, "config", None) for part in module.modules())
     return next((config for config in configs if config_value(config, "model_type") is not None), None)
-
-
-def find_grid(engine: Any) -> Grid:
-    """The grid of this engine. Raises `MolsUnsupportedError` for one that is not supported, with the way out."""
-    from mols_ds.engines.deepspeed.parallel.autotp import AutoTpGrid, is_megatron, tensor_parallel_size
-    from mols_ds.engines.deepspeed.parallel.pipeline import PipelineGrid
-
-    if getattr(engine, "pipeline_parallelism", False):
-        return PipelineGrid(engine)
-    if is_megatron(engine.module):
-        from mols_ds.engines.deepspeed.parallel.megatron import MegatronGrid
-
-        return MegatronGrid(engine)
-    if tensor_parallel_size(engine) == 1 and int(engine.mp_world_size) == 1:
-        return Grid(engine)
-    return AutoTpGrid(engine)

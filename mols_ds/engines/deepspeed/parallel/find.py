@@ -1,0 +1,23 @@
+"""Which process grid a DeepSpeed engine has: one class for each way to distribute a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mols_ds.engines.deepspeed.parallel.autotp import AutoTpGrid, is_megatron, tensor_parallel_size
+from mols_ds.engines.deepspeed.parallel.base import Grid
+from mols_ds.engines.deepspeed.parallel.pipeline import PipelineGrid
+
+
+def find_grid(engine: Any) -> Grid:
+    """The grid of this engine. Raises `MolsUnsupportedError` for one that is not supported, with the way out."""
+    if getattr(engine, "pipeline_parallelism", False):
+        return PipelineGrid(engine)
+    if is_megatron(engine.module):
+        # Imports Megatron-core, which is optional.
+        from mols_ds.engines.deepspeed.parallel.megatron import MegatronGrid
+
+        return MegatronGrid(engine)
+    if tensor_parallel_size(engine) == 1 and int(engine.mp_world_size) == 1:
+        return Grid(engine)
+    return AutoTpGrid(engine)
