@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mols_ds.core.config import MolsConfig
+from mols_ds.engines.deepspeed.compat import module
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.build import split_config
 from mols_ds.optim.choose import AUTO as AUTO
@@ -165,12 +166,12 @@ def model_dtype(config: dict[str, Any]) -> torch.dtype:
 
 def check_with_deepspeed(config: dict[str, Any], path: str) -> None:
     """Has DeepSpeed validate a resolved config before anything is built. Raises MolsConfigError with one line."""
-    from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
+    checked = module("deepspeed.runtime.config").DeepSpeedConfig
     request = split_config(config)
     try:
-        DeepSpeedConfig(copy.deepcopy(config if request is None else request.config))
+        checked(copy.deepcopy(config if request is None else request.config))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

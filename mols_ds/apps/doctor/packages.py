@@ -11,8 +11,9 @@ from typing import Any
 
 from mols_ds.apps.doctor.findings import Findings, silence
 from mols_ds.apps.doctor.imports import Tried
+from mols_ds.engines.deepspeed.compat import TESTED as DEEPSPEED_TESTED
+from mols_ds.engines.deepspeed.compat import module as deepspeed_module
 
-DEEPSPEED_TESTED = "0.19.8"
 ENGINE = "transformer_engine.pytorch"
 IMPORTS = (
     *("deepspeed", "megatron.core", ENGINE, "transformers", "datasets", "tokenizers", "tensorboard", "matplotlib"),
@@ -114,14 +115,14 @@ def _deepspeed(findings: Findings, tried: Tried) -> None:
 def _ops(findings: Findings) -> None:
     """Kernels: built with the package, compiled here before, or to be compiled when they are first used."""
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.git_version_info import installed_ops
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS
     from torch.utils import cpp_extension
 
+    installed_ops = deepspeed_module("deepspeed.git_version_info").installed_ops
+    kernels = deepspeed_module("deepspeed.ops.op_builder.all_ops").ALL_OPS
     root = Path(cpp_extension.get_default_build_root())
     compiled = {file.stem for file in root.glob("**/*.so")} | {name for name, built in installed_ops.items() if built}
-    compiled &= set(ALL_OPS)
-    real = {name: builder for name, builder in ALL_OPS.items() if "not_implemented" not in name}
+    compiled &= set(kernels)
+    real = {name: builder for name, builder in kernels.items() if "not_implemented" not in name}
     able = [name for name, builder in real.items() if _compatible(builder)]
     unable = [name for name in real if name not in able]
     accelerator = get_accelerator().device_name()

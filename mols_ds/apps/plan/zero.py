@@ -23,6 +23,7 @@ from mols_ds.apps.plan.live import Gathered, gathered
 from mols_ds.apps.plan.model import Activations
 from mols_ds.apps.plan.optimizers import Weight, state_of_shard
 from mols_ds.apps.plan.parts import Bytes, Footprint, Message, up
+from mols_ds.engines.deepspeed.compat import module
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
 REFUSED = {
@@ -69,8 +70,6 @@ class Zero:
 
         Raises MolsConfigError where DeepSpeed refuses it, MolsUnsupportedError for options that are not known.
         """
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
         section = dict(config.get("zero_optimization") or {})
         for key, off in REFUSED.items():
             if section.get(key, off) not in (off, None):
@@ -80,7 +79,7 @@ class Zero:
             if (config.get(precision) or {}).get(key):
                 raise MolsUnsupportedError(f'plan: "{precision}.{key}" is not known to the plan; leave it out')
         try:
-            zero = DeepSpeedZeroConfig(**section)
+            zero = module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig(**section)
         except ValueError as error:
             raise MolsConfigError(
                 f'"zero_optimization": DeepSpeed refuses it: {" ".join(str(error).split())}'

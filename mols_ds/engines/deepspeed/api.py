@@ -10,11 +10,11 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
 from mols_ds.engines.deepspeed.bind_optimizer import bind_optimizer
+from mols_ds.engines.deepspeed.compat import read_config
 from mols_ds.engines.deepspeed.engine import EngineMols
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
 from mols_ds.optim.build import Request, build, split_config
@@ -78,7 +78,7 @@ def _find_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if not isinstance(config, Mapping):
         if not Path(config).is_file() and str(config).endswith(".json"):
             raise MolsConfigError(f"DeepSpeed config {config}: no such file")
-        config = load_ds_config(config)
+        config = read_config(config)
     return config
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
+from mols_ds.engines.deepspeed.compat import Engine, PipelineEngine
 from mols_ds.engines.deepspeed.parallel.autotp import AutoTpGrid, is_megatron, tensor_parallel_size
 from mols_ds.engines.deepspeed.parallel.base import Grid
 from mols_ds.engines.deepspeed.parallel.pipeline import PipelineGrid
 
 
-def find_grid(engine: Any) -> Grid:
+def find_grid(engine: Engine) -> Grid:
     """The grid of this engine. Raises `MolsUnsupportedError` for one that is not supported, with the way out."""
-    if getattr(engine, "pipeline_parallelism", False):
-        return PipelineGrid(engine)
+    if engine.pipeline_parallelism:
+        return PipelineGrid(cast(PipelineEngine, engine))
     if is_megatron(engine.module):
         # Imports Megatron-core, which is optional.
         from mols_ds.engines.deepspeed.parallel.megatron import MegatronGrid
