@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from megatron_patches.checks import check_version
 from megatron_patches.collective_checks import same_everywhere, together
+from megatron_patches.compat import APPLIED, ATTACHED, check_modules, check_version, optimizer_classes
 from megatron_patches.engine import MegatronMols
 from megatron_patches.monkeypatch import Patches
 from mols_ds.core.config import MolsConfig
@@ -52,6 +52,7 @@ def attach(
     def check() -> list[str]:
         section = MolsConfig.parse(config)
         check_version(force)
+        check_modules(ATTACHED)
         if isinstance(getattr(optimizer, "mols", None), MegatronMols):
             raise MolsError("this optimizer has MoLS already; call optimizer.mols.detach() first")
         return [section.model_dump_json(exclude={"report_dir"})]
@@ -81,14 +82,13 @@ class _Applied:
 
     def install(self) -> None:
         from megatron.core import dist_checkpointing, optimizer
-        from megatron.core.optimizer.optimizer import ChainedOptimizer
-        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+        chained, scheduler = optimizer_classes()
         self._replace(optimizer, "_get_param_groups", self._note_chunks)
-        self._replace(ChainedOptimizer, "__init__", self._note_optimizer)
-        self._replace(OptimizerParamScheduler, "__init__", self._note_scheduler)
+        self._replace(chained, "__init__", self._note_optimizer)
+        self._replace(scheduler, "__init__", self._note_scheduler)
         for name in ("step", "sharded_state_dict", "load_state_dict"):
-            self._replace(ChainedOptimizer, name, functools.partial(self._attach_late, name))
+            self._replace(chained, name, functools.partial(self._attach_late, name))
         self._replace(dist_checkpointing, "load", self._ask_for_samples)
 
     def _replace(self, owner: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
@@ -182,6 +182,8 @@ def apply(config: Mapping[str, Any] | MolsConfig, *, samples_per_step: int | Non
     global _active, _last
     section = MolsConfig.parse(config)
     check_version(force)
+    check_modules(ATTACHED)
+    check_modules(APPLIED)
     if _active is not None:
         raise MolsError("megatron_patches.apply() was called already; call megatron_patches.undo() first")
     if _optimizer_exists():
@@ -219,10 +221,9 @@ def current() -> Handle:
 
 
 def _optimizer_exists() -> bool:
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
+    chained, _ = optimizer_classes()
     # One that nobody holds any more does not count, nor one that had MoLS: the model config, which outlives it, holds
     # `optimizer.scale_loss` (Megatron-LM's training.py), so that those of a former run would seem to be in use.
     gc.collect()
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), ChainedOptimizer)]
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), chained)]
     return any(not hasattr(optimizer, _CHUNKS) and optimizer not in _ours for optimizer in found)

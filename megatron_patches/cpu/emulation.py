@@ -29,14 +29,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from megatron_patches.compat import EMULATED, EMULATED_ADAM, TRITON, check_modules
 from megatron_patches.cpu.adam import CpuFusedAdam
 from megatron_patches.cpu.specs import patch_specs
 from megatron_patches.monkeypatch import Patches
 from mols_ds.errors import MolsUnsupportedError
 
 _CPU = torch.device("cpu")
-# Imported unconditionally by the pipeline schedules (0.18: the first, from 0.19: the second); both need triton to load.
-_TRITON_MODULES = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
 _active: set[str] = set()  # what the contexts that are open now have put in place
 
 
@@ -53,8 +52,8 @@ def cpu_megatron(*, fused_adam: bool = False) -> Iterator[None]:
     0.18 on they need triton otherwise.
 
     Raises:
-        MolsUnsupportedError: megatron-core is missing, or Transformer Engine or apex is installed, whose kernels
-            megatron-core would call with CPU tensors.
+        MolsUnsupportedError: megatron-core is missing or lacks a name that is replaced here, or Transformer Engine or
+            apex is installed, whose kernels megatron-core would call with CPU tensors.
     """
     wanted = {"cpu"} | ({"fused_adam"} if fused_adam else set())
     new = wanted - _active
@@ -68,9 +67,11 @@ def cpu_megatron(*, fused_adam: bool = False) -> Iterator[None]:
             importlib.import_module("megatron.core")
             _patch_cuda(patches)
             stack.enter_context(_CpuMode())
+            check_modules(EMULATED)
             patch_specs(patches)
             stack.enter_context(_eager())
         if "fused_adam" in new:
+            check_modules(EMULATED_ADAM)
             _patch_adam(patches)
         _active.update(new)
         stack.callback(_active.difference_update, new)
@@ -275,7 +276,7 @@ class _WithoutTriton(SourceFileLoader):
 
 class _TritonFinder(MetaPathFinder):
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> ModuleSpec | None:
-        if fullname not in _TRITON_MODULES:
+        if fullname not in TRITON:
             return None
         spec = PathFinder.find_spec(fullname, path)
         if spec is not None and spec.origin is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_patches.compat import GROUPED_GEMM
 from megatron_patches.monkeypatch import Patches
 
 _NORMS: dict[str, type[nn.Module]] = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm}
@@ -95,7 +96,7 @@ def _patch_experts(patches: Patches) -> None:
     utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(utils, "te_general_gemm"):
         patches.set(utils, "te_general_gemm", None)
-    grouped = _optional("megatron.core.transformer.moe.grouped_gemm_util")  # up to 0.16
+    grouped = _optional(GROUPED_GEMM)
     if grouped is not None and not grouped.grouped_gemm_is_available():
         patches.set(grouped, "ops", LoopedGemm)
         patches.set(grouped, "grouped_gemm_is_available", lambda: True)

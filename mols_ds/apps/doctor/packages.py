@@ -152,11 +152,10 @@ def _megatron(findings: Findings, tried: Tried) -> None:
     if not tried.works:
         findings.add("problem", "megatron", f"megatron-core cannot be imported: {tried.error}", "reinstall it")
         return
-    from megatron_patches.checks import TESTED, check_version
+    from megatron_patches.compat import check_version, tested
 
     check_version(force=False)
-    low, high = (".".join(map(str, bound)) for bound in TESTED)
-    findings.add("ok", "megatron", f"megatron-core {tried.version} (tested: {low} to {high})")
+    findings.add("ok", "megatron", f"megatron-core {tried.version} (tested: {tested()})")
 
 
 def _transformer_engine(findings: Findings, tried: Tried | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from megatron.core import parallel_state
 from torch import nn
 
+from megatron_patches.compat import UNDER_DEEPSPEED, check_modules
 from megatron_patches.param_map import Grid as MegatronRanks
 from megatron_patches.param_map import current_grid, local_layout, local_parameters, logical_table
 from megatron_patches.rng_state import RandomState
@@ -32,6 +33,7 @@ class MegatronGrid(Grid):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
+        check_modules(UNDER_DEEPSPEED)
         self.config = _config_of(engine.module)
         ranks = current_grid()
         _check(engine, ranks, self.config)
