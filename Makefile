@@ -76,6 +76,7 @@ test: setup-dev
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 format: setup-dev
 	$(BIN)/ruff format .
@@ -92,7 +93,7 @@ compare: setup-dev
 	$(RUN_PATH) DS_ACCELERATOR=$(ACCELERATOR) mols-ds compare $(STUDY) --jobs $(NPROC) $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis mols_report runs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis mols_report runs
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean
