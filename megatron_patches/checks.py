@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
 from megatron_patches import compat, precision
+from megatron_patches.compat import TransformerConfig
 from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
 
-def check_supported(optimizer: Any, model_config: Any, config: MolsConfig, *, fused: bool) -> None:
+def check_supported(optimizer: object, model_config: object, config: MolsConfig, *, fused: bool) -> None:
     """Raise `MolsUnsupportedError` for what would silently train wrong. `fused`: some parameter has several groups."""
     compat.check_optimizer(optimizer)
     precision.check(model_config, getattr(optimizer, "config", None))
@@ -21,7 +21,7 @@ def check_supported(optimizer: Any, model_config: Any, config: MolsConfig, *, fu
             raise MolsUnsupportedError(f"MoLS does not support {what}: {way_out}")
 
 
-def find_config(model_chunks: Sequence[nn.Module]) -> Any:
+def find_config(model_chunks: Sequence[nn.Module]) -> TransformerConfig:
     """The TransformerConfig of the chunks. Raises `MolsConfigError` where there is none."""
     if not model_chunks:
         raise MolsConfigError("no model chunk was given: pass the list of modules that the optimizer was built from")
@@ -34,7 +34,7 @@ def find_config(model_chunks: Sequence[nn.Module]) -> Any:
     )
 
 
-def optimizer_steps(optimizer: Any) -> int:
+def optimizer_steps(optimizer: object) -> int:
     """Updates that the inner optimizers of this rank have taken, from Adam's own counters; 0 where there is none."""
     counts = [0]
     for outer in getattr(optimizer, "chained_optimizers", []):
@@ -45,7 +45,7 @@ def optimizer_steps(optimizer: Any) -> int:
     return max(counts)
 
 
-def scheduler_hints(scheduler: Any, samples_per_step: int | None) -> tuple[int | None, int | None]:
+def scheduler_hints(scheduler: object, samples_per_step: int | None) -> tuple[int | None, int | None]:
     """(total steps, warm-up steps) from an OptimizerParamScheduler, or None each.
 
     It counts what the training loop passes to `scheduler.step(increment)`, in Megatron-LM and Megatron-Bridge samples.

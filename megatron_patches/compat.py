@@ -19,6 +19,10 @@ TESTED = ((0, 15), (0, 19))
 tests/engines/megatron/test_versions.py; CI runs 0.16 and the last."""
 
 
+TransformerConfig = Any
+"""megatron.core.transformer.TransformerConfig, whose fields differ between releases: read them with a default."""
+
+
 class Wrapper(Protocol):
     """One of the chained optimizers (optimizer/optimizer.py): a torch optimizer with fp32 copies or shards."""
 

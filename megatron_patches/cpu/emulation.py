@@ -22,8 +22,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import CodeType, ModuleType
-from typing import Any
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def _found(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _eager() -> contextlib.AbstractContextManager[Any]:
+def _eager() -> contextlib.AbstractContextManager[None]:
     """`@jit_fuser` is `torch.compile`, and inductor fails on devices that are only called cuda."""
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return,unused-ignore]
 
@@ -243,10 +243,10 @@ def _patch_cuda(patches: Patches) -> None:
 class _NoKernel:
     """Stands for a triton kernel where triton is missing: it can be named, not launched."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: FunctionType) -> None:
         self.name = function.__qualname__
 
-    def __getitem__(self, grid: object) -> Any:
+    def __getitem__(self, grid: object) -> NoReturn:
         raise MolsUnsupportedError(
             f"the kernel {self.name} needs triton, which is not installed, and a GPU: leave out the option that uses it"
             " (moe_paged_stash)"

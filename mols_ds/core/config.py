@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from mols_ds.core.layout import Granularity
 from mols_ds.errors import MolsConfigError
@@ -83,7 +84,7 @@ class MolsConfig(_Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _apply_preset(cls, values: Any) -> Any:
+    def _apply_preset(cls, values: object) -> object:
         if isinstance(values, Mapping):
             preset = values.get("preset", "robust")
             if isinstance(preset, str) and preset in PRESETS:
@@ -117,7 +118,7 @@ class MolsConfig(_Frozen):
         return self
 
     @classmethod
-    def parse(cls, section: Mapping[str, Any] | MolsConfig) -> MolsConfig:
+    def parse(cls, section: Mapping[str, object] | MolsConfig) -> MolsConfig:
         """Validate a section. Raises `MolsConfigError` with one line that names every wrong key."""
         if isinstance(section, MolsConfig):
             return section
@@ -129,7 +130,7 @@ class MolsConfig(_Frozen):
             raise MolsConfigError("; ".join(_one_line(cls, e) for e in error.errors())) from None
 
 
-def _one_line(cls: type[BaseModel], error: Any) -> str:
+def _one_line(cls: type[BaseModel], error: ErrorDetails) -> str:
     """One pydantic error as `"mols.key": what (got value)`, with a suggestion for a misspelt key."""
     path = [str(part) for part in error["loc"] if not str(part).startswith(("function", "constrained", "literal"))]
     where = ".".join(["mols", *path])

@@ -350,7 +350,7 @@ class Controller:
             "report": self.report(),
         }
 
-    def load_state_dict(self, saved: Any) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take over phase, alphas and report.
 
         Raises:

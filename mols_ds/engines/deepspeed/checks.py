@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.engines.deepspeed import compat
@@ -134,19 +134,19 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
     ]
 
 
-def _adafactor_keeps_lr(group: Any) -> bool:
+def _adafactor_keeps_lr(group: Mapping[str, Sequence[float | None]]) -> bool:
     """Whether pytorch-optimizer's AdaFactor makes its own rate, or holds past rates in its momentum."""
     return bool(group.get("relative_step", True)) or group["betas"][0] is not None
 
 
-def _has_adam_moments(inner: Any) -> bool:
+def _has_adam_moments(inner: object) -> bool:
     if type(inner).__name__ in OTHER_MOMENTS or type(inner).__module__.startswith("bitsandbytes"):
         return False
     betas = [group.get("betas") for group in getattr(inner, "param_groups", [])]
     return "Lion" not in type(inner).__name__ and all(b is not None and len(b) == 2 for b in betas)
 
 
-def scheduler_hints(scheduler: Any) -> tuple[int | None, int | None]:
+def scheduler_hints(scheduler: object) -> tuple[int | None, int | None]:
     """(total steps, warm-up steps) as far as the learning-rate scheduler tells them.
 
     Known: DeepSpeed's WarmupDecayLR and WarmupCosineLR, WarmupLR (warm-up only); torch's OneCycleLR and

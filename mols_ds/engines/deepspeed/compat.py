@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 TESTED = "0.19.8"
+Config = Mapping[str, Any]
+"""A DeepSpeed config as it was read, or the arguments of `deepspeed.initialize` by name."""
 
 
 class DocumentedEngine(Protocol):
-    """What every client of `deepspeed.initialize` uses of the engine (deepspeed.readthedocs.io)."""
+    """What every client of `deepspeed.initialize` uses of the engine (deepspeed.readthedocs.io), and `mols`."""
 
+    mols: Any  # ours, where MoLS is attached
     module: Any  # the model: nn.Module, and PipelineModule with names of its own
     optimizer: Any  # one of OPTIMIZERS, or a torch optimizer at stage 0
     config: Any  # what `initialize` was given: a path or a mapping
@@ -239,9 +242,9 @@ def _refusal(what: str) -> MolsUnsupportedError:
 # ------------------------------------------------------------------ names that are used in several places
 
 
-def read_config(path: Any) -> Mapping[str, Any]:
+def read_config(path: object) -> Config:
     """A DeepSpeed config from a file or a base64 text, read by DeepSpeed's own loader."""
-    config: Mapping[str, Any] = module("deepspeed.runtime.tensor_parallel.init_utils").load_ds_config(path)
+    config: Config = module("deepspeed.runtime.tensor_parallel.init_utils").load_ds_config(path)
     return config
 
 

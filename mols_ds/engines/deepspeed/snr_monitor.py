@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import TypedDict
 
 import torch
 from deepspeed import comm as dist
@@ -21,6 +21,13 @@ from mols_ds.engines.deepspeed.shards import find_shards
 from mols_ds.errors import MolsUnsupportedError
 
 ESTIMATORS: tuple[Estimator, ...] = ("mean", "median", "pooled", "damping")
+
+
+class Reading(TypedDict):
+    """One reading: the step, and estimator -> group -> value."""
+
+    step: int
+    curves: dict[str, dict[str, float]]
 
 
 class SnrWatch:
@@ -48,12 +55,12 @@ class SnrWatch:
                 self.curves[name].setdefault(group, []).append(value)
         self.steps.append(int(engine.global_steps))
 
-    def reading(self) -> dict[str, Any]:
+    def reading(self) -> Reading:
         """The last reading, for `restore`: plain numbers."""
         last = {name: {g: values[-1] for g, values in by.items()} for name, by in self.curves.items()}
         return {"step": self.steps[-1], "curves": last}
 
-    def restore(self, readings: Iterable[Mapping[str, Any]], before: int) -> None:
+    def restore(self, readings: Iterable[Reading], before: int) -> None:
         """Take over the readings of a run that goes on from a checkpoint: those of steps before `before`, each once
         (a run that was interrupted twice has read some steps again, to the same numbers)."""
         for reading in readings:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,17 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from mols_ds.engines.deepspeed.compat import STATE, VERSION, WHOLE, Engine
+from mols_ds.engines.deepspeed.compat import STATE, VERSION, WHOLE, Config, Engine
 from mols_ds.engines.deepspeed.parallel.autotp import is_megatron, tensor_parallel_size
 from mols_ds.errors import MolsCheckpointError, MolsUnsupportedError
 
 STEP = "step"
+Content = dict[str, Any]
+"""What a file of a checkpoint holds."""
+Options = dict[str, Any]
+"""What a parameter group says beside its parameters: lr, betas, ..."""
+Load = Callable[..., Any]
+"""`torch.load`, or what takes its place."""
 FAMILIES = {"1 or 2": "mp_rank_*_model_states.pt", "3": "zero_pp_rank_*_model_states.pt"}
 """ZeRO stages whose checkpoints have the same form -> what their files of model states are called."""
 
@@ -128,7 +134,7 @@ def _refuse_universal(engine: Engine) -> None:
         )
 
 
-def was_round_robin(client_state: Mapping[str, Any]) -> bool:
+def was_round_robin(client_state: Config) -> bool:
     """Whether the run that saved this state cut its shards by turns."""
     zero = (client_state.get("ds_config") or {}).get("zero_optimization") or {}
     return bool(zero.get("round_robin_gradients")) and zero.get("stage") in (1, 2)
@@ -196,17 +202,17 @@ def _first(pattern: str) -> str:
     return pattern.replace("zero_pp_rank_*_", "zero_pp_rank_0_mp_rank_*_")
 
 
-def _common(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(
+def _common(folder: Path) -> Content:
+    content: Content = torch.load(
         folder / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False, mmap=True
     )
     return content
 
 
-def _translated(load: Callable[..., Any], zero: Path, to: str) -> Callable[..., Any]:
+def _translated(load: Load, zero: Path, to: str) -> Load:
     """`torch.load` that gives what the loader of the stages `to` expects of the files below `zero`."""
 
-    def translated(file: Any, *args: Any, **kwargs: Any) -> Any:
+    def translated(file: object, *args: Any, **kwargs: Any) -> object:
         content = load(file, *args, **kwargs)
         if not isinstance(file, str | os.PathLike) or zero not in Path(file).parents:
             return content
@@ -220,7 +226,7 @@ def _translated(load: Callable[..., Any], zero: Path, to: str) -> Callable[..., 
     return translated
 
 
-def _set_step(engine: Engine, step: Any) -> None:
+def _set_step(engine: Engine, step: Tensor | float) -> None:
     """Stage 3 keeps one step counter for all; stages 1 and 2 want one in the state of each shard."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for values in inner.state.values():
@@ -231,12 +237,12 @@ def _set_step(engine: Engine, step: Any) -> None:
 # ------------------------------------------------------------------ after a load
 
 
-def options_of(inner: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def options_of(inner: torch.optim.Optimizer) -> list[Options]:
     """What each parameter group says beside its parameters."""
     return [{k: v for k, v in group.items() if k != "params"} for group in inner.param_groups]
 
 
-def repair(engine: Engine, folder: Path, before: list[dict[str, Any]]) -> str | None:
+def repair(engine: Engine, folder: Path, before: list[Options]) -> str | None:
     """Undo what a universal load does wrong; `before` are this run's options. Returns what the user must be told.
 
     Where the checkpoint has another number of parameter groups (its file is that of the first pipeline stage), this

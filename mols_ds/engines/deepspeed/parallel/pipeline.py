@@ -128,7 +128,7 @@ def _exactly(name: str, group: str) -> Rule:
     return Rule(re.compile(f"^{re.escape(canonical_name(name).name)}$"), group)
 
 
-def _scalars(config: object | None) -> dict[str, Any] | None:
+def _scalars(config: object | None) -> dict[str, int | float | str | None] | None:
     """What fused layouts read of a config: plain numbers and words, which every stage can be told."""
     found = text_config(config)
     if found is None:
