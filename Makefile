@@ -15,7 +15,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev train train-megatron test lint format bench compare clean distclean
+.PHONY: help setup setup-dev train train-megatron test lint format architecture bench compare clean distclean
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -81,6 +81,10 @@ lint: setup-dev
 format: setup-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The picture of docs/architecture.md, from the code.
+architecture: setup-dev
+	$(BIN)/python docs/draw_architecture.py
 
 # Minutes: step time over stock DeepSpeed, and the accumulator against the machine's copy bandwidth.
 bench: setup-dev
