@@ -16,17 +16,19 @@ import secrets
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.utils import logger
 
-from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed import universal_checkpoint as universal
 from mols_ds.engines.deepspeed.compat import other_world_error
 from mols_ds.engines.deepspeed.parallel.base import Grid
 from mols_ds.engines.deepspeed.rng_state import EngineWindow
 from mols_ds.errors import MolsCheckpointError
+
+if TYPE_CHECKING:
+    from mols_ds.core.session import Session
 
 KEY = "mols"
 ID_BITS = 52  # a whole number that float64 holds exactly: the ranks agree on it by a float64 reduction
