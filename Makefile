@@ -15,7 +15,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev train train-megatron test lint format bench compare clean distclean
+.PHONY: help setup setup-dev train train-megatron test lint format architecture bench compare clean distclean
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -76,10 +76,15 @@ test: setup-dev
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 format: setup-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The picture of docs/architecture.md, from the code.
+architecture: setup-dev
+	$(BIN)/python docs/draw_architecture.py
 
 # Minutes: step time over stock DeepSpeed, and the accumulator against the machine's copy bandwidth.
 bench: setup-dev
@@ -92,7 +97,7 @@ compare: setup-dev
 	$(RUN_PATH) DS_ACCELERATOR=$(ACCELERATOR) mols-ds compare $(STUDY) --jobs $(NPROC) $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis mols_report runs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis mols_report runs
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean

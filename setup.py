@@ -26,7 +26,7 @@ MEGATRON = ["megatron-core>=0.16", "filelock>=3.13"]
 OPTIMIZERS = ["pytorch-optimizer>=4.0", "bitsandbytes>=0.45"]
 TEST_TOOLS = ["pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 # adam-mini: the authors' implementation, which this package's is tested against.
-TEST_TOOLS += ["ruff>=0.6", "mypy>=1.11", "types-PyYAML", "adam-mini>=1.1.1"]
+TEST_TOOLS += ["ruff>=0.6", "mypy>=1.11", "import-linter>=2.17", "types-PyYAML", "adam-mini>=1.1.1"]
 
 setup(
     name="mols-ds",

@@ -6,12 +6,13 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from megatron_patches.checks import check_version
 from megatron_patches.collective_checks import same_everywhere, together
+from megatron_patches.compat import APPLIED, ATTACHED, check_modules, check_version, optimizer_classes
 from megatron_patches.engine import MegatronMols
 from megatron_patches.monkeypatch import Patches
 from mols_ds.core.config import MolsConfig
@@ -21,9 +22,9 @@ from mols_ds.errors import MolsConfigError, MolsError
 
 def attach(
     model_chunks: nn.Module | Sequence[nn.Module],
-    optimizer: Any,
-    scheduler: Any,
-    config: Mapping[str, Any] | MolsConfig,
+    optimizer: object,
+    scheduler: object,
+    config: Mapping[str, object] | MolsConfig,
     *,
     samples_per_step: int | None = None,
     force: bool = False,
@@ -52,6 +53,7 @@ def attach(
     def check() -> list[str]:
         section = MolsConfig.parse(config)
         check_version(force)
+        check_modules(ATTACHED)
         if isinstance(getattr(optimizer, "mols", None), MegatronMols):
             raise MolsError("this optimizer has MoLS already; call optimizer.mols.detach() first")
         return [section.model_dump_json(exclude={"report_dir"})]
@@ -70,6 +72,10 @@ _CHUNKS = "_mols_chunks"
 """Attribute of an optimizer that waits to be attached: the model chunks that it was built from."""
 
 
+Method = Callable[..., Any]
+"""A function or method of Megatron's, or what takes its place."""
+
+
 class _Applied:
     """What `apply` has replaced in megatron.core."""
 
@@ -81,24 +87,23 @@ class _Applied:
 
     def install(self) -> None:
         from megatron.core import dist_checkpointing, optimizer
-        from megatron.core.optimizer.optimizer import ChainedOptimizer
-        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+        chained, scheduler = optimizer_classes()
         self._replace(optimizer, "_get_param_groups", self._note_chunks)
-        self._replace(ChainedOptimizer, "__init__", self._note_optimizer)
-        self._replace(OptimizerParamScheduler, "__init__", self._note_scheduler)
+        self._replace(chained, "__init__", self._note_optimizer)
+        self._replace(scheduler, "__init__", self._note_scheduler)
         for name in ("step", "sharded_state_dict", "load_state_dict"):
-            self._replace(ChainedOptimizer, name, functools.partial(self._attach_late, name))
+            self._replace(chained, name, functools.partial(self._attach_late, name))
         self._replace(dist_checkpointing, "load", self._ask_for_samples)
 
-    def _replace(self, owner: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
+    def _replace(self, owner: ModuleType | type, name: str, make: Callable[[Method], Method]) -> None:
         stock = getattr(owner, name)
         self.patches.set(owner, name, functools.wraps(stock)(make(stock)))
 
     # ------------------------------------------------------------------ the replacements
 
-    def _note_chunks(self, stock: Any) -> Callable[..., Any]:
-        def get_param_groups(model_chunks: Any, *args: Any, **kwargs: Any) -> Any:
+    def _note_chunks(self, stock: Method) -> Method:
+        def get_param_groups(model_chunks: Sequence[nn.Module], *args: Any, **kwargs: Any) -> object:
             if not self.open:
                 self.chunks, self.open = [], True
             known = {id(chunk) for chunk in self.chunks}
@@ -107,16 +112,16 @@ class _Applied:
 
         return get_param_groups
 
-    def _note_optimizer(self, stock: Any) -> Callable[..., Any]:
-        def init(chained: Any, *args: Any, **kwargs: Any) -> None:
+    def _note_optimizer(self, stock: Method) -> Method:
+        def init(chained: object, *args: Any, **kwargs: Any) -> None:
             stock(chained, *args, **kwargs)
             self.open = False
             setattr(chained, _CHUNKS, list(self.chunks))
 
         return init
 
-    def _note_scheduler(self, stock: Any) -> Callable[..., Any]:
-        def init(scheduler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def _note_scheduler(self, stock: Method) -> Method:
+        def init(scheduler: object, optimizer: object, *args: Any, **kwargs: Any) -> None:
             stock(scheduler, optimizer, *args, **kwargs)
             if self.open and not hasattr(optimizer, _CHUNKS):  # no ChainedOptimizer: attach() says what is wrong
                 setattr(optimizer, _CHUNKS, list(self.chunks))
@@ -124,17 +129,17 @@ class _Applied:
 
         return init
 
-    def _attach_late(self, name: str, stock: Any) -> Callable[..., Any]:
+    def _attach_late(self, name: str, stock: Method) -> Method:
         """A script without Megatron's scheduler: when it loads a checkpoint, or at the first step."""
 
-        def method(chained: Any, *args: Any, **kwargs: Any) -> Any:
+        def method(chained: object, *args: Any, **kwargs: Any) -> object:
             if self._attach(chained, None):
                 return getattr(chained, name)(*args, **kwargs)
             return stock(chained, *args, **kwargs)
 
         return method
 
-    def _attach(self, optimizer: Any, scheduler: Any) -> bool:
+    def _attach(self, optimizer: object, scheduler: object) -> bool:
         """Attach to an optimizer that waits for it; whether that was so."""
         global _last
         chunks = getattr(optimizer, _CHUNKS, None)
@@ -149,10 +154,10 @@ class _Applied:
         delattr(optimizer, _CHUNKS)  # only now: an error in attach() is raised again rather than passed over
         return True
 
-    def _ask_for_samples(self, stock: Any) -> Callable[..., Any]:
+    def _ask_for_samples(self, stock: Method) -> Method:
         """A load into a state dict of our optimizer: ask for the accumulators too, if they are there."""
 
-        def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        def load(sharded_state_dict: object, checkpoint_dir: object, *args: Any, **kwargs: Any) -> object:
             mols = _last()
             if isinstance(mols, MegatronMols) and isinstance(sharded_state_dict, dict):
                 mols.checkpoints.ask_in(sharded_state_dict, checkpoint_dir)
@@ -166,7 +171,9 @@ _ours: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that have or had M
 _last: Callable[[], Handle | None] = lambda: None  # noqa: E731
 
 
-def apply(config: Mapping[str, Any] | MolsConfig, *, samples_per_step: int | None = None, force: bool = False) -> None:
+def apply(
+    config: Mapping[str, object] | MolsConfig, *, samples_per_step: int | None = None, force: bool = False
+) -> None:
     """Patch megatron.core so that each optimizer that is built from now on gets MoLS; for the top of a training script.
 
     The optimizer is attached when its OptimizerParamScheduler is built; where it has none, when a checkpoint is loaded
@@ -182,6 +189,8 @@ def apply(config: Mapping[str, Any] | MolsConfig, *, samples_per_step: int | Non
     global _active, _last
     section = MolsConfig.parse(config)
     check_version(force)
+    check_modules(ATTACHED)
+    check_modules(APPLIED)
     if _active is not None:
         raise MolsError("megatron_patches.apply() was called already; call megatron_patches.undo() first")
     if _optimizer_exists():
@@ -219,10 +228,9 @@ def current() -> Handle:
 
 
 def _optimizer_exists() -> bool:
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
+    chained, _ = optimizer_classes()
     # One that nobody holds any more does not count, nor one that had MoLS: the model config, which outlives it, holds
     # `optimizer.scale_loss` (Megatron-LM's training.py), so that those of a former run would seem to be in use.
     gc.collect()
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), ChainedOptimizer)]
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), chained)]
     return any(not hasattr(optimizer, _CHUNKS) and optimizer not in _ours for optimizer in found)

@@ -13,16 +13,18 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed as dist
 
 from megatron_patches.checks import optimizer_steps
 from megatron_patches.rng_state import RandomState
-from mols_ds.core.session import Session
 from mols_ds.core.state_check import check_saved
 from mols_ds.errors import MolsCheckpointError
+
+if TYPE_CHECKING:
+    from mols_ds.core.session import Session
 
 KEY, SAMPLES = "mols", "mols_samples"
 PADDING = 0.02

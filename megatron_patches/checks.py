@@ -3,51 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
-from megatron_patches import precision
+from megatron_patches import compat, precision
+from megatron_patches.compat import TransformerConfig
 from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
-TESTED = ((0, 15), (0, 19))
-"""First and last megatron-core release (major, minor): 0.15.3, 0.16.1, 0.17.1, 0.18.0 and 0.19.2 were run with
-tests/engines/megatron/test_versions.py; CI runs 0.16 and the last."""
-NEEDED = ("prepare_grads", "step_with_ready_grads", "get_grad_norm", "sharded_state_dict", "load_state_dict", "step")
 
-
-def check_version(force: bool) -> None:
-    """Raise `MolsUnsupportedError` for a missing or an untested megatron-core; `force` lets an untested one pass."""
-    try:
-        import megatron.core as core
-    except ImportError as error:
-        raise MolsUnsupportedError(f"megatron-core cannot be imported ({error}): pip install megatron-core") from None
-    version = str(core.__version__)
-    number = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if force or TESTED[0] <= number <= TESTED[1]:
-        return
-    low, high = (".".join(map(str, bound)) for bound in TESTED)
-    raise MolsUnsupportedError(
-        f"megatron-core {version} has not been tested with MoLS (tested: {low} to {high}): install one, or pass "
-        "force=True and compare a short run with MoLS off"
-    )
-
-
-def check_supported(optimizer: Any, model_config: Any, config: MolsConfig, *, fused: bool) -> None:
+def check_supported(optimizer: object, model_config: object, config: MolsConfig, *, fused: bool) -> None:
     """Raise `MolsUnsupportedError` for what would silently train wrong. `fused`: some parameter has several groups."""
-    missing = [name for name in NEEDED if not hasattr(optimizer, name)]
-    if missing:
-        raise MolsUnsupportedError(
-            f"{type(optimizer).__name__} has no {', '.join(missing)} any more: install a tested megatron-core"
-        )
+    compat.check_optimizer(optimizer)
     precision.check(model_config, getattr(optimizer, "config", None))
     for applies, what, way_out in precision.optimizer_refusals(optimizer, config.mode, fused=fused):
         if applies:
             raise MolsUnsupportedError(f"MoLS does not support {what}: {way_out}")
 
 
-def find_config(model_chunks: Sequence[nn.Module]) -> Any:
+def find_config(model_chunks: Sequence[nn.Module]) -> TransformerConfig:
     """The TransformerConfig of the chunks. Raises `MolsConfigError` where there is none."""
     if not model_chunks:
         raise MolsConfigError("no model chunk was given: pass the list of modules that the optimizer was built from")
@@ -60,7 +34,7 @@ def find_config(model_chunks: Sequence[nn.Module]) -> Any:
     )
 
 
-def optimizer_steps(optimizer: Any) -> int:
+def optimizer_steps(optimizer: object) -> int:
     """Updates that the inner optimizers of this rank have taken, from Adam's own counters; 0 where there is none."""
     counts = [0]
     for outer in getattr(optimizer, "chained_optimizers", []):
@@ -71,7 +45,7 @@ def optimizer_steps(optimizer: Any) -> int:
     return max(counts)
 
 
-def scheduler_hints(scheduler: Any, samples_per_step: int | None) -> tuple[int | None, int | None]:
+def scheduler_hints(scheduler: object, samples_per_step: int | None) -> tuple[int | None, int | None]:
     """(total steps, warm-up steps) from an OptimizerParamScheduler, or None each.
 
     It counts what the training loop passes to `scheduler.step(increment)`, in Megatron-LM and Megatron-Bridge samples.

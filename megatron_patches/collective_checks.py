@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import distributed as dist
 
@@ -17,9 +17,10 @@ from mols_ds import errors
 from mols_ds.errors import MolsError
 
 Shapes = dict[str, tuple[int, ...]]
+T = TypeVar("T")
 
 
-def together(build: Callable[[], Any]) -> list[Any]:
+def together(build: Callable[[], T]) -> list[T]:
     """What `build` returned on every rank (as JSON gives it back), in the order of the ranks. Collective.
 
     Raises:
@@ -59,7 +60,7 @@ def _class_of(kind: str) -> type[MolsError]:
     return found if isinstance(found, type) and issubclass(found, MolsError) else MolsError
 
 
-def same_everywhere(values: Sequence[Any], what: Sequence[str]) -> None:
+def same_everywhere(values: Sequence[Sequence[object]], what: Sequence[str]) -> None:
     """Raise `MolsError` on every rank unless item i of each rank's value, which is `what[i]`, is that of rank 0."""
     for rank, value in enumerate(values):
         for name, first, here in zip(what, values[0], value, strict=True):

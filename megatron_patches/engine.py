@@ -42,6 +42,7 @@ from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.traits import has_shared_counter, is_elementwise
+from mols_ds.report.files import publisher
 
 
 class MegatronMols(Session):
@@ -150,6 +151,7 @@ class MegatronMols(Session):
             world={"data": grid.data, "tensor": grid.tensor, "pipeline": grid.pipeline, "expert": grid.expert},
             versions=versions(("megatron-core", "transformer-engine")) | self._precision(),
             log=say,
+            publish=publisher(self.config.report_dir, say),
         )
 
     def _precision(self) -> dict[str, str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, MutableSequence
 from types import ModuleType
-from typing import Any
+from typing import TypeVar
 
 _MISSING = object()
+T = TypeVar("T")
 
 
 class Patches:
@@ -24,7 +25,7 @@ class Patches:
         back = functools.partial(delattr, owner, name) if before is _MISSING else None
         self._undo.append(back or functools.partial(setattr, owner, name, before))
 
-    def insert(self, sequence: MutableSequence[Any], item: object) -> None:
+    def insert(self, sequence: MutableSequence[T], item: T) -> None:
         """Put `item` in front of `sequence`."""
         sequence.insert(0, item)
         self._undo.append(functools.partial(sequence.remove, item))

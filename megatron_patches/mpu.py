@@ -7,8 +7,6 @@ the model: the tensor-parallel ranks, since DeepSpeed does not run Megatron's pi
 
 from __future__ import annotations
 
-from typing import Any
-
 from megatron.core import parallel_state
 from torch import distributed as dist
 
@@ -50,7 +48,7 @@ class DeepSpeedMpu:
     def get_model_parallel_world_size(self) -> int:
         return self.get_tensor_model_parallel_world_size()
 
-    def get_model_parallel_group(self) -> Any:
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self.get_tensor_model_parallel_group()
 
     # --- tensor parallelism
@@ -61,8 +59,9 @@ class DeepSpeedMpu:
     def get_tensor_model_parallel_world_size(self) -> int:
         return int(parallel_state.get_tensor_model_parallel_world_size())
 
-    def get_tensor_model_parallel_group(self) -> Any:
-        return parallel_state.get_tensor_model_parallel_group()
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+        return group
 
     def get_tensor_model_parallel_src_rank(self) -> int:
         return int(parallel_state.get_tensor_model_parallel_src_rank())
@@ -75,8 +74,9 @@ class DeepSpeedMpu:
     def get_pipeline_model_parallel_world_size(self) -> int:
         return 1
 
-    def get_pipeline_model_parallel_group(self) -> Any:
-        return parallel_state.get_pipeline_model_parallel_group()
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        group: dist.ProcessGroup = parallel_state.get_pipeline_model_parallel_group()
+        return group
 
     # --- data parallelism
 
@@ -86,8 +86,9 @@ class DeepSpeedMpu:
     def get_data_parallel_world_size(self) -> int:
         return int(parallel_state.get_data_parallel_world_size())
 
-    def get_data_parallel_group(self) -> Any:
-        return parallel_state.get_data_parallel_group()
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
+        return group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return list(dist.get_process_group_ranks(self.get_data_parallel_group()))

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
+
+class Tracker(Protocol):
+    """Megatron's `CudaRNGStatesTracker`: a random state for each name."""
+
+    def get_states(self) -> dict[str, Tensor | torch.Generator]: ...
+
+    def set_states(self, states: dict[str, Tensor | torch.Generator]) -> None: ...
 
 
 class RandomState:
@@ -33,8 +42,9 @@ class RandomState:
         tracker = _tracker()
         states = tracker.get_states()
         for name, copy in saved["tracker"].items():
-            if isinstance(states.get(name), torch.Generator):  # trackers for CUDA graphs hold live generators
-                states[name].set_state(copy)
+            live = states.get(name)
+            if isinstance(live, torch.Generator):  # trackers for CUDA graphs hold live generators
+                live.set_state(copy)
             else:
                 states[name] = copy
         tracker.set_states(states)
@@ -44,11 +54,12 @@ class RandomState:
         self.saved = None
 
 
-def _tracker() -> Any:
+def _tracker() -> Tracker:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    return get_cuda_rng_tracker()
+    tracker: Tracker = get_cuda_rng_tracker()
+    return tracker
 
 
-def _copy(state: Any) -> Any:
+def _copy(state: Tensor | torch.Generator) -> Tensor:
     return state.get_state() if isinstance(state, torch.Generator) else state.clone()

@@ -15,7 +15,7 @@ from mols_ds.errors import (
 if TYPE_CHECKING:
     from mols_ds.core.config import MolsConfig
     from mols_ds.core.groups import ElementLayout, GroupTable, group_table
-    from mols_ds.engines.deepspeed import attach, initialize
+    from mols_ds.engines.deepspeed.api import attach, initialize
 
 __version__ = "0.4.0"
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
 _PLACES = {
     "MolsConfig": "core.config",
     **dict.fromkeys(("ElementLayout", "GroupTable", "group_table"), "core.groups"),
-    **dict.fromkeys(("attach", "initialize"), "engines.deepspeed"),
+    **dict.fromkeys(("attach", "initialize"), "engines.deepspeed.api"),
 }
 
 

@@ -12,8 +12,7 @@ from mols_ds.errors import MolsConfigError
 from mols_ds.training.cli_utils import Parser, run_program
 
 if TYPE_CHECKING:
-    from mols_ds.core.groups import Granularity
-    from mols_ds.core.json_types import JsonMapping
+    from mols_ds.core.schema import Report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def report_text(args: argparse.Namespace) -> str:
     """The report of `args.report` as a table, or its alphas for another run's config."""
-    from mols_ds.report.table import format_report, load_report
+    from mols_ds.report.files import load_report
+    from mols_ds.report.table import format_report
 
     if args.fixed_alphas:
         return fixed_alphas_text(load_report(args.report), args.model)
@@ -85,21 +85,14 @@ def report_text(args: argparse.Namespace) -> str:
     return format_report(load_report(args.report))
 
 
-def fixed_alphas_text(report: JsonMapping, model: str | None) -> str:
+def fixed_alphas_text(report: Report, model: str | None) -> str:
     """The keys of a "mols" section that give a run the alphas of `report`, as JSON; `model`: file or checkpoint folder
     of the model that will use them, against which they are checked."""
     from mols_ds.report.fixed_alphas import fixed_alphas, granularity_of
+    from mols_ds.training.models import groups_of
 
     groups = None if model is None else groups_of(model, granularity_of(report))
     return json.dumps(fixed_alphas(report, groups), indent=2)
-
-
-def groups_of(model: str, granularity: Granularity = "type") -> list[str]:
-    """The groups of a model file or checkpoint folder, without its weights. Raises MolsConfigError."""
-    from mols_ds.core.groups import group_table
-    from mols_ds.training.models import meta_model
-
-    return list(group_table(meta_model(model), None, granularity).elements)
 
 
 def groups_text(args: argparse.Namespace) -> str:

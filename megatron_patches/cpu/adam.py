@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+ParamGroup = dict[str, Any]
 
 
 class CpuFusedAdam(Optimizer):
@@ -23,7 +26,7 @@ class CpuFusedAdam(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: ParamsT,
         lr: float = 1e-3,
         bias_correction: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -58,7 +61,7 @@ class CpuFusedAdam(Optimizer):
                     self._update(param, param.grad, group)
         return loss
 
-    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, param: Tensor, grad: Tensor, group: ParamGroup) -> None:
         """Kingma and Ba (2015), algorithm 1; decoupled weight decay after Loshchilov and Hutter (2019)."""
         if not self.state[param]:
             self.initialize_state(param)

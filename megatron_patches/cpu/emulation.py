@@ -22,21 +22,20 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import CodeType, ModuleType
-from typing import Any
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from megatron_patches.compat import EMULATED, EMULATED_ADAM, TRITON, check_modules
 from megatron_patches.cpu.adam import CpuFusedAdam
 from megatron_patches.cpu.specs import patch_specs
 from megatron_patches.monkeypatch import Patches
 from mols_ds.errors import MolsUnsupportedError
 
 _CPU = torch.device("cpu")
-# Imported unconditionally by the pipeline schedules (0.18: the first, from 0.19: the second); both need triton to load.
-_TRITON_MODULES = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
 _active: set[str] = set()  # what the contexts that are open now have put in place
 
 
@@ -53,8 +52,8 @@ def cpu_megatron(*, fused_adam: bool = False) -> Iterator[None]:
     0.18 on they need triton otherwise.
 
     Raises:
-        MolsUnsupportedError: megatron-core is missing, or Transformer Engine or apex is installed, whose kernels
-            megatron-core would call with CPU tensors.
+        MolsUnsupportedError: megatron-core is missing or lacks a name that is replaced here, or Transformer Engine or
+            apex is installed, whose kernels megatron-core would call with CPU tensors.
     """
     wanted = {"cpu"} | ({"fused_adam"} if fused_adam else set())
     new = wanted - _active
@@ -68,9 +67,11 @@ def cpu_megatron(*, fused_adam: bool = False) -> Iterator[None]:
             importlib.import_module("megatron.core")
             _patch_cuda(patches)
             stack.enter_context(_CpuMode())
+            check_modules(EMULATED)
             patch_specs(patches)
             stack.enter_context(_eager())
         if "fused_adam" in new:
+            check_modules(EMULATED_ADAM)
             _patch_adam(patches)
         _active.update(new)
         stack.callback(_active.difference_update, new)
@@ -94,7 +95,7 @@ def _found(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _eager() -> contextlib.AbstractContextManager[Any]:
+def _eager() -> contextlib.AbstractContextManager[None]:
     """`@jit_fuser` is `torch.compile`, and inductor fails on devices that are only called cuda."""
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return,unused-ignore]
 
@@ -242,10 +243,10 @@ def _patch_cuda(patches: Patches) -> None:
 class _NoKernel:
     """Stands for a triton kernel where triton is missing: it can be named, not launched."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: FunctionType) -> None:
         self.name = function.__qualname__
 
-    def __getitem__(self, grid: object) -> Any:
+    def __getitem__(self, grid: object) -> NoReturn:
         raise MolsUnsupportedError(
             f"the kernel {self.name} needs triton, which is not installed, and a GPU: leave out the option that uses it"
             " (moe_paged_stash)"
@@ -275,7 +276,7 @@ class _WithoutTriton(SourceFileLoader):
 
 class _TritonFinder(MetaPathFinder):
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> ModuleSpec | None:
-        if fullname not in _TRITON_MODULES:
+        if fullname not in TRITON:
             return None
         spec = PathFinder.find_spec(fullname, path)
         if spec is not None and spec.origin is not None:

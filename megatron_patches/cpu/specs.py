@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_patches.compat import GROUPED_GEMM, TransformerConfig
 from megatron_patches.monkeypatch import Patches
 
 _NORMS: dict[str, type[nn.Module]] = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm}
@@ -59,7 +60,7 @@ def _patch_norm(patches: Patches) -> None:
     wrapped = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
     stock = wrapped.__new__
 
-    def build(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **options: Any) -> nn.Module:
+    def build(cls: type, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **options: Any) -> nn.Module:
         if config.normalization not in _NORMS or not config.sequence_parallel:
             return stock(cls, config, hidden_size, eps, **options)  # type: ignore[no-any-return]
         norm = _NORMS[config.normalization](hidden_size, eps=eps)
@@ -95,14 +96,14 @@ def _patch_experts(patches: Patches) -> None:
     utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(utils, "te_general_gemm"):
         patches.set(utils, "te_general_gemm", None)
-    grouped = _optional("megatron.core.transformer.moe.grouped_gemm_util")  # up to 0.16
+    grouped = _optional(GROUPED_GEMM)
     if grouped is not None and not grouped.grouped_gemm_is_available():
         patches.set(grouped, "ops", LoopedGemm)
         patches.set(grouped, "grouped_gemm_is_available", lambda: True)
         patches.set(grouped, "assert_grouped_gemm_is_available", lambda: None)
 
 
-def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+def _to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
     """As Megatron's function of this name, which leaves a tensor that is on the host already a tensor."""
     return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
 

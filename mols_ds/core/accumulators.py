@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Literal, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -40,6 +40,23 @@ def welford(mean: Tensor, m2: Tensor, value: Tensor, k: int, scratch: Tensor | N
     delta = torch.sub(value, mean, out=scratch)
     mean.add_(delta, alpha=1.0 / k)
     m2.addcmul_(delta, delta, value=(k - 1) / k)
+
+
+class MomentsState(TypedDict):
+    """What a checkpoint holds of `Moments`: its tensors, and the numbers that say what they are of."""
+
+    numel: int
+    count: int
+    block_length: int
+    mean: Tensor
+    m2: Tensor
+    block_mean: Tensor
+    block_m2: Tensor
+    block_sums: Tensor
+
+
+PER_ELEMENT: tuple[Literal["mean", "m2", "block_mean", "block_m2"], ...] = ("mean", "m2", "block_mean", "block_m2")
+SIZES: tuple[Literal["numel", "block_length"], ...] = ("numel", "block_length")
 
 
 class Moments:
@@ -182,7 +199,7 @@ class Moments:
         self._small, self._small_numel = [], 0
         self._freed = True
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> MomentsState:
         """Tensors (the accumulators themselves, not copies) and ints. Raises `MolsError` inside a sample."""
         self._alive()
         if self._pieces is not None:
@@ -199,36 +216,18 @@ class Moments:
             "block_sums": torch.stack(self.block_sums) if self.block_sums else none,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: object) -> None:
         """Take over a state of equally made accumulators bit for bit; `MolsCheckpointError` if it does not fit."""
         self._alive()
         mine = self.state_dict()
-        if not isinstance(state, Mapping):
-            raise MolsCheckpointError(f"the state of the accumulators is a {type(state).__name__}")
-        missing = [key for key in mine if key not in state]
-        if missing:
-            raise MolsCheckpointError(f"the state of the accumulators lacks {', '.join(missing)}")
-        for key in ("numel", "block_length", "count"):
-            if type(state[key]) is not int or state[key] < 0:
-                raise MolsCheckpointError(f"the state of the accumulators has {key}={state[key]!r}, no count")
-        for key in ("mean", "m2", "block_mean", "block_m2", "block_sums"):
-            if not isinstance(state[key], Tensor):
-                raise MolsCheckpointError(f"the accumulators' {key!r} is a {type(state[key]).__name__}, not a tensor")
-        for key in ("numel", "block_length"):
-            if state[key] != mine[key]:
-                raise MolsCheckpointError(f"the state of the accumulators has {key}={state[key]}, this run {mine[key]}")
-        for key in ("mean", "m2", "block_mean", "block_m2"):
-            if state[key].shape != mine[key].shape or state[key].dtype != mine[key].dtype:
-                raise MolsCheckpointError(f"the accumulators' {key!r} is {_kind(state[key])}, not {_kind(mine[key])}")
-        blocks = state["block_sums"]
-        if blocks.shape[1:] != mine["block_sums"].shape[1:] or blocks.dtype != mine["block_sums"].dtype:
-            raise MolsCheckpointError("the sample blocks in the state are of other groups than this run's")
-        if self._group_index is not None and len(blocks) != state["count"] // self.block_length:
-            raise MolsCheckpointError(f"the state has {len(blocks)} sample blocks of {state['count']} samples")
-        for key in ("mean", "m2", "block_mean", "block_m2"):
-            mine[key].copy_(state[key])
-        self.block_sums = [table.clone() for table in state["block_sums"].cpu()]
-        self.count = int(state["count"])
+        theirs = _checked(state, mine)
+        blocks = theirs["block_sums"]
+        if self._group_index is not None and len(blocks) != theirs["count"] // self.block_length:
+            raise MolsCheckpointError(f"the state has {len(blocks)} sample blocks of {theirs['count']} samples")
+        for key in PER_ELEMENT:
+            mine[key].copy_(theirs[key])
+        self.block_sums = [table.clone() for table in blocks.cpu()]
+        self.count = theirs["count"]
 
     def _zeros(self, numel: int) -> Tensor:
         return torch.zeros(numel, dtype=self.dtype, device=self.device)
@@ -287,3 +286,29 @@ class Moments:
 
 def _kind(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+
+
+def _checked(state: object, mine: MomentsState) -> MomentsState:
+    """`state` where it is one of accumulators made like `mine`. Raises `MolsCheckpointError`."""
+    if not isinstance(state, Mapping):
+        raise MolsCheckpointError(f"the state of the accumulators is a {type(state).__name__}")
+    missing = [key for key in mine if key not in state]
+    if missing:
+        raise MolsCheckpointError(f"the state of the accumulators lacks {', '.join(missing)}")
+    for number in (*SIZES, "count"):
+        if type(state[number]) is not int or state[number] < 0:
+            raise MolsCheckpointError(f"the state of the accumulators has {number}={state[number]!r}, no count")
+    for name in (*PER_ELEMENT, "block_sums"):
+        if not isinstance(state[name], Tensor):
+            raise MolsCheckpointError(f"the accumulators' {name!r} is a {type(state[name]).__name__}, not a tensor")
+    theirs = cast(MomentsState, state)
+    for size in SIZES:
+        if theirs[size] != mine[size]:
+            raise MolsCheckpointError(f"the state of the accumulators has {size}={theirs[size]}, this run {mine[size]}")
+    for key in PER_ELEMENT:
+        if theirs[key].shape != mine[key].shape or theirs[key].dtype != mine[key].dtype:
+            raise MolsCheckpointError(f"the accumulators' {key!r} is {_kind(theirs[key])}, not {_kind(mine[key])}")
+    blocks, ours = theirs["block_sums"], mine["block_sums"]
+    if blocks.shape[1:] != ours.shape[1:] or blocks.dtype != ours.dtype:
+        raise MolsCheckpointError("the sample blocks in the state are of other groups than this run's")
+    return theirs

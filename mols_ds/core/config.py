@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
 
 from mols_ds.core.json_types import JsonMapping, JsonObject
+from mols_ds.core.layout import Granularity
 from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError
 
@@ -69,7 +70,7 @@ class MolsConfig(Frozen):
     alpha_max: Annotated[float, Field(ge=1)] | None = 10.0
     ramp: Literal["linear", "cosine"] = "linear"
     ramp_end: StepOrShare | Literal["auto"] = 0.10
-    granularity: Literal["type", "layer_type"] = "type"
+    granularity: Granularity = "type"
     rules: tuple[tuple[str, str], ...] = ()
     accumulators: AccumulatorConfig = AccumulatorConfig()
     recalibrate: RecalibrateConfig | None = None

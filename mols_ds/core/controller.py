@@ -12,21 +12,21 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mols_ds.core import estimators
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.document import measured_rows, unmeasured_rows
+from mols_ds.core.document import build_report, measured_rows, unmeasured_rows
 from mols_ds.core.group_stats import GroupSums
 from mols_ds.core.groups import GroupTable, base_group, format_group_table, is_scaled
 from mols_ds.core.local_stats import Owned, OwnedElements
 from mols_ds.core.phases import Calibration, Phase, Schedule
+from mols_ds.core.schema import Report, ReportGroup
 from mols_ds.core.state_check import STATE_VERSION, check_saved
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
-from mols_ds.report.table import format_report, write_report
 
 
 @dataclass
@@ -36,10 +36,11 @@ class Context:
     Attributes:
         reduce: SUM over exactly the ranks whose owned elements are disjoint; float64 CPU tensor in, the sums out.
         device: where the accumulators live.
-        rank: 0 writes the report.
+        rank: 0 publishes the report.
         world: sizes for the report: data, tensor, pipeline, expert.
         versions: package versions for the report.
         log: prints one message once per job.
+        publish: shows and writes a new report; called on rank 0 alone. None: nobody wants it.
     """
 
     reduce: Callable[[Tensor], Tensor]
@@ -48,6 +49,7 @@ class Context:
     world: dict[str, int]
     versions: dict[str, str]
     log: Callable[[str], None] = print
+    publish: Callable[[Report], None] | None = None
 
 
 class Controller:
@@ -70,7 +72,7 @@ class Controller:
         )
         self.multipliers: dict[str, float] = {}
         self.applied_lrs: dict[str, float] = {}
-        self._report: dict[str, Any] = {}
+        self._report: Report | None = None
         self._check_names()
         self.log(f"MoLS module groups\n{format_group_table(table)}")
 
@@ -157,12 +159,12 @@ class Controller:
         """Set the alphas that the config gives, before step t; the ramp begins at the multipliers of now."""
         self.state.begin(t)
         alphas = {g: fixed.get(g, 1.0) for g in self.groups}
-        self._report = self._header(t, self.config.reference) | {"groups": unmeasured_rows(self.table, alphas)}
+        self._report = self._new_report(t, self.config.reference, unmeasured_rows(self.table, alphas))
         self._finish(t, alphas)
 
     def follow_config(self, t: int) -> None:
         """After a load: `fixed_alphas` of this run's config win over what the checkpoint has, and that is said."""
-        fixed, came_fixed = self.config.fixed_alphas, self._report.get("mode") == "fixed"
+        fixed, came_fixed = self.config.fixed_alphas, self._report is not None and self._report["mode"] == "fixed"
         if self.state.phase == "waiting" or (fixed is None and not came_fixed):
             return
         if fixed is None:
@@ -281,7 +283,8 @@ class Controller:
             self.give_up(t, str(error))
             return
         rows = measured_rows(self.table, sums, found, self.config.estimator, corrected, self.config.mode)
-        self._report = self._header(t, reference) | {"noise_floor_correction": corrected, "groups": rows}
+        self._report = self._new_report(t, reference, rows)
+        self._report["noise_floor_correction"] = corrected
         for group, alpha in found.items():
             if alpha.clamped:
                 self.warn(
@@ -297,8 +300,8 @@ class Controller:
         keep = {group: self.state.old.get(group, 1.0) for group in self.groups}
         former = "the former alphas" if self.state.old else "alpha = 1 for every group"
         self.warn(f"the calibration failed at step {t}: {why}. Training goes on with {former}")
-        rows = unmeasured_rows(self.table, keep)
-        self._report = self._header(t, self.config.reference) | {"groups": rows, "failed": why}
+        self._report = self._new_report(t, self.config.reference, unmeasured_rows(self.table, keep))
+        self._report["failed"] = why
         self._finish(t, keep)
 
     def _finish(self, t: int, alphas: dict[str, float]) -> None:
@@ -308,27 +311,29 @@ class Controller:
                 f"the calibration ended at step {t}, after mols.ramp_end (step {self.state.schedule.ramp_end}); "
                 f"the ramp ends at step {self.state.ramp_until} instead"
             )
-        self.log(format_report(self._report))
-        if self.context.rank == 0:
-            try:
-                write_report(self._report, self.config.report_dir)
-            except (MolsError, OSError) as error:  # the other ranks go on: an exception here would leave them waiting
-                self.warn(f"the report could not be written: {error}")
+        self._publish()
 
-    def _header(self, t: int, reference: str) -> dict[str, Any]:
-        config = self.config
-        return {
-            "schema": 1,
-            "step": t,
-            "samples": self.state.samples,
-            "mode": "fixed" if config.fixed_alphas is not None else config.mode,
-            "estimator": config.estimator,
-            "noise_floor_correction": config.noise_floor_correction,
-            "reference": reference,
-            "skipped_samples": self.state.skipped,
-            "world": dict(self.context.world),
-            "versions": dict(self.context.versions),
-        }
+    def _publish(self) -> None:
+        """Hand the new report to rank 0's `publish`. What fails there is a warning: the other ranks go on, and an
+        exception would leave them waiting."""
+        if self.context.rank != 0 or self.context.publish is None or self._report is None:
+            return
+        try:
+            self.context.publish(self._report)
+        except Exception as error:
+            self.warn(f"the report could not be written: {error}")
+
+    def _new_report(self, t: int, reference: str, rows: dict[str, ReportGroup]) -> Report:
+        return build_report(
+            self.config,
+            rows,
+            step=t,
+            samples=self.state.samples,
+            skipped=self.state.skipped,
+            reference=reference,
+            world=self.context.world,
+            versions=self.context.versions,
+        )
 
     # ------------------------------------------------------------------ state
 
@@ -345,7 +350,7 @@ class Controller:
             "report": self.report(),
         }
 
-    def load_state_dict(self, saved: Any) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take over phase, alphas and report.
 
         Raises:
@@ -355,7 +360,7 @@ class Controller:
         check_saved(saved, self.table.elements, self.state.state_dict())
         self.elements.free()
         self.state.load_state_dict(copy.deepcopy(dict(saved["state"])))
-        self._report = copy.deepcopy(dict(saved["report"]))
+        self._report = cast(Report, copy.deepcopy(dict(saved["report"]))) if saved["report"] else None
 
     def restart(self, t: int, why: str, *, forget: bool = False) -> None:
         """Drop a half-done calibration, or with `forget` all there was, and begin anew at or after step t.
@@ -369,7 +374,7 @@ class Controller:
             return
         old = self.state
         self.state = Calibration(old.schedule, old.wanted, old.max_samples, old.every)
-        self._report = {}
+        self._report = None
         self.advance(t)
 
 

@@ -1,4 +1,4 @@
-"""The rows of mols_report.json (contract: docs/deepspeed.md), from group sums and alphas. Pure."""
+"""The document of mols_report.json (contract: docs/deepspeed.md), from group sums and alphas. Renders nothing. Pure."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mols_ds.core.config import Mode
+from mols_ds.core.config import Mode, MolsConfig
 from mols_ds.core.estimators import ESTIMATORS, Alpha, Estimator, estimate, intervals
 from mols_ds.core.group_stats import GroupSums
 from mols_ds.core.groups import GroupTable
+from mols_ds.core.schema import SCHEMA, Report, ReportGroup
 
 MEASURED = (
     *("snr", "snr_mean", "snr_median", "snr_pooled", "damping", "snr_low", "snr_high"),
@@ -17,12 +18,13 @@ MEASURED = (
 )
 
 
-def unmeasured_rows(table: GroupTable, alphas: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+def unmeasured_rows(table: GroupTable, alphas: Mapping[str, float]) -> dict[str, ReportGroup]:
     """Rows of alphas that no measurement gave (`fixed_alphas`, a failed calibration): every statistic is null."""
-    return {
+    rows: dict[str, Any] = {
         row.group: {"elements": row.elements} | dict.fromkeys(MEASURED) | {"alpha": alphas[row.group], "clamped": False}
         for row in table
     }
+    return rows
 
 
 def measured_rows(
@@ -32,7 +34,7 @@ def measured_rows(
     estimator: Estimator,
     correction: bool,
     mode: Mode,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, ReportGroup]:
     """One row a group: "snr" is what the chosen estimator gave, the others are uncorrected, from the same sums.
 
     What is undefined (a group of which no element moved, an interval with too few samples) is null.
@@ -41,7 +43,7 @@ def measured_rows(
     plain = {name: estimate(sums, name, False) for name in ESTIMATORS}
     spread = intervals(sums, estimator, correction)
     total, never, constant, once = (sums.column(name) for name in ("total", "never_moved", "constant", "moved_once"))
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Any] = {}
     for group, _, elements, _ in table:
         seen = total[group] or math.nan
         row: dict[str, Any] = {
@@ -64,3 +66,40 @@ def measured_rows(
         }
         rows[group] = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return rows
+
+
+def build_report(
+    config: MolsConfig,
+    groups: dict[str, ReportGroup],
+    *,
+    step: int,
+    samples: int,
+    skipped: int,
+    reference: str,
+    world: Mapping[str, int],
+    versions: Mapping[str, str],
+) -> Report:
+    """A report of these groups.
+
+    Args:
+        config: the "mols" section of the run.
+        groups: rows of `measured_rows` or `unmeasured_rows`.
+        step: optimizer step before which the alphas were set.
+        samples, skipped: gradient samples that were used and left out.
+        reference: the reference group.
+        world: parallelism -> number of ranks.
+        versions: package -> version.
+    """
+    return {
+        "schema": SCHEMA,
+        "step": step,
+        "samples": samples,
+        "mode": "fixed" if config.fixed_alphas is not None else config.mode,
+        "estimator": config.estimator,
+        "noise_floor_correction": config.noise_floor_correction,
+        "reference": reference,
+        "skipped_samples": skipped,
+        "world": dict(world),
+        "versions": dict(versions),
+        "groups": groups,
+    }

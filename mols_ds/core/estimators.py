@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mols_ds.core.group_stats import BLOCK_COLUMN, COLUMN, N_BINS, N_EDGES, GroupSums, bin_edge, noise_floor
-from mols_ds.core.groups import base_group, is_scaled
+from mols_ds.core.layout import base_group, is_scaled
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 
 Estimator = Literal["mean", "median", "pooled", "damping"]

@@ -10,16 +10,13 @@ disjoint pieces of the element space, so the result does not depend on how many 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from mols_ds.core.layout import ElementLayout
 from mols_ds.errors import MolsConfigError, MolsError
-
-if TYPE_CHECKING:
-    from mols_ds.core.accumulators import Moments
-    from mols_ds.core.groups import ElementLayout
 
 COLUMNS = (
     "count",  # elements with s^2 > 0: the only ones that enter an estimator
@@ -52,6 +49,14 @@ MOVED_ONCE_RTOL = 1e-5
 MOMENTS_CUT = 2.0**-8
 BLOCK_CHUNK = 1 << 20  # subsampled elements, of 133 M: about 200 MiB of float64 temporaries
 CHUNK = 65536  # elements: the float64 temporaries of one chunk stay in the last-level cache
+
+
+class ElementMoments(Protocol):
+    """What is read of `mols_ds.core.accumulators.Moments`: mean and M2 of each element over `count` samples."""
+
+    mean: Tensor
+    m2: Tensor
+    count: int
 
 
 class NoiseFloor(NamedTuple):
@@ -222,7 +227,7 @@ class GroupSums:
         for mu2_c, s2_c in _chunks(mu2, s2):
             self._accumulate(row, mu2_c.to(torch.float64), s2_c.to(torch.float64), None)
 
-    def add_moments(self, moments: Moments, offset: int, layout: ElementLayout, start: int, numel: int) -> None:
+    def add_moments(self, moments: ElementMoments, offset: int, layout: ElementLayout, start: int, numel: int) -> None:
         """Add accumulator elements [offset, offset + numel), which are [start, start + numel) in a layout."""
         means = layout.views(moments.mean[offset : offset + numel], start)
         m2s = layout.views(moments.m2[offset : offset + numel], start)

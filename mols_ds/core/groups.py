@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -23,7 +23,7 @@ from mols_ds.core.group_rules import (
     strip_wrappers,
     text_config,
 )
-from mols_ds.core.layout import GROUPS, SCALED_GROUPS, ElementLayout
+from mols_ds.core.layout import GROUPS, SCALED_GROUPS, ElementLayout, Granularity, base_group, is_scaled
 from mols_ds.errors import MolsConfigError
 
 __all__ = [
@@ -41,21 +41,8 @@ __all__ = [
     "order_groups",
 ]
 
-Granularity = Literal["type", "layer_type"]
-
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|decoder_layers)\.(\d+)(?=\.|$)")
 _ANY_INDEX = re.compile(r"(?:^|\.)(?<!experts\.)(\d+)(?=\.|$)")
-
-
-def base_group(key: str) -> str:
-    """The group of a key: "qk.3" (granularity "layer_type") -> "qk"; a plain group is itself."""
-    return key.partition(".")[0]
-
-
-def is_scaled(key: str) -> bool:
-    """Whether the learning rate of this group is scaled: all but `other` and groups that start with `other_`."""
-    base = base_group(key)
-    return base != "other" and not base.startswith("other_")
 
 
 def order_groups(keys: Iterable[str]) -> list[str]:

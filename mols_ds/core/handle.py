@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mols_ds.core.controller import Controller
 from mols_ds.core.phases import Phase
+
+if TYPE_CHECKING:
+    from mols_ds.core.controller import Controller
 
 
 class Handle:

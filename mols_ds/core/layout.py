@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -16,6 +17,20 @@ GROUPS = ("embedding", "head", "qk", "vo", "mlp", "other")
 
 SCALED_GROUPS = GROUPS[:-1]
 """The groups whose learning rate is scaled; `other` is measured and reported only."""
+
+Granularity = Literal["type", "layer_type"]
+"""One group for each type of module ("qk"), or for each type in each layer ("qk.3")."""
+
+
+def base_group(key: str) -> str:
+    """The group of a key: "qk.3" (granularity "layer_type") -> "qk"; a plain group is itself."""
+    return key.partition(".")[0]
+
+
+def is_scaled(key: str) -> bool:
+    """Whether the learning rate of this group is scaled: all but `other` and groups that start with `other_`."""
+    base = base_group(key)
+    return base != "other" and not base.startswith("other_")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ step that comes next.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsConfigError
@@ -169,14 +170,14 @@ class Calibration:
         old = {group: self.old.get(group, 1.0) for group in self.alphas}
         return {g: alpha if f == 1.0 else old[g] + (alpha - old[g]) * f for g, alpha in self.alphas.items()}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Everything but the schedule and the limits, which the config of the resumed run gives anew."""
         state = asdict(self)
         for key in ("schedule", "wanted", "max_samples", "every"):
             del state[key]
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Inverse of `state_dict`; unknown keys raise KeyError."""
         for key in self.state_dict():
             setattr(self, key, state[key])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mols_ds.core.schema import schema_problem
 from mols_ds.core.validation import validation_message
 from mols_ds.errors import MolsCheckpointError
-from mols_ds.report.table import schema_problem
 
 STATE_VERSION = 1
 Count = Annotated[int, Field(ge=0)]
@@ -33,13 +33,13 @@ class _State(BaseModel):
     alphas: Alphas
 
 
-def check_saved(saved: Any, elements: Mapping[str, int], state_keys: Mapping[str, Any]) -> None:
+def check_saved(saved: object, elements: Mapping[str, int], state_keys: Iterable[str]) -> None:
     """Raise `MolsCheckpointError` unless `saved` is what `Controller.state_dict` gives, for these module groups.
 
     Args:
         saved: what stood under the key "mols" of a checkpoint (DeepSpeed: of its client_state); may be anything.
         elements: module group -> element count of this run's model.
-        state_keys: a state of `Calibration`, of which only the keys are read.
+        state_keys: the keys of a state of `Calibration`.
     """
     if not isinstance(saved, Mapping) or "version" not in saved:
         raise MolsCheckpointError(
@@ -60,7 +60,7 @@ def check_saved(saved: Any, elements: Mapping[str, int], state_keys: Mapping[str
     _check_values(saved["state"], saved["report"], elements)
 
 
-def _check_values(state: Mapping[str, Any], report: Mapping[str, Any], elements: Mapping[str, int]) -> None:
+def _check_values(state: Mapping[str, object], report: Mapping[str, object], elements: Mapping[str, int]) -> None:
     """Raise `MolsCheckpointError` for values that `Calibration` never has, or a report that breaks its schema."""
     try:
         values = _State.model_validate(dict(state))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NotRequired, TypedDict
 
-from mols_ds.core.groups import Granularity, is_scaled
-from mols_ds.core.json_types import JsonMapping, JsonObject
+from mols_ds.core.layout import Granularity, is_scaled
+from mols_ds.core.schema import Report
 from mols_ds.errors import MolsConfigError
 
 
-def granularity_of(report: JsonMapping) -> Granularity:
-    """The granularity of a report's groups: "layer_type" where they are named by layer, such as "qk.3"."""
-    return "layer_type" if any("." in name for name in report["groups"]) else "type"
+class FixedAlphas(TypedDict):
+    """Keys of a "mols" section."""
+
+    fixed_alphas: dict[str, float]
+    granularity: NotRequired[Granularity]
 
 
-def fixed_alphas(report: JsonMapping, groups: Sequence[str] | None = None) -> JsonObject:
+def fixed_alphas(report: Report, groups: Sequence[str] | None = None) -> FixedAlphas:
     """The keys of a "mols" section that give a run the alphas of `report` without a calibration.
 
     report: as `load_report` gives it. groups: those of the model that will use them, where it is known.
@@ -23,17 +26,21 @@ def fixed_alphas(report: JsonMapping, groups: Sequence[str] | None = None) -> Js
     Raises MolsConfigError for a report without alphas, for an alpha of a group that `groups` lacks, and for a scaled
     group of `groups` without an alpha, which would stay at the base rate unsaid.
     """
-    alphas = {name: group["alpha"] for name, group in report["groups"].items() if is_scaled(name)}
+    rows = {name: group["alpha"] for name, group in report["groups"].items() if is_scaled(name)}
     if report.get("failed"):
         raise MolsConfigError(f"the report holds no alphas: its calibration failed ({report['failed']})")
-    without = [name for name, alpha in alphas.items() if alpha is None]
+    alphas = {name: alpha for name, alpha in rows.items() if alpha is not None}
+    without = [name for name in rows if name not in alphas]
     if without or not alphas:
         which = f"of {', '.join(without)}" if without else "of any scaled group"
         raise MolsConfigError(f"the report holds no alpha {which}: nothing to hand over")
     layered = granularity_of(report) == "layer_type"
     if groups is not None:
         _check_groups(alphas, [group for group in groups if is_scaled(group)], layered)
-    return {"fixed_alphas": alphas} | ({"granularity": "layer_type"} if layered else {})
+    section: FixedAlphas = {"fixed_alphas": alphas}
+    if layered:
+        section["granularity"] = "layer_type"
+    return section
 
 
 def _check_groups(alphas: Mapping[str, float], known: Sequence[str], layered: bool) -> None:
@@ -51,3 +58,8 @@ def _check_groups(alphas: Mapping[str, float], known: Sequence[str], layered: bo
 
 def _few(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+
+
+def granularity_of(report: Report) -> Granularity:
+    """The "granularity" of a report's run: "layer_type" where groups are named by layer, such as "qk.3"."""
+    return "layer_type" if any("." in name for name in report["groups"]) else "type"

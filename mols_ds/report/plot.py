@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -13,6 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from mols_ds.core.schema import Number, Report, ReportGroup
 from mols_ds.report.table import MAX_ROWS, group_cells, headline, statistic_name
 
 # Okabe and Ito's palette, which stays readable for the colour-blind and in grey.
@@ -27,14 +27,14 @@ COLOURS = {
 INK, FAINT = "#222222", "#DDDDDD"
 
 
-def draw_report(report: Mapping[str, Any]) -> Figure:
+def draw_report(report: Report) -> Figure:
     """Three panels: the statistic of each group with its 95 % interval, the alphas, and the group table.
 
     Up to `MAX_ROWS` groups stand one below the other; more (granularity `layer_type`) are lines over the layers.
     The figure belongs to no window and to no global state: save it and let it go.
     """
     table = group_cells(report)
-    groups: Mapping[str, Mapping[str, Any]] = report["groups"]
+    groups = report["groups"]
     layered = len(groups) > MAX_ROWS
     upper = 3.4 if layered else 1.0 + 0.36 * len(groups)
     lower = 0.5 + 0.27 * len(table.cells)
@@ -56,7 +56,7 @@ def draw_report(report: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _intervals(axes: Axes, groups: Mapping[str, Mapping[str, Any]], label: str) -> None:
+def _intervals(axes: Axes, groups: Mapping[str, ReportGroup], label: str) -> None:
     """One dot a group on a logarithmic axis. Zero and less have no place there: they stand at its left edge as `<`."""
     ends = [group[key] for group in groups.values() for key in ("snr", "snr_low", "snr_high")]
     positive = [end for end in ends if end is not None and end > 0]
@@ -81,9 +81,11 @@ def _intervals(axes: Axes, groups: Mapping[str, Mapping[str, Any]], label: str) 
     axes.set_xlabel(label, fontsize=9.5)
 
 
-def _alphas(axes: Axes, groups: Mapping[str, Mapping[str, Any]], reference: str) -> None:
+def _alphas(axes: Axes, groups: Mapping[str, ReportGroup], reference: str) -> None:
     """Bars that start at 1 on a logarithmic axis, so that halving and doubling look alike; clamped ones are hatched."""
-    ends = [group.get(key) for group in groups.values() for key in ("alpha", "alpha_low", "alpha_high")]
+    ends = [
+        end for group in groups.values() for end in (group["alpha"], group.get("alpha_low"), group.get("alpha_high"))
+    ]
     known = [end for end in ends if end]
     reach = max([1.5, *(max(alpha, 1 / alpha) for alpha in known)])
     for row, (name, group) in enumerate(groups.items()):
@@ -125,13 +127,14 @@ def _alphas(axes: Axes, groups: Mapping[str, Mapping[str, Any]], reference: str)
     axes.set_xlabel("learning-rate multiplier alpha" + (", 95 % interval" if any(ends[1::3]) else ""), fontsize=9.5)
 
 
-def _lines(axes: Axes, groups: Mapping[str, Mapping[str, Any]], key: str, label: str) -> None:
+def _lines(axes: Axes, groups: Mapping[str, ReportGroup], key: Number, label: str) -> None:
     """One line for each kind of group over the layer index; kinds without layers are a dashed level."""
     series: dict[str, list[tuple[int, float]]] = {}
     for name, group in groups.items():
         kind, _, layer = name.partition(".")
-        if group[key] is not None and group[key] > 0:
-            series.setdefault(kind, []).append((int(layer) if layer.isdigit() else -1, group[key]))
+        value = group[key]
+        if value is not None and value > 0:
+            series.setdefault(kind, []).append((int(layer) if layer.isdigit() else -1, value))
     for kind, points in series.items():
         if points[0][0] < 0:
             axes.axhline(points[0][1], color=colour_of(kind), linestyle="--", linewidth=1.4, label=kind)
@@ -169,7 +172,7 @@ def _table(axes: Axes, cells: list[list[str]]) -> None:
             text.set_fontweight("bold")
 
 
-def _names(axes: Axes, groups: Mapping[str, Mapping[str, Any]]) -> None:
+def _names(axes: Axes, groups: Mapping[str, ReportGroup]) -> None:
     axes.set_yticks(range(len(groups)), list(groups), fontsize=10)
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, pad=9)
@@ -194,7 +197,7 @@ def _log_ticks(axis: Axis, ratio: float) -> None:
     axis.set_tick_params(which="minor", length=0)
 
 
-def _footnote(report: Mapping[str, Any]) -> str:
+def _footnote(report: Report) -> str:
     world = [f"{key} ranks {value}" for key, value in report["world"].items() if value]
     versions = [f"{name} {version}" for name, version in report["versions"].items()]
     return "   ·   ".join([*world, *versions])

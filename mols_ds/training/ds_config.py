@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.validation import validation_message
+from mols_ds.engines.deepspeed.compat import module
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.build import split_config
 from mols_ds.optim.choose import AUTO as AUTO
@@ -167,11 +168,11 @@ def model_dtype(config: JsonObject) -> torch.dtype:
 
 def check_with_deepspeed(config: JsonObject, path: str) -> None:
     """Has DeepSpeed validate a resolved config before anything is built. Raises MolsConfigError with one line."""
-    from deepspeed.runtime.config import DeepSpeedConfig
 
+    checked = module("deepspeed.runtime.config").DeepSpeedConfig
     request = split_config(config)
     try:
-        DeepSpeedConfig(copy.deepcopy(config if request is None else request.config))
+        checked(copy.deepcopy(config if request is None else request.config))
     except ValidationError as error:
         raise MolsConfigError(f"config {path}: {error.title}: {validation_message(error)}") from error
     except Exception as error:  # DeepSpeed asserts and raises plain Exceptions for wrong values

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from mols_ds.core.groups import Granularity, group_table
 from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import one_line
@@ -42,6 +43,11 @@ def load_model_config(source: str) -> PretrainedConfig:
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise MolsConfigError(f"model {file}: model_type {config.model_type!r} has no causal language model")
     return config
+
+
+def groups_of(source: str, granularity: Granularity = "type") -> list[str]:
+    """The module groups of a model file or checkpoint folder, without its weights. Raises MolsConfigError."""
+    return list(group_table(meta_model(source), None, granularity).elements)
 
 
 def is_checkpoint(source: str) -> bool:

@@ -11,6 +11,7 @@ from typing import TextIO
 import torch
 
 from mols_ds.core.json_types import JsonMapping
+from mols_ds.engines.deepspeed.compat import leave_out_shm_kernel
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning
 from mols_ds.training.cli_utils import print_line, status_of
 from mols_ds.training.compare import ADAM
@@ -103,8 +104,7 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
     if "RANK" not in os.environ:
         os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
     if get_accelerator().device_name() == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce for a minute before the first step; gloo does as well here
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        leave_out_shm_kernel()
         if "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))

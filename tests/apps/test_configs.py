@@ -19,7 +19,7 @@ from mols_ds.core.controller import Context, Controller
 from mols_ds.core.groups import group_table, is_scaled
 from mols_ds.core.phases import resolve_schedule
 from mols_ds.errors import MolsUnsupportedError
-from mols_ds.report.table import write_report
+from mols_ds.report.files import write_report
 from mols_ds.training import ds_config as settings
 from mols_ds.training.megatron_config import (
     ProcessGrid,

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from mols_ds.core.config import MolsConfig
-from mols_ds.engines.deepspeed.checks import ENGINE_NAMES, check_supported
+from mols_ds.engines.deepspeed.checks import check_supported
+from mols_ds.engines.deepspeed.compat import ENGINE_NAMES
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning
 from mols_ds.optim import apollo
 from mols_ds.optim.build import Request, build, split_config

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
-from mols_ds.report.table import JSON_NAME, MAX_ROWS, PLOT_NAME, format_report, group_rows, load_report, write_report
+from mols_ds.report.files import JSON_NAME, PLOT_NAME, load_report, write_report
+from mols_ds.report.table import MAX_ROWS, format_report, group_rows
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 

@@ -4,7 +4,6 @@ meant. Each check calls the code that raises; a stand-in takes the engine's plac
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from mols_ds.core.json_types import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+from mols_ds.engines.deepspeed.compat import module as deepspeed_module
 
 TRIED_STEPS = 64
 """Steps of a scheduler that are tried, to see whether it keeps the groups' own rates and the betas."""
@@ -115,7 +115,7 @@ def _known_keys() -> set[str]:
     """Words that DeepSpeed's config modules name; more than the top-level keys, never fewer."""
     known = set[str]()
     for name in ("constants", "zero.config", "config", "activation_checkpointing.config"):
-        module = importlib.import_module(f"deepspeed.runtime.{name}")
+        module = deepspeed_module(f"deepspeed.runtime.{name}")
         known |= {value for value in vars(module).values() if isinstance(value, str) and value.islower()}
     return known | {"tensorboard", "wandb", "csv_monitor", "comms_logger", "flops_profiler", "tensor_parallel"}
 
@@ -137,10 +137,9 @@ def _scheduler(
             "is given to initialize",
         )
         return steps, warmup
-    from deepspeed.runtime import lr_schedules
-
     from mols_ds.engines.deepspeed.checks import scheduler_hints
 
+    lr_schedules = deepspeed_module("deepspeed.runtime.lr_schedules")
     name = str(named["type"])
     if not hasattr(lr_schedules, name):
         _not_deepspeeds(findings, name, config)
@@ -162,11 +161,10 @@ def _scheduler(
 
 def _not_deepspeeds(findings: Findings, name: str, config: JsonMapping) -> None:
     import torch
-    from deepspeed.runtime import lr_schedules
 
     from mols_ds.optim.build import zero_stage
 
-    known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
+    known = ", ".join(deepspeed_module("deepspeed.runtime.lr_schedules").VALID_LR_SCHEDULES)
     if not hasattr(torch.optim.lr_scheduler, name):
         findings.add("problem", "config.scheduler", f'"scheduler.type" {name!r} is unknown', f"one of {known}")
     elif zero_stage(config) > 0:
@@ -296,10 +294,10 @@ def _inner(resolved: JsonMapping) -> object:
 def _kernels(findings: Findings, config: JsonMapping) -> None:
     """Kernels that DeepSpeed compiles for this config, and whether it can here."""
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
+    kernels = deepspeed_module("deepspeed.ops.op_builder.all_ops").ALL_OPS
     for kernel, why, way_out in _needed(config, get_accelerator().device_name()):
-        builder = ALL_OPS.get(kernel)
+        builder = kernels.get(kernel)
         if builder is None or not builder.is_compatible(verbose=False):
             found = f"{why} needs DeepSpeed's kernel {kernel}, which cannot be compiled here"
             findings.add("problem", "config.kernels", found, way_out)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from mols_ds.apps.doctor.findings import Findings, silence
 from mols_ds.apps.doctor.imports import Tried
+from mols_ds.engines.deepspeed.compat import TESTED as DEEPSPEED_TESTED
+from mols_ds.engines.deepspeed.compat import module as deepspeed_module
 
 if TYPE_CHECKING:
     from deepspeed.ops.op_builder.builder import OpBuilder
     from packaging.requirements import Requirement
 
-DEEPSPEED_TESTED = "0.19.8"
 ENGINE = "transformer_engine.pytorch"
 IMPORTS = (
     *("deepspeed", "megatron.core", ENGINE, "transformers", "datasets", "tokenizers", "tensorboard", "matplotlib"),
@@ -118,14 +119,14 @@ def _deepspeed(findings: Findings, tried: Tried) -> None:
 def _ops(findings: Findings) -> None:
     """Kernels: built with the package, compiled here before, or to be compiled when they are first used."""
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.git_version_info import installed_ops
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS
     from torch.utils import cpp_extension
 
+    installed_ops = deepspeed_module("deepspeed.git_version_info").installed_ops
+    kernels = deepspeed_module("deepspeed.ops.op_builder.all_ops").ALL_OPS
     root = Path(cpp_extension.get_default_build_root())
     compiled = {file.stem for file in root.glob("**/*.so")} | {name for name, built in installed_ops.items() if built}
-    compiled &= set(ALL_OPS)
-    real = {name: builder for name, builder in ALL_OPS.items() if "not_implemented" not in name}
+    compiled &= set(kernels)
+    real = {name: builder for name, builder in kernels.items() if "not_implemented" not in name}
     able = [name for name, builder in real.items() if _compatible(builder)]
     unable = [name for name in real if name not in able]
     accelerator = get_accelerator().device_name()
@@ -155,11 +156,10 @@ def _megatron(findings: Findings, tried: Tried) -> None:
     if not tried.works:
         findings.add("problem", "megatron", f"megatron-core cannot be imported: {tried.error}", "reinstall it")
         return
-    from megatron_patches.checks import TESTED, check_version
+    from megatron_patches.compat import check_version, tested
 
     check_version(force=False)
-    low, high = (".".join(map(str, bound)) for bound in TESTED)
-    findings.add("ok", "megatron", f"megatron-core {tried.version} (tested: {low} to {high})")
+    findings.add("ok", "megatron", f"megatron-core {tried.version} (tested: {tested()})")
 
 
 def _transformer_engine(findings: Findings, tried: Tried | None) -> None:

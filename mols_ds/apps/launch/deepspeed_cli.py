@@ -24,7 +24,8 @@ from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mols_ds.apps.launch.signals import IDLE_SECONDS, SENT, ranks_below, send
-from mols_ds.errors import MolsConfigError
+from mols_ds.engines.deepspeed import compat
+from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.training.cli_utils import USER_MISTAKE, Parser, print_line, shell_status
 from mols_ds.training.preemption import SIGNALS
 
@@ -38,6 +39,7 @@ Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | No
 PROGRAM = "deepspeed"
 CONFIG_OPTIONS = ("--deepspeed_config", "--config")
 ROOT = str(Path(__file__).resolve().parents[3])
+RUNNER = "deepspeed.launcher.runner"
 UNMAPPED = ("OpenMPIRunner", "MVAPICHRunner", "SlurmRunner")
 """Runners of DeepSpeed (launcher/multinode_runner.py) that start the script itself and tell it no master address."""
 
@@ -83,14 +85,13 @@ class _Job:
         """The runner's `parse_args`, taking `--config` and refusing files that are not there."""
 
         def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
-            from deepspeed.launcher import runner
-
-            module = runner.argparse
-            runner.argparse = _copy_with(module, ArgumentParser=RunnerParser)
+            runner: Any = compat.module(RUNNER)
+            stock_argparse = runner.argparse
+            runner.argparse = _copy_with(stock_argparse, ArgumentParser=RunnerParser)
             try:
                 parsed = stock(args)
             finally:
-                runner.argparse = module
+                runner.argparse = stock_argparse
             if parsed.ds_config is not None and not os.path.isfile(parsed.ds_config):
                 raise MolsConfigError(f"--config {parsed.ds_config}: no such file")
             if not parsed.module and not parsed.no_python and not os.path.isfile(parsed.user_script):
@@ -221,15 +222,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs DeepSpeed's launcher on `argv` (default: the command line). Returns its status, or 2 for a user's mistake;
     the launcher itself hands on the status of the first process that failed, but for one that a signal ended (its
     status is negative): 128 + the signal."""
-    from deepspeed.launcher import runner
-
     job = _Job()
     try:
+        runner = compat.module(RUNNER)
         with _changed(runner, job), _listening(job):
             runner.main(None if argv is None else list(argv))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except (ValueError, RuntimeError, AssertionError) as error:  # how the launcher refuses hosts, slots and counts
+    except (ValueError, RuntimeError, AssertionError, MolsUnsupportedError) as error:
+        # The first three are how the launcher refuses hosts, slots and counts.
         print_line(PROGRAM, error)
         return USER_MISTAKE
     return shell_status(getattr(job.process, "returncode", 0))

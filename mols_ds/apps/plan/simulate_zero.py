@@ -35,6 +35,7 @@ from mols_ds.training.models import meta_model
 
 if TYPE_CHECKING:
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from mols_ds.engines.deepspeed import compat
 
 OPTIONS = ("sub_group_size", "round_robin_gradients", "parameter_alignment", "stage3_param_persistence_threshold")
 """Keys of "zero_optimization" that say how elements are cut."""
@@ -125,20 +126,18 @@ class ZeroWorld:
         if self.stage == 0:
             return optimizer
         if self.stage == 3:
-            from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-            from deepspeed.utils.timer import NoopTimer
-
+            stage_3 = compat.module("deepspeed.runtime.zero.stage3").DeepSpeedZeroOptimizer_Stage3
+            timer = compat.module("deepspeed.utils.timer").NoopTimer()
             names_here = {"stage3_param_persistence_threshold": "param_persistence_threshold"}
             allowed = ("sub_group_size", *names_here)
             more = {names_here.get(key, key): value for key, value in self.options.items() if key in allowed}
             config = {"train_batch_size": self.ranks, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
             more = {"sub_group_size": 1_000_000_000} | more
-            return DeepSpeedZeroOptimizer_Stage3(model, optimizer, names, NoopTimer(), config, **common, **more)
-        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
+            return stage_3(model, optimizer, names, timer, config, **common, **more)
+        stage_1_and_2 = compat.module("deepspeed.runtime.zero.stage_1_and_2").DeepSpeedZeroOptimizer
         more = {key: self.options[key] for key in OPTIONS[1:3] if key in self.options}
         # Stage 1 with 16-bit gradients: with fp32 ones the engine takes BF16_Optimizer, which is cut in the same way
-        return DeepSpeedZeroOptimizer(optimizer, names, None, {}, partition_grads=self.stage == 2, **common, **more)
+        return stage_1_and_2(optimizer, names, None, {}, partition_grads=self.stage == 2, **common, **more)
 
 
 def _pieces_of(engine: Any) -> list[Owned]:
@@ -154,6 +153,7 @@ def _pieces_of(engine: Any) -> list[Owned]:
 
 def _enter_partition(outer: ZeROOptimizer, rank: int) -> None:
     """What the constructor asks for its own rank (runtime/zero/stage_1_and_2.py, the loop over groups)."""
+    compat.check_simulated(outer)
     groups = zip(outer.round_robin_bit16_groups, outer.partition_size, outer.round_robin_bit16_padding, strict=True)
     for i, (tensors, size, padding) in enumerate(groups):
         outer.params_in_partition[i] = outer.get_partition_info(tensors, size, rank, padding)[0]
@@ -170,10 +170,9 @@ def _as_rank(rank: int) -> Iterator[None]:
 def _deepspeed() -> Iterator[None]:
     """DeepSpeed's communication on the fake world, and an accelerator that is the meta device with room for all."""
     import deepspeed
-    from deepspeed.comm import comm
-    from deepspeed.comm.torch import TorchBackend
     from deepspeed.utils import logger
 
+    comm, torch_comm = compat.module("deepspeed.comm.comm"), compat.module("deepspeed.comm.torch")
     accelerator = deepspeed.accelerator.get_accelerator()
     meta = {
         "current_device_name": lambda: "meta",
@@ -184,8 +183,8 @@ def _deepspeed() -> Iterator[None]:
     }
     with contextlib.ExitStack() as stack:
         # Its shared-memory reductions are compiled where they are first used; nothing here reduces
-        stack.enter_context(mock.patch("deepspeed.comm.torch.build_shm_op", lambda: None))
-        backend = TorchBackend("fake", None, None)
+        stack.enter_context(mock.patch.object(torch_comm, "build_shm_op", lambda: None))
+        backend = torch_comm.TorchBackend("fake", None, None)
         stack.enter_context(mock.patch.object(comm, "cdb", backend))
         stack.enter_context(mock.patch.dict(os.environ, {"LOCAL_RANK": "0"}))
         for name, value in meta.items():

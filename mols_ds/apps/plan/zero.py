@@ -26,6 +26,7 @@ from mols_ds.apps.plan.optimizers import Weight, state_of_shard
 from mols_ds.apps.plan.parts import Bytes, Footprint, Message, Operation, up
 from mols_ds.core.json_types import JsonMapping
 from mols_ds.core.validation import validation_message
+from mols_ds.engines.deepspeed.compat import module
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
 REFUSED = {
@@ -72,8 +73,6 @@ class ZeroPlan:
 
         Raises MolsConfigError where DeepSpeed refuses it, MolsUnsupportedError for options that are not known.
         """
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
         section = dict(config.get("zero_optimization") or {})
         for key, off in REFUSED.items():
             if section.get(key, off) not in (off, None):
@@ -82,10 +81,11 @@ class ZeroPlan:
         for key in LOW_PRECISION:
             if (config.get(precision) or {}).get(key):
                 raise MolsUnsupportedError(f'plan: "{precision}.{key}" is not known to the plan; leave it out')
+        zero_config = module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
         try:
-            zero = DeepSpeedZeroConfig(**section)
+            zero = zero_config(**section)
         except ValidationError as error:
-            message = validation_message(error, DeepSpeedZeroConfig, "zero_optimization")
+            message = validation_message(error, zero_config, "zero_optimization")
             raise MolsConfigError(f"DeepSpeed refuses {message}") from error
         except ValueError as error:
             raise MolsConfigError(

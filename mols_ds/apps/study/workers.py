@@ -25,6 +25,7 @@ from mols_ds.apps.study.runs import Store, StudyRun, needed
 from mols_ds.apps.study.spec import Study
 from mols_ds.apps.study.work import RankInfo, Worker
 from mols_ds.core.json_types import JsonObject
+from mols_ds.engines.deepspeed.compat import leave_out_shm_kernel
 from mols_ds.errors import MolsError
 
 POLL_SECONDS = 1.0
@@ -92,7 +93,7 @@ def start_alone() -> None:
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        leave_out_shm_kernel()
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         backend = get_accelerator().communication_backend_name()

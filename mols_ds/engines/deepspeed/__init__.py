@@ -1,6 +1,1 @@
-"""MoLS on DeepSpeed ZeRO."""
-
-from mols_ds.engines.deepspeed.api import attach, initialize
-from mols_ds.engines.deepspeed.engine import EngineMols
-
-__all__ = ["EngineMols", "attach", "initialize"]
+"""MoLS on DeepSpeed ZeRO: `api.attach` and `api.initialize`, which `mols_ds` gives under its own name."""

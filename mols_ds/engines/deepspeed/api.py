@@ -10,17 +10,20 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
 from mols_ds.engines.deepspeed.bind_optimizer import bind_optimizer
+from mols_ds.engines.deepspeed.compat import Config, Engine, read_config
 from mols_ds.engines.deepspeed.engine import EngineMols
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
 from mols_ds.optim.build import Request, build, split_config
 
+Initialized = tuple[Any, Any, Any, Any]
+"""What `deepspeed.initialize` returns: engine, optimizer, data loader, scheduler."""
 
-def attach(engine: Any, config: Mapping[str, Any] | MolsConfig) -> Handle:
+
+def attach(engine: Engine, config: Mapping[str, object] | MolsConfig) -> Handle:
     """Put MoLS on a DeepSpeed engine that exists already. Collective: every rank calls it at the same point.
 
     Args:
@@ -42,7 +45,7 @@ def attach(engine: Any, config: Mapping[str, Any] | MolsConfig) -> Handle:
     return engine.mols  # type: ignore[no-any-return]
 
 
-def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+def initialize(*args: Any, **kwargs: Any) -> Initialized:
     """`deepspeed.initialize` with the "mols" section of the DeepSpeed config and with optimizers by name.
 
     Same arguments and same four results (deepspeed/__init__.py). An "optimizer" section whose "type" DeepSpeed does not
@@ -57,7 +60,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     config = _find_config(arguments)
     section = None if config is None or config.get("mols") is None else MolsConfig.parse(config["mols"])
     request = None if config is None else split_config(config)
-    results: tuple[Any, Any, Any, Any]
+    results: Initialized
     results = deepspeed.initialize(*args, **kwargs) if request is None else _initialize_ours(arguments, request)
     bind_optimizer(results[0])
     if section is None or not section.enabled:
@@ -67,7 +70,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     return results
 
 
-def _find_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _find_config(arguments: Config) -> Config | None:
     """The config that these arguments name, read by DeepSpeed's own loader; None where there is none."""
     config = arguments.get("config") or arguments.get("config_params")
     if config is None:
@@ -78,11 +81,11 @@ def _find_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if not isinstance(config, Mapping):
         if not Path(config).is_file() and str(config).endswith(".json"):
             raise MolsConfigError(f"DeepSpeed config {config}: no such file")
-        config = load_ds_config(config)
+        config = read_config(config)
     return config
 
 
-def _initialize_ours(arguments: Mapping[str, Any], request: Request) -> tuple[Any, Any, Any, Any]:
+def _initialize_ours(arguments: Config, request: Request) -> Initialized:
     """`deepspeed.initialize` with the optimizer of `request` as the client's, told which shards it steps."""
     if arguments.get("optimizer") is not None:
         raise MolsConfigError(
@@ -100,14 +103,14 @@ def _initialize_ours(arguments: Mapping[str, Any], request: Request) -> tuple[An
             setattr(launched, name, None)
     stock = {k: v for k, v in arguments.items() if k not in ("config_params", "model_parameters")}
     options = [set(group) for group in optimizer.param_groups]
-    results: tuple[Any, Any, Any, Any] = deepspeed.initialize(
+    results: Initialized = deepspeed.initialize(
         **{**stock, "args": launched, "optimizer": optimizer, "config": request.config}
     )
     _forget_empty_step(results[0], optimizer, options)
     return results
 
 
-def _forget_empty_step(engine: Any, optimizer: torch.optim.Optimizer, options: list[set[str]]) -> None:
+def _forget_empty_step(engine: Engine, optimizer: torch.optim.Optimizer, options: list[set[str]]) -> None:
     """Undo the step with zero gradients that DeepSpeed's 16-bit wrapper of stage 0 takes in its constructor.
 
     (runtime/fp16/unfused_optimizer.py, initialize_optimizer_states.) It would decay the weights and count as the first

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from mols_ds.engines.deepspeed.parallel.base import Grid, find_grid, local_shape
+from mols_ds.engines.deepspeed.compat import Engine
+from mols_ds.engines.deepspeed.parallel.base import Grid, local_shape
+from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.held import Reduce
@@ -19,7 +20,7 @@ Refusal = tuple[bool, str, str]
 """Whether it applies, what is not supported, the way out."""
 
 
-def bind_optimizer(engine: Any) -> None:
+def bind_optimizer(engine: Engine) -> None:
     """Bind the engine's optimizer, if it is a `ShardedOptimizer`; other optimizers and engines are left alone.
 
     Collective: every rank calls it, after `deepspeed.initialize` and before the first step. Again for an engine that is
@@ -47,7 +48,7 @@ def bind_optimizer(engine: Any) -> None:
     inner.bind(shards.tensors, shards.pieces, shapes, blocks, reduce)
 
 
-def _reduction(engine: Any) -> Reduce:
+def _reduction(engine: Engine) -> Reduce:
     """SUM over the data-parallel ranks; on the accelerator also for shards that lie on the CPU."""
 
     def reduce(values: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def _reduction(engine: Any) -> Reduce:
     return reduce
 
 
-def _refusals(engine: Any, inner: ShardedOptimizer) -> list[Refusal]:
+def _refusals(engine: Engine, inner: ShardedOptimizer) -> list[Refusal]:
     outer = engine.optimizer
     stays = not inner.moves
     partial = getattr(outer, "backup_optimizer", None) is not None or getattr(outer, "partial_offload", 1.0) != 1.0

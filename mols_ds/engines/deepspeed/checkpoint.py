@@ -16,17 +16,19 @@ import secrets
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger
 
-from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed import universal_checkpoint as universal
+from mols_ds.engines.deepspeed.compat import other_world_error
 from mols_ds.engines.deepspeed.parallel.base import Grid
 from mols_ds.engines.deepspeed.rng_state import EngineWindow
 from mols_ds.errors import MolsCheckpointError
+
+if TYPE_CHECKING:
+    from mols_ds.core.session import Session
 
 KEY = "mols"
 ID_BITS = 52  # a whole number that float64 holds exactly: the ranks agree on it by a float64 reduction
@@ -152,7 +154,7 @@ class EngineCheckpoints:
         try:
             with universal.reading(self.engine, place):
                 path, loaded = self._load(load_dir, tag, *args, **kwargs)
-        except ZeRORuntimeException as error:  # of every rank: another number of ranks
+        except other_world_error() as error:  # of every rank: another number of ranks
             raise MolsCheckpointError(f"{error} To resume, {universal.convert(Path(str(place)))}") from error
         if path is None:
             return path, loaded

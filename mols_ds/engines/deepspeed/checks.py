@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mols_ds.core.config import MolsConfig
+from mols_ds.engines.deepspeed import compat
+from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.catalog import class_facts
 from mols_ds.optim.traits import has_adam_moments
 
-ENGINE_NAMES = (
-    *("_take_model_step", "global_steps", "micro_steps", "seq_data_parallel_group", "param_names", "optimizer"),
-    *(
-        "mp_world_size",
-        "mpu",
-        "zero_optimization",
-        "zero_compute_grad_norm",
-        "managed_gradient_accumulation",
-        "was_step_applied",
-    ),
-)
 
-
-def check_supported(engine: Any, config: MolsConfig) -> None:
+def check_supported(engine: Engine, config: MolsConfig) -> None:
     """Raise `MolsUnsupportedError` for an engine or optimizer that would silently train wrong."""
-    if missing := [name for name in ENGINE_NAMES if not hasattr(engine, name)]:
-        raise MolsUnsupportedError(
-            f"MoLS does not support this DeepSpeed engine, which lacks {', '.join(missing)}: install DeepSpeed 0.19.8"
-        )
+    compat.check(engine)
     for refuse, what, way_out in _engine_refusals(engine, config) + _optimizer_refusals(engine, config):
         if refuse:
             raise MolsUnsupportedError(f"MoLS does not support {what}: {way_out}")
@@ -37,7 +22,7 @@ Refusal = tuple[bool, str, str]
 """Whether it applies, what is not supported, the way out."""
 
 
-def _engine_refusals(engine: Any, config: MolsConfig) -> list[Refusal]:
+def _engine_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
     return [
         (
             type(engine).__name__ == "DualPipeVEngine",
@@ -73,7 +58,7 @@ def _engine_refusals(engine: Any, config: MolsConfig) -> list[Refusal]:
     ]
 
 
-def _optimizer_refusals(engine: Any, config: MolsConfig) -> list[Refusal]:
+def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
     outer = engine.optimizer
     inner = getattr(outer, "optimizer", outer)
     wrapper, name = type(outer).__name__, type(inner).__name__
@@ -120,7 +105,7 @@ def _optimizer_refusals(engine: Any, config: MolsConfig) -> list[Refusal]:
     ]
 
 
-def scheduler_hints(scheduler: Any) -> tuple[int | None, int | None]:
+def scheduler_hints(scheduler: object) -> tuple[int | None, int | None]:
     """(total steps, warm-up steps) as far as the learning-rate scheduler tells them.
 
     Known: DeepSpeed's WarmupDecayLR and WarmupCosineLR, WarmupLR (warm-up only); torch's OneCycleLR and

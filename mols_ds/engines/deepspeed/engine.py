@@ -26,11 +26,12 @@ from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.engines.deepspeed.checkpoint import EngineCheckpoints
 from mols_ds.engines.deepspeed.checks import check_supported, scheduler_hints
-from mols_ds.engines.deepspeed.parallel.base import find_grid
+from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.rng_state import EngineWindow
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.traits import has_shared_counter, is_elementwise
+from mols_ds.report.files import publisher
 
 
 class EngineMols(Session):
@@ -123,6 +124,7 @@ class EngineMols(Session):
             world=self.grid.world,
             versions=versions(self.grid.packages),
             log=say,
+            publish=publisher(self.config.report_dir, say),
         )
 
     def _groups_of_lr(self, table: GroupTable) -> dict[str, int]:

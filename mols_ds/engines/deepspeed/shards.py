@@ -1,4 +1,4 @@
-"""Where each ZeRO layout keeps its shards: the only file that uses private names of DeepSpeed's optimizers.
+"""Where each ZeRO layout keeps its shards: the only file that reads DeepSpeed's optimizers (names: compat.py).
 
 One class per layout says: which inner tensors the inner optimizer steps, which parameter elements lie where in them,
 how to read this rank's reduced gradient at an accumulation boundary, how to throw it away, and by which factor an inner
@@ -12,17 +12,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
 from mols_ds.core.lr_scaler import Piece
+from mols_ds.engines.deepspeed.compat import check_optimizer
 from mols_ds.engines.deepspeed.parallel.base import Place
 from mols_ds.engines.deepspeed.spans import OwnedPiece, Spans
 from mols_ds.errors import MolsUnsupportedError
-
-TESTED = "0.19.8"
 
 
 class Shards(ABC):
@@ -36,7 +34,6 @@ class Shards(ABC):
         param_group: parameter name -> index of its group in `inner.param_groups`.
     """
 
-    needs: tuple[str, ...] = ()
     reads_before_clipping = False
     """Whether online samples are read at the entry of the step; otherwise in the inner optimizer's step hook."""
 
@@ -44,12 +41,7 @@ class Shards(ABC):
         self.engine = engine
         self.outer = engine.optimizer
         self.inner = getattr(self.outer, "optimizer", self.outer)
-        missing = [name for name in self.needs if not hasattr(self.outer, name)]
-        if missing:
-            raise MolsUnsupportedError(
-                f"DeepSpeed {deepspeed.__version__}: {type(self.outer).__name__} has no {', '.join(missing)} any more; "
-                f"mols_ds was tested with {TESTED}: install that, or report this version"
-            )
+        check_optimizer(self.outer)
         self.places = places
         self.starts = {place.name: place.start for place in places.values()}
         self.uncounted = {place.name for place in places.values() if not place.counted}
@@ -131,26 +123,6 @@ class Shards(ABC):
 class Stage12(Shards):
     """ZeRO stages 1 and 2, CPU offload included (runtime/zero/stage_1_and_2.py)."""
 
-    needs = (
-        "single_partition_of_fp32_groups",
-        "bit16_groups",
-        "params_in_partition",
-        "grad_start_offset",
-        "grad_partition_insertion_offset",
-        "partition_size",
-        "real_dp_process_group",
-        "get_param_id",
-        "averaged_gradients",
-        "all_grad_tensors",
-        "cpu_offload",
-        "micro_step_id",
-        "reset_cpu_buffers",
-        "_release_preflattened_grad_buffers",
-        "_wait_for_offload_copies",
-        "loss_scale",
-        "clip_grad",
-    )
-
     def _collect(self) -> None:
         o = self.outer
         for i, flat in enumerate(o.single_partition_of_fp32_groups):
@@ -198,26 +170,6 @@ class Stage12(Shards):
 class Stage3(Shards):
     """ZeRO stage 3 with sub-groups, CPU and NVMe offload (runtime/zero/stage3.py). Nothing is ever gathered."""
 
-    needs = (
-        "fp32_partitioned_groups_flat",
-        "fp16_partitioned_groups_flat_numel",
-        "fp16_groups",
-        "grad_position",
-        "get_param_id",
-        "sub_group_to_group_id",
-        "averaged_gradients",
-        "offload_optimizer",
-        "persistent_parameters",
-        "reset_cpu_buffers",
-        "_pre_step",
-        "_partition_all_parameters",
-        "_swappable_optimizer_subgroup",
-        "_optimizer_states_and_gradient_swap_in",
-        "_release_swap_buffers",
-        "loss_scale",
-        "clip_grad",
-    )
-
     def _collect(self) -> None:
         o = self.outer
         for i, flat in enumerate(o.fp32_partitioned_groups_flat):
@@ -264,8 +216,6 @@ class Stage3(Shards):
 
 class Bf16(Shards):
     """BF16_Optimizer: stage 1, bf16 with fp32 gradient accumulation (runtime/bf16_optimizer.py)."""
-
-    needs = ("fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "bf16_groups", "clip_grad")
 
     def _collect(self) -> None:
         o = self.outer

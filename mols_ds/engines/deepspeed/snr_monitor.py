@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import TypedDict
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mols_ds.core import estimators
 from mols_ds.core.config import Estimator, MolsConfig
 from mols_ds.core.group_stats import NoiseFloor, adam_moments
 from mols_ds.core.local_stats import Owned, OwnedElements
-from mols_ds.engines.deepspeed.parallel.base import find_grid
+from mols_ds.engines.deepspeed.compat import Engine
+from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.shards import find_shards
 from mols_ds.errors import MolsUnsupportedError
 
 ESTIMATORS: tuple[Estimator, ...] = ("mean", "median", "pooled", "damping")
+
+
+class Reading(TypedDict):
+    """One reading: the step, and estimator -> group -> value."""
+
+    step: int
+    curves: dict[str, dict[str, float]]
 
 
 class SnrWatch:
@@ -38,7 +47,7 @@ class SnrWatch:
         self.steps: list[int] = []
         self.curves: dict[str, dict[str, list[float]]] = {name: {} for name in ESTIMATORS}
 
-    def __call__(self, engine: Any) -> None:
+    def __call__(self, engine: Engine) -> None:
         if engine.global_steps % self.every:
             return
         for name, values in self.read(engine).items():
@@ -46,12 +55,12 @@ class SnrWatch:
                 self.curves[name].setdefault(group, []).append(value)
         self.steps.append(int(engine.global_steps))
 
-    def reading(self) -> dict[str, Any]:
+    def reading(self) -> Reading:
         """The last reading, for `restore`: plain numbers."""
         last = {name: {g: values[-1] for g, values in by.items()} for name, by in self.curves.items()}
         return {"step": self.steps[-1], "curves": last}
 
-    def restore(self, readings: Iterable[Mapping[str, Any]], before: int) -> None:
+    def restore(self, readings: Iterable[Reading], before: int) -> None:
         """Take over the readings of a run that goes on from a checkpoint: those of steps before `before`, each once
         (a run that was interrupted twice has read some steps again, to the same numbers)."""
         for reading in readings:
@@ -65,7 +74,7 @@ class SnrWatch:
         """One curve a group, always positive: mean damping d as the SNR that has it, d^2 / (1 - d^2)."""
         return {g: [d * d / (1.0 - d * d) for d in values] for g, values in self.curves["damping"].items()}
 
-    def read(self, engine: Any) -> dict[str, dict[str, float]]:
+    def read(self, engine: Engine) -> dict[str, dict[str, float]]:
         """Estimator -> group -> value from the moments as they are now. Collective."""
         if not hasattr(self, "_grid"):
             self._build(engine)
@@ -83,7 +92,7 @@ class SnrWatch:
         sums.load_packed(self._reduce(sums.pack()))
         return {name: estimators.estimate(sums, name, True) for name in ESTIMATORS}
 
-    def _build(self, engine: Any) -> None:
+    def _build(self, engine: Engine) -> None:
         self._engine = engine
         self._grid = find_grid(engine)
         self._shards = find_shards(engine, self._grid.places)
@@ -106,13 +115,13 @@ class SnrWatch:
         self._elements = OwnedElements(owned, table.layouts, list(table.elements), torch.device("cpu"))
         self._betas: tuple[float, float] = tuple(inner.param_groups[0]["betas"])
 
-    def _step(self, inner: Any) -> int:
+    def _step(self, inner: Optimizer) -> int:
         """Adam's own count, which differs from the engine's after skipped steps."""
         counts = [int(state["step"]) for state in inner.state.values() if "step" in state]
         counts += [int(group["step"]) for group in inner.param_groups if "step" in group]
         return max(counts, default=int(self._engine.global_steps))
 
-    def _weight(self, inner: Any) -> float:
+    def _weight(self, inner: Optimizer) -> float:
         return adam_moments(torch.zeros(1), torch.zeros(1), self._step(inner), *self._betas)[2]
 
     def _reduce(self, values: Tensor) -> Tensor:

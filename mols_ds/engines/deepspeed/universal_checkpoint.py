@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,22 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from mols_ds.engines.deepspeed.compat import STATE, VERSION, WHOLE, Config, Engine
 from mols_ds.engines.deepspeed.parallel.autotp import is_megatron, tensor_parallel_size
 from mols_ds.errors import MolsCheckpointError, MolsUnsupportedError
 
-STATE, STEP, WHOLE, VERSION = "optimizer_state_dict", "step", "param", "ds_version"
-"""Keys of deepspeed/checkpoint/constants.py: OPTIMIZER_STATE_DICT, -, PARAM, DS_VERSION."""
+STEP = "step"
+Content = dict[str, Any]
+"""What a file of a checkpoint holds."""
+Options = dict[str, Any]
+"""What a parameter group says beside its parameters: lr, betas, ..."""
+Load = Callable[..., Any]
+"""`torch.load`, or what takes its place."""
 FAMILIES = {"1 or 2": "mp_rank_*_model_states.pt", "3": "zero_pp_rank_*_model_states.pt"}
 """ZeRO stages whose checkpoints have the same form -> what their files of model states are called."""
 
 
-def folder_of(engine: Any, load_dir: Any, tag: Any) -> Path | None:
+def folder_of(engine: Engine, load_dir: str | os.PathLike[str] | None, tag: object) -> Path | None:
     """What `engine.load_checkpoint(load_dir, tag)` reads; None where the file that names the tag is missing."""
     if not load_dir:
         return None
@@ -52,7 +58,7 @@ def family_of_stage(stage: int) -> str:
 # ------------------------------------------------------------------ refusals
 
 
-def refuse(engine: Any, folder: Path | None, with_optimizer: bool) -> None:
+def refuse(engine: Engine, folder: Path | None, with_optimizer: bool) -> None:
     """Refuse what DeepSpeed's loader fails at with another message or none; every rank sees the same files.
 
     Raises:
@@ -108,7 +114,7 @@ def _stages(folder: Path, stage: int) -> str | None:
     return "1 or 2" if sharded else "0"
 
 
-def _refuse_universal(engine: Any) -> None:
+def _refuse_universal(engine: Engine) -> None:
     if engine.zero_optimization_stage() == 0:
         raise MolsUnsupportedError(
             "a universal checkpoint at ZeRO stage 0: DeepSpeed has no loader for it; resume at stage 1, 2 or 3"
@@ -128,7 +134,7 @@ def _refuse_universal(engine: Any) -> None:
         )
 
 
-def was_round_robin(client_state: Mapping[str, Any]) -> bool:
+def was_round_robin(client_state: Config) -> bool:
     """Whether the run that saved this state cut its shards by turns."""
     zero = (client_state.get("ds_config") or {}).get("zero_optimization") or {}
     return bool(zero.get("round_robin_gradients")) and zero.get("stage") in (1, 2)
@@ -143,7 +149,7 @@ def round_robin(which: str) -> MolsUnsupportedError:
     )
 
 
-def empty_group(engine: Any) -> str | None:
+def empty_group(engine: Engine) -> str | None:
     """What is wrong where this rank holds no element of a parameter group (stages 1 and 2), or None.
 
     `load_hp_checkpoint_state_from_checkpoint_dir` (runtime/base_optimizer.py) then ends in an IndexError, on this rank
@@ -168,7 +174,7 @@ def nothing_held(rank: int) -> MolsUnsupportedError:
 
 
 @contextlib.contextmanager
-def reading(engine: Any, folder: Path | None) -> Iterator[None]:
+def reading(engine: Engine, folder: Path | None) -> Iterator[None]:
     """Let DeepSpeed's loader read a universal checkpoint of the other kind of stage; nothing is written.
 
     Weights and moments are the same; the names of the model-state files, where the optimizer's common state stands and
@@ -196,17 +202,17 @@ def _first(pattern: str) -> str:
     return pattern.replace("zero_pp_rank_*_", "zero_pp_rank_0_mp_rank_*_")
 
 
-def _common(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(
+def _common(folder: Path) -> Content:
+    content: Content = torch.load(
         folder / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False, mmap=True
     )
     return content
 
 
-def _translated(load: Callable[..., Any], zero: Path, to: str) -> Callable[..., Any]:
+def _translated(load: Load, zero: Path, to: str) -> Load:
     """`torch.load` that gives what the loader of the stages `to` expects of the files below `zero`."""
 
-    def translated(file: Any, *args: Any, **kwargs: Any) -> Any:
+    def translated(file: object, *args: Any, **kwargs: Any) -> object:
         content = load(file, *args, **kwargs)
         if not isinstance(file, str | os.PathLike) or zero not in Path(file).parents:
             return content
@@ -220,7 +226,7 @@ def _translated(load: Callable[..., Any], zero: Path, to: str) -> Callable[..., 
     return translated
 
 
-def _set_step(engine: Any, step: Any) -> None:
+def _set_step(engine: Engine, step: Tensor | float) -> None:
     """Stage 3 keeps one step counter for all; stages 1 and 2 want one in the state of each shard."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for values in inner.state.values():
@@ -231,12 +237,12 @@ def _set_step(engine: Any, step: Any) -> None:
 # ------------------------------------------------------------------ after a load
 
 
-def options_of(inner: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def options_of(inner: torch.optim.Optimizer) -> list[Options]:
     """What each parameter group says beside its parameters."""
     return [{k: v for k, v in group.items() if k != "params"} for group in inner.param_groups]
 
 
-def repair(engine: Any, folder: Path, before: list[dict[str, Any]]) -> str | None:
+def repair(engine: Engine, folder: Path, before: list[Options]) -> str | None:
     """Undo what a universal load does wrong; `before` are this run's options. Returns what the user must be told.
 
     Where the checkpoint has another number of parameter groups (its file is that of the first pipeline stage), this
@@ -262,7 +268,7 @@ def repair(engine: Any, folder: Path, before: list[dict[str, Any]]) -> str | Non
     )
 
 
-def left_alone(engine: Any) -> str | None:
+def left_alone(engine: Engine) -> str | None:
     """What DeepSpeed's loader left as the model was built, for the user; None if nothing.
 
     It restores what the optimizer holds; the model's own state dict is not looked at.

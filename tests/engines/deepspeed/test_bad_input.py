@@ -17,7 +17,8 @@ from torch import nn
 
 import mols_ds
 from mols_ds.core.config import MolsConfig
-from mols_ds.engines.deepspeed.checks import ENGINE_NAMES, check_supported
+from mols_ds.engines.deepspeed.checks import check_supported
+from mols_ds.engines.deepspeed.compat import ENGINE_NAMES
 from mols_ds.engines.deepspeed.shards import find_shards
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError, MolsUnsupportedError
 from tests.engines.deepspeed.building import ds_config, engine_with, go, groups_of, model_of, snapshot

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsConfigError, MolsError
-from mols_ds.report.table import format_report, load_report
+from mols_ds.report.files import load_report
+from mols_ds.report.table import format_report
 from tests.tools.fuzz.common import ACCEPTED, REFUSED, Target, damaged, mutated, refused_by
 
 FOLDER = tempfile.TemporaryDirectory(prefix="mols-fuzz-")

@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
 
-from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank, bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.groups import GroupTable, build_layouts
+from mols_ds.engines.deepspeed.compat import AUTOTP, Engine, mpu_rank, mpu_size
 from mols_ds.engines.deepspeed.parallel.base import Grid, Place, config_of, local_shape
 from mols_ds.errors import MolsUnsupportedError
 
-CUT = "ds_autotp_universal_checkpoint_meta"
-"""The attribute with AutoTP's metadata (deepspeed/checkpoint/constants.py, DS_AUTOTP_UC_META)."""
 
-
-def tensor_parallel_size(engine: Any) -> int:
+def tensor_parallel_size(engine: Engine) -> int:
     """Number of ranks that one data-parallel copy of the model is cut over, by `mpu` or by AutoTP."""
     if engine.mpu is None or hasattr(engine.mpu, "initialize_sequence_parallel"):  # the latter: Ulysses' own mpu
         return 1
-    return int(bwc_tensor_model_parallel_world_size(engine.mpu))
+    return mpu_size(engine.mpu)
 
 
 def is_megatron(model: nn.Module) -> bool:
@@ -41,7 +37,7 @@ class AutoTpGrid(Grid):
 
     model_parallel = True
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.group = None
         self.world["tensor"] = tensor_parallel_size(engine)
@@ -54,16 +50,16 @@ class AutoTpGrid(Grid):
         self._check_world()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._by_rows: set[str] = set()
-        rank = int(bwc_tensor_model_parallel_rank(engine.mpu))
+        rank = mpu_rank(engine.mpu)
         self.places = {p: self._place(p, name, rank) for p, name in engine.param_names.items()}
 
-    def _place(self, parameter: Any, name: str, rank: int) -> Place:
+    def _place(self, parameter: nn.Parameter, name: str, rank: int) -> Place:
         shape = local_shape(parameter)
         if not getattr(parameter, "tensor_model_parallel", False):
             self._note(parameter, name, shape)
             self._by_rows.add(name)
             return Place(name, 0, rank == 0)
-        cut = getattr(parameter, CUT, None) or {}
+        cut = getattr(parameter, AUTOTP, None) or {}
         logical, dim, sizes = cut.get("logical_shape"), cut.get("partition_dim"), cut.get("partition_sizes")
         if logical is None:
             raise MolsUnsupportedError(
@@ -76,7 +72,7 @@ class AutoTpGrid(Grid):
         self._by_rows.add(name)
         return Place(name, sum(sizes[:rank]) * math.prod(shape[1:]))
 
-    def _note(self, parameter: Any, name: str, shape: tuple[int, ...]) -> None:
+    def _note(self, parameter: nn.Parameter, name: str, shape: tuple[int, ...]) -> None:
         if parameter.requires_grad:
             self.shapes[name] = shape
 

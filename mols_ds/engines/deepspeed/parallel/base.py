@@ -19,6 +19,7 @@ from torch import nn
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_rules import config_value
 from mols_ds.core.groups import GroupTable, group_table
+from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError, MolsWarning
 
 
@@ -54,12 +55,12 @@ class Grid:
     counts_micro_steps = True
     packages: tuple[str, ...] = ("deepspeed", "transformers")
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.group: Any = engine.seq_data_parallel_group
         self.world = {"data": dist.get_world_size(engine.seq_data_parallel_group)}
         self.world |= {"tensor": 1, "pipeline": 1, "expert": 1}
-        self.places: dict[Any, Place] = {p: Place(name) for p, name in engine.param_names.items()}
+        self.places: dict[nn.Parameter, Place] = {p: Place(name) for p, name in engine.param_names.items()}
         self.lr_groups: dict[str, int] = {}
         self.window: Any = None
 
@@ -118,7 +119,7 @@ class Grid:
             )
 
 
-def local_shape(parameter: Any) -> tuple[int, ...]:
+def local_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """This rank's shape of a parameter; at ZeRO stage 3 that before it was partitioned."""
     return tuple(int(size) for size in getattr(parameter, "ds_shape", parameter.shape))
 
@@ -127,19 +128,3 @@ def config_of(module: nn.Module) -> object | None:
     """The transformers config of the first layer that carries one."""
     configs = (getattr(part, "config", None) for part in module.modules())
     return next((config for config in configs if config_value(config, "model_type") is not None), None)
-
-
-def find_grid(engine: Any) -> Grid:
-    """The grid of this engine. Raises `MolsUnsupportedError` for one that is not supported, with the way out."""
-    from mols_ds.engines.deepspeed.parallel.autotp import AutoTpGrid, is_megatron, tensor_parallel_size
-    from mols_ds.engines.deepspeed.parallel.pipeline import PipelineGrid
-
-    if getattr(engine, "pipeline_parallelism", False):
-        return PipelineGrid(engine)
-    if is_megatron(engine.module):
-        from mols_ds.engines.deepspeed.parallel.megatron import MegatronGrid
-
-        return MegatronGrid(engine)
-    if tensor_parallel_size(engine) == 1 and int(engine.mp_world_size) == 1:
-        return Grid(engine)
-    return AutoTpGrid(engine)

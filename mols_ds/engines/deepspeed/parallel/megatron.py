@@ -6,16 +6,17 @@ Which logical parameter a local one is a part of, and which group each element b
 
 from __future__ import annotations
 
-from typing import Any
-
 from megatron.core import parallel_state
+from torch import nn
 
+from megatron_patches.compat import UNDER_DEEPSPEED, check_modules
 from megatron_patches.param_map import Grid as MegatronRanks
 from megatron_patches.param_map import current_grid, local_layout, local_parameters, logical_table
 from megatron_patches.rng_state import RandomState
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_rules import config_value
 from mols_ds.core.groups import GroupTable
+from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.engines.deepspeed.parallel.autotp import tensor_parallel_size
 from mols_ds.engines.deepspeed.parallel.base import Grid, Place
 from mols_ds.errors import MolsUnsupportedError
@@ -30,8 +31,9 @@ class MegatronGrid(Grid):
 
     packages = ("deepspeed", "megatron-core")
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
+        check_modules(UNDER_DEEPSPEED)
         self.config = _config_of(engine.module)
         ranks = current_grid()
         _check(engine, ranks, self.config)
@@ -62,12 +64,12 @@ class MegatronGrid(Grid):
         return table
 
 
-def _config_of(model: Any) -> object | None:
+def _config_of(model: nn.Module) -> object | None:
     configs = (getattr(module, "config", None) for module in model.modules())
     return next((config for config in configs if config_value(config, "num_attention_heads") is not None), None)
 
 
-def _check(engine: Any, ranks: MegatronRanks, config: object | None) -> None:
+def _check(engine: Engine, ranks: MegatronRanks, config: object | None) -> None:
     """Each entry: whether it applies, what is not supported, the way out."""
     tensor = ranks.tensor > 1
     summed = [

@@ -17,6 +17,7 @@ from torch import nn
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_rules import PRESETS, Rule, canonical_name, config_value, text_config
 from mols_ds.core.groups import GroupTable, build_layouts
+from mols_ds.engines.deepspeed.compat import PipelineEngine
 from mols_ds.engines.deepspeed.parallel.base import Grid, Place, config_of, local_shape
 from mols_ds.errors import MolsUnsupportedError
 
@@ -42,16 +43,16 @@ class PipelineGrid(Grid):
     model_parallel = True
     counts_micro_steps = False
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: PipelineEngine) -> None:
         super().__init__(engine)
         self.group = None
-        processes = engine.grid
-        if processes.get_slice_parallel_world_size() > 1:
+        self.processes = engine.grid
+        if self.processes.get_slice_parallel_world_size() > 1:
             raise MolsUnsupportedError(
                 "MoLS does not support a PipelineModule whose topology has tensor slicing (axis 'model'): nothing "
                 "tells which part of a parameter a rank holds; use pipeline and data parallelism alone"
             )
-        self.world["pipeline"] = int(processes.get_pipe_parallel_world_size())
+        self.world["pipeline"] = int(self.processes.get_pipe_parallel_world_size())
         self._check_world()
         self.model_parallel = self.world["pipeline"] > 1
         self.places = {
@@ -66,7 +67,7 @@ class PipelineGrid(Grid):
         groups = len(getattr(outer, "optimizer", outer).param_groups)
         told: list[Any] = [None] * self.world["pipeline"]
         record = ({name: tuple(value) for name, value in mine.items()}, _scalars(config_of(module)), groups)
-        dist.all_gather_object(told, record, group=self.engine.grid.get_pipe_parallel_group())
+        dist.all_gather_object(told, record, group=self.processes.get_pipe_parallel_group())
         every: dict[str, StageParameter] = {}
         for parameters, _, _ in told:
             for name, values in parameters.items():
@@ -91,7 +92,7 @@ class PipelineGrid(Grid):
 
 
 def _parameters(
-    module: nn.Module, names: Mapping[Any, str], param_group: Mapping[str, int]
+    module: nn.Module, names: Mapping[nn.Parameter, str], param_group: Mapping[str, int]
 ) -> dict[str, StageParameter]:
     kinds: dict[int, str] = {}
     for name, owner in module.named_modules():
@@ -127,7 +128,7 @@ def _exactly(name: str, group: str) -> Rule:
     return Rule(re.compile(f"^{re.escape(canonical_name(name).name)}$"), group)
 
 
-def _scalars(config: object | None) -> dict[str, Any] | None:
+def _scalars(config: object | None) -> dict[str, int | float | str | None] | None:
     """What fused layouts read of a config: plain numbers and words, which every stage can be told."""
     found = text_config(config)
     if found is None:

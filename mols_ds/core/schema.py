@@ -1,0 +1,121 @@
+"""The schema of the calibration report, the content of `mols_report.json`, and its check.
+
+The report is a plain dict, so that any tool can read the file without this package:
+
+    {"schema": 1, "step": int, "samples": int, "mode": str, "estimator": str, "reference": str,
+     "groups": {name: {"elements": int, "snr", "snr_mean", "snr_median", "snr_pooled", "damping", "snr_low", "snr_high",
+                       "alpha", "never_moved_share", "moved_once_share": float or null, "clamped": bool}},
+     "world": {...}, "versions": {...}}
+
+Beside these, the controller writes "noise_floor_correction", "skipped_samples", "alpha_low", "alpha_high" and
+"constant_share" (elements without noise, which no estimator counts) for each group, "mode": "fixed" where the alphas
+were given, and "failed": why, where a calibration gave none. Readers must do without them.
+
+`snr` is what the chosen estimator gave (for `damping` that is the mean effective step d in [0, 1]); a value that is
+undefined, such as the SNR of a group in which nothing moved, is null. `document.py` builds
+reports; `mols_ds.report` writes and renders them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired, TypedDict, get_args
+
+SCHEMA = 1
+Number = Literal[
+    "snr",
+    "snr_mean",
+    "snr_median",
+    "snr_pooled",
+    "damping",
+    "snr_low",
+    "snr_high",
+    "alpha",
+    "never_moved_share",
+    "moved_once_share",
+]
+"""A key of a group whose value is a number, or null where it is undefined."""
+
+NUMBERS: tuple[Number, ...] = get_args(Number)
+_TOP_KEYS: dict[str, tuple[type, ...]] = {
+    "schema": (int,),
+    "step": (int,),
+    "samples": (int,),
+    "mode": (str,),
+    "estimator": (str,),
+    "reference": (str,),
+    "groups": (dict,),
+    "world": (dict,),
+    "versions": (dict,),
+}
+
+
+class ReportGroup(TypedDict):
+    """One group of a report."""
+
+    elements: int
+    snr: float | None
+    snr_mean: float | None
+    snr_median: float | None
+    snr_pooled: float | None
+    damping: float | None
+    snr_low: float | None
+    snr_high: float | None
+    alpha: float | None
+    alpha_low: NotRequired[float | None]
+    alpha_high: NotRequired[float | None]
+    never_moved_share: float | None
+    constant_share: NotRequired[float | None]
+    moved_once_share: float | None
+    clamped: bool
+
+
+class Report(TypedDict):
+    """A report of schema 1."""
+
+    schema: int
+    step: int
+    samples: int
+    mode: str
+    estimator: str
+    reference: str
+    groups: dict[str, ReportGroup]
+    world: dict[str, int]
+    versions: dict[str, str]
+    noise_floor_correction: NotRequired[bool]
+    skipped_samples: NotRequired[int]
+    failed: NotRequired[str]
+
+
+def schema_problem(report: object) -> str | None:
+    """The first thing that breaks the schema, as a phrase, or None."""
+    if not isinstance(report, dict):
+        return f"the top level is a {type(report).__name__}, not an object"
+    for key, kinds in _TOP_KEYS.items():
+        if key not in report:
+            return f"the key {key!r} is absent"
+        if not isinstance(report[key], kinds) or isinstance(report[key], bool):
+            return f"{key!r} is {report[key]!r}, not of type {kinds[0].__name__}"
+    if report["schema"] != SCHEMA:
+        return f"'schema' is {report['schema']}"
+    if not report["groups"]:
+        return "'groups' is empty"
+    problems = (_group_problem(name, group) for name, group in report["groups"].items())
+    return next((problem for problem in problems if problem), None)
+
+
+def _group_problem(name: str, group: object) -> str | None:
+    if not isinstance(group, dict):
+        return f"groups[{name!r}] is {group!r}, not an object"
+    for key in ("elements", "clamped", *NUMBERS):
+        if key not in group:
+            return f"groups[{name!r}] has no {key!r}"
+    elements = group["elements"]
+    if isinstance(elements, bool) or not isinstance(elements, int) or elements < 0:
+        return f"groups[{name!r}]['elements'] is {elements!r}, not a count"
+    if not isinstance(group["clamped"], bool):
+        return f"groups[{name!r}]['clamped'] is {group['clamped']!r}, not a bool"
+    for key in NUMBERS:
+        value = group[key]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            return f"groups[{name!r}][{key!r}] is {value!r}, not a number or null"
+    return None

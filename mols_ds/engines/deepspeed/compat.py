@@ -1,0 +1,269 @@
+"""What this package uses of DeepSpeed beyond its documented interface, and the version that it was tested with.
+
+To support a new DeepSpeed, compare the files named here with the former release, run the tests, and set `TESTED`.
+
+Every name is checked before it is used: `check` when MoLS attaches to an engine, `check_optimizer` when its optimizer
+is read, `module` when a module is asked for. Only these functions import DeepSpeed, so that the launcher and `mols-ds
+doctor` can read the tables without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from mols_ds.errors import MolsUnsupportedError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TESTED = "0.19.8"
+Config = Mapping[str, Any]
+"""A DeepSpeed config as it was read, or the arguments of `deepspeed.initialize` by name."""
+
+
+class DocumentedEngine(Protocol):
+    """What every client of `deepspeed.initialize` uses of the engine (deepspeed.readthedocs.io), and `mols`."""
+
+    mols: Any  # ours, where MoLS is attached
+    module: Any  # the model: nn.Module, and PipelineModule with names of its own
+    optimizer: Any  # one of OPTIMIZERS, or a torch optimizer at stage 0
+    config: Any  # what `initialize` was given: a path or a mapping
+    save_checkpoint: Callable[..., bool]
+    load_checkpoint: Callable[..., tuple[str | None, Any]]
+
+
+class Engine(DocumentedEngine, Protocol):
+    """DeepSpeed's engine, DeepSpeedEngine or PipelineEngine, with the names of runtime/engine.py that MoLS uses."""
+
+    _take_model_step: Callable[..., None]
+    _get_all_ckpt_names: Callable[..., list[str]]
+    _zero3_consolidated_16bit_state_dict: Callable[..., dict[str, Any] | None]
+    param_names: dict[nn.Parameter, str]
+    global_rank: int
+    global_steps: int
+    micro_steps: int
+    losses: object
+    lr_scheduler: Any
+    seq_data_parallel_group: Any
+    mpu: Any
+    mp_world_size: int
+    pipeline_parallelism: bool
+    autotp_size: Callable[[], int | None]
+    gradient_accumulation_steps: Callable[[], int]
+    managed_gradient_accumulation: Callable[[], bool]
+    was_step_applied: Callable[[], bool]
+    zero_optimization: Callable[[], bool]
+    zero_optimization_stage: Callable[[], int]
+    zero_compute_grad_norm: Callable[[], bool]
+    zero_nvme_offload_optimizer: Callable[[], bool]
+    load_universal_checkpoint: Callable[[], bool]
+
+
+class PipelineEngine(Engine, Protocol):
+    """The engine of a PipelineModule, with the names of runtime/pipe/engine.py that MoLS uses besides."""
+
+    grid: Any
+
+
+ENGINE_NAMES = tuple(Engine.__annotations__)
+ENGINE_FLAGS = ("has_moe_layers", "torch_autocast_z0_gradscaler", "zenflow")
+"""Names of runtime/engine.py that say that a feature is on; without the name there is no such feature."""
+GRID_NAMES = ("get_slice_parallel_world_size", "get_pipe_parallel_world_size", "get_pipe_parallel_group")
+"""Of `PipelineEngine.grid` (runtime/pipe/topology.py). Beside them, `micro_offset` of PipelineModule
+(runtime/pipe/module.py) is saved and restored."""
+
+
+class Names(NamedTuple):
+    """Names that MoLS uses of a class of DeepSpeed's.
+
+    Attributes:
+        file: below deepspeed/, which defines the class.
+        names: what its instances must have.
+        parameters: (the instance's list of lists of parameters, what those must have).
+    """
+
+    file: str
+    names: tuple[str, ...] = ()
+    parameters: tuple[str, tuple[str, ...]] | None = None
+
+
+STAGE_1_AND_2 = (
+    *("single_partition_of_fp32_groups", "bit16_groups", "params_in_partition", "partition_size"),
+    *("grad_start_offset", "grad_partition_insertion_offset", "real_dp_process_group", "get_param_id"),
+    *("averaged_gradients", "all_grad_tensors", "cpu_offload", "micro_step_id", "reset_cpu_buffers"),
+    *("_release_preflattened_grad_buffers", "_wait_for_offload_copies", "loss_scale", "clip_grad"),
+)
+STAGE_3 = (
+    *("fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat_numel", "fp16_groups", "grad_position"),
+    *("get_param_id", "sub_group_to_group_id", "averaged_gradients", "offload_optimizer", "persistent_parameters"),
+    *("reset_cpu_buffers", "_pre_step", "_partition_all_parameters", "_swappable_optimizer_subgroup"),
+    *("_optimizer_states_and_gradient_swap_in", "_release_swap_buffers", "loss_scale", "clip_grad"),
+)
+OPTIMIZERS: dict[str, Names] = {
+    "DeepSpeedZeroOptimizer": Names("runtime/zero/stage_1_and_2.py", STAGE_1_AND_2),
+    "DeepSpeedZeroOptimizer_Stage3": Names(
+        "runtime/zero/stage3.py", STAGE_3, ("fp16_groups", ("ds_shape", "ds_numel", "ds_process_group"))
+    ),
+    "BF16_Optimizer": Names(
+        "runtime/bf16_optimizer.py",
+        ("fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "bf16_groups", "clip_grad"),
+        ("bf16_groups", ("_hp_mapping",)),
+    ),
+    "FP16_UnfusedOptimizer": Names("runtime/fp16/unfused_optimizer.py", ("fp16_groups", "fp32_groups")),
+    "FP16_Optimizer": Names("runtime/fp16/fused_optimizer.py", ("fp16_groups", "fp32_groups_flat")),
+}
+"""Class of `engine.optimizer` -> what is read of it."""
+OPTIMIZER_FLAGS = (
+    *("backup_optimizer", "partial_offload", "swap_optimizer", "elastic_checkpoint", "round_robin_gradients"),
+    *("_offload_accumulated_param_ids", "_global_grad_norm"),
+)
+"""Names of these classes that are read with a default, or that only some settings make."""
+SIMULATED = ("round_robin_bit16_groups", "round_robin_bit16_padding", "get_partition_info")
+"""What the simulation of `mols-ds plan` asks of DeepSpeedZeroOptimizer (runtime/zero/stage_1_and_2.py) besides."""
+
+STATE, WHOLE, VERSION = "optimizer_state_dict", "param", "ds_version"
+"""Keys in the files of universal checkpoints."""
+AUTOTP = "ds_autotp_universal_checkpoint_meta"
+"""The attribute of a parameter in which AutoTP notes how it cut it."""
+CONSTANTS = {"OPTIMIZER_STATE_DICT": STATE, "PARAM": WHOLE, "DS_VERSION": VERSION, "DS_AUTOTP_UC_META": AUTOTP}
+"""Of checkpoint/constants.py."""
+PARAMETER_FLAGS = ("tensor_model_parallel", "ds_pipe_replicated", "ds_shape", "_hp_mapping", AUTOTP)
+"""Attributes that DeepSpeed gives to some parameters (module_inject/layers.py, runtime/pipe/module.py,
+runtime/zero/partition_parameters.py, utils/tensor_fragment.py)."""
+
+ATTACHED: dict[str, tuple[str, ...]] = {
+    "deepspeed.checkpoint.constants": tuple(CONSTANTS),
+    "deepspeed.runtime.tensor_parallel.init_utils": ("load_ds_config",),
+    "deepspeed.runtime.zero.utils": ("ZeRORuntimeException",),
+    "deepspeed.utils.bwc": ("bwc_tensor_model_parallel_rank", "bwc_tensor_model_parallel_world_size"),
+}
+"""Module -> names that MoLS on an engine uses."""
+PROGRAMS: dict[str, tuple[str, ...]] = {
+    # training, study
+    "deepspeed.ops": ("__compatible_ops__",),
+    "deepspeed.runtime.config": ("DeepSpeedConfig",),
+    # launch
+    "deepspeed.launcher.runner": (
+        *("main", "parse_args", "encode_world_info", "argparse", "subprocess", "signal"),
+        *("OpenMPIRunner", "MVAPICHRunner", "SlurmRunner"),
+    ),
+    # doctor
+    "deepspeed.git_version_info": ("installed_ops",),
+    "deepspeed.ops.op_builder.all_ops": ("ALL_OPS",),
+    "deepspeed.runtime.activation_checkpointing.config": (),
+    "deepspeed.runtime.constants": (),
+    "deepspeed.runtime.lr_schedules": ("VALID_LR_SCHEDULES",),
+    # plan
+    "deepspeed.comm.comm": ("cdb",),
+    "deepspeed.comm.torch": ("TorchBackend", "build_shm_op"),
+    "deepspeed.runtime.zero.config": ("DeepSpeedZeroConfig",),
+    "deepspeed.runtime.zero.stage3": ("DeepSpeedZeroOptimizer_Stage3",),
+    "deepspeed.runtime.zero.stage_1_and_2": ("DeepSpeedZeroOptimizer",),
+    "deepspeed.utils.timer": ("NoopTimer",),
+}
+"""Module -> names that the programs use; they are checked when the program asks for the module."""
+
+
+def module(name: str) -> ModuleType:
+    """A module that the tables list. Raises `MolsUnsupportedError` where it or one of its names is gone."""
+    names = ATTACHED[name] if name in ATTACHED else PROGRAMS[name]
+    try:
+        found = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not name.startswith(error.name):
+            raise  # something that DeepSpeed needs
+        raise _refusal(f"there is no module {error.name or name}") from None
+    _require(name, found, names)
+    return found
+
+
+def check(engine: Engine) -> None:
+    """Whether MoLS can attach to this engine, as far as names go.
+
+    Raises:
+        MolsUnsupportedError: a name is gone; it is named, with the installed and the tested version.
+    """
+    for name in ATTACHED:
+        module(name)
+    constants = module("deepspeed.checkpoint.constants")
+    for name, value in CONSTANTS.items():
+        if getattr(constants, name) != value:
+            raise _refusal(f"checkpoint/constants.py has {name} = {getattr(constants, name)!r}, not {value!r}")
+    _require(f"{type(engine).__name__} (runtime/engine.py)", engine, ENGINE_NAMES)
+    if engine.pipeline_parallelism:
+        grid = getattr(engine, "grid", None)
+        _require(f"{type(engine).__name__}.grid (runtime/pipe/topology.py)", grid, GRID_NAMES)
+
+
+def check_optimizer(outer: object) -> None:
+    """Whether an engine's optimizer has what MoLS reads of it; a class that the table does not list passes.
+
+    Raises:
+        MolsUnsupportedError: as `check`.
+    """
+    row = OPTIMIZERS.get(type(outer).__name__)
+    if row is None:
+        return
+    where = f"{type(outer).__name__} ({row.file})"
+    _require(where, outer, row.names)
+    if row.parameters is not None:
+        groups, names = row.parameters
+        for parameter in (parameter for group in getattr(outer, groups) for parameter in group):
+            _require(f"a parameter of {where}", parameter, names)
+            break
+
+
+def check_simulated(outer: object) -> None:
+    """Whether a DeepSpeedZeroOptimizer has what the simulation of `mols-ds plan` asks of it. Raises as `check`."""
+    _require(f"{type(outer).__name__} (runtime/zero/stage_1_and_2.py)", outer, SIMULATED)
+
+
+def _require(where: str, owner: object, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        raise _refusal(f"{where} has no {', '.join(missing)}")
+
+
+def _refusal(what: str) -> MolsUnsupportedError:
+    try:
+        installed = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        return MolsUnsupportedError(f"DeepSpeed is not installed ({what}): pip install deepspeed=={TESTED}")
+    return MolsUnsupportedError(
+        f"MoLS does not support DeepSpeed {installed}: {what}; install {TESTED}, which MoLS was tested with, or report "
+        "this version"
+    )
+
+
+# ------------------------------------------------------------------ names that are used in several places
+
+
+def read_config(path: object) -> Config:
+    """A DeepSpeed config from a file or a base64 text, read by DeepSpeed's own loader."""
+    config: Config = module("deepspeed.runtime.tensor_parallel.init_utils").load_ds_config(path)
+    return config
+
+
+def mpu_rank(mpu: object) -> int:
+    """This process's rank among those that one data-parallel copy of the model is cut over."""
+    return int(module("deepspeed.utils.bwc").bwc_tensor_model_parallel_rank(mpu))
+
+
+def mpu_size(mpu: object) -> int:
+    """Number of ranks that one data-parallel copy of the model is cut over."""
+    return int(module("deepspeed.utils.bwc").bwc_tensor_model_parallel_world_size(mpu))
+
+
+def other_world_error() -> type[Exception]:
+    """What the loaders of ZeRO checkpoints raise for another number of ranks."""
+    error: type[Exception] = module("deepspeed.runtime.zero.utils").ZeRORuntimeException
+    return error
+
+
+def leave_out_shm_kernel() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce for a minute before the first step: gloo will do."""
+    module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False

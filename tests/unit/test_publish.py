@@ -1,0 +1,71 @@
+"""The controller hands a new report to rank 0's `publish`, once, and goes on whatever comes of it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mols_ds.core.config import MolsConfig
+from mols_ds.core.controller import Context, Controller
+from mols_ds.core.groups import ElementLayout, GroupTable
+from mols_ds.core.phases import Schedule
+from mols_ds.core.schema import Report, schema_problem
+from mols_ds.errors import MolsWarning
+from mols_ds.report.files import JSON_NAME, load_report, publisher
+
+
+def controller(publish: Any, rank: int = 0) -> Controller:
+    table = GroupTable({"w": ElementLayout.whole("vo")}, {"w": (8,)})
+    config = MolsConfig.parse({"fixed_alphas": {"vo": 2.0}, "start": 2, "ramp_end": 20})
+    context = Context(lambda x: x, torch.device("cpu"), rank, {"data": 2}, {}, log=lambda _: None, publish=publish)
+    return Controller(config, table, [], Schedule(2, 20), context)
+
+
+def test_rank_0_publishes_the_report_when_the_alphas_exist() -> None:
+    seen: list[Report] = []
+    made = controller(lambda report: seen.append(copy.deepcopy(report)))
+    made.advance(1)
+    assert seen == [] and made.report() == {}
+    made.advance(2)
+    made.advance(3)
+    assert seen == [made.report()]
+    assert schema_problem(seen[0]) is None
+    assert (seen[0]["step"], seen[0]["mode"], seen[0]["groups"]["vo"]["alpha"]) == (2, "fixed", 2.0)
+
+
+def test_other_ranks_publish_nothing_and_have_the_same_report() -> None:
+    seen: list[Report] = []
+    first, second = controller(seen.append), controller(seen.append, rank=1)
+    for made in (first, second):
+        made.advance(2)
+    assert len(seen) == 1
+    assert first.report() == second.report() != {}
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("no font"), KeyError("x")])
+def test_whatever_fails_there_is_a_warning_and_training_goes_on(error: Exception) -> None:
+    def publish(report: Report) -> None:
+        raise error
+
+    made = controller(publish)
+    with pytest.warns(MolsWarning, match="the report could not be written"):
+        made.advance(2)
+    assert made.phase == "ramping" and made.alphas == {"vo": 2.0}
+
+
+def test_nobody_needs_to_want_it() -> None:
+    made = controller(None)
+    made.advance(2)
+    assert made.phase == "ramping"
+
+
+def test_the_adapters_publisher_shows_the_table_and_writes_the_files(tmp_path: Path) -> None:
+    said: list[str] = []
+    made = controller(publisher(str(tmp_path / "out"), said.append))
+    made.advance(2)
+    assert len(said) == 1 and "alphas as given by fixed_alphas" in said[0]
+    assert load_report(tmp_path / "out" / JSON_NAME) == made.report()
