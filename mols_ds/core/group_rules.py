@@ -85,7 +85,23 @@ def _need(name: str, config: object | None, *keys: str) -> int:
             f"parameter {name!r} is a fused projection whose layout needs {keys[0]!r}, but {state}; "
             "give the model's config or add a rule for this parameter"
         )
-    return int(value)
+    number = _whole(value, *keys)
+    if number < 1:
+        raise MolsConfigError(
+            f"parameter {name!r} is a fused projection, but the model's config says {keys[0]}={value!r}; "
+            "correct it or add a rule for this parameter"
+        )
+    return number
+
+
+def _whole(value: Any, *keys: str) -> int:
+    """The value of a config key as an integer; MolsConfigError naming the key where it is no number."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise MolsConfigError(
+            f"the model's config says {' / '.join(keys)}={value!r}, which is not a whole number; correct it"
+        ) from None
 
 
 def _checked(name: str, features: int, expected: int, pattern: Pattern) -> Pattern:
@@ -101,7 +117,7 @@ def _heads(name: str, config: object | None) -> tuple[int, int]:
     """(number of attention heads, features of one head)."""
     heads = _need(name, config, "num_attention_heads", "n_head")
     explicit = config_value(config, "head_dim")
-    return heads, int(explicit) if explicit else _need(name, config, "hidden_size", "n_embd") // heads
+    return heads, _whole(explicit, "head_dim") if explicit else _need(name, config, "hidden_size", "n_embd") // heads
 
 
 # ------------------------------------------------------------------------------------------------- fused projections
@@ -149,7 +165,7 @@ def _falcon(name: str, features: int, config: object | None) -> Pattern:
 def _phi3(name: str, features: int, config: object | None) -> Pattern:
     """[all q | all k | all v] with grouped queries."""
     heads, size = _heads(name, config)
-    kv_heads = config_value(config, "num_key_value_heads") or heads
+    kv_heads = _whole(config_value(config, "num_key_value_heads") or heads, "num_key_value_heads")
     pattern = (((heads + kv_heads) * size, "qk"), (kv_heads * size, "vo"))
     return _checked(name, features, (heads + 2 * kv_heads) * size, pattern)
 
@@ -189,8 +205,9 @@ def _mla_kv_b(name: str, features: int, config: object | None) -> Pattern:
 
 def _is_router(shape: tuple[int, ...], config: object | None) -> bool:
     """A weight called `gate` is a router only if it has one row per expert; it may be the gate of a gated MLP."""
-    experts = config_value(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    return experts is not None and len(shape) == 2 and shape[0] == int(experts)
+    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    experts = config_value(config, *keys)
+    return experts is not None and len(shape) == 2 and shape[0] == _whole(experts, *keys)
 
 
 # -------------------------------------------------------------------------------------------------- the ordered rules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from types import SimpleNamespace
 
@@ -286,6 +287,7 @@ def test_rules_are_not_needed_for_frozen_weights() -> None:
         ("h.0.qkv_proj.weight", (24, 8), {"model_type": "codegen"}, "codegen"),
         ("h.0.kv_b_proj.weight", (24, 8), {"num_attention_heads": 2}, "qk_nope_head_dim"),
         ("h.0.kv_a_proj_with_mqa.weight", (24, 8), {"kv_lora_rank": 16, "qk_rope_head_dim": 4}, "says 20"),
+        ("h.0.kv_a_proj_with_mqa.weight", (24, 8), {"kv_lora_rank": 0, "qk_rope_head_dim": 4}, "kv_lora_rank=0"),
         ("h.0.attn.c_attn.weight", (8, 25), None, "3 does not divide"),
     ],
 )
@@ -296,6 +298,23 @@ def test_a_fused_weight_that_does_not_fit_its_config(
         build_layouts({name: shape}, config)
     assert repr(name) in str(error.value) and "rule" in str(error.value)
     assert build_layouts({name: shape}, config, [(re.escape(name), "qk")]) == {name: whole("qk")}, "the way out works"
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        (
+            "h.0.kv_a_proj_with_mqa.weight",
+            {"kv_lora_rank": "llama"},
+            "kv_lora_rank='llama', which is not a whole number",
+        ),
+        ("h.0.query_key_value.weight", {"model_type": "gpt_neox", "n_head": 2, "head_dim": [4]}, r"head_dim=\[4\]"),
+        ("h.0.gate.weight", {"num_experts": math.inf}, "num_experts"),
+    ],
+)
+def test_a_config_value_that_is_no_number(name: str, config: dict[str, object], message: str) -> None:
+    with pytest.raises(MolsConfigError, match=message):
+        build_layouts({name: (24, 8)}, config)
 
 
 def test_an_unknown_granularity_is_named() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
+from sortedcontainers import SortedSet
 
 ACCEPTED, REFUSED = "accepted", "refused"
 
@@ -115,11 +119,26 @@ def fuzz(target: Target, examples: int, number: int | None = None) -> Outcome:
     )
     run = chosen(given(target.strategy)(check))
     try:
-        (run if number is None else seed(number)(run))()
+        with _same_constants():
+            (run if number is None else seed(number)(run))()
     except Exception as error:
         outcome.failure = "\n".join(_described(error))
     outcome.seconds = time.monotonic() - started
     return outcome
+
+
+@contextlib.contextmanager
+def _same_constants() -> Iterator[None]:
+    """Let hypothesis draw from its own constants alone.
+
+    It also draws from those in the source of every local module that is loaded, so that the cases of a seed would
+    depend on which other tests are run.
+    """
+    none = providers.Constants(**{kind: SortedSet() for kind in ("integers", "floats", "bytes", "strings")})
+    providers.CONSTANTS_CACHE.cache.clear()
+    with mock.patch.object(providers, "_get_local_constants", lambda: none):
+        yield
+    providers.CONSTANTS_CACHE.cache.clear()
 
 
 def _described(error: Exception) -> list[str]:
