@@ -139,7 +139,7 @@ def describe(model_config: object = None, optimizer: object = None, *, machine: 
 
     Args:
         model_config: TransformerConfig.
-        optimizer: Wrapper (or ChainedOptimizer), built.
+        optimizer: MegatronOptimizer (or ChainedOptimizer), built.
     """
     asked = _asked(model_config)
     kind, recipe = asked if asked is not None else (None, None)
