@@ -42,18 +42,18 @@ def welford(mean: Tensor, m2: Tensor, value: Tensor, k: int, scratch: Tensor | N
     m2.addcmul_(delta, delta, value=(k - 1) / k)
 
 
-class Moments:
+class Accumulators:
     """Mean and M2 = sum_k (g_k - mean)^2 of each of `numel` elements, over gradient samples that arrive one by one.
 
     Welford's update for sample k of an element: d = g - mean; mean += d / k; M2 += d^2 (k-1)/k, which equals the usual
     d * (g - new mean) and cannot make M2 fall. Elements that are zero in every sample keep mean = M2 = 0 exactly, and
     elements of one value in all samples keep M2 = 0 exactly. All arithmetic has the accumulators' dtype (fp32): 16-bit
     gradients are converted first. Deviations below 1e-19 have squares outside of fp32's normal range, those below
-    2e-23 have none: such an element reads "constant" (`snr.COLUMNS`).
+    2e-23 have none: such an element reads "constant" (`group_stats.COLUMNS`).
 
     Every STRIDE-th element also feeds a second pair of accumulators, over blocks of `block_length` consecutive samples
-    only; a finished block leaves its per-group sums (`snr.block_table`) in `block_sums` and starts over. The spread of
-    these is what intervals are made of. In all, the accumulators take 8.07 bytes an element.
+    only; a finished block leaves its per-group sums (`group_stats.block_table`) in `block_sums` and starts over. The
+    spread of these is what intervals are made of. In all, the accumulators take 8.07 bytes an element.
 
     Attributes:
         mean, m2: 1-D of `numel` elements on `device`; the variance is m2 / (count - 1), left to the reader of a chunk.

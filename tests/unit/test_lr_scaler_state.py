@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mols_ds.core.groups import ElementLayout
-from mols_ds.core.lr_scaler import Piece, RateScaler, is_elementwise, make_plan
+from mols_ds.core.lr_scaler import RateScaler, is_elementwise, make_plan
+from mols_ds.core.ranges import ShardRange
 from tests.unit.flat_shard import (
     LR,
     OPTIMIZERS,
@@ -77,7 +78,9 @@ def test_shared_step_counter(rates_until: int) -> None:
     assert is_elementwise(optimizer)
     layouts = {"a": ElementLayout.whole("qk"), "b": ElementLayout.whole("mlp")}
     plans = {
-        id(flat): make_plan(flat.numel(), [Piece("a", 0, 0, 10), Piece("b", 0, 10, flat.numel() - 10)], layouts)
+        id(flat): make_plan(
+            flat.numel(), [ShardRange("a", 0, 0, 10), ShardRange("b", 0, 10, flat.numel() - 10)], layouts
+        )
         for flat in flats
     }
     step_rates: dict[str, float] = {}

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from deepspeed import DeepSpeedEngine
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from mols_ds.engines.deepspeed.parallel.base import Grid, find_grid, local_shape
+from mols_ds.engines.deepspeed.parallel.base import ParallelGrid, find_grid, local_shape
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsUnsupportedError
-from mols_ds.optim.held import Reduce
+from mols_ds.optim.param_shards import Reduce
 from mols_ds.optim.sharded import ShardedOptimizer
 
 Refusal = tuple[bool, str, str]
 """Whether it applies, what is not supported, the way out."""
 
 
-def bind_optimizer(engine: Any) -> None:
+def bind_optimizer(engine: DeepSpeedEngine) -> None:
     """Bind the engine's optimizer, if it is a `ShardedOptimizer`; other optimizers and engines are left alone.
 
     Collective: every rank calls it, after `deepspeed.initialize` and before the first step. Again for an engine that is
@@ -44,10 +44,10 @@ def bind_optimizer(engine: Any) -> None:
     section = engine.config.get("mols") if isinstance(engine.config, Mapping) else None
     blocks = inner.model_blocks(engine.module, shapes, (section or {}).get("rules") or ())
     reduce = None if isinstance(shards, Replicated) else _reduction(engine)
-    inner.bind(shards.tensors, shards.pieces, shapes, blocks, reduce)
+    inner.bind(shards.tensors, shards.ranges, shapes, blocks, reduce)
 
 
-def _reduction(engine: Any) -> Reduce:
+def _reduction(engine: DeepSpeedEngine) -> Reduce:
     """SUM over the data-parallel ranks; on the accelerator also for shards that lie on the CPU."""
 
     def reduce(values: Tensor) -> Tensor:
@@ -58,13 +58,13 @@ def _reduction(engine: Any) -> Reduce:
     return reduce
 
 
-def _refusals(engine: Any, inner: ShardedOptimizer) -> list[Refusal]:
+def _refusals(engine: DeepSpeedEngine, inner: ShardedOptimizer) -> list[Refusal]:
     outer = engine.optimizer
     stays = not inner.moves
     partial = getattr(outer, "backup_optimizer", None) is not None or getattr(outer, "partial_offload", 1.0) != 1.0
     return [
         (
-            type(find_grid(engine)) is not Grid or bool(getattr(engine, "has_moe_layers", False)),
+            type(find_grid(engine)) is not ParallelGrid or bool(getattr(engine, "has_moe_layers", False)),
             "tensor, pipeline or expert parallelism (a rank does not know the other parts of its parameters)",
             "use data parallelism with ZeRO, or AdamW",
         ),

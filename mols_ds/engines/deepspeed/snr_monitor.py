@@ -6,14 +6,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from deepspeed import DeepSpeedEngine
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mols_ds.core import estimators
 from mols_ds.core.config import Estimator, MolsConfig
 from mols_ds.core.group_stats import NoiseFloor, adam_moments
-from mols_ds.core.local_stats import Owned, OwnedElements
+from mols_ds.core.local_stats import LocalStats
 from mols_ds.engines.deepspeed.parallel.base import find_grid
 from mols_ds.engines.deepspeed.shards import find_shards
 from mols_ds.errors import MolsUnsupportedError
@@ -38,7 +40,7 @@ class SnrWatch:
         self.steps: list[int] = []
         self.curves: dict[str, dict[str, list[float]]] = {name: {} for name in ESTIMATORS}
 
-    def __call__(self, engine: Any) -> None:
+    def __call__(self, engine: DeepSpeedEngine) -> None:
         if engine.global_steps % self.every:
             return
         for name, values in self.read(engine).items():
@@ -65,25 +67,24 @@ class SnrWatch:
         """One curve a group, always positive: mean damping d as the SNR that has it, d^2 / (1 - d^2)."""
         return {g: [d * d / (1.0 - d * d) for d in values] for g, values in self.curves["damping"].items()}
 
-    def read(self, engine: Any) -> dict[str, dict[str, float]]:
+    def read(self, engine: DeepSpeedEngine) -> dict[str, dict[str, float]]:
         """Estimator -> group -> value from the moments as they are now. Collective."""
         if not hasattr(self, "_grid"):
             self._build(engine)
         inner, elements = self._shards.inner, self._elements
         weight = self._weight(inner)
         elements.open_squares(NoiseFloor(1.0, weight))
-        for number, (index, piece) in enumerate(self._shards.owned):
+        for number, (index, item) in enumerate(self._shards.owned):
             tensor = self._shards.tensors[index]
             state = inner.state.get(tensor, {})
-            part = slice(piece.offset, piece.offset + piece.numel)
-            mean, square = (state[key].view(-1)[part] for key in ("exp_avg", "exp_avg_sq"))
+            mean, square = (item.view(state[key].view(-1)) for key in ("exp_avg", "exp_avg_sq"))
             mu2, s2, _ = adam_moments(mean, square, self._step(inner), *self._betas)
             elements.add_squares(number, mu2, s2)
         sums = elements.take_squares()
         sums.load_packed(self._reduce(sums.pack()))
         return {name: estimators.estimate(sums, name, True) for name in ESTIMATORS}
 
-    def _build(self, engine: Any) -> None:
+    def _build(self, engine: DeepSpeedEngine) -> None:
         self._engine = engine
         self._grid = find_grid(engine)
         self._shards = find_shards(engine, self._grid.places)
@@ -99,20 +100,17 @@ class SnrWatch:
                 f"SNR curves cannot be read: {type(inner).__name__} keeps no exp_avg and exp_avg_sq in memory here"
             )
         table = self._grid.table(MolsConfig(), self._shards.param_group)
-        owned, offset = [], 0
-        for _, piece in self._shards.owned:
-            owned.append(Owned(piece.name, piece.start, offset, piece.numel))
-            offset += piece.numel
-        self._elements = OwnedElements(owned, table.layouts, list(table.elements), torch.device("cpu"))
+        owned = self._shards.accumulated
+        self._elements = LocalStats(owned, table.layouts, list(table.elements), torch.device("cpu"))
         self._betas: tuple[float, float] = tuple(inner.param_groups[0]["betas"])
 
-    def _step(self, inner: Any) -> int:
+    def _step(self, inner: Optimizer) -> int:
         """Adam's own count, which differs from the engine's after skipped steps."""
         counts = [int(state["step"]) for state in inner.state.values() if "step" in state]
         counts += [int(group["step"]) for group in inner.param_groups if "step" in group]
         return max(counts, default=int(self._engine.global_steps))
 
-    def _weight(self, inner: Any) -> float:
+    def _weight(self, inner: Optimizer) -> float:
         return adam_moments(torch.zeros(1), torch.zeros(1), self._step(inner), *self._betas)[2]
 
     def _reduce(self, values: Tensor) -> Tensor:

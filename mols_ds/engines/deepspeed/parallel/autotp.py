@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
 
+from deepspeed import DeepSpeedEngine
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank, bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.groups import GroupTable, build_layouts
-from mols_ds.engines.deepspeed.parallel.base import Grid, Place, config_of, local_shape
+from mols_ds.engines.deepspeed.parallel.base import ParallelGrid, Place, config_of, local_range, local_shape
 from mols_ds.errors import MolsUnsupportedError
 
 CUT = "ds_autotp_universal_checkpoint_meta"
 """The attribute with AutoTP's metadata (deepspeed/checkpoint/constants.py, DS_AUTOTP_UC_META)."""
 
 
-def tensor_parallel_size(engine: Any) -> int:
+def tensor_parallel_size(engine: DeepSpeedEngine) -> int:
     """Number of ranks that one data-parallel copy of the model is cut over, by `mpu` or by AutoTP."""
     if engine.mpu is None or hasattr(engine.mpu, "initialize_sequence_parallel"):  # the latter: Ulysses' own mpu
         return 1
@@ -36,12 +36,12 @@ def is_megatron(model: nn.Module) -> bool:
     return any(type(module).__module__.startswith("megatron.core.") for module in model.modules())
 
 
-class AutoTpGrid(Grid):
+class AutoTpGrid(ParallelGrid):
     """Tensor and data parallelism by AutoTP. Raises `MolsUnsupportedError` for other tensor parallelism."""
 
     model_parallel = True
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: DeepSpeedEngine) -> None:
         super().__init__(engine)
         self.group = None
         self.world["tensor"] = tensor_parallel_size(engine)
@@ -57,12 +57,12 @@ class AutoTpGrid(Grid):
         rank = int(bwc_tensor_model_parallel_rank(engine.mpu))
         self.places = {p: self._place(p, name, rank) for p, name in engine.param_names.items()}
 
-    def _place(self, parameter: Any, name: str, rank: int) -> Place:
+    def _place(self, parameter: nn.Parameter, name: str, rank: int) -> Place:
         shape = local_shape(parameter)
         if not getattr(parameter, "tensor_model_parallel", False):
             self._note(parameter, name, shape)
             self._by_rows.add(name)
-            return Place(name, 0, rank == 0)
+            return Place(local_range(parameter, name), rank == 0)
         cut = getattr(parameter, CUT, None) or {}
         logical, dim, sizes = cut.get("logical_shape"), cut.get("partition_dim"), cut.get("partition_sizes")
         if logical is None:
@@ -72,11 +72,11 @@ class AutoTpGrid(Grid):
             )
         self._note(parameter, name, tuple(int(size) for size in logical))
         if dim != 0 or sizes is None or cut.get("sub_param_sizes") is not None:
-            return Place(name)
+            return Place(local_range(parameter, name))
         self._by_rows.add(name)
-        return Place(name, sum(sizes[:rank]) * math.prod(shape[1:]))
+        return Place(local_range(parameter, name, sum(sizes[:rank]) * math.prod(shape[1:])))
 
-    def _note(self, parameter: Any, name: str, shape: tuple[int, ...]) -> None:
+    def _note(self, parameter: nn.Parameter, name: str, shape: tuple[int, ...]) -> None:
         if parameter.requires_grad:
             self.shapes[name] = shape
 

@@ -13,28 +13,29 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from deepspeed import DeepSpeedEngine
 from deepspeed import comm as dist
 from torch import nn
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_rules import config_value
 from mols_ds.core.groups import GroupTable, group_table
+from mols_ds.core.ranges import ParamRange
 from mols_ds.errors import MolsUnsupportedError, MolsWarning
 
 
 class Place(NamedTuple):
-    """Where a local parameter lies: at `start` of the flat logical parameter `name`.
+    """Which range of which logical parameter a local parameter is.
 
     counted: whether this rank's copy is the one that is counted among copies over tensor- and pipeline-parallel ranks
     (data-parallel copies are another matter, see shards.py).
     """
 
-    name: str
-    start: int = 0
+    range: ParamRange
     counted: bool = True
 
 
-class Grid:
+class ParallelGrid:
     """Data parallelism alone, and the base of the other grids.
 
     Attributes:
@@ -54,12 +55,12 @@ class Grid:
     counts_micro_steps = True
     packages: tuple[str, ...] = ("deepspeed", "transformers")
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: DeepSpeedEngine) -> None:
         self.engine = engine
         self.group: Any = engine.seq_data_parallel_group
         self.world = {"data": dist.get_world_size(engine.seq_data_parallel_group)}
         self.world |= {"tensor": 1, "pipeline": 1, "expert": 1}
-        self.places: dict[Any, Place] = {p: Place(name) for p, name in engine.param_names.items()}
+        self.places = whole_places(engine)
         self.lr_groups: dict[str, int] = {}
         self.window: Any = None
 
@@ -118,9 +119,19 @@ class Grid:
             )
 
 
-def local_shape(parameter: Any) -> tuple[int, ...]:
+def local_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """This rank's shape of a parameter; at ZeRO stage 3 that before it was partitioned."""
     return tuple(int(size) for size in getattr(parameter, "ds_shape", parameter.shape))
+
+
+def local_range(parameter: nn.Parameter, name: str, start: int = 0) -> ParamRange:
+    """This rank's elements of a parameter as those from `start` on of the logical parameter `name`."""
+    return ParamRange(name, start, math.prod(local_shape(parameter)))
+
+
+def whole_places(engine: DeepSpeedEngine) -> dict[nn.Parameter, Place]:
+    """The places of all parameters under data parallelism alone: each is a whole logical parameter."""
+    return {p: Place(local_range(p, name)) for p, name in engine.param_names.items()}
 
 
 def config_of(module: nn.Module) -> object | None:
@@ -129,7 +140,7 @@ def config_of(module: nn.Module) -> object | None:
     return next((config for config in configs if config_value(config, "model_type") is not None), None)
 
 
-def find_grid(engine: Any) -> Grid:
+def find_grid(engine: DeepSpeedEngine) -> ParallelGrid:
     """The grid of this engine. Raises `MolsUnsupportedError` for one that is not supported, with the way out."""
     from mols_ds.engines.deepspeed.parallel.autotp import AutoTpGrid, is_megatron, tensor_parallel_size
     from mols_ds.engines.deepspeed.parallel.pipeline import PipelineGrid
@@ -141,5 +152,5 @@ def find_grid(engine: Any) -> Grid:
 
         return MegatronGrid(engine)
     if tensor_parallel_size(engine) == 1 and int(engine.mp_world_size) == 1:
-        return Grid(engine)
+        return ParallelGrid(engine)
     return AutoTpGrid(engine)
