@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -36,6 +36,16 @@ def group_index(owned: Sequence[ShardRange], layouts: Mapping[str, ElementLayout
         names = torch.tensor([number[group] for _, group in layout.pattern], dtype=dtype)
         index[where : where + elements.numel()] = names[torch.bucketize(slot, edges, right=True)]
     return index
+
+
+class SavedStats(TypedDict):
+    """One rank's part of a half-done calibration, as checkpoints hold it.
+
+    owned: `ShardRange`s in the accumulators, as plain tuples. moments: `Accumulators.state_dict()`.
+    """
+
+    owned: list[tuple[str, int, int, int]]
+    moments: dict[str, Any]
 
 
 class LocalStats:
@@ -141,11 +151,12 @@ class LocalStats:
 
     # ------------------------------------------------------------------ state of a half-done calibration
 
-    def state_dict(self) -> dict[str, Any] | None:
+    def state_dict(self) -> SavedStats | None:
         """This rank's accumulators and the ranges that they are of, as plain tuples; None without accumulators."""
         if self.accumulators is None:
             return None
-        return {"owned": [tuple(item) for item in self.ranges], "moments": self.accumulators.state_dict()}
+        owned = [(name, start, offset, numel) for name, start, offset, numel in self.ranges]
+        return {"owned": owned, "moments": self.accumulators.state_dict()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Put the accumulators back. Raises `MolsCheckpointError` where this rank owns other elements or what was saved

@@ -168,7 +168,7 @@ class RateScaler:
                 self.optimizer.state.pop(view, None)
         self._saved, self._derived, self._slices, self._deltas = None, [], [], []
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.restore()
         multipliers = {g: m for g, m in self.multipliers().items() if m != 1.0}
         if not multipliers:
@@ -246,7 +246,7 @@ class RateScaler:
         self._slices.append(_Slices(tensor, list(views)))
         return [(rate, view) for (_, _, rate), view in zip(runs, views, strict=True)]
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         if self._saved is None:
             return
         with torch.no_grad():
@@ -259,14 +259,14 @@ class RateScaler:
         self.restore()
 
 
-def _sliceable(value: Any, tensor: Tensor) -> bool:
+def _sliceable(value: object, tensor: Tensor) -> bool:
     if isinstance(value, Tensor):
         plain = type(value) in (Tensor, torch.nn.Parameter) and value.is_contiguous()
         return plain and (value.numel() == tensor.numel() or value.numel() == 1)
     return isinstance(value, int | float | bool)
 
 
-def _slices(value: Any, tensor: Tensor, lengths: list[int]) -> Sequence[Any]:
+def _slices(value: object, tensor: Tensor, lengths: list[int]) -> Sequence[object]:
     """What of one entry of a tensor's state goes to each run: its part, a copy of a counter, or a plain number."""
     if not isinstance(value, Tensor):
         return [value] * len(lengths)

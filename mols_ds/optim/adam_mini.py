@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from mols_ds.core.group_rules import canonical_name, config_value, text_config
 from mols_ds.core.groups import base_group, group_table
@@ -27,7 +27,7 @@ from mols_ds.core.layout import ElementLayout
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
 from mols_ds.optim.param_blocks import Blocks
 from mols_ds.optim.param_shards import ParamShard
-from mols_ds.optim.sharded import Group, ShardedOptimizer, State, update_moment
+from mols_ds.optim.sharded import Group, ShardedOptimizer, State, StateParts, update_moment
 
 KEY = "block_avg_sq"
 
@@ -109,7 +109,7 @@ class ShardedAdamMini(ShardedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -150,7 +150,7 @@ class ShardedAdamMini(ShardedOptimizer):
             for name, shape in shapes.items()
         }
 
-    def _parts(self, tensor: Tensor, shards: Sequence[ParamShard]) -> dict[str, Callable[[], Any]]:
+    def _parts(self, tensor: Tensor, shards: Sequence[ParamShard]) -> StateParts:
         count = sum(shard.touched[1] for shard in shards)
         self._check_blocks(tensor, count)
         return {"exp_avg": lambda: torch.zeros_like(tensor), KEY: lambda: tensor.new_zeros(count)}

@@ -13,15 +13,15 @@ Clipping by the global norm, which that class calls pre_norm, is the engine's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.param_shards import ParamShard
-from mols_ds.optim.sharded import Group, ShardedOptimizer, State, update_moment, update_square
+from mols_ds.optim.sharded import Group, ShardedOptimizer, State, StateParts, update_moment, update_square
 
 
 def lamb_direction(mean: Tensor, square: Tensor, weight: Tensor, eps: float, decay: float) -> Tensor:
@@ -52,7 +52,7 @@ class ShardedLamb(ShardedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
@@ -65,7 +65,7 @@ class ShardedLamb(ShardedOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "bias_correction": bias_correction, "clamp": clamp})
 
-    def _parts(self, tensor: Tensor, shards: Sequence[ParamShard]) -> dict[str, Callable[[], Any]]:
+    def _parts(self, tensor: Tensor, shards: Sequence[ParamShard]) -> StateParts:
         return {"exp_avg": lambda: torch.zeros_like(tensor), "exp_avg_sq": lambda: torch.zeros_like(tensor)}
 
     def _direction(self, group: Group, state: State, weight: Tensor, shard: ParamShard) -> Tensor:

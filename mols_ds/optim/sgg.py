@@ -20,16 +20,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.optim.clustering import cluster, median_deviations, nearest
 from mols_ds.optim.param_shards import ParamShard
-from mols_ds.optim.sharded import Group, ShardedOptimizer, State, update_moment, update_square
+from mols_ds.optim.sharded import Group, ShardedOptimizer, State, StateParts, update_moment, update_square
 
 ITERATIONS = 20
 """Upper bound of K-means' rounds, each of which is one reduction."""
@@ -63,7 +64,7 @@ class SGG(ShardedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -89,7 +90,7 @@ class SGG(ShardedOptimizer):
             if "cluster" in state:
                 state["cluster"] = state["cluster"].to(torch.uint8)
 
-    def _parts(self, tensor: Tensor, shards: Sequence[ParamShard]) -> dict[str, Callable[[], Any]]:
+    def _parts(self, tensor: Tensor, shards: Sequence[ParamShard]) -> StateParts:
         state, shape = self.state[tensor], (len(shards), self.clusters)
         if state["step"] and "exp_avg" in state and "cluster" not in state:
             warnings.warn(

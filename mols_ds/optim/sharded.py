@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
@@ -27,6 +28,8 @@ from mols_ds.optim.param_shards import ParamShard, Reduce, SharedSums
 
 Group = Mapping[str, Any]
 State = dict[str, Any]
+StateParts = dict[str, Callable[[], Tensor | int]]
+"""Key of the state of a tensor -> makes its first value."""
 
 
 class ShardedOptimizer(Optimizer, ABC):
@@ -42,7 +45,7 @@ class ShardedOptimizer(Optimizer, ABC):
     moves = True
     settings: tuple[str, ...] = ()
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         check_options(type(self).__name__, defaults)
         self._whole: list[list[torch.Size]] = []
         self._unbind()
@@ -61,7 +64,7 @@ class ShardedOptimizer(Optimizer, ABC):
         return {name: self.default_blocks(shape) for name, shape in shapes.items()}
 
     @abstractmethod
-    def _parts(self, tensor: Tensor, shards: Sequence[ParamShard]) -> dict[str, Callable[[], Any]]:
+    def _parts(self, tensor: Tensor, shards: Sequence[ParamShard]) -> StateParts:
         """What `state[tensor]` holds beside "step", and how each part begins."""
 
     def _measure(self, group: Group, state: State, tensor: Tensor, shard: ParamShard, out: Tensor) -> None:
