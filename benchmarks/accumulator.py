@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from mols_ds.core.accumulators import STRIDE, Moments, welford
+from mols_ds.core.accumulators import STRIDE, Accumulators, welford
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TARGET = 0.8
@@ -52,7 +52,7 @@ def measure(numel: int, dtype: torch.dtype, device: torch.device, repeats: int) 
     gradient = torch.randn(numel, device=device).to(dtype)
     source, target = torch.randn(numel, device=device), torch.empty(numel, device=device)
     index = torch.zeros(-(-numel // STRIDE), dtype=torch.uint8)
-    moments = Moments(numel, device=device, group_index=index, n_groups=1, block_length=1 << 30)
+    moments = Accumulators(numel, device=device, group_index=index, n_groups=1, block_length=1 << 30)
     whole_mean, whole_m2 = torch.zeros(numel, device=device), torch.zeros(numel, device=device)
 
     def sample() -> None:

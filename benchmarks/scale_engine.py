@@ -20,7 +20,7 @@ import overhead
 import torch
 from rich.table import Table
 
-from mols_ds.core.accumulators import STRIDE, Moments
+from mols_ds.core.accumulators import STRIDE, Accumulators
 
 ARMS = ("stock", "fixed", "online")
 VOCABULARY, SEQUENCE, WARMUP = 32_000, 128, 4
@@ -109,7 +109,7 @@ def copy_over_update(device: torch.device) -> float:
     numel = NUMEL[device.type]
     gradient, target = torch.randn(numel, device=device), torch.empty(numel, device=device)
     index = torch.zeros(-(-numel // STRIDE), dtype=torch.uint8)
-    moments = Moments(numel, device=device, group_index=index, n_groups=1, block_length=1 << 30)
+    moments = Accumulators(numel, device=device, group_index=index, n_groups=1, block_length=1 << 30)
 
     def sample() -> None:
         moments.open()

@@ -25,8 +25,9 @@ from mols_ds.core.estimators import compute_alphas
 from mols_ds.core.group_stats import GroupSums
 from mols_ds.core.groups import GroupTable, build_layouts
 from mols_ds.core.layout import ElementLayout
-from mols_ds.core.local_stats import Owned, OwnedElements
-from mols_ds.core.lr_scaler import LRScaler, Piece, make_plan
+from mols_ds.core.local_stats import LocalStats
+from mols_ds.core.lr_scaler import LRScaler, make_plan
+from mols_ds.core.ranges import ShardRange
 
 BUFFER = 1 << 24  # gradient elements that exist at a time: more than the caches hold, however large the shard
 RATES = {"embedding": 3.0, "head": 2.0, "qk": 1.3, "vo": 1.2, "mlp": 1.1}
@@ -90,17 +91,17 @@ class Model:
         self.pieces = list(self._pieces(self.first, last))
         self.numel = last - self.first
 
-    def _pieces(self, low: int, high: int) -> Iterator[Owned]:
+    def _pieces(self, low: int, high: int) -> Iterator[ShardRange]:
         at = 0
         for name, shape in self.shapes.items():
             numel = math.prod(shape)
             begin, end = max(low, at), min(high, at + numel)
             if begin < end:
-                yield Owned(name, begin - at, begin - low, end - begin)
+                yield ShardRange(name, begin - at, begin - low, end - begin)
             at += numel
 
-    def elements(self) -> OwnedElements:
-        return OwnedElements(self.pieces, self.layouts, self.groups, torch.device("cpu"))
+    def elements(self) -> LocalStats:
+        return LocalStats(self.pieces, self.layouts, self.groups, torch.device("cpu"))
 
 
 def gradient_source(seed: int = 0) -> Tensor:
@@ -129,11 +130,11 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def take_sample(elements: OwnedElements, source: Tensor, model: Model, sample: int, apart: bool = False) -> None:
+def take_sample(elements: LocalStats, source: Tensor, model: Model, sample: int, apart: bool = False) -> None:
     """One gradient sample; `apart`: a piece at a time, as engines with a tensor a parameter give it."""
     elements.open()
     if apart:
-        for piece in elements.pieces:
+        for piece in elements.ranges:
             elements.add(piece.offset, source[piece.offset % (BUFFER // 2) :][: piece.numel], 1.0 + sample)
     else:
         for offset, gradient in cuts(source, model.first, model.numel, sample):
@@ -154,8 +155,8 @@ def calibrate(model: Model, samples: int, reduce: Callable[[Tensor], Tensor] | N
     elements = model.elements()
     before = psutil.Process().memory_info().rss
     times = [seconds(partial(take_sample, elements, source, model, k)) for k in range(samples)]
-    assert elements.moments is not None
-    nbytes = elements.moments.nbytes
+    assert elements.accumulators is not None
+    nbytes = elements.accumulators.nbytes
     held: list[GroupSums] = []
     end = seconds(lambda: held.append(elements.gradient_sums()))
     packed = held[0].pack()
@@ -252,7 +253,7 @@ def parameter_job(elements: int, parameters: int, samples: int, steps: int) -> d
     result["build_s"] = seconds(lambda: held.append(Model(elements, parameters)))
     model = held[0]
     result["build_calls"] = python_calls(lambda: Model(elements, parameters))
-    pieces = [Piece(p.name, p.start, p.offset, p.numel) for p in model.pieces]
+    pieces = model.pieces
     result["plan_s"] = seconds(lambda: make_plan(model.numel, pieces, model.layouts))
     result["plan_calls"] = python_calls(lambda: make_plan(model.numel, pieces, model.layouts))
     plan = make_plan(model.numel, pieces, model.layouts)
@@ -263,7 +264,7 @@ def parameter_job(elements: int, parameters: int, samples: int, steps: int) -> d
         result[f"{key}_sample_calls"] = python_calls(partial(take_sample, owned, source, model, samples, apart))
     result["sums_s"] = seconds(owned.gradient_sums)
     result["sums_calls"] = python_calls(owned.gradient_sums)
-    result |= {"parameters": len(model.shapes), "runs": len(plan.runs), "segments": len(owned.segments())}
+    result |= {"parameters": len(model.shapes), "runs": len(plan.segments), "segments": len(owned.segments())}
     owned.free()
     flat = torch.nn.Parameter(torch.zeros(model.numel))
     flat.grad = source.repeat(-(-model.numel // BUFFER))[: model.numel]

@@ -24,21 +24,22 @@ from megatron_patches.checkpoint import MegatronCheckpoints
 from megatron_patches.checks import check_supported, find_config, optimizer_steps, scheduler_hints
 from megatron_patches.collective_checks import Shapes, check_locals, merge_shapes, same_everywhere, together
 from megatron_patches.param_map import (
-    Grid,
     LocalParameter,
+    ProcessGrid,
     current_grid,
     local_layout,
     local_parameters,
     logical_table,
 )
 from megatron_patches.rng_state import RandomState
-from megatron_patches.shards import Shards
+from megatron_patches.shards import MegatronShards
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Context, Controller
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.phases import resolve_schedule
+from mols_ds.core.ranges import ShardRange
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.traits import has_shared_counter, is_elementwise
@@ -131,7 +132,7 @@ class MegatronMols(Session):
         table = logical_table(shapes, self.model_config, config.rules, config.granularity)
         fused = any(len(local_layout(local, table.layouts).groups) > 1 for local in locals_)
         check_supported(optimizer, self.model_config, config, fused=fused)
-        self.source = self.shards = Shards(optimizer, locals_, self.grid)
+        self.source = self.shards = MegatronShards(optimizer, locals_, self.grid)
         schedule = resolve_schedule(config, *hints)
         if self.steps > schedule.start and config.fixed_alphas is None:
             raise MolsConfigError(
@@ -139,10 +140,10 @@ class MegatronMols(Session):
                 "MoLS before training and before a checkpoint is loaded, or set a later start"
             )
         self.device = _collective_device()
-        self._controller = Controller(config, table, self.shards.pieces(), schedule, self._context())
+        self._controller = Controller(config, table, self.shards.accumulated, schedule, self._context())
 
     def _context(self) -> Context:
-        grid: Grid = self.grid
+        grid: ProcessGrid = self.grid
         on_cpu = self.config.accumulators.device == "cpu"
         return Context(
             reduce=self.reduce,
@@ -164,9 +165,9 @@ class MegatronMols(Session):
                 continue
             plans = {}
             for shard in part.shards:
-                plans[id(shard.tensor)] = make_plan(shard.numel, [shard.piece], table.layouts)
-                layout = table.layouts[shard.local.name]
-                counts.append(((number, shard.group), layout.counts(shard.start, shard.numel)))
+                item = shard.range
+                plans[id(shard.tensor)] = make_plan(item.numel, [item], table.layouts)
+                counts.append(((number, shard.group), table.layouts[item.name].counts(item.start, item.numel)))
             self.scalers.append(
                 LRScaler(
                     part.inner,
@@ -181,9 +182,9 @@ class MegatronMols(Session):
         # A group of which this rank holds nothing has the rate of the first parameter group.
         holders = dict.fromkeys(table.elements, first) if first is not None else {}
         self._lr_group = {**holders, **largest_holder(counts, table.elements)}
-        self._ranges: dict[int, list[tuple[int, int, int]]] = {}
-        for number, owned in enumerate(self.shards.owned):
-            self._ranges.setdefault(id(owned.shard.tensor), []).append((number, owned.first, owned.numel))
+        self._ranges: dict[int, list[tuple[int, ShardRange]]] = {}
+        for number, (shard, item) in enumerate(self.shards.owned):
+            self._ranges.setdefault(id(shard.tensor), []).append((number, item))
         self._hooks += [chunk.register_forward_pre_hook(_weak(self._before_forward)) for chunk in model_chunks]
         self.optimizer.step, self.optimizer.get_grad_norm = self._step, self._grad_norm
         self.optimizer.mols = self
@@ -212,7 +213,7 @@ class MegatronMols(Session):
             for group, (part, index) in self._lr_group.items()
         }
 
-    def owned_in(self, tensor: Tensor) -> Sequence[tuple[int, int, int]]:
+    def owned_in(self, tensor: Tensor) -> Sequence[tuple[int, ShardRange]]:
         return self._ranges.get(id(tensor), ())
 
     def adam_settings(self, step: int) -> tuple[int, float, float]:

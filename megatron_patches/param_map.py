@@ -17,12 +17,13 @@ from torch import nn
 from megatron_patches.group_rules import tag_layouts
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.layout import ElementLayout
+from mols_ds.core.ranges import ParamRange
 from mols_ds.errors import MolsUnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
-    """This rank's place in Megatron's process grid (megatron/core/parallel_state.py).
+class ProcessGrid:
+    """Sizes of Megatron's process grid, and this rank's number along each (megatron/core/parallel_state.py).
 
     `data` counts context-parallel ranks too: their gradients are reduced together. `expert_tensor` and `expert_data`
     are the ranks that shard and replicate one expert.
@@ -42,7 +43,7 @@ class Grid:
     expert_data_rank: int = 0
 
 
-def current_grid() -> Grid:
+def current_grid() -> ProcessGrid:
     """The grid of `megatron.core.parallel_state`. Raises `MolsUnsupportedError` where it is not initialised."""
     from megatron.core import parallel_state as state
 
@@ -52,7 +53,7 @@ def current_grid() -> Grid:
             "parallel_state.initialize_model_parallel() first (process groups that are only passed as a pg_collection "
             "are not supported)"
         )
-    return Grid(
+    return ProcessGrid(
         tensor=state.get_tensor_model_parallel_world_size(),
         tensor_rank=state.get_tensor_model_parallel_rank(),
         pipeline=state.get_pipeline_model_parallel_world_size(),
@@ -74,9 +75,9 @@ class LocalParameter:
 
     Attributes:
         parameter: the model's own (any dtype; FP8 tensors are never viewed, only their shape is read).
-        name, shape: of the logical parameter.
-        start: where the local elements begin in the flat logical parameter (0 for shards of other dimensions than the
-            first, whose elements are all of one group).
+        range: of the logical parameter. For shards along another dimension than the first, whose elements are all of
+            one group, it begins at 0.
+        shape: of the logical parameter.
         counted: whether this rank's copy is the one that is counted among the copies over tensor- and
             pipeline-parallel ranks. Data-parallel copies are another matter, see shards.py.
         expert: whether its gradient is reduced over the expert-data-parallel ranks.
@@ -84,17 +85,16 @@ class LocalParameter:
     """
 
     parameter: nn.Parameter
-    name: str
+    range: ParamRange
     shape: tuple[int, ...]
-    start: int
     counted: bool
     expert: bool
     names_it: bool
 
     @property
-    def numel(self) -> int:
-        """Local elements."""
-        return math.prod(shape_of(self.parameter))
+    def name(self) -> str:
+        """Of the logical parameter."""
+        return self.range.name
 
 
 _PREFIX = re.compile(r"^(?:module\.)+")
@@ -111,7 +111,7 @@ def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(int(size) for size in getattr(parameter, "ds_shape", parameter.shape))
 
 
-def local_parameters(model_chunks: Sequence[nn.Module], grid: Grid) -> list[LocalParameter]:
+def local_parameters(model_chunks: Sequence[nn.Module], grid: ProcessGrid) -> list[LocalParameter]:
     """The trainable parameters of this rank in the order of the chunks; each once, under its first name.
 
     Raises:
@@ -137,7 +137,7 @@ def local_parameters(model_chunks: Sequence[nn.Module], grid: Grid) -> list[Loca
 
 
 def _local(
-    parameter: nn.Parameter, name: str, owner: nn.Module, layers: dict[str, int], model: nn.Module, grid: Grid
+    parameter: nn.Parameter, name: str, owner: nn.Module, layers: dict[str, int], model: nn.Module, grid: ProcessGrid
 ) -> LocalParameter:
     expert = not getattr(parameter, "allreduce", True)
     of_expert = bool(_EXPERT.search(name))
@@ -157,7 +157,8 @@ def _local(
     replica = grid.expert_data_rank if expert else grid.data_rank
     logical = copy or _number_experts(_number_layers(name, layers), parameter, owner, grid)
     names_it = counted and rank == 0 and replica == 0 and not (_GROUPED.search(name) and grid.expert_rank)
-    return LocalParameter(parameter, logical, tuple(shape), start, counted, expert, names_it)
+    elements = ParamRange(logical, start, math.prod(shape_of(parameter)))
+    return LocalParameter(parameter, elements, tuple(shape), counted, expert, names_it)
 
 
 def _duplicated(owner: nn.Module, of_expert: bool) -> bool:
@@ -211,7 +212,7 @@ def _number_layers(name: str, layers: dict[str, int]) -> str:
     return f"{match['stack']}.{layers.get(match.group(), int(match['index']))}{name[match.end() :]}"
 
 
-def _number_experts(name: str, parameter: nn.Parameter, owner: nn.Module, grid: Grid) -> str:
+def _number_experts(name: str, parameter: nn.Parameter, owner: nn.Module, grid: ProcessGrid) -> str:
     if grid.expert == 1 or not _EXPERT.search(name):
         return name
     match = _LOCAL_EXPERT.search(name) or _TE_EXPERT.search(name)

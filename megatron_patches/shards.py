@@ -6,7 +6,7 @@ its own tensors: flat fp32 ranges of the parameters (`DistributedOptimizer`), wh
 tensor's gradient is reduced over the data-parallel ranks, unscaled and not yet clipped.
 
 Who counts: a rank measures the elements it owns such that each logical element is owned once in the whole world. Copies
-over tensor- and pipeline-parallel ranks are settled in logical.py; data-parallel replicas (plain DDP, several
+over tensor- and pipeline-parallel ranks are settled in param_map.py; data-parallel replicas (plain DDP, several
 distributed-optimizer instances) split the elements among them. So one SUM over all ranks gives the global sums.
 """
 
@@ -14,38 +14,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_patches.param_map import Grid, LocalParameter
-from mols_ds.core.local_stats import Owned
-from mols_ds.core.lr_scaler import Piece
+from megatron_patches.param_map import LocalParameter, ProcessGrid
+from mols_ds.core.ranges import ShardRange, pack, split_among_replicas
 from mols_ds.errors import MolsUnsupportedError
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
 
 KINDS = ("DistributedOptimizer", "Float16OptimizerWithFloat16Params", "FP32Optimizer")
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tensor that an inner optimizer steps: elements [start, start + numel) of a logical parameter.
+    """One tensor that an inner optimizer steps.
 
+    range: the elements of a logical parameter that it consists of; at its offset 0.
     group: index of its parameter group in the inner optimizer.
     """
 
     local: LocalParameter
     tensor: Tensor
-    start: int
+    range: ShardRange
     group: int
-
-    @property
-    def numel(self) -> int:
-        return self.tensor.numel()
-
-    @property
-    def piece(self) -> Piece:
-        return Piece(self.local.name, self.start, 0, self.numel)
 
     def gradient(self) -> Tensor | None:
         """The reduced gradient after `prepare_grads()`, 1-D; precision-aware optimizers keep it apart."""
@@ -55,32 +50,29 @@ class Shard:
         return None if gradient is None else gradient.detach().reshape(-1)
 
 
-class OwnedShard(NamedTuple):
-    """Elements [first, first + numel) of a shard that this rank measures, at `offset` of its accumulators."""
-
-    shard: Shard
-    first: int
-    offset: int
-    numel: int
-
-
-class Part:
+class ChainedPart:
     """One of the chained optimizers with the shards of this rank."""
 
-    def __init__(self, outer: Any, shards: list[Shard]) -> None:
+    def __init__(self, outer: MegatronOptimizer, shards: list[Shard]) -> None:
         self.outer = outer
         self.inner = None if getattr(outer, "is_stub_optimizer", False) else outer.optimizer
         self.shards = shards
 
 
-class Shards:
+class MegatronShards:
     """The shards of this rank in all chained optimizers.
+
+    Attributes:
+        parts: the chained optimizers, in their order.
+        owned: (shard, range in its tensor) of the elements whose statistics this rank keeps, in the order of its
+            accumulators.
+        accumulated: the ranges of `owned` as they are in the accumulators.
 
     Raises:
         MolsUnsupportedError: an optimizer of another kind, or a parameter of the optimizer that no model chunk has.
     """
 
-    def __init__(self, optimizer: Any, locals_: Sequence[LocalParameter], grid: Grid) -> None:
+    def __init__(self, optimizer: MegatronOptimizer, locals_: Sequence[LocalParameter], grid: ProcessGrid) -> None:
         by_parameter = {id(local.parameter): local for local in locals_}
         chained = getattr(optimizer, "chained_optimizers", None)
         if chained is None:
@@ -88,46 +80,21 @@ class Shards:
                 f"MoLS does not support {type(optimizer).__name__}: pass what get_megatron_optimizer returns "
                 "(a ChainedOptimizer; Megatron-FSDP gives none and is not supported)"
             )
-        self.parts = [Part(outer, list(_shards(outer, by_parameter))) for outer in chained]
-        self.owned: list[OwnedShard] = []
+        self.parts = [ChainedPart(outer, list(_shards(outer, by_parameter))) for outer in chained]
+        self.owned: list[tuple[Shard, ShardRange]] = []
         for part in self.parts:
-            self._own(part, *_replicas(part.outer, part.shards, grid))
-        self.numel = sum(owned.numel for owned in self.owned)
-
-    def _own(self, part: Part, rank: int, replicas: int) -> None:
-        """This rank's range of the concatenation of the counted shards, of which `replicas` ranks have the same."""
-        counted = [shard for shard in part.shards if shard.local.counted]
-        total = sum(shard.numel for shard in counted)
-        low, high = total * rank // replicas, total * (rank + 1) // replicas
-        offset = self.owned[-1].offset + self.owned[-1].numel if self.owned else 0
-        at = 0
-        for shard in counted:
-            first, last = max(low - at, 0), min(high - at, shard.numel)
-            if first < last:
-                self.owned.append(OwnedShard(shard, first, offset, last - first))
-                offset += last - first
-            at += shard.numel
-
-    def shards(self) -> Iterator[Shard]:
-        """All shards of this rank, the uncounted copies included."""
-        for part in self.parts:
-            yield from part.shards
-
-    def pieces(self) -> list[Owned]:
-        """The owned elements as ranges of logical parameters, in the order of `owned`."""
-        return [
-            Owned(owned.shard.local.name, owned.shard.start + owned.first, owned.offset, owned.numel)
-            for owned in self.owned
-        ]
+            counted = [(shard, shard.range) for shard in part.shards if shard.local.counted]
+            self.owned += split_among_replicas(counted, *_replicas(part.outer, part.shards, grid))
+        self.accumulated = pack(item for _, item in self.owned)
 
     def read(self) -> Iterator[tuple[int, Tensor]]:
         """(offset among the owned elements, gradient of those elements) after `prepare_grads()`; no collective."""
-        for owned in self.owned:
-            gradient = owned.shard.gradient()
+        for (shard, item), accumulated in zip(self.owned, self.accumulated, strict=True):
+            gradient = shard.gradient()
             if gradient is None:
-                yield owned.offset, torch.zeros(owned.numel, device=owned.shard.tensor.device)
+                yield accumulated.offset, torch.zeros(item.numel, device=shard.tensor.device)
             else:
-                yield owned.offset, gradient.narrow(0, owned.first, owned.numel)
+                yield accumulated.offset, item.view(gradient)
 
     def loss_scale(self) -> float:
         """1: `prepare_grads()` has divided the loss scale out."""
@@ -141,7 +108,7 @@ class Shards:
         return all(bool(torch.isfinite(gradient).all()) for _, gradient in self.read())
 
 
-def _shards(outer: Any, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
+def _shards(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
     kind = type(outer).__name__
     if kind not in KINDS:
         raise MolsUnsupportedError(
@@ -155,12 +122,12 @@ def _shards(outer: Any, by_parameter: Mapping[int, LocalParameter]) -> Iterable[
         for index, group in enumerate(outer.optimizer.param_groups):
             for parameter in group["params"]:
                 local = _local(by_parameter, parameter)
-                yield Shard(local, parameter, local.start, index)
+                yield Shard(local, parameter, local.range.at(0), index)
     else:
         yield from _float16(outer, by_parameter)
 
 
-def _distributed(outer: Any, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
+def _distributed(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
     """Ranges of the bucket that this rank owns (optimizer/distrib_optimizer.py)."""
     for parameter in outer.model_param_gbuf_map:
         local = _local(by_parameter, parameter)
@@ -171,10 +138,10 @@ def _distributed(outer: Any, by_parameter: Mapping[int, LocalParameter]) -> Iter
             raise MolsUnsupportedError(
                 f"the distributed optimizer holds no tensor of its own for {local.name!r}: unknown layout"
             )
-        yield Shard(local, tensor, local.start + int(where.start), index)
+        yield Shard(local, tensor, local.range.part(int(where.start), int(where.end)).at(0), index)
 
 
-def _float16(outer: Any, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
+def _float16(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
     """Whole fp32 copies of 16-bit parameters, and fp32 parameters themselves (optimizer/optimizer.py)."""
     group_of = {id(t): i for i, group in enumerate(outer.optimizer.param_groups) for t in group["params"]}
     pairs = [
@@ -184,10 +151,10 @@ def _float16(outer: Any, by_parameter: Mapping[int, LocalParameter]) -> Iterable
     for parameters, tensors in pairs:
         for parameter, tensor in zip(parameters, tensors, strict=True):
             local = _local(by_parameter, parameter)
-            yield Shard(local, tensor, local.start, group_of[id(tensor)])
+            yield Shard(local, tensor, local.range.at(0), group_of[id(tensor)])
 
 
-def _local(by_parameter: Mapping[int, LocalParameter], parameter: Any) -> LocalParameter:
+def _local(by_parameter: Mapping[int, LocalParameter], parameter: nn.Parameter) -> LocalParameter:
     local = by_parameter.get(id(parameter))
     if local is None:
         raise MolsUnsupportedError(
@@ -197,7 +164,7 @@ def _local(by_parameter: Mapping[int, LocalParameter], parameter: Any) -> LocalP
     return local
 
 
-def _replicas(outer: Any, shards: Sequence[Shard], grid: Grid) -> tuple[int, int]:
+def _replicas(outer: MegatronOptimizer, shards: Sequence[Shard], grid: ProcessGrid) -> tuple[int, int]:
     """(this rank's number among the ranks that hold the same shards, how many they are)."""
     if type(outer).__name__ == "DistributedOptimizer":
         instances = int(getattr(outer.ddp_config, "num_distributed_optimizer_instances", 1) or 1)

@@ -42,8 +42,8 @@ def welford(mean: Tensor, m2: Tensor, value: Tensor, k: int, scratch: Tensor | N
     m2.addcmul_(delta, delta, value=(k - 1) / k)
 
 
-class MomentsState(TypedDict):
-    """What a checkpoint holds of `Moments`: its tensors, and the numbers that say what they are of."""
+class AccumulatorsState(TypedDict):
+    """What a checkpoint holds of `Accumulators`: its tensors, and the numbers that say what they are of."""
 
     numel: int
     count: int
@@ -59,18 +59,18 @@ PER_ELEMENT: tuple[Literal["mean", "m2", "block_mean", "block_m2"], ...] = ("mea
 SIZES: tuple[Literal["numel", "block_length"], ...] = ("numel", "block_length")
 
 
-class Moments:
+class Accumulators:
     """Mean and M2 = sum_k (g_k - mean)^2 of each of `numel` elements, over gradient samples that arrive one by one.
 
     Welford's update for sample k of an element: d = g - mean; mean += d / k; M2 += d^2 (k-1)/k, which equals the usual
     d * (g - new mean) and cannot make M2 fall. Elements that are zero in every sample keep mean = M2 = 0 exactly, and
     elements of one value in all samples keep M2 = 0 exactly. All arithmetic has the accumulators' dtype (fp32): 16-bit
     gradients are converted first. Deviations below 1e-19 have squares outside of fp32's normal range, those below
-    2e-23 have none: such an element reads "constant" (`snr.COLUMNS`).
+    2e-23 have none: such an element reads "constant" (`group_stats.COLUMNS`).
 
     Every STRIDE-th element also feeds a second pair of accumulators, over blocks of `block_length` consecutive samples
-    only; a finished block leaves its per-group sums (`snr.block_table`) in `block_sums` and starts over. The spread of
-    these is what intervals are made of. In all, the accumulators take 8.07 bytes an element.
+    only; a finished block leaves its per-group sums (`group_stats.block_table`) in `block_sums` and starts over. The
+    spread of these is what intervals are made of. In all, the accumulators take 8.07 bytes an element.
 
     Attributes:
         mean, m2: 1-D of `numel` elements on `device`; the variance is m2 / (count - 1), left to the reader of a chunk.
@@ -199,7 +199,7 @@ class Moments:
         self._small, self._small_numel = [], 0
         self._freed = True
 
-    def state_dict(self) -> MomentsState:
+    def state_dict(self) -> AccumulatorsState:
         """Tensors (the accumulators themselves, not copies) and ints. Raises `MolsError` inside a sample."""
         self._alive()
         if self._pieces is not None:
@@ -288,7 +288,7 @@ def _kind(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
-def _checked(state: object, mine: MomentsState) -> MomentsState:
+def _checked(state: object, mine: AccumulatorsState) -> AccumulatorsState:
     """`state` where it is one of accumulators made like `mine`. Raises `MolsCheckpointError`."""
     if not isinstance(state, Mapping):
         raise MolsCheckpointError(f"the state of the accumulators is a {type(state).__name__}")
@@ -301,7 +301,7 @@ def _checked(state: object, mine: MomentsState) -> MomentsState:
     for name in (*PER_ELEMENT, "block_sums"):
         if not isinstance(state[name], Tensor):
             raise MolsCheckpointError(f"the accumulators' {name!r} is a {type(state[name]).__name__}, not a tensor")
-    theirs = cast(MomentsState, state)
+    theirs = cast(AccumulatorsState, state)
     for size in SIZES:
         if theirs[size] != mine[size]:
             raise MolsCheckpointError(f"the state of the accumulators has {size}={theirs[size]}, this run {mine[size]}")

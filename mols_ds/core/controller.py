@@ -22,8 +22,9 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.document import build_report, measured_rows, unmeasured_rows
 from mols_ds.core.group_stats import GroupSums
 from mols_ds.core.groups import GroupTable, base_group, format_group_table, is_scaled
-from mols_ds.core.local_stats import Owned, OwnedElements
+from mols_ds.core.local_stats import LocalStats
 from mols_ds.core.phases import Calibration, Phase, Schedule
+from mols_ds.core.ranges import ShardRange
 from mols_ds.core.schema import Report, ReportGroup
 from mols_ds.core.state_check import STATE_VERSION, check_saved
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
@@ -60,13 +61,13 @@ class Controller:
     """
 
     def __init__(
-        self, config: MolsConfig, table: GroupTable, owned: Sequence[Owned], schedule: Schedule, context: Context
+        self, config: MolsConfig, table: GroupTable, owned: Sequence[ShardRange], schedule: Schedule, context: Context
     ) -> None:
         self.config = config
         self.table = table
         self.context = context
         self.groups: tuple[str, ...] = tuple(row.group for row in table)
-        self.elements = OwnedElements(owned, table.layouts, self.groups, context.device)
+        self.elements = LocalStats(owned, table.layouts, self.groups, context.device)
         self.state = Calibration(
             schedule, config.samples, config.max_samples, config.recalibrate.every if config.recalibrate else None
         )
@@ -108,7 +109,7 @@ class Controller:
     @property
     def accumulator_bytes(self) -> int:
         """Bytes of the streaming accumulators that this rank holds now; 0 outside a calibration."""
-        return self.elements.moments.nbytes if self.elements.moments is not None else 0
+        return self.elements.accumulators.nbytes if self.elements.accumulators is not None else 0
 
     def report(self) -> dict[str, Any]:
         """The content of mols_report.json (see docs/deepspeed.md); empty before the alphas exist."""

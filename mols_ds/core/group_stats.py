@@ -204,7 +204,7 @@ class GroupSums:
 
         Args:
             mean: mu_i, a float view with 1 or 2 dimensions, any stride, any device.
-            m2: of mean's shape, the sum of squared deviations (`Moments.m2`), **not** the variance m2 / (K - 1).
+            m2: of mean's shape, the sum of squared deviations (`Accumulators.m2`), **not** the variance m2 / (K - 1).
             samples: K.
 
         Raises:
@@ -227,15 +227,13 @@ class GroupSums:
         for mu2_c, s2_c in _chunks(mu2, s2):
             self._accumulate(row, mu2_c.to(torch.float64), s2_c.to(torch.float64), None)
 
-    def add_moments(self, moments: ElementMoments, offset: int, layout: ElementLayout, start: int, numel: int) -> None:
-        """Add accumulator elements [offset, offset + numel), which are [start, start + numel) in a layout."""
-        means = layout.views(moments.mean[offset : offset + numel], start)
-        m2s = layout.views(moments.m2[offset : offset + numel], start)
-        for (group, mean), (_, m2) in zip(means, m2s, strict=True):
-            self.add(group, mean, m2, moments.count)
+    def add_range(self, layout: ElementLayout, start: int, mean: Tensor, m2: Tensor, samples: int) -> None:
+        """Add elements [start, start + mean.numel()) of a layout; the tensors are 1-D, otherwise as in `add`."""
+        for (group, of_mean), (_, of_m2) in zip(layout.views(mean, start), layout.views(m2, start), strict=True):
+            self.add(group, of_mean, of_m2, samples)
 
     def add_blocks(self, block_sums: Sequence[Tensor]) -> None:
-        """Add one rank's `Moments.block_sums`. Raises `MolsError` unless there are as many as this has blocks."""
+        """Add one rank's `Accumulators.block_sums`. Raises `MolsError` unless there are as many as this has blocks."""
         if len(block_sums) != self.blocks.shape[0]:
             raise MolsError(f"{len(block_sums)} sample blocks were added to sums of {self.blocks.shape[0]} blocks")
         for mine, other in zip(self.blocks, block_sums, strict=True):

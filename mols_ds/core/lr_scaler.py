@@ -4,8 +4,8 @@ Between torch's step hooks the optimizer sees temporary parameter groups with lr
 put back, so that schedulers, logging and checkpoints see the base rate and the stock layout, and nothing can compound.
 
 A tensor whose elements belong to several groups (a ZeRO flat shard, a fused projection) is stepped in one of two ways:
-- **views**: contiguous runs of equal multiplier become views of the weight, the gradient and the optimizer state. No
-  copy and no extra pass; bit for bit what an optimizer over separate tensors does. For elementwise optimizers only.
+- **views**: contiguous segments of equal multiplier become views of the weight, the gradient and the optimizer state.
+  No copy and no extra pass; bit for bit what an optimizer over separate tensors does. For elementwise optimizers only.
 - **delta**: a range is stepped with its largest multiplier `lead`, then w = w_old + (s / lead) * (w_new - w_old) on
   the other ranges, with a transient copy of just those. Exact for every update that is proportional to lr (decoupled
   weight decay included). For interleaved ranges (GPT-2's columns) and optimizers that look at whole tensors.
@@ -22,23 +22,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mols_ds.core.groups import ElementLayout
+from mols_ds.core.ranges import ShardRange
 
 ParamGroup = dict[str, Any]
-MAX_RUNS = 16
-"""A piece with more contiguous runs than this is interleaved: views would be many and small, delta is cheaper."""
+MAX_SEGMENTS = 16
+"""A range with more segments than this is interleaved: views would be many and small, delta is cheaper."""
 
 
-class Piece(NamedTuple):
-    """Elements [start, start + numel) of parameter `name`, lying at [offset, offset + numel) of an inner tensor."""
-
-    name: str
-    start: int
-    offset: int
-    numel: int
-
-
-class Run(NamedTuple):
-    """A contiguous range of an inner tensor with the groups in it: one, none (padding), or several (interleaved)."""
+class Segment(NamedTuple):
+    """Elements [lo, hi) of an inner tensor, with the groups in them: one, none (padding), or several (interleaved)."""
 
     lo: int
     hi: int
@@ -51,51 +43,54 @@ class Run(NamedTuple):
         return max((multipliers.get(group, 1.0) for group in self.groups), default=1.0)
 
 
-class Mixed(NamedTuple):
-    """Interleaved elements of a parameter; those whose rate is not the largest are corrected by delta."""
+class InterleavedSegment(NamedTuple):
+    """A segment of several groups: elements [start, ...) of a parameter of this layout.
 
-    run: Run
+    Those whose rate is not the largest are corrected by delta.
+    """
+
+    segment: Segment
     start: int
     layout: ElementLayout
 
 
 @dataclass(slots=True)
-class Plan:
-    """How one inner tensor is cut: runs cover it without gap or overlap."""
+class SegmentPlan:
+    """How one inner tensor is stepped: the segments cover it without gap or overlap."""
 
-    runs: list[Run]
-    mixed: list[Mixed]
+    segments: list[Segment]
+    interleaved: list[InterleavedSegment]
 
     def groups(self) -> set[str]:
-        return {group for run in self.runs for group in run.groups}
+        return {group for segment in self.segments for group in segment.groups}
 
 
-def make_plan(numel: int, pieces: Iterable[Piece], layouts: Mapping[str, ElementLayout]) -> Plan:
-    """Cut a tensor of `numel` elements; what no piece covers is padding and keeps the base rate."""
-    runs: list[Run] = []
-    mixed: list[Mixed] = []
+def make_plan(numel: int, ranges: Iterable[ShardRange], layouts: Mapping[str, ElementLayout]) -> SegmentPlan:
+    """Cut a tensor of `numel` elements; what no range covers is padding and keeps the base rate."""
+    segments: list[Segment] = []
+    interleaved: list[InterleavedSegment] = []
 
     def append(lo: int, hi: int, *groups: str) -> None:
         if hi <= lo:
             return
-        if runs and runs[-1].groups == groups:
-            runs[-1] = Run(runs[-1].lo, hi, groups)
+        if segments and segments[-1].groups == groups:
+            segments[-1] = Segment(segments[-1].lo, hi, groups)
         else:
-            runs.append(Run(lo, hi, groups))
+            segments.append(Segment(lo, hi, groups))
 
     at = 0
-    for piece in sorted(pieces, key=lambda p: p.offset):
-        append(at, piece.offset)
-        at = piece.offset + piece.numel
-        layout = layouts[piece.name]
-        if len(layout.groups) > 1 and piece.numel > layout.period * MAX_RUNS // 2:
-            mixed.append(Mixed(Run(piece.offset, at, layout.groups), piece.start, layout))
-            append(piece.offset, at, *layout.groups)
+    for item in sorted(ranges, key=lambda r: r.offset):
+        append(at, item.offset)
+        at = item.offset + item.numel
+        layout = layouts[item.name]
+        if len(layout.groups) > 1 and item.numel > layout.period * MAX_SEGMENTS // 2:
+            interleaved.append(InterleavedSegment(Segment(item.offset, at, layout.groups), item.start, layout))
+            append(item.offset, at, *layout.groups)
         else:
-            for group, offset, length in layout.runs(piece.start, piece.numel):
-                append(piece.offset + offset, piece.offset + offset + length, group)
+            for group, offset, length in layout.runs(item.start, item.numel):
+                append(item.offset + offset, item.offset + offset + length, group)
     append(at, numel)
-    return Plan(runs, mixed)
+    return SegmentPlan(segments, interleaved)
 
 
 class _Delta(NamedTuple):
@@ -116,7 +111,7 @@ class LRScaler:
 
     Args:
         optimizer: the inner optimizer, whose `.step()` the engine calls once or once per parameter group or sub-group.
-        plans: `id(tensor) -> Plan` of every tensor that the optimizer may be handed.
+        plans: `id(tensor)` -> `SegmentPlan` of every tensor that the optimizer may be handed.
         multipliers: called at each inner step; group -> multiplier (1 where absent).
         elementwise: whether an element's update reads that element's weight, gradient and state only, so that the
             optimizer may be stepped on views.
@@ -127,7 +122,7 @@ class LRScaler:
     def __init__(
         self,
         optimizer: Optimizer,
-        plans: Mapping[int, Plan],
+        plans: Mapping[int, SegmentPlan],
         multipliers: Callable[[], Mapping[str, float]],
         *,
         elementwise: bool,
@@ -194,19 +189,19 @@ class LRScaler:
         plan = self.plans.get(id(tensor))
         if plan is None:
             return [(1.0, tensor)]
-        if len(plan.runs) == 1 and not plan.mixed:
-            return [(plan.runs[0].rate(multipliers), tensor)]
+        if len(plan.segments) == 1 and not plan.interleaved:
+            return [(plan.segments[0].rate(multipliers), tensor)]
         runs: list[tuple[int, int, float]] = []
-        for run in plan.runs:
-            lo, hi, rate = run.lo, run.hi, run.rate(multipliers)
+        for segment in plan.segments:
+            lo, hi, rate = segment.lo, segment.hi, segment.rate(multipliers)
             if runs and runs[-1][2] == rate:
                 runs[-1] = (runs[-1][0], hi, rate)
             else:
                 runs.append((lo, hi, rate))
         flat = tensor.detach().view(-1)
-        for m in plan.mixed:
-            lead = m.run.rate(multipliers)
-            for group, view in m.layout.views(flat[m.run.lo : m.run.hi], m.start):
+        for segment, start, layout in plan.interleaved:
+            lead = segment.rate(multipliers)
+            for group, view in layout.views(flat[segment.lo : segment.hi], start):
                 self._delta(view, multipliers.get(group, 1.0) / lead)
         if len(runs) == 1:
             return [(runs[0][2], tensor)]

@@ -24,6 +24,7 @@ from mols_ds.core.group_stats import NoiseFloor, adam_moments
 from mols_ds.core.handle import Handle
 from mols_ds.core.lr_scaler import LRScaler
 from mols_ds.core.protocols import GradientSource, WindowState
+from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsError
 
 Key = TypeVar("Key")
@@ -73,8 +74,8 @@ class Session(Handle, ABC):
         """Module group -> the rate that the scheduler has set, as far as this rank knows."""
 
     @abstractmethod
-    def owned_in(self, tensor: Tensor) -> Sequence[tuple[int, int, int]]:
-        """(number of the owned range, first element, number of elements) of the owned ranges in an inner tensor."""
+    def owned_in(self, tensor: Tensor) -> Sequence[tuple[int, ShardRange]]:
+        """(number of the owned range, where it is in the tensor) of the owned ranges in an inner tensor."""
 
     @abstractmethod
     def adam_settings(self, step: int) -> tuple[int, float, float]:
@@ -183,20 +184,18 @@ class Session(Handle, ABC):
             return
         for group in optimizer.param_groups:
             for tensor in group["params"]:
-                for number, first, numel in self.owned_in(tensor):
-                    self._add_moments(optimizer.state.get(tensor, {}), group, number, first, numel)
+                for number, item in self.owned_in(tensor):
+                    self._add_moments(optimizer.state.get(tensor, {}), group, number, item)
         self._open_moments()
 
-    def _add_moments(
-        self, state: Mapping[str, Any], group: Mapping[str, Any], number: int, first: int, numel: int
-    ) -> None:
+    def _add_moments(self, state: Mapping[str, Any], group: Mapping[str, Any], number: int, item: ShardRange) -> None:
         if "exp_avg" not in state:  # no gradient reached this parameter yet: it never moved
             self._open_moments()
-            nothing = torch.zeros(numel)
+            nothing = torch.zeros(item.numel)
             self.controller.elements.add_squares(number, nothing, nothing)
             return
         step = int(state.get("step", group.get("step", self._step_number)))
-        mean, square = (state[key].detach().reshape(-1).narrow(0, first, numel) for key in ("exp_avg", "exp_avg_sq"))
+        mean, square = (item.view(state[key].detach().reshape(-1)) for key in ("exp_avg", "exp_avg_sq"))
         mu2, s2, noise_weight = adam_moments(mean, square, step, *group["betas"])
         self._open_moments(noise_weight)
         self.controller.elements.add_squares(number, mu2, s2)
@@ -224,8 +223,8 @@ class Session(Handle, ABC):
         """
         table = self.controller.table
         mine = dict.fromkeys(table.elements, 0)
-        for piece in self.controller.elements.pieces:
-            for group, count in table.layouts[piece.name].counts(piece.start, piece.numel).items():
+        for item in self.controller.elements.ranges:
+            for group, count in table.layouts[item.name].counts(item.start, item.numel).items():
                 mine[group] += count
         counted = self.reduce(torch.tensor([float(count) for count in mine.values()], dtype=torch.float64)).tolist()
         for group, count in zip(mine, counted, strict=True):

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +25,9 @@ from mols_ds.core.group_rules import canonical_name, config_value, text_config
 from mols_ds.core.groups import base_group, group_table
 from mols_ds.core.layout import ElementLayout
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
-from mols_ds.optim.held import Held
 from mols_ds.optim.param_blocks import Blocks
-from mols_ds.optim.sharded import Group, ShardedOptimizer, State, update_moment
+from mols_ds.optim.param_shards import ParamShard
+from mols_ds.optim.sharded import Group, ShardedOptimizer, State, StateParts, update_moment
 
 KEY = "block_avg_sq"
 
@@ -151,8 +150,8 @@ class ShardedAdamMini(ShardedOptimizer):
             for name, shape in shapes.items()
         }
 
-    def _parts(self, tensor: Tensor, held: Sequence[Held]) -> dict[str, Callable[[], Any]]:
-        count = sum(h.touched[1] for h in held)
+    def _parts(self, tensor: Tensor, shards: Sequence[ParamShard]) -> StateParts:
+        count = sum(shard.touched[1] for shard in shards)
         self._check_blocks(tensor, count)
         return {"exp_avg": lambda: torch.zeros_like(tensor), KEY: lambda: tensor.new_zeros(count)}
 
@@ -168,18 +167,18 @@ class ShardedAdamMini(ShardedOptimizer):
             )
         del self.state[tensor][KEY]
 
-    def _measure(self, group: Group, state: State, tensor: Tensor, held: Held, out: Tensor) -> None:
-        gradient = self._gradient(tensor, held)
-        update_moment(held.of(state["exp_avg"].view(-1)), gradient, group["betas"][0])
-        held.add_squares(gradient, out[0])
+    def _measure(self, group: Group, state: State, tensor: Tensor, shard: ParamShard, out: Tensor) -> None:
+        gradient = self._gradient(tensor, shard)
+        update_moment(shard.of(state["exp_avg"].view(-1)), gradient, group["betas"][0])
+        shard.add_squares(gradient, out[0])
 
-    def _apply(self, group: Group, state: State, tensor: Tensor, held: Held, sums: Tensor) -> None:
+    def _apply(self, group: Group, state: State, tensor: Tensor, shard: ParamShard, sums: Tensor) -> None:
         beta2 = group["betas"][1]
-        square = state[KEY][held.at : held.at + held.touched[1]]
-        square.mul_(beta2).add_((sums[0] / held.sizes).to(square.dtype), alpha=1 - beta2)
+        square = state[KEY][shard.at : shard.at + shard.touched[1]]
+        square.mul_(beta2).add_((sums[0] / shard.sizes).to(square.dtype), alpha=1 - beta2)
         factor = block_factor(square, state["step"], group["lr"], group["betas"], group["eps"])
-        weight, mean = held.of(tensor.view(-1)), state["exp_avg"].view(-1)
+        weight, mean = shard.of(tensor.view(-1)), state["exp_avg"].view(-1)
         if group["weight_decay"]:
             weight.mul_(1 - group["lr"] * group["weight_decay"])
-        for scale, (part, average) in held.parts(factor, tensor.view(-1), mean):
+        for scale, (part, average) in shard.parts(factor, tensor.view(-1), mean):
             part.addcmul_(average, scale, value=-1.0)

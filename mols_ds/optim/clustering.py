@@ -1,8 +1,8 @@
 """One-dimensional K-means and exact medians of the layers of a model whose elements are spread over the ranks.
 
-A piece is (number of its layer, 1-D float32 values on this rank). What goes over the wire are counts and sums, as many
-on every rank whether it holds something of a layer or not: every result is the same on every rank, and but for the
-rounding of float64 sums does not depend on how the elements are spread.
+What goes over the wire are counts and sums, as many on every rank whether it holds something of a layer or not: every
+result is the same on every rank, and but for the rounding of float64 sums does not depend on how the elements are
+spread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Piece = tuple[int, Tensor]
+LayerPart = tuple[int, Tensor]
+"""(number of a layer, the 1-D float32 values of it that are on this rank)."""
 Reduce = Callable[[Tensor], Tensor]
 """SUM of a 1-D float64 tensor over the ranks; the identity where one rank holds everything."""
 
@@ -52,7 +53,7 @@ def nearest(values: Tensor, centers: Tensor) -> Tensor:
 
 
 def cluster(
-    pieces: Sequence[Piece], sizes: Tensor, start: Tensor | None, clusters: int, reduce: Reduce, iterations: int
+    parts: Sequence[LayerPart], sizes: Tensor, start: Tensor | None, clusters: int, reduce: Reduce, iterations: int
 ) -> Clustered:
     """Lloyd's K-means within each layer, until no element changes its cluster or for `iterations` rounds.
 
@@ -61,7 +62,7 @@ def cluster(
     A cluster without elements keeps its centre. Collective: one reduction, and one more a round.
     """
     moments = sizes.new_zeros(2, sizes.numel())
-    for layer, values in pieces:
+    for layer, values in parts:
         moments[0, layer] += values.sum(dtype=torch.float64)
         moments[1, layer] += torch.linalg.vector_norm(values, dtype=torch.float64).square()
     mean, square = reduce(moments.view(-1)).view_as(moments) / sizes.clamp(min=1)
@@ -69,7 +70,7 @@ def cluster(
     centers = centers.to(torch.float32)
     before: Tensor | None = None
     for _ in range(iterations):
-        sums = _sums(pieces, centers, sizes)
+        sums = _sums(parts, centers, sizes)
         sums = reduce(sums.view(-1)).view_as(sums)
         if before is not None and torch.equal(sums[0], before):  # clusters are intervals: their sizes tell which
             break
@@ -78,10 +79,10 @@ def cluster(
     return Clustered(mean.to(torch.float32), centers)
 
 
-def _sums(pieces: Sequence[Piece], centers: Tensor, sizes: Tensor) -> Tensor:
+def _sums(parts: Sequence[LayerPart], centers: Tensor, sizes: Tensor) -> Tensor:
     """Count and sum of this rank's elements of each cluster, float64 (2, layers, clusters)."""
     result = sizes.new_zeros(2, *centers.shape)
-    for layer, values in _chunks(pieces):
+    for layer, values in _chunks(parts):
         index = nearest(values, centers[layer])
         for c in range(centers.shape[1]):
             chosen = values[index == c]
@@ -90,7 +91,7 @@ def _sums(pieces: Sequence[Piece], centers: Tensor, sizes: Tensor) -> Tensor:
     return result
 
 
-def median_deviations(pieces: Sequence[Piece], found: Clustered, reduce: Reduce) -> Medians:
+def median_deviations(parts: Sequence[LayerPart], found: Clustered, reduce: Reduce) -> Medians:
     """Medians of |value - mean of its layer|, of each cluster and of all elements of the model.
 
     Exact: the lower of the middle two of an even number. The bits of a non-negative float32 are ordered as it is, so
@@ -103,7 +104,7 @@ def median_deviations(pieces: Sequence[Piece], found: Clustered, reduce: Reduce)
     left = counts = prefix
     for digit in range(DIGITS):
         shift = BITS * (DIGITS - 1 - digit)
-        seen = _histogram(pieces, found, prefix, shift).to(torch.float64)
+        seen = _histogram(parts, found, prefix, shift).to(torch.float64)
         table = reduce(seen.view(-1)).view(rows, values).to(torch.int64)
         if digit == 0:
             counts = table.sum(1)
@@ -117,14 +118,14 @@ def median_deviations(pieces: Sequence[Piece], found: Clustered, reduce: Reduce)
     return Medians(medians[:-1].view(layers, clusters), medians[-1])
 
 
-def _histogram(pieces: Sequence[Piece], found: Clustered, prefix: Tensor, shift: int) -> Tensor:
+def _histogram(parts: Sequence[LayerPart], found: Clustered, prefix: Tensor, shift: int) -> Tensor:
     """How often each value of the digit at `shift` follows the row's `prefix`, int64 (rows, 256)."""
     clusters, values = found.centers.shape[1], 1 << BITS
     table = torch.zeros(prefix.numel(), values, dtype=torch.int64, device=prefix.device)
-    for layer, piece in _chunks(pieces):
-        bits = (piece - found.means[layer]).abs().view(torch.int32).to(torch.int64)
+    for layer, part in _chunks(parts):
+        bits = (part - found.means[layer]).abs().view(torch.int32).to(torch.int64)
         digit, before = bits >> shift & (values - 1), bits >> shift + BITS
-        index = nearest(piece, found.centers[layer])
+        index = nearest(part, found.centers[layer])
         own = slice(layer * clusters, (layer + 1) * clusters)
         fits = before == prefix[own][index]
         places = index[fits] * values + digit[fits]
@@ -133,7 +134,7 @@ def _histogram(pieces: Sequence[Piece], found: Clustered, prefix: Tensor, shift:
     return table
 
 
-def _chunks(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    for layer, values in pieces:
+def _chunks(parts: Sequence[LayerPart]) -> Iterator[LayerPart]:
+    for layer, values in parts:
         for part in torch.split(values, CHUNK):
             yield layer, part

@@ -1,7 +1,7 @@
 """LAMB (You et al. 2020, arXiv 1904.00962) that is right on ZeRO's flat shards.
 
 The update of a layer is rescaled by its trust ratio ||w|| / ||u||, norms over the whole parameter. On a shard a
-library's LAMB would take the norms of the shard; here the squares of all ranks' pieces are added up.
+library's LAMB would take the norms of the shard; here the squares of all ranks' shards are added up.
 
 The default is pytorch_optimizer's Lamb (the paper's third version: no bias correction, ||w|| clamped at 10) with
 - `weight_decouple=False`: the weight decay is inside u, as in the paper's algorithm 2, and the step proportional to lr;
@@ -13,16 +13,15 @@ Clipping by the global norm, which that class calls pre_norm, is the engine's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from mols_ds.errors import MolsConfigError
-from mols_ds.optim.held import Held
-from mols_ds.optim.sharded import Group, ShardedOptimizer, State, update_moment, update_square
+from mols_ds.optim.param_shards import ParamShard
+from mols_ds.optim.sharded import Group, ShardedOptimizer, State, StateParts, update_moment, update_square
 
 
 def lamb_direction(mean: Tensor, square: Tensor, weight: Tensor, eps: float, decay: float) -> Tensor:
@@ -66,27 +65,27 @@ class ShardedLamb(ShardedOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "bias_correction": bias_correction, "clamp": clamp})
 
-    def _parts(self, tensor: Tensor, held: Sequence[Held]) -> dict[str, Callable[[], Any]]:
+    def _parts(self, tensor: Tensor, shards: Sequence[ParamShard]) -> StateParts:
         return {"exp_avg": lambda: torch.zeros_like(tensor), "exp_avg_sq": lambda: torch.zeros_like(tensor)}
 
-    def _direction(self, group: Group, state: State, weight: Tensor, held: Held) -> Tensor:
-        mean, square = held.of(state["exp_avg"].view(-1)), held.of(state["exp_avg_sq"].view(-1))
+    def _direction(self, group: Group, state: State, weight: Tensor, shard: ParamShard) -> Tensor:
+        mean, square = shard.of(state["exp_avg"].view(-1)), shard.of(state["exp_avg_sq"].view(-1))
         if group["bias_correction"]:
             beta1, beta2 = group["betas"]
             mean = mean / (1 - beta1 ** state["step"])
             square = square / (1 - beta2 ** state["step"])
         return lamb_direction(mean, square, weight, group["eps"], group["weight_decay"])
 
-    def _measure(self, group: Group, state: State, tensor: Tensor, held: Held, out: Tensor) -> None:
+    def _measure(self, group: Group, state: State, tensor: Tensor, shard: ParamShard, out: Tensor) -> None:
         beta1, beta2 = group["betas"]
-        weight, gradient = held.of(tensor.view(-1)), self._gradient(tensor, held)
-        update_moment(held.of(state["exp_avg"].view(-1)), gradient, beta1)
-        update_square(held.of(state["exp_avg_sq"].view(-1)), gradient, beta2)
-        held.add_squares(weight, out[0])
-        held.add_squares(self._direction(group, state, weight, held), out[1])
+        weight, gradient = shard.of(tensor.view(-1)), self._gradient(tensor, shard)
+        update_moment(shard.of(state["exp_avg"].view(-1)), gradient, beta1)
+        update_square(shard.of(state["exp_avg_sq"].view(-1)), gradient, beta2)
+        shard.add_squares(weight, out[0])
+        shard.add_squares(self._direction(group, state, weight, shard), out[1])
 
-    def _apply(self, group: Group, state: State, tensor: Tensor, held: Held, sums: Tensor) -> None:
-        weight = held.of(tensor.view(-1))
+    def _apply(self, group: Group, state: State, tensor: Tensor, shard: ParamShard, sums: Tensor) -> None:
+        weight = shard.of(tensor.view(-1))
         ratio = trust_ratio(sums[0], sums[1], group["eps"], group["clamp"] or math.inf)
-        update = self._direction(group, state, weight, held)
+        update = self._direction(group, state, weight, shard)
         weight.sub_(update.mul_((group["lr"] * ratio).to(update.dtype)))

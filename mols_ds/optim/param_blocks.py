@@ -1,8 +1,8 @@
-"""Blocks of one parameter over which an optimizer takes a statistic, and how they lie in a piece of a flat shard.
+"""Blocks of one parameter over which an optimizer takes a statistic, and how to view them in a range of it.
 
 Adam-mini keeps one number a block (a head, an output neuron, a token), LAMB one a parameter. All such blocks are
-periodic in the flat (row-major) index, so a few integers describe them, and sums over any piece of the parameter are
-sums over a handful of strided views: no index of the piece's size is ever made.
+periodic in the flat (row-major) index, so a few integers describe them, and sums over any range of the parameter are
+sums over a handful of strided views: no index of the range's size is ever made.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 
-class Cut(NamedTuple):
-    """Elements [offset, offset + repetitions * steps * width) of a piece: `repetitions` periods of `steps` steps.
+class BlockView(NamedTuple):
+    """Elements [offset, offset + repetitions * steps * width) of a range: `repetitions` periods of `steps` steps.
 
     `first` is the number of the first step within a period; step first + j has `width` elements in each repetition.
     """
@@ -29,8 +29,8 @@ class Cut(NamedTuple):
     steps: int
     width: int
 
-    def view(self, flat: Tensor) -> Tensor:
-        """This cut of the 1-D piece `flat` as (repetitions, steps, width), without a copy."""
+    def of(self, flat: Tensor) -> Tensor:
+        """These elements of the 1-D range `flat` as (repetitions, steps, width), without a copy."""
         count = self.repetitions * self.steps * self.width
         return flat[self.offset : self.offset + count].view(self.repetitions, self.steps, self.width)
 
@@ -93,9 +93,9 @@ class Blocks:
     def counted(self, start: int, numel: int) -> Tensor:
         """How many of the elements [start, start + numel) lie in each block, float64 (count,)."""
         result = torch.zeros(self.count, dtype=torch.float64)
-        for cut in self.cuts(start, numel):
-            each = torch.full((cut.steps,), float(cut.repetitions * cut.width), dtype=torch.float64)
-            result.index_add_(0, self.of_step[cut.first : cut.first + cut.steps], each)
+        for view in self.views(start, numel):
+            each = torch.full((view.steps,), float(view.repetitions * view.width), dtype=torch.float64)
+            result.index_add_(0, self.of_step[view.first : view.first + view.steps], each)
         return result
 
     def touched(self, start: int, numel: int) -> tuple[int, int]:
@@ -106,19 +106,19 @@ class Blocks:
         low, high = int(self.of_step[first % self.steps]), int(self.of_step[last % self.steps])
         return low, high - low + 1
 
-    def cuts(self, start: int, numel: int) -> Iterator[Cut]:
-        """At most five cuts that cover the elements [start, start + numel) once, offsets relative to start."""
+    def views(self, start: int, numel: int) -> Iterator[BlockView]:
+        """At most five views that cover the elements [start, start + numel) once, offsets relative to start."""
         at, end, period = start, start + numel, self.inner * self.steps
         while at < end:
             step, inside = at // self.inner % self.steps, at % self.inner
             if inside or end - at < self.inner:
-                cut = Cut(at - start, 1, step, 1, min(self.inner - inside, end - at))
+                view = BlockView(at - start, 1, step, 1, min(self.inner - inside, end - at))
             elif step == 0 and end - at >= period:
-                cut = Cut(at - start, (end - at) // period, 0, self.steps, self.inner)
+                view = BlockView(at - start, (end - at) // period, 0, self.steps, self.inner)
             else:
-                cut = Cut(at - start, 1, step, min(self.steps - step, (end - at) // self.inner), self.inner)
-            yield cut
-            at += cut.repetitions * cut.steps * cut.width
+                view = BlockView(at - start, 1, step, min(self.steps - step, (end - at) // self.inner), self.inner)
+            yield view
+            at += view.repetitions * view.steps * view.width
 
 
 LONGEST = 4096

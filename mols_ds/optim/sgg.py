@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,8 +28,8 @@ from torch.optim.optimizer import ParamsT
 
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.optim.clustering import cluster, median_deviations, nearest
-from mols_ds.optim.held import Held
-from mols_ds.optim.sharded import Group, ShardedOptimizer, State, update_moment, update_square
+from mols_ds.optim.param_shards import ParamShard
+from mols_ds.optim.sharded import Group, ShardedOptimizer, State, StateParts, update_moment, update_square
 
 ITERATIONS = 20
 """Upper bound of K-means' rounds, each of which is one reduction."""
@@ -56,8 +55,8 @@ class SGG(ShardedOptimizer):
     clusters: K >= 1 of each layer. interval: T, steps between two clusterings. beta3: decay of the factors.
     bounds: of the factors. The paper's defaults: 3, 500, 0.99, (0.1, 10).
 
-    State beside Adam's: `cluster` (uint8, an element each), and for each piece of a parameter `centers` and `scales`
-    (K numbers, the same on every rank that holds a piece of that parameter).
+    State beside Adam's: `cluster` (uint8, an element each), and for each range of a parameter `centers` and `scales`
+    (K numbers, the same on every rank that holds a range of that parameter).
     """
 
     settings = ("clusters", "interval", "beta3", "bounds")
@@ -90,8 +89,8 @@ class SGG(ShardedOptimizer):
             if "cluster" in state:
                 state["cluster"] = state["cluster"].to(torch.uint8)
 
-    def _parts(self, tensor: Tensor, held: Sequence[Held]) -> dict[str, Callable[[], Any]]:
-        state, shape = self.state[tensor], (len(held), self.clusters)
+    def _parts(self, tensor: Tensor, shards: Sequence[ParamShard]) -> StateParts:
+        state, shape = self.state[tensor], (len(shards), self.clusters)
         if state["step"] and "exp_avg" in state and "cluster" not in state:
             warnings.warn(
                 "SGG: the checkpoint has Adam's moments without clusters (a universal one, or another optimizer's): "
@@ -132,32 +131,32 @@ class SGG(ShardedOptimizer):
             self.state[tensor]["clustered"] = step
 
     def _cluster(self, tensors: Sequence[Tensor], *, fresh: bool) -> None:
-        """New clusters, centres and factors of every piece; collective."""
-        layers = [(held, self.state[tensor]) for tensor in tensors for held in self._find(tensor)]
-        pieces = [(held.number, held.of(state["exp_avg"].view(-1))) for held, state in layers]
+        """New clusters, centres and factors of every shard; collective."""
+        layers = [(shard, self.state[tensor]) for tensor in tensors for shard in self._find(tensor)]
+        momenta = [(shard.number, shard.of(state["exp_avg"].view(-1))) for shard, state in layers]
         sizes = torch.tensor(self._numels, dtype=torch.float64, device=self._tensors[0].device)
         centers = sizes.new_zeros(sizes.numel(), self.clusters, dtype=torch.float32)
-        for held, state in layers:
-            centers[held.number] = state["centers"][held.row]
+        for shard, state in layers:
+            centers[shard.number] = state["centers"][shard.row]
         reduce = self._reduce or (lambda values: values)
-        found = cluster(pieces, sizes, None if fresh else centers, self.clusters, reduce, ITERATIONS)
-        medians = median_deviations(pieces, found, reduce)
-        for (held, state), (number, values) in zip(layers, pieces, strict=True):
-            state["centers"][held.row] = found.centers[number]
-            old, deviations = state["scales"][held.row], medians.clusters[number]
-            state["scales"][held.row] = new_scales(old, deviations, medians.overall, self.beta3, self.bounds)
-            held.of(state["cluster"].view(-1)).copy_(nearest(values, found.centers[number]))
+        found = cluster(momenta, sizes, None if fresh else centers, self.clusters, reduce, ITERATIONS)
+        medians = median_deviations(momenta, found, reduce)
+        for (shard, state), (number, values) in zip(layers, momenta, strict=True):
+            state["centers"][shard.row] = found.centers[number]
+            old, deviations = state["scales"][shard.row], medians.clusters[number]
+            state["scales"][shard.row] = new_scales(old, deviations, medians.overall, self.beta3, self.bounds)
+            shard.of(state["cluster"].view(-1)).copy_(nearest(values, found.centers[number]))
 
-    def _apply(self, group: Group, state: State, tensor: Tensor, held: Held, sums: Tensor) -> None:
+    def _apply(self, group: Group, state: State, tensor: Tensor, shard: ParamShard, sums: Tensor) -> None:
         """w <- w - lr lambda w - lr S[C] m_hat / (sqrt(v_hat) + eps): AdamW, and line 24 of the paper's algorithm."""
         (beta1, beta2), lr, step = group["betas"], group["lr"], state["step"]
-        weight, gradient = held.of(tensor.view(-1)), self._gradient(tensor, held)
-        mean, square = held.of(state["exp_avg"].view(-1)), held.of(state["exp_avg_sq"].view(-1))
+        weight, gradient = shard.of(tensor.view(-1)), self._gradient(tensor, shard)
+        mean, square = shard.of(state["exp_avg"].view(-1)), shard.of(state["exp_avg_sq"].view(-1))
         update_moment(mean, gradient, beta1)
         update_square(square, gradient, beta2)
         update = mean / (square.sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
         if state["clustered"]:
-            update.mul_(state["scales"][held.row].index_select(0, held.of(state["cluster"].view(-1)).int()))
+            update.mul_(state["scales"][shard.row].index_select(0, shard.of(state["cluster"].view(-1)).int()))
         if group["weight_decay"]:
             weight.mul_(1 - lr * group["weight_decay"])
         weight.sub_(update, alpha=lr / (1 - beta1**step))

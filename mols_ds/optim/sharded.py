@@ -1,12 +1,12 @@
 """Base of optimizers whose update of an element reads a statistic of its whole parameter, or of a block of it.
 
-Under ZeRO an optimizer is handed flat shards: pieces of many parameters one behind the other, with padding. `bind`
+Under ZeRO an optimizer is handed flat shards: ranges of many parameters one behind the other, with padding. `bind`
 tells it which parameter elements lie where and how to sum over the ranks. Then every `step()` call takes the statistics
-of its pieces, adds up those of the blocks that several ranks hold in one small SUM reduction (never elements of a
-gradient, and always of one length, known since `bind`, on every rank), and updates its pieces. Without `bind` each
+of its ranges, adds up those of the blocks that several ranks hold in one small SUM reduction (never elements of a
+gradient, and always of one length, known since `bind`, on every rank), and updates its ranges. Without `bind` each
 tensor is a whole parameter, as in plain PyTorch and at stage 0.
 
-What no piece covers is padding: it is never read (DeepSpeed's stage 3 leaves NaN in it) and never written.
+What no range covers is padding: it is never read (DeepSpeed's stage 3 leaves NaN in it) and never written.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from mols_ds.core.lr_scaler import Piece
+from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
-from mols_ds.optim.held import Held, Reduce, SharedSums
 from mols_ds.optim.param_blocks import Blocks
+from mols_ds.optim.param_shards import ParamShard, Reduce, SharedSums
 from mols_ds.optim.settings import ReadSettings, Settings
 
 Group = Mapping[str, Any]
 State = dict[str, Any]
+StateParts = dict[str, Callable[[], Tensor | int]]
+"""Key of the state of a tensor -> makes its first value."""
 
 
 class ShardedOptimizer(Optimizer, ABC):
@@ -63,15 +65,15 @@ class ShardedOptimizer(Optimizer, ABC):
         return {name: self.default_blocks(shape) for name, shape in shapes.items()}
 
     @abstractmethod
-    def _parts(self, tensor: Tensor, held: Sequence[Held]) -> dict[str, Callable[[], Any]]:
+    def _parts(self, tensor: Tensor, shards: Sequence[ParamShard]) -> StateParts:
         """What `state[tensor]` holds beside "step", and how each part begins."""
 
-    def _measure(self, group: Group, state: State, tensor: Tensor, held: Held, out: Tensor) -> None:
-        """Update the moments of a piece and write its sums, float64 (kinds, touched blocks), to `out`."""
+    def _measure(self, group: Group, state: State, tensor: Tensor, shard: ParamShard, out: Tensor) -> None:
+        """Update the moments of a shard and write its sums, float64 (kinds, touched blocks), to `out`."""
 
     @abstractmethod
-    def _apply(self, group: Group, state: State, tensor: Tensor, held: Held, sums: Tensor) -> None:
-        """Update the weights of a piece, given the sums of its blocks over all ranks. The step must be proportional to
+    def _apply(self, group: Group, state: State, tensor: Tensor, shard: ParamShard, sums: Tensor) -> None:
+        """Update the weights of a shard, given the sums of its blocks over all ranks. The step must be proportional to
         `group["lr"]`, weight decay included: rates per module rely on it."""
 
     def _before_step(self) -> None:
@@ -85,7 +87,7 @@ class ShardedOptimizer(Optimizer, ABC):
         return self._tensors if self._bound else []
 
     def _unbind(self) -> None:
-        self._held: dict[int, list[Held]] = {}
+        self._shards: dict[int, list[ParamShard]] = {}
         self._tensors: list[Tensor] = []
         self._numels: list[int] = []
         """Elements of each parameter of the model, by its number."""
@@ -97,7 +99,7 @@ class ShardedOptimizer(Optimizer, ABC):
     def bind(
         self,
         tensors: Sequence[Tensor],
-        pieces: Sequence[Sequence[Piece]],
+        ranges: Sequence[Sequence[ShardRange]],
         shapes: Mapping[str, tuple[int, ...]],
         blocks: Mapping[str, Blocks] | None = None,
         reduce: Reduce | None = None,
@@ -106,13 +108,13 @@ class ShardedOptimizer(Optimizer, ABC):
 
         Args:
             tensors: every tensor that `step()` may be handed, the same number on every rank.
-            pieces: of each tensor; none where it is padding alone.
+            ranges: in each tensor; none where it is padding alone.
             shapes: whole shape of every parameter of the model that is optimized, in the same order on every rank.
             blocks: of each parameter, by default those of `default_blocks`.
-            reduce: see `Reduce`; None where the pieces of this rank are whole parameters (ZeRO stage 0).
+            reduce: see `Reduce`; None where the ranges of this rank are whole parameters (ZeRO stage 0).
 
         Raises:
-            MolsUnsupportedError: the pieces of all ranks do not cover each element of each parameter once.
+            MolsUnsupportedError: the ranges of all ranks do not cover each element of each parameter once.
         """
         self._unbind()
         self._bound = True
@@ -120,14 +122,14 @@ class ShardedOptimizer(Optimizer, ABC):
             blocks = {name: self.default_blocks(shape) for name, shape in shapes.items()}
         self._numels = [math.prod(shape) for shape in shapes.values()]
         numbers = {name: number for number, name in enumerate(shapes)}
-        for tensor, its in zip(tensors, pieces, strict=True):
-            self._add(tensor, its, {p.name: (shapes[p.name], blocks[p.name], numbers[p.name]) for p in its})
-        held = [h for its in self._held.values() for h in its]
-        if len({h.piece.name for h in held}) < len(held):
+        for tensor, its in zip(tensors, ranges, strict=True):
+            self._add(tensor, its, {r.name: (shapes[r.name], blocks[r.name], numbers[r.name]) for r in its})
+        shards = [shard for its in self._shards.values() for shard in its]
+        if len({shard.range.name for shard in shards}) < len(shards):
             raise MolsUnsupportedError(f"{type(self).__name__}: a rank holds two pieces of one parameter")
         if reduce is not None:
             self._reduce = reduce
-            self._sums = SharedSums(held, blocks, shapes, reduce, tensors[0].device)
+            self._sums = SharedSums(shards, blocks, shapes, reduce, tensors[0].device)
         for tensor in tensors:
             if self.state.get(tensor):
                 self._complete(tensor)
@@ -137,28 +139,28 @@ class ShardedOptimizer(Optimizer, ABC):
         mine = {id(p) for group in self.param_groups for p in group["params"]}
         named = {name: p for name, p in model.named_parameters() if id(p) in mine}
         shapes = {name: tuple(p.shape) for name, p in named.items()}
-        pieces = [[Piece(name, 0, 0, p.numel())] if p.numel() else [] for name, p in named.items()]
-        self.bind(list(named.values()), pieces, shapes, self.model_blocks(model, shapes, rules))
+        ranges = [[ShardRange(name, 0, 0, p.numel())] if p.numel() else [] for name, p in named.items()]
+        self.bind(list(named.values()), ranges, shapes, self.model_blocks(model, shapes, rules))
 
     def _add(
-        self, tensor: Tensor, pieces: Sequence[Piece], known: Mapping[str, tuple[tuple[int, ...], Blocks, int]]
-    ) -> list[Held]:
-        held: list[Held] = []
+        self, tensor: Tensor, ranges: Sequence[ShardRange], known: Mapping[str, tuple[tuple[int, ...], Blocks, int]]
+    ) -> list[ParamShard]:
+        shards: list[ParamShard] = []
         at = 0
-        for piece in pieces:
-            shape, blocks, number = known[piece.name]
-            held.append(Held(piece, shape, blocks, number, len(held), at, self._slots, tensor.device))
-            at += held[-1].touched[1]
-            self._slots += held[-1].touched[1]
-        self._held[id(tensor)] = held
+        for item in ranges:
+            shape, blocks, number = known[item.name]
+            shards.append(ParamShard(item, shape, blocks, number, len(shards), at, self._slots, tensor.device))
+            at += shards[-1].touched[1]
+            self._slots += shards[-1].touched[1]
+        self._shards[id(tensor)] = shards
         self._tensors.append(tensor)
-        return held
+        return shards
 
-    def _find(self, tensor: Tensor) -> list[Held]:
-        """The pieces of a tensor; unbound, it is a whole parameter."""
-        held = self._held.get(id(tensor))
-        if held is not None:
-            return held
+    def _find(self, tensor: Tensor) -> list[ParamShard]:
+        """The shards in a tensor; unbound, it is a whole parameter."""
+        shards = self._shards.get(id(tensor))
+        if shards is not None:
+            return shards
         if self._bound:
             raise MolsUnsupportedError(
                 f"{type(self).__name__} is handed a tensor of {tensor.numel()} elements that it was not bound to: "
@@ -167,8 +169,8 @@ class ShardedOptimizer(Optimizer, ABC):
         number, name = len(self._tensors), f"parameter {len(self._tensors)}"
         shape = tuple(tensor.shape)
         self._numels.append(tensor.numel())
-        pieces = [Piece(name, 0, 0, tensor.numel())] if tensor.numel() else []
-        return self._add(tensor, pieces, {name: (shape, self.default_blocks(shape), number)})
+        ranges = [ShardRange(name, 0, 0, tensor.numel())] if tensor.numel() else []
+        return self._add(tensor, ranges, {name: (shape, self.default_blocks(shape), number)})
 
     def _find_whole(self) -> None:
         """Without `bind`: take each tensor for a whole parameter.
@@ -221,25 +223,25 @@ class ShardedOptimizer(Optimizer, ABC):
             device = self._tensors[0].device if self._tensors else torch.device("cpu")
             sums = torch.zeros(self.kinds, self._slots, dtype=torch.float64, device=device)
         for group, tensor in todo if self.kinds else []:
-            for held in self._find(tensor):
-                self._measure(group, self.state[tensor], tensor, held, self._part(sums, held))
+            for shard in self._find(tensor):
+                self._measure(group, self.state[tensor], tensor, shard, self._part(sums, shard))
         if self.kinds and self._sums is not None:
             self._sums(sums)
         for group, tensor in todo:
-            for held in self._find(tensor):
-                part = self._part(sums, held) if self.kinds else tensor.new_empty(0)
-                self._apply(group, self.state[tensor], tensor, held, part)
+            for shard in self._find(tensor):
+                part = self._part(sums, shard) if self.kinds else tensor.new_empty(0)
+                self._apply(group, self.state[tensor], tensor, shard, part)
         return loss
 
     @staticmethod
-    def _part(sums: Tensor, held: Held) -> Tensor:
-        return sums[:, held.slot : held.slot + held.touched[1]]
+    def _part(sums: Tensor, shard: ParamShard) -> Tensor:
+        return sums[:, shard.slot : shard.slot + shard.touched[1]]
 
     @staticmethod
-    def _gradient(tensor: Tensor, held: Held) -> Tensor:
-        """The gradient of a piece, 1-D float32."""
+    def _gradient(tensor: Tensor, shard: ParamShard) -> Tensor:
+        """The gradient of a shard, 1-D float32."""
         assert tensor.grad is not None
-        return held.of(tensor.grad.reshape(-1)).float()
+        return shard.of(tensor.grad.reshape(-1)).float()
 
     def _complete(self, tensor: Tensor) -> None:
         """Make or complete the state of a tensor that is about to be stepped."""

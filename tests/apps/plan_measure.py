@@ -124,7 +124,7 @@ class Scale:
         parameters = list(engine.module.parameters())
         buckets = [bucket.buffer for bucket in getattr(outer, "ipg_buckets", {}).values()]
         whole = [p.data for p in parameters if hasattr(p, "ds_tensor") and not p.ds_persist]
-        moments = engine.mols.controller.elements.moments
+        moments = engine.mols.controller.elements.accumulators
         return {
             "buffers": [buckets, whole, *(getattr(outer, name, None) for name in OFFLOADED)],
             "weights": [parameters, [getattr(p, "ds_tensor", None) for p in parameters]],

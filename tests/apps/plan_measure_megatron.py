@@ -90,7 +90,7 @@ def measure(name: str) -> dict[str, Any]:
                 "weights": sum(weights.values()),
                 "gradients": gradients,
                 "optimizer": sum(size for address, size in state.items() if address not in weights),
-                "accumulators": _bytes(list(vars(mols.controller.elements.moments).values())),
+                "accumulators": _bytes(list(vars(mols.controller.elements.accumulators).values())),
                 "activations": saved.peak,
             },
             "sent": _payload(recorder.torch, setup, {2 * sum(weights.values()), 2 * gradients}),

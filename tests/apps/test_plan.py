@@ -18,7 +18,7 @@ from mols_ds.apps.plan.model import load
 from mols_ds.apps.plan.optimizers import Weight, state_bytes
 from mols_ds.apps.plan.parts import ring
 from mols_ds.cli import main
-from mols_ds.core.accumulators import Moments
+from mols_ds.core.accumulators import Accumulators
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +57,7 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 def test_accumulators_are_what_moments_allocates() -> None:
     for elements in (0, 1, 126, 127, 128, 100_000):
         index = torch.zeros(-(-elements // 127), dtype=torch.uint8)
-        assert accumulators(elements, "cpu").kept == Moments(elements, group_index=index, n_groups=6).nbytes
+        assert accumulators(elements, "cpu").kept == Accumulators(elements, group_index=index, n_groups=6).nbytes
 
 
 def test_sums_are_below_the_limit_of_one_all_reduce() -> None:

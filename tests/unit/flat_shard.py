@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mols_ds.core.groups import ElementLayout
-from mols_ds.core.lr_scaler import LRScaler, Piece, make_plan
+from mols_ds.core.lr_scaler import LRScaler, make_plan
+from mols_ds.core.ranges import ShardRange
 from mols_ds.optim.traits import has_shared_counter, is_elementwise
 
 SIZES = {"qk": 37, "mlp": 53, "other": 11, "head": 29}  # odd: views start at unaligned addresses
@@ -41,14 +42,14 @@ def gradients(numel: int) -> list[Tensor]:
     return [torch.randn(numel, generator=generator) * GRADIENT_SCALE for _ in range(STEPS)]
 
 
-def flat_case() -> tuple[Tensor, list[Piece], dict[str, ElementLayout]]:
+def flat_case() -> tuple[Tensor, list[ShardRange], dict[str, ElementLayout]]:
     """A flat shard: one piece a group, then padding that is NaN (as on ZeRO-3)."""
     total = sum(SIZES.values())
     values = torch.randn(total, generator=torch.Generator().manual_seed(0))
     flat = torch.nn.Parameter(torch.cat([values, torch.full((PADDING,), math.nan)]))
     pieces, at = [], 0
     for group, size in SIZES.items():
-        pieces.append(Piece(f"w_{group}", 0, at, size))
+        pieces.append(ShardRange(f"w_{group}", 0, at, size))
         at += size
     return flat, pieces, {f"w_{group}": ElementLayout.whole(group) for group in SIZES}
 

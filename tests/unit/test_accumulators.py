@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mols_ds.core import accumulators as moments_module
-from mols_ds.core.accumulators import STRIDE, Moments, subsample
+from mols_ds.core.accumulators import STRIDE, Accumulators, subsample
 from mols_ds.core.group_stats import BLOCK_COLUMN
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
 
 
-def feed(moments: Moments, gradient: Tensor, cuts: tuple[int, ...] = (), scale: float = 1.0) -> None:
+def feed(moments: Accumulators, gradient: Tensor, cuts: tuple[int, ...] = (), scale: float = 1.0) -> None:
     """One sample, in pieces at these cuts."""
     edges = [0, *cuts, gradient.numel()]
     moments.open()
@@ -33,7 +33,7 @@ def gradients(k: int, n: int, seed: int = 0) -> Tensor:
     return size * (torch.randn(n, generator=generator) + torch.randn(k, n, generator=generator))
 
 
-def check(moments: Moments, samples: Tensor) -> None:
+def check(moments: Accumulators, samples: Tensor) -> None:
     """Error bounds: Welford in fp32 errs by a few K * 6e-8 of the standard deviation, seen here far below 1e-5."""
     exact = samples.double()
     k = exact.shape[0]
@@ -53,7 +53,7 @@ def check(moments: Moments, samples: Tensor) -> None:
 )
 def test_equals_stacked_statistics(k: int, n: int, cut: float, chunk: int, dtype: torch.dtype) -> None:
     samples = gradients(k, n).clamp(-6e4, 6e4).to(dtype)
-    moments = Moments(n)
+    moments = Accumulators(n)
     moments._chunk = chunk  # several chunks, the last one shorter
     for sample in samples:
         feed(moments, sample, (int(cut * n),))
@@ -63,7 +63,7 @@ def test_equals_stacked_statistics(k: int, n: int, cut: float, chunk: int, dtype
 def test_several_real_chunks() -> None:
     n = 2 * moments_module.CPU_CHUNK + 12345
     samples = gradients(4, n)
-    moments = Moments(n)
+    moments = Accumulators(n)
     for sample in samples:
         feed(moments, sample, (STRIDE, 99_991))
     check(moments, samples)
@@ -74,7 +74,7 @@ def test_several_real_chunks() -> None:
 def test_strided_scaled_input_is_left_alone(dtype: torch.dtype, scale: float) -> None:
     samples = (torch.randn(6, 501, 3, generator=torch.Generator().manual_seed(1)) * 100).to(dtype)
     kept = samples.clone()
-    moments = Moments(501)
+    moments = Accumulators(501)
     for sample in samples:
         feed(moments, sample[:, 1], (250,), scale)
     assert torch.equal(samples, kept)
@@ -84,7 +84,7 @@ def test_strided_scaled_input_is_left_alone(dtype: torch.dtype, scale: float) ->
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 3])
 def test_zero_and_constant_elements_are_exact(scale: float) -> None:
-    moments = Moments(100)
+    moments = Accumulators(100)
     gradient = torch.linspace(-7, 7, 100)
     gradient[:40] = 0
     for _ in range(17):
@@ -96,7 +96,7 @@ def test_zero_and_constant_elements_are_exact(scale: float) -> None:
 def test_large_offset_keeps_the_variance() -> None:
     """Sum of squares minus square of sum would lose everything here: mean 1e4, standard deviation 1."""
     samples = 1e4 + torch.randn(32, 1000, generator=torch.Generator().manual_seed(2))
-    moments = Moments(1000)
+    moments = Accumulators(1000)
     for sample in samples:
         feed(moments, sample)
     # One ulp of 1e4 is 1e-3: each deviation is known to 1e-3 of the standard deviation, the variance of 32 to a few.
@@ -105,7 +105,7 @@ def test_large_offset_keeps_the_variance() -> None:
 
 def test_pieces_may_come_in_any_order_and_change() -> None:
     samples = gradients(9, 1000)
-    one, other = Moments(1000), Moments(1000)
+    one, other = Accumulators(1000), Accumulators(1000)
     for number, sample in enumerate(samples):
         feed(one, sample)
         other.open()
@@ -133,7 +133,7 @@ def test_block_sums_equal_those_of_the_blocks_alone() -> None:
     samples[:, 10 * STRIDE] = 0  # an element that never moves is in no sum
     size = subsample(0, n)[2]
     index = (torch.arange(size) % 3).to(torch.int16)
-    moments = Moments(n, group_index=index, n_groups=4, block_length=length)
+    moments = Accumulators(n, group_index=index, n_groups=4, block_length=length)
     for sample in samples.to(torch.bfloat16):
         feed(moments, sample, (1, 127, 128, 1500), 0.25)
     assert len(moments.block_sums) == 3
@@ -161,8 +161,8 @@ def test_state_round_trip_is_bitwise_inside_a_block() -> None:
     samples = gradients(13, n)
     index = torch.zeros(subsample(0, n)[2], dtype=torch.uint8)
 
-    def fresh() -> Moments:
-        return Moments(n, group_index=index, n_groups=1, block_length=4)
+    def fresh() -> Accumulators:
+        return Accumulators(n, group_index=index, n_groups=1, block_length=4)
 
     through, resumed = fresh(), fresh()
     for sample in samples[:6]:  # one block is full, the second half full
@@ -179,19 +179,19 @@ def test_state_round_trip_is_bitwise_inside_a_block() -> None:
 
 
 def test_state_that_does_not_fit_is_refused() -> None:
-    state = Moments(10).state_dict()
+    state = Accumulators(10).state_dict()
     with pytest.raises(MolsCheckpointError, match="numel"):
-        Moments(11).load_state_dict(state)
+        Accumulators(11).load_state_dict(state)
     with pytest.raises(MolsCheckpointError, match="block_length"):
-        Moments(10, block_length=5).load_state_dict(state)
+        Accumulators(10, block_length=5).load_state_dict(state)
     with pytest.raises(MolsCheckpointError, match="float32"):
-        Moments(10, dtype=torch.float64).load_state_dict(state)
+        Accumulators(10, dtype=torch.float64).load_state_dict(state)
     with pytest.raises(MolsCheckpointError, match="block_mean"):
-        Moments(10, group_index=torch.zeros(1, dtype=torch.uint8), n_groups=0).load_state_dict(state)
+        Accumulators(10, group_index=torch.zeros(1, dtype=torch.uint8), n_groups=0).load_state_dict(state)
     with pytest.raises(MolsCheckpointError, match="other groups"):
-        Moments(10, n_groups=2).load_state_dict(state)
+        Accumulators(10, n_groups=2).load_state_dict(state)
     with pytest.raises(MolsCheckpointError, match="lacks m2"):
-        Moments(10).load_state_dict({key: value for key, value in state.items() if key != "m2"})
+        Accumulators(10).load_state_dict({key: value for key, value in state.items() if key != "m2"})
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_state_that_does_not_fit_is_refused() -> None:
     ],
 )
 def test_every_element_exactly_once(pieces: list[tuple[int, int]], message: str) -> None:
-    moments = Moments(100)
+    moments = Accumulators(100)
     moments.open()
     for offset, numel in pieces:
         moments.update(offset, torch.ones(numel))
@@ -214,7 +214,7 @@ def test_every_element_exactly_once(pieces: list[tuple[int, int]], message: str)
 
 
 def test_order_of_calls_is_enforced() -> None:
-    moments = Moments(10)
+    moments = Accumulators(10)
     with pytest.raises(MolsError, match="open"):
         moments.update(0, torch.ones(10))
     with pytest.raises(MolsError, match="without an open"):
@@ -241,25 +241,25 @@ def test_order_of_calls_is_enforced() -> None:
 
 def test_bad_arguments() -> None:
     with pytest.raises(MolsConfigError, match="float32"):
-        Moments(10, dtype=torch.bfloat16)
+        Accumulators(10, dtype=torch.bfloat16)
     with pytest.raises(MolsConfigError, match="block_length=3"):
-        Moments(10, block_length=3)
+        Accumulators(10, block_length=3)
     with pytest.raises(MolsError, match=r"shape \(2,\)"):
-        Moments(128, group_index=torch.zeros(1, dtype=torch.uint8))
+        Accumulators(128, group_index=torch.zeros(1, dtype=torch.uint8))
     with pytest.raises(MolsError, match="uint8 or int16"):
-        Moments(128, group_index=torch.zeros(2, dtype=torch.int64))
+        Accumulators(128, group_index=torch.zeros(2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
 @pytest.mark.parametrize("n", [10_000, 10_160, 1_000_003])
 def test_accumulators_take_8_bytes_an_element(n: int, dtype: torch.dtype) -> None:
-    moments = Moments(n, group_index=torch.zeros(subsample(0, n)[2], dtype=dtype), n_groups=6)
+    moments = Accumulators(n, group_index=torch.zeros(subsample(0, n)[2], dtype=dtype), n_groups=6)
     assert 8 * n <= moments.nbytes <= 1.01 * 8 * n
-    assert Moments(n).nbytes == 8 * n
+    assert Accumulators(n).nbytes == 8 * n
 
 
 def test_freed_accumulators_hold_nothing() -> None:
-    moments = Moments(1000, group_index=torch.zeros(8, dtype=torch.uint8), n_groups=1, block_length=4)
+    moments = Accumulators(1000, group_index=torch.zeros(8, dtype=torch.uint8), n_groups=1, block_length=4)
     for _ in range(4):
         feed(moments, torch.randn(1000))
     moments.free()
@@ -272,7 +272,7 @@ def test_freed_accumulators_hold_nothing() -> None:
 
 
 def test_a_rank_without_elements_keeps_step() -> None:
-    moments = Moments(0, group_index=torch.zeros(0, dtype=torch.uint8), n_groups=2, block_length=4)
+    moments = Accumulators(0, group_index=torch.zeros(0, dtype=torch.uint8), n_groups=2, block_length=4)
     for number in range(8):
         moments.open()
         if number % 2:
@@ -284,7 +284,7 @@ def test_a_rank_without_elements_keeps_step() -> None:
 
 def test_gradients_from_another_device() -> None:
     """A meta accumulator has no values; what is tested is that pieces are moved to it and cover the sample."""
-    moments = Moments(300, device="meta")
+    moments = Accumulators(300, device="meta")
     feed(moments, torch.ones(300), (100,))
     assert moments.count == 1
     assert moments.mean.device.type == "meta"

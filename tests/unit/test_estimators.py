@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mols_ds.core.accumulators import STRIDE, Moments
+from mols_ds.core.accumulators import STRIDE, Accumulators
 from mols_ds.core.estimators import (
     ESTIMATORS,
     Estimator,
@@ -36,11 +36,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def accumulate(samples: Tensor, block_length: int = 8) -> Moments:
-    """Moments of (K, n) samples, all subsampled elements in group 0."""
+def accumulate(samples: Tensor, block_length: int = 8) -> Accumulators:
+    """Accumulators of (K, n) samples, all subsampled elements in group 0."""
     n = samples.shape[1]
     index = torch.zeros(-(-n // STRIDE), dtype=torch.uint8)
-    moments = Moments(n, group_index=index, n_groups=1, block_length=block_length)
+    moments = Accumulators(n, group_index=index, n_groups=1, block_length=block_length)
     for sample in samples:
         moments.open()
         moments.update(0, sample)

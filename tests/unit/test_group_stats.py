@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mols_ds.core import group_stats as snr_module
-from mols_ds.core.accumulators import STRIDE, Moments
+from mols_ds.core.accumulators import STRIDE, Accumulators
 from mols_ds.core.estimators import ESTIMATORS, estimate, intervals
 from mols_ds.core.group_stats import (
     COLUMN,
@@ -34,11 +34,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def accumulate(samples: Tensor, block_length: int = 8) -> Moments:
-    """Moments of (K, n) samples, all subsampled elements in group 0."""
+def accumulate(samples: Tensor, block_length: int = 8) -> Accumulators:
+    """Accumulators of (K, n) samples, all subsampled elements in group 0."""
     n = samples.shape[1]
     index = torch.zeros(-(-n // STRIDE), dtype=torch.uint8)
-    moments = Moments(n, group_index=index, n_groups=1, block_length=block_length)
+    moments = Accumulators(n, group_index=index, n_groups=1, block_length=block_length)
     for sample in samples:
         moments.open()
         moments.update(0, sample)
@@ -174,7 +174,7 @@ def test_non_finite_statistics_are_left_out_with_a_warning() -> None:
 # ---------------------------------------------------------------------------------------------- sharding
 
 
-def packed(moments: Moments, layouts: list[tuple[ElementLayout, int]], cuts: list[int]) -> Tensor:
+def packed(moments: Accumulators, layouts: list[tuple[ElementLayout, int]], cuts: list[int]) -> Tensor:
     """Sum of the packed sums of ranks that own [cuts[r], cuts[r+1]) of parameters (layout, numel) laid end to end."""
     total: Tensor | None = None
     for begin, end in pairwise(cuts):
@@ -183,7 +183,8 @@ def packed(moments: Moments, layouts: list[tuple[ElementLayout, int]], cuts: lis
         for layout, numel in layouts:
             first, last = max(begin, offset), min(end, offset + numel)
             if first < last:
-                sums.add_moments(moments, first, layout, first - offset, last - first)
+                mean, m2 = moments.mean[first:last], moments.m2[first:last]
+                sums.add_range(layout, first - offset, mean, m2, moments.count)
             offset += numel
         total = sums.pack() if total is None else total + sums.pack()
     assert total is not None

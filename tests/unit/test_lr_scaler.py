@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mols_ds.core.groups import ElementLayout
-from mols_ds.core.lr_scaler import MAX_RUNS, LRScaler, Piece, make_plan
+from mols_ds.core.lr_scaler import MAX_SEGMENTS, LRScaler, make_plan
+from mols_ds.core.ranges import ShardRange
 from tests.unit.flat_shard import (
     LR,
     OPTIMIZERS,
@@ -144,8 +145,8 @@ def test_interleaved_ranges(rows: int) -> None:
     flat = torch.nn.Parameter(torch.randn(numel, generator=torch.Generator().manual_seed(2)))
     before = flat.detach().clone()
     optimizer = OPTIMIZERS["AdamW"]([flat])
-    plan = make_plan(numel, [Piece("c_attn", start, 0, numel)], {"c_attn": layout})
-    assert bool(plan.mixed) == (rows > MAX_RUNS)
+    plan = make_plan(numel, [ShardRange("c_attn", start, 0, numel)], {"c_attn": layout})
+    assert bool(plan.interleaved) == (rows > MAX_SEGMENTS)
     rates = {"qk": 0.25, "vo": 4.0}
     LRScaler(optimizer, {id(flat): plan}, lambda: rates, elementwise=True)
     each = torch.tensor([rates["qk"] if (start + i) % 12 < 8 else rates["vo"] for i in range(numel)]).double()
@@ -156,7 +157,7 @@ def test_interleaved_ranges(rows: int) -> None:
         optimizer.step()
     # Delta magnifies the rounding of w_new (weights up to 4: 2.4e-7) by the ratio of the two rates, at each step.
     magnified = STEPS * 2.4e-7 * rates["vo"] / rates["qk"]
-    assert float((flat.detach().double() - weight).abs().max()) < (magnified if plan.mixed else 2e-6)
+    assert float((flat.detach().double() - weight).abs().max()) < (magnified if plan.interleaved else 2e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -165,7 +166,7 @@ def test_interleaved_ranges(rows: int) -> None:
     st.integers(0, 20),
 )
 def test_plan_covers_each_element_once(parts: list[tuple[int, int, int]], tail: int) -> None:
-    """Random gaps, lengths and layouts: the runs tile the tensor, and each element has the group of its layout."""
+    """Random gaps, lengths and layouts: the segments tile the tensor, and each element has the group of its layout."""
     kinds = [
         ElementLayout.whole("mlp"),
         ElementLayout.whole("other"),
@@ -179,19 +180,20 @@ def test_plan_covers_each_element_once(parts: list[tuple[int, int, int]], tail: 
         name = f"p{number}"
         layouts[name] = kinds[kind]
         if numel:
-            pieces.append(Piece(name, 3 * number, at, numel))
+            pieces.append(ShardRange(name, 3 * number, at, numel))
         for group, _, length in kinds[kind].runs(3 * number, numel):
             truth += [group] * length
         at += numel
     plan = make_plan(at + tail, list(reversed(pieces)), layouts)
     truth += [None] * tail
-    assert [run.lo for run in plan.runs] == [0, *(run.hi for run in plan.runs[:-1])] or not truth
-    interleaved = {mixed.run.lo for mixed in plan.mixed}
+    segments = plan.segments
+    assert [segment.lo for segment in segments] == [0, *(segment.hi for segment in segments[:-1])] or not truth
+    interleaved = {mixed.segment.lo for mixed in plan.interleaved}
     seen: list[str | None] = []
-    for run in plan.runs:
-        assert len(run.groups) <= 1 or run.lo in interleaved
-        seen += [run.groups[0] if run.groups else None] * (run.hi - run.lo)
-    for mixed in plan.mixed:
-        lo, hi = mixed.run.lo, mixed.run.hi
+    for segment in segments:
+        assert len(segment.groups) <= 1 or segment.lo in interleaved
+        seen += [segment.groups[0] if segment.groups else None] * (segment.hi - segment.lo)
+    for mixed in plan.interleaved:
+        lo, hi = mixed.segment.lo, mixed.segment.hi
         seen[lo:hi] = [g for g, _, n in mixed.layout.runs(mixed.start, hi - lo) for _ in range(n)]
     assert seen == truth

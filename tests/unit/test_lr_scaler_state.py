@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mols_ds.core.groups import ElementLayout
-from mols_ds.core.lr_scaler import LRScaler, Piece, make_plan
+from mols_ds.core.lr_scaler import LRScaler, make_plan
+from mols_ds.core.ranges import ShardRange
 from mols_ds.optim.traits import has_shared_counter, is_elementwise
 from tests.unit.flat_shard import (
     LR,
@@ -78,7 +79,9 @@ def test_shared_step_counter(rates_until: int) -> None:
     assert is_elementwise(optimizer) and has_shared_counter(optimizer)
     layouts = {"a": ElementLayout.whole("qk"), "b": ElementLayout.whole("mlp")}
     plans = {
-        id(flat): make_plan(flat.numel(), [Piece("a", 0, 0, 10), Piece("b", 0, 10, flat.numel() - 10)], layouts)
+        id(flat): make_plan(
+            flat.numel(), [ShardRange("a", 0, 0, 10), ShardRange("b", 0, 10, flat.numel() - 10)], layouts
+        )
         for flat in flats
     }
     step_rates: dict[str, float] = {}

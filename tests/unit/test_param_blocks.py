@@ -29,7 +29,7 @@ def brute_force(blocks: Blocks, numel: int) -> list[int]:
     repetitions=st.integers(1, 4),
     data=st.data(),
 )
-def test_cuts_of_any_piece_cover_it_once_and_name_the_right_blocks(
+def test_views_of_any_range_cover_it_once_and_name_the_right_blocks(
     inner: int, widths: list[tuple[int, int]], repetitions: int, data: st.DataObject
 ) -> None:
     blocks = Blocks(inner, tuple(widths))
@@ -38,11 +38,11 @@ def test_cuts_of_any_piece_cover_it_once_and_name_the_right_blocks(
     length = data.draw(st.integers(1, numel - start))
     expected = brute_force(blocks, numel)[start : start + length]
     found = torch.full((length,), -1)
-    cuts = list(blocks.cuts(start, length))
-    for cut in cuts:
-        assert bool((cut.view(found) == -1).all())
-        cut.view(found).copy_(blocks.of_step[cut.first : cut.first + cut.steps][:, None].expand(-1, cut.width))
-    assert found.tolist() == expected and len(cuts) <= 5
+    views = list(blocks.views(start, length))
+    for view in views:
+        assert bool((view.of(found) == -1).all())
+        view.of(found).copy_(blocks.of_step[view.first : view.first + view.steps][:, None].expand(-1, view.width))
+    assert found.tolist() == expected and len(views) <= 5
     counts = blocks.counted(start, length)
     assert counts.tolist() == [expected.count(b) for b in range(blocks.count)]
     first, count = blocks.touched(start, length)

@@ -19,7 +19,7 @@ from mols_ds.apps.finetune.data import (
     tokenize,
 )
 from mols_ds.apps.finetune.examples import Example, parse_row, read_examples
-from mols_ds.apps.finetune.template import pieces
+from mols_ds.apps.finetune.template import text_parts
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.batches import BatchShape
 from mols_ds.training.sources import DataSpec
@@ -93,7 +93,7 @@ def test_chat_template_is_for_conversations_or_for_all(tokenizer: Any, monkeypat
     assert whole(data, 1, tokenizer).startswith("### Instruction:")
     data = tokenize([example(row)], tokenizer, "chat", 500)
     assert whole(data, 0, tokenizer) == "<user>Add.\n\n1, 2<|endoftext|><assistant>3<|endoftext|>"
-    assert pieces(example(MESSAGES), "plain", tokenizer)[0].text.startswith("### System:")
+    assert text_parts(example(MESSAGES), "plain", tokenizer)[0].text.startswith("### System:")
     for template, message in {
         "{{ messages | length }}": "rewrites what stands before",
         "{{ raise_exception('roles') }}": "refuses it: TemplateError: roles",

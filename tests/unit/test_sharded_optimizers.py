@@ -14,7 +14,7 @@ import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 
-from mols_ds.core.lr_scaler import Piece
+from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
 from mols_ds.optim.adam_mini import ShardedAdamMini
 from mols_ds.optim.lamb import ShardedLamb, lamb_direction
@@ -184,7 +184,7 @@ def test_flat_with_nan_padding_equals_whole_parameters(kind: str) -> None:
         flat[offset : offset + parameter.numel()] = parameter.detach().view(-1)
     padding = flat.isnan()
     one, other = KINDS[kind](whole), KINDS[kind]([flat.requires_grad_()])
-    pieces = [Piece(name, 0, offset, p.numel()) for name, (offset, p) in where.items()]
+    pieces = [ShardRange(name, 0, offset, p.numel()) for name, (offset, p) in where.items()]
     other.bind([flat], [pieces], {"a": (6, 5), "b": (5,)})
     for step in range(4):
         set_gradients(whole, step)
@@ -266,7 +266,7 @@ def test_flat_shards_that_nobody_explained_are_refused(kind: str) -> None:
     with pytest.raises(MolsUnsupportedError, match="bind_optimizer"):
         optimizer.step()
     optimizer = KINDS[kind]([torch.zeros(4, requires_grad=True)])
-    optimizer.bind([torch.zeros(4)], [[Piece("a", 0, 0, 4)]], {"a": (4,)})
+    optimizer.bind([torch.zeros(4)], [[ShardRange("a", 0, 0, 4)]], {"a": (4,)})
     set_gradients(optimizer.param_groups[0]["params"], 0)
     with pytest.raises(MolsUnsupportedError, match="not bound to"):
         optimizer.step()
@@ -286,9 +286,9 @@ def test_pieces_that_do_not_add_up_are_refused() -> None:
     optimizer = ShardedLamb([flat])
     for numel, factor in ((7, 1), (8, 2)):  # an element is missing; every element is there twice
         with pytest.raises(MolsUnsupportedError, match="'a', which has 8"):
-            optimizer.bind([flat], [[Piece("a", 0, 0, numel)]], {"a": (8,)}, reduce=lambda v, f=factor: v * f)
+            optimizer.bind([flat], [[ShardRange("a", 0, 0, numel)]], {"a": (8,)}, reduce=lambda v, f=factor: v * f)
     with pytest.raises(MolsUnsupportedError, match="two pieces"):
-        optimizer.bind([flat], [[Piece("a", 0, 0, 4), Piece("a", 4, 4, 4)]], {"a": (8,)})
+        optimizer.bind([flat], [[ShardRange("a", 0, 0, 4), ShardRange("a", 4, 4, 4)]], {"a": (8,)})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mols_ds.errors import MolsError
 
 GIB = 2**30
 ACCUMULATOR_BYTES = 8.07
-"""An owned element during a calibration (`mols_ds.core.accumulators.Moments`)."""
+"""An owned element during a calibration (`mols_ds.core.accumulators.Accumulators`)."""
 
 
 def check_model(findings: Findings, source: str, config: MolsConfig) -> GroupTable | None:

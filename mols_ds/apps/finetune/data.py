@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mols_ds.apps.finetune.examples import Example, read_examples
-from mols_ds.apps.finetune.template import Piece, Template, pieces
+from mols_ds.apps.finetune.template import Template, TextPart, text_parts
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.batches import STREAMS, BatchShape, SequenceOrder, Stream
 from mols_ds.training.sources import DataSpec, document_hash, local_threshold, one_line
@@ -140,8 +140,8 @@ def tokenize(
     cut = dropped = 0
     source = iter(examples)
     while chunk := list(islice(source, CHUNK)):
-        texts = [pieces(example, template, tokenizer) for example in chunk]
-        flat = [piece.text for parts in texts for piece in parts]
+        texts = [text_parts(example, template, tokenizer) for example in chunk]
+        flat = [part.text for parts in texts for part in parts]
         encoded = iter(tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
         for parts in texts:
             mine, marks = _join(parts, encoded, before if any(part.ends for part in parts) else [], tokenizer)
@@ -169,7 +169,7 @@ def _before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _join(
-    parts: Sequence[Piece], encoded: Iterator[list[int]], before: list[int], tokenizer: PreTrainedTokenizerBase
+    parts: Sequence[TextPart], encoded: Iterator[list[int]], before: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """(ids, whether each is of an answer) of one example."""
     ids = list(before)

@@ -1,4 +1,4 @@
-"""Examples as text: the pieces of which a conversation's text is joined, and which of them are answers.
+"""Examples as text: the parts that a conversation's text is joined from, and which of them are answers.
 
 Without a chat template the text is plain: a prompt stands as it is; Alpaca's form and conversations become
 
@@ -32,8 +32,8 @@ HEADS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Ass
 GAP = "\n\n"
 
 
-class Piece(NamedTuple):
-    """A piece of an example's text. `answer`: it is trained on. `ends`: the end-of-text token follows it."""
+class TextPart(NamedTuple):
+    """A part of an example's text. `answer`: it is trained on. `ends`: the end-of-text token follows it."""
 
     text: str
     answer: bool
@@ -47,40 +47,40 @@ def uses_chat(example: Example, template: Template, tokenizer: PreTrainedTokeniz
     return template == "chat"
 
 
-def pieces(example: Example, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """The text of an example, in pieces. Raises MolsConfigError where the chat template does not fit it."""
+def text_parts(example: Example, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[TextPart]:
+    """The text of an example, in parts. Raises MolsConfigError where the chat template does not fit it."""
     if uses_chat(example, template, tokenizer):
         return _chat(example, tokenizer)
     if example.form == "completion":
         prompt, answer = example.messages
-        return [Piece(prompt.content, False), Piece(answer.content, True, True)]
+        return [TextPart(prompt.content, False), TextPart(answer.content, True, True)]
     if example.form == "instruction":
         prompt, answer = example.messages
         parts = [f"### Instruction:\n{prompt.content}"]
         parts += [f"### Input:\n{example.input}"] if example.input else []
-        return [Piece(GAP.join([*parts, "### Response:\n"]), False), Piece(answer.content, True, True)]
+        return [TextPart(GAP.join([*parts, "### Response:\n"]), False), TextPart(answer.content, True, True)]
     return _plain(example.messages)
 
 
-def _plain(messages: Sequence[ChatMessage]) -> list[Piece]:
-    found: list[Piece] = []
+def _plain(messages: Sequence[ChatMessage]) -> list[TextPart]:
+    found: list[TextPart] = []
     before = ""
     for message in messages:
         before += HEADS[message.role]
         if message.role == "assistant":
-            found += [Piece(before, False), Piece(message.content, True, True)]
+            found += [TextPart(before, False), TextPart(message.content, True, True)]
             before = GAP
         else:
             before += message.content + GAP
     return found
 
 
-def _chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+def _chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[TextPart]:
     """Every answer is what the template adds from its prompt for the assistant to the end of the assistant's turn."""
     messages = [{"role": message.role, "content": message.content} for message in example.messages]
     if example.input:
         messages[0]["content"] += GAP + example.input
-    found: list[Piece] = []
+    found: list[TextPart] = []
     done = ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -92,7 +92,7 @@ def _chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
                 f"{example.where}: the tokenizer's chat template rewrites what stands before an answer, so that the "
                 "answer cannot be told from the prompt: use --template plain, or examples of one answer each"
             )
-        found += [Piece(asked[len(done) :], False), Piece(told[len(asked) :], True)]
+        found += [TextPart(asked[len(done) :], False), TextPart(told[len(asked) :], True)]
         done = told
     return found
 

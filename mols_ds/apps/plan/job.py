@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mols_ds.apps.plan import grid, zero
-from mols_ds.apps.plan.calibration import Accumulators, Device, accumulators, sums_bytes
+from mols_ds.apps.plan.calibration import AccumulatorBytes, Device, accumulators, sums_bytes
 from mols_ds.apps.plan.cluster import Cluster
 from mols_ds.apps.plan.model import Decoder
 from mols_ds.apps.plan.parts import PHASES, Bytes, Footprint, Message, add
@@ -103,10 +103,10 @@ class PlanJob(ABC):
         again = self.mols.recalibrate.every if self.mols is not None and self.mols.recalibrate else 0
         return 1 + (max(0, self.steps - 1 - (self.start() or 0)) // again if again else 0)
 
-    def accumulators(self, footprint: Footprint) -> Accumulators:
+    def accumulators(self, footprint: Footprint) -> AccumulatorBytes:
         """Nothing where no gradient is accumulated."""
         if self.mode not in ("probe", "online"):
-            return Accumulators(0, 0)
+            return AccumulatorBytes(0, 0)
         return accumulators(footprint.measured, self.device, len(self.groups), THREADS)
 
     def phases(self, footprint: Footprint) -> list[Phase]:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-class Cut(NamedTuple):
-    """How the traced model is cut and fed; ffn: 0 for the config's own MLP."""
+class TraceSettings(NamedTuple):
+    """How the traced model is sharded and fed; ffn: 0 for the config's own MLP."""
 
     vocab: int
     tp: int
@@ -75,12 +75,12 @@ def activation_bytes(local: Local, gpt: Gpt, stage: int, tokens: int, length: in
 
 def of(local: Local, gpt: Gpt, batch: int, length: int) -> Saved:
     """Of `batch` sequences. Linear in them, so that two passes tell every size; experts see their even share."""
-    cut = Cut(gpt.vocab, gpt.tp, gpt.sp, gpt.recompute, length)
-    dense = _sequences(local, cut, batch)
+    settings = TraceSettings(gpt.vocab, gpt.tp, gpt.sp, gpt.recompute, length)
+    dense = _sequences(local, settings, batch)
     if not gpt.experts:
         return dense
     # An MLP keeps in proportion to its width: so much for one unit of it and all tokens.
-    narrow, wide = (_sequences(local, cut._replace(ffn=n * gpt.tp), batch) for n in (64, 128))
+    narrow, wide = (_sequences(local, settings._replace(ffn=n * gpt.tp), batch) for n in (64, 128))
     unit = (wide.whole - narrow.whole) / 64
     bare = narrow.whole - 64 * unit
     size = local.config.params_dtype.itemsize
@@ -93,33 +93,33 @@ def of(local: Local, gpt: Gpt, batch: int, length: int) -> Saved:
     return dense._replace(layer=layer, whole=whole)
 
 
-def _sequences(local: Local, cut: Cut, batch: int) -> Saved:
-    one, two = (_saved(local, cut, n) for n in (1, 2))
+def _sequences(local: Local, settings: TraceSettings, batch: int) -> Saved:
+    one, two = (_saved(local, settings, n) for n in (1, 2))
     return Saved(*(a + (batch - 1) * (b - a) for a, b in zip(one, two, strict=True)))
 
 
 @functools.lru_cache(maxsize=256)
-def _saved(local: Local, cut: Cut, batch: int) -> Saved:
-    def ends(cut: Cut, *, first: bool, last: bool, layers: int = 1) -> int:
+def _saved(local: Local, settings: TraceSettings, batch: int) -> Saved:
+    def ends(settings: TraceSettings, *, first: bool, last: bool, layers: int = 1) -> int:
         try:
-            return _trace(local, cut, batch, layers, first=first, last=last)
+            return _trace(local, settings, batch, layers, first=first, last=last)
         except Exception as error:  # whatever Megatron's code does with shapes alone
             raise MolsConfigError(f"Megatron's layers cannot be traced: {one_line(error)}") from error
 
-    with _fake(cut.tp):
-        one = ends(cut, first=False, last=False)
-        layer = ends(cut, first=False, last=False, layers=2) - one
+    with _fake(settings.tp):
+        one = ends(settings, first=False, last=False)
+        layer = ends(settings, first=False, last=False, layers=2) - one
         whole = layer
-        if cut.recompute:
-            plain = cut._replace(recompute="")
+        if settings.recompute:
+            plain = settings._replace(recompute="")
             whole = ends(plain, first=False, last=False, layers=2) - ends(plain, first=False, last=False)
         return Saved(
             layer,
             whole,
-            ends(cut, first=True, last=False) - layer,
-            ends(cut, first=False, last=True) - layer,
+            ends(settings, first=True, last=False) - layer,
+            ends(settings, first=False, last=True) - layer,
             one - layer,
-            ends(cut, first=True, last=True) - layer,
+            ends(settings, first=True, last=True) - layer,
         )
 
 
@@ -145,41 +145,41 @@ def _fake(ranks: int) -> Iterator[None]:
             parallel_state.destroy_model_parallel()
 
 
-def _config(local: Local, cut: Cut, layers: int) -> TransformerConfig:
+def _config(local: Local, settings: TraceSettings, layers: int) -> TransformerConfig:
     """A dense model of `layers` layers on one pipeline stage; its checks have been made for the job's own."""
     config = copy.copy(local.config)
     changes: dict[str, object] = {
         "num_layers": layers,
-        "tensor_model_parallel_size": cut.tp,
-        "sequence_parallel": cut.sp,
+        "tensor_model_parallel_size": settings.tp,
+        "sequence_parallel": settings.sp,
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
         "expert_model_parallel_size": 1,
-        "expert_tensor_parallel_size": cut.tp,
+        "expert_tensor_parallel_size": settings.tp,
         "num_moe_experts": None,
         "perform_initialization": False,
         "use_cpu_initialization": True,
-        "recompute_granularity": cut.recompute or None,
+        "recompute_granularity": settings.recompute or None,
         "recompute_method": None,
         "recompute_num_layers": None,
     }
-    if cut.recompute == "full":
+    if settings.recompute == "full":
         changes |= {"recompute_method": "uniform", "recompute_num_layers": 1}
-    elif cut.recompute:
+    elif settings.recompute:
         changes |= {"recompute_modules": config.recompute_modules or ["core_attn"]}
-    if cut.ffn:
-        changes |= {"ffn_hidden_size": cut.ffn}
+    if settings.ffn:
+        changes |= {"ffn_hidden_size": settings.ffn}
     for name, value in changes.items():
         setattr(config, name, value)
     return config
 
 
-def _trace(local: Local, cut: Cut, batch: int, layers: int, *, first: bool, last: bool) -> int:
+def _trace(local: Local, settings: TraceSettings, batch: int, layers: int, *, first: bool, last: bool) -> int:
     """Bytes of the distinct storages that a forward pass saves, parameters left out."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    config = _config(local, cut, layers)
+    config = _config(local, settings, layers)
     dtype = config.params_dtype
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     storages: dict[int, torch.UntypedStorage] = {}
@@ -192,8 +192,8 @@ def _trace(local: Local, cut: Cut, batch: int, layers: int, *, first: bool, last
     model = GPTModel(
         config,
         spec,
-        vocab_size=cut.vocab,
-        max_sequence_length=cut.length,
+        vocab_size=settings.vocab,
+        max_sequence_length=settings.length,
         pre_process=first,
         post_process=last,
         position_embedding_type=local.position,
@@ -201,9 +201,9 @@ def _trace(local: Local, cut: Cut, batch: int, layers: int, *, first: bool, last
     )
     _cast(model, dtype)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    ids = torch.zeros(batch, cut.length, dtype=torch.long)
+    ids = torch.zeros(batch, settings.length, dtype=torch.long)
     if not first:
-        rows = cut.length // (cut.tp if cut.sp else 1)
+        rows = settings.length // (settings.tp if settings.sp else 1)
         model.set_input_tensor(torch.zeros(rows, batch, config.hidden_size, dtype=dtype, requires_grad=True))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(ids, ids, None, labels=ids if last else None)

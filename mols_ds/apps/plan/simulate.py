@@ -6,7 +6,7 @@
     mols-ds plan ... --simulate                                               # the plan's own model, config and ranks
 
 Each row runs in a process of its own, so that its time and its peak memory are its own: `simulate_zero` or
-`simulate_megatron` build the engine's optimizer on the meta device and give the pieces of each rank, `simulate_count`
+`simulate_megatron` build the engine's optimizer on the meta device and give the ranges of each rank, `simulate_count`
 checks them. Exit status: 0 where all rows hold, 1 where one does not, 2 for a user's mistake.
 """
 
@@ -37,7 +37,7 @@ YAML = (".yaml", ".yml")
 EVEN = 1.01
 """The most that a rank may own over the mean of its pipeline stage: what padding and replicated norms may add."""
 SUMMED = 32_000_000
-"""Elements of a rank up to which `GroupSums` itself is run over its pieces, a few seconds; above, the layouts' counts
+"""Elements of a rank up to which `GroupSums` itself is run over its ranges, a few seconds; above, the layouts' counts
 alone are compared."""
 SECONDS = 600.0
 RANKS = (8, 64, 512, 4096)
@@ -111,17 +111,17 @@ def walk(job: SimulatedJob) -> Result:
         count = Count(table)
         for rank in owned:
             count.add(*rank)
-        pieces, built = owned[last].pieces, world.built(last)
+        ranges, built = owned[last].ranges, world.built(last)
     else:
         from mols_ds.apps.plan.simulate_zero import ZeroWorld, build_model
 
         zero = ZeroWorld(functools.partial(build_model, job.source), job.stage, job.ranks, job.options)
         count = Count(zero.table)
-        for pieces in zero.pieces():
-            count.add(pieces)
+        for ranges in zero.ranges():
+            count.add(ranges)
         built = zero.built(last)
     tally: Tally = count.finish()
-    small = sum(piece.numel for piece in pieces) <= SUMMED
+    small = sum(item.numel for item in ranges) <= SUMMED
     return Result(
         job=job,
         elements=tally.elements,
@@ -131,8 +131,8 @@ def walk(job: SimulatedJob) -> Result:
         most=tally.most,
         balance=tally.balance,
         faults=tally.faults,
-        same_when_built=not first_difference(pieces, built),
-        summed=count.sum_of(pieces) == count.expected_sum(pieces) if small else None,
+        same_when_built=not first_difference(ranges, built),
+        summed=count.sum_of(ranges) == count.expected_sum(ranges) if small else None,
     )
 
 

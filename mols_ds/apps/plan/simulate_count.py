@@ -1,4 +1,4 @@
-"""Whether the pieces of all ranks cover each element of each parameter once, and how evenly they lie on the ranks."""
+"""Whether the ranges of all ranks cover each element of each parameter once, and how even the ranks' shares are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 
 from mols_ds.core.group_stats import COLUMNS, NoiseFloor
 from mols_ds.core.groups import ElementLayout, GroupTable
-from mols_ds.core.local_stats import Owned, OwnedElements
+from mols_ds.core.local_stats import LocalStats
+from mols_ds.core.ranges import ShardRange
 
 IntArray = npt.NDArray[np.int64]
 
@@ -44,10 +45,10 @@ NO_TILES: Mapping[str, int] = MappingProxyType({})
 
 
 class Count:
-    """Takes each rank's pieces in turn and checks them against the group table at the end.
+    """Takes each rank's ranges in turn and checks them against the group table at the end.
 
-    A rank's pieces go through the product's `OwnedElements`: its segments and their layouts give the group sums'
-    element counts, the pieces themselves the ranges.
+    They go through the product's `LocalStats` too: its segments and their layouts give the element counts of the group
+    sums.
     """
 
     def __init__(self, table: GroupTable) -> None:
@@ -60,26 +61,24 @@ class Count:
         self._groups: dict[str, int] = {}
         self._faults: list[str] = []
 
-    def add(self, pieces: Sequence[Owned], tiles: Mapping[str, int] = NO_TILES, stage: int = 0) -> None:
-        """The pieces of the next rank.
+    def add(self, ranges: Sequence[ShardRange], tiles: Mapping[str, int] = NO_TILES, stage: int = 0) -> None:
+        """The ranges of the next rank in its accumulators.
 
         tiles: parameter -> elements of the tiles before this rank's, for those that are cut into tiles along another
-            dimension than the first. Their pieces are ranges of the tile, which is enough for the statistics (all of
+            dimension than the first. Their ranges are of the tile, which is enough for the statistics (all of
             such a parameter is one group), and tiles must not be taken for one another here.
         stage: number of the rank's pipeline stage.
         """
         rank = len(self._owned)
-        elements = self.elements(pieces)
+        elements = self.elements(ranges)
         offset = 0
-        for piece in pieces:
-            if piece.offset != offset and len(self._faults) < MOST_FAULTS:
-                self._faults.append(
-                    f"rank {rank}: {piece.name} lies at {piece.offset} of its accumulators, not {offset}"
-                )
-            offset += piece.numel
+        for item in ranges:
+            if item.offset != offset and len(self._faults) < MOST_FAULTS:
+                self._faults.append(f"rank {rank}: {item.name} lies at {item.offset} of its accumulators, not {offset}")
+            offset += item.numel
         self._rows.append(
             np.array(
-                [(self._number[p.name], p.start + tiles.get(p.name, 0), p.numel) for p in pieces], dtype=np.int64
+                [(self._number[r.name], r.start + tiles.get(r.name, 0), r.numel) for r in ranges], dtype=np.int64
             ).reshape(-1, 3)
         )
         self._owned.append(elements.numel)
@@ -88,31 +87,31 @@ class Count:
             for group, count in self._counts(layout, start, numel):
                 self._groups[group] = self._groups.get(group, 0) + count
 
-    def elements(self, pieces: Sequence[Owned]) -> OwnedElements:
-        """What a rank with these pieces holds; no memory."""
-        return OwnedElements(pieces, self.table.layouts, list(self.table.elements), torch.device("meta"))
+    def elements(self, ranges: Sequence[ShardRange]) -> LocalStats:
+        """What a rank with these ranges holds; no memory."""
+        return LocalStats(ranges, self.table.layouts, list(self.table.elements), torch.device("meta"))
 
-    def sum_of(self, pieces: Sequence[Owned]) -> dict[str, int]:
-        """Elements of each group that `GroupSums` itself counts in one rank's pieces.
+    def sum_of(self, ranges: Sequence[ShardRange]) -> dict[str, int]:
+        """Elements of each group that `GroupSums` itself counts in one rank's ranges.
 
-        Through `OwnedElements.add_squares` and the layouts' views, as a calibration from Adam's moments goes; every
+        Through `LocalStats.add_squares` and the layouts' views, as a calibration from Adam's moments goes; every
         value is 1, held once and repeated by a stride of 0. Time grows with the elements, memory does not.
         """
-        elements = self.elements(pieces)
+        elements = self.elements(ranges)
         elements.open_squares(NoiseFloor(1.0, 0.0))
         one = torch.ones(1)
-        for index, piece in enumerate(pieces):
-            values = one.expand(piece.numel)
+        for index, item in enumerate(ranges):
+            values = one.expand(item.numel)
             elements.add_squares(index, values, values)
         sums = elements.take_squares()
         totals = sums.table[:, COLUMNS.index("total")].tolist()
         return {group: int(total) for group, total in zip(sums.groups, totals, strict=True) if total}
 
-    def expected_sum(self, pieces: Sequence[Owned]) -> dict[str, int]:
+    def expected_sum(self, ranges: Sequence[ShardRange]) -> dict[str, int]:
         """The same by the integer arithmetic of the layouts."""
         found: dict[str, int] = dict.fromkeys(self.table.elements, 0)
-        for piece in pieces:
-            for group, count in self.table.layouts[piece.name].counts(piece.start, piece.numel).items():
+        for item in ranges:
+            for group, count in self.table.layouts[item.name].counts(item.start, item.numel).items():
                 found[group] += count
         return {group: count for group, count in found.items() if count}
 

@@ -1,11 +1,11 @@
-"""The pieces of every rank under Megatron-core: its own model, buffers and DistributedOptimizer on the meta device.
+"""The ranges of every rank under Megatron-core: its own model, buffers and DistributedOptimizer on the meta device.
 
 What is Megatron's: the process grid (`parallel_state.initialize_model_parallel` over a fake world, `RankGenerator` for
 the place of each rank), `GPTModel` of each pipeline stage, `DistributedDataParallel` with its padded buckets, and
-`get_megatron_optimizer` for each data-parallel rank. What is this package's: `local_parameters`, `Shards` and the
-logical table, for every rank. What one build serves several ranks by: the tensor-parallel ranks of a stage hold shapes
-that are alike, and the expert-parallel ones too, so that Megatron's ranges are the same for them; which part of the
-logical parameter that is, is told by `local_parameters` from each rank's own place. `MegatronWorld.built` builds
+`get_megatron_optimizer` for each data-parallel rank. What is this package's: `local_parameters`, `MegatronShards` and
+the logical table, for every rank. What one build serves several ranks by: the tensor-parallel ranks of a stage hold
+shapes that are alike, and the expert-parallel ones too, so that Megatron's ranges are the same for them; which part of
+the logical parameter that is, is told by `local_parameters` from each rank's own place. `MegatronWorld.built` builds
 another rank whole, to be compared with that.
 
 Without Transformer Engine, Megatron's local modules are built: norms are modules of their own and experts are not
@@ -20,10 +20,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
-from megatron_patches.param_map import LocalParameter, shape_of
+from megatron_patches.param_map import LocalParameter, ProcessGrid, shape_of
 from mols_ds.apps.plan.simulate_meta import fake_world, on_meta
 from mols_ds.core.groups import GroupTable
-from mols_ds.core.local_stats import Owned
+from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsUnsupportedError
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ class Stage(NamedTuple):
                     buffer.data_parallel_group = SimpleNamespace(rank=lambda r=rank: r, size=lambda n=size: n)
 
 
-class RankPieces(NamedTuple):
+class RankRanges(NamedTuple):
     """What one rank owns; `tiles` as in `Count.add`, `stage`: of the pipeline."""
 
-    pieces: list[Owned]
+    ranges: list[ShardRange]
     tiles: dict[str, int]
     stage: int
 
@@ -85,13 +85,13 @@ class MegatronWorld:
         self.settings = _plain(settings)
         self.ranks = ranks
 
-    def run(self) -> tuple[GroupTable, list[RankPieces]]:
+    def run(self) -> tuple[GroupTable, list[RankRanges]]:
         """The logical group table and what rank 0, 1, ... owns."""
         from megatron_patches.collective_checks import check_locals, merge_shapes
         from megatron_patches.param_map import local_parameters, logical_table
-        from megatron_patches.shards import Shards
+        from megatron_patches.shards import MegatronShards
 
-        owned: dict[int, RankPieces] = {}
+        owned: dict[int, RankRanges] = {}
         told, found = [], []
         for stage, members in self._stages().items():
             first = min(members, key=lambda rank: (members[rank].data_rank, members[rank].tensor_rank, rank))
@@ -102,30 +102,28 @@ class MegatronWorld:
                     for rank in ranks:
                         locals_ = local_parameters(built.chunks, members[rank])
                         told.append({local.name: local.shape for local in locals_ if local.names_it})
-                        pieces = Shards(optimizer, locals_, members[rank]).pieces()
-                        owned[rank] = RankPieces(pieces, _tiles(locals_, members[rank]), stage)
+                        ranges = MegatronShards(optimizer, locals_, members[rank]).accumulated
+                        owned[rank] = RankRanges(ranges, _tiles(locals_, members[rank]), stage)
                         found += locals_ if rank == ranks[0] else []
                 config = built.config
         shapes = merge_shapes(told)
         check_locals(found, shapes)
         return logical_table(shapes, config, (), "type"), [owned[rank] for rank in range(self.ranks)]
 
-    def built(self, rank: int) -> list[Owned]:
-        """The owned pieces of one rank, for which everything is built in its own place."""
+    def built(self, rank: int) -> list[ShardRange]:
+        """The owned ranges of one rank, for which everything is built in its own place."""
         from megatron_patches.param_map import current_grid, local_parameters
-        from megatron_patches.shards import Shards
+        from megatron_patches.shards import MegatronShards
 
         with self._stage(rank) as stage:
             grid = current_grid()
-            return Shards(stage.optimizer(), local_parameters(stage.chunks, grid), grid).pieces()
+            return MegatronShards(stage.optimizer(), local_parameters(stage.chunks, grid), grid).accumulated
 
     # ------------------------------------------------------------------ the grid
 
-    def places(self) -> list[Any]:
-        """`megatron_patches.param_map.Grid` of rank 0, 1, ... from Megatron's own order of ranks."""
+    def places(self) -> list[ProcessGrid]:
+        """The grid as rank 0, 1, ... has it, from Megatron's own order of ranks."""
         from megatron.core.parallel_state import RankGenerator
-
-        from megatron_patches.param_map import Grid
 
         parallel = self.settings.parallel
         tp, pp, cp, ep = parallel.tp, parallel.pp, parallel.cp, parallel.ep
@@ -145,11 +143,11 @@ class MegatronWorld:
             for group in generator.get_ranks(token):
                 for number, rank in enumerate(group):
                     places[rank] |= {name: len(group), f"{name}_rank": number}
-        return [Grid(**place) for place in places]
+        return [ProcessGrid(**place) for place in places]
 
-    def _stages(self) -> dict[int, dict[int, Any]]:
+    def _stages(self) -> dict[int, dict[int, ProcessGrid]]:
         """Pipeline stage -> rank -> its place."""
-        stages: dict[int, dict[int, Any]] = {}
+        stages: dict[int, dict[int, ProcessGrid]] = {}
         for rank, place in enumerate(self.places()):
             stages.setdefault(place.pipeline_rank, {})[rank] = place
         return stages
@@ -192,17 +190,17 @@ def _plain(settings: Settings) -> Settings:
     return settings.model_copy(update={"model": model, "precision": precision})
 
 
-def _tiles(locals_: Sequence[LocalParameter], grid: Any) -> dict[str, int]:
+def _tiles(locals_: Sequence[LocalParameter], grid: ProcessGrid) -> dict[str, int]:
     """Elements before this rank's tile, of the weights that tensor parallelism cuts by columns (linear_proj, fc2)."""
     found = {}
     for local in locals_:
         if shape_of(local.parameter)[1:] != local.shape[1:]:
             rank = grid.expert_tensor_rank if ".experts." in local.name else grid.tensor_rank
-            found[local.name] = rank * local.numel
+            found[local.name] = rank * local.range.numel
     return found
 
 
-def _alike(members: dict[int, Any]) -> list[list[int]]:
+def _alike(members: dict[int, ProcessGrid]) -> list[list[int]]:
     """The ranks of a stage, those together that hold the same ranges of their buffers."""
     found: dict[tuple[int, int], list[int]] = {}
     for rank, place in members.items():

@@ -1,4 +1,4 @@
-"""The pieces of every rank under ZeRO: DeepSpeed's own optimizer on the meta device, read by
+"""The ranges of every rank under ZeRO: DeepSpeed's own optimizer on the meta device, read by
 `mols_ds.engines.deepspeed.shards`.
 
 What is DeepSpeed's: the constructor of `DeepSpeedZeroOptimizer` (stages 1 and 2) or `DeepSpeedZeroOptimizer_Stage3`
@@ -30,11 +30,11 @@ from torch import nn
 
 from mols_ds.apps.plan.simulate_meta import fake_world, on_meta
 from mols_ds.core.groups import GroupTable, group_table
-from mols_ds.core.local_stats import Owned
 from mols_ds.training.models import meta_model
 
 if TYPE_CHECKING:
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from mols_ds.core.ranges import ShardRange
 from mols_ds.engines.deepspeed import compat
 
 OPTIONS = ("sub_group_size", "round_robin_gradients", "parameter_alignment", "stage3_param_persistence_threshold")
@@ -84,19 +84,19 @@ class ZeroWorld:
     def table(self) -> GroupTable:
         return group_table(self.model())
 
-    def pieces(self) -> Iterator[list[Owned]]:
-        """The owned pieces of rank 0, 1, ..., by one constructor."""
+    def ranges(self) -> Iterator[list[ShardRange]]:
+        """The owned ranges of rank 0, 1, ..., by one constructor."""
         with self._engine(0) as engine:
             for rank in range(self.ranks):
                 with _as_rank(rank):
                     if self.stage in (1, 2):
                         _enter_partition(engine.optimizer, rank)
-                    yield _pieces_of(engine)
+                    yield _ranges_of(engine)
 
-    def built(self, rank: int) -> list[Owned]:
-        """The owned pieces of one rank, for which DeepSpeed's constructor is run."""
+    def built(self, rank: int) -> list[ShardRange]:
+        """The owned ranges of one rank, for which DeepSpeed's constructor is run."""
         with self._engine(rank) as engine:
-            return _pieces_of(engine)
+            return _ranges_of(engine)
 
     @contextlib.contextmanager
     def _engine(self, rank: int) -> Iterator[SimpleNamespace]:
@@ -140,15 +140,11 @@ class ZeroWorld:
         return stage_1_and_2(optimizer, names, None, {}, partition_grads=self.stage == 2, **common, **more)
 
 
-def _pieces_of(engine: Any) -> list[Owned]:
+def _ranges_of(engine: Any) -> list[ShardRange]:
     """As `EngineMols` takes them from the shards (mols_ds/engines/deepspeed/engine.py)."""
     from mols_ds.engines.deepspeed.shards import find_shards
 
-    owned, offset = [], 0
-    for _, piece in find_shards(engine).owned:
-        owned.append(Owned(piece.name, piece.start, offset, piece.numel))
-        offset += piece.numel
-    return owned
+    return find_shards(engine).accumulated
 
 
 def _enter_partition(outer: ZeROOptimizer, rank: int) -> None:
@@ -195,8 +191,8 @@ def _deepspeed() -> Iterator[None]:
         yield
 
 
-def first_difference(left: Sequence[Owned], right: Sequence[Owned]) -> str:
-    """What differs between two lists of pieces, or ""."""
+def first_difference(left: Sequence[ShardRange], right: Sequence[ShardRange]) -> str:
+    """What differs between two lists of ranges, or ""."""
     if len(left) != len(right):
-        return f"{len(left)} pieces and {len(right)}"
+        return f"{len(left)} ranges and {len(right)}"
     return next((f"{a} and {b}" for a, b in zip(left, right, strict=True) if a != b), "")

@@ -9,11 +9,11 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from mols_ds.engines.deepspeed.compat import Engine
-from mols_ds.engines.deepspeed.parallel.base import Grid, local_shape
+from mols_ds.engines.deepspeed.parallel.base import ParallelGrid, local_shape
 from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsUnsupportedError
-from mols_ds.optim.held import Reduce
+from mols_ds.optim.param_shards import Reduce
 from mols_ds.optim.sharded import ShardedOptimizer
 
 Refusal = tuple[bool, str, str]
@@ -45,7 +45,7 @@ def bind_optimizer(engine: Engine) -> None:
     section = engine.config.get("mols") if isinstance(engine.config, Mapping) else None
     blocks = inner.model_blocks(engine.module, shapes, (section or {}).get("rules") or ())
     reduce = None if isinstance(shards, Replicated) else _reduction(engine)
-    inner.bind(shards.tensors, shards.pieces, shapes, blocks, reduce)
+    inner.bind(shards.tensors, shards.ranges, shapes, blocks, reduce)
 
 
 def _reduction(engine: Engine) -> Reduce:
@@ -65,7 +65,7 @@ def _refusals(engine: Engine, inner: ShardedOptimizer) -> list[Refusal]:
     partial = getattr(outer, "backup_optimizer", None) is not None or getattr(outer, "partial_offload", 1.0) != 1.0
     return [
         (
-            type(find_grid(engine)) is not Grid or bool(getattr(engine, "has_moe_layers", False)),
+            type(find_grid(engine)) is not ParallelGrid or bool(getattr(engine, "has_moe_layers", False)),
             "tensor, pipeline or expert parallelism (a rank does not know the other parts of its parameters)",
             "use data parallelism with ZeRO, or AdamW",
         ),

@@ -23,7 +23,7 @@ from deepspeed.utils import logger
 
 from mols_ds.engines.deepspeed import universal_checkpoint as universal
 from mols_ds.engines.deepspeed.compat import other_world_error
-from mols_ds.engines.deepspeed.parallel.base import Grid
+from mols_ds.engines.deepspeed.parallel.base import ParallelGrid
 from mols_ds.engines.deepspeed.rng_state import EngineWindow
 from mols_ds.errors import MolsCheckpointError
 
@@ -42,7 +42,7 @@ def side_file(folder: Path, rank: int, world: int) -> Path:
 class EngineCheckpoints:
     """Patches `save_checkpoint` and `load_checkpoint` of one engine instance until `remove()`."""
 
-    def __init__(self, mols: Session, engine: Any, grid: Grid, random: EngineWindow) -> None:
+    def __init__(self, mols: Session, engine: Any, grid: ParallelGrid, random: EngineWindow) -> None:
         self.mols, self.engine, self.grid, self.random = mols, engine, grid, random
         self._save = self.engine.save_checkpoint
         self._load = self.engine.load_checkpoint

@@ -34,6 +34,7 @@ class DocumentedEngine(Protocol):
     config: Any  # what `initialize` was given: a path or a mapping
     save_checkpoint: Callable[..., bool]
     load_checkpoint: Callable[..., tuple[str | None, Any]]
+    zero_grad: Callable[[], None]
 
 
 class Engine(DocumentedEngine, Protocol):

@@ -19,10 +19,10 @@ from torch import Tensor
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Context, Controller
 from mols_ds.core.groups import GroupTable
-from mols_ds.core.local_stats import Owned
 from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.phases import resolve_schedule
+from mols_ds.core.ranges import ShardRange
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.engines.deepspeed.checkpoint import EngineCheckpoints
 from mols_ds.engines.deepspeed.checks import check_supported, scheduler_hints
@@ -55,7 +55,7 @@ class EngineMols(Session):
         self._check_options()
         schedule = resolve_schedule(config, *scheduler_hints(engine.lr_scheduler))
         table = self.grid.table(config, self.shards.param_group)
-        self._controller = Controller(config, table, self._owned(), schedule, self._context())
+        self._controller = Controller(config, table, self.shards.accumulated, schedule, self._context())
         self.check_counts()
         self._lr_group = self._groups_of_lr(table)
         self._scale_before = 1.0
@@ -79,8 +79,8 @@ class EngineMols(Session):
         """Hooks in this order: sample, then rates, then (after the rates are off again) Adam's moments."""
         engine, shards = self.engine, self.shards
         plans = {
-            id(tensor): make_plan(size, pieces, table.layouts)
-            for tensor, size, pieces in zip(shards.tensors, shards.sizes, shards.pieces, strict=True)
+            id(tensor): make_plan(size, ranges, table.layouts)
+            for tensor, size, ranges in zip(shards.tensors, shards.sizes, shards.ranges, strict=True)
         }
         sample = shards.inner.register_step_pre_hook(self._on_inner_step)
         self.scaler = LRScaler(
@@ -96,9 +96,9 @@ class EngineMols(Session):
             shards.inner.register_step_post_hook(self._read_moments),
             engine.module.register_forward_pre_hook(self._before_forward),
         ]
-        self._ranges: dict[int, list[tuple[int, int, int]]] = {}
-        for number, (index, piece) in enumerate(shards.owned):
-            self._ranges.setdefault(id(shards.tensors[index]), []).append((number, piece.offset, piece.numel))
+        self._ranges: dict[int, list[tuple[int, ShardRange]]] = {}
+        for number, (index, item) in enumerate(shards.owned):
+            self._ranges.setdefault(id(shards.tensors[index]), []).append((number, item))
         self._take_model_step = engine._take_model_step
         engine._take_model_step = self._step
 
@@ -106,13 +106,6 @@ class EngineMols(Session):
         for group in self.shards.inner.param_groups:
             if group.get("lr") is None:
                 raise MolsConfigError("the optimizer's lr is None (it makes its own rate): give it an lr to be scaled")
-
-    def _owned(self) -> list[Owned]:
-        owned, offset = [], 0
-        for _, piece in self.shards.owned:
-            owned.append(Owned(piece.name, piece.start, offset, piece.numel))
-            offset += piece.numel
-        return owned
 
     def _context(self) -> Context:
         accelerator = get_accelerator()
@@ -153,7 +146,7 @@ class EngineMols(Session):
         groups = self.shards.inner.param_groups
         return {group: float(groups[index]["lr"]) for group, index in self._lr_group.items()}
 
-    def owned_in(self, tensor: Tensor) -> Sequence[tuple[int, int, int]]:
+    def owned_in(self, tensor: Tensor) -> Sequence[tuple[int, ShardRange]]:
         return self._ranges.get(id(tensor), ())
 
     def adam_settings(self, step: int) -> tuple[int, float, float]:
@@ -201,5 +194,5 @@ class EngineMols(Session):
         self.open_sample()
         for group in optimizer.param_groups:
             for tensor in group["params"]:
-                for offset, gradient in self.shards.spans.cut(tensor, tensor.grad):
+                for offset, gradient in self.shards.owned_parts(tensor, tensor.grad):
                     self.controller.elements.add(offset, gradient, factor)

@@ -6,7 +6,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from mols_ds.engines.deepspeed.parallel.base import Grid
+from mols_ds.engines.deepspeed.parallel.base import ParallelGrid
 
 
 class EngineWindow:
@@ -16,7 +16,7 @@ class EngineWindow:
         saved: the CPU's and the accelerator's random state at the start of the window, uint8; None outside.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: ParallelGrid) -> None:
         self.grid = grid
         self.saved: tuple[Tensor, Tensor] | None = None
 

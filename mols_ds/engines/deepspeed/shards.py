@@ -1,6 +1,6 @@
 """Where each ZeRO layout keeps its shards: the only file that reads DeepSpeed's optimizers (names: compat.py).
 
-One class per layout says: which inner tensors the inner optimizer steps, which parameter elements lie where in them,
+One class per layout says: which inner tensors the inner optimizer steps, where in them which parameter elements are,
 how to read this rank's reduced gradient at an accumulation boundary, how to throw it away, and by which factor an inner
 `.grad` must be multiplied to become the unscaled, unclipped gradient.
 """
@@ -14,64 +14,73 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from mols_ds.core.lr_scaler import Piece
-from mols_ds.engines.deepspeed.compat import check_optimizer
-from mols_ds.engines.deepspeed.parallel.base import Place
-from mols_ds.engines.deepspeed.spans import OwnedPiece, Spans
+from mols_ds.core.ranges import ShardRange, pack, spans_to_accumulators, split_among_replicas
+from mols_ds.engines.deepspeed.compat import Engine, check_optimizer
+from mols_ds.engines.deepspeed.parallel.base import Place, whole_places
 from mols_ds.errors import MolsUnsupportedError
 
 
-class Shards(ABC):
+class ZeroShards(ABC):
     """The shards of one engine on this rank.
 
     Attributes:
         tensors: what the inner optimizer steps; their identity is stable for the engine's life.
         sizes: number of elements of each (a tensor on NVMe is empty between steps).
-        pieces: per tensor, the parameter elements in it; what no piece covers is padding (and may be garbage).
-        owned: the pieces whose statistics this rank keeps: all of them, or its part of them where ranks hold replicas.
+        ranges: per tensor, the parameter elements in it; what no range covers is padding (and may be garbage).
+        owned: (number of the tensor, range in it) of the elements whose statistics this rank keeps: all, or its share
+            where ranks hold replicas; in the order of its accumulators.
+        accumulated: the ranges of `owned` as they are in the accumulators.
         param_group: parameter name -> index of its group in `inner.param_groups`.
     """
 
     reads_before_clipping = False
     """Whether online samples are read at the entry of the step; otherwise in the inner optimizer's step hook."""
 
-    def __init__(self, engine: Any, places: Mapping[Any, Place]) -> None:
+    def __init__(self, engine: Engine, places: Mapping[nn.Parameter, Place]) -> None:
         self.engine = engine
         self.outer = engine.optimizer
         self.inner = getattr(self.outer, "optimizer", self.outer)
         check_optimizer(self.outer)
         self.places = places
-        self.starts = {place.name: place.start for place in places.values()}
-        self.uncounted = {place.name for place in places.values() if not place.counted}
         self.tensors: list[Tensor] = []
         self.sizes: list[int] = []
-        self.pieces: list[list[Piece]] = []
+        self.ranges: list[list[ShardRange]] = []
         self.param_group: dict[str, int] = {}
         self._collect()
         self.owned = self._owned()
-        self.spans = Spans(self.tensors, self.owned)
+        self.accumulated = pack(item for _, item in self.owned)
+        self._spans = {id(self.tensors[i]): spans for i, spans in spans_to_accumulators(self.owned).items()}
 
-    def _name(self, param: Any) -> str:
-        return self.places[param].name
+    def _name(self, param: nn.Parameter) -> str:
+        return self.places[param].range.name
 
-    def _piece(self, param: Any, start: int, offset: int, numel: int) -> Piece:
-        """Elements [start, start + numel) of the local parameter as a piece of the logical one."""
-        return Piece(self.places[param].name, self.places[param].start + start, offset, numel)
+    def _range(self, param: nn.Parameter, low: int, high: int, offset: int) -> ShardRange:
+        """Elements low to high of the local parameter, as far as it has them, which are at `offset` of a tensor."""
+        return self.places[param].range.part(low, high).at(offset)
 
-    def _add(self, tensor: Tensor, size: int, pieces: list[Piece], group: int) -> None:
+    def _add(self, tensor: Tensor, size: int, ranges: list[ShardRange]) -> None:
         self.tensors.append(tensor)
         self.sizes.append(size)
-        self.pieces.append([p for p in pieces if p.numel > 0])
+        self.ranges.append([item for item in ranges if item.numel > 0])
 
     @abstractmethod
     def _collect(self) -> None:
-        """Fill tensors, sizes, pieces and param_group."""
+        """Fill tensors, sizes, ranges and param_group."""
 
-    def _owned(self) -> list[OwnedPiece]:
-        every = (OwnedPiece(i, piece) for i, pieces in enumerate(self.pieces) for piece in pieces)
-        return [owned for owned in every if owned.piece.name not in self.uncounted]
+    def _owned(self) -> list[tuple[int, ShardRange]]:
+        uncounted = {place.range.name for place in self.places.values() if not place.counted}
+        return [(i, item) for i, ranges in enumerate(self.ranges) for item in ranges if item.name not in uncounted]
+
+    def owned_parts(self, tensor: Tensor, gradient: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+        """(offset among the owned elements, 1-D gradient) of the owned ranges of one inner tensor.
+
+        gradient: that of all its elements; may be None where this rank owns none of them.
+        """
+        for span in self._spans.get(id(tensor), []):
+            assert gradient is not None, "an owned inner tensor has no gradient"
+            yield span.target, gradient.view(-1).narrow(0, span.source, span.numel)
 
     @abstractmethod
     def read(self) -> Iterator[tuple[int, Tensor]]:
@@ -120,21 +129,20 @@ class Shards(ABC):
         return before
 
 
-class Stage12(Shards):
+class Stage12(ZeroShards):
     """ZeRO stages 1 and 2, CPU offload included (runtime/zero/stage_1_and_2.py)."""
 
     def _collect(self) -> None:
         o = self.outer
         for i, flat in enumerate(o.single_partition_of_fp32_groups):
             rank = dist.get_rank(o.real_dp_process_group[i])
-            pieces = []
+            ranges = []
             for p in o.params_in_partition[i]:
                 key = o.get_param_id(p)
                 start = int(o.grad_start_offset[i][rank][key])
                 offset = int(o.grad_partition_insertion_offset[i][rank][key])
-                numel = min(p.numel() - start, int(o.partition_size[i]) - offset)
-                pieces.append(self._piece(p, start, offset, numel))
-            self._add(flat, flat.numel(), pieces, i)
+                ranges.append(self._range(p, start, start + int(o.partition_size[i]) - offset, offset))
+            self._add(flat, flat.numel(), ranges)
             self.param_group |= {self._name(p): i for p in o.bit16_groups[i]}
 
     def loss_scale(self) -> float:
@@ -152,7 +160,7 @@ class Stage12(Shards):
                 gradient = getattr(shards, "flat_partition", None)
                 if gradient is None:
                     gradient = torch.cat([g.reshape(-1) for g in shards])
-            yield from self.spans.cut(flat, gradient)
+            yield from self.owned_parts(flat, gradient)
 
     def discard(self) -> None:
         o = self.outer
@@ -167,18 +175,18 @@ class Stage12(Shards):
                 o.averaged_gradients[i] = o.all_grad_tensors[i] = None
 
 
-class Stage3(Shards):
+class Stage3(ZeroShards):
     """ZeRO stage 3 with sub-groups, CPU and NVMe offload (runtime/zero/stage3.py). Nothing is ever gathered."""
 
     def _collect(self) -> None:
         o = self.outer
         for i, flat in enumerate(o.fp32_partitioned_groups_flat):
-            pieces = []
+            ranges = []
             for p in o.fp16_groups[i]:
                 _, offset, share = o.grad_position[o.get_param_id(p)]
                 start = dist.get_rank(p.ds_process_group) * share
-                pieces.append(self._piece(p, start, int(offset), min(share, p.ds_numel - start)))
-            self._add(flat, int(o.fp16_partitioned_groups_flat_numel[i]), pieces, i)
+                ranges.append(self._range(p, start, start + share, int(offset)))
+            self._add(flat, int(o.fp16_partitioned_groups_flat_numel[i]), ranges)
             self.param_group |= {self._name(p): o.sub_group_to_group_id[i] for p in o.fp16_groups[i]}
 
     def loss_scale(self) -> float:
@@ -197,7 +205,7 @@ class Stage3(Shards):
                 gradient: Any = flat.grad
             else:
                 gradient = torch.cat([g.reshape(-1) for g in o.averaged_gradients[i]])
-            yield from self.spans.cut(flat, gradient)
+            yield from self.owned_parts(flat, gradient)
             if swapped:
                 o._release_swap_buffers(i)
 
@@ -214,23 +222,23 @@ class Stage3(Shards):
             o.persistent_parameters[0].all_gather(o.persistent_parameters)
 
 
-class Bf16(Shards):
+class Bf16(ZeroShards):
     """BF16_Optimizer: stage 1, bf16 with fp32 gradient accumulation (runtime/bf16_optimizer.py)."""
 
     def _collect(self) -> None:
         o = self.outer
         for i, flat in enumerate(o.fp32_groups_flat_partition):
-            pieces = []
+            ranges = []
             for p in o.bf16_groups[i]:
                 if p._hp_mapping is not None:
                     low, high = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
-                    pieces.append(self._piece(p, low.start, high.start, low.numel))
-            self._add(flat, flat.numel(), pieces, i)
+                    ranges.append(self._range(p, low.start, low.start + low.numel, high.start))
+            self._add(flat, flat.numel(), ranges)
             self.param_group |= {self._name(p): i for p in o.bf16_groups[i]}
 
     def read(self) -> Iterator[tuple[int, Tensor]]:
         for flat, gradient in zip(self.tensors, self.outer.fp32_groups_gradient_flat_partition, strict=True):
-            yield from self.spans.cut(flat, gradient)
+            yield from self.owned_parts(flat, gradient)
 
     def discard(self) -> None:
         self.outer.zero_grad(set_to_none=True)
@@ -240,7 +248,7 @@ class Bf16(Shards):
         return max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0
 
 
-class Replicated(Shards):
+class Replicated(ZeroShards):
     """Stage 0: data-parallel ranks hold the same gradients, so they split the elements among them.
 
     The client optimizer itself (fp32), or DeepSpeed's fp16/bf16 wrappers with per-parameter or flat fp32 copies
@@ -250,7 +258,7 @@ class Replicated(Shards):
     reads_before_clipping = True
 
     def _collect(self) -> None:
-        self.params: list[Any] = []
+        self.params: list[nn.Parameter] = []
         if hasattr(self.outer, "fp32_groups_flat"):
             self._collect_flat()
         elif hasattr(self.outer, "fp32_groups"):
@@ -263,47 +271,31 @@ class Replicated(Shards):
                     if p.requires_grad:
                         self._one(p, p, i)
 
-    def _one(self, param: Any, tensor: Tensor, group: int) -> None:
-        self._add(tensor, param.numel(), [self._piece(param, 0, 0, param.numel())], group)
+    def _one(self, param: nn.Parameter, tensor: Tensor, group: int) -> None:
+        self._add(tensor, param.numel(), [self.places[param].range.at(0)])
         self.param_group[self._name(param)] = group
         self.params.append(param)
 
     def _collect_flat(self) -> None:
         for i, (params, flat) in enumerate(zip(self.outer.fp16_groups, self.outer.fp32_groups_flat, strict=True)):
-            pieces, offset = [], 0
-            for p in params:
-                pieces.append(self._piece(p, 0, offset, p.numel()))
-                offset += p.numel()
-                self.params.append(p)
-                self.param_group[self._name(p)] = i
-            self._add(flat, flat.numel(), pieces, i)
+            self._add(flat, flat.numel(), pack(self.places[p].range.at(0) for p in params))
+            self.params += params
+            self.param_group |= {self._name(p): i for p in params}
 
-    def _owned(self) -> list[OwnedPiece]:
-        """This rank's range of the concatenation of all pieces that are counted among its data-parallel replicas."""
+    def _owned(self) -> list[tuple[int, ShardRange]]:
+        """This rank's share of what is counted among its data-parallel replicas."""
         group = self.engine.seq_data_parallel_group
-        rank, world = dist.get_rank(group), dist.get_world_size(group)
-        every = super()._owned()
-        total = sum(piece.numel for _, piece in every)
-        low, high = total * rank // world, total * (rank + 1) // world
-        owned, at = [], 0
-        for i, piece in every:
-            first, last = max(low - at, 0), min(high - at, piece.numel)
-            if first < last:
-                part = Piece(piece.name, piece.start + first, piece.offset + first, last - first)
-                owned.append(OwnedPiece(i, part))
-            at += piece.numel
-        return owned
+        return split_among_replicas(super()._owned(), dist.get_rank(group), dist.get_world_size(group))
 
     def read(self) -> Iterator[tuple[int, Tensor]]:
         gradients = {self._name(p): p.grad for p in self.params}
-        offset = 0
-        for _, piece in self.owned:
-            gradient, start = gradients[piece.name], piece.start - self.starts[piece.name]
+        starts = {self._name(p): self.places[p].range.start for p in self.params}
+        for item in self.accumulated:
+            gradient = gradients[item.name]
             if gradient is None:
-                yield offset, torch.zeros(piece.numel)
+                yield item.offset, torch.zeros(item.numel)
             else:
-                yield offset, gradient.reshape(-1).narrow(0, start, piece.numel)
-            offset += piece.numel
+                yield item.offset, gradient.reshape(-1).narrow(0, item.start - starts[item.name], item.numel)
 
     def finite(self) -> bool:
         """Whether every gradient, this rank's part or not, is finite; data-parallel replicas give the same answer."""
@@ -316,15 +308,15 @@ class Replicated(Shards):
             self.outer.zero_grad(set_to_none=True)
 
 
-def find_shards(engine: Any, places: Mapping[Any, Place] | None = None) -> Shards:
-    """The layout of this engine; `places`: see grid.py, by default those of data parallelism alone.
+def find_shards(engine: Engine, places: Mapping[nn.Parameter, Place] | None = None) -> ZeroShards:
+    """The layout of this engine; `places`: of its `ParallelGrid`, by default those of data parallelism alone.
 
     Raises `MolsUnsupportedError`, naming the wrapper, where none is known.
     """
     outer = engine.optimizer
     if places is None:
-        places = {p: Place(name) for p, name in engine.param_names.items()}
-    kinds: dict[str, type[Shards]] = {
+        places = whole_places(engine)
+    kinds: dict[str, type[ZeroShards]] = {
         "DeepSpeedZeroOptimizer": Stage12,
         "DeepSpeedZeroOptimizer_Stage3": Stage3,
         "BF16_Optimizer": Bf16,

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from mols_ds.core import estimators
 from mols_ds.core.config import Estimator, MolsConfig
 from mols_ds.core.group_stats import NoiseFloor, adam_moments
-from mols_ds.core.local_stats import Owned, OwnedElements
+from mols_ds.core.local_stats import LocalStats
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.shards import find_shards
@@ -81,11 +81,10 @@ class SnrWatch:
         inner, elements = self._shards.inner, self._elements
         weight = self._weight(inner)
         elements.open_squares(NoiseFloor(1.0, weight))
-        for number, (index, piece) in enumerate(self._shards.owned):
+        for number, (index, item) in enumerate(self._shards.owned):
             tensor = self._shards.tensors[index]
             state = inner.state.get(tensor, {})
-            part = slice(piece.offset, piece.offset + piece.numel)
-            mean, square = (state[key].view(-1)[part] for key in ("exp_avg", "exp_avg_sq"))
+            mean, square = (item.view(state[key].view(-1)) for key in ("exp_avg", "exp_avg_sq"))
             mu2, s2, _ = adam_moments(mean, square, self._step(inner), *self._betas)
             elements.add_squares(number, mu2, s2)
         sums = elements.take_squares()
@@ -108,11 +107,8 @@ class SnrWatch:
                 f"SNR curves cannot be read: {type(inner).__name__} keeps no exp_avg and exp_avg_sq in memory here"
             )
         table = self._grid.table(MolsConfig(), self._shards.param_group)
-        owned, offset = [], 0
-        for _, piece in self._shards.owned:
-            owned.append(Owned(piece.name, piece.start, offset, piece.numel))
-            offset += piece.numel
-        self._elements = OwnedElements(owned, table.layouts, list(table.elements), torch.device("cpu"))
+        owned = self._shards.accumulated
+        self._elements = LocalStats(owned, table.layouts, list(table.elements), torch.device("cpu"))
         self._betas: tuple[float, float] = tuple(inner.param_groups[0]["betas"])
 
     def _step(self, inner: Optimizer) -> int:

@@ -156,7 +156,7 @@ def snapshot(engine: Any) -> dict[str, str]:
             held = p.ds_tensor.data.view(-1)[:rest]
         seen[f"weight {name}"] = digest(held)
         seen[f"gradient {name}"] = str(p.grad is not None)
-    for tensor, pieces in zip(shards.tensors, shards.pieces, strict=True):
+    for tensor, pieces in zip(shards.tensors, shards.ranges, strict=True):
         for piece in pieces:
             where = slice(piece.offset, piece.offset + piece.numel)
             seen[f"master {piece.name}"] = digest(tensor.detach().view(-1)[where])

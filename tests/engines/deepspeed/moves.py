@@ -143,7 +143,7 @@ def state_of(engine: Any) -> dict[str, Any]:
     """Every weight and moment, whole, the parameter groups' options and the optimizer's step counters. Collective."""
     shards = find_shards(engine)
     mine: list[tuple[str, str, int, Tensor]] = []
-    for tensor, pieces in zip(shards.tensors, shards.pieces, strict=True):
+    for tensor, pieces in zip(shards.tensors, shards.ranges, strict=True):
         held = {"fp32": tensor, **shards.inner.state.get(tensor, {})}
         for piece in pieces:
             for key in STATES:

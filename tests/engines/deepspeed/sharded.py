@@ -150,7 +150,7 @@ def whole(engine: Any, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     result = {}
     for parameter, name in engine.param_names.items():
         result[name] = torch.zeros(tuple(getattr(parameter, "ds_shape", parameter.shape)))
-    for tensor, pieces in zip(shards.tensors, shards.pieces, strict=True):
+    for tensor, pieces in zip(shards.tensors, shards.ranges, strict=True):
         values = of(tensor).detach().view(-1)
         for p in pieces:
             result[p.name].view(-1)[p.start : p.start + p.numel] = values[p.offset : p.offset + p.numel]

@@ -76,7 +76,7 @@ def follow(engine: Any, iteration: int, trace: list[dict[str, Any]], broken: int
     # What the last step applied is a fact of that step; a resumed engine knows it from its first step on.
     found = [f"loaded: {key}" for key in differing(trace[iteration], fingerprint(engine), "applied")]
     steps = engine.global_steps
-    moments = engine.mols.controller.elements.moments
+    moments = engine.mols.controller.elements.accumulators
     accumulators = [weakref.ref(moments.mean), weakref.ref(moments.m2)] if moments is not None else []
     del moments
     for later in range(iteration + 1, min(iteration + 1 + FOLLOWED, ITERATIONS)):

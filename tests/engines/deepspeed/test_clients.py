@@ -70,7 +70,7 @@ def user_groups(model: nn.Module, spec: dict[str, Any]) -> list[Any]:
 def poison_padding(engine: Any) -> int:
     """NaN into what no parameter covers, as DeepSpeed's stage 3 was seen to leave there. Returns how many elements."""
     shards, poisoned = find_shards(engine), 0
-    for tensor, pieces in zip(shards.tensors, shards.pieces, strict=True):
+    for tensor, pieces in zip(shards.tensors, shards.ranges, strict=True):
         mask = torch.ones(tensor.numel(), dtype=torch.bool)
         for piece in pieces:
             mask[piece.offset : piece.offset + piece.numel] = False

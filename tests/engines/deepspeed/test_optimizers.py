@@ -189,7 +189,7 @@ def train_eight_bit(model: str, stage: int) -> dict[str, Any]:
     copies = [nn.Parameter(tensor.detach().clone()) for tensor in shards.tensors]
     values = torch.tensor([fixed(model)["fixed_alphas"].get(group, 1.0) for group in GROUPS])
     rates = {id(copy): torch.ones_like(copy.detach()) for copy in copies}
-    for copy, pieces in zip(copies, shards.pieces, strict=True):
+    for copy, pieces in zip(copies, shards.ranges, strict=True):
         for name, start, offset, numel in pieces:
             rates[id(copy)][offset : offset + numel] = values[mask[name].flatten()[start : start + numel]]
     numbers = {id(tensor): i for i, tensor in enumerate(shards.tensors)}
@@ -205,7 +205,7 @@ def train_eight_bit(model: str, stage: int) -> dict[str, Any]:
         go(engine, step, 1)
         by_element(twin, rates)
     error = bits = crossing = 0.0
-    for tensor, copy, pieces in zip(shards.tensors, copies, shards.pieces, strict=True):
+    for tensor, copy, pieces in zip(shards.tensors, copies, shards.ranges, strict=True):
         bits = max(bits, 8.0 * shards.inner.state[tensor]["state1"].element_size()) if tensor.numel() >= BLOCK else bits
         for _, _, offset, numel in pieces:
             where = slice(offset, offset + numel)

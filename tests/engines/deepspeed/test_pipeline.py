@@ -54,7 +54,7 @@ def train(tied: bool, stage: int, mode: str, dtype: str) -> dict[str, Any]:
         "weights": {name: p.detach().float().clone() for name, p in engine.module.named_parameters()},
         "tied": sum(getattr(p, "ds_pipe_replicated", False) for p in engine.module.parameters()),
         "outer": type(outer).__name__,
-        "owned": sum(piece.numel for piece in engine.mols.controller.elements.pieces),
+        "owned": sum(piece.numel for piece in engine.mols.controller.elements.ranges),
     }
     engine.destroy()
     return result

@@ -144,7 +144,7 @@ def train(model: str, tensor: int, stage: int, mode: str) -> dict[str, Any]:
             "steps": engine.global_steps,
             "micro_steps": engine.micro_steps,
             "weights": local_weights(engine),
-            "owned": sum(piece.numel for piece in engine.mols.controller.elements.pieces),
+            "owned": sum(piece.numel for piece in engine.mols.controller.elements.ranges),
             "norm": float(engine.get_global_grad_norm() or 0.0),
         }
         engine.destroy()

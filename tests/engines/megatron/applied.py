@@ -64,7 +64,7 @@ class Watch:
             update = mean / (root + group["eps"]) + group["weight_decay"] * old
             rate = (old.double() - shard.tensor.view(-1).double()) / update / base
             layout = self.mols.controller.table.layouts[shard.local.name]
-            views = zip(layout.views(rate, shard.start), layout.views(update, shard.start), strict=True)
+            views = zip(layout.views(rate, shard.range.start), layout.views(update, shard.range.start), strict=True)
             for (name, found), (_, of) in views:
                 seen = found[of.abs() > LEAST]
                 if seen.numel():

@@ -124,7 +124,7 @@ def fingerprint(built: Built, optimizer: Any, scheduler: Any, mols: Any = None) 
                 }
     found["scheduler"] = None if scheduler is None else scheduler.num_steps
     if mols is not None:
-        moments = mols.controller.elements.moments
+        moments = mols.controller.elements.accumulators
         found["mols"] = (mols.phase, mols.steps, mols.samples, mols.alphas)
         found["rates"] = mols.controller.rates(mols.steps)
         found["report"] = repr(mols.report())

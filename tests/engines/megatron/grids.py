@@ -190,9 +190,9 @@ def owned(built: Built, mols: Any) -> list[tuple[str, int, int]]:
     """(name, first, numel): the flat ranges of local parameters that this rank measures; names as in `weights`."""
     names = {id(p): name for chunk in built.chunks for name, p in logical_names(chunk, built.setup).items()}
     pieces = []
-    for shard, first, _, numel in mols.shards.owned:
+    for shard, item in mols.shards.owned:
         local = shard.local
-        pieces.append((names[id(local.parameter)], shard.start - local.start + first, numel))
+        pieces.append((names[id(local.parameter)], item.start - local.range.start, item.numel))
     return pieces
 
 

@@ -40,7 +40,7 @@ def measure(setup: Setup) -> dict[str, Any]:
             built.chunks, optimizer, scheduler, SECTION, samples_per_step=samples_per_step(setup)
         )
         assert isinstance(mols, megatron_patches.engine.MegatronMols)
-        pieces = [(piece.name, piece.start, piece.numel) for piece in mols.shards.pieces()]
+        pieces = [(piece.name, piece.start, piece.numel) for piece in mols.shards.accumulated]
         for iteration in range(SECTION["samples"] + 1):  # type: ignore[operator]
             building.step(built, optimizer, scheduler, iteration)
         report = mols.report()["groups"]

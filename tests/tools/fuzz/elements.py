@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from mols_ds.core.accumulators import STRIDE
 from mols_ds.core.groups import build_layouts, is_scaled, order_groups
 from mols_ds.core.layout import ElementLayout
-from mols_ds.core.local_stats import Owned, OwnedElements, group_index
-from mols_ds.core.lr_scaler import LRScaler, Piece, make_plan
+from mols_ds.core.local_stats import LocalStats, group_index
+from mols_ds.core.lr_scaler import LRScaler, make_plan
+from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsConfigError
 from tests.tools.fuzz.common import ACCEPTED, JSON, REFUSED, Target, refused_by
 
@@ -172,7 +173,7 @@ class Shard(NamedTuple):
     """One rank's flat tensor: its size and the pieces in it; what they leave is padding."""
 
     numel: int
-    pieces: list[Piece]
+    pieces: list[ShardRange]
 
 
 def flat_shards(sizes: dict[str, int], world: int, pad: int) -> Iterator[Shard]:
@@ -185,7 +186,7 @@ def flat_shards(sizes: dict[str, int], world: int, pad: int) -> Iterator[Shard]:
         for name, size in sizes.items():
             begin, end = max(at, low), min(at + size, low + share)
             if begin < end:
-                pieces.append(Piece(name, begin - at, begin - low, end - begin))
+                pieces.append(ShardRange(name, begin - at, begin - low, end - begin))
             at += size
         yield Shard(share, pieces)
 
@@ -199,7 +200,7 @@ def part_shards(sizes: dict[str, int], world: int, pad: int) -> Iterator[Shard]:
             share += -share % pad
             count = min(share, size - rank * share)
             if count > 0:
-                pieces.append(Piece(name, rank * share, at, count))
+                pieces.append(ShardRange(name, rank * share, at, count))
             at += share
         yield Shard(at, pieces)
 
@@ -226,13 +227,13 @@ def check_shards(case: tuple[list[tuple[ElementLayout, int]], int, int, bool, li
         pieces = [shard.pieces[i] for i in order if i < len(shard.pieces)]  # in any order
         owned, at = [], 0
         for piece in pieces:
-            owned.append(Owned(piece.name, piece.start, at, piece.numel))
+            owned.append(ShardRange(piece.name, piece.start, at, piece.numel))
             at += piece.numel
             for j in range(piece.start, piece.start + piece.numel):
                 owners[piece.name][j] += 1
         mine = [group for piece in pieces for group in expected[piece.name][piece.start : piece.start + piece.numel]]
         assert [groups[i] for i in group_index(owned, layouts, groups).tolist()] == mine[::STRIDE]
-        elements = OwnedElements(owned, layouts, groups, torch.device("cpu"))
+        elements = LocalStats(owned, layouts, groups, torch.device("cpu"))
         segmented = [g for lay, s, _, n in elements.segments() for g in (group_of(lay, i) for i in range(s, s + n))]
         assert segmented == mine
         for piece in owned:
@@ -247,8 +248,8 @@ def check_shards(case: tuple[list[tuple[ElementLayout, int]], int, int, bool, li
 
 def _check_step(shard: Shard, layouts: dict[str, ElementLayout], expected: dict[str, list[str]]) -> None:
     plan = make_plan(shard.numel, shard.pieces, layouts)
-    assert sum(run.hi - run.lo for run in plan.runs) == shard.numel
-    assert all(a.hi == b.lo for a, b in pairwise(plan.runs))
+    assert sum(segment.hi - segment.lo for segment in plan.segments) == shard.numel
+    assert all(a.hi == b.lo for a, b in pairwise(plan.segments))
     flat = torch.nn.Parameter(torch.zeros(shard.numel))
     optimizer = torch.optim.SGD([flat], lr=1.0)
     scaler = LRScaler(optimizer, {id(flat): plan}, lambda: RATES, elementwise=True)

@@ -14,8 +14,9 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Context, Controller
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.layout import ElementLayout
-from mols_ds.core.local_stats import Owned, OwnedElements
+from mols_ds.core.local_stats import LocalStats
 from mols_ds.core.phases import Schedule
+from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsCheckpointError
 from tests.tools.fuzz.common import ACCEPTED, JSON, REFUSED, SCALARS, Target, mutated, refused_by
 
@@ -34,15 +35,15 @@ def controller() -> Controller:
     return Controller(config, table(), owned(), Schedule(2, 20), context)
 
 
-def owned() -> list[Owned]:
+def owned() -> list[ShardRange]:
     pieces, at = [], 0
     for group, size in SIZES.items():
-        pieces.append(Owned(f"w_{group}", 0, at, size))
+        pieces.append(ShardRange(f"w_{group}", 0, at, size))
         at += size
     return pieces
 
 
-def sampled(elements: OwnedElements, samples: int) -> None:
+def sampled(elements: LocalStats, samples: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(samples):
         elements.open()
@@ -106,7 +107,7 @@ def check_state(saved: Any) -> str:
 
 @cache
 def accumulators() -> dict[str, Any]:
-    elements = OwnedElements(owned(), table().layouts, tuple(SIZES), torch.device("cpu"))
+    elements = LocalStats(owned(), table().layouts, tuple(SIZES), torch.device("cpu"))
     sampled(elements, 9)
     state = elements.state_dict()
     assert state is not None
@@ -136,14 +137,14 @@ def changed_accumulators(draw: st.DrawFn) -> Any:
 
 
 def check_accumulators(saved: Any) -> str:
-    elements = OwnedElements(owned(), table().layouts, tuple(SIZES), torch.device("cpu"))
+    elements = LocalStats(owned(), table().layouts, tuple(SIZES), torch.device("cpu"))
     saved = copy.deepcopy(saved)  # a load takes the tensors over by copying; the case is shown as it was
     result = refused_by(lambda: elements.load_state_dict(saved), MolsCheckpointError)
     if result == REFUSED:
-        assert elements.moments is None, "a refused state left accumulators"
+        assert elements.accumulators is None, "a refused state left accumulators"
         return result
-    assert elements.moments is not None
-    if elements.moments.count >= 2:  # a variance needs two
+    assert elements.accumulators is not None
+    if elements.accumulators.count >= 2:  # a variance needs two
         elements.gradient_sums()
     sampled(elements, 1)
     return ACCEPTED

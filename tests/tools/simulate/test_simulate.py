@@ -13,7 +13,7 @@ from mols_ds.apps.plan.simulate import EVEN, Result, SimulatedJob, main, simulat
 from mols_ds.apps.plan.simulate_count import Count
 from mols_ds.apps.plan.simulate_zero import ZeroWorld, decay_groups
 from mols_ds.core.groups import group_table
-from mols_ds.core.local_stats import Owned
+from mols_ds.core.ranges import ShardRange
 from tests.helpers.harness import run_cases
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -80,11 +80,11 @@ def on_meta() -> torch.nn.Module:
 
 
 @functools.cache
-def walked() -> list[list[Owned]]:
-    return list(ZeroWorld(on_meta, stage=2, ranks=3).pieces())
+def walked() -> list[list[ShardRange]]:
+    return list(ZeroWorld(on_meta, stage=2, ranks=3).ranges())
 
 
-def renumbered(pieces: list[Owned]) -> list[Owned]:
+def renumbered(pieces: list[ShardRange]) -> list[ShardRange]:
     """The same pieces without gaps among their accumulators."""
     ends = [0]
     for piece in pieces:
@@ -92,7 +92,7 @@ def renumbered(pieces: list[Owned]) -> list[Owned]:
     return [piece._replace(offset=offset) for piece, offset in zip(pieces, ends, strict=False)]
 
 
-def faults_of(ranks: list[list[Owned]]) -> str:
+def faults_of(ranks: list[list[ShardRange]]) -> str:
     count = Count(group_table(on_meta()))
     for pieces in ranks:
         count.add(pieces)
@@ -186,7 +186,7 @@ def test_real_ranks_own_what_simulated_ones_do() -> None:
     real = run_cases(real_pieces, RANKS, cases)
     for stage, options in STAGES:
         zero = ZeroWorld(on_meta, stage=stage, ranks=RANKS, options=options)
-        simulated = [[tuple(piece) for piece in pieces] for pieces in zero.pieces()]
+        simulated = [[tuple(piece) for piece in pieces] for pieces in zero.ranges()]
         assert real[(stage, tuple(options.items()))] == simulated, f"stage {stage} {options}"
 
 

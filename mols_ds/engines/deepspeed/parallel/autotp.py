@@ -14,7 +14,7 @@ from torch import nn
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.groups import GroupTable, build_layouts
 from mols_ds.engines.deepspeed.compat import AUTOTP, Engine, mpu_rank, mpu_size
-from mols_ds.engines.deepspeed.parallel.base import Grid, Place, config_of, local_shape
+from mols_ds.engines.deepspeed.parallel.base import ParallelGrid, Place, config_of, local_range, local_shape
 from mols_ds.errors import MolsUnsupportedError
 
 
@@ -32,7 +32,7 @@ def is_megatron(model: nn.Module) -> bool:
     return any(type(module).__module__.startswith("megatron.core.") for module in model.modules())
 
 
-class AutoTpGrid(Grid):
+class AutoTpGrid(ParallelGrid):
     """Tensor and data parallelism by AutoTP. Raises `MolsUnsupportedError` for other tensor parallelism."""
 
     model_parallel = True
@@ -58,7 +58,7 @@ class AutoTpGrid(Grid):
         if not getattr(parameter, "tensor_model_parallel", False):
             self._note(parameter, name, shape)
             self._by_rows.add(name)
-            return Place(name, 0, rank == 0)
+            return Place(local_range(parameter, name), rank == 0)
         cut = getattr(parameter, AUTOTP, None) or {}
         logical, dim, sizes = cut.get("logical_shape"), cut.get("partition_dim"), cut.get("partition_sizes")
         if logical is None:
@@ -68,9 +68,9 @@ class AutoTpGrid(Grid):
             )
         self._note(parameter, name, tuple(int(size) for size in logical))
         if dim != 0 or sizes is None or cut.get("sub_param_sizes") is not None:
-            return Place(name)
+            return Place(local_range(parameter, name))
         self._by_rows.add(name)
-        return Place(name, sum(sizes[:rank]) * math.prod(shape[1:]))
+        return Place(local_range(parameter, name, sum(sizes[:rank]) * math.prod(shape[1:])))
 
     def _note(self, parameter: nn.Parameter, name: str, shape: tuple[int, ...]) -> None:
         if parameter.requires_grad:

@@ -19,23 +19,23 @@ from torch import nn
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_rules import config_value
 from mols_ds.core.groups import GroupTable, group_table
+from mols_ds.core.ranges import ParamRange
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError, MolsWarning
 
 
 class Place(NamedTuple):
-    """Where a local parameter lies: at `start` of the flat logical parameter `name`.
+    """Which range of which logical parameter a local parameter is.
 
     counted: whether this rank's copy is the one that is counted among copies over tensor- and pipeline-parallel ranks
     (data-parallel copies are another matter, see shards.py).
     """
 
-    name: str
-    start: int = 0
+    range: ParamRange
     counted: bool = True
 
 
-class Grid:
+class ParallelGrid:
     """Data parallelism alone, and the base of the other grids.
 
     Attributes:
@@ -60,7 +60,7 @@ class Grid:
         self.group: Any = engine.seq_data_parallel_group
         self.world = {"data": dist.get_world_size(engine.seq_data_parallel_group)}
         self.world |= {"tensor": 1, "pipeline": 1, "expert": 1}
-        self.places: dict[nn.Parameter, Place] = {p: Place(name) for p, name in engine.param_names.items()}
+        self.places = whole_places(engine)
         self.lr_groups: dict[str, int] = {}
         self.window: Any = None
 
@@ -122,6 +122,16 @@ class Grid:
 def local_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """This rank's shape of a parameter; at ZeRO stage 3 that before it was partitioned."""
     return tuple(int(size) for size in getattr(parameter, "ds_shape", parameter.shape))
+
+
+def local_range(parameter: nn.Parameter, name: str, start: int = 0) -> ParamRange:
+    """This rank's elements of a parameter as those from `start` on of the logical parameter `name`."""
+    return ParamRange(name, start, math.prod(local_shape(parameter)))
+
+
+def whole_places(engine: Engine) -> dict[nn.Parameter, Place]:
+    """The places of all parameters under data parallelism alone: each is a whole logical parameter."""
+    return {p: Place(local_range(p, name)) for p, name in engine.param_names.items()}
 
 
 def config_of(module: nn.Module) -> object | None:

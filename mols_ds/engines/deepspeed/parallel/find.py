@@ -6,11 +6,11 @@ from typing import cast
 
 from mols_ds.engines.deepspeed.compat import Engine, PipelineEngine
 from mols_ds.engines.deepspeed.parallel.autotp import AutoTpGrid, is_megatron, tensor_parallel_size
-from mols_ds.engines.deepspeed.parallel.base import Grid
+from mols_ds.engines.deepspeed.parallel.base import ParallelGrid
 from mols_ds.engines.deepspeed.parallel.pipeline import PipelineGrid
 
 
-def find_grid(engine: Engine) -> Grid:
+def find_grid(engine: Engine) -> ParallelGrid:
     """The grid of this engine. Raises `MolsUnsupportedError` for one that is not supported, with the way out."""
     if engine.pipeline_parallelism:
         return PipelineGrid(cast(PipelineEngine, engine))
@@ -20,5 +20,5 @@ def find_grid(engine: Engine) -> Grid:
 
         return MegatronGrid(engine)
     if tensor_parallel_size(engine) == 1 and int(engine.mp_world_size) == 1:
-        return Grid(engine)
+        return ParallelGrid(engine)
     return AutoTpGrid(engine)

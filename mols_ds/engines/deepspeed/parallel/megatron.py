@@ -10,19 +10,18 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_patches.compat import UNDER_DEEPSPEED, check_modules
-from megatron_patches.param_map import Grid as MegatronRanks
-from megatron_patches.param_map import current_grid, local_layout, local_parameters, logical_table
+from megatron_patches.param_map import ProcessGrid, current_grid, local_layout, local_parameters, logical_table
 from megatron_patches.rng_state import RandomState
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_rules import config_value
 from mols_ds.core.groups import GroupTable
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.engines.deepspeed.parallel.autotp import tensor_parallel_size
-from mols_ds.engines.deepspeed.parallel.base import Grid, Place
+from mols_ds.engines.deepspeed.parallel.base import ParallelGrid, Place
 from mols_ds.errors import MolsUnsupportedError
 
 
-class MegatronGrid(Grid):
+class MegatronGrid(ParallelGrid):
     """Tensor and data parallelism of a Megatron-core model.
 
     Raises:
@@ -35,15 +34,15 @@ class MegatronGrid(Grid):
         super().__init__(engine)
         check_modules(UNDER_DEEPSPEED)
         self.config = _config_of(engine.module)
-        ranks = current_grid()
-        _check(engine, ranks, self.config)
-        self.model_parallel = ranks.tensor > 1
-        self.world["tensor"] = ranks.tensor
+        processes = current_grid()
+        _check(engine, processes, self.config)
+        self.model_parallel = processes.tensor > 1
+        self.world["tensor"] = processes.tensor
         if self.model_parallel:
             self.group = None
             self._check_world()
-        self.locals = local_parameters([engine.module], ranks)
-        self.places |= {local.parameter: Place(local.name, local.start, local.counted) for local in self.locals}
+        self.locals = local_parameters([engine.module], processes)
+        self.places |= {local.parameter: Place(local.range, local.counted) for local in self.locals}
 
     def begin_window(self) -> None:
         """Megatron keeps a random state of its own for dropout inside tensor-parallel regions."""
@@ -69,9 +68,9 @@ def _config_of(model: nn.Module) -> object | None:
     return next((config for config in configs if config_value(config, "num_attention_heads") is not None), None)
 
 
-def _check(engine: Engine, ranks: MegatronRanks, config: object | None) -> None:
+def _check(engine: Engine, processes: ProcessGrid, config: object | None) -> None:
     """Each entry: whether it applies, what is not supported, the way out."""
-    tensor = ranks.tensor > 1
+    tensor = processes.tensor > 1
     summed = [
         name
         for name, p in engine.module.named_parameters()
@@ -79,7 +78,7 @@ def _check(engine: Engine, ranks: MegatronRanks, config: object | None) -> None:
     ]
     refusals = [
         (
-            ranks.pipeline > 1,
+            processes.pipeline > 1,
             "Megatron's pipeline parallelism, whose schedules DeepSpeed does not run",
             "use pipeline_model_parallel_size 1, DeepSpeed's PipelineModule, or Megatron's own optimizer",
         ),
@@ -89,13 +88,13 @@ def _check(engine: Engine, ranks: MegatronRanks, config: object | None) -> None:
             "use context_parallel_size 1, or Megatron's own optimizer",
         ),
         (
-            ranks.expert > 1,
+            processes.expert > 1,
             "Megatron's expert parallelism, over whose ranks DeepSpeed does not reduce gradients",
             "use expert_model_parallel_size 1, or Megatron's own optimizer",
         ),
         (
-            tensor_parallel_size(engine) != ranks.tensor,
-            f"a model that is cut over {ranks.tensor} tensor-parallel ranks in an engine that does not know it",
+            tensor_parallel_size(engine) != processes.tensor,
+            f"a model that is cut over {processes.tensor} tensor-parallel ranks in an engine that does not know it",
             "pass mpu=megatron_patches.mpu.DeepSpeedMpu() to initialize",
         ),
         (

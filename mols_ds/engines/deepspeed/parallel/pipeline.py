@@ -18,7 +18,7 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_rules import PRESETS, Rule, canonical_name, config_value, text_config
 from mols_ds.core.groups import GroupTable, build_layouts
 from mols_ds.engines.deepspeed.compat import PipelineEngine
-from mols_ds.engines.deepspeed.parallel.base import Grid, Place, config_of, local_shape
+from mols_ds.engines.deepspeed.parallel.base import ParallelGrid, Place, config_of, local_range, local_shape
 from mols_ds.errors import MolsUnsupportedError
 
 _LAYER = re.compile(r"^(\d+)\.")
@@ -37,7 +37,7 @@ class StageParameter(NamedTuple):
     lr_group: int | None
 
 
-class PipelineGrid(Grid):
+class PipelineGrid(ParallelGrid):
     """Pipeline and data parallelism of a PipelineModule."""
 
     model_parallel = True
@@ -56,13 +56,14 @@ class PipelineGrid(Grid):
         self._check_world()
         self.model_parallel = self.world["pipeline"] > 1
         self.places = {
-            p: Place(name, 0, not getattr(p, "ds_pipe_replicated", False)) for p, name in engine.param_names.items()
+            p: Place(local_range(p, name), not getattr(p, "ds_pipe_replicated", False))
+            for p, name in engine.param_names.items()
         }
 
     def table(self, config: MolsConfig, param_group: Mapping[str, int]) -> GroupTable:
-        """As `Grid.table`; the stages tell each other names and shapes: one exchange of a few bytes a parameter."""
+        """As `ParallelGrid.table`; the stages exchange names and shapes once: a few bytes a parameter."""
         module = self.engine.module
-        mine = _parameters(module, {p: place.name for p, place in self.places.items()}, param_group)
+        mine = _parameters(module, {p: place.range.name for p, place in self.places.items()}, param_group)
         outer = self.engine.optimizer
         groups = len(getattr(outer, "optimizer", outer).param_groups)
         told: list[Any] = [None] * self.world["pipeline"]

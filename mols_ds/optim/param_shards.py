@@ -1,4 +1,4 @@
-"""The pieces of parameters that a rank holds, and sums of their blocks over the ranks that share them."""
+"""The ranges of parameters that a rank holds, and sums of their blocks over the ranks that share them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mols_ds.core.lr_scaler import Piece
+from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsUnsupportedError
-from mols_ds.optim.param_blocks import Blocks, Cut, step_squares
+from mols_ds.optim.param_blocks import Blocks, BlockView, step_squares
 
 Reduce = Callable[[Tensor], Tensor]
-"""SUM of a 1-D float64 tensor over the ranks that hold disjoint pieces; returned on the device of the argument."""
+"""SUM of a 1-D float64 tensor over the ranks that hold disjoint ranges; returned on the device of the argument."""
 
 
 @dataclass(frozen=True)
-class Held:
-    """A piece of a parameter that lies in an inner tensor of this rank, and its blocks.
+class ParamShard:
+    """A range of a parameter in an inner tensor of this rank, and its blocks.
 
     shape: of the whole parameter. number: of the parameter in the model, the same on every rank.
-    row: of the piece among those of its tensor. at: where the numbers of its blocks begin among those of its tensor;
-    slot: among those of this rank. device: where the tensor lies.
+    row: of the range among those of its tensor. at: where the numbers of its blocks begin among those of its tensor;
+    slot: among those of this rank. device: of the tensor.
     """
 
-    piece: Piece
+    range: ShardRange
     shape: tuple[int, ...]
     blocks: Blocks
     number: int
@@ -38,18 +38,18 @@ class Held:
 
     @cached_property
     def touched(self) -> tuple[int, int]:
-        """(first block, number of blocks) of the range of blocks that this piece lies in."""
-        return self.blocks.touched(self.piece.start, self.piece.numel)
+        """(first block, number of blocks) that the elements of this range are in."""
+        return self.blocks.touched(self.range.start, self.range.numel)
 
     @cached_property
-    def cuts(self) -> list[Cut]:
-        return list(self.blocks.cuts(self.piece.start, self.piece.numel))
+    def views(self) -> list[BlockView]:
+        return list(self.blocks.views(self.range.start, self.range.numel))
 
     @cached_property
     def block_of_step(self) -> list[Tensor]:
-        """For each cut the block of each step, counted from the first touched one, int64."""
+        """For each view the block of each step, counted from the first touched one, int64."""
         first = self.touched[0]
-        return [(self.blocks.of_step[c.first : c.first + c.steps] - first).to(self.device) for c in self.cuts]
+        return [(self.blocks.of_step[v.first : v.first + v.steps] - first).to(self.device) for v in self.views]
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -58,49 +58,49 @@ class Held:
         return self.blocks.sizes(math.prod(self.shape))[first : first + count].to(self.device)
 
     def of(self, flat: Tensor) -> Tensor:
-        """The piece, 1-D, of a flat tensor."""
-        return flat[self.piece.offset : self.piece.offset + self.piece.numel]
+        """The elements of this range, 1-D, of the inner tensor or another one of its length; 1-D, no copy."""
+        return self.range.view(flat)
 
     @cached_property
     def runs(self) -> list[tuple[int, Tensor]]:
-        """For each cut the first of its blocks, counted as above, and the number of steps of each, int64."""
+        """For each view the first of its blocks, counted as above, and the number of steps of each, int64."""
         counts = [torch.unique_consecutive(of_step, return_counts=True) for of_step in self.block_of_step]
         return [(int(blocks[0]), steps) for blocks, steps in counts]
 
-    def add_squares(self, piece: Tensor, out: Tensor) -> None:
-        """out[b] += the sum of squares of the elements of block b in the 1-D piece; out: float64 (touched blocks,).
+    def add_squares(self, values: Tensor, out: Tensor) -> None:
+        """out[b] += the sum of squares of block b, given the 1-D values of this range; out: float64 (touched blocks,).
 
         In one order of addition, so that data-parallel replicas of stage 0 get the same bits.
         """
-        for cut, (first, steps) in zip(self.cuts, self.runs, strict=True):
-            sums = step_squares(cut.view(piece))
+        for view, (first, steps) in zip(self.views, self.runs, strict=True):
+            sums = step_squares(view.of(values))
             if steps.numel() < sums.numel():
                 sums = torch.segment_reduce(sums, "sum", lengths=steps)
             out[first : first + steps.numel()] += sums
 
     def parts(self, values: Tensor, *flats: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """(values of the blocks in a shape that broadcasts, views of the piece of each flat), covering the piece once.
+        """(values of the blocks in a shape that broadcasts, views of each flat), covering this range once.
 
         values: (touched blocks,); flats: 1-D, the inner tensor or others of its length.
         """
-        for cut, of_step in zip(self.cuts, self.block_of_step, strict=True):
-            yield values[of_step][:, None], [cut.view(self.of(flat)) for flat in flats]
+        for view, of_step in zip(self.views, self.block_of_step, strict=True):
+            yield values[of_step][:, None], [view.of(self.of(flat)) for flat in flats]
 
 
 class SharedSums:
     """Adds up the statistics of the blocks that several ranks hold.
 
     Args:
-        held: all pieces of this rank.
+        shards: all of this rank.
         blocks, shapes: of every parameter of the model, in the same order on every rank.
         reduce: see `Reduce`. Called once here, and once a call if any block is shared.
 
-    Raises MolsUnsupportedError, on every rank, where the ranks' pieces do not cover each element exactly once.
+    Raises MolsUnsupportedError, on every rank, where the ranks' shards do not cover each element exactly once.
     """
 
     def __init__(
         self,
-        held: Sequence[Held],
+        shards: Sequence[ParamShard],
         blocks: Mapping[str, Blocks],
         shapes: Mapping[str, tuple[int, ...]],
         reduce: Reduce,
@@ -112,13 +112,14 @@ class SharedSums:
             offsets[name], total = total, total + parameter.count
         counted = torch.zeros(2, total, dtype=torch.float64)
         local = torch.full((total,), -1)
-        for h in held:
-            where = slice(offsets[h.piece.name], offsets[h.piece.name] + h.blocks.count)
-            mine = h.blocks.counted(h.piece.start, h.piece.numel)
+        for shard in shards:
+            item = shard.range
+            where = slice(offsets[item.name], offsets[item.name] + shard.blocks.count)
+            mine = shard.blocks.counted(item.start, item.numel)
             counted[0, where] += mine
             counted[1, where] += mine > 0
-            first, count = h.touched
-            local[where][first : first + count] = torch.arange(h.slot, h.slot + count)
+            first, count = shard.touched
+            local[where][first : first + count] = torch.arange(shard.slot, shard.slot + count)
         counted = reduce(counted.view(-1).to(device)).view(2, total).cpu()
         self._check(counted[0], blocks, shapes)
         mine = local[counted[1] > 1]
