@@ -6,6 +6,7 @@ A name that stock DeepSpeed builds itself stays DeepSpeed's, unless the section 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from torch import nn
 
 from mols_ds.core.groups import base_group, group_table, is_scaled
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
-from mols_ds.optim.catalog import OPTIMIZERS, Entry, find, known_to_deepspeed, settings_of
-from mols_ds.optim.settings import EditedSection, Section, Settings
+from mols_ds.optim.catalog import OPTIMIZERS, Entry, find, known_to_deepspeed
+from mols_ds.optim.settings import EditedSection, ReadSettings, Section, Settings
 
 Source = Literal["library", "deepspeed"]
 Parameters = Iterable[torch.Tensor | Settings]
@@ -76,6 +77,41 @@ def requested(section: Section) -> Entry | None:
     if entry is None:
         raise MolsConfigError(f'"optimizer.type" {name!r} is unknown; known are {", ".join(OPTIMIZERS)}')
     return entry
+
+
+def settings_of(entry: Entry, params: ReadSettings) -> Settings:
+    """The entry's settings: the user's values, else the defaults. "auto" means the default.
+
+    Raises:
+        MolsConfigError: a setting that this optimizer does not have (all are named), or a rate, eps, decay or beta out
+            of range.
+    """
+    unknown = [key for key in params if key not in entry.settings]
+    if unknown:
+        raise MolsConfigError(
+            f'"optimizer.params": {entry.name} of {entry.source} has no {", ".join(map(repr, unknown))}; '
+            f"it has {', '.join(entry.settings)}"
+        )
+    given = {key: value for key, value in params.items() if value != "auto"}
+    settings = {**entry.settings, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}}
+    _check_ranges(entry.name, settings)
+    return settings
+
+
+def _check_ranges(name: str, settings: ReadSettings) -> None:
+    """Raise MolsConfigError for an lr, eps, weight_decay or beta out of range. name: of the optimizer."""
+    for key in ("lr", "eps", "weight_decay"):
+        value = settings.get(key, 0.0)
+        if not _is_number(value) or not 0.0 <= value < math.inf:
+            raise MolsConfigError(f'"optimizer.params.{key}" of {name} is {value!r}: give a number >= 0')
+    betas = settings.get("betas", ())
+    pair = isinstance(betas, tuple) and len(betas) == 2
+    if "betas" in settings and not (pair and all(_is_number(b) and 0.0 <= b < 1.0 for b in betas)):
+        raise MolsConfigError(f'"optimizer.params.betas" of {name} is {betas!r}: give two numbers in [0, 1)')
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _warn_of_shards(name: str, config: Section) -> None:

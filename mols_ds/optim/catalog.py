@@ -18,7 +18,7 @@ import torch
 
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim import halves, state_bytes
-from mols_ds.optim.settings import ADAM, CARRIED, DROPPED, ReadSettings, Settings, check_ranges
+from mols_ds.optim.settings import ADAM, CARRIED, DROPPED, ReadSettings
 from mols_ds.optim.state_bytes import StateBytes, per_element
 
 Reads = Literal["elements", "tensors", "sharded"]
@@ -317,22 +317,3 @@ def known_to_deepspeed(name: str) -> bool:
     return name.lower() in DEEPSPEED_OPTIMIZERS or (
         isinstance(named, type) and issubclass(named, torch.optim.Optimizer) and named is not torch.optim.Optimizer
     )
-
-
-def settings_of(entry: Entry, params: ReadSettings) -> Settings:
-    """The entry's settings with the user's values in the place of defaults; "auto" is the default.
-
-    Raises:
-        MolsConfigError: a setting that this optimizer does not have (all are named), or a rate, eps, decay or beta out
-            of range.
-    """
-    unknown = [key for key in params if key not in entry.settings]
-    if unknown:
-        raise MolsConfigError(
-            f'"optimizer.params": {entry.name} of {entry.source} has no {", ".join(map(repr, unknown))}; '
-            f"it has {', '.join(entry.settings)}"
-        )
-    given = {key: value for key, value in params.items() if value != "auto"}
-    settings = {**entry.settings, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}}
-    check_ranges(entry.name, settings)
-    return settings

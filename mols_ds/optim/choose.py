@@ -10,12 +10,12 @@ import warnings
 import torch
 
 from mols_ds.errors import MolsConfigError, MolsWarning
-from mols_ds.optim.build import offload_device, requested, zero_stage
-from mols_ds.optim.catalog import OPTIMIZERS, Entry, find, known_to_deepspeed, settings_of
-from mols_ds.optim.settings import CARRIED, DROPPED, EditedSection, Section
+from mols_ds.optim.build import offload_device, requested, settings_of, zero_stage
+from mols_ds.optim.catalog import OPTIMIZERS, Entry, find, known_to_deepspeed
+from mols_ds.optim.settings import ADAM, CARRIED, DROPPED, EditedSection, Section
 
 AUTO = "auto"
-PAPER_OPTIMIZER: EditedSection = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}
+PAPER_OPTIMIZER: Section = {**ADAM, "betas": list(ADAM["betas"])}
 """METHOD, the paper's settings: Adam (0.9, 0.95, 1e-8) without weight decay. The base rate is tuned per model."""
 
 

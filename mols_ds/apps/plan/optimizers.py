@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from mols_ds.core.groups import base_group
 from mols_ds.errors import MolsUnsupportedError
+from mols_ds.optim.build import NOT_MATRICES
 from mols_ds.optim.catalog import NAMES, row_of
 from mols_ds.optim.settings import ReadSettings
 
@@ -28,7 +29,7 @@ class Weight(NamedTuple):
     @property
     def is_matrix(self) -> bool:
         """A map between features inside the blocks, which Muon and its kin treat apart."""
-        return len(self.shape) >= 2 and base_group(self.group) not in ("embedding", "head")
+        return len(self.shape) >= 2 and base_group(self.group) not in NOT_MATRICES
 
 
 def state_bytes(name: str, settings: ReadSettings, weights: Iterable[Weight]) -> int:
