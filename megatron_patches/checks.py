@@ -60,7 +60,7 @@ def find_config(model_chunks: Sequence[nn.Module]) -> Any:
     )
 
 
-def optimizer_steps(optimizer: Any) -> int:
+def optimizer_steps(optimizer: object) -> int:
     """Updates that the inner optimizers of this rank have taken, from Adam's own counters; 0 where there is none."""
     counts = [0]
     for outer in getattr(optimizer, "chained_optimizers", []):
@@ -71,7 +71,7 @@ def optimizer_steps(optimizer: Any) -> int:
     return max(counts)
 
 
-def scheduler_hints(scheduler: Any, samples_per_step: int | None) -> tuple[int | None, int | None]:
+def scheduler_hints(scheduler: object, samples_per_step: int | None) -> tuple[int | None, int | None]:
     """(total steps, warm-up steps) from an OptimizerParamScheduler, or None each.
 
     It counts what the training loop passes to `scheduler.step(increment)`, in Megatron-LM and Megatron-Bridge samples.

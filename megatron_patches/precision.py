@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from packaging.version import Version
+from torch import nn
 
 from megatron_patches.machine import RECIPES, Machine, probe_machine
 from mols_ds.core.config import Mode
@@ -46,6 +47,10 @@ class Precision:
     optimizer: str
 
 
+MegatronOptimizer = Any
+"""A MegatronOptimizer or ChainedOptimizer of megatron-core, which ships no types."""
+
+
 class Refusal(NamedTuple):
     """Something that MoLS cannot work with: whether it is there, what it is and why, and the way out."""
 
@@ -57,7 +62,7 @@ class Refusal(NamedTuple):
 # ------------------------------------------------------------------ what a config asks for
 
 
-def _asked(config: Any) -> tuple[str, str] | None:
+def _asked(config: object) -> tuple[str, str] | None:
     """("fp8" or "fp4", recipe) that a TransformerConfig asks for, or None."""
     for kind, default in (("fp8", "delayed"), ("fp4", "nvfp4")):
         if getattr(config, kind, None):
@@ -67,8 +72,8 @@ def _asked(config: Any) -> tuple[str, str] | None:
 
 
 def check(
-    model_config: Any,
-    optimizer_config: Any = None,
+    model_config: object,
+    optimizer_config: object = None,
     *,
     machine: Machine | None = None,
 ) -> None:
@@ -123,7 +128,7 @@ def _check_low_precision(kind: str, recipe: str, machine: Machine) -> None:
         )
 
 
-def _check_agreement(kind: str, recipe: str, optimizer: Any) -> None:
+def _check_agreement(kind: str, recipe: str, optimizer: object) -> None:
     told = getattr(optimizer, "fp8_recipe", None)
     if kind == "fp8" and told is not None and str(getattr(told, "value", told)) != recipe:
         raise MolsConfigError(f"fp8_recipe: the model has {recipe!r}, the optimizer {told!r}; give both the same")
@@ -132,7 +137,7 @@ def _check_agreement(kind: str, recipe: str, optimizer: Any) -> None:
 # ------------------------------------------------------------------ what a run has
 
 
-def describe(model_config: Any = None, optimizer: Any = None, *, machine: Machine | None = None) -> Precision:
+def describe(model_config: object = None, optimizer: object = None, *, machine: Machine | None = None) -> Precision:
     """What a run computes in and what its gradient samples are; whatever is not given is left out or guessed.
 
     Args:
@@ -179,13 +184,13 @@ def as_versions(precision: Precision) -> dict[str, str]:
     }
 
 
-def _inner(optimizer: Any) -> Iterator[Any]:
+def _inner(optimizer: object) -> Iterator[MegatronOptimizer]:
     """The Megatron optimizers below a (possibly chained) one."""
     if optimizer is not None:
         yield from getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def _model_parameters(one: Any) -> Iterator[Any]:
+def _model_parameters(one: MegatronOptimizer) -> Iterator[nn.Parameter]:
     """Model parameters of one Megatron optimizer, which carry `main_grad`."""
     yield from getattr(one, "model_param_gbuf_map", ())
     for name in ("float16_groups", "fp32_from_fp32_groups"):
@@ -195,7 +200,7 @@ def _model_parameters(one: Any) -> Iterator[Any]:
         yield from group["params"]
 
 
-def _gradient_dtype(optimizer: Any) -> str | None:
+def _gradient_dtype(optimizer: object) -> str | None:
     """dtype of the reduced gradients: float32, or bfloat16 where `grad_reduce_in_fp32` is off."""
     for one in _inner(optimizer):
         for parameter in _model_parameters(one):
@@ -205,7 +210,7 @@ def _gradient_dtype(optimizer: Any) -> str | None:
     return None
 
 
-def _optimizer_source(optimizer: Any) -> str:
+def _optimizer_source(optimizer: object) -> str:
     """Which package the inner optimizer is from; without a built one, which Adam Megatron would pick."""
     kinds = [type(one.optimizer) for one in _inner(optimizer) if getattr(one, "optimizer", None) is not None]
     if not kinds:
@@ -225,12 +230,12 @@ def _optimizer_source(optimizer: Any) -> str:
 # ------------------------------------------------------------------ optimizers that cannot be scaled
 
 
-def _is_a(thing: Any, *names: str) -> bool:
+def _is_a(thing: object, *names: str) -> bool:
     """Whether a class of one of these names is among the thing's classes, of whatever module and version."""
     return any(kind.__name__ in names for kind in type(thing).__mro__)
 
 
-def optimizer_refusals(optimizer: Any, mode: Mode, *, fused: bool = False) -> list[Refusal]:
+def optimizer_refusals(optimizer: MegatronOptimizer, mode: Mode, *, fused: bool = False) -> list[Refusal]:
     """Each thing that MoLS refuses of a Megatron optimizer, with whether it applies.
 
     Args:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from mols_ds.core.groups import ElementLayout
 
+ParamGroup = dict[str, Any]
 MAX_RUNS = 16
 """A piece with more contiguous runs than this is interleaved: views would be many and small, delta is cheaper."""
 
@@ -137,8 +138,8 @@ class LRScaler:
         self.multipliers = multipliers
         self.elementwise = elementwise
         self.shared_counter = shared_counter
-        self._saved: list[dict[str, Any]] | None = None
-        self._derived: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._saved: list[ParamGroup] | None = None
+        self._derived: list[tuple[ParamGroup, ParamGroup]] = []
         self._slices: list[_Slices] = []
         self._deltas: list[_Delta] = []
         self._hooks = [
@@ -162,12 +163,12 @@ class LRScaler:
                 self.optimizer.state.pop(view, None)
         self._saved, self._derived, self._slices, self._deltas = None, [], [], []
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.restore()
         multipliers = {g: m for g, m in self.multipliers().items() if m != 1.0}
         if not multipliers:
             return
-        groups: list[dict[str, Any]] = []
+        groups: list[ParamGroup] = []
         saved = optimizer.param_groups
         if self.shared_counter:
             _align_counters(optimizer)
@@ -181,7 +182,7 @@ class LRScaler:
         self._saved = saved
         optimizer.param_groups = groups
 
-    def _derive(self, group: dict[str, Any], by_rate: Mapping[float, list[Tensor]]) -> list[dict[str, Any]]:
+    def _derive(self, group: ParamGroup, by_rate: Mapping[float, list[Tensor]]) -> list[ParamGroup]:
         if not by_rate or set(by_rate) == {1.0}:
             return [group]
         derived = [{**group, "lr": group["lr"] * rate, "params": parts} for rate, parts in by_rate.items()]
@@ -240,7 +241,7 @@ class LRScaler:
         self._slices.append(_Slices(tensor, list(views)))
         return [(rate, view) for (_, _, rate), view in zip(runs, views, strict=True)]
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         if self._saved is None:
             return
         with torch.no_grad():
@@ -253,14 +254,14 @@ class LRScaler:
         self.restore()
 
 
-def _sliceable(value: Any, tensor: Tensor) -> bool:
+def _sliceable(value: object, tensor: Tensor) -> bool:
     if isinstance(value, Tensor):
         plain = type(value) in (Tensor, torch.nn.Parameter) and value.is_contiguous()
         return plain and (value.numel() == tensor.numel() or value.numel() == 1)
     return isinstance(value, int | float | bool)
 
 
-def _slices(value: Any, tensor: Tensor, lengths: list[int]) -> Sequence[Any]:
+def _slices(value: object, tensor: Tensor, lengths: list[int]) -> Sequence[object]:
     """What of one entry of a tensor's state goes to each run: its part, a copy of a counter, or a plain number."""
     if not isinstance(value, Tensor):
         return [value] * len(lengths)

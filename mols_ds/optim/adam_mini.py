@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from mols_ds.core.group_rules import canonical_name, config_value, text_config
 from mols_ds.core.groups import base_group, group_table
@@ -109,7 +110,7 @@ class ShardedAdamMini(ShardedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

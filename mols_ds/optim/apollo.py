@@ -9,18 +9,23 @@ correction stands in the step size, and weight decay is decoupled and comes firs
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from mols_ds.errors import MolsUnsupportedError
+from mols_ds.optim.settings import Settings
 
 ScaleType = Literal["channel", "tensor"]
 GROWTH_LIMIT = 1.01
 """gamma of the norm-growth limiter (paper, section 4.3, from Fira, arXiv 2410.01623)."""
 NORM_EPS = 1e-8
+State = dict[str, Any]
+"""State of one parameter."""
 
 
 def projection(shape: tuple[int, int], rank: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -65,7 +70,7 @@ class Apollo(Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-6,
@@ -86,7 +91,7 @@ class Apollo(Optimizer):
                 raise ValueError(f'scale_type is {group["scale_type"]!r}; allowed are "channel" and "tensor"')
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch: overloads
         """One update of every tensor that has a gradient; returns what `closure` returned."""
         loss = None
         if closure is not None:
@@ -98,7 +103,7 @@ class Apollo(Optimizer):
                     self._update(weight, weight.grad, group)
         return loss
 
-    def _update(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, weight: Tensor, gradient: Tensor, group: Settings) -> None:
         if gradient.is_sparse:
             raise MolsUnsupportedError('APOLLO does not support sparse gradients: set "sparse_gradients": false')
         state = self.state[weight]
@@ -121,7 +126,7 @@ class Apollo(Optimizer):
         weight.add_(update, alpha=-group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step))
 
     @staticmethod
-    def _project(state: dict[str, Any], gradient: Tensor, group: dict[str, Any], step: int) -> Tensor:
+    def _project(state: State, gradient: Tensor, group: Settings, step: int) -> Tensor:
         """R = P G with a new P at the first step and every `update_proj_gap` steps."""
         past, rest = divmod(step - 1, group["update_proj_gap"])
         if rest == 0 or "projection" not in state:

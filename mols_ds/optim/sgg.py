@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.optim.clustering import cluster, median_deviations, nearest
@@ -63,7 +64,7 @@ class SGG(ShardedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -82,7 +83,7 @@ class SGG(ShardedOptimizer):
         self.clusters, self.interval, self.beta3, self.bounds = clusters, interval, beta3, (low, high)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """torch casts all loaded state to the weights' type; cluster numbers are bytes."""
         super().load_state_dict(state_dict)
         for state in self.state.values():

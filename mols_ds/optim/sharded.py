@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from mols_ds.core.lr_scaler import Piece
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.optim.held import Held, Reduce, SharedSums
 from mols_ds.optim.param_blocks import Blocks
+from mols_ds.optim.settings import ReadSettings, Settings
 
 Group = Mapping[str, Any]
 State = dict[str, Any]
@@ -42,7 +44,7 @@ class ShardedOptimizer(Optimizer, ABC):
     moves = True
     settings: tuple[str, ...] = ()
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: ParamsT, defaults: Settings) -> None:
         check_options(type(self).__name__, defaults)
         self._whole: list[list[torch.Size]] = []
         self._unbind()
@@ -187,14 +189,14 @@ class ShardedOptimizer(Optimizer, ABC):
             "mols_ds.engines.deepspeed.bind_optimizer.bind_optimizer(engine) after deepspeed.initialize"
         )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Settings) -> None:
         super().add_param_group(param_group)
         self._whole.append([tuple(p.shape) for p in self.param_groups[-1]["params"]])  # type: ignore[misc]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> State:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self.settings}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
         if "_whole" not in self.__dict__:  # a copy or a pickle of another object: its tensors are others
             self._unbind()
@@ -203,7 +205,7 @@ class ShardedOptimizer(Optimizer, ABC):
     # ------------------------------------------------------------------ the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch: overloads
         """One update of the tensors in `param_groups` that have a gradient; a closure's loss, if any."""
         loss = None
         if closure is not None:
@@ -253,7 +255,7 @@ class ShardedOptimizer(Optimizer, ABC):
                 state[key] = first()
 
 
-def check_options(name: str, options: Mapping[str, Any]) -> None:
+def check_options(name: str, options: ReadSettings) -> None:
     """Raises MolsConfigError naming the optimizer and the option for rates below 0, betas outside [0, 1), ..."""
     betas = options.get("betas", ())
     wrong = [key for key in ("lr", "eps", "weight_decay") if not 0.0 <= float(options.get(key, 0.0)) < math.inf]

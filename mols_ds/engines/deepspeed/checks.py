@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from deepspeed import DeepSpeedEngine
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsUnsupportedError
@@ -22,7 +22,7 @@ ENGINE_NAMES = (
 )
 
 
-def check_supported(engine: Any, config: MolsConfig) -> None:
+def check_supported(engine: DeepSpeedEngine, config: MolsConfig) -> None:
     """Raise `MolsUnsupportedError` for an engine or optimizer that would silently train wrong."""
     if missing := [name for name in ENGINE_NAMES if not hasattr(engine, name)]:
         raise MolsUnsupportedError(
@@ -37,7 +37,7 @@ Refusal = tuple[bool, str, str]
 """Whether it applies, what is not supported, the way out."""
 
 
-def _engine_refusals(engine: Any, config: MolsConfig) -> list[Refusal]:
+def _engine_refusals(engine: DeepSpeedEngine, config: MolsConfig) -> list[Refusal]:
     return [
         (
             type(engine).__name__ == "DualPipeVEngine",
@@ -73,7 +73,7 @@ def _engine_refusals(engine: Any, config: MolsConfig) -> list[Refusal]:
     ]
 
 
-def _optimizer_refusals(engine: Any, config: MolsConfig) -> list[Refusal]:
+def _optimizer_refusals(engine: DeepSpeedEngine, config: MolsConfig) -> list[Refusal]:
     outer = engine.optimizer
     inner = getattr(outer, "optimizer", outer)
     wrapper, name = type(outer).__name__, type(inner).__name__
@@ -120,7 +120,7 @@ def _optimizer_refusals(engine: Any, config: MolsConfig) -> list[Refusal]:
     ]
 
 
-def scheduler_hints(scheduler: Any) -> tuple[int | None, int | None]:
+def scheduler_hints(scheduler: object) -> tuple[int | None, int | None]:
     """(total steps, warm-up steps) as far as the learning-rate scheduler tells them.
 
     Known: DeepSpeed's WarmupDecayLR and WarmupCosineLR, WarmupLR (warm-up only); torch's OneCycleLR and
