@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 
 from mols_ds.errors import MolsConfigError
-from mols_ds.training.megatron_config import ProcessGrid, ddp_config, optimizer_config, padded_vocabulary
+from mols_ds.training.megatron_config import GridSizes, ddp_config, optimizer_config, padded_vocabulary
 from mols_ds.training.megatron_settings import Settings
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def grid_sizes(settings: Settings) -> dict[str, int | None]:
     }
 
 
-def start_grid(settings: Settings, grid: ProcessGrid, timeout: float | None = None) -> None:
+def start_grid(settings: Settings, grid: GridSizes, timeout: float | None = None) -> None:
     """Lay the grid over the ranks, once a process; `timeout` as in `start_ranks`, for the groups of the grid.
 
     Raises MolsConfigError for a grid that Megatron refuses.

@@ -54,14 +54,14 @@ ELSEWHERE = {
 
 
 @dataclass(frozen=True)
-class ProcessGrid:
+class GridSizes:
     """How `world` ranks are laid out."""
 
     world: int
     data: int
 
     @classmethod
-    def of(cls, settings: Settings, world: int) -> ProcessGrid:
+    def of(cls, settings: Settings, world: int) -> GridSizes:
         """Raises MolsConfigError where the ranks do not divide."""
         parallel = settings.parallel
         model = parallel.tp * parallel.pp * parallel.cp
@@ -79,7 +79,7 @@ class ProcessGrid:
         return cls(world, world // model)
 
 
-def micro_batches(settings: Settings, grid: ProcessGrid) -> int:
+def micro_batches(settings: Settings, grid: GridSizes) -> int:
     """Forward passes of a rank in one step. Raises MolsConfigError where the batch does not divide."""
     batch, parallel = settings.batch, settings.parallel
     share = batch.micro * grid.data

@@ -22,7 +22,7 @@ from mols_ds.errors import MolsUnsupportedError
 from mols_ds.report.files import write_report
 from mols_ds.training import ds_config as settings
 from mols_ds.training.megatron_config import (
-    ProcessGrid,
+    GridSizes,
     ddp_config,
     micro_batches,
     optimizer_config,
@@ -124,7 +124,7 @@ def test_megatron_takes_every_yaml(name: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("megatron.core.utils._te_version", Version(str(GPU.engine)))
     chosen = read(str(CONFIGS / "megatron" / f"{name}.yaml"))
     world, data, passes = MEGATRON[name]
-    grid = ProcessGrid.of(chosen, world)
+    grid = GridSizes.of(chosen, world)
     assert (grid.data, micro_batches(chosen, grid)) == (data, passes)
     model, optimizer, ddp = transformer_config(chosen, GPU), optimizer_config(chosen), ddp_config(chosen)
     assert type(model).__name__ == "TransformerConfig"

@@ -70,8 +70,13 @@ SharedCounterAdam.__module__ = "deepspeed.ops.adam.fused_adam"
 
 
 @pytest.mark.parametrize("rates_until", [STEPS, 4], ids=["to the end", "then stock again"])
-def test_shared_step_counter(rates_until: int) -> None:
-    """Two tensors of two groups each: the temporary lists split them, but every element must see the true step."""
+@pytest.mark.parametrize("edges", [(10, 10), (10, 0)], ids=["both mixed", "first mixed"])
+def test_shared_step_counter(rates_until: int, edges: tuple[int, int]) -> None:
+    """Tensors of two groups: the temporary lists split them, but every element must see the true step.
+
+    edges: where the second group begins in each tensor. At (10, 0) a temporary list ends with a view of the first
+    tensor, whose own counter is behind.
+    """
     sizes = (24, 30)
     flats = [torch.nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(n))) for n in sizes]
     references = [t.detach().clone().double() for t in flats]
@@ -91,7 +96,7 @@ def test_shared_step_counter(rates_until: int) -> None:
         step_rates = {"qk": 0.5, "mlp": 2.0} if 2 <= t <= rates_until else {}
         for i, (flat, piece) in enumerate(zip(flats, gradient.split(sizes), strict=True)):
             flat.grad = piece.clone()
-            rate = torch.tensor([step_rates.get("qk" if j < 10 else "mlp", 1.0) for j in range(flat.numel())])
+            rate = torch.tensor([step_rates.get("qk" if j < edges[i] else "mlp", 1.0) for j in range(flat.numel())])
             s, g = states[i], piece.double()
             s["m"] = 0.9 * s.get("m", 0.0) + 0.1 * g
             s["v"] = 0.999 * s.get("v", 0.0) + 0.001 * g * g

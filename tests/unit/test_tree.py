@@ -74,8 +74,16 @@ ELSEWHERE = {"mols_ds/optim/catalog.py": {"deepspeed.runtime.config"}}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Every module of DeepSpeed's that a file imports, by statement."""
+    """Every module of DeepSpeed's that a file imports, by statement; what only annotations need does not count."""
+    annotations = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
     for node in ast.walk(tree):
+        if id(node) in annotations:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "deepspeed")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deepspeed":

@@ -48,11 +48,11 @@ def check_yaml(findings: Findings, path: str, *, steps: int | None, world: int |
 
 def _grid(findings: Findings, settings: Settings, world: int | None) -> int:
     """Micro-batches of a rank in a step, for `world` ranks or the least that the config allows."""
-    from mols_ds.training.megatron_config import ProcessGrid, micro_batches
+    from mols_ds.training.megatron_config import GridSizes, micro_batches
 
     parallel = settings.parallel
     least = parallel.pp * max(parallel.tp * parallel.cp, parallel.ep * (parallel.etp or parallel.tp))
-    grid = ProcessGrid.of(settings, world or least)
+    grid = GridSizes.of(settings, world or least)
     passes = micro_batches(settings, grid)
     where = f"{grid.world} ranks" + ("" if world else " (the least; --world N checks others)")
     findings.add("ok", "config.grid", f"{where}, {grid.data} of them data-parallel, {passes} micro-batches a step")

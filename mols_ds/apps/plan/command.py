@@ -173,13 +173,13 @@ def _grid(args: argparse.Namespace, cluster: Cluster) -> MegatronJob:
     from mols_ds.apps.plan.gpt import Gpt
     from mols_ds.apps.plan.grid import MegatronPlan
     from mols_ds.apps.plan.job import MegatronJob
-    from mols_ds.training.megatron_config import ProcessGrid, micro_batches
+    from mols_ds.training.megatron_config import GridSizes, micro_batches
     from mols_ds.training.megatron_settings import read
 
     changes = [*args.set, *([f"batch.micro={args.micro_batch}"] if args.micro_batch else [])]
     changes += [f"run.seq_len={args.sequence}"] if args.sequence else []
     settings = read(args.config, changes)
-    laid = ProcessGrid.of(settings, cluster.ranks)
+    laid = GridSizes.of(settings, cluster.ranks)
     passes = micro_batches(settings, laid)
     settings = _as_on(settings, cluster)
     precision = settings.precision

@@ -75,13 +75,13 @@ class MegatronWorld:
     """
 
     def __init__(self, settings: Settings, ranks: int) -> None:
-        from mols_ds.training.megatron_config import ProcessGrid
+        from mols_ds.training.megatron_config import GridSizes
 
         if settings.parallel.distributed_optimizer_instances > 1:
             raise MolsUnsupportedError(
                 "parallel.distributed_optimizer_instances > 1 is not simulated; set it to 1 for the simulation"
             )
-        ProcessGrid.of(settings, ranks)
+        GridSizes.of(settings, ranks)
         self.settings = _plain(settings)
         self.ranks = ranks
 

@@ -6,15 +6,13 @@ runtime/bf16_optimizer.py and runtime/engine.py. What is surprising there and co
 - stages 1 and 2 reduce gradients with an all-reduce of whole buckets, not with a reduce-scatter
   (`use_multi_rank_bucket_allreduce`), and copy a bucket that several ranks own in parts (`flatten`);
 - a bucket is allocated in full, however small the model is;
-- the gradients that a rank keeps are whole parameters where it owns any part of them (`grads_in_partition`); at stage 2
-  with accumulation the copy of this and that of the micro-steps before are there at once;
+- a rank keeps gradients of whole parameters where it owns any part (`grads_in_partition`), at stage 2 with accumulation
+  two copies at once;
 - stage 3 keeps fp32 copies of the weights beside the weights in fp32 training too.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,12 +21,15 @@ from pydantic import ValidationError
 from mols_ds.apps.plan.live import Gathered, gathered
 from mols_ds.apps.plan.model import Activations
 from mols_ds.apps.plan.optimizers import Weight, state_of_shard
+from mols_ds.apps.plan.partitions import Partition, buckets, numel_of, partitions
 from mols_ds.apps.plan.parts import Bytes, Footprint, Message, Operation, up
 from mols_ds.core.json_types import JsonMapping
 from mols_ds.core.validation import validation_message
 from mols_ds.engines.deepspeed.compat import module
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
+from mols_ds.training.sources import one_line
 
+SECTION = "zero_optimization"
 REFUSED = {
     "zero_hpz_partition_size": 1,
     "mics_shard_size": -1,
@@ -39,7 +40,7 @@ REFUSED = {
 """Keys of "zero_optimization" that this plan does not know, with the value that leaves them off."""
 SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 STAGE0_BUCKET = 500_000_000
-"""Elements of a stage-0 all-reduce (runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE)."""
+"""Elements of a stage-0 all-reduce (runtime/engine.py)."""
 LOW_PRECISION = ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads")
 
 
@@ -73,10 +74,10 @@ class ZeroPlan:
 
         Raises MolsConfigError where DeepSpeed refuses it, MolsUnsupportedError for options that are not known.
         """
-        section = dict(config.get("zero_optimization") or {})
+        section = dict(config.get(SECTION) or {})
         for key, off in REFUSED.items():
             if section.get(key, off) not in (off, None):
-                raise MolsUnsupportedError(f'plan: "zero_optimization.{key}" is not known to the plan; leave it out')
+                raise MolsUnsupportedError(f'plan: "{SECTION}.{key}" is not known to the plan; leave it out')
         precision = next((name for name in ("bf16", "fp16") if (config.get(name) or {}).get("enabled")), "fp32")
         for key in LOW_PRECISION:
             if (config.get(precision) or {}).get(key):
@@ -85,12 +86,9 @@ class ZeroPlan:
         try:
             zero = zero_config(**section)
         except ValidationError as error:
-            message = validation_message(error, zero_config, "zero_optimization")
-            raise MolsConfigError(f"DeepSpeed refuses {message}") from error
+            raise MolsConfigError(f"DeepSpeed refuses {validation_message(error, zero_config, SECTION)}") from error
         except ValueError as error:
-            raise MolsConfigError(
-                f'"zero_optimization": DeepSpeed refuses it: {" ".join(str(error).split())}'
-            ) from error
+            raise MolsConfigError(f'"{SECTION}": DeepSpeed refuses it: {one_line(error)}') from error
         accumulated = (config.get("data_types") or {}).get("grad_accum_dtype") or precision
         sent = config.get("communication_data_type") or precision
         optimizer = config.get("optimizer") or {"type": "AdamW"}
@@ -150,10 +148,6 @@ def footprint(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, activations
     return _stage12(zero, weights, ranks, passing)
 
 
-def _numel(weights: Sequence[Weight]) -> int:
-    return sum(weight.numel for weight in weights)
-
-
 def _state(zero: ZeroPlan, weights: Sequence[Weight], elements: int) -> int:
     return state_of_shard(zero.optimizer, zero.optimizer_settings, weights, elements)
 
@@ -166,7 +160,7 @@ def _work(zero: ZeroPlan, elements: int) -> int:
 
 def _replicated(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
     """Stage 0: everything on every rank. In 16 bits, fp32 copies of weights, and of gradients while it steps."""
-    numel, half = _numel(weights), zero.weight_bytes == 2
+    numel, half = numel_of(weights), zero.weight_bytes == 2
     bucket = min(numel, STAGE0_BUCKET) * zero.message_bytes if ranks > 1 else 0
     masters = 4 * numel if half else 0
     stepping = {"gradients": 4 * numel if half else 0, "workspace": _work(zero, numel)}
@@ -179,49 +173,11 @@ def _replicated(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: 
     return Footprint(resident, moments, numel, -(-numel // ranks))
 
 
-@dataclass(frozen=True)
-class Partition:
-    """One rank's part of ZeRO's flat buffer. whole: elements of the parameters of which it owns any part."""
-
-    flat: int
-    size: int
-    owned: int
-    whole: int
-    rank: int
-
-
-def partitions(weights: Sequence[Weight], ranks: int) -> list[Partition]:
-    """Of every rank (stage_1_and_2.py: alignment of 2 elements a rank, `get_data_parallel_partitions`)."""
-    edges = list(itertools.accumulate((w.numel for w in weights), initial=0))
-    flat = up(edges[-1], 2 * ranks)
-    size = flat // ranks
-    result = []
-    for rank in range(ranks):
-        low, high = min(rank * size, edges[-1]), min((rank + 1) * size, edges[-1])
-        first, last = bisect.bisect_right(edges, low) - 1, bisect.bisect_left(edges, high)
-        whole = edges[last] - edges[first] if high > low else 0
-        result.append(Partition(flat, size, high - low, whole, rank))
-    return result
-
-
-def buckets(weights: Sequence[Weight], size: int) -> list[list[Weight]]:
-    """The buckets as they are filled: a parameter that does not fit any more begins the next one."""
-    result: list[list[Weight]] = []
-    held = 0
-    for weight in weights:
-        if not result or held + weight.numel > size:
-            result.append([])
-            held = 0
-        result[-1].append(weight)
-        held += weight.numel
-    return result
-
-
 def _straddling(weights: Sequence[Weight], size: int, partition: int) -> int:
     """Elements of the largest bucket that belongs to more than one rank and is copied for that."""
-    end, largest = _numel(weights), 0
+    end, largest = numel_of(weights), 0
     for bucket in buckets(list(reversed(weights)), size):
-        numel = _numel(bucket)
+        numel = numel_of(bucket)
         if (end - numel) // partition != (end - 1) // partition:
             largest = max(largest, numel)
         end -= numel
@@ -231,10 +187,10 @@ def _straddling(weights: Sequence[Weight], size: int, partition: int) -> int:
 def _stage1_peak(zero: ZeroPlan, weights: Sequence[Weight], part: Partition) -> int:
     """Elements of all gradients once this rank begins to keep its own: the buckets so far are gone (in the order of the
     parameters, since stage 1 reduces after the backward pass), and its part is there in full."""
-    left, at, begin = _numel(weights), 0, part.rank * part.size
+    left, at, begin = numel_of(weights), 0, part.rank * part.size
     for bucket in buckets(weights, zero.reduce_bucket):
-        left -= _numel(bucket)
-        at += _numel(bucket)
+        left -= numel_of(bucket)
+        at += numel_of(bucket)
         if at > begin:
             break
     return left + part.whole
@@ -242,7 +198,7 @@ def _stage1_peak(zero: ZeroPlan, weights: Sequence[Weight], part: Partition) -> 
 
 def _stage12(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
     every = partitions(weights, ranks)
-    size, numel = zero.accumulation_bytes, _numel(weights)
+    size, numel = zero.accumulation_bytes, numel_of(weights)
     largest = max(weight.numel for weight in weights)
     part = max(every, key=lambda p: (p.whole, p.owned))
     bucket = zero.reduce_bucket * size * (2 if zero.double_bucket else 1) if zero.contiguous else 0
@@ -282,7 +238,7 @@ def _stepping(zero: ZeroPlan, kept: int, elements: int) -> dict[str, Bytes]:
 def _offloaded12(zero: ZeroPlan, weights: Sequence[Weight], part: Partition, passing: Bytes, buffers: int) -> Footprint:
     """Masters, state and gradients in the host's memory; buffers of the largest parameter on both sides."""
     largest = max(weight.numel for weight in weights) * zero.weight_bytes
-    whole = _numel(weights) * zero.accumulation_bytes if zero.stage == 1 else 0
+    whole = numel_of(weights) * zero.accumulation_bytes if zero.stage == 1 else 0
     held = part.whole * zero.accumulation_bytes if zero.accumulation > 1 else 0
     host = {
         "optimizer": 4 * part.size + _state(zero, weights, part.size),
@@ -300,7 +256,7 @@ def _bf16_optimizer(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passi
     part = max(partitions(weights, ranks), key=lambda p: p.owned)
     resident = {
         "weights": part.flat * zero.weight_bytes,
-        "gradients": 4 * part.flat + _numel(weights) * zero.weight_bytes,
+        "gradients": 4 * part.flat + numel_of(weights) * zero.weight_bytes,
         "optimizer": 4 * part.size + _state(zero, weights, part.size),
     }
     bucket = min(part.flat, STAGE0_BUCKET) * zero.message_bytes if ranks > 1 else 0
@@ -339,7 +295,7 @@ def _stage3(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Byte
     bucket = zero.reduce_bucket * zero.message_bytes if zero.contiguous else 0
     # Parameters that were gathered together lie in one buffer, which goes with the last of them: the first bucket is
     # scattered before any is gone. What is scattered is a copy of it, and so is what comes of it.
-    copy = min(zero.reduce_bucket, _numel(weights)) * zero.message_bytes * (ranks + 1) // ranks if ranks > 1 else 0
+    copy = min(zero.reduce_bucket, numel_of(weights)) * zero.message_bytes * (ranks + 1) // ranks if ranks > 1 else 0
     passing = {**passing, "buffers": live * zero.weight_bytes + copy}
     passing["gradients"] = max(weight.numel for weight in weights) * zero.weight_bytes
     state = 4 * part + _state(zero, weights, part)
@@ -354,7 +310,7 @@ def _stage3(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Byte
     else:
         host["weights"] = kept["weights"] if zero.offload_param == "cpu" else 0
         nvme += kept["weights"] if zero.offload_param == "nvme" else 0
-    resident["weights"] = resident.get("weights", 0) + _numel(small) * zero.weight_bytes
+    resident["weights"] = resident.get("weights", 0) + numel_of(small) * zero.weight_bytes
     if zero.offload_optimizer == "none":
         resident |= {"optimizer": state, "gradients": gradient}
         flat = zero.accumulation_bytes * sub_group if zero.accumulation_bytes != 4 else 0
@@ -376,7 +332,7 @@ def messages(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, inside: bool
     """What a rank sends in one step. A step that only measures skips what comes after the gradients."""
     if ranks == 1:
         return []
-    numel, size = _numel(weights), zero.message_bytes
+    numel, size = numel_of(weights), zero.message_bytes
 
     def message(what: str, operation: Operation, calls: int, total: int, *, measuring: int | None = None) -> Message:
         return Message(what, operation, "data", ranks, calls, total, inside, total if measuring is None else measuring)
@@ -394,7 +350,7 @@ def messages(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, inside: bool
     small, large = split_persistent(zero, weights)
     found = gathers(zero, weights, layers)
     padded = sum(up(weight.numel, ranks) for weight in weights)
-    share = sum(up(weight.numel, ranks) for weight in large) / max(1, _numel(large))
+    share = sum(up(weight.numel, ranks) for weight in large) / max(1, numel_of(large))
     times, calls = zero.accumulation, len(buckets(weights, zero.reduce_bucket))
     return [
         message("weights, forward and backward", "all-gather", times * found.calls,

@@ -17,7 +17,7 @@ from mols_ds.apps.train_megatron.checkpoint import MegatronCheckpoint, Resumable
 from mols_ds.apps.train_megatron.dataset import Batch
 from mols_ds.errors import MolsError
 from mols_ds.training.megatron_build import Built, build
-from mols_ds.training.megatron_config import ProcessGrid, transformer_config
+from mols_ds.training.megatron_config import GridSizes, transformer_config
 from mols_ds.training.megatron_settings import Settings
 from mols_ds.training.train_job import Counted, MolsView, Section, StepResult, TrainBackend, TrainJob
 
@@ -42,7 +42,7 @@ class MegatronSetup:
 
     settings: Settings
     machine: Machine
-    grid: ProcessGrid
+    grid: GridSizes
     held_out: list[Batch]
     vocab_size: int
     engine: bool

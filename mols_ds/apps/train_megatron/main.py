@@ -26,7 +26,7 @@ from mols_ds.training.cli_utils import Parser, add_timeout
 from mols_ds.training.compare import ADAM, run_arms
 from mols_ds.training.megatron_build import start_grid, start_ranks
 from mols_ds.training.megatron_config import (
-    ProcessGrid,
+    GridSizes,
     ddp_config,
     dtype_of,
     micro_batches,
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     if args.resume and not has_checkpoint(out / ADAM if args.compare else out):
         raise MolsConfigError(f"--resume: there is no checkpoint below {out}; leave it out to start a new run")
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    grid = ProcessGrid.of(settings, world)
+    grid = GridSizes.of(settings, world)
     passes = micro_batches(settings, grid)
     _quiet()
     with _engine_room(settings):
@@ -118,7 +118,7 @@ def _train(
     args: argparse.Namespace,
     settings: Settings,
     spec: DataSpec,
-    grid: ProcessGrid,
+    grid: GridSizes,
     passes: int,
     machine: Machine,
     out: Path,
@@ -180,7 +180,7 @@ def _quiet() -> None:
 
 
 def _say_what(
-    args: argparse.Namespace, settings: Settings, text: Text, shape: BatchShape, grid: ProcessGrid, engine: bool
+    args: argparse.Namespace, settings: Settings, text: Text, shape: BatchShape, grid: GridSizes, engine: bool
 ) -> None:
     axes = {"TP": settings.parallel.tp, "PP": settings.parallel.pp, "VP": settings.parallel.vp or 1}
     axes |= {"EP": settings.parallel.ep, "CP": settings.parallel.cp, "DP": grid.data}

@@ -45,3 +45,30 @@ def test_mode_moments(name: str, package: str, keeps: bool) -> None:
     refused = ['mode \'moments\' with an optimizer that keeps no Adam moments: mode "probe" or "online"']
     assert [line for line in with_betas if "moments" in line] == ([] if keeps else refused)
     assert applying("adam", stand_in(name, package), "moments")[-1:] == refused
+
+
+def steps_on_views() -> dict[str, list[tuple[bool, bool]]]:
+    """Runs on one rank: (elementwise, shared counter) of each scaler that `attach` makes, by Megatron's Adam."""
+    import megatron_patches
+    from megatron_patches.cpu.emulation import cpu_megatron
+    from tests.engines.megatron import building
+
+    found = {}
+    for fused in (False, True):
+        with cpu_megatron(fused_adam=fused):
+            setup = building.Setup()
+            building.start(setup)
+            built = building.build(setup)
+            optimizer, scheduler = building.optimizer(built)
+            mols = megatron_patches.attach(built.chunks, optimizer, scheduler, {"start": 1, "ramp_end": 9})
+            found["fused" if fused else "torch"] = [(s.elementwise, s.shared_counter) for s in mols.scalers]
+            mols.detach()
+    return found
+
+
+@pytest.mark.distributed
+def test_torchs_adamw_is_stepped_on_views() -> None:
+    """The stand-in for Transformer Engine's and apex's Adam is not in the catalog, so it is stepped by delta."""
+    from tests.helpers.harness import run_ranks
+
+    assert run_ranks(steps_on_views, 1) == [{"torch": [(True, False)], "fused": [(False, False)]}]

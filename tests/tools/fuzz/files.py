@@ -132,7 +132,7 @@ def check_doctor(content: Any) -> str:
 
 
 def check_megatron(case: tuple[bytes, int, str]) -> str:
-    from mols_ds.training.megatron_config import ProcessGrid, micro_batches
+    from mols_ds.training.megatron_config import GridSizes, micro_batches
     from mols_ds.training.megatron_settings import read
 
     content, world, change = case
@@ -140,7 +140,7 @@ def check_megatron(case: tuple[bytes, int, str]) -> str:
 
     def look() -> None:
         settings = read(path, [change] if change else [])
-        grid = ProcessGrid.of(settings, world)
+        grid = GridSizes.of(settings, world)
         assert micro_batches(settings, grid) * settings.batch.micro * grid.data == settings.batch.total
 
     return refused_by(look, MolsConfigError)
