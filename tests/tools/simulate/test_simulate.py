@@ -16,7 +16,7 @@ from mols_ds.core.groups import group_table
 from mols_ds.core.local_stats import Owned
 from tests.helpers.harness import run_cases
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 SEVEN = str(CONFIGS / "models" / "llama_7b.json")
 SEVENTY = str(CONFIGS / "models" / "llama_70b.json")
 GRID = str(CONFIGS / "megatron" / "llama_7b_tp2_pp2.yaml")
