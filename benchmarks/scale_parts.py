@@ -26,7 +26,7 @@ from mols_ds.core.group_stats import GroupSums
 from mols_ds.core.groups import GroupTable, build_layouts
 from mols_ds.core.layout import ElementLayout
 from mols_ds.core.local_stats import Owned, OwnedElements
-from mols_ds.core.lr_scaler import Piece, RateScaler, make_plan
+from mols_ds.core.lr_scaler import LRScaler, Piece, make_plan
 
 BUFFER = 1 << 24  # gradient elements that exist at a time: more than the caches hold, however large the shard
 RATES = {"embedding": 3.0, "head": 2.0, "qk": 1.3, "vo": 1.2, "mlp": 1.1}
@@ -282,7 +282,7 @@ def _steps(key: str, tensors: list[Any], plans: dict[int, Any], steps: int) -> d
     for _ in range(2):
         optimizer.step()
     stock = min(seconds(optimizer.step) for _ in range(steps))
-    scaler = RateScaler(optimizer, plans, lambda: RATES)
+    scaler = LRScaler(optimizer, plans, lambda: RATES, elementwise=True)
 
     def hooks() -> None:
         scaler._before(optimizer, (), {})

@@ -37,10 +37,11 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Context, Controller
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.log import say, versions
-from mols_ds.core.lr_scaler import RateScaler, make_plan
+from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.errors import MolsConfigError
+from mols_ds.optim.traits import has_shared_counter, is_elementwise
 from mols_ds.report.files import publisher
 
 
@@ -166,7 +167,15 @@ class MegatronMols(Session):
                 plans[id(shard.tensor)] = make_plan(shard.numel, [shard.piece], table.layouts)
                 layout = table.layouts[shard.local.name]
                 counts.append(((number, shard.group), layout.counts(shard.start, shard.numel)))
-            self.scalers.append(RateScaler(part.inner, plans, lambda: self.controller.rates(self.steps)))
+            self.scalers.append(
+                LRScaler(
+                    part.inner,
+                    plans,
+                    lambda: self.controller.rates(self.steps),
+                    elementwise=is_elementwise(part.inner),
+                    shared_counter=has_shared_counter(part.inner),
+                )
+            )
             self._hooks.append(part.inner.register_step_post_hook(self._read_moments))
         first = next(((i, 0) for i, part in enumerate(self.shards.parts) if part.inner is not None), None)
         # A group of which this rank holds nothing has the rate of the first parameter group.

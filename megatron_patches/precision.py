@@ -19,6 +19,8 @@ from megatron_patches.compat import Wrapper
 from megatron_patches.machine import RECIPES, Machine, probe_machine
 from mols_ds.core.config import Mode
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
+from mols_ds.optim.catalog import MEGATRON
+from mols_ds.optim.traits import has_adam_moments
 
 
 @dataclass(frozen=True)
@@ -225,10 +227,6 @@ def _optimizer_source(optimizer: object) -> str:
 # ------------------------------------------------------------------ optimizers that cannot be scaled
 
 
-PROPORTIONAL = ("adam", "sgd", "lion")
-"""Values of OptimizerConfig.optimizer whose update is proportional to the rate, element by element."""
-
-
 def _is_a(thing: object, *names: str) -> bool:
     """Whether a class of one of these names is among the thing's classes, of whatever module and version."""
     return any(kind.__name__ in names for kind in type(thing).__mro__)
@@ -253,7 +251,7 @@ def optimizer_refusals(optimizer: object, mode: Mode, *, fused: bool = False) ->
         return any(bool(getattr(config, name, False)) for config in configs)
 
     names = {str(getattr(config, "optimizer", "adam")).lower() for config in configs}
-    other = sorted(name for name in names if name not in PROPORTIONAL)
+    other = sorted(name for name in names if name not in MEGATRON)
     fsdp = any(getattr(layout, "use_megatron_fsdp", False) for layout in layouts)
     sharded = any(_is_a(one, "FullyShardedOptimizer") for one in (optimizer, *every)) or any(
         _is_a(parameter, "DTensor") for one in every for parameter in _model_parameters(one)
@@ -270,7 +268,7 @@ def optimizer_refusals(optimizer: object, mode: Mode, *, fused: bool = False) ->
             bool(other),
             f"optimizer {', '.join(map(repr, other))}: its update depends on a whole matrix, which the "
             "signal-to-noise ratio of single elements says nothing about",
-            f"one of {', '.join(map(repr, PROPORTIONAL))}",
+            f"one of {', '.join(map(repr, MEGATRON))}",
         ),
         Refusal(
             asks("optimizer_cpu_offload") or any(_is_a(one, "HybridDeviceOptimizer") for one in inner),
@@ -318,5 +316,5 @@ def optimizer_refusals(optimizer: object, mode: Mode, *, fused: bool = False) ->
 
 
 def _has_adam_moments(inner: object) -> bool:
-    groups = getattr(inner, "param_groups", [])
-    return "adam" in type(inner).__name__.lower() and all(len(group.get("betas", ())) == 2 for group in groups)
+    """As the catalog says; of classes that it does not have, only those that are called Adam."""
+    return has_adam_moments(inner) and "adam" in type(inner).__name__.lower()

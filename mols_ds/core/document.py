@@ -14,7 +14,7 @@ from mols_ds.core.schema import SCHEMA, Report, ReportGroup
 
 MEASURED = (
     *("snr", "snr_mean", "snr_median", "snr_pooled", "damping", "snr_low", "snr_high"),
-    *("never_moved_share", "moved_once_share"),
+    *("never_moved_share", "constant_share", "moved_once_share"),
 )
 
 
@@ -42,7 +42,7 @@ def measured_rows(
     chosen = estimate(sums, estimator, correction)
     plain = {name: estimate(sums, name, False) for name in ESTIMATORS}
     spread = intervals(sums, estimator, correction)
-    total, never, once = (sums.column(name) for name in ("total", "never_moved", "moved_once"))
+    total, never, constant, once = (sums.column(name) for name in ("total", "never_moved", "constant", "moved_once"))
     rows: dict[str, Any] = {}
     for group, _, elements, _ in table:
         seen = total[group] or math.nan
@@ -59,6 +59,7 @@ def measured_rows(
             "alpha_low": alphas[group].low,
             "alpha_high": alphas[group].high,
             "never_moved_share": never[group] / seen,
+            "constant_share": constant[group] / seen,
             # Adam's moments do not tell in how many samples an element moved.
             "moved_once_share": once[group] / seen if mode != "moments" else math.nan,
             "clamped": alphas[group].clamped,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mols_ds.core.phases import Phase
-from mols_ds.errors import MolsError
 
 if TYPE_CHECKING:
     from mols_ds.core.controller import Controller
@@ -18,13 +17,6 @@ class Handle:
     """
 
     _controller: Controller | None = None
-
-    @property
-    def controller(self) -> Controller:
-        """The state behind this handle. Raises `MolsError` where MoLS is off."""
-        if self._controller is None:
-            raise MolsError('MoLS is off here: the "mols" section is absent or has "enabled": false')
-        return self._controller
 
     @property
     def phase(self) -> Phase:

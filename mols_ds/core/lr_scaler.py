@@ -23,17 +23,6 @@ from torch.optim import Optimizer
 
 from mols_ds.core.groups import ElementLayout
 
-ELEMENTWISE = {
-    "torch.optim": {"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop", "SGD", "Adadelta"},
-    "deepspeed.ops": {"FusedAdam", "DeepSpeedCPUAdam", "FusedLion", "DeepSpeedCPULion", "DeepSpeedCPUAdagrad"},
-    "apex.optimizers": {"FusedAdam", "FusedAdagrad", "FusedSGD"},
-    "pytorch_optimizer": {"Lion"},
-}
-"""Optimizers whose update of an element reads that element's weight, gradient and state only."""
-NOT_ELEMENTWISE = ("cautious", "use_gc", "adanorm")
-"""Options of pytorch-optimizer's parameter groups that read whole tensors."""
-SHARED_COUNTER = {"FusedAdam", "FusedLion"}
-"""DeepSpeed's fused optimizers count a step on the last tensor of a list only (ops/adam/fused_adam.py)."""
 MAX_RUNS = 16
 """A piece with more contiguous runs than this is interleaved: views would be many and small, delta is cheaper."""
 
@@ -108,17 +97,6 @@ def make_plan(numel: int, pieces: Iterable[Piece], layouts: Mapping[str, Element
     return Plan(runs, mixed)
 
 
-def is_elementwise(optimizer: Optimizer) -> bool:
-    """Whether this optimizer may be stepped on views of its tensors (see `ELEMENTWISE`)."""
-    if any(group.get(option) for group in optimizer.param_groups for option in NOT_ELEMENTWISE):
-        return False
-    for cls in type(optimizer).__mro__:
-        for module, names in ELEMENTWISE.items():
-            if cls.__module__.startswith(module) and cls.__name__ in names:
-                return type(optimizer).step is vars(cls).get("step", Optimizer.step)
-    return False
-
-
 class _Delta(NamedTuple):
     view: Tensor
     old: Tensor
@@ -132,22 +110,33 @@ class _Slices(NamedTuple):
     views: list[Tensor]
 
 
-class RateScaler:
+class LRScaler:
     """Scales the rates of `optimizer` by module group through its step hooks, from construction until `remove()`.
 
     Args:
         optimizer: the inner optimizer, whose `.step()` the engine calls once or once per parameter group or sub-group.
         plans: `id(tensor) -> Plan` of every tensor that the optimizer may be handed.
         multipliers: called at each inner step; group -> multiplier (1 where absent).
+        elementwise: whether an element's update reads that element's weight, gradient and state only, so that the
+            optimizer may be stepped on views.
+        shared_counter: whether the optimizer counts a step on the last tensor of a list only, as DeepSpeed's fused ones
+            do (ops/adam/fused_adam.py).
     """
 
     def __init__(
-        self, optimizer: Optimizer, plans: Mapping[int, Plan], multipliers: Callable[[], Mapping[str, float]]
+        self,
+        optimizer: Optimizer,
+        plans: Mapping[int, Plan],
+        multipliers: Callable[[], Mapping[str, float]],
+        *,
+        elementwise: bool,
+        shared_counter: bool = False,
     ) -> None:
         self.optimizer = optimizer
         self.plans = dict(plans)
         self.multipliers = multipliers
-        self.elementwise = is_elementwise(optimizer)
+        self.elementwise = elementwise
+        self.shared_counter = shared_counter
         self._saved: list[dict[str, Any]] | None = None
         self._derived: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._slices: list[_Slices] = []
@@ -180,7 +169,7 @@ class RateScaler:
             return
         groups: list[dict[str, Any]] = []
         saved = optimizer.param_groups
-        if type(optimizer).__name__ in SHARED_COUNTER:
+        if self.shared_counter:
             _align_counters(optimizer)
         with torch.no_grad():
             for group in saved:
@@ -292,7 +281,8 @@ def _align_counters(optimizer: Optimizer) -> None:
 def _write_back(optimizer: Optimizer, slices: _Slices) -> None:
     """Copy the counters of the views to the tensor that they stood in for.
 
-    Tensor counters advance on every view alike. Of plain numbers, take the one that changed: see `SHARED_COUNTER`.
+    Tensor counters advance on every view alike. Of plain numbers, take the one that changed: with a shared
+    counter, only the last view of a list counts.
     """
     target = optimizer.state[slices.tensor]
     states = [optimizer.state[view] for view in slices.views]

@@ -22,7 +22,7 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Controller
 from mols_ds.core.group_stats import NoiseFloor, adam_moments
 from mols_ds.core.handle import Handle
-from mols_ds.core.lr_scaler import RateScaler
+from mols_ds.core.lr_scaler import LRScaler
 from mols_ds.core.protocols import GradientSource, WindowState
 from mols_ds.errors import MolsError
 
@@ -47,9 +47,15 @@ class Session(Handle, ABC):
 
     def __init__(self, config: MolsConfig) -> None:
         self.config = config
-        self.scalers: list[RateScaler] = []
+        self.scalers: list[LRScaler] = []
         self._sampling = self._sampled = self._stepping = False
         self._step_number = 0
+
+    @property
+    def controller(self) -> Controller:
+        """Groups, phases, accumulators and report."""
+        assert self._controller is not None, "the adapter makes the controller when it attaches"
+        return self._controller
 
     # ------------------------------------------------------------------ what an adapter says
 

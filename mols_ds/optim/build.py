@@ -16,14 +16,15 @@ from torch import nn
 
 from mols_ds.core.groups import base_group, group_table, is_scaled
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
-from mols_ds.optim.catalog import OPTIMIZERS, Entry, Settings, find, known_to_deepspeed, settings_of
+from mols_ds.optim.catalog import OPTIMIZERS, Entry, find, known_to_deepspeed, settings_of
+from mols_ds.optim.settings import EditedSection, Section, Settings
 
 Source = Literal["library", "deepspeed"]
+Parameters = Iterable[torch.Tensor | Settings]
+"""Tensors, or parameter groups as torch takes them: what users pass as `model_parameters`."""
 NOT_MATRICES = ("embedding", "head")
 """Module groups whose 2-D weights are tables of tokens, not maps between features: Adam's half of Muon and its kin."""
 OFFLOADED = ("cpu", "nvme")
-WHOLE_AT_DEEPSPEED = ("Adafactor", "Lamb", "lamb", "LAMB")
-"""Names of the table that DeepSpeed builds itself and that read whole tensors (its Muon knows of shards)."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class Request:
 
     entry: Entry
     settings: Settings
-    config: dict[str, Any]
+    config: EditedSection
     rules: Sequence[Sequence[str]]
 
 
-def split_config(config: Mapping[str, Any]) -> Request | None:
+def split_config(config: Section) -> Request | None:
     """The optimizer of the table that `config` names, or None where the section is for DeepSpeed alone.
 
     config: a DeepSpeed config as a mapping; it is not changed. Raises MolsConfigError for a name that neither knows, an
@@ -62,7 +63,7 @@ def split_config(config: Mapping[str, Any]) -> Request | None:
     return Request(entry, settings, kept, rules)
 
 
-def requested(section: Mapping[str, Any]) -> Entry | None:
+def requested(section: Section) -> Entry | None:
     """The entry that an "optimizer" section asks for; None where DeepSpeed builds it. Errors as `split_config`."""
     name, source = section["type"], section.get("source")
     if source not in (None, "library", "deepspeed"):
@@ -77,10 +78,10 @@ def requested(section: Mapping[str, Any]) -> Entry | None:
     return entry
 
 
-def _warn_of_shards(name: str, config: Mapping[str, Any]) -> None:
+def _warn_of_shards(name: str, config: Section) -> None:
     """DeepSpeed hands flat shards to optimizers that need whole tensors, without a word. It stays what it is."""
     entry = find(name)
-    if name in WHOLE_AT_DEEPSPEED and zero_stage(config) >= 1 and entry is not None:
+    if entry is not None and entry.cut_by_deepspeed and zero_stage(config) >= 1:
         warnings.warn(
             f"DeepSpeed hands {name} flat shards at ZeRO stage {zero_stage(config)}, and it reads whole tensors: what "
             f'is trained with is not {name}. Set "zero_optimization.stage": 0, or "source": "library"',
@@ -89,7 +90,7 @@ def _warn_of_shards(name: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def zero_stage(config: Mapping[str, Any]) -> int:
+def zero_stage(config: Section) -> int:
     """The ZeRO stage of a DeepSpeed config; 0 where none is given. Raises MolsConfigError where it is no number."""
     stage = section_of(config, "zero_optimization").get("stage") or 0
     try:
@@ -98,7 +99,7 @@ def zero_stage(config: Mapping[str, Any]) -> int:
         raise MolsConfigError(f'"zero_optimization.stage" is {stage!r}; give 0, 1, 2 or 3') from None
 
 
-def section_of(config: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
+def section_of(config: Section, *path: str) -> Section:
     """A section of a DeepSpeed config by its path, empty where it is absent or null. Raises MolsConfigError for one
     that is no JSON object."""
     section: Any = config
@@ -111,16 +112,16 @@ def section_of(config: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
     return section  # type: ignore[no-any-return]
 
 
-def offload_device(config: Mapping[str, Any]) -> str | None:
+def offload_device(config: Section) -> str | None:
     """Where the optimizer is offloaded to, "cpu" or "nvme"; None where it is not."""
     device = section_of(config, "zero_optimization", "offload_optimizer").get("device")
     return device if isinstance(device, str) and device in OFFLOADED else None
 
 
-def _check_stage(entry: Entry, config: Mapping[str, Any]) -> None:
+def _check_stage(entry: Entry, config: Section) -> None:
     stage = zero_stage(config)
     if entry.reads == "tensors" and stage >= 1:
-        stock = ', or DeepSpeed\'s own on stages 1 and 2 ("source": "deepspeed")' if entry.name == "Muon" else ""
+        stock = ', or DeepSpeed\'s own on stages 1 and 2 ("source": "deepspeed")' if entry.deepspeed is not None else ""
         raise MolsUnsupportedError(
             f"optimizer {entry.name} works on whole tensors and ZeRO stage {stage} cuts them into flat shards: "
             f'set "zero_optimization.stage": 0{stock}'
@@ -133,7 +134,7 @@ def _check_stage(entry: Entry, config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_offload(entry: Entry, config: Mapping[str, Any], kept: dict[str, Any]) -> None:
+def _check_offload(entry: Entry, config: Section, kept: EditedSection) -> None:
     """Tells DeepSpeed that an offloaded optimizer is not its CPU Adam. Raises where the user forces that one, and for
     8-bit state on NVMe, which DeepSpeed swaps as numbers of the weights' size."""
     device = offload_device(config)
@@ -144,14 +145,14 @@ def _check_offload(entry: Entry, config: Mapping[str, Any], kept: dict[str, Any]
             f'optimizer {entry.name} cannot go with "zero_force_ds_cpu_optimizer": true; remove that key, '
             'or use "AdamW" without "source"'
         )
-    if device == "nvme" and entry.name == "Adam8bit":
+    if device == "nvme" and not entry.swappable:
         raise MolsUnsupportedError(
-            'optimizer Adam8bit cannot be offloaded to NVMe: set "offload_optimizer.device": "cpu"'
+            f'optimizer {entry.name} cannot be offloaded to NVMe: set "offload_optimizer.device": "cpu"'
         )
     kept["zero_force_ds_cpu_optimizer"] = False
 
 
-def build(request: Request, model: nn.Module, parameters: Any = None) -> torch.optim.Optimizer:
+def build(request: Request, model: nn.Module, parameters: Parameters | None = None) -> torch.optim.Optimizer:
     """The optimizer of `request` over the trainable parameters of `model`.
 
     parameters: what the user passed as `model_parameters` (tensors, or groups with settings of their own, which win);
@@ -176,7 +177,7 @@ def build(request: Request, model: nn.Module, parameters: Any = None) -> torch.o
         raise MolsConfigError(f'"optimizer.params": {entry.name} of {entry.source} refuses them: {line}') from error
 
 
-def _parameter_groups(model: nn.Module, parameters: Any) -> list[Settings]:
+def _parameter_groups(model: nn.Module, parameters: Parameters | None) -> list[Settings]:
     """Parameter groups as torch takes them, without frozen parameters and without empty groups."""
     given = list(model.parameters() if parameters is None else parameters)
     loose = [item for item in given if not isinstance(item, Mapping)]
@@ -188,7 +189,7 @@ def _parameter_groups(model: nn.Module, parameters: Any) -> list[Settings]:
     return [group for group in groups if group["params"]]
 
 
-def _shape(parameter: Any) -> tuple[int, ...]:
+def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """The whole parameter's shape, also under zero.Init."""
     return tuple(int(size) for size in getattr(parameter, "ds_shape", parameter.shape))
 

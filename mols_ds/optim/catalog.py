@@ -1,21 +1,25 @@
-"""The table of optimizers that a config can name: where each comes from, its settings, and what it has to see.
+"""The table of optimizers: one row for each, with every fact that this project knows about it.
 
-Defaults are those of the comparison in arXiv 2605.05794, Appendix B, and of the paper that it takes a baseline from:
-betas (0.9, 0.95), eps 1e-8 and no weight decay for whatever keeps Adam's two moments. docs/optimizers.md says why each
-source was chosen.
+To add an optimizer, add a row to `ENTRIES`. What reads it: `build` and `choose` (names and settings), `traits` (how its
+step is scaled), the engines' checks (what is refused) and `mols-ds plan` (bytes of state).
+
+Defaults are those of the comparison in arXiv 2605.05794, Appendix B, and of the paper that it takes a baseline from.
+docs/optimizers.md says why each source was chosen.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from mols_ds.errors import MolsConfigError
+from mols_ds.optim import halves, state_bytes
+from mols_ds.optim.settings import ADAM, CARRIED, DROPPED, ReadSettings, Settings, check_ranges
+from mols_ds.optim.state_bytes import StateBytes, per_element
 
 Reads = Literal["elements", "tensors", "sharded"]
 """What an update of one element reads.
@@ -25,28 +29,68 @@ on any shard. tensors: the whole parameter as the model has it, so ZeRO stage 0 
 but this package's version sums over the shards: any stage.
 """
 
-Settings = dict[str, Any]
+TORCH, DEEPSPEED, APEX, COLLECTED = "torch.optim", "deepspeed.ops", "apex.optimizers", "pytorch_optimizer"
+"""Prefixes of modules, as `elementwise_in` takes them."""
+WHOLE_TENSOR_OPTIONS = ("cautious", "use_gc", "adanorm")
+"""Options of pytorch-optimizer's parameter groups, of any class, with which an update reads whole tensors."""
+OTHER_STATE = ("bitsandbytes",)
+"""Packages whose optimizers keep their moments under other names than exp_avg and exp_avg_sq."""
 
-ADAM: Mapping[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
-CARRIED = ("lr", "betas", "eps", "weight_decay")
-"""Settings of another optimizer that one keeps, where it has them, when only the name is changed."""
-DROPPED = ("torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach", "fused")
-"""Settings of DeepSpeed's and torch's Adam that choose a kernel and mean nothing to another optimizer."""
 
+class RefusedOptions(NamedTuple):
+    """Options of a class with which its step is not proportional to lr.
 
-class Halves(NamedTuple):
-    """How an optimizer is built that treats the weight matrices inside the blocks apart from all else.
-
-    arguments: of the constructor; matrices, rest: what stands in the parameter groups of either half.
+    used: whether a parameter group has them. what: in words, with the reason. instead: what to set.
     """
 
-    arguments: Settings
-    matrices: Settings
-    rest: Settings
+    used: Callable[[ReadSettings], bool]
+    what: str
+    instead: str
 
 
-Split = Callable[[Settings, int], Halves]
-"""(settings, hidden size) -> how the halves are built. Hidden size: see `build.hidden_size`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerClass:
+    """Facts about the classes of one name, from whatever package: many packages carry a copy of the same optimizer.
+
+    name: of the class.
+    reads: see `Reads`.
+    elementwise_in: prefixes of modules. A class of this name from there may be stepped on views of its tensors: an
+        element's update reads that element's weight, gradient and state only.
+    shared_counter: whether one step counter serves a parameter group: the state of its last tensor holds it.
+    adam_moments: whether two betas mean Adam's two moments of each element in exp_avg and exp_avg_sq.
+    refused: why a rate per module cannot be given by its lr; "" = it can. instead: what to use.
+    refused_options: options with which it cannot.
+    """
+
+    name: str
+    reads: Reads = "elements"
+    elementwise_in: tuple[str, ...] = ()
+    shared_counter: bool = False
+    adam_moments: bool = True
+    refused: str = ""
+    instead: str = "use Adam, AdamW, SGD, Lion, ..."
+    refused_options: RefusedOptions | None = None
+
+    def refusal(self, groups: Iterable[ReadSettings]) -> tuple[str, str] | None:
+        """(what MoLS does not support, what to do instead) for these parameter groups; None = it is supported."""
+        if self.refused:
+            return f"{self.name} ({self.refused})", self.instead
+        options = self.refused_options
+        if options is not None and any(options.used(group) for group in groups):
+            return f"{self.name} with {options.what}", options.instead
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class DeepSpeedVersion:
+    """DeepSpeed's own version, which its config names (runtime/engine.py, 0.19).
+
+    parameters: all that "params" may hold.
+    on_cpu: whether it runs on a CPU: "offloaded" = with offload_optimizer only, "sharded" = from ZeRO stage 1 on only.
+    """
+
+    parameters: tuple[str, ...]
+    on_cpu: Literal["always", "offloaded", "sharded", "never"] = "always"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +98,52 @@ class Entry:
     """One optimizer of the table.
 
     name: as users write it; matched without regard to case, hyphens and underscores, as `aliases` are.
-    source: the library, for messages and docs; package: what pip installs ("" = a dependency of this package).
+    classes: the classes that are it, in any package.
+    source: the library that this package takes it from, for messages and docs; "" = this package does not build it.
     factory: "module:attribute" of the class, imported when it is first used.
-    reads: see `Reads`.
-    settings: all that may stand under "params", with defaults.
-    fixed: arguments of the constructor that are not settings.
+    settings: all that "params" may hold, with defaults. fixed: arguments of the constructor that are no settings.
     split: for optimizers that treat the matrices of the blocks apart.
-    doubtful: why MoLS on top of it is refused; "" = it is not.
+    swappable: whether DeepSpeed can swap its state to NVMe, which it takes to be of the weights' size.
+    state: bytes of its state; None = not known.
+    deepspeed: DeepSpeed's own version, where that is taken by default.
+    cut_by_deepspeed: whether DeepSpeed builds one by this name that reads whole tensors, and hands it flat shards.
+    megatron: value of OptimizerConfig.optimizer, where MoLS can scale what Megatron-core builds; "" = it cannot.
     """
 
     name: str
-    source: str
-    factory: str
-    reads: Reads
-    settings: Mapping[str, Any]
+    source: str = ""
+    factory: str = ""
+    settings: ReadSettings = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
-    package: str = ""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    split: Split | None = None
-    doubtful: str = ""
+    classes: tuple[OptimizerClass, ...] = ()
+    fixed: ReadSettings = field(default_factory=dict)
+    split: halves.Split | None = None
+    swappable: bool = True
+    state: StateBytes | None = None
+    deepspeed: DeepSpeedVersion | None = None
+    cut_by_deepspeed: bool = False
+    megatron: str = ""
+
+    @property
+    def package(self) -> str:
+        """What pip installs; "" = a dependency of this package."""
+        return "" if self.source in ("torch", "mols_ds") else self.source
+
+    @property
+    def built(self) -> OptimizerClass:
+        """Facts about the class that this package builds."""
+        attribute = self.factory.partition(":")[2]
+        return next(kind for kind in self.classes if kind.name == attribute)
+
+    @property
+    def reads(self) -> Reads:
+        """What an update of the built class reads."""
+        return self.built.reads
+
+    @property
+    def refused(self) -> str:
+        """Why MoLS on top of the built class is refused; "" = it is not."""
+        return self.built.refused
 
     def load(self) -> Callable[..., torch.optim.Optimizer]:
         """The optimizer's class. Raises MolsConfigError where its package is not installed."""
@@ -84,79 +155,126 @@ class Entry:
             raise MolsConfigError(f"optimizer {self.name} comes from {self.source}: {way_out} ({error})") from error
 
 
-def _muon(settings: Settings, hidden: int) -> Halves:
-    """Muon on the matrices, AdamW on the rest, in one object (arXiv 2502.16982 for the update's size)."""
-    adam_lr = settings["adam_lr"] if settings["adam_lr"] is not None else settings["lr"]
-    shape = {key: settings[key] for key in ("lr", "momentum", "nesterov", "ns_steps", "use_adjusted_lr")}
-    rest = {"lr": adam_lr, "betas": settings["betas"], "eps": settings["eps"]}
-    decay = {"weight_decay": settings["weight_decay"]}
-    return Halves({}, {"use_muon": True, **shape, **decay}, {"use_muon": False, **rest, **decay})
+def _elementwise(name: str, *modules: str, shared_counter: bool = False, adam_moments: bool = True) -> OptimizerClass:
+    """A class that may be stepped on views where it is from one of these modules."""
+    return OptimizerClass(name=name, elementwise_in=modules, shared_counter=shared_counter, adam_moments=adam_moments)
 
 
-def _soap(settings: Settings, hidden: int) -> Halves:
-    """SOAP; the rest gets the identity for a basis, which is Adam (arXiv 2409.11321, section 4)."""
-    return Halves(settings, {}, {"max_precondition_dim": 1})
+def _tensors(*names: str, adam_moments: bool = True) -> tuple[OptimizerClass, ...]:
+    """Classes whose update reads whole parameters (a norm, a mean, a matrix)."""
+    return tuple(OptimizerClass(name=name, reads="tensors", adam_moments=adam_moments) for name in names)
 
 
-def _low_rank(*keys: str) -> Split:
-    """GaLore and APOLLO: `keys` stand in the group of the matrices only; what has no rank is stepped by Adam."""
-
-    def split(settings: Settings, hidden: int) -> Halves:
-        rank = settings["rank"] if settings["rank"] is not None else max(1, hidden // 4)
-        own = {key: settings[key] for key in keys}
-        arguments = {key: value for key, value in settings.items() if key not in keys and key != "rank"}
-        return Halves(arguments, {"rank": rank, **own}, {})
-
-    return split
+def _refused(reason: str, *names: str) -> tuple[OptimizerClass, ...]:
+    """Classes to which a rate per module cannot be given by their lr."""
+    return tuple(OptimizerClass(name=name, refused=reason) for name in names)
 
 
-def _collected(name: str, attribute: str, reads: Reads, settings: Settings, **more: Any) -> Entry:
-    """An entry whose class is pytorch-optimizer's."""
-    return Entry(
-        name,
-        "pytorch-optimizer",
-        f"pytorch_optimizer:{attribute}",
-        reads,
-        settings,
-        package="pytorch-optimizer",
-        **more,
-    )
+def _adafactor_keeps_lr(group: ReadSettings) -> bool:
+    """Whether pytorch-optimizer's AdaFactor makes its own rate, or holds past rates in its momentum."""
+    return bool(group.get("relative_step", True)) or group["betas"][0] is not None
 
 
-def _own(name: str, factory: str, settings: Settings) -> Entry:
-    """An entry whose class is this package's and sums over the shards."""
-    return Entry(name, "mols_ds", f"mols_ds.optim.{factory}", "sharded", settings)
-
+_DEEPSPEEDS_ADAM = DeepSpeedVersion((*CARRIED, "bias_correction", "amsgrad", *DROPPED))
+_OWN_RATE = "it finds its own rate"
+_SCHEDULE_FREE = "the weights that it steps are not those that the model has"
 
 ENTRIES: tuple[Entry, ...] = (
-    Entry("Adam", "torch", "torch.optim:Adam", "elements", {**ADAM, "amsgrad": False}),
-    Entry("AdamW", "torch", "torch.optim:AdamW", "elements", {**ADAM, "amsgrad": False}),
-    Entry("NAdam", "torch", "torch.optim:NAdam", "elements", {**ADAM, "momentum_decay": 4e-3},
-          fixed={"decoupled_weight_decay": True}),
-    _collected("Lion", "Lion", "elements", {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}),
-    Entry("Adam8bit", "bitsandbytes", "bitsandbytes.optim:AdamW8bit", "elements",
-          {**ADAM, "min_8bit_size": 4096}, ("8bit-Adam", "AdamW8bit"), "bitsandbytes"),
-    _own("Lamb", "lamb:ShardedLamb", {**ADAM, "eps": 1e-6, "bias_correction": False, "clamp": 10.0}),
-    _own("AdamMini", "adam_mini:ShardedAdamMini", {**ADAM, "head_dim": None}),
-    _own("SGG", "sgg:SGG", {**ADAM, "clusters": 3, "interval": 500, "beta3": 0.99, "bounds": (0.1, 10.0)}),
-    _collected("Muon", "Muon", "tensors", split=_muon,
-               settings={**ADAM, "adam_lr": None, "momentum": 0.95, "nesterov": True, "ns_steps": 5,
-                         "use_adjusted_lr": True}),
-    _collected("SOAP", "SOAP", "tensors", split=_soap,
-               settings={**ADAM, "betas": (0.95, 0.95), "shampoo_beta": None, "precondition_frequency": 10,
-                         "max_precondition_dim": 10000}),
-    _collected("Adafactor", "AdaFactor", "tensors", fixed={"betas": (None, 0.999), "relative_step": False},
-               settings={"lr": 1e-3, "weight_decay": 0.0, "decay_rate": -0.8, "clip_threshold": 1.0,
-                         "scale_parameter": False, "eps1": 1e-30, "eps2": 1e-3}),
-    _collected("GaLore", "GaLore", "tensors", split=_low_rank("update_proj_gap", "scale", "projection_type"),
-               settings={**ADAM, "eps": 1e-6, "rank": None, "update_proj_gap": 200, "scale": 0.25,
-                         "projection_type": "std"}),
-    Entry("APOLLO", "mols_ds", "mols_ds.optim.apollo:Apollo", "tensors",
+    # ---- element by element
+    Entry("Adam", "torch", "torch.optim:Adam", {**ADAM, "amsgrad": False}, state=per_element(8),
+          deepspeed=_DEEPSPEEDS_ADAM, megatron="adam",
+          # Transformer Engine's FusedAdam may keep scaled moments below fp32: not stepped on views.
+          classes=(_elementwise("Adam", TORCH), _elementwise("FusedAdam", DEEPSPEED, APEX, shared_counter=True),
+                   _elementwise("DeepSpeedCPUAdam", DEEPSPEED))),
+    Entry("AdamW", "torch", "torch.optim:AdamW", {**ADAM, "amsgrad": False}, state=per_element(8),
+          deepspeed=_DEEPSPEEDS_ADAM, classes=(_elementwise("AdamW", TORCH),)),
+    Entry("NAdam", "torch", "torch.optim:NAdam", {**ADAM, "momentum_decay": 4e-3}, state=per_element(8),
+          fixed={"decoupled_weight_decay": True}, classes=(_elementwise("NAdam", TORCH),)),
+    Entry("RAdam", state=per_element(8), classes=(_elementwise("RAdam", TORCH),)),
+    Entry("Adamax", state=per_element(8), classes=(_elementwise("Adamax", TORCH),)),
+    Entry("Adagrad", state=per_element(4),
+          classes=(_elementwise("Adagrad", TORCH), _elementwise("FusedAdagrad", APEX),
+                   _elementwise("DeepSpeedCPUAdagrad", DEEPSPEED))),
+    Entry("RMSprop", state=per_element(4), classes=(_elementwise("RMSprop", TORCH),)),
+    Entry("SGD", state=state_bytes.sgd, megatron="sgd",
+          classes=(_elementwise("SGD", TORCH), _elementwise("FusedSGD", APEX))),
+    Entry("Adadelta", classes=(_elementwise("Adadelta", TORCH),)),
+    Entry("Lion", "pytorch-optimizer", "pytorch_optimizer:Lion",
+          {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}, state=per_element(4),
+          deepspeed=DeepSpeedVersion(("lr", "betas", "weight_decay"), on_cpu="offloaded"), megatron="lion",
+          classes=(_elementwise("Lion", COLLECTED, adam_moments=False),
+                   _elementwise("FusedLion", DEEPSPEED, shared_counter=True, adam_moments=False),
+                   _elementwise("DeepSpeedCPULion", DEEPSPEED, adam_moments=False))),
+    Entry("Adam8bit", "bitsandbytes", "bitsandbytes.optim:AdamW8bit", {**ADAM, "min_8bit_size": 4096},
+          ("AdamW8bit", "8bit-Adam"), state=state_bytes.eight_bit, swappable=False,
+          classes=(OptimizerClass(name="AdamW8bit"),)),
+    # ---- one or a few numbers a parameter
+    Entry("Lamb", "mols_ds", "mols_ds.optim.lamb:ShardedLamb",
+          {**ADAM, "eps": 1e-6, "bias_correction": False, "clamp": 10.0}, state=per_element(8),
+          deepspeed=DeepSpeedVersion(
+              (*CARRIED, "bias_correction", "eps_inside_sqrt", "max_coeff", "min_coeff", "amsgrad"), on_cpu="never"),
+          cut_by_deepspeed=True,
+          classes=(OptimizerClass(name="ShardedLamb", reads="sharded"), *_tensors("Lamb", "LAMB", "FusedLamb"))),
+    Entry("AdamMini", "mols_ds", "mols_ds.optim.adam_mini:ShardedAdamMini", {**ADAM, "head_dim": None},
+          state=state_bytes.adam_mini,
+          classes=(OptimizerClass(name="ShardedAdamMini", reads="sharded", adam_moments=False),
+                   *_tensors("AdamMini", "Adam_mini", adam_moments=False))),
+    Entry("SGG", "mols_ds", "mols_ds.optim.sgg:SGG",
+          {**ADAM, "clusters": 3, "interval": 500, "beta3": 0.99, "bounds": (0.1, 10.0)}, state=per_element(8),
+          classes=(OptimizerClass(name="SGG", reads="sharded"),)),
+    # ---- matrices
+    Entry("Muon", "pytorch-optimizer", "pytorch_optimizer:Muon",
+          {**ADAM, "adam_lr": None, "momentum": 0.95, "nesterov": True, "ns_steps": 5, "use_adjusted_lr": True},
+          split=halves.muon, state=state_bytes.muon, classes=_tensors("Muon"),
+          # DeepSpeed's knows of shards: it orthogonalises before it cuts. Its Adam half needs a CPU kernel or torch's.
+          deepspeed=DeepSpeedVersion(
+              (*CARRIED, "momentum", "ns_method", "muon_lr", "adam_lr", *DROPPED), on_cpu="sharded")),
+    Entry("SOAP", "pytorch-optimizer", "pytorch_optimizer:SOAP",
+          {**ADAM, "betas": (0.95, 0.95), "shampoo_beta": None, "precondition_frequency": 10,
+           "max_precondition_dim": 10000},
+          split=halves.soap, state=state_bytes.soap, classes=_tensors("SOAP", adam_moments=False)),
+    Entry("Adafactor", "pytorch-optimizer", "pytorch_optimizer:AdaFactor",
+          {"lr": 1e-3, "weight_decay": 0.0, "decay_rate": -0.8, "clip_threshold": 1.0, "scale_parameter": False,
+           "eps1": 1e-30, "eps2": 1e-3},
+          fixed={"betas": (None, 0.999), "relative_step": False}, state=state_bytes.adafactor, cut_by_deepspeed=True,
+          classes=(
+              OptimizerClass(
+                  name="AdaFactor", reads="tensors", adam_moments=False, refused_options=RefusedOptions(
+                      _adafactor_keeps_lr, "relative_step or momentum (lr is not what its step is multiplied by)",
+                      "set relative_step=False and betas=(None, beta2)")),
+              OptimizerClass(
+                  name="Adafactor", reads="tensors",
+                  refused="torch's takes min(lr, 1/sqrt(t)) for the rate, which is not proportional to lr"))),
+    Entry("GaLore", "pytorch-optimizer", "pytorch_optimizer:GaLore",
+          {**ADAM, "eps": 1e-6, "rank": None, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"},
+          split=halves.low_rank("update_proj_gap", "scale", "projection_type"), state=state_bytes.low_rank,
+          classes=(*_tensors("GaLore", adam_moments=False), *_tensors("GaLoreAdamW"))),
+    Entry("APOLLO", "mols_ds", "mols_ds.optim.apollo:Apollo",
           {**ADAM, "eps": 1e-6, "rank": None, "update_proj_gap": 200, "scale": 1.0, "scale_type": "channel"},
-          split=_low_rank("update_proj_gap", "scale", "scale_type")),
-    _collected("SGDSaI", "SGDSaI", "tensors", {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0, "eps": 1e-8},
-               aliases=("SGD-SaI",),
-               doubtful="it sets a rate for each tensor from its gradient's signal-to-noise ratio itself"),
+          split=halves.low_rank("update_proj_gap", "scale", "scale_type"), state=state_bytes.low_rank,
+          classes=(*_tensors("Apollo", "APOLLO", adam_moments=False), *_tensors("APOLLOAdamW"))),
+    Entry("SGDSaI", "pytorch-optimizer", "pytorch_optimizer:SGDSaI",
+          {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0, "eps": 1e-8}, ("SGD-SaI",), state=per_element(4),
+          classes=(OptimizerClass(
+              name="SGDSaI", reads="tensors",
+              refused="it sets a rate for each tensor from its gradient's signal-to-noise ratio itself"),)),
+    # ---- known by their classes alone
+    Entry("Shampoo", classes=_tensors("Shampoo", "ScalableShampoo")),
+    Entry("PSGD", classes=_tensors("PSGD", "Kron")),
+    *(Entry(name, classes=_tensors(name)) for name in (
+        "CAME", "SM3", "SPlus", "Fira", "Conda", "AdaMuon", "NorMuon", "DistributedMuon", "AdaGO", "MuonClip", "Scion",
+        "LARS", "NovoGrad", "Fromage", "Nero")),
+    *(Entry(name, classes=_refused("its step is not proportional to lr", name)) for name in ("Rprop", "ASGD", "LBFGS")),
+    Entry("Prodigy", classes=_refused(_OWN_RATE, "Prodigy")),
+    Entry("D-Adaptation", classes=(
+        *_refused(_OWN_RATE, "DAdaptAdam", "DAdaptSGD"),
+        OptimizerClass(name="DAdaptLion", refused=_OWN_RATE, adam_moments=False))),
+    Entry("Schedule-free", classes=_refused(
+        _SCHEDULE_FREE, "ScheduleFreeAdamW", "AdamWScheduleFree", "ScheduleFreeSGD", "SGDScheduleFree",
+        "ScheduleFreeRAdam")),
+    Entry("1-bit", classes=tuple(
+        OptimizerClass(name=name, refused="its step communicates and freezes the variance", instead="use Adam or AdamW")
+        for name in ("OneBitAdam", "OneBitLamb", "ZeroOneAdam"))),
 )  # fmt: skip
 
 
@@ -164,14 +282,31 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
-_BY_NAME = {_plain(name): entry for entry in ENTRIES for name in (entry.name, *entry.aliases)}
-OPTIMIZERS: dict[str, Entry] = {entry.name: entry for entry in ENTRIES}
-"""Canonical name -> entry."""
+NAMES: dict[str, Entry] = {_plain(name): entry for entry in ENTRIES for name in (entry.name, *entry.aliases)}
+"""Name or alias in lower case, without "-" and "_" -> entry."""
+CLASSES: dict[str, OptimizerClass] = {kind.name: kind for entry in ENTRIES for kind in entry.classes}
+"""Name of a class -> facts about it."""
+OPTIMIZERS: dict[str, Entry] = {entry.name: entry for entry in ENTRIES if entry.factory}
+"""Canonical name -> entry, of those that this package builds."""
+MEGATRON: tuple[str, ...] = tuple(entry.megatron for entry in ENTRIES if entry.megatron)
+"""Values of Megatron-core's OptimizerConfig.optimizer that MoLS can scale."""
+
+
+def row_of(name: str) -> Entry | None:
+    """The entry of a name or alias. Upper and lower case, "-" and "_" make no difference. None where there is none."""
+    return NAMES.get(_plain(name))
 
 
 def find(name: str) -> Entry | None:
-    """The entry of a name or alias; upper and lower case, "-" and "_" make no difference. None where there is none."""
-    return _BY_NAME.get(_plain(name))
+    """As `row_of`, but None also where this package does not build the optimizer."""
+    entry = row_of(name)
+    return entry if entry is not None and entry.factory else None
+
+
+def class_facts(optimizer: object) -> OptimizerClass:
+    """Facts about an optimizer's class by its name. A class that is not in the table is assumed to read elements."""
+    name = type(optimizer).__name__
+    return CLASSES.get(name) or OptimizerClass(name=name, adam_moments="Lion" not in name)
 
 
 def known_to_deepspeed(name: str) -> bool:
@@ -184,11 +319,12 @@ def known_to_deepspeed(name: str) -> bool:
     )
 
 
-def settings_of(entry: Entry, params: Mapping[str, Any]) -> Settings:
+def settings_of(entry: Entry, params: ReadSettings) -> Settings:
     """The entry's settings with the user's values in the place of defaults; "auto" is the default.
 
-    Raises MolsConfigError naming every setting that this optimizer does not have, and a rate, eps, decay or beta out of
-    range.
+    Raises:
+        MolsConfigError: a setting that this optimizer does not have (all are named), or a rate, eps, decay or beta out
+            of range.
     """
     unknown = [key for key in params if key not in entry.settings]
     if unknown:
@@ -198,16 +334,5 @@ def settings_of(entry: Entry, params: Mapping[str, Any]) -> Settings:
         )
     given = {key: value for key, value in params.items() if value != "auto"}
     settings = {**entry.settings, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}}
-    for key in ("lr", "eps", "weight_decay"):
-        value = settings.get(key, 0.0)
-        if not _is_number(value) or not 0.0 <= value < math.inf:
-            raise MolsConfigError(f'"optimizer.params.{key}" of {entry.name} is {value!r}: give a number >= 0')
-    betas = settings.get("betas", ())
-    pair = isinstance(betas, tuple) and len(betas) == 2
-    if "betas" in settings and not (pair and all(_is_number(b) and 0.0 <= b < 1.0 for b in betas)):
-        raise MolsConfigError(f'"optimizer.params.betas" of {entry.name} is {betas!r}: give two numbers in [0, 1)')
+    check_ranges(entry.name, settings)
     return settings
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -6,29 +6,20 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.optim.build import offload_device, requested, zero_stage
-from mols_ds.optim.catalog import CARRIED, DROPPED, OPTIMIZERS, Entry, find, known_to_deepspeed, settings_of
+from mols_ds.optim.catalog import OPTIMIZERS, Entry, find, known_to_deepspeed, settings_of
+from mols_ds.optim.settings import CARRIED, DROPPED, EditedSection, Section
 
 AUTO = "auto"
-PAPER_OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}
+PAPER_OPTIMIZER: EditedSection = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}
 """METHOD, the paper's settings: Adam (0.9, 0.95, 1e-8) without weight decay. The base rate is tuned per model."""
-DEEPSPEEDS_OWN = {
-    "lamb": ("bias_correction", "eps_inside_sqrt", "max_coeff", "min_coeff", "amsgrad"),
-    "lion": (),
-    "muon": ("momentum", "ns_method", "muon_lr", "adam_lr", *DROPPED),
-    "adam": ("bias_correction", "amsgrad", *DROPPED),
-    "adamw": ("bias_correction", "amsgrad", *DROPPED),
-}
-"""Parameters beside CARRIED of the optimizers that DeepSpeed has itself (runtime/engine.py, 0.19)."""
 
 
-def rename(section: Mapping[str, Any], name: str) -> dict[str, Any]:
+def rename(section: Section, name: str) -> EditedSection:
     """The section with another optimizer. Its parameters are kept where the new one has them, lr, betas, eps and
     weight_decay are dropped where it has not. Raises MolsConfigError for an unknown name, and for any other parameter
     that it lacks."""
@@ -38,8 +29,8 @@ def rename(section: Mapping[str, Any], name: str) -> dict[str, Any]:
     given = str(section.get("type", ""))
     if given.lower() == name.lower() or (entry is not None and find(given) is entry):
         return dict(section)
-    result: dict[str, Any] = {"type": name if entry is None else entry.name}
-    if entry is not None and entry.name not in ("Adam", "AdamW", "Lion", "Lamb", "Muon"):
+    result: EditedSection = {"type": name if entry is None else entry.name}
+    if entry is not None and entry.deepspeed is None:
         result["source"] = "library"
     own = _parameters(result, entry)
     params = section.get("params") or {}
@@ -53,18 +44,17 @@ def rename(section: Mapping[str, Any], name: str) -> dict[str, Any]:
     return result
 
 
-def _parameters(section: Mapping[str, Any], entry: Entry | None) -> tuple[str, ...]:
+def _parameters(section: Section, entry: Entry | None) -> tuple[str, ...]:
     """The names of the parameters that an optimizer takes."""
     name = section["type"]
     if entry is not None and (section.get("source") == "library" or not known_to_deepspeed(name)):
         return tuple(entry.settings)
-    if name.lower() in DEEPSPEEDS_OWN:
-        carried = [key for key in CARRIED if key != "eps" or name.lower() != "lion"]
-        return (*carried, *DEEPSPEEDS_OWN[name.lower()])
+    if entry is not None and entry.deepspeed is not None:
+        return entry.deepspeed.parameters
     return tuple(inspect.signature(getattr(torch.optim, name, dict)).parameters)
 
 
-def fill(config: dict[str, Any], lr: float | None = None) -> None:
+def fill(config: EditedSection, lr: float | None = None) -> None:
     """Replace "auto" in the section of `config` by numbers, and choose between DeepSpeed's version and the library's.
 
     Raises MolsConfigError for a section without a "type", an unknown name, source or setting.
@@ -91,19 +81,19 @@ def fill(config: dict[str, Any], lr: float | None = None) -> None:
             params[key] = copy.copy(value)
 
 
-def _where_it_runs(section: dict[str, Any], config: Mapping[str, Any]) -> None:
-    """DeepSpeed's Lion, Lamb and Muon are CUDA kernels, or Muon's Adam half is: say what is taken on a CPU instead."""
+def _where_it_runs(section: EditedSection, config: Section) -> None:
+    """On a CPU, take the library's version where DeepSpeed's needs a CUDA kernel, and warn."""
     from deepspeed.accelerator import get_accelerator
 
-    name = section["type"].lower()
-    if "source" in section or name not in ("lion", "lamb", "muon") or get_accelerator().device_name() != "cpu":
+    entry = find(section["type"]) if known_to_deepspeed(section["type"]) else None
+    if "source" in section or entry is None or entry.deepspeed is None or get_accelerator().device_name() != "cpu":
         return
-    if name == "lion" and offload_device(config) is not None:
-        return  # DeepSpeed's CPU Lion
-    if name == "muon" and zero_stage(config) > 0:
+    on_cpu = entry.deepspeed.on_cpu
+    if on_cpu == "always" or (on_cpu == "offloaded" and offload_device(config) is not None):
+        return
+    if on_cpu == "sharded" and zero_stage(config) > 0:
         section.setdefault("params", {}).setdefault("torch_adam", True)
         return
-    entry = OPTIMIZERS[name.capitalize()]
     params = section.get("params") or {}
     section["source"] = "library"
     section["params"] = {key: value for key, value in params.items() if key in entry.settings or key not in DROPPED}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mols_ds.core.groups import ElementLayout
-from mols_ds.core.lr_scaler import Piece, RateScaler, make_plan
+from mols_ds.core.lr_scaler import LRScaler, Piece, make_plan
+from mols_ds.optim.traits import has_shared_counter, is_elementwise
 
 SIZES = {"qk": 37, "mlp": 53, "other": 11, "head": 29}  # odd: views start at unaligned addresses
 PADDING = 7
@@ -54,11 +55,18 @@ def flat_case() -> tuple[Tensor, list[Piece], dict[str, ElementLayout]]:
 
 def scaled(
     make: Callable[[Any], torch.optim.Optimizer], rates: dict[str, float] | Callable[[], dict[str, float]] = RATES
-) -> tuple[Tensor, torch.optim.Optimizer, RateScaler]:
+) -> tuple[Tensor, torch.optim.Optimizer, LRScaler]:
     flat, pieces, layouts = flat_case()
     optimizer = make([flat])
     plans = {id(flat): make_plan(flat.numel(), pieces, layouts)}
-    return flat, optimizer, RateScaler(optimizer, plans, rates if callable(rates) else lambda: rates)
+    scaler = LRScaler(
+        optimizer,
+        plans,
+        rates if callable(rates) else lambda: rates,
+        elementwise=is_elementwise(optimizer),
+        shared_counter=has_shared_counter(optimizer),
+    )
+    return flat, optimizer, scaler
 
 
 def step_all(flat: Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -292,7 +292,12 @@ def test_adam_moments_recover_the_statistics(step: int, beta1: float, beta2: flo
     plain_s2 = (v.double() / (1 - beta2**step) - mu2.double()) / (1 - c)
     assert float(plain_s2.mean()) == pytest.approx(float(sigma.double().square().mean()), rel=0.01)
     assert float((mu2 - c * plain_s2).mean()) == pytest.approx(float(mu.double().square().mean()), abs=0.005)
-    torch.testing.assert_close(s2.double(), plain_s2.clamp(min=0), rtol=1e-4, atol=1e-6)
+    # s2 is what a few roundings leave of v - m^2, up to 256 times as large as they are where there is a ratio.
+    ratio = mu2.double() / (plain_s2 * (1 - c))
+    told = (plain_s2 > 0) & (ratio < 256)
+    near_the_cut = (ratio / 256 - 1).abs() < 1e-4
+    assert torch.equal((s2 > 0)[~near_the_cut], told[~near_the_cut]) and float(near_the_cut.float().mean()) < 1e-3
+    torch.testing.assert_close(s2[s2 > 0].double(), plain_s2[s2 > 0], rtol=2e-4, atol=0)
     if step > 100:
         sums = GroupSums.zeros(("vo",), NoiseFloor(1.0, c))
         sums.add_squares("vo", mu2, s2)
@@ -314,3 +319,43 @@ def test_adam_elements_that_never_moved() -> None:
     sums = GroupSums.zeros(("vo",), NoiseFloor(1.0, c))
     sums.add_squares("vo", mu2, s2)
     assert sums.table[0, [COLUMN["never_moved"], COLUMN["count"], COLUMN["moved_once"]]].tolist() == [1, 1, 0]
+
+
+def test_adam_elements_whose_noise_rounding_hides() -> None:
+    """m^2 up to 256 times v - m^2 has a ratio, above it none, as for v < m^2; values that are no numbers stay."""
+    step, betas = 1000, (0.5, 0.75)  # the corrections are 1
+    v = 1 + torch.tensor([-0.5, -(2.0**-20), 0.0, 2.0**-20, 2.0**-8 - 2.0**-20, 2.0**-8, 2.0**-8 + 2.0**-20, 1.0])
+    mu2, s2, c = adam_moments(torch.ones_like(v), v, step, *betas)
+    assert mu2.tolist() == [1.0] * 8
+    assert (s2 * (1 - c)).tolist() == pytest.approx([0.0] * 5 + [2.0**-8, 2.0**-8 + 2.0**-20, 1.0], rel=1e-6)
+    sums = GroupSums.zeros(("vo",), NoiseFloor(1.0, c))
+    sums.add_squares("vo", mu2, s2)
+    assert sums.table[0, [COLUMN["never_moved"], COLUMN["constant"], COLUMN["count"]]].tolist() == [0, 5, 3]
+    m, v = torch.tensor([1.0, torch.nan, torch.inf, 1.0]), torch.tensor([torch.nan, 1.0, torch.inf, torch.inf])
+    assert not torch.isfinite(adam_moments(m, v, step, *betas)[1]).any()
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)])
+def test_rounding_of_adams_moments_hardly_moves_the_mean(betas: tuple[float, float]) -> None:
+    """float32 moments, rounded at every update, against float64 ones of the same gradients; most have little noise.
+
+    Measured: 3e-5 and 4e-4 of the mean, 2e-4 of the count. Without the cut, float32 moments gave 0.7 of the mean.
+    """
+    n, steps = 100_000, 400
+    generator = torch.Generator().manual_seed(5)
+    sigma = torch.logspace(-4, 0, n)
+    means, counts = [], []
+    moments = [(torch.zeros(n, dtype=dtype), torch.zeros(n, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    for _ in range(steps):
+        g = torch.randn(n, generator=generator).mul_(sigma).add_(1.0)
+        for m, v in moments:
+            m.lerp_(g.to(m.dtype), 1 - betas[0])
+            v.mul_(betas[1]).addcmul_(g.to(m.dtype), g.to(m.dtype), value=1 - betas[1])
+    for m, v in moments:
+        mu2, s2, c = adam_moments(m, v, steps, *betas)
+        sums = GroupSums.zeros(("vo",), NoiseFloor(1.0, c))
+        sums.add_squares("vo", mu2, s2)
+        means.append(estimate(sums, "mean", False)["vo"])
+        counts.append(float(sums.table[0, COLUMN["count"]]))
+    assert means[0] == pytest.approx(means[1], rel=5e-3)
+    assert counts[0] == pytest.approx(counts[1], rel=2e-3) and counts[0] < 0.5 * n

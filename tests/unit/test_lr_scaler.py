@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mols_ds.core.groups import ElementLayout
-from mols_ds.core.lr_scaler import MAX_RUNS, Piece, RateScaler, make_plan
+from mols_ds.core.lr_scaler import MAX_RUNS, LRScaler, Piece, make_plan
 from tests.unit.flat_shard import (
     LR,
     OPTIMIZERS,
@@ -147,7 +147,7 @@ def test_interleaved_ranges(rows: int) -> None:
     plan = make_plan(numel, [Piece("c_attn", start, 0, numel)], {"c_attn": layout})
     assert bool(plan.mixed) == (rows > MAX_RUNS)
     rates = {"qk": 0.25, "vo": 4.0}
-    RateScaler(optimizer, {id(flat): plan}, lambda: rates)
+    LRScaler(optimizer, {id(flat): plan}, lambda: rates, elementwise=True)
     each = torch.tensor([rates["qk"] if (start + i) % 12 < 8 else rates["vo"] for i in range(numel)]).double()
     weight, state = before.double(), {}
     for t, gradient in enumerate(gradients(numel), start=1):

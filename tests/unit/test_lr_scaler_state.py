@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mols_ds.core.groups import ElementLayout
-from mols_ds.core.lr_scaler import Piece, RateScaler, is_elementwise, make_plan
+from mols_ds.core.lr_scaler import LRScaler, Piece, make_plan
+from mols_ds.optim.traits import has_shared_counter, is_elementwise
 from tests.unit.flat_shard import (
     LR,
     OPTIMIZERS,
@@ -74,14 +75,14 @@ def test_shared_step_counter(rates_until: int) -> None:
     flats = [torch.nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(n))) for n in sizes]
     references = [t.detach().clone().double() for t in flats]
     optimizer = SharedCounterAdam(flats)
-    assert is_elementwise(optimizer)
+    assert is_elementwise(optimizer) and has_shared_counter(optimizer)
     layouts = {"a": ElementLayout.whole("qk"), "b": ElementLayout.whole("mlp")}
     plans = {
         id(flat): make_plan(flat.numel(), [Piece("a", 0, 0, 10), Piece("b", 0, 10, flat.numel() - 10)], layouts)
         for flat in flats
     }
     step_rates: dict[str, float] = {}
-    RateScaler(optimizer, plans, lambda: step_rates)
+    LRScaler(optimizer, plans, lambda: step_rates, elementwise=True, shared_counter=True)
     states: list[dict[str, Any]] = [{}, {}]
     for t, gradient in enumerate(gradients(sum(sizes)), start=1):
         step_rates = {"qk": 0.5, "mlp": 2.0} if 2 <= t <= rates_until else {}
@@ -250,7 +251,7 @@ def test_a_tensor_without_gradient_or_plan_is_left_alone() -> None:
     idle, stranger = torch.nn.Parameter(torch.ones(sum(SIZES.values()) + PADDING)), torch.nn.Parameter(torch.ones(5))
     optimizer = OPTIMIZERS["AdamW"]([flat, idle, stranger])
     plans = {id(t): make_plan(t.numel(), pieces, layouts) for t in (flat, idle)}
-    RateScaler(optimizer, plans, lambda: RATES)
+    LRScaler(optimizer, plans, lambda: RATES, elementwise=True)
     for gradient in gradients(sum(SIZES.values())):
         flat.grad = torch.cat([gradient, torch.zeros(PADDING)])
         stranger.grad = torch.ones(5)

@@ -1,16 +1,15 @@
-"""Bytes of optimizer state besides the fp32 weights, for each optimizer that a config can name."""
+"""Bytes of optimizer state besides the fp32 weights, by the formulas of the optimizers' catalog."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from mols_ds.core.groups import base_group
 from mols_ds.errors import MolsUnsupportedError
-
-QUANTILE_BLOCK = 256
-"""Elements a block of bitsandbytes' 8-bit state, each with an fp32 maximum (bitsandbytes/optim/optimizer.py)."""
+from mols_ds.optim.catalog import NAMES, row_of
+from mols_ds.optim.settings import ReadSettings
 
 
 class Weight(NamedTuple):
@@ -32,96 +31,20 @@ class Weight(NamedTuple):
         return len(self.shape) >= 2 and base_group(self.group) not in ("embedding", "head")
 
 
-State = Callable[[Weight, Mapping[str, Any]], int]
-"""Bytes of state of one parameter (or of a shard of it, where `per_element` holds)."""
+def state_bytes(name: str, settings: ReadSettings, weights: Iterable[Weight]) -> int:
+    """State of whole parameters. Raises MolsUnsupportedError for an optimizer whose state is not known.
+
+    settings: the optimizer's, and "hidden", the model's width.
+    """
+    row = row_of(name)
+    if row is None or row.state is None:
+        known = [key for key, entry in NAMES.items() if entry.state is not None]
+        raise MolsUnsupportedError(f'plan: the state of optimizer "{name}" is not known; known are {", ".join(known)}')
+    formula = row.state
+    return sum(formula(weight.shape, weight.is_matrix, settings) for weight in weights)
 
 
-def _flat(size: float) -> State:
-    return lambda weight, settings: int(size * weight.numel)
-
-
-def _sgd(weight: Weight, settings: Mapping[str, Any]) -> int:
-    return 4 * weight.numel if settings.get("momentum", 0.0) else 0
-
-
-def _eight_bit(weight: Weight, settings: Mapping[str, Any]) -> int:
-    """Two 8-bit moments with a maximum a block; small tensors keep fp32."""
-    if weight.numel < int(settings.get("min_8bit_size", 4096)):
-        return 8 * weight.numel
-    return 2 * weight.numel + 8 * -(-weight.numel // QUANTILE_BLOCK)
-
-
-def _muon(weight: Weight, settings: Mapping[str, Any]) -> int:
-    return (4 if weight.is_matrix else 8) * weight.numel
-
-
-def _soap(weight: Weight, settings: Mapping[str, Any]) -> int:
-    """Two moments; a Gram matrix and its basis for each side of a matrix up to max_precondition_dim (2409.11321)."""
-    sides = [side for side in weight.shape if side <= settings.get("max_precondition_dim", 10000)]
-    return 8 * weight.numel + (8 * sum(side * side for side in sides) if weight.is_matrix else 0)
-
-
-def _adafactor(weight: Weight, settings: Mapping[str, Any]) -> int:
-    """Row and column means of a matrix's squares, all squares of a vector (Shazeer and Stern 2018)."""
-    if len(weight.shape) < 2:
-        return 4 * weight.numel
-    return 4 * (weight.numel // weight.shape[-1] + weight.numel // weight.shape[-2])
-
-
-def _low_rank(weight: Weight, settings: Mapping[str, Any]) -> int:
-    """Moments of the projected gradient and the projection (GaLore 2403.03507, APOLLO 2412.05270)."""
-    if not weight.is_matrix or len(weight.shape) != 2:
-        return 8 * weight.numel
-    rank = min(int(settings.get("rank") or max(1, settings.get("hidden", 0) // 4)), *weight.shape)
-    small, large = sorted(weight.shape)
-    return 8 * rank * large + 4 * rank * small
-
-
-def _adam_mini(weight: Weight, settings: Mapping[str, Any]) -> int:
-    """One moment; the other is a number a block (2406.16793), which is left out."""
-    return 4 * weight.numel
-
-
-STATES: dict[str, State] = {
-    "adam": _flat(8),
-    "adamw": _flat(8),
-    "nadam": _flat(8),
-    "radam": _flat(8),
-    "adamax": _flat(8),
-    "lion": _flat(4),
-    "adagrad": _flat(4),
-    "rmsprop": _flat(4),
-    "sgd": _sgd,
-    "lamb": _flat(8),
-    "adam8bit": _eight_bit,
-    "adamw8bit": _eight_bit,
-    "8bitadam": _eight_bit,
-    "adammini": _adam_mini,
-    "sgg": _flat(8),
-    "muon": _muon,
-    "soap": _soap,
-    "adafactor": _adafactor,
-    "galore": _low_rank,
-    "apollo": _low_rank,
-    "sgdsai": _flat(4),
-}
-"""Name without case, "-" and "_" -> state. fp32 moments, as DeepSpeed's, Megatron's and this package's are."""
-
-
-def plain(name: str) -> str:
-    """The key of an optimizer's name in STATES."""
-    return name.lower().replace("-", "").replace("_", "")
-
-
-def state_bytes(name: str, settings: Mapping[str, Any], weights: Iterable[Weight]) -> int:
-    """State of whole parameters. Raises MolsUnsupportedError for an optimizer whose state is not known."""
-    key = plain(name)
-    if key not in STATES:
-        raise MolsUnsupportedError(f'plan: the state of optimizer "{name}" is not known; known are {", ".join(STATES)}')
-    return sum(STATES[key](weight, settings) for weight in weights)
-
-
-def state_of_shard(name: str, settings: Mapping[str, Any], weights: Iterable[Weight], elements: int) -> int:
+def state_of_shard(name: str, settings: ReadSettings, weights: Iterable[Weight], elements: int) -> int:
     """State of `elements` of a flat shard: the whole parameters' bytes an element times that many."""
     every = list(weights)
     return round(state_bytes(name, settings, every) / sum(weight.numel for weight in every) * elements)

@@ -21,7 +21,7 @@ from mols_ds.core.controller import Context, Controller
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.local_stats import Owned
 from mols_ds.core.log import say, versions
-from mols_ds.core.lr_scaler import RateScaler, make_plan
+from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.engines.deepspeed.checkpoint import EngineCheckpoints
@@ -30,6 +30,7 @@ from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.rng_state import EngineWindow
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsConfigError
+from mols_ds.optim.traits import has_shared_counter, is_elementwise
 from mols_ds.report.files import publisher
 
 
@@ -82,7 +83,13 @@ class EngineMols(Session):
             for tensor, size, pieces in zip(shards.tensors, shards.sizes, shards.pieces, strict=True)
         }
         sample = shards.inner.register_step_pre_hook(self._on_inner_step)
-        self.scaler = RateScaler(shards.inner, plans, lambda: self.controller.rates(engine.global_steps))
+        self.scaler = LRScaler(
+            shards.inner,
+            plans,
+            lambda: self.controller.rates(engine.global_steps),
+            elementwise=is_elementwise(shards.inner),
+            shared_counter=has_shared_counter(shards.inner),
+        )
         self.scalers.append(self.scaler)
         self._hooks = [
             sample,

@@ -21,6 +21,7 @@ from tests.engines.megatron.weights import fill
 from tests.helpers.oracle.adamw import AdamSettings, ElementwiseAdamW, multipliers, ramp
 from tests.helpers.oracle.histogram import histogram_median
 from tests.helpers.oracle.models import GROUPS
+from tests.helpers.oracle.moments import MomentValues, moment_values
 from tests.helpers.oracle.statistics import GroupValues, alphas, group_values
 
 ROW_GROUPS = ("qk", "qk", "vo", "vo")  # query, key, value, output gate: what get_query_key_value_tensors returns
@@ -29,7 +30,7 @@ ROW_GROUPS = ("qk", "qk", "vo", "vo")  # query, key, value, output gate: what ge
 class Truth(NamedTuple):
     """What the twin says. weights: after all updates, by logical name; norms, multipliers: of each update."""
 
-    values: dict[str, GroupValues]
+    values: Mapping[str, Any]  # GroupValues, MomentValues in mode "moments"
     alphas: dict[str, float]
     masks: dict[str, Tensor]
     initial: dict[str, Tensor]
@@ -147,9 +148,9 @@ def rate(setup: Setup, plan: Plan, update: int) -> float:
     return lowest + (setup.lr - lowest) * (1 + math.cos(math.pi * min(x, 1.0))) / 2
 
 
-def estimate(values: GroupValues, plan: Plan) -> float:
+def estimate(values: GroupValues | MomentValues, plan: Plan) -> float:
     """The estimate that alphas are made of; the median is that of the documented histogram."""
-    if plan.estimator != "median":
+    if plan.estimator != "median" or isinstance(values, MomentValues):
         return values.estimate(plan.estimator, plan.corrected)
     assert not plan.corrected
     return histogram_median(values.snr)
@@ -161,7 +162,7 @@ class _Rates:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.alphas, self.since = plan, dict[str, float](), 0
 
-    def measured(self, values: Mapping[str, GroupValues], update: int) -> None:
+    def measured(self, values: Mapping[str, GroupValues | MomentValues], update: int) -> None:
         plan = self.plan
         found = {group: estimate(v, plan) for group, v in values.items()}
         self.alphas = alphas(found, REFERENCE, damping=plan.estimator == "damping", low=plan.low, high=plan.high)
@@ -194,7 +195,7 @@ def twin(setup: Setup, plan: Plan) -> Truth:
         initial = {name: p.detach().float().clone() for name, p in model.named_parameters()}
         adam, rates = ElementwiseAdamW(model, masks, settings), _Rates(plan)
         samples: list[dict[str, Tensor]] = []
-        values: dict[str, GroupValues] = {}
+        values: Mapping[str, GroupValues | MomentValues] = {}
         norms, applied = [], []
         for iteration in range(plan.samples if half else plan.passes):
             sample = gradient(model, outer, setup, iteration)
@@ -207,31 +208,13 @@ def twin(setup: Setup, plan: Plan) -> Truth:
                 adam.step(sample, rate(setup, plan, update) / setup.lr, applied[-1])
                 norms.append(adam.norm)
             if len(samples) == plan.samples and not values:
-                values = moments_values(adam, masks) if plan.mode == "moments" else group_values(samples, masks)
+                values = _moments(adam) if plan.mode == "moments" else group_values(samples, masks)
                 rates.measured(values, adam.steps)
         weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
         return Truth(values, rates.alphas, masks, initial, weights, norms, applied)
 
 
-def moments_values(adam: ElementwiseAdamW, masks: Mapping[str, Tensor]) -> dict[str, GroupValues]:
-    """mu_i^2 and s_i^2 from Adam's m and v, float64 (METHOD): s^2 = (v - m^2) / (1 - c), the plain mu^2 is m^2.
-
-    c is the sum of the squared weights that the steps so far have in m.
-    """
-    s, t = adam.settings, adam.steps
-    shares = [(1 - s.beta1) * s.beta1 ** (t - k) / (1 - s.beta1**t) for k in range(1, t + 1)]
-    c = sum(share**2 for share in shares)
-    result = {}
-    for index, group in enumerate(GROUPS):
-        m, v = (
-            torch.cat([state[name][mask == index] for name, mask in masks.items()]).double()
-            for state in (adam.m, adam.v)
-        )
-        if not m.numel():
-            continue
-        mu2 = (m / (1 - s.beta1**t)) ** 2
-        s2 = (v / (1 - s.beta2**t) - mu2) / (1 - c)
-        counted = s2 > 0
-        never = int(((mu2 == 0) & (s2 == 0)).sum())
-        result[group] = GroupValues(m.numel(), t, mu2[counted], s2[counted], never, 0)
-    return result
+def _moments(adam: ElementwiseAdamW) -> dict[str, MomentValues]:
+    """The statistics in Adam's m and v as they are now."""
+    moments = {name: (adam.m[name], adam.v[name]) for name in adam.masks}
+    return moment_values(moments, adam.masks, adam.steps, (adam.settings.beta1, adam.settings.beta2))

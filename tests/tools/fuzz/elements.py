@@ -14,7 +14,7 @@ from mols_ds.core.accumulators import STRIDE
 from mols_ds.core.groups import build_layouts, is_scaled, order_groups
 from mols_ds.core.layout import ElementLayout
 from mols_ds.core.local_stats import Owned, OwnedElements, group_index
-from mols_ds.core.lr_scaler import Piece, RateScaler, make_plan
+from mols_ds.core.lr_scaler import LRScaler, Piece, make_plan
 from mols_ds.errors import MolsConfigError
 from tests.tools.fuzz.common import ACCEPTED, JSON, REFUSED, Target, refused_by
 
@@ -251,7 +251,7 @@ def _check_step(shard: Shard, layouts: dict[str, ElementLayout], expected: dict[
     assert all(a.hi == b.lo for a, b in pairwise(plan.runs))
     flat = torch.nn.Parameter(torch.zeros(shard.numel))
     optimizer = torch.optim.SGD([flat], lr=1.0)
-    scaler = RateScaler(optimizer, {id(flat): plan}, lambda: RATES)
+    scaler = LRScaler(optimizer, {id(flat): plan}, lambda: RATES, elementwise=True)
     gradient = torch.arange(shard.numel, dtype=torch.float32) % 17 + 1
     flat.grad = gradient.clone()
     optimizer.step()

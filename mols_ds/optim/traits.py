@@ -1,0 +1,47 @@
+"""Questions about an optimizer that exists, answered from the catalog: how its step is scaled, what its state holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.optim import Optimizer
+
+from mols_ds.optim.catalog import CLASSES, OTHER_STATE, WHOLE_TENSOR_OPTIONS, class_facts
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether this optimizer may be stepped on views of its tensors.
+
+    True for a class that the catalog knows to be elementwise, and for a subclass of one that inherits its `step`. False
+    with an option that reads whole tensors.
+    """
+    if any(group.get(option) for group in optimizer.param_groups for option in WHOLE_TENSOR_OPTIONS):
+        return False
+    for cls in type(optimizer).__mro__:
+        facts = CLASSES.get(cls.__name__)
+        if facts is not None and cls.__module__.startswith(facts.elementwise_in):
+            return _unhooked(type(optimizer)) is _unhooked(cls)
+    return False
+
+
+def _unhooked(cls: type) -> Callable[..., object]:
+    """The class's `step`, its own or inherited, without the profiler's wrapper.
+
+    torch puts the wrapper on the first class of a family of which an object is built, and not again on its subclasses
+    (`Optimizer._patch_step_function`), so it is on Adam or on AdamW, a subclass of Adam, depending on the order.
+    """
+    step = cls.step  # type: ignore[attr-defined]
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[no-any-return]
+
+
+def has_shared_counter(optimizer: Optimizer) -> bool:
+    """Whether the state of the last tensor of a parameter group counts the steps of the whole group."""
+    return class_facts(optimizer).shared_counter
+
+
+def has_adam_moments(optimizer: object) -> bool:
+    """Whether the state holds Adam's two moments of each element, as exp_avg and exp_avg_sq."""
+    if not class_facts(optimizer).adam_moments or type(optimizer).__module__.startswith(OTHER_STATE):
+        return False
+    betas = [group.get("betas") for group in getattr(optimizer, "param_groups", [])]
+    return all(pair is not None and len(pair) == 2 for pair in betas)

@@ -1,0 +1,30 @@
+"""The runs that go on from the fixtures, once a test session; tests/contracts looks at the programs' metrics too."""
+
+from __future__ import annotations
+
+import functools
+
+from tests.checkpoints import deepspeed_runs, job_runs, megatron_runs
+from tests.helpers.harness import Results, run_cases
+
+WORLD = 2
+POINTS = ("waiting", "calibrating", "calibrating-online", "ramping", "fixed")
+DEEPSPEED = [f"zero{stage}-{point}" for stage in (0, 1, 2, 3) for point in POINTS]
+MEGATRON = [f"megatron-{grid}-{point}" for grid in ("dp2", "tp2") for point in POINTS]
+JOBS = ["job-train", "job-train_megatron"]
+FINETUNE = "finetune"  # no fixture: it is the same loop as train.py's
+
+
+@functools.cache
+def deepspeed_outcomes() -> Results:
+    return run_cases(deepspeed_runs.continued, WORLD, [(name,) for name in DEEPSPEED])
+
+
+@functools.cache
+def megatron_outcomes() -> Results:
+    return run_cases(megatron_runs.continued, WORLD, [(name,) for name in MEGATRON])
+
+
+@functools.cache
+def job_outcomes() -> Results:
+    return run_cases(job_runs.job, WORLD, [(name,) for name in (*JOBS, FINETUNE)])
