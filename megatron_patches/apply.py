@@ -38,7 +38,7 @@ def attach(
         optimizer: what `megatron.core.optimizer.get_megatron_optimizer` returned.
         scheduler: Megatron's OptimizerParamScheduler, which tells the number of steps and of warm-up steps; or None.
         config: a "mols" section (dict) or a `MolsConfig`.
-        samples_per_step: what the loop passes to `scheduler.step()`, see `megatron_patches.checks.scheduler_hints`.
+        samples_per_step: what the loop passes to `scheduler.step()`, see `megatron_patches.schedule.scheduler_hints`.
         force: attach to a megatron-core outside the tested range.
 
     Returns:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed as dist
 
-from megatron_patches.checks import optimizer_steps
 from megatron_patches.rng_state import RandomState
+from megatron_patches.schedule import optimizer_steps
 from mols_ds.core.state_check import check_saved
 from mols_ds.errors import MolsCheckpointError
 

@@ -21,7 +21,7 @@ from torch import distributed as dist
 
 from megatron_patches import precision
 from megatron_patches.checkpoint import MegatronCheckpoints
-from megatron_patches.checks import check_supported, find_config, optimizer_steps, scheduler_hints
+from megatron_patches.checks import check_supported, find_config
 from megatron_patches.collective_checks import Shapes, check_locals, merge_shapes, same_everywhere, together
 from megatron_patches.param_map import (
     LocalParameter,
@@ -32,6 +32,7 @@ from megatron_patches.param_map import (
     logical_table,
 )
 from megatron_patches.rng_state import RandomState
+from megatron_patches.schedule import optimizer_steps, scheduler_hints
 from megatron_patches.shards import MegatronShards
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Context, Controller

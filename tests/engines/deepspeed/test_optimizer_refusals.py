@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mols_ds.core.config import MolsConfig
-from mols_ds.engines.deepspeed.checks import ENGINE_NAMES, check_supported
+from mols_ds.engines.deepspeed.checks import check_supported
+from mols_ds.engines.deepspeed.compat import ENGINE_NAMES
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
 from mols_ds.optim.build import split_config
 from mols_ds.optim.catalog import OPTIMIZERS
