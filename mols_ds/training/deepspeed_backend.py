@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from mols_ds.core.handle import Handle
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import MicroBatch
 from mols_ds.training.rng_state import load_random, save_random
 from mols_ds.training.task import Task
-from mols_ds.training.train_job import Counted, MolsView, Section, StepResult, TrainBackend, TrainJob
+from mols_ds.training.train_job import Counted, Section, StepResult, TrainBackend, TrainJob
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -100,6 +101,7 @@ class DeepSpeedBackend(TrainBackend):
 
     def __init__(self, job: TrainJob, setup: DeepSpeedSetup, engine: DeepSpeedEngine) -> None:
         self.job, self.setup, self.task, self.engine = job, setup, setup.task, engine
+        self.mols: Handle = engine.mols
         self.rank, self.world, self.device = job.shape.rank, job.shape.world, engine.device
         options = setup.config.get("checkpoint") or {}
         self.universal = bool(options.get("load_universal"))
@@ -109,11 +111,6 @@ class DeepSpeedBackend(TrainBackend):
                 '"checkpoint.writer.decoupled" writes on after the save has returned, and this loop renames what is '
                 "written: leave it out"
             )
-
-    @property
-    def mols(self) -> MolsView | None:
-        """See `TrainBackend`."""
-        return getattr(self.engine, "mols", None)
 
     @property
     def identity(self) -> Mapping[str, object]:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from mols_ds.core.handle import Handle
 from mols_ds.training.batches import Batches, BatchShape, MicroBatch
 
 Section = dict[str, Any]
@@ -103,17 +104,6 @@ class TrainSetup(Protocol):
         ...
 
 
-class MolsView(Protocol):
-    """What the loop reads of `engine.mols`."""
-
-    @property
-    def phase(self) -> str: ...
-    @property
-    def alphas(self) -> dict[str, float]: ...
-    @property
-    def multipliers(self) -> dict[str, float]: ...
-
-
 class StepResult(NamedTuple):
     """What a step returns.
 
@@ -130,6 +120,7 @@ class TrainBackend(ABC):
     """The engine of one arm as the training loop drives it. Call every method on all ranks at the same point.
 
     Attributes:
+        mols: MoLS on this engine; its phase is "disabled" where the arm trains without.
         rank, world: this process among all ranks of the run.
         device: where collectives take their tensors.
         node_local: each node keeps the checkpoint files of its own ranks.
@@ -138,16 +129,12 @@ class TrainBackend(ABC):
     """
 
     option: ClassVar[str]
+    mols: Handle
     rank: int
     world: int
     device: torch.device
     node_local: bool = False
     universal: bool = False
-
-    @property
-    @abstractmethod
-    def mols(self) -> MolsView | None:
-        """MoLS on this engine; None: trained without."""
 
     @property
     def identity(self) -> Mapping[str, object]:

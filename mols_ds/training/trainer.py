@@ -86,12 +86,6 @@ class Trainer:
         self.bar = Progress(job.out.name, job.steps, shown=first and job.shown)
         self.probes = discards_updates(job.setup.section)
 
-    @property
-    def phase(self) -> str:
-        """The phase of the step that comes next."""
-        mols = self.backend.mols
-        return "disabled" if mols is None else mols.phase
-
     # -- checkpoints
 
     def save(self) -> None:
@@ -155,7 +149,7 @@ class Trainer:
         """One step of the engine, an update or not. Returns the held-out loss if it was evaluated."""
         job, backend = self.job, self.backend
         began = time.monotonic()
-        measures = self.probes and self.phase == "calibrating"
+        measures = self.probes and backend.mols.phase == "calibrating"
         stream: Stream = "probe" if measures and not job.probe_ahead else "train"
         position = self.probe_steps if stream == "probe" else self.updates + (self.ahead if measures else 0)
         base_lr = backend.base_lr()
@@ -187,8 +181,7 @@ class Trainer:
 
     def log(self, loss: float, val_loss: float | None, base_lr: float, seconds: float) -> None:
         """Writes a line of metrics. `base_lr` is the rate of this update before any group's multiplier."""
-        mols, phase = self.backend.mols, self.phase
-        multipliers = {} if mols is None else dict(mols.multipliers)
+        multipliers, phase = self.backend.mols.multipliers, self.backend.mols.phase
         losses = {"loss": loss} if val_loss is None else {"loss": loss, "val_loss": val_loss}
         if self.metrics is not None:
             line: dict[str, object] = {"step": self.updates, "tokens": self.backend.tokens(self.updates), **losses}
@@ -199,8 +192,8 @@ class Trainer:
         self.bar.update(self.updates, loss, val_loss, phase)
 
     def _outcome(self, val_loss: float) -> Outcome:
-        mols, section = self.backend.mols, self.job.setup.section
-        outcome = Outcome(val_loss, self.backend.tokens(self.updates), {} if mols is None else dict(mols.alphas))
+        section = self.job.setup.section
+        outcome = Outcome(val_loss, self.backend.tokens(self.updates), dict(self.backend.mols.alphas))
         outcome.probe_steps = self.probe_steps
         if outcome.alphas and section is not None:
             report = Path(section["report_dir"]) / "mols_report.json"

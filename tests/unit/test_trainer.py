@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mols_ds.core.handle import Handle
+from mols_ds.core.phases import Phase
 from mols_ds.errors import MolsCheckpointError, MolsTrainingError
 from mols_ds.training.batches import BatchShape, Stream
 from mols_ds.training.compare import run_arms
@@ -29,14 +31,14 @@ ONLINE: Section = {**PROBE, "mode": "online"}
 
 
 @dataclass
-class Mols:
+class Mols(Handle):
     """Calibrates from update START on, for SAMPLES batches."""
 
     measured: int = 0
     updates: int = 0
 
     @property
-    def phase(self) -> str:
+    def phase(self) -> Phase:
         if self.updates < START:
             return "waiting"
         return "calibrating" if self.measured < SAMPLES else "fixed"
@@ -59,11 +61,7 @@ class Backend(TrainBackend):
         self.job, self.setup = job, setup
         self.rank, self.world, self.device = 0, 1, torch.device("cpu")
         self.weight = torch.zeros(1, dtype=torch.float64)
-        self.calibration = None if setup.section is None else Mols()
-
-    @property
-    def mols(self) -> Mols | None:
-        return self.calibration
+        self.mols = Handle() if setup.section is None else Mols()
 
     def base_lr(self) -> float:
         return 0.5
@@ -72,11 +70,11 @@ class Backend(TrainBackend):
         values = list(batches)
         losses = self.weight + sum(values) / len(values)
         self.setup.before_update(number)
-        mols, counted = self.calibration, not measures
+        mols, counted = self.mols, not measures
         if counted:
             self.weight += values[0]
             self.setup.trained.append(number)
-        if mols is not None:
+        if isinstance(mols, Mols):
             mols.measured += mols.phase == "calibrating"
             mols.updates += counted
         return StepResult(losses, counted)
@@ -95,15 +93,13 @@ class Backend(TrainBackend):
         return [self.weight]
 
     def checkpoint_writer(self, step: int, counted: dict[str, Any]) -> Callable[[Path], None]:
-        mols = None if self.calibration is None else vars(self.calibration)
-        state = {"counted": {**counted, "step": step}, "weight": float(self.weight), "mols": mols}
+        state = {"counted": {**counted, "step": step}, "weight": float(self.weight), "mols": vars(self.mols)}
         return lambda place: (place / "state.json").write_text(json.dumps(state)) and None
 
     def load_checkpoint(self, folder: Path, tag: str | None) -> dict[str, Any] | None:
         state = json.loads((folder / str(tag) / "state.json").read_text())
         self.weight.fill_(state["weight"])
-        if state["mols"] is not None:
-            self.calibration = Mols(**state["mols"])
+        vars(self.mols).update(state["mols"])
         counted: dict[str, Any] | None = state["counted"]
         return counted
 

@@ -13,13 +13,14 @@ from torch import Tensor
 import megatron_patches
 from megatron_patches.machine import Machine
 from megatron_patches.rng_state import RandomState
-from mols_ds.apps.train_megatron.checkpoint import MegatronCheckpoint, ResumableMols
+from mols_ds.apps.train_megatron.checkpoint import TorchDistCheckpoint
 from mols_ds.apps.train_megatron.dataset import Batch
+from mols_ds.core.handle import Handle
 from mols_ds.errors import MolsError
 from mols_ds.training.megatron_build import Built, build
 from mols_ds.training.megatron_config import GridSizes, transformer_config
 from mols_ds.training.megatron_settings import Settings
-from mols_ds.training.train_job import Counted, MolsView, Section, StepResult, TrainBackend, TrainJob
+from mols_ds.training.train_job import Counted, Section, StepResult, TrainBackend, TrainJob
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -68,7 +69,7 @@ class MegatronSetup:
         # A config of its own for each arm: Megatron's schedules find functions of the optimizer on it
         config = transformer_config(settings, self.machine)
         built = build(settings, config, vocab_size=self.vocab_size, engine=self.engine)
-        mols = None
+        mols = Handle()
         if settings.mols is not None:
             mols = megatron_patches.attach(
                 built.chunks, built.optimizer, built.scheduler, settings.mols, samples_per_step=settings.batch.total
@@ -86,16 +87,11 @@ class MegatronBackend(TrainBackend):
 
     option = "run.{}"
 
-    def __init__(self, job: TrainJob, setup: MegatronSetup, built: Built, mols: ResumableMols | None) -> None:
-        self.job, self.setup, self.built, self._mols = job, setup, built, mols
+    def __init__(self, job: TrainJob, setup: MegatronSetup, built: Built, mols: Handle) -> None:
+        self.job, self.setup, self.built, self.mols = job, setup, built, mols
         self.rank, self.world, self.device = job.rank, setup.grid.world, _device()
         self.skipped = 0
-        self.checkpoint = MegatronCheckpoint(built, mols, reshardable=setup.settings.run.reshardable_checkpoints)
-
-    @property
-    def mols(self) -> MolsView | None:
-        """See `TrainBackend`."""
-        return self._mols
+        self.checkpoint = TorchDistCheckpoint(built, mols, reshardable=setup.settings.run.reshardable_checkpoints)
 
     # -- training
 
@@ -195,8 +191,7 @@ class MegatronBackend(TrainBackend):
 
     def close(self) -> None:
         """See `TrainBackend`."""
-        if self._mols is not None:
-            self._mols.detach()
+        self.mols.detach()
 
 
 def _device() -> torch.device:

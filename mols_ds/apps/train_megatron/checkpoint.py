@@ -8,16 +8,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed as dist
 
 from megatron_patches.rng_state import RandomState
+from mols_ds.core.handle import Handle
 from mols_ds.errors import MolsCheckpointError
 from mols_ds.training.megatron_build import Built
 from mols_ds.training.sources import one_line
-from mols_ds.training.train_job import Counted, MolsView
+from mols_ds.training.train_job import Counted
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -38,21 +39,14 @@ SHARDING = {
 """Metadata of DistributedOptimizer.sharded_state_dict, by `run.reshardable_checkpoints`."""
 
 
-class ResumableMols(MolsView, Protocol):
-    """What `megatron_patches.attach` returns, as far as this program calls it."""
-
-    def resume_from(self, checkpoint_dir: str) -> None: ...
-    def detach(self) -> None: ...
-
-
-class MegatronCheckpoint:
+class TorchDistCheckpoint:
     """Writes and loads one arm's model, optimizer, scheduler and random state. Every call is collective.
 
     Attributes:
         metadata: of the sharding. A resumed run keeps its checkpoint's.
     """
 
-    def __init__(self, built: Built, mols: ResumableMols | None, *, reshardable: bool) -> None:
+    def __init__(self, built: Built, mols: Handle, *, reshardable: bool) -> None:
         self.built, self.mols = built, mols
         self.metadata = SHARDING[reshardable]
 
@@ -78,8 +72,7 @@ class MegatronCheckpoint:
 
         place = folder / tag
         try:
-            if self.mols is not None:
-                self.mols.resume_from(str(place))
+            self.mols.resume_from(str(place))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.metadata = dist_checkpointing.load_content_metadata(str(place)) or self.metadata
