@@ -33,7 +33,7 @@ from megatron_patches.param_map import (
 )
 from megatron_patches.rng_state import RandomState
 from megatron_patches.schedule import optimizer_steps, scheduler_hints
-from megatron_patches.shards import MegatronShards
+from megatron_patches.shards import MegatronShards, collective_device
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Context, Controller
 from mols_ds.core.groups import GroupTable
@@ -140,7 +140,6 @@ class MegatronMols(Session):
                 f'"mols.start" is step {schedule.start}, but the optimizer has taken {self.steps} already: attach '
                 "MoLS before training and before a checkpoint is loaded, or set a later start"
             )
-        self.device = _collective_device()
         self._controller = Controller(config, table, self.shards.accumulated, schedule, self._context())
 
     def _context(self) -> Context:
@@ -148,7 +147,7 @@ class MegatronMols(Session):
         on_cpu = self.config.accumulators.device == "cpu"
         return Context(
             reduce=self.reduce,
-            device=torch.device("cpu") if on_cpu else self.device,
+            device=torch.device("cpu") if on_cpu else collective_device(),
             rank=dist.get_rank(),
             world={"data": grid.data, "tensor": grid.tensor, "pipeline": grid.pipeline, "expert": grid.expert},
             versions=versions(("megatron-core", "transformer-engine")) | self._precision(),
@@ -201,12 +200,6 @@ class MegatronMols(Session):
         """Set the number of updates, after a checkpoint was loaded."""
         self._updates = steps
 
-    def reduce(self, values: Tensor) -> Tensor:
-        """SUM over all ranks, whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
-        moved = values.to(self.device)
-        dist.all_reduce(moved)
-        return moved.cpu()
-
     def base_lrs(self) -> dict[str, float]:
         parts = self.shards.parts
         return {
@@ -251,13 +244,6 @@ class MegatronMols(Session):
         if self.wants_sample and math.isfinite(float(norm)):
             self.take_sample()
         return norm
-
-
-def _collective_device() -> torch.device:
-    """Where this rank's gradients and collectives are."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _weak(method: Callable[[nn.Module, Any], None]) -> Callable[[nn.Module, Any], None]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from megatron_patches.param_map import LocalParameter, ProcessGrid
 from mols_ds.core.ranges import ShardRange, pack, split_among_replicas
@@ -100,12 +101,25 @@ class MegatronShards:
         """1: `prepare_grads()` has divided the loss scale out."""
         return 1.0
 
+    def reduce(self, values: Tensor) -> Tensor:
+        """SUM over all ranks, whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
+        sums = values.to(collective_device())
+        dist.all_reduce(sums)
+        return sums.cpu()
+
     def discard(self) -> None:
         """Nothing: the training loop zeroes the gradient buffers before each iteration."""
 
     def finite(self) -> bool:
         """Whether every gradient that this rank owns is finite."""
         return all(bool(torch.isfinite(gradient).all()) for _, gradient in self.read())
+
+
+def collective_device() -> torch.device:
+    """Where this rank's gradients and collectives are."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _shards(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:

@@ -27,6 +27,10 @@ class GradientSource(Protocol):
         """Whether the gradient that this rank reads is finite."""
         ...
 
+    def reduce(self, values: Tensor) -> Tensor:
+        """SUM over the ranks whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
+        ...
+
     def discard(self) -> None:
         """Drop the accumulated gradient, as if the engine had not run these batches."""
         ...

@@ -5,7 +5,7 @@
     moments  take the step, and read Adam's moments after the last step of the window
 
 An adapter subclasses `Session`, one class an engine. It hands the engine's own step to `take_step` and says how
-gradients are read (`source`), where the rates are applied (`scalers`) and how ranks add up (`reduce`).
+gradients are read and summed over ranks (`source`) and where the rates are applied (`scalers`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mols_ds.core.adam_moments import adam_moments
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Controller
-from mols_ds.core.group_stats import NoiseFloor, adam_moments
+from mols_ds.core.group_stats import NoiseFloor
 from mols_ds.core.handle import Handle
 from mols_ds.core.lr_scaler import LRScaler
 from mols_ds.core.protocols import GradientSource, WindowState
@@ -64,10 +65,6 @@ class Session(Handle, ABC):
     @abstractmethod
     def steps(self) -> int:
         """Optimizer steps so far, as "mols.start" and "mols.ramp_end" count them."""
-
-    @abstractmethod
-    def reduce(self, values: Tensor) -> Tensor:
-        """SUM over the ranks whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
 
     @abstractmethod
     def base_lrs(self) -> dict[str, float]:
@@ -210,6 +207,10 @@ class Session(Handle, ABC):
         self.controller.elements.open_squares(NoiseFloor(1.0, noise_weight))
 
     # ------------------------------------------------------------------ what all ranks do together
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """SUM over the ranks whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
+        return self.source.reduce(values)
 
     def agree(self, ok: bool) -> bool:
         """Whether every rank says True: one all-reduce of 8 bytes."""

@@ -18,7 +18,7 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.training.batches import BatchShape, held_out_batches
 from mols_ds.training.megatron_config import (
-    Grid,
+    GridSizes,
     micro_batches,
     optimizer_config,
     padded_vocabulary,
@@ -41,7 +41,7 @@ SIZES = {"llama_60m": (512, 1376, 8, 8), "llama_7b_tp2_pp2": (4096, 11008, 32, 3
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_ready_configs_become_megatron_s(path: Path) -> None:
     settings = read(str(path))
-    grid = Grid.of(settings, WORLDS[path.stem])
+    grid = GridSizes.of(settings, WORLDS[path.stem])
     assert micro_batches(settings, grid) >= settings.parallel.pp
     assert MolsConfig.parse(settings.mols or {}).enabled
     assert optimizer_config(settings).lr == settings.optimizer.lr

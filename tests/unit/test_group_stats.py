@@ -13,17 +13,9 @@ from torch import Tensor
 
 from mols_ds.core import group_stats as snr_module
 from mols_ds.core.accumulators import STRIDE, Accumulators
+from mols_ds.core.adam_moments import adam_moments
 from mols_ds.core.estimators import ESTIMATORS, estimate, intervals
-from mols_ds.core.group_stats import (
-    COLUMN,
-    COLUMNS,
-    GroupSums,
-    NoiseFloor,
-    adam_moments,
-    bin_edges,
-    find_bins,
-    noise_floor,
-)
+from mols_ds.core.group_stats import COLUMN, COLUMNS, GroupSums, NoiseFloor, bin_edges, find_bins, noise_floor
 from mols_ds.core.groups import ElementLayout
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
@@ -51,7 +50,7 @@ class EngineMols(Session):
         self.engine = engine
         self.grid = find_grid(engine)
         self.random = EngineWindow(self.grid)
-        self.source = self.shards = find_shards(engine, self.grid.places)
+        self.source = self.shards = find_shards(engine, self.grid)
         self._check_options()
         schedule = resolve_schedule(config, *scheduler_hints(engine.lr_scheduler))
         table = self.grid.table(config, self.shards.param_group)
@@ -135,12 +134,6 @@ class EngineMols(Session):
     def steps(self) -> int:
         """DeepSpeed's `global_steps`."""
         return int(self.engine.global_steps)
-
-    def reduce(self, values: Tensor) -> Tensor:
-        """SUM over the ranks whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
-        device = values.to(get_accelerator().current_device_name())
-        dist.all_reduce(device, op=dist.ReduceOp.SUM, group=self.grid.group)
-        return device.cpu()
 
     def base_lrs(self) -> dict[str, float]:
         groups = self.shards.inner.param_groups

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from mols_ds.core.ranges import ShardRange, pack, spans_to_accumulators, split_among_replicas
 from mols_ds.engines.deepspeed.compat import Engine, check_optimizer
-from mols_ds.engines.deepspeed.parallel.base import Place, whole_places
+from mols_ds.engines.deepspeed.parallel.base import ParallelGrid, Place, whole_places
 from mols_ds.errors import MolsUnsupportedError
 
 
@@ -38,8 +39,9 @@ class ZeroShards(ABC):
     reads_before_clipping = False
     """Whether online samples are read at the entry of the step; otherwise in the inner optimizer's step hook."""
 
-    def __init__(self, engine: Engine, places: Mapping[nn.Parameter, Place]) -> None:
+    def __init__(self, engine: Engine, places: Mapping[nn.Parameter, Place], group: object) -> None:
         self.engine = engine
+        self.group = group
         self.outer = engine.optimizer
         self.inner = getattr(self.outer, "optimizer", self.outer)
         check_optimizer(self.outer)
@@ -85,6 +87,12 @@ class ZeroShards(ABC):
     @abstractmethod
     def read(self) -> Iterator[tuple[int, Tensor]]:
         """(offset among the owned elements, 1-D gradient) at the boundary, still loss-scaled; no collective."""
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """SUM over the ranks whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
+        sums = values.to(get_accelerator().current_device_name())
+        dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=self.group)
+        return sums.cpu()
 
     def finite(self) -> bool:
         """Whether the gradient that this rank reads is finite. Reads all of it, so that NVMe buffers are released."""
@@ -308,14 +316,12 @@ class Replicated(ZeroShards):
             self.outer.zero_grad(set_to_none=True)
 
 
-def find_shards(engine: Engine, places: Mapping[nn.Parameter, Place] | None = None) -> ZeroShards:
-    """The layout of this engine; `places`: of its `ParallelGrid`, by default those of data parallelism alone.
+def find_shards(engine: Engine, grid: ParallelGrid | None = None) -> ZeroShards:
+    """The layout of this engine; without `grid` that of data parallelism alone.
 
     Raises `MolsUnsupportedError`, naming the wrapper, where none is known.
     """
     outer = engine.optimizer
-    if places is None:
-        places = whole_places(engine)
     kinds: dict[str, type[ZeroShards]] = {
         "DeepSpeedZeroOptimizer": Stage12,
         "DeepSpeedZeroOptimizer_Stage3": Stage3,
@@ -331,4 +337,6 @@ def find_shards(engine: Engine, places: Mapping[nn.Parameter, Place] | None = No
             f"DeepSpeed's optimizer wrapper {type(outer).__name__} is not supported; "
             f"supported are ZeRO 0-3: {', '.join(kinds)}, or the client optimizer itself"
         )
-    return kind(engine, places)
+    if grid is None:
+        return kind(engine, whole_places(engine), engine.seq_data_parallel_group)
+    return kind(engine, grid.places, grid.group)

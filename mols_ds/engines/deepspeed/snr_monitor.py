@@ -6,14 +6,12 @@ from collections.abc import Iterable
 from typing import TypedDict
 
 import torch
-from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
-from torch import Tensor
 from torch.optim import Optimizer
 
 from mols_ds.core import estimators
+from mols_ds.core.adam_moments import adam_moments
 from mols_ds.core.config import Estimator, MolsConfig
-from mols_ds.core.group_stats import NoiseFloor, adam_moments
+from mols_ds.core.group_stats import NoiseFloor
 from mols_ds.core.local_stats import LocalStats
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.engines.deepspeed.parallel.find import find_grid
@@ -88,20 +86,20 @@ class SnrWatch:
             mu2, s2, _ = adam_moments(mean, square, self._step(inner), *self._betas)
             elements.add_squares(number, mu2, s2)
         sums = elements.take_squares()
-        sums.load_packed(self._reduce(sums.pack()))
+        sums.load_packed(self._shards.reduce(sums.pack()))
         return {name: estimators.estimate(sums, name, True) for name in ESTIMATORS}
 
     def _build(self, engine: Engine) -> None:
         self._engine = engine
         self._grid = find_grid(engine)
-        self._shards = find_shards(engine, self._grid.places)
+        self._shards = find_shards(engine, self._grid)
         inner = self._shards.inner
         fits = all(
             getattr(inner.state.get(tensor, {}).get(key), "numel", lambda: 0)() == size
             for tensor, size in zip(self._shards.tensors, self._shards.sizes, strict=True)
             for key in ("exp_avg", "exp_avg_sq")
         )
-        bad = self._reduce(torch.tensor([0.0 if fits else 1.0], dtype=torch.float64))
+        bad = self._shards.reduce(torch.tensor([0.0 if fits else 1.0], dtype=torch.float64))
         if bad.item():
             raise MolsUnsupportedError(
                 f"SNR curves cannot be read: {type(inner).__name__} keeps no exp_avg and exp_avg_sq in memory here"
@@ -119,8 +117,3 @@ class SnrWatch:
 
     def _weight(self, inner: Optimizer) -> float:
         return adam_moments(torch.zeros(1), torch.zeros(1), self._step(inner), *self._betas)[2]
-
-    def _reduce(self, values: Tensor) -> Tensor:
-        device = values.to(get_accelerator().current_device_name())
-        dist.all_reduce(device, op=dist.ReduceOp.SUM, group=self._grid.group)
-        return device.cpu()
