@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,11 @@ LAYERS = {"apps", "core", "engines", "integrations", "optim", "report", "trainin
 LINES = 400
 LONG: dict[str, int] = {}
 """Files of the product of more than LINES lines. A file may leave this list; none may join it."""
+
+DEPTH = 13
+"""Modules in the longest chain of imports, those inside functions and for type checkers left out. It may only fall."""
+ANY_SHARE = 0.20
+"""Functions whose signature says `Any`, of all."""
 
 
 def at(file: Path) -> str:
@@ -63,6 +69,67 @@ def test_no_file_is_longer_than_it_was() -> None:
     joined = {name: n for name, n in long.items() if n > LONG.get(name, 0)}
     assert not joined, f"split these files (limit {LINES} lines): {joined}"
     assert set(LONG) <= set(long), "these are short now; take them off the list"
+
+
+# ---------------------------------------------------------------------- depth of imports, types of signatures
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The import statements that run when the module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from statements(node)
+
+
+def imports() -> dict[str, set[str]]:
+    """Module -> modules of the product that it imports when it is imported."""
+    files = {module_of(file): file for file in PRODUCT}
+    found: dict[str, set[str]] = {}
+    for name, file in files.items():
+        named: set[str] = set()
+        for node in statements(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            else:
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                named |= {one if one in files else str(node.module) for one in whole}
+        found[name] = (named & set(files)) - {name}
+    return found
+
+
+def test_imports_are_not_deeper_than_they_were() -> None:
+    graph = imports()
+
+    @functools.cache
+    def chain(name: str) -> tuple[str, ...]:
+        return (name, *max(map(chain, graph[name]), key=len, default=()))
+
+    longest = max(map(chain, graph), key=len)
+    assert len(longest) <= DEPTH, " > ".join(longest)
+
+
+def test_few_signatures_say_any() -> None:
+    functions = [
+        node
+        for file in PRODUCT
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    with_any = 0
+    for function in functions:
+        arguments = function.args
+        hints = [a.annotation for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+        words = [node for hint in (*hints, function.returns) if hint is not None for node in ast.walk(hint)]
+        with_any += any(isinstance(word, ast.Name) and word.id == "Any" for word in words)
+    assert with_any <= ANY_SHARE * len(functions), f"{with_any} of {len(functions)}: name the types"
 
 
 # ---------------------------------------------------------------------- private names of DeepSpeed
