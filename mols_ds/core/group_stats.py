@@ -10,7 +10,7 @@ disjoint pieces of the element space, so the result does not depend on how many 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,14 +47,6 @@ LOG_ERROR = 1e-6  # bins: far above the rounding of 70 * (log2 + 30), 1e-12, and
 MOVED_ONCE_RTOL = 1e-5
 BLOCK_CHUNK = 1 << 20  # subsampled elements, of 133 M: about 200 MiB of float64 temporaries
 CHUNK = 65536  # elements: the float64 temporaries of one chunk stay in the last-level cache
-
-
-class ElementMoments(Protocol):
-    """What is read of `mols_ds.core.accumulators.Moments`: mean and M2 of each element over `count` samples."""
-
-    mean: Tensor
-    m2: Tensor
-    count: int
 
 
 class NoiseFloor(NamedTuple):
