@@ -1,5 +1,7 @@
 # make train   set up .venv and train a small LLaMA on real text, Adam against Adam+MoLS
-# make test    set up .venv and run all tests
+# make test    set up .venv and run the quick tests: every engine, stage, mode and main command once (six minutes)
+# make test-all    all tests but the exhaustive tables; .ci/run runs these
+# make test-full   with the exhaustive tables, before a release (half an hour); tests/README.md has the tiers
 # make train-megatron   the same training on Megatron-core, tensor x pipeline parallel
 # make compare  studies/laptop.yaml: Adam and MoLS tuned alike, over seeds, with a report (an hour or two)
 # Variables: PYTHON (3.11+), NPROC, ACCELERATOR (cpu, cuda, ...), ARGS (more flags for train.py or pytest), PIP_FLAGS.
@@ -15,7 +17,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev train train-megatron test lint format architecture bench compare clean distclean
+.PHONY: help setup setup-dev train train-megatron test test-all test-full test-rest lint format architecture bench \
+	compare clean distclean
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -31,7 +34,7 @@ CPU_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=$(ACCELERATOR)
 RUN_PATH := PATH="$(CURDIR)/launch:$(BIN):$$PATH"
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n '/^$$/q; s/^# //p' Makefile
 
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -70,8 +73,13 @@ train-megatron: setup-dev
 	$(CPU_ENV) $(BIN)/torchrun --standalone --nproc_per_node 4 train_megatron.py \
 		--config configs/megatron/tiny_tp2_pp2.yaml --compare adam $(ARGS)
 
-test: setup-dev
-	$(RUN_PATH) $(CPU_ENV) python -m pytest $(ARGS)
+# test-rest: what test-all has beyond test.
+test: TIER := quick
+test-all: TIER := all
+test-rest: TIER := rest
+test-full: TIER := full
+test test-all test-rest test-full: setup-dev
+	$(RUN_PATH) $(CPU_ENV) python -m pytest --tier $(TIER) $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

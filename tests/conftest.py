@@ -1,7 +1,10 @@
-"""Settings of every test process: the CPU accelerator, one thread a process, no network, no display."""
+"""Settings of every test process: the CPU accelerator, one thread a process, no network, no display. And the tiers."""
 
 from __future__ import annotations
 
+import pytest
+
+from tests.helpers import tiers
 from tests.helpers.harness import RANK_ENVIRONMENT, apply_environment
 
 apply_environment(RANK_ENVIRONMENT)
@@ -9,3 +12,23 @@ apply_environment(RANK_ENVIRONMENT)
 import torch  # noqa: E402  (reads the environment above when it is imported)
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--tier",
+        choices=list(tiers.CHOICES),
+        default="full",
+        help="which tests: quick (make test), all (make test-all), rest (all without quick), full (the default here)",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:], left = tiers.choose(items, config.getoption("tier"))
+    if left:
+        config.hook.pytest_deselected(items=left)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    tiers.note(session.items)

@@ -41,7 +41,7 @@ def keep(folder: str, node_local: bool) -> tuple[list[str], str, str | None, lis
     return listed, newest, broken, [str(each.message) for each in said]
 
 
-@pytest.mark.parametrize("node_local", [False, True])
+@pytest.mark.parametrize("node_local", [pytest.param(False, marks=pytest.mark.tier("all")), True])
 def test_every_node_lists_its_own_files_and_all_ranks_agree(node_local: bool, tmp_path: Path) -> None:
     """A file that one node alone can see broken sends every rank to the checkpoint before."""
     found = run_ranks(keep, 2, str(tmp_path), node_local)

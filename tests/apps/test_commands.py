@@ -74,6 +74,7 @@ def check_contract(lines: list[dict[str, Any]]) -> None:
     assert steps[-1]["multipliers"] == pytest.approx(final["alphas"])
 
 
+@pytest.mark.tier("all")
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     """`mols-ds launch` runs through; the stock launcher continues a copy of its checkpoint in mid-calibration."""
     stage3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "mols": ONLINE}
@@ -96,6 +97,7 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert updates(part) == updates(whole)
 
 
+@pytest.mark.tier("all")
 def test_a_mistake_is_one_line_and_status_2_from_two_processes(tmp_path: Path) -> None:
     paths = write_job(tmp_path)
     paths["data"] = tmp_path / "empty.txt"

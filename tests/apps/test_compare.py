@@ -15,10 +15,11 @@ import psutil
 import pytest
 import yaml
 
+from mols_ds import cli
 from tests.apps.command import free_port, run
 from tests.helpers.harness import RANK_ENVIRONMENT, ROOT
 
-pytestmark = [pytest.mark.jobs, pytest.mark.timeout(700)]
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(700), pytest.mark.tier("all")]  # quick: test_study_ranks.py
 SECONDS = 300  # a bound for a busy machine; alone it takes 40
 RUNS = 16  # 2 models x 2 arms x (2 rates with the tuning seed + 2 seeds at the best one)
 SMOKE = ROOT / "studies" / "smoke.yaml"
@@ -154,15 +155,16 @@ def test_an_arm_that_cannot_train_is_named_and_the_others_go_on(out: Path, tmp_p
     assert finished(out) == before
 
 
-def test_mistakes_are_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mols_ds.cli", "compare"]
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run(sys.executable, "-m", "mols_ds.cli", "compare", tmp_path / "none.yaml", cwd=tmp_path)
+    assert done.status == 2 and done.stderr.count("\n") == 1 and "no such file" in done.stderr, done.stderr
     for arguments, said in (
-        ([tmp_path / "none.yaml"], "no such file"),
-        ([SMOKE, "--arms", "sgd"], '--arms: "sgd" is not one of adam, mols'),
-        ([SMOKE, "--jobs", "0"], "--jobs: at least 1"),
+        (["--arms", "sgd"], '--arms: "sgd" is not one of adam, mols'),
+        (["--jobs", "0"], "--jobs: at least 1"),
     ):
-        done = run(*command, *arguments, cwd=tmp_path)
-        assert done.status == 2 and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+        assert cli.main(["compare", str(SMOKE), *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
 
 
 def test_ranks_of_a_launched_job_train_the_same_runs_together(out: Path, tmp_path: Path) -> None:

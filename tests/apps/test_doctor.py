@@ -55,6 +55,7 @@ def test_packages_that_break_are_told_apart(tmp_path: Path, monkeypatch: pytest.
     assert "No module named" in tried["no_such_package"].error
 
 
+@pytest.mark.tier("all")
 def test_a_package_that_hangs_is_blamed_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_modules(tmp_path, {"hangs": "import time; time.sleep(600)", "whole": BROKEN["whole"]})
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -63,6 +64,7 @@ def test_a_package_that_hangs_is_blamed_and_the_others_go_on(tmp_path: Path, mon
     assert tried["whole"].works
 
 
+@pytest.mark.tier("all")
 def test_the_command_survives_a_broken_torch(tmp_path: Path) -> None:
     """Torch, pydantic and rich at once: nothing of them may be imported by the command itself."""
     broken = {name: BROKEN["broken_import"] for name in ("torch", "pydantic", "rich")}

@@ -30,6 +30,7 @@ def layered() -> dict[str, Any]:
 
 
 @pytest.mark.distributed
+@pytest.mark.tier("all")
 def test_layer_type_and_ramp_end_auto_reach_the_engine() -> None:
     for seen in run_cases(layered, 2, [()])[()]:
         assert seen["ramp_end"] == WARMUP

@@ -18,6 +18,7 @@ from mols_ds.apps.finetune.data import AnswerBatches, load_tokenizer, prepare
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training.batches import BatchShape
 from mols_ds.training.sources import DataSpec
+from tests.apps.command import ROOT, free_port, read_metrics, run
 from tests.apps.finetuning import (
     CONFIG,
     DATA,
@@ -30,8 +31,11 @@ from tests.apps.finetuning import (
     write_config,
 )
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 METHODS = ("full", "lora", "dora")
+ALONE = Cases(METHODS)
+PAIR = Cases([("lora", 2), *((method, 3) for method in METHODS)])
 TOLERANCE = 1e-5
 """Between ways of splitting a batch, on losses of about 7: float32 sums in another order (4e-7 was seen), which six
 steps of Adam could amplify."""
@@ -51,13 +55,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def alone(folder: Path) -> Results:
     """One rank."""
-    return run_cases(fine_tune, 1, [(str(folder), method, 2) for method in METHODS])
+    return run_cases(fine_tune, 1, [(str(folder), method, 2) for method in ALONE.wanted])
 
 
 @pytest.fixture(scope="session")
 def pair(folder: Path) -> Results:
     """Two ranks."""
-    return run_cases(fine_tune, 2, [(str(folder), *case) for case in (("lora", 2), *((m, 3) for m in METHODS))])
+    return run_cases(fine_tune, 2, [(str(folder), *case) for case in PAIR.wanted])
+
+
+@pytest.mark.jobs
+def test_shim_fine_tunes_adapters_on_two_processes(folder: Path, tmp_path: Path) -> None:
+    argv = arguments(folder, config_path(folder, 2), tmp_path / "out", "lora", "--steps", str(STEPS))
+    script = argv[: argv.index("--config")] + argv[argv.index("--config") + 2 :]
+    launch = ["deepspeed", "--master_port", str(free_port()), "--num_gpus", "2", "--config", config_path(folder, 2)]
+    done = run(*launch, ROOT / "finetune.py", *script, cwd=tmp_path)
+    assert done.status == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert "2 processes" in done.stdout
+    *steps, final = read_metrics(tmp_path / "out")
+    assert (steps[0]["phase"], steps[-1]["phase"]) == ("calibrating", "fixed")
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert set(final["alphas"]) == {"qk", "vo", "mlp"} and len(set(final["alphas"].values())) == 3
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
 
 
 def losses(found: dict[str, Any]) -> list[float]:
@@ -65,7 +84,7 @@ def losses(found: dict[str, Any]) -> list[float]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("method", METHODS)
+@ALONE.parametrize("method")
 def test_methods_train_with_mols_and_what_is_saved_loads(method: str, folder: Path, alone: Results) -> None:
     found = alone[(str(folder), method, 2)][0]
     assert found["status"] == 0
@@ -81,7 +100,8 @@ def test_methods_train_with_mols_and_what_is_saved_loads(method: str, folder: Pa
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("method", "stage"), [("lora", 2), ("full", 3), ("lora", 3), ("dora", 3)])
+@ALONE.reads(*METHODS)
+@PAIR.parametrize(("method", "stage"))
 def test_ranks_and_stages_agree(method: str, stage: int, folder: Path, alone: Results, pair: Results) -> None:
     found = pair[(str(folder), method, stage)][0]
     assert found["status"] == 0
@@ -94,6 +114,7 @@ def test_ranks_and_stages_agree(method: str, stage: int, folder: Path, alone: Re
 
 
 @pytest.mark.distributed
+@ALONE.reads("full")
 def test_the_loss_is_the_mean_over_all_answer_tokens_of_the_batch(folder: Path, alone: Results) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -116,6 +137,7 @@ def test_the_loss_is_the_mean_over_all_answer_tokens_of_the_batch(folder: Path, 
 
 
 @pytest.mark.distributed
+@pytest.mark.tier("all")
 def test_resumed_run_is_the_uninterrupted_one(folder: Path) -> None:
     """Adapters under stage 3, whose checkpoints leave the frozen weights out; another rank of adapters is refused."""
     case = (str(folder), "lora", 3)

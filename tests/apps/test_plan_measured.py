@@ -11,22 +11,26 @@ from tests.apps import plan_measure_megatron as megatron
 from tests.apps.plan_measure import CASES as every
 from tests.apps.plan_measure import TOLERANCE, WORLD, Case, largest, measure, planned, rows
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
 
-CASES: list[Case] = [case for case in every if case[2] not in ("overlap", "fp32 sums")]
-GRIDS = [name for name in megatron.GRIDS if "attention" not in name]
+CASES: Cases[Case] = Cases(
+    [case for case in every if case[2] not in ("overlap", "fp32 sums")],
+    full=[(0, "bf16", ""), (1, "fp32", ""), (2, "fp32", ""), (2, "bf16", "offload"), (3, "fp32", "")],
+)
+GRIDS = Cases([name for name in megatron.GRIDS if "attention" not in name], full=["tp2 dp2", "pp2 dp2 recomputed"])
 """The others of plan_measure.CASES and of megatron.GRIDS are in the table of docs/planning.md."""
 
 
 @functools.cache
 def engines() -> Results:
-    return run_cases(measure, WORLD, CASES, timeout=120)
+    return run_cases(measure, WORLD, CASES.wanted, timeout=120)
 
 
 @functools.cache
 def grids() -> Results:
-    return run_cases(megatron.measure, megatron.WORLD, [(name,) for name in GRIDS], timeout=120)
+    return run_cases(megatron.measure, megatron.WORLD, [(name,) for name in GRIDS.wanted], timeout=120)
 
 
 def compare(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> None:
@@ -39,12 +43,12 @@ def compare(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> None:
     assert not wrong, "; ".join(wrong)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@CASES.parametrize("case", ids=str)
 def test_deepspeed(case: Case) -> None:
     compare(planned(case), engines()[case])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@CASES.parametrize("case", ids=str)
 def test_accumulators_to_the_byte(case: Case) -> None:
     """What `engine.mols.accumulator_bytes` says of the rank with most elements; the scratch is not in it."""
     from mols_ds.apps.plan.calibration import accumulators
@@ -55,7 +59,7 @@ def test_accumulators_to_the_byte(case: Case) -> None:
     assert abs(plan - accumulators(elements, "cpu").total) <= 0.01 * plan
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@GRIDS.parametrize("name")
 def test_megatron(name: str) -> None:
     """Layers are Megatron's own, which the plan traces; Transformer Engine's need a GPU."""
     for stage in range(megatron.GRIDS[name].pp):

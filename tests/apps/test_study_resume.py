@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.helpers.harness import ROOT, run_cases
 
+pytestmark = pytest.mark.tier("all")
 STEPS, SAVED, STOPPED = 12, 4, 7
 
 

@@ -216,6 +216,7 @@ def test_torchrun_compares_both_arms_on_two_stages(tmp_path: Path) -> None:
 
 @pytest.mark.jobs
 @pytest.mark.distributed
+@pytest.mark.tier("all")
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     """From the middle of a calibration, with dropout, on two tensor-parallel ranks; and evaluating changes nothing."""
     online = {"start": 2, "samples": 4, "mode": "online", "ramp_end": 6}

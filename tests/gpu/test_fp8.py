@@ -18,7 +18,7 @@ from megatron_patches.machine import RECIPES, probe_machine
 from tests.apps.command import read_metrics, run
 from tests.apps.megatron_job import TRAIN, write_job
 
-pytestmark = [pytest.mark.jobs, pytest.mark.slow]
+pytestmark = [pytest.mark.jobs, pytest.mark.slow, pytest.mark.tier("all")]
 STEPS = 40
 ALPHA_RTOL = 0.25
 """Alphas of FP8 against those of BF16. Rounding to E5M2 (2 bits of mantissa: up to 12.5 % of a value) is noise of the

@@ -69,6 +69,8 @@ class Results:
     def __getitem__(self, case: Hashable) -> list[Any]:
         if case in self.failures:
             raise RankError(self.failures[case])
+        if case not in self.values:
+            raise KeyError(f"{case} was not launched: does the test say that it reads it (tests.helpers.tiers.Cases)?")
         return self.values[case]
 
 

@@ -89,6 +89,7 @@ def test_one_value_a_rank() -> None:
     assert run_ranks(all_sum, 2, 5) == [(0, 15), (1, 15)]
 
 
+@pytest.mark.tier("all")
 def test_cases_behind_failures_and_a_hang_still_run(tmp_path: Path) -> None:
     hanging = ("hang", str(tmp_path))
     cases = [("a",), ("raise",), ("b",), hanging, ("crash",), ("c",), ("leave",)]
@@ -107,6 +108,7 @@ def test_cases_behind_failures_and_a_hang_still_run(tmp_path: Path) -> None:
     assert all(map(alive, noted(tmp_path, "server")))
 
 
+@pytest.mark.tier("all")
 def test_ranks_are_like_freshly_started_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = run_ranks(look, 2), run_ranks(look, 4)
     assert [seen["server"] for seen in first] == [seen["server"] for seen in second[:2]], "servers are kept"
@@ -125,12 +127,14 @@ def test_ranks_are_like_freshly_started_processes(monkeypatch: pytest.MonkeyPatc
     assert path.index(str(ROOT)) < path.index("/of/this/test") < path.index(str(Path(torch.__file__).parent.parent))
 
 
+@pytest.mark.tier("all")
 def test_an_import_that_fails_in_the_servers_is_told(tmp_path: Path) -> None:
     (tmp_path / "pytest.py").write_text("raise ImportError('broken on purpose')")
     with pytest.raises(RuntimeError, match="broken on purpose"):
         run_ranks(look, 1, environment={"PYTHONPATH": str(tmp_path)})
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("victim", ["test run", "server"])
 def test_a_killed_parent_leaves_nothing_behind(tmp_path: Path, victim: str) -> None:
     call = f"run_ranks(hang, 1, {str(tmp_path)!r})"

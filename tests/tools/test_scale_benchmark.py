@@ -37,12 +37,14 @@ def scale(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+@pytest.mark.tier("all")
 def test_every_bound_on_memory_and_counts_holds(quick: dict[str, Any]) -> None:
     binding = [verdict for verdict in quick["verdicts"] if verdict["kind"] != "time"]
     assert len(binding) >= 18
     assert [verdict for verdict in binding if not verdict["holds"]] == []
 
 
+@pytest.mark.tier("all")
 def test_sections_measure_what_they_say(quick: dict[str, Any]) -> None:
     sizes, ranks, parameters = (quick["measured"][name] for name in ("sizes", "ranks", "parameters"))
     assert [round(row["elements"], -6) for row in sizes] == [10**6, 10**7]

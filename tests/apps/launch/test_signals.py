@@ -50,6 +50,7 @@ def test_supervisor_hands_signals_to_the_ranks(tmp_path: Path, number: signal.Si
         assert running.wait() == 0
 
 
+@pytest.mark.tier("all")
 def test_supervisor_ends_ranks_that_do_not_end_in_time(tmp_path: Path) -> None:
     command = [*RUN, "--grace", "0.5", "--", "bash", "-c", BASH]
     with started(command, tmp_path, OUT=tmp_path / "out", MORE="--deaf") as running:
@@ -61,6 +62,7 @@ def test_supervisor_ends_ranks_that_do_not_end_in_time(tmp_path: Path) -> None:
         assert psutil.wait_procs(ranks, 10)[1] == []
 
 
+@pytest.mark.tier("all")
 def test_supervisor_ends_a_launcher_without_ranks(tmp_path: Path) -> None:
     with started([*RUN, "--grace", "0.5", "sleep", "60"], tmp_path) as running:
         child = children(running)
@@ -79,6 +81,7 @@ def children(running: Running) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.tier("all")
 def test_supervisor_ends_a_launcher_that_begins_again(tmp_path: Path) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
     script = f"(OUT={out}; {BASH}); OUT={again}; {BASH}"
@@ -98,6 +101,7 @@ def test_supervisor_hands_the_status_on(tmp_path: Path) -> None:
     assert "no-such-command: No such file" in running.text
 
 
+@pytest.mark.tier("all")
 def test_send_finds_the_ranks_of_one_job_only(tmp_path: Path) -> None:
     port = free_port()
     outs = [tmp_path / "one", tmp_path / "other"]
@@ -126,6 +130,7 @@ def test_shim_on_one_node(tmp_path: Path) -> None:
 
 
 @pytest.mark.jobs
+@pytest.mark.tier("all")
 def test_torchrun_on_one_node_as_in_a_container(tmp_path: Path) -> None:
     """As in launch/kubernetes: one process, which gets SIGTERM, and a status that has the pod started again; then the
     run goes on from its checkpoint."""
@@ -145,6 +150,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 
 @pytest.mark.jobs
+@pytest.mark.tier("all")
 def test_shim_reaches_the_ranks_of_all_hosts(hosts: Hosts) -> None:
     out = hosts.folder / "out"
     hostfile = hosts.folder / "hostfile"
@@ -158,6 +164,7 @@ def test_shim_reaches_the_ranks_of_all_hosts(hosts: Hosts) -> None:
 
 
 @pytest.mark.jobs
+@pytest.mark.tier("all")
 def test_batch_job_is_queued_again_and_goes_on(hosts: Hosts) -> None:
     """launch/slurm/megatron.sbatch: the batch shell gets SIGUSR1 before the time limit. One task a node, with torchrun
     and one rank each."""

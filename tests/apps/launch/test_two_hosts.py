@@ -19,7 +19,7 @@ from tests.apps.launch.network import NAMES, Hosts, two_hosts
 from tests.apps.launch.running import LAUNCH, TIME_LIMIT, finish
 from tests.helpers.harness import run_ranks
 
-pytestmark = [pytest.mark.jobs, pytest.mark.distributed]
+pytestmark = [pytest.mark.jobs, pytest.mark.distributed, pytest.mark.tier("all")]
 
 STEPS = 3
 PORT = 29640  # of the two hosts' own network
@@ -87,6 +87,7 @@ def test_hostfile(bench: Bench, one_host: Path) -> None:
     assert_same(out, one_host)
 
 
+@pytest.mark.tier("full")
 def test_torchrun(bench: Bench, one_host: Path) -> None:
     out = bench.hosts.folder / "torchrun"
     script = str(LAUNCH / "torchrun.sh")

@@ -23,6 +23,7 @@ from mols_ds.engines.deepspeed.shards import find_shards
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError, MolsUnsupportedError
 from tests.engines.deepspeed.building import ds_config, engine_with, go, groups_of, model_of, snapshot
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 WORLD = 2
 STEPS = {"start": 1, "ramp_end": 20}
@@ -249,17 +250,23 @@ def one(kind: str, *rest: str) -> Any:
 
 
 MODELS = tuple(dict.fromkeys(model for model, _, _ in ATTACHED.values()))
-CASES: list[tuple[str, ...]] = [("refuse", model) for model in MODELS]
-CASES += [("handle",), ("norm", "online"), ("norm", "probe"), *(("engine", name) for name in ENGINES)]
+CASES: Cases[tuple[str, ...]] = Cases(
+    [
+        *(("refuse", model) for model in MODELS),
+        *(("handle",), ("norm", "online"), ("norm", "probe")),
+        *(("engine", name) for name in ENGINES),
+    ],
+    quick=[("refuse", "llama"), ("handle",), ("engine", "no optimizer")],
+)
 
 
 @functools.cache
 def runs() -> Results:
-    return run_cases(one, WORLD, CASES, timeout=60)
+    return run_cases(one, WORLD, CASES.wanted, timeout=60)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ATTACHED)
+@CASES.parametrize("name", ATTACHED, reads=lambda name: [("refuse", ATTACHED[name][0])])
 def test_attach_refuses_in_one_line_on_every_rank(name: str) -> None:
     model, _, message = ATTACHED[name]
     first, *others = runs()["refuse", model]
@@ -272,13 +279,13 @@ def test_attach_refuses_in_one_line_on_every_rank(name: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("model", MODELS)
+@CASES.parametrize("model", MODELS, reads=lambda model: [("refuse", model)])
 def test_a_refused_engine_trains_on_as_stock(model: str) -> None:
     assert all(seen["same"] for seen in runs()["refuse", model])
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ENGINES)
+@CASES.parametrize("name", ENGINES, reads=lambda name: [("engine", name)])
 def test_engines_that_are_refused_by_name(name: str) -> None:
     for kind, text in runs()["engine", name]:
         assert kind == "MolsUnsupportedError" and "\n" not in text
@@ -321,6 +328,7 @@ def test_zenflow_superoffload_and_partial_offload_are_refused_by_name() -> None:
 
 
 @pytest.mark.distributed
+@CASES.reads(("handle",))
 def test_attaching_twice_late_and_detaching() -> None:
     for rank, seen in enumerate(runs()["handle",]):
         assert seen["twice"][0] == "MolsError" and "detach()" in seen["twice"][1]
@@ -335,6 +343,7 @@ def test_attaching_twice_late_and_detaching() -> None:
 
 
 @pytest.mark.distributed
+@CASES.reads(("norm", "online"), ("norm", "probe"))
 def test_no_gradient_norm() -> None:
     """Online needs it; a probe reads the gradients before any clipping."""
     for kind, text in runs()["norm", "online"]:

@@ -7,11 +7,11 @@ import gc
 import weakref
 from typing import Any
 
-import pytest
 import torch
 
 from tests.engines.deepspeed.resume import EVERY, SAMPLES, caught, differing, engine_of, fingerprint, iterate, section
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 WORLD, ITERATIONS, FOLLOWED = 2, 28, 3
 POINTS = {  # where to save: (phase, usable samples, whether there are alphas already)
@@ -24,15 +24,22 @@ POINTS = {  # where to save: (phase, usable samples, whether there are alphas al
 }
 BROKEN = 2  # the iteration whose gradient is not finite, where a case asks for it: the first of the window
 MODES = ("probe", "online", "moments")
-CASES = [
-    *[(stage, "fp32", mode, False) for stage in (0, 1, 3) for mode in MODES],  # 2 is 1, but for when it reduces
-    (2, "fp32", "probe", False),
-    *[(stage, "bf16", "probe", False) for stage in (0, 2, 3)],
-    (3, "bf16", "online", False),
-    (1, "bf16 fp32 gradients", "probe", False),
-    (0, "fp32", "probe", True),
-    (3, "fp32", "probe", True),
-]
+CASES = Cases(
+    [
+        *[(stage, "fp32", mode, False) for stage in (0, 1, 3) for mode in MODES],  # 2 is 1, but for when it reduces
+        (2, "fp32", "probe", False),
+        *[(stage, "bf16", "probe", False) for stage in (0, 2, 3)],
+        (3, "bf16", "online", False),
+        (1, "bf16 fp32 gradients", "probe", False),
+        (0, "fp32", "probe", True),
+        (3, "fp32", "probe", True),
+    ],
+    quick=[(0, "fp32", "probe", False), (1, "fp32", "online", False), (3, "fp32", "moments", False)],
+    full=[
+        *[(0, "fp32", "online", False), (0, "fp32", "moments", False), (1, "fp32", "probe", False)],
+        *[(1, "fp32", "moments", False), (3, "bf16", "online", False), (0, "fp32", "probe", True)],
+    ],
+)
 
 
 def resumed(stage: int, dtype: str, mode: str, broken: bool) -> dict[str, Any]:
@@ -91,10 +98,10 @@ def follow(engine: Any, iteration: int, trace: list[dict[str, Any]], broken: int
 
 @functools.cache
 def outcomes() -> Results:
-    return run_cases(resumed, WORLD, CASES, timeout=60)
+    return run_cases(resumed, WORLD, CASES.wanted, timeout=60)
 
 
-@pytest.mark.parametrize(("stage", "dtype", "mode", "broken"), CASES)
+@CASES.parametrize(("stage", "dtype", "mode", "broken"))
 def test_resume_continues_bit_for_bit(stage: int, dtype: str, mode: str, broken: bool) -> None:
     for outcome in outcomes()[stage, dtype, mode, broken]:
         assert {point: found for point, found in outcome["differences"].items() if found} == {}

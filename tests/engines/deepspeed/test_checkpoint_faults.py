@@ -27,6 +27,7 @@ from tests.engines.deepspeed.resume import (
     until,
 )
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 WORLD, HALF = 2, 3
 DAMAGES = ("missing", "truncated", "flipped", "empty", "foreign", "another save", "another rank's")
@@ -268,13 +269,17 @@ def _point_latest(folder: str, tag: str) -> None:
 
 
 WORK = {"damaged": damaged, "refused": refused, "contents": contents, "stock": stock, "options": options}
-CASES: list[tuple[Any, ...]] = [
-    *[("damaged", stage) for stage in (0, 1, 3)],
-    ("refused",),
-    ("contents",),
-    *[("stock", stage) for stage in STAGES],
-    *[("options", stage) for stage in (0, 2, 3)],
-]
+CASES: Cases[tuple[Any, ...]] = Cases(
+    [
+        *[("damaged", stage) for stage in (0, 1, 3)],
+        ("refused",),
+        ("contents",),
+        *[("stock", stage) for stage in STAGES],
+        *[("options", stage) for stage in (0, 2, 3)],
+    ],
+    quick=[("damaged", 3), ("refused",)],
+    full=[("damaged", 0), ("stock", 1), ("options", 0)],
+)
 
 
 def work(name: str, *case: Any) -> dict[str, Any]:
@@ -283,10 +288,10 @@ def work(name: str, *case: Any) -> dict[str, Any]:
 
 @functools.cache
 def outcomes() -> Results:
-    return run_cases(work, WORLD, CASES, timeout=60)
+    return run_cases(work, WORLD, CASES.wanted, timeout=60)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@CASES.parametrize("stage", [0, 1, 3], reads=lambda stage: [("damaged", stage)])
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_bad_accumulators_restart_the_calibration_on_every_rank(kind: str, stage: int) -> None:
     ranks = outcomes()["damaged", stage]
@@ -301,6 +306,7 @@ def test_bad_accumulators_restart_the_calibration_on_every_rank(kind: str, stage
     assert ranks[0]["after"] == ranks[1]["after"]
 
 
+@CASES.reads(("refused",))
 def test_refusals_are_the_same_on_every_rank() -> None:
     ranks = outcomes()["refused",]
     assert ranks[0] == ranks[1]
@@ -313,6 +319,7 @@ def test_refusals_are_the_same_on_every_rank() -> None:
     assert all("\n" not in message for message in found.values())
 
 
+@CASES.reads(("contents",))
 def test_files_and_client_state() -> None:
     for rank, found in enumerate(outcomes()["contents",]):
         assert found["waiting"] == [] and found["finished"] == []
@@ -330,7 +337,7 @@ def test_files_and_client_state() -> None:
             assert "rank 1 could not write" in saving[0] and "rank 1 has no usable accumulators" in loading[0]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@CASES.parametrize("stage", STAGES, reads=lambda stage: [("stock", stage)])
 def test_checkpoints_without_mols_and_runs_without_mols(stage: int) -> None:
     for rank, found in enumerate(outcomes()["stock", stage]):
         assert found["late"][:2] == ("calibrating", 0)
@@ -343,7 +350,7 @@ def test_checkpoints_without_mols_and_runs_without_mols(stage: int) -> None:
             assert "mols.fixed_alphas apply at step 4" in found["fixed"][2][0]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@CASES.parametrize("stage", [0, 2, 3], reads=lambda stage: [("options", stage)])
 def test_load_options_and_changed_configs(stage: int) -> None:
     for rank, found in enumerate(outcomes()["options", stage]):
         alphas = found["alphas"]

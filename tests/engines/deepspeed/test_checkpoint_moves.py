@@ -14,6 +14,7 @@ import torch
 from tests.engines.deepspeed.moves import HALF, SAMPLES, STATES, TAGS, Run, work
 from tests.engines.deepspeed.resume import DECAY
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 SAVING_WORLD = 2
 ATOL = 1e-6  # of fp32 weights after three steps of at most 0.06: sums in another order, some units in the last place
@@ -79,6 +80,27 @@ ODD: dict[str, tuple[Run, str, str, bool, str]] = {  # run, folder, tag, univers
     "gain at stage 3": (THREE, "gain", "odd_universal", True, "gain"),
 }
 OTHER_WORLD = (ONE, ONE.folder, "fixed", False, "")
+ODD_SOURCES = {"robin": ONE, "gain": GAIN}  # what is odd -> run
+FULL: dict[int, list[Move]] = {  # each has a sibling of the same kind on other ranks, named behind it
+    1: [
+        (HELD, ONE, ("ramping",)),  # offload to none: 3 to HELD the other way, HELD to 2 in ODD
+        *((ONE, ONE, ("fixed",)), (THREE, THREE, ("fixed",))),  # ONE to SPILLED, THREE to HELD with every tag
+        (BF16, BF16, ("half", "ramping")),  # 4 ranks: BF16 to BF16_FP32
+    ],
+    3: [
+        (HELD, HELD, ("ramping",)),  # 1 rank: THREE to HELD
+        (STOCK, TWO, ("ramping",)),  # 2 ranks: STOCK to THREE
+        (MOMENTS_THREE, MOMENTS, ("half",)),  # 1 rank: the other way
+        (LAYERS, LAYERS, ("ramping",)),  # 1 rank: LAYERS to stage 3
+    ],
+    4: [(HELD, SPILLED, ("ramping",)), (ONE, ONE, ("ramping",))],  # 1 rank: ONE to SPILLED; 4 ranks: THREE to ONE
+}
+TIERS = Cases(
+    EVERY_MOVE,
+    quick=[(3, (ONE, TWO, ("waiting", "half", "ramping")))],
+    full=[(world, move) for world, moves in FULL.items() for move in moves],
+)
+TOLD = Cases(["odd", "other world"])
 
 
 @pytest.fixture(scope="module")
@@ -88,22 +110,32 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def saved(base: str) -> Mapping[Run, dict[str, Any]]:
-    """Source -> tag -> what its first rank knew."""
-    cases: list[tuple[Any, ...]] = [("save", base, run, tags) for run, tags in SOURCES.items()]
-    cases += [("save_odd", base, ONE, "robin"), ("save_odd", base, GAIN, "gain")]
+    """Source -> tag -> what its first rank knew, of the sources that are moved."""
+    moved = {move[0] for _, move in TIERS.wanted}
+    odd = {folder for _, folder, *_ in ODD.values()} if TOLD.wanted else set()
+    sources = [run for run in SOURCES if run in moved or run.folder in odd]
+    cases: list[tuple[Any, ...]] = [("save", base, run, SOURCES[run]) for run in sources]
+    cases += [("save_odd", base, run, how) for how, run in ODD_SOURCES.items()] if TOLD.wanted else []
     found = run_cases(work, SAVING_WORLD, cases, timeout=60)
-    return {run: found["save", base, run, tags][0] for run, tags in SOURCES.items()}
+    return {run: found["save", base, run, SOURCES[run]][0] for run in sources}
 
 
 @pytest.fixture(scope="module")
 def loaded(base: str, saved: Mapping[Run, Any]) -> Mapping[int, Results]:
     """Number of ranks -> what they found."""
-    cases: dict[int, list[tuple[Any, ...]]] = {
-        w: [("load", base, *move) for move in moves] for w, moves in MOVES.items()
-    }
-    cases[2] += [("told", base, *odd) for odd in ODD.values()]
-    cases[3].append(("told", base, *OTHER_WORLD))
+    cases: dict[int, list[tuple[Any, ...]]] = {world: [] for world in MOVES}
+    for world, move in TIERS.wanted:
+        cases[world].append(("load", base, *move))
+    if TOLD.wanted:
+        cases[2] += [("told", base, *odd) for odd in ODD.values()]
+        cases[3].append(("told", base, *OTHER_WORLD))
     return {world: run_cases(work, world, of, timeout=60) for world, of in cases.items()}
+
+
+def name_of(entry: tuple[int, Move]) -> str:
+    """As "3 ranks: 1-fp32--type-initialize-probe to 2-fp32--type-initialize-probe, half ramping"."""
+    world, (source, target, tags) = entry
+    return f"{world} ranks: {source.folder} to {target.folder}, {' '.join(tags)}"
 
 
 def differing(one: Mapping[Any, torch.Tensor], other: Mapping[Any, torch.Tensor]) -> list[Any]:
@@ -115,7 +147,7 @@ def apart(one: Mapping[str, torch.Tensor], tensors: Mapping[tuple[str, str], tor
     return max(float((values - tensors[name, "fp32"]).abs().max()) for name, values in one.items())
 
 
-@pytest.mark.parametrize(("world", "move"), EVERY_MOVE, ids=str)
+@TIERS.parametrize(("world", "move"), ids=name_of)
 def test_weights_and_moments_move_bit_for_bit(base: str, saved: Any, loaded: Any, world: int, move: Move) -> None:
     source, target, tags = move
     for found in loaded[world]["load", base, *move]:
@@ -133,7 +165,7 @@ def test_weights_and_moments_move_bit_for_bit(base: str, saved: Any, loaded: Any
             assert seen["options"][0]["lr"] < seen["options"][1]["lr"]
 
 
-@pytest.mark.parametrize(("world", "move"), WITH_MOLS, ids=str)
+@TIERS.parametrize(("world", "move"), WITH_MOLS, ids=name_of)
 def test_phase_alphas_and_ramp_go_on(base: str, saved: Any, loaded: Any, world: int, move: Move) -> None:
     source, target, tags = move
     ranks = loaded[world]["load", base, *move]
@@ -167,27 +199,29 @@ def check_before_alphas(truth: Any, seen: Any, tag: str, target: Run, rank: int)
         assert "cannot be continued" in seen["warned"][0] and "starts over" in seen["warned"][0]
 
 
-def test_waiting_runs_measure_the_same_alphas_on_any_ranks(base: str, saved: Any, loaded: Any) -> None:
+@TIERS.parametrize(("world", "move"), [entry for entry in WITH_MOLS if "waiting" in entry[1][2]], ids=name_of)
+def test_waiting_runs_measure_the_same_alphas_on_any_ranks(
+    base: str, saved: Any, loaded: Any, world: int, move: Move
+) -> None:
     """The window after the load sees the batches that the saving run's saw."""
-    for world, move in EVERY_MOVE:
-        source, target, tags = move
-        if "waiting" in tags and target.dtype == "fp32":
-            for found in loaded[world]["load", base, *move]:
-                expected = saved[source]["ramping"]["alphas"]
-                assert found["waiting"]["next"]["alphas"] == pytest.approx(expected, rel=ALPHA_RTOL)
+    source, target, _ = move
+    assert target.dtype == "fp32"
+    for found in loaded[world]["load", base, *move]:
+        expected = saved[source]["ramping"]["alphas"]
+        assert found["waiting"]["next"]["alphas"] == pytest.approx(expected, rel=ALPHA_RTOL)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_stock_checkpoints_get_a_calibration(base: str, loaded: Any, world: int) -> None:
+@TIERS.parametrize(("world", "move"), [entry for entry in EVERY_MOVE if entry[1][0].way == "stock"], ids=name_of)
+def test_stock_checkpoints_get_a_calibration(base: str, loaded: Any, world: int, move: Move) -> None:
     """And DeepSpeed without MoLS loads ours: `load` steps such engines."""
-    for move in (move for move in MOVES[world] if move[0].way == "stock"):
-        for rank, found in enumerate(loaded[world]["load", base, *move]):
-            seen = found["ramping"]
-            assert seen["now"] == ("calibrating", 0) and len(set(seen["next"]["alphas"].values())) > 2
-            assert len(seen["warned"]) == (2 if rank == 0 else 0)
-            assert rank or ("no MoLS state" in seen["warned"][0] and "begins now" in seen["warned"][1])
+    for rank, found in enumerate(loaded[world]["load", base, *move]):
+        seen = found["ramping"]
+        assert seen["now"] == ("calibrating", 0) and len(set(seen["next"]["alphas"].values())) > 2
+        assert len(seen["warned"]) == (2 if rank == 0 else 0)
+        assert rank or ("no MoLS state" in seen["warned"][0] and "begins now" in seen["warned"][1])
 
 
+@TOLD.reads("odd", "other world")
 def test_what_cannot_move_is_refused_with_the_way_out(base: str, loaded: Any) -> None:
     said = {name: loaded[2]["told", base, *odd] for name, odd in ODD.items()}
     parts = {
@@ -213,6 +247,7 @@ def test_what_cannot_move_is_refused_with_the_way_out(base: str, loaded: Any) ->
         assert text.startswith("MolsCheckpointError") and "ds_to_universal" in text
 
 
+@TOLD.reads("odd")
 def test_frozen_weights_and_buffers_are_named(base: str, loaded: Any) -> None:
     first, second = loaded[2]["told", base, *ODD["gain at stage 3"]]
     assert second == "" and "1 frozen parameters and 1 buffers (embed_tokens.weight, seen)" in first

@@ -19,6 +19,7 @@ from tests.engines.deepspeed.support import CLIP, full_weights
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.models import GROUPS, masks
 from tests.helpers.oracle.statistics import gradient_sample
+from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
 
@@ -144,16 +145,19 @@ def one(case: tuple[str, ...]) -> dict[str, Any]:
     return {"train": train, "poisoned": measure_poisoned, "flatten": flatten_rates}[kind](*rest)  # type: ignore[operator]
 
 
-CASES = [
-    *(("train", name) for name in SPECS),
-    ("poisoned",),
-    *(("flatten", k) for k in ("WarmupLR", "WarmupDecayLR", "OneCycle")),
-]
+FLATTENING = ("WarmupLR", "WarmupDecayLR", "OneCycle")
+QUICK = ("config", "callable", "instance 0", "instance 3", "SGD 2")
+FULL = ("instance 1", "SGD 0", "Adagrad 1")
+CASES: Cases[tuple[str, ...]] = Cases(
+    [*(("train", name) for name in SPECS), ("poisoned",), *(("flatten", kind) for kind in FLATTENING)],
+    quick=[("train", name) for name in QUICK],
+    full=[("train", name) for name in FULL],
+)
 
 
 @functools.cache
 def runs() -> Results:
-    return run_cases(one, WORLD, [(case,) for case in CASES], timeout=60)
+    return run_cases(one, WORLD, [(case,) for case in CASES.wanted], timeout=60)
 
 
 def results(*case: str) -> list[dict[str, Any]]:
@@ -182,7 +186,7 @@ def reference(optimizer: str, grouped: bool, model: str = "llama") -> dict[str, 
     return {name: p.detach().clone() for name, p in twin.named_parameters()}
 
 
-@pytest.mark.parametrize("name", SPECS)
+@CASES.parametrize("name", SPECS, reads=lambda name: [("train", name)])
 def test_weights_are_those_of_plain_torch(name: str) -> None:
     optimizer, _, spec = SPECS[name]
     model = spec.get("model", "llama")
@@ -195,7 +199,7 @@ def test_weights_are_those_of_plain_torch(name: str) -> None:
     assert max(moved) > 1e-2 and min(moved) > 1e-4  # far more than the tolerance
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@CASES.parametrize("stage", [2, 3], reads=lambda stage: [("train", f"empty group {stage}")])
 def test_a_dropped_empty_group_shifts_nothing(stage: int) -> None:
     """DeepSpeed drops the user's empty first group: two are left, and no rate comes from it (its lr is 1)."""
     for seen in results("train", f"empty group {stage}"):
@@ -204,6 +208,7 @@ def test_a_dropped_empty_group_shifts_nothing(stage: int) -> None:
         assert seen["applied"][-1]["other"] == pytest.approx(3 * LR)
 
 
+@CASES.reads(("train", "garbage padding 3"), ("poisoned",))
 def test_garbage_in_the_padding_does_not_leak() -> None:
     """Precondition: odd sizes leave padding on the last rank. The weights are checked above."""
     assert sum(seen["poisoned"] for seen in results("train", "garbage padding 3")) > 0
@@ -214,7 +219,7 @@ def test_garbage_in_the_padding_does_not_leak() -> None:
         assert all(row["snr"] is not None for row in rank["reports"][1].values())
 
 
-@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "OneCycle"])
+@CASES.parametrize("kind", FLATTENING, reads=lambda kind: [("flatten", kind)])
 def test_schedulers_that_flatten_groups(kind: str) -> None:
     """One rate for all groups is what these do; MoLS multiplies what they wrote, at every step, without compounding."""
     for seen in results("flatten", kind):
@@ -273,6 +278,7 @@ def train_on_nvme(mode: str) -> dict[str, Any]:
     return seen
 
 
+@pytest.mark.tier("all")
 def test_deepspeed_cpu_adam() -> None:
     if not built("CPUAdamBuilder"):
         pytest.skip("DeepSpeed's CPU Adam is not compiled here, and compiling it takes minutes")
@@ -281,6 +287,7 @@ def test_deepspeed_cpu_adam() -> None:
             assert float((weights[key] - truth).abs().max()) <= ATOL, key
 
 
+@pytest.mark.tier("all")
 def test_nvme_offload() -> None:
     if not built("AsyncIOBuilder"):
         pytest.skip("DeepSpeed's asynchronous I/O (needs libaio-dev) is not compiled here; compiling it takes minutes")

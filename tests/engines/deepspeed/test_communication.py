@@ -15,6 +15,7 @@ from tests.engines.deepspeed.support import CLIP, STAGES, config, engine_of, ite
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.adamw import AdamSettings
 from tests.helpers.oracle.models import GROUPS
+from tests.helpers.tiers import Cases
 
 WORLD, START, SAMPLES = 2, 1, 6
 ONE_ALL_REDUCE = 262_144  # bytes: 256 KiB, the requirement
@@ -81,21 +82,27 @@ def weigh(stage: int) -> dict[str, Any]:
     }
 
 
-COMMUNICATED = [(stage, mode) for stage in STAGES for mode in ("stock", "online", "probe")]
+QUICK_STAGE = 3
+COMMUNICATED = Cases(
+    [(stage, mode) for stage in STAGES for mode in ("stock", "online", "probe")],
+    quick=lambda case: case[0] == QUICK_STAGE,
+    needs=lambda case: [(case[0], "stock")],
+)
+WEIGHED = Cases(STAGES, quick=[QUICK_STAGE])
 
 
 @functools.cache
 def traffic() -> Results:
-    return run_cases(communicate, WORLD, COMMUNICATED, timeout=120)
+    return run_cases(communicate, WORLD, COMMUNICATED.wanted, timeout=120)
 
 
 @functools.cache
 def weights() -> Results:
-    return run_cases(weigh, WORLD, [(stage,) for stage in STAGES], timeout=120)
+    return run_cases(weigh, WORLD, [(stage,) for stage in WEIGHED.wanted], timeout=120)
 
 
 @pytest.mark.parametrize("level", ["torch", "deepspeed"])
-@pytest.mark.parametrize("stage", STAGES)
+@COMMUNICATED.parametrize("stage", STAGES, reads=lambda stage: [(stage, "online")])
 def test_online_adds_one_small_all_reduce(stage: int, level: str) -> None:
     for rank in range(WORLD):
         stock, ours = traffic()[stage, "stock"][rank][level], traffic()[stage, "online"][rank][level]
@@ -111,7 +118,7 @@ def test_online_adds_one_small_all_reduce(stage: int, level: str) -> None:
         assert 0 < size <= ONE_ALL_REDUCE
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@COMMUNICATED.parametrize("stage", STAGES, reads=lambda stage: [(stage, "probe")])
 def test_probe_sends_nothing_else(stage: int) -> None:
     """A probe skips the updates, so it may send less than training, and nothing more but its one all-reduce."""
     for rank in range(WORLD):
@@ -130,7 +137,7 @@ def _sum(counter: Counter[tuple[str, int]], name: str) -> tuple[int, int]:
     return sum(count for count, _ in rows), sum(count * size for count, size in rows)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@WEIGHED.parametrize("stage")
 def test_accumulators_take_eight_bytes_an_owned_element(stage: int) -> None:
     outcomes = weights()[stage,]
     total = outcomes[0]["total"]
@@ -145,7 +152,7 @@ def test_accumulators_take_eight_bytes_an_owned_element(stage: int) -> None:
             assert mine == pytest.approx(BYTES_AN_ELEMENT * outcome["owned"], rel=BYTES_RTOL)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@WEIGHED.parametrize("stage")
 def test_accumulators_are_freed(stage: int) -> None:
     for outcome in weights()[stage,]:
         before, during, after = outcome["alive"]

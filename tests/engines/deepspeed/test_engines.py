@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tests.engines.deepspeed.building import LR, ds_config, engine_with, go, groups_of, model_of
 from tests.engines.deepspeed.support import STAGES, full_weights, owned
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
 
@@ -85,6 +86,19 @@ SPECS: dict[str, dict[str, Any]] = {
     "not zero.Init": case(3, "probe", model="plain"),
     **{f"LoRA {s}": case(s, "probe", model="lora", start=2) for s in (0, 2, 3)},
 }
+RUNS = Cases(
+    SPECS,
+    quick=[
+        *("probe 3 still", "online 3 still", "online 2 long", "moments 2 long", "recalibrated", "fixed"),
+        *("fp16 2 static clip 0.5", "fp16 2 growing clip 0.5", "fp16 2 static clip 1000"),
+        *("nan probe 2", "left out probe 2", "nan for ever probe 3", "auto satisfied"),
+    ],
+    full=[
+        *("probe 1 still", "online 1 still", "online 2 moving"),
+        *(f"fp16 {s} growing clip 1000" for s in (0, 2, 3)),
+        *("nan probe 1", "nan online 1", "nan online 2", "nan for ever online 2", "zero online 3"),
+    ],
+)
 
 
 def make_model(kind: str, settings: dict[str, Any], under_init: bool) -> nn.Module:
@@ -156,7 +170,7 @@ def run(name: str) -> dict[str, Any]:
 
 @functools.cache
 def runs() -> Results:
-    return run_cases(run, WORLD, [(name,) for name in SPECS], timeout=60)
+    return run_cases(run, WORLD, [(name,) for name in RUNS.wanted], timeout=60)
 
 
 def result(name: str) -> dict[str, Any]:
@@ -182,7 +196,11 @@ def alpha_ratio(a: dict[str, Any], b: dict[str, Any]) -> float:
 # ---------------------------------------------------------------------- modes
 
 
-@pytest.mark.parametrize("layout", [*STAGES, "BF16_Optimizer"])
+@RUNS.parametrize(
+    "layout",
+    [*STAGES, "BF16_Optimizer"],
+    reads=lambda layout: (f"online {layout} still", f"probe {layout} still"),
+)
 def test_online_equals_probe_where_weights_stand_still(layout: Any) -> None:
     """Only the undoing of clipping differs: an element's product of two rounded factors, 1e-7 of it. Seen: 2e-7."""
     online, probe = result(f"online {layout} still"), result(f"probe {layout} still")
@@ -194,13 +212,13 @@ def test_online_equals_probe_where_weights_stand_still(layout: Any) -> None:
     assert max(spread) / min(spread) > 1.2  # there is something to compare
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@RUNS.parametrize("stage", [2, 3], reads=lambda stage: (f"online {stage} moving", f"probe {stage} still"))
 def test_online_stays_near_probe_while_weights_move(stage: int) -> None:
     """The stated distance: within a factor of 1.1 of every alpha at a tenth of the base rate, as early in warm-up."""
     assert 1.0 < alpha_ratio(result(f"online {stage} moving"), result(f"probe {stage} still")) < 1.1
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@RUNS.parametrize("stage", [2, 3], reads=lambda stage: (f"moments {stage} long", "online 2 long"))
 def test_moments_stay_near_online(stage: int) -> None:
     """Adam's averages see fewer samples than the 48 of the window; the stated distance is a factor of 1.1."""
     moments, online = result(f"moments {stage} long"), result("online 2 long")
@@ -209,6 +227,7 @@ def test_moments_stay_near_online(stage: int) -> None:
     assert moments["phases"].count("calibrating") == 48
 
 
+@RUNS.reads("probe 3 still", "online 3 still")
 def test_phases_memory_and_sub_groups() -> None:
     for name in ("probe 3 still", "online 3 still"):
         seen = result(name)
@@ -220,8 +239,18 @@ def test_phases_memory_and_sub_groups() -> None:
 # ---------------------------------------------------------------------- loss scales
 
 
-@pytest.mark.parametrize("clip", [0.5, 1e3], ids=["clipped", "not clipped"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+def scaled(case: tuple[int, float]) -> list[str]:
+    """What the test below compares."""
+    stage, clip = case
+    return [f"fp16 {stage} growing clip {clip:g}", *(f"fp16 {stage} static clip {c:g}" for c in (0.5, 1e3))]
+
+
+@RUNS.parametrize(
+    ("stage", "clip"),
+    [(stage, clip) for clip in (0.5, 1e3) for stage in (0, 2, 3)],
+    reads=scaled,
+    ids=lambda case: f"{case[0]}-{'clipped' if case[1] == 0.5 else 'not clipped'}",
+)
 def test_a_growing_loss_scale_does_not_show(stage: int, clip: float) -> None:
     """DeepSpeed divides by the new scale on the step where it grows; a sample off by 2 would move SNRs by far more
     than the 2 % left for fp16's subnormal numbers."""
@@ -234,7 +263,7 @@ def test_a_growing_loss_scale_does_not_show(stage: int, clip: float) -> None:
     assert distance(clipped, free, ("snr_pooled", "damping")) < 1e-4
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@RUNS.parametrize("stage", [2, 3], reads=lambda stage: (f"fp16 {stage} overflowing", f"fp16 {stage} static clip 0.5"))
 def test_overflow_steps_are_left_out(stage: int) -> None:
     seen = result(f"fp16 {stage} overflowing")
     skipped = seen["report"]["skipped_samples"]
@@ -251,7 +280,7 @@ def test_overflow_steps_are_left_out(stage: int) -> None:
 ONCE = [*(f"nan probe {s}" for s in STAGES), "nan probe BF16_Optimizer", *(f"nan online {s}" for s in (1, 2, 3))]
 
 
-@pytest.mark.parametrize("name", ONCE)
+@RUNS.parametrize("name", ONCE)
 def test_a_nan_on_one_rank_leaves_the_sample_out_everywhere(name: str) -> None:
     for seen in runs()[name,]:
         assert seen["samples"] == K and seen["report"]["skipped_samples"] == 1
@@ -262,14 +291,18 @@ def test_a_nan_on_one_rank_leaves_the_sample_out_everywhere(name: str) -> None:
     assert runs()[name,][1]["warnings"] == []  # once a job, not once a rank
 
 
-@pytest.mark.parametrize(("bad", "clean"), [("nan probe 2", "left out probe 2"), ("nan online 3", "left out online 3")])
+@RUNS.parametrize(
+    ("bad", "clean"),
+    [("nan probe 2", "left out probe 2"), ("nan online 3", "left out online 3")],
+    reads=lambda pair: pair,
+)
 def test_a_left_out_sample_leaves_nothing_behind(bad: str, clean: str) -> None:
     """The same alphas, bit for bit, as a run whose data never had that batch."""
     assert result(bad)["alphas"] == result(clean)["alphas"]
     assert result(bad)["report"]["groups"] == result(clean)["report"]["groups"]
 
 
-@pytest.mark.parametrize("name", ["nan for ever probe 3", "nan for ever online 2", "nan for ever moments 2"])
+@RUNS.parametrize("name", ["nan for ever probe 3", "nan for ever online 2", "nan for ever moments 2"])
 def test_training_goes_on_with_alpha_1_after_k_bad_samples(name: str) -> None:
     seen = result(name)
     assert set(seen["alphas"].values()) == {1.0} and seen["phase"] == "ramping"
@@ -279,7 +312,7 @@ def test_training_goes_on_with_alpha_1_after_k_bad_samples(name: str) -> None:
     assert seen["bytes"][-1] == 0
 
 
-@pytest.mark.parametrize("name", ["zero probe 2", "zero online 3"])
+@RUNS.parametrize("name", ["zero probe 2", "zero online 3"])
 def test_zero_gradients(name: str) -> None:
     """No information: alpha 1, loudly; the weights stay finite."""
     seen = result(name)
@@ -290,6 +323,7 @@ def test_zero_gradients(name: str) -> None:
 # ---------------------------------------------------------------------- ranks and models
 
 
+@RUNS.reads("probe 2 still", "probe 3 still")
 def test_a_rank_without_any_head_element() -> None:
     """Stage 2 cuts the flat weights in two; llama's head lies at one end."""
     heads = [seen["head"] for seen in runs()["probe 2 still",]]
@@ -298,16 +332,19 @@ def test_a_rank_without_any_head_element() -> None:
     assert distance(result("probe 2 still"), result("probe 3 still")) < 2e-6
 
 
+@RUNS.reads("auto satisfied")
 def test_auto_stops_as_soon_as_the_intervals_are_narrow() -> None:
     seen = result("auto satisfied")
     assert seen["samples"] == 16 and seen["phase"] == "ramping"
 
 
+@RUNS.reads("auto never satisfied")
 def test_auto_stops_at_max_samples() -> None:
     seen = result("auto never satisfied")
     assert seen["samples"] == 24 and seen["phase"] == "ramping"
 
 
+@RUNS.reads("recalibrated")
 def test_recalibration() -> None:
     """Window of 8 from step 1, ramp to 12, again 4 steps after its end: the former multipliers hold meanwhile."""
     seen = result("recalibrated")
@@ -321,6 +358,7 @@ def test_recalibration() -> None:
     assert seen["bytes"][again] > 0 == seen["bytes"][-1]
 
 
+@RUNS.reads("fixed")
 def test_fixed_alphas_measure_nothing() -> None:
     seen = result("fixed")
     assert seen["alphas"] == {"embedding": 1.0, "head": 1.0, "qk": 2.0, "vo": 1.0, "mlp": 0.5, "other": 1.0}
@@ -328,6 +366,7 @@ def test_fixed_alphas_measure_nothing() -> None:
     assert seen["steps"] == 4  # no step is taken from training
 
 
+@RUNS.reads("zero.Init", "not zero.Init")
 def test_zero_init() -> None:
     """A model that was never whole on any rank: the same statistics bit for bit, names and shapes from `ds_shape`."""
     under, plain = result("zero.Init"), result("not zero.Init")
@@ -336,7 +375,7 @@ def test_zero_init() -> None:
     assert under["report"]["groups"]["other"]["elements"] == 33 + 19 + 2 * 19
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@RUNS.parametrize("stage", [0, 2, 3], reads=lambda stage: (f"LoRA {stage}", "LoRA 0"))
 def test_lora(stage: int) -> None:
     """Adapters take the group of the layer that they adapt; the frozen weights are no part of anything."""
     seen = result(f"LoRA {stage}")

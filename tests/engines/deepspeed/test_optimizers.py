@@ -22,6 +22,7 @@ from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.models import GROUPS, masks
 from tests.helpers.oracle.optimizers import BETAS, DECAY, EPS, GAP, LIBRARY, LR, RANK, by_element, halves, rates_of
 from tests.helpers.oracle.statistics import GroupValues, gradient_sample, group_values
+from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
 
@@ -38,12 +39,16 @@ PARAMS |= {
     "APOLLO": {**ADAM, "rank": RANK, "update_proj_gap": GAP},
     "Adam8bit": {**ADAM, "min_8bit_size": BLOCK},
 }
-RATES = [
-    *((name, model, 0) for name in ("NAdam", "Lion", "Lamb") for model in ("gpt2",)),
-    *((name, "gpt2" if stage == 2 else "llama", stage) for name in ("NAdam", "Lion", "Lamb") for stage in SHARDED),
-    *((name, "gpt2" if stage == 2 else "llama", stage) for name in ("AdamMini", "SGG") for stage in SHARDED),
-    *((name, "gpt2", 0) for name in ("Muon", "SOAP", "Adafactor", "GaLore", "APOLLO")),
-]
+RATES = Cases(
+    [
+        *((name, model, 0) for name in ("NAdam", "Lion", "Lamb") for model in ("gpt2",)),
+        *((name, "gpt2" if stage == 2 else "llama", stage) for name in ("NAdam", "Lion", "Lamb") for stage in SHARDED),
+        *((name, "gpt2" if stage == 2 else "llama", stage) for name in ("AdamMini", "SGG") for stage in SHARDED),
+        *((name, "gpt2", 0) for name in ("Muon", "SOAP", "Adafactor", "GaLore", "APOLLO")),
+    ],
+    quick=[("Lion", "gpt2", 2), ("AdamMini", "llama", 3), ("SOAP", "gpt2", 0)],
+    full=lambda case: case[2] == 1,  # the class of stage 2
+)
 # Largest difference of a weight after five steps, which move it by up to 5 x 3 LR = 3e-2 (Lion: a quarter).
 # Measured: 6e-7, float32 rounding and the order of sums over ranks.
 ATOL = 2e-6
@@ -91,16 +96,21 @@ def train_alone(name: str, precision: str) -> dict[str, Any]:
     return {"losses": losses, "fresh": fresh, "class": type(inner).__name__, "matrices": 2 in shapes}
 
 
-ALONE = [(name, "fp32") for name in OPTIMIZERS]
-ALONE += [(name, "bf16") for name in ("SOAP", "GaLore", "SGDSaI", "Muon", "Adam8bit", "Lamb")]
+ALONE = Cases(
+    [
+        *((name, "fp32") for name in OPTIMIZERS),
+        *((name, "bf16") for name in ("SOAP", "GaLore", "SGDSaI", "Muon", "Adam8bit", "Lamb")),
+    ],
+    quick=[("Lion", "fp32"), ("AdamMini", "fp32"), ("Adam8bit", "bf16")],
+)
 
 
 @functools.cache
 def alone() -> Results:
-    return run_cases(train_alone, 1, ALONE, timeout=60)
+    return run_cases(train_alone, 1, ALONE.wanted, timeout=60)
 
 
-@pytest.mark.parametrize(("name", "precision"), ALONE)
+@ALONE.parametrize(("name", "precision"))
 def test_each_alone_trains(name: str, precision: str) -> None:
     """The mean loss of the last four steps (one of each batch) is at most two thirds of the first four's."""
     seen = alone()[name, precision][0]
@@ -154,10 +164,10 @@ def twin_weights(name: str, model: str) -> dict[str, Tensor]:
 
 @functools.cache
 def with_rates() -> Results:
-    return run_cases(train_with_rates, WORLD, RATES, timeout=60)
+    return run_cases(train_with_rates, WORLD, RATES.wanted, timeout=60)
 
 
-@pytest.mark.parametrize(("name", "model", "stage"), RATES)
+@RATES.parametrize(("name", "model", "stage"))
 def test_rates_are_those_of_every_element(name: str, model: str, stage: int) -> None:
     truth = twin_weights(name, model)
     start = {key: p.detach() for key, p in model_of(model).named_parameters()}
@@ -215,12 +225,15 @@ def train_eight_bit(model: str, stage: int) -> dict[str, Any]:
     return {"error": error, "bits": bits, "crossing": crossing}
 
 
+EIGHT_BIT = Cases(SHARDED, full=[1])
+
+
 @functools.cache
 def eight_bit() -> Results:
-    return run_cases(train_eight_bit, WORLD, [("gpt2", stage) for stage in SHARDED], timeout=60)
+    return run_cases(train_eight_bit, WORLD, [("gpt2", stage) for stage in EIGHT_BIT.wanted], timeout=60)
 
 
-@pytest.mark.parametrize("stage", SHARDED)
+@EIGHT_BIT.parametrize("stage")
 def test_eight_bit_adam_with_rates(stage: int) -> None:
     for seen in eight_bit()["gpt2", stage]:
         assert seen["bits"] == 8 and seen["crossing"] > 0
@@ -229,7 +242,11 @@ def test_eight_bit_adam_with_rates(stage: int) -> None:
 
 # ---------------------------------------------------------------------- calibration and checkpoints
 
-PROBED = [(name, stage) for name in ("Adam8bit", "AdamMini", "Lion", "Lamb", "LoRA") for stage in SHARDED]
+PROBED = Cases(
+    [(name, stage) for name in ("Adam8bit", "AdamMini", "Lion", "Lamb", "LoRA") for stage in SHARDED],
+    quick=[("AdamMini", 3), ("LoRA", 2)],
+    full=lambda case: case[1] == 1 or case in (("Lion", 3), ("Lamb", 3)),
+)
 
 
 def lora() -> nn.Module:
@@ -287,7 +304,7 @@ def probe_and_resume(name: str, stage: int) -> dict[str, Any]:
 
 @functools.cache
 def probed() -> Results:
-    return run_cases(probe_and_resume, WORLD, PROBED, timeout=60)
+    return run_cases(probe_and_resume, WORLD, PROBED.wanted, timeout=60)
 
 
 @functools.cache
@@ -298,7 +315,7 @@ def statistics_of(model: str) -> dict[str, GroupValues]:
     return group_values([gradient_sample(twin, i, WORLD, 1) for i in range(SAMPLES)], mask)
 
 
-@pytest.mark.parametrize(("name", "stage"), PROBED)
+@PROBED.parametrize(("name", "stage"))
 def test_calibration_equals_the_oracle_and_resumes(name: str, stage: int) -> None:
     truth = statistics_of("LoRA" if name == "LoRA" else "llama")
     ranks = probed()[name, stage]

@@ -16,6 +16,7 @@ from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle import histogram, moments
 from tests.helpers.oracle.adamw import ElementwiseAdamW, multipliers, ramp
 from tests.helpers.oracle.statistics import gradient_sample, group_values
+from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
 
@@ -28,9 +29,16 @@ TWO: list[Case] = [(tied, stage, "probe", "float32") for tied in (False, True) f
 TWO += [(True, 0, "online", "float32"), (False, 1, "online", "float32"), (True, 1, "moments", "float32")]
 TWO += [(False, 0, "moments", "float32"), (True, 0, "probe", "bfloat16"), (True, 1, "online", "bfloat16")]
 FOUR: list[Case] = [(True, 1, "probe", "float32"), (True, 0, "online", "float32"), (True, 1, "moments", "float32")]
-LAUNCHES: dict[int, list[Case]] = {2: TWO, 4: FOUR}
-EVERY = [(world, case) for world, cases in LAUNCHES.items() for case in cases]
-EXACT = [entry for entry in EVERY if entry[1][3] == "float32"]
+CASES: Cases[tuple[int, Case]] = Cases(
+    [*((2, case) for case in TWO), *((4, case) for case in FOUR)],
+    quick=[
+        (2, (True, 1, "probe", "float32")),
+        (2, (False, 1, "online", "float32")),
+        (2, (True, 1, "moments", "float32")),
+    ],
+    full=[(4, (True, 1, "moments", "float32"))],
+)
+EXACT = [entry for entry in CASES if entry[1][3] == "float32"]
 
 
 def train(tied: bool, stage: int, mode: str, dtype: str) -> dict[str, Any]:
@@ -62,7 +70,7 @@ def train(tied: bool, stage: int, mode: str, dtype: str) -> dict[str, Any]:
 
 @functools.cache
 def results(world: int) -> Results:
-    return run_cases(train, world, LAUNCHES[world], timeout=120)
+    return run_cases(train, world, [case for ranks, case in CASES.wanted if ranks == world], timeout=120)
 
 
 @functools.cache
@@ -99,8 +107,9 @@ def continued(case: Case, ranks: int, alphas: dict[str, float]) -> dict[str, Ten
     return {name: p.detach() for name, p in twin.named_parameters()}
 
 
-def _ids(cases: list[Any]) -> list[str]:
-    return [f"{world}-{'tied' if c[0] else 'untied'}-{c[1]}-{c[2]}-{c[3]}" for world, c in cases]
+def name_of(entry: tuple[int, Case]) -> str:
+    world, (tied, stage, mode, dtype) = entry
+    return f"{world}-{'tied' if tied else 'untied'}-{stage}-{mode}-{dtype}"
 
 
 # ------------------------------------------------------------------------------------------------------------ the tests
@@ -109,7 +118,7 @@ def _ids(cases: list[Any]) -> list[str]:
 MEASURED = [entry for entry in EXACT if entry[1][2] != "moments"]
 
 
-@pytest.mark.parametrize(("world", "case"), MEASURED, ids=_ids(MEASURED))
+@CASES.parametrize(("world", "case"), MEASURED, ids=name_of)
 def test_statistics_equal_oracle(world: int, case: Case) -> None:
     tied, stage, mode, dtype = case
     truth = oracle(tied, mode, world // 2, settings_of(stage, dtype).clip > 0)["values"]
@@ -126,7 +135,7 @@ def test_statistics_equal_oracle(world: int, case: Case) -> None:
         assert outcome["report"]["world"] == {"data": world // 2, "tensor": 1, "pipeline": 2, "expert": 1}
 
 
-@pytest.mark.parametrize(("world", "case"), EVERY, ids=_ids(EVERY))
+@CASES.parametrize(("world", "case"), ids=name_of)
 def test_every_stage_has_the_same_alphas_and_rates(world: int, case: Case) -> None:
     outcomes = results(world)[case]
     assert len(set(outcomes[0]["alphas"].values())) > 2
@@ -140,7 +149,7 @@ def test_every_stage_has_the_same_alphas_and_rates(world: int, case: Case) -> No
         assert outcome["iterations"] == STEPS + SAMPLES
 
 
-@pytest.mark.parametrize(("world", "case"), EXACT, ids=_ids(EXACT))
+@CASES.parametrize(("world", "case"), EXACT, ids=name_of)
 def test_weights_equal_per_element_adamw(world: int, case: Case) -> None:
     outcomes = results(world)[case]
     alphas = {group: float.fromhex(alpha) for group, alpha in outcomes[0]["alphas"].items()}
@@ -154,7 +163,7 @@ def test_weights_equal_per_element_adamw(world: int, case: Case) -> None:
     assert seen == truth.keys()
 
 
-@pytest.mark.parametrize("case", [case for case in TWO if case[2] == "moments"], ids=str)
+@CASES.parametrize("case", [case for case in TWO if case[2] == "moments"], reads=lambda case: [(2, case)], ids=str)
 def test_moments_equal_adams_own(case: Case) -> None:
     """Statistics of the twin's m and v, as METHOD has them."""
     tied, stage, mode, dtype = case
@@ -166,17 +175,17 @@ def test_moments_equal_adams_own(case: Case) -> None:
         moments.check_rows(outcome["report"]["groups"], values)
 
 
-def test_the_cases_are_what_they_say() -> None:
-    outcomes = results(2)
-    for case in TWO:
-        tied = [outcome["tied"] for outcome in outcomes[case]]
-        assert tied == ([0, 1] if case[0] else [0, 0])
-        assert {outcome["outer"] for outcome in outcomes[case]} == {
-            "BF16_Optimizer" if case[3] == "bfloat16" and case[1] == 0 else
-            "AdamW" if case[1] == 0 else "DeepSpeedZeroOptimizer"
-        }  # fmt: skip
-        total = sum(p.numel() for p in Twin(case[0]).parameters())
-        assert sum(outcome["owned"] for outcome in outcomes[case]) == total
+@CASES.parametrize("case", TWO, reads=lambda case: [(2, case)], ids=str)
+def test_the_cases_are_what_they_say(case: Case) -> None:
+    outcomes = results(2)[case]
+    tied = [outcome["tied"] for outcome in outcomes]
+    assert tied == ([0, 1] if case[0] else [0, 0])
+    assert {outcome["outer"] for outcome in outcomes} == {
+        "BF16_Optimizer" if case[3] == "bfloat16" and case[1] == 0 else
+        "AdamW" if case[1] == 0 else "DeepSpeedZeroOptimizer"
+    }  # fmt: skip
+    total = sum(p.numel() for p in Twin(case[0]).parameters())
+    assert sum(outcome["owned"] for outcome in outcomes) == total
 
 
 # --------------------------------------------------------------------------------------- a probe window leaves no trace
@@ -204,15 +213,15 @@ def probe(stage: int, dtype: str, probing: bool) -> list[dict[str, str]]:
     return prints
 
 
-PROBES = [(0, "float32"), (0, "bfloat16"), (1, "float32"), (1, "bfloat16")]
+PROBES = Cases([(0, "float32"), (0, "bfloat16"), (1, "float32"), (1, "bfloat16")], quick=[(1, "float32")])
 
 
 @functools.cache
 def probes() -> Results:
-    return run_cases(probe, 2, [(*case, probing) for case in PROBES for probing in (False, True)], timeout=90)
+    return run_cases(probe, 2, [(*case, probing) for case in PROBES.wanted for probing in (False, True)], timeout=90)
 
 
-@pytest.mark.parametrize("case", PROBES, ids=str)
+@PROBES.parametrize("case", ids=str)
 def test_probe_leaves_no_trace(case: tuple[int, str]) -> None:
     for stock, probed in zip(probes()[*case, False], probes()[*case, True], strict=True):
         assert len(stock) == 4 and stock == probed
@@ -268,17 +277,20 @@ def said() -> Results:
     return run_cases(say, 2, [("nameless",), ("ruled",), ("unknown rule",), ("sliced",)], timeout=60)
 
 
+@pytest.mark.tier("all")
 def test_a_nameless_embedding_needs_a_rule() -> None:
     for kind, message in said()["nameless",]:
         assert kind == "MolsConfigError" and "'0.weight' of shape [97, 24]" in message and '"rules"' in message
     assert said()["ruled",] == [("table", "embedding, head, qk, vo, mlp, other")] * 2
 
 
+@pytest.mark.tier("all")
 def test_a_rule_that_matches_no_stage_is_refused_on_every_stage() -> None:
     for kind, message in said()["unknown rule",]:
         assert kind == "MolsConfigError" and "no_such_layer" in message and "matches no trainable parameter" in message
 
 
+@pytest.mark.tier("all")
 def test_a_sliced_topology_is_refused() -> None:
     for kind, message in said()["sliced",]:
         assert kind == "MolsUnsupportedError" and "topology has tensor slicing (axis 'model')" in message
@@ -303,6 +315,7 @@ def resume(folder: str, part: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.tier("all")
 def test_resume_in_the_middle_of_a_probe_window(tmp_path: Any) -> None:
     found = run_cases(resume, 2, [(str(tmp_path), part) for part in ("first", "second", "whole")], timeout=90)
     assert sorted(p.name for p in (tmp_path / "half").glob("mols_rank_*")) == [

@@ -20,6 +20,7 @@ from tests.engines.deepspeed.building import (
     snapshot,
 )
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
 
@@ -55,6 +56,14 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "3 offload fp16": (3, "fp16", OFFLOAD),
 }
 PLAIN = ("1 micro-batch", "no clipping", "attached at step 0", "recalibrated")
+NAMES = Cases(
+    [*CASES, *PLAIN],
+    quick=["0 fp32", "1 BF16_Optimizer", "2 fp16", "3 fp32", "3 offload all", "recalibrated"],
+    full=["1 fp32", "1 bf16", "1 offload", "2 offload fp16", "3 bf16", "3 all persistent"],
+)
+LAYOUTS = {0: "FP16_UnfusedOptimizer", 1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer"}
+LAYOUTS |= {3: "DeepSpeedZeroOptimizer_Stage3"}
+ODD_LAYOUTS = {"0 fp32": "AdamW", "1 BF16_Optimizer": "BF16_Optimizer"}
 
 
 def engine_of(case: str, probing: bool, micros: int, **section: Any) -> Any:
@@ -104,8 +113,7 @@ def train(case: str, probing: bool, *, forget: bool = False) -> dict[str, Any]:
 
 @functools.cache
 def runs() -> Results:
-    names = (*CASES, *PLAIN)
-    cases = [(name, probing) for name in names for probing in (False, True)]
+    cases = [(name, probing) for name in NAMES.wanted for probing in (False, True)]
     return run_cases(train, WORLD, cases, timeout=60)
 
 
@@ -118,7 +126,7 @@ def train_forgetful(case: str) -> dict[str, Any]:
     return train(case, True, forget=True)
 
 
-@pytest.mark.parametrize("case", [*CASES, *PLAIN])
+@NAMES.parametrize("case")
 def test_no_trace(case: str) -> None:
     for stock, probed in zip(runs()[case, False], runs()[case, True], strict=True):
         assert probed["samples"] == [SAMPLES] * len(probed["windows"]) and probed["windows"]
@@ -134,19 +142,22 @@ def test_no_trace(case: str) -> None:
         assert len({step["random"] for step in stock["steps"]}) == STEPS  # dropout was active in training
 
 
-def test_the_cases_are_what_they_say() -> None:
+@NAMES.parametrize("case", CASES)
+def test_the_cases_are_what_they_say(case: str) -> None:
     """The layouts that were meant were run, and the dynamic loss scale did grow during the run."""
-    layouts = {case: runs()[case, True][0]["layout"] for case in CASES}
-    assert layouts["0 fp32"] == "AdamW" and layouts["1 BF16_Optimizer"] == "BF16_Optimizer"
-    assert layouts["0 bf16"] == layouts["0 fp16"] == "FP16_UnfusedOptimizer"
-    assert {layouts[c] for c in CASES if c[0] == "2"} == {"DeepSpeedZeroOptimizer"}
-    assert {layouts[c] for c in CASES if c[0] == "3"} == {"DeepSpeedZeroOptimizer_Stage3"}
-    for case in ("0 fp16", "2 fp16", "2 offload fp16", "3 fp16"):
-        key = "loss_scale_config" if case[0] == "0" else "loss_scaler"
+    stage = CASES[case][0]
+    assert runs()[case, True][0]["layout"] == ODD_LAYOUTS.get(case, LAYOUTS[stage])
+    if case in ("0 fp16", "2 fp16", "2 offload fp16", "3 fp16"):
+        key = "loss_scale_config" if stage == 0 else "loss_scaler"
         assert len({step[key] for step in runs()[case, False][0]["steps"]}) > 1
+
+
+@NAMES.reads("recalibrated")
+def test_a_recalibration_has_a_window_of_its_own() -> None:
     assert len(runs()["recalibrated", True][0]["windows"]) == 2
 
 
+@NAMES.reads("0 fp32")
 def test_a_forgotten_random_state_would_be_seen() -> None:
     """The comparison is sharp: without putting the random state back, dropout and hence the weights differ."""
     stock, probed = runs()["0 fp32", False][0]["steps"], forgetful()["0 fp32",][0]["steps"]

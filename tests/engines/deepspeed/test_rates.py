@@ -14,6 +14,7 @@ from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.adamw import AdamSettings, ElementwiseAdamW, multipliers, ramp
 from tests.helpers.oracle.models import MODELS, build, masks
 from tests.helpers.oracle.statistics import gradient_sample
+from tests.helpers.tiers import Cases
 
 WORLD, STEPS, MICROS = 2, 20, 1
 START, RAMP_END = 2, 12
@@ -79,19 +80,27 @@ def run_off(stage: int, way: str) -> list[dict[str, str]]:
     return prints
 
 
-TRAINED = [(model, stage, "linear") for model in MODELS for stage in STAGES] + [("gpt2", 3, "cosine")]
+TRAINED = Cases(
+    [*((model, stage, "linear") for model in MODELS for stage in STAGES), ("gpt2", 3, "cosine")],
+    quick=[("gpt2", 0, "linear"), ("qwen2", 1, "linear"), ("llama", 2, "linear"), ("gpt2", 3, "cosine")],
+    full=[("qwen2", 0, "linear"), ("llama", 1, "linear"), ("gpt2", 2, "linear"), ("llama", 3, "linear")],
+)
 OFF_WAYS = ("no section", "disabled", "attached", "waiting")
-OFF = [(stage, way) for stage in STAGES for way in ("stock", *OFF_WAYS)]
+OFF = Cases(
+    [(stage, way) for stage in STAGES for way in ("stock", *OFF_WAYS)],
+    quick=lambda case: case[1] == "no section" or case in ((1, "disabled"), (3, "attached"), (2, "waiting")),
+    needs=lambda case: [(case[0], "stock")],
+)
 
 
 @functools.cache
 def trained() -> Results:
-    return run_cases(train, WORLD, TRAINED, timeout=120)
+    return run_cases(train, WORLD, TRAINED.wanted, timeout=120)
 
 
 @functools.cache
 def off() -> Results:
-    return run_cases(run_off, WORLD, OFF, timeout=120)
+    return run_cases(run_off, WORLD, OFF.wanted, timeout=120)
 
 
 @functools.cache
@@ -108,7 +117,7 @@ def oracle(model: str, shape: str) -> tuple[dict[str, Tensor], list[dict[str, fl
     return {name: p.detach().clone() for name, p in twin.named_parameters()}, applied
 
 
-@pytest.mark.parametrize(("model", "stage", "shape"), TRAINED)
+@TRAINED.parametrize(("model", "stage", "shape"))
 def test_weights_equal_per_element_adamw(model: str, stage: int, shape: str) -> None:
     truth, _ = oracle(model, shape)
     for outcome in trained()[model, stage, shape]:
@@ -119,7 +128,7 @@ def test_weights_equal_per_element_adamw(model: str, stage: int, shape: str) -> 
         assert min(moved.values()) > MOVEMENT / 10 and max(moved.values()) > MOVEMENT
 
 
-@pytest.mark.parametrize(("model", "stage", "shape"), TRAINED)
+@TRAINED.parametrize(("model", "stage", "shape"))
 def test_multipliers_follow_the_ramp(model: str, stage: int, shape: str) -> None:
     """Equal by construction (the same two float64 operations), so with a tolerance of one rounding each."""
     for outcome in trained()[model, stage, shape]:
@@ -142,8 +151,7 @@ def test_the_oracle_sees_a_wrong_rate() -> None:
     assert float((dict(twin.named_parameters())[fused].detach() - truth[fused]).abs().max()) > 50 * ATOL
 
 
-@pytest.mark.parametrize("way", OFF_WAYS)
-@pytest.mark.parametrize("stage", STAGES)
+@OFF.parametrize(("stage", "way"), [(stage, way) for way in OFF_WAYS for stage in STAGES])
 def test_off_is_stock_bit_for_bit(stage: int, way: str) -> None:
     """Without a section, disabled, detached at once, and detached after waiting: zero tolerance, on every rank."""
     for rank in range(WORLD):

@@ -14,25 +14,50 @@ from torch import Tensor
 from tests.engines.deepspeed.sharded import ODD, REFUSED, SETTINGS, slow, truth, work
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.models import build
+from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.timeout(700)  # one test waits for its whole launch; seconds, on a busy machine minutes
 
-WORLD, WIDE = 2, 4
+WORLD, WIDE_WORLD = 2, 4
 # float32 on both sides, sums in another order: an ulp of weights near 1 (1.2e-7) a step. Measured: up to 3.6e-7.
 ATOL = 1e-6
 MOVED = 1e-3
 FLIPS = 2  # elements of a model that rounding may put on the other side of a border between two clusters of SGG
 KINDS = tuple(SETTINGS)
 
-TRAINED = [(kind, "gpt2", stage, False) for kind in KINDS for stage in (0, 1, 3)]
-TRAINED += [(kind, "gpt2", stage, True) for kind in KINDS for stage in (1, 2, 3)]
-TRAINED += [(kind, "llama", stage, True) for kind, stage in zip(KINDS, (3, 3, 1), strict=True)]
+TRAINED = Cases(
+    [
+        *((kind, "gpt2", stage, False) for kind in KINDS for stage in (0, 1, 3)),
+        *((kind, "gpt2", stage, True) for kind in KINDS for stage in (1, 2, 3)),
+        *((kind, "llama", stage, True) for kind, stage in zip(KINDS, (3, 3, 1), strict=True)),
+    ],
+    quick=[("lamb", "gpt2", 3, True), ("adam_mini", "gpt2", 1, False), ("sgg", "gpt2", 0, False)],
+    full=lambda case: case[1] == "gpt2" and case[2:] in ((2, True), (3, False)),
+)
 WIDE_TRAINED = [("lamb", "gpt2", 3, True), ("adam_mini", "gpt2", 1, True), ("sgg", "llama", 3, False)]
 REPLAYED = [("adam_mini", name) for name in ODD] + [("lamb", "stage 0 bf16"), ("lamb", "stage 3 bf16 offload")]
 REPLAYED += [("sgg", "stage 1 bf16 fp32 gradients"), ("sgg", "stage 2 bf16 offload")]
 RESUMED = [("lamb", 1), ("lamb", 2), ("adam_mini", 0), ("adam_mini", 1), ("adam_mini", 3), ("sgg", 0), ("sgg", 2)]
 RESUMED += [("sgg", 3)]
 MOVED_ON = [("lamb", 1), ("sgg", 3)]
+OTHERS: Cases[tuple[Any, ...]] = Cases(
+    [
+        *(("replay", *case) for case in REPLAYED),
+        *(("resume", *case) for case in RESUMED),
+        *(("save universal", *case) for case in MOVED_ON),
+        *(("refuse", what) for what in REFUSED),
+    ],
+    quick=[("resume", "adam_mini", 3), ("refuse", "unbound")],
+    full=[
+        *(("replay", "lamb", "stage 3 bf16 offload"), ("replay", "sgg", "stage 2 bf16 offload")),
+        *(("resume", "lamb", 2), ("resume", "adam_mini", 1), ("resume", "sgg", 2)),
+    ],
+)
+WIDE: Cases[tuple[Any, ...]] = Cases(
+    [*(("train", *case) for case in WIDE_TRAINED), *(("load universal", *case) for case in MOVED_ON)],
+    full=[("train", "adam_mini", "gpt2", 1, True), ("train", "sgg", "llama", 3, False)],
+)
+IN_A_FOLDER = ("resume", "save universal", "load universal")
 
 
 @functools.cache
@@ -42,30 +67,31 @@ def folder() -> tempfile.TemporaryDirectory[str]:
 
 @functools.cache
 def trained() -> Results:
-    return run_cases(work, WORLD, [("train", *case) for case in TRAINED], timeout=120)
+    return run_cases(work, WORLD, [("train", *case) for case in TRAINED.wanted], timeout=120)
+
+
+def placed(case: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The case as a rank gets it: with the folder of its files, if it has any."""
+    return (*case, folder().name) if case[0] in IN_A_FOLDER else case
 
 
 @functools.cache
 def others() -> Results:
     """All other cases on two ranks; a second launch, since a test has a time limit."""
-    cases: list[tuple[Any, ...]] = [("replay", *case) for case in REPLAYED]
-    cases += [("resume", *case, folder().name) for case in RESUMED]
-    cases += [("save universal", *case, folder().name) for case in MOVED_ON]
-    return run_cases(work, WORLD, cases + [("refuse", what) for what in REFUSED], timeout=120)
+    return run_cases(work, WORLD, [placed(case) for case in OTHERS.wanted], timeout=120)
 
 
 @functools.cache
 def wide() -> Results:
     others()  # saves what is loaded here
-    cases: list[tuple[Any, ...]] = [("train", *case) for case in WIDE_TRAINED]
-    return run_cases(work, WIDE, cases + [("load universal", *case, folder().name) for case in MOVED_ON], timeout=120)
+    return run_cases(work, WIDE_WORLD, [placed(case) for case in WIDE.wanted], timeout=120)
 
 
 def outcomes(world: int, *case: Any) -> list[Any]:
     """What the case gave on each rank."""
-    if world == WIDE:
-        return wide()[case]
-    return (trained() if case[0] == "train" else others())[case]
+    if world == WIDE_WORLD:
+        return wide()[placed(case)]
+    return (trained() if case[0] == "train" else others())[placed(case)]
 
 
 def assert_equal(kind: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -94,13 +120,17 @@ def assert_trained(world: int, kind: str, name: str, stage: int, mols: bool) -> 
 # --------------------------------------------------------------------------------------------------------------- tests
 
 
-@pytest.mark.parametrize(("kind", "name", "stage", "mols"), TRAINED)
+@TRAINED.parametrize(("kind", "name", "stage", "mols"))
 def test_weights_equal_the_single_process_twin(kind: str, name: str, stage: int, mols: bool) -> None:
     """The shards' sums are those of whole parameters, and MoLS scales each element's step."""
     assert_trained(WORLD, kind, name, stage, mols)
 
 
-@pytest.mark.parametrize(("kind", "stage"), [(kind, stage) for kind in KINDS for stage in (1, 3)])
+@TRAINED.parametrize(
+    ("kind", "stage"),
+    [(kind, stage) for kind in KINDS for stage in (1, 3)],
+    reads=lambda case: [(case[0], "gpt2", case[1], False)],
+)
 def test_a_step_sends_one_small_sum_of_one_length(kind: str, stage: int) -> None:
     """LAMB two numbers a shared parameter, Adam-mini one a shared block; SGG nothing but in every second step."""
     results = outcomes(WORLD, "train", kind, "gpt2", stage, False)
@@ -117,7 +147,7 @@ def test_a_step_sends_one_small_sum_of_one_length(kind: str, stage: int) -> None
         assert sent[0][operation, size] == 2  # DeepSpeed steps once a parameter group
 
 
-@pytest.mark.parametrize(("kind", "odd"), REPLAYED)
+@OTHERS.parametrize(("kind", "odd"), REPLAYED, reads=lambda case: [("replay", *case)])
 def test_odd_engines_step_their_masters_as_the_twin_does(kind: str, odd: str) -> None:
     """The twin gets the gradients that the inner optimizer got, so that the rounding of bf16 is in both."""
     for outcome in outcomes(WORLD, "replay", kind, odd):
@@ -140,9 +170,9 @@ def test_odd_engines_step_their_masters_as_the_twin_does(kind: str, odd: str) ->
         assert min(moved) > MOVED
 
 
-@pytest.mark.parametrize(("kind", "stage"), RESUMED)
+@OTHERS.parametrize(("kind", "stage"), RESUMED, reads=lambda case: [("resume", *case)])
 def test_a_resumed_run_goes_on_bit_for_bit(kind: str, stage: int) -> None:
-    for prints in outcomes(WORLD, "resume", kind, stage, folder().name):
+    for prints in outcomes(WORLD, "resume", kind, stage):
         for saved, loaded in zip(prints["saved"], prints["loaded"], strict=True):
             assert saved.keys() == loaded.keys()
             differing = {key for key in saved if saved[key] != loaded[key]}
@@ -150,16 +180,17 @@ def test_a_resumed_run_goes_on_bit_for_bit(kind: str, stage: int) -> None:
         assert prints["saved"][0] != prints["saved"][-1]
 
 
-@pytest.mark.parametrize(("kind", "name", "stage", "mols"), WIDE_TRAINED)
+@WIDE.parametrize(("kind", "name", "stage", "mols"), WIDE_TRAINED, reads=lambda case: [("train", *case)])
 def test_weights_on_four_ranks_equal_the_single_process_twin(kind: str, name: str, stage: int, mols: bool) -> None:
-    assert_trained(WIDE, kind, name, stage, mols)
+    assert_trained(WIDE_WORLD, kind, name, stage, mols)
 
 
-@pytest.mark.parametrize(("kind", "stage"), MOVED_ON)
+@WIDE.parametrize(("kind", "stage"), MOVED_ON, reads=lambda case: [("load universal", *case)])
+@OTHERS.reads(*(("save universal", *case) for case in MOVED_ON))
 def test_moments_move_with_a_universal_checkpoint(kind: str, stage: int) -> None:
     """From two ranks to four; SGG's clusters do not, and it says so."""
-    saved = outcomes(WORLD, "save universal", kind, stage, folder().name)[0]
-    for loaded in outcomes(WIDE, "load universal", kind, stage, folder().name):
+    saved = outcomes(WORLD, "save universal", kind, stage)[0]
+    for loaded in outcomes(WIDE_WORLD, "load universal", kind, stage):
         for key in ("exp_avg", "exp_avg_sq"):
             assert all(torch.equal(loaded[key][name], value) for name, value in saved[key].items())
             assert any(bool(value.any()) for value in saved[key].values())
@@ -169,7 +200,7 @@ def test_moments_move_with_a_universal_checkpoint(kind: str, stage: int) -> None
         assert bool(loaded["warned"]) == (kind == "sgg")
 
 
-@pytest.mark.parametrize("what", REFUSED)
+@OTHERS.parametrize("what", REFUSED, reads=lambda what: [("refuse", what)])
 def test_what_would_be_wrong_is_refused_by_name(what: str) -> None:
     for message in outcomes(WORLD, "refuse", what):
         assert REFUSED[what] in message

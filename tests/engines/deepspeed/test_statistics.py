@@ -26,6 +26,7 @@ from tests.helpers.oracle.statistics import (
     gradient_sample,
     group_values,
 )
+from tests.helpers.tiers import Cases
 
 WORLDS = (1, 2, 3)
 START, SAMPLES, RAMP_STEPS = 1, 6, 20
@@ -67,6 +68,26 @@ BF16: list[Case] = [
     ("qwen2", 3, "probe", "bfloat16", "damping"),
     ("gpt2", 3, "probe", "bfloat16", "median"),
 ]
+PROBED = [(world, case) for world in WORLDS for case in PROBES[world]]
+
+
+def quick(key: tuple[int, Case]) -> bool:
+    """Each stage with one model on two ranks, a smaller and a larger world, online at 0 and 3, one case of bf16."""
+    world, (model, stage, mode, dtype, _) = key
+    if mode == "online":
+        return stage in (0, 3)
+    if dtype == "bfloat16":
+        return stage == 2
+    return model == MODELS[stage % len(MODELS)] and (world == 2 or (world, stage) in ((1, 1), (3, 3)))
+
+
+def full(key: tuple[int, Case]) -> bool:
+    """On one and on three ranks a model a stage is enough: every model is at every stage on two."""
+    world, (model, stage, *_) = key
+    return world != 2 and model != MODELS[stage % len(MODELS)]
+
+
+CASES = Cases([*((2, case) for case in BF16), *PROBED, *((2, case) for case in ONLINE)], quick=quick, full=full)
 
 
 def start_of(dtype: str) -> int:
@@ -103,8 +124,7 @@ def measure(model: str, stage: int, mode: str, dtype: str, estimator: str) -> di
 
 @functools.cache
 def results(world: int) -> Results:
-    cases = (BF16 if world == 2 else []) + PROBES[world] + (ONLINE if world == 2 else [])
-    return run_cases(measure, world, cases, timeout=120)
+    return run_cases(measure, world, [case for ranks, case in CASES.wanted if ranks == world], timeout=120)
 
 
 @functools.cache
@@ -176,24 +196,29 @@ def _check_chosen(row: dict[str, Any], values: GroupValues, chosen: str, rtol: f
         assert row["snr"] == pytest.approx(expected, rel=rtol, abs=rtol / k)
 
 
-def _ids(cases: list[Any]) -> list[str]:
-    return ["-".join(str(part) for part in case) for case in cases]
+def _name(key: tuple[int, Case]) -> str:
+    world, (model, stage, *_) = key
+    return f"{world}-{model}-{stage}"
 
 
-ALL_PROBES = [(world, case) for world in WORLDS for case in PROBES[world]]
+each_probe = CASES.parametrize(("world", "case"), PROBED, ids=_name)
 
 
-@pytest.mark.parametrize(("world", "case"), ALL_PROBES, ids=_ids([(w, *c[:2]) for w, c in ALL_PROBES]))
+def of_two_ranks(cases: list[Case]) -> pytest.MarkDecorator:
+    return CASES.parametrize("case", cases, reads=lambda case: [(2, case)], ids=lambda case: f"{case[0]}-{case[1]}")
+
+
+@each_probe
 def test_probe_equals_oracle(world: int, case: Case) -> None:
     _check_fp32(case, world, RTOL)
 
 
-@pytest.mark.parametrize("case", ONLINE, ids=_ids([c[:2] for c in ONLINE]))
+@of_two_ranks(ONLINE)
 def test_online_equals_oracle_on_its_own_trajectory(case: Case) -> None:
     _check_fp32(case, 2, ONLINE_RTOL)
 
 
-@pytest.mark.parametrize("case", BF16, ids=_ids([c[:2] for c in BF16]))
+@of_two_ranks(BF16)
 def test_bf16_within_the_oracles_own_error(case: Case) -> None:
     model, stage, mode, dtype, _ = case
     truth = oracle(model, mode, dtype, 2, "float32")
@@ -209,7 +234,7 @@ def test_bf16_within_the_oracles_own_error(case: Case) -> None:
             assert error <= BF16_MARGIN * own + bin_width, (group, estimator, error, own)
 
 
-@pytest.mark.parametrize(("world", "case"), ALL_PROBES, ids=_ids([(w, *c[:2]) for w, c in ALL_PROBES]))
+@each_probe
 def test_alphas_have_the_same_bits_on_every_rank(world: int, case: Case) -> None:
     outcomes = results(world)[case]
     assert set(outcomes[0]["alphas"]) == {g for g in GROUPS if g != "head" or case[0] != "gpt2"}
@@ -217,31 +242,30 @@ def test_alphas_have_the_same_bits_on_every_rank(world: int, case: Case) -> None
     assert all(outcome["report"]["groups"] == outcomes[0]["report"]["groups"] for outcome in outcomes)
 
 
-@pytest.mark.parametrize(("world", "case"), ALL_PROBES, ids=_ids([(w, *c[:2]) for w, c in ALL_PROBES]))
+@each_probe
 def test_probe_takes_no_step(world: int, case: Case) -> None:
     for outcome in results(world)[case]:
         assert outcome["global_steps"] == START
         assert outcome["phases"] == ("waiting", "ramping")
 
 
-def test_preconditions_of_the_comparison() -> None:
+@CASES.parametrize(("world", "case"), [key for key in PROBED if key[0] > 1], ids=_name)
+def test_preconditions_of_the_comparison(world: int, case: Case) -> None:
     """Shards straddle tensors, ranks lack whole groups, a fused weight is cut inside, elements are owned once."""
-    for world in (2, 3):
-        for case in PROBES[world]:
-            model, stage = case[:2]
-            pieces = [outcome["owned"] for outcome in results(world)[case]]
-            mask = masks(model, build(model))
-            total = sum(m.numel() for m in mask.values())
-            owners = world if stage == 0 else 1  # replicas
-            assert sum(piece[2] for rank in pieces for piece in rank) == owners * total
-            if stage == 0:
-                continue
-            assert all(any(numel < whole for _, _, numel, whole in rank) for rank in pieces), "nothing straddles"
-            present = [
-                {int(g) for name, start, numel, _ in rank for g in mask[name].view(-1)[start : start + numel].unique()}
-                for rank in pieces
-            ]
-            if stage in (1, 2):
-                assert any(groups != set.union(*present) for groups in present), "every rank has every group"
-            if model == "gpt2":
-                assert any(n < w for rank in pieces for name, _, n, w in rank if "c_attn.weight" in name) or stage < 3
+    model, stage = case[:2]
+    pieces = [outcome["owned"] for outcome in results(world)[case]]
+    mask = masks(model, build(model))
+    total = sum(m.numel() for m in mask.values())
+    owners = world if stage == 0 else 1  # replicas
+    assert sum(piece[2] for rank in pieces for piece in rank) == owners * total
+    if stage == 0:
+        return
+    assert all(any(numel < whole for _, _, numel, whole in rank) for rank in pieces), "nothing straddles"
+    present = [
+        {int(g) for name, start, numel, _ in rank for g in mask[name].view(-1)[start : start + numel].unique()}
+        for rank in pieces
+    ]
+    if stage in (1, 2):
+        assert any(groups != set.union(*present) for groups in present), "every rank has every group"
+    if model == "gpt2":
+        assert any(n < w for rank in pieces for name, _, n, w in rank if "c_attn.weight" in name) or stage < 3

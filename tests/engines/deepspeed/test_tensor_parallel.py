@@ -18,6 +18,7 @@ from tests.engines.megatron.grids import Plan
 from tests.engines.megatron.oracle import Truth, rate, twin
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle import histogram, moments
+from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
 
@@ -25,15 +26,24 @@ RTOL = 1e-5  # the requirement
 ATOL = 1e-5  # of weights, the requirement; the largest movement of each weight is far above it
 UPDATES = 10
 CLIP = 0.2  # below the gradient norm, so that clipping always acts
-SHAPES = {"gqa": Setup(clip=CLIP), "tied": Setup(tied=True, bias=True, kv_groups=4, clip=CLIP)}
+SHAPES = {
+    "gqa": Setup(clip=CLIP, micro_batches=4),
+    "tied": Setup(tied=True, bias=True, kv_groups=4, clip=CLIP, micro_batches=4),
+}
 
 Case = tuple[str, int, int, str]  # model, tensor-parallel size, ZeRO stage, mode
 TWO: list[Case] = [("gqa", 2, stage, "probe") for stage in (0, 1, 2, 3)]
 TWO += [("tied", 2, 0, "online"), ("gqa", 2, 1, "online"), ("tied", 2, 2, "online"), ("gqa", 2, 3, "online")]
 TWO += [("gqa", 2, 0, "moments"), ("tied", 2, 3, "moments"), ("gqa", 1, 2, "probe")]
 FOUR: list[Case] = [("gqa", 2, 0, "probe"), ("tied", 2, 2, "probe"), ("gqa", 2, 3, "online"), ("gqa", 2, 1, "moments")]
-LAUNCHES = {2: TWO, 4: FOUR}
-EVERY = [(world, case) for world, cases in LAUNCHES.items() for case in cases]
+CASES = Cases(
+    [*((2, case) for case in TWO), *((4, case) for case in FOUR)],
+    quick=[(2, ("gqa", 2, 3, "probe")), (2, ("gqa", 2, 0, "moments")), (2, ("gqa", 2, 1, "online"))],
+    full=[
+        *((2, ("gqa", 2, 2, "probe")), (2, ("gqa", 2, 3, "online"))),
+        *((4, ("gqa", 2, 3, "online")), (4, ("gqa", 2, 1, "moments"))),
+    ],
+)
 
 
 def plan_of(mode: str) -> Plan:
@@ -153,12 +163,12 @@ def train(model: str, tensor: int, stage: int, mode: str) -> dict[str, Any]:
 
 @functools.cache
 def results(world: int) -> Results:
-    return run_cases(train, world, LAUNCHES[world], timeout=150)
+    return run_cases(train, world, [case for ranks, case in CASES.wanted if ranks == world], timeout=150)
 
 
 @functools.cache
 def twins() -> Results:
-    models = {(case[0], case[3]) for _, case in EVERY}
+    models = {(case[0], case[3]) for _, case in CASES.wanted}
     return run_cases(twin, 1, [(SHAPES[model], plan_of(mode)) for model, mode in sorted(models)], timeout=150)
 
 
@@ -166,14 +176,15 @@ def truth_of(case: Case) -> Truth:
     return twins()[SHAPES[case[0]], plan_of(case[3])][0]
 
 
-def _ids(cases: list[Any]) -> list[str]:
-    return [f"{world}-{c[0]}-tp{c[1]}-zero{c[2]}-{c[3]}" for world, c in cases]
+def name_of(entry: tuple[int, Case]) -> str:
+    world, (model, tensor, stage, mode) = entry
+    return f"{world}-{model}-tp{tensor}-zero{stage}-{mode}"
 
 
 # ------------------------------------------------------------------------------------------------------------ the tests
 
 
-@pytest.mark.parametrize(("world", "case"), EVERY, ids=_ids(EVERY))
+@CASES.parametrize(("world", "case"), ids=name_of)
 def test_statistics_equal_oracle(world: int, case: Case) -> None:
     truth = truth_of(case)
     for outcome in results(world)[case]:
@@ -191,7 +202,7 @@ def test_statistics_equal_oracle(world: int, case: Case) -> None:
             assert low <= rows[group]["snr_median"] <= high
 
 
-@pytest.mark.parametrize(("world", "case"), EVERY, ids=_ids(EVERY))
+@CASES.parametrize(("world", "case"), ids=name_of)
 def test_alphas_have_the_same_bits_on_every_rank(world: int, case: Case) -> None:
     outcomes, truth = results(world)[case], truth_of(case)
     for outcome in outcomes:
@@ -208,7 +219,7 @@ def test_alphas_have_the_same_bits_on_every_rank(world: int, case: Case) -> None
             assert low <= alphas[group] <= high, group
 
 
-@pytest.mark.parametrize(("world", "case"), EVERY, ids=_ids(EVERY))
+@CASES.parametrize(("world", "case"), ids=name_of)
 def test_weights_equal_per_element_adamw(world: int, case: Case) -> None:
     from tests.engines.megatron.weights import _slice
 
@@ -222,17 +233,17 @@ def test_weights_equal_per_element_adamw(world: int, case: Case) -> None:
             assert float((truth.weights[name] - truth.initial[name]).abs().max()) > 50 * ATOL, name
 
 
-def test_the_cases_are_what_they_say() -> None:
+@CASES.parametrize(("world", "case"), ids=name_of)
+def test_the_cases_are_what_they_say(world: int, case: Case) -> None:
     """Parameters are cut and copied, every logical element is owned once, fused rows are cut by the ranks."""
-    for world, case in EVERY:
-        outcomes = results(world)[case]
-        total = sum(w.numel() for w in truth_of(case).weights.values())
-        assert sum(outcome["owned"] for outcome in outcomes) == total
-        sizes = {name: size for name, (_, (_, size), _) in outcomes[0]["weights"].items()}
-        assert sizes["decoder.layers.0.self_attention.linear_qkv.weight"] == case[1]
-        assert sizes["decoder.final_layernorm.weight"] == 1
-        cuts = {outcome["weights"]["embedding.word_embeddings.weight"][1] for outcome in outcomes}
-        assert cuts == {(rank, case[1]) for rank in range(case[1])}
+    outcomes = results(world)[case]
+    total = sum(w.numel() for w in truth_of(case).weights.values())
+    assert sum(outcome["owned"] for outcome in outcomes) == total
+    sizes = {name: size for name, (_, (_, size), _) in outcomes[0]["weights"].items()}
+    assert sizes["decoder.layers.0.self_attention.linear_qkv.weight"] == case[1]
+    assert sizes["decoder.final_layernorm.weight"] == 1
+    cuts = {outcome["weights"]["embedding.word_embeddings.weight"][1] for outcome in outcomes}
+    assert cuts == {(rank, case[1]) for rank in range(case[1])}
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
@@ -261,6 +272,7 @@ def resume(folder: str, part: str) -> dict[str, Any]:
     return {"weights": result, "alphas": alphas}
 
 
+@pytest.mark.tier("all")
 def test_resume_in_the_middle_of_a_probe_window(tmp_path: Any) -> None:
     found = run_cases(resume, 2, [(str(tmp_path), part) for part in ("first", "second", "whole")], timeout=120)
     files = sorted(path.name for path in (tmp_path / "half").glob("mols_rank_*"))
@@ -271,8 +283,10 @@ def test_resume_in_the_middle_of_a_probe_window(tmp_path: Any) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- AutoTP
 
-AUTO: list[tuple[str, int, str]] = [("llama", 0, "online"), ("llama", 1, "probe"), ("qwen2", 2, "probe")]
-AUTO += [("qwen2", 3, "probe")]
+AUTO = Cases(
+    [("llama", 0, "online"), ("llama", 1, "probe"), ("qwen2", 2, "probe"), ("qwen2", 3, "probe")],
+    quick=[("qwen2", 2, "probe")],
+)
 
 
 def train_auto(model: str, stage: int, mode: str) -> dict[str, Any]:
@@ -298,10 +312,10 @@ def train_auto(model: str, stage: int, mode: str) -> dict[str, Any]:
 
 @functools.cache
 def auto() -> Results:
-    return run_cases(train_auto, 2, AUTO, timeout=120)
+    return run_cases(train_auto, 2, AUTO.wanted, timeout=120)
 
 
-@pytest.mark.parametrize("case", AUTO, ids=str)
+@AUTO.parametrize("case", ids=str)
 def test_autotp_statistics_equal_oracle(case: tuple[str, int, str]) -> None:
     from tests.helpers.oracle.models import build, masks
     from tests.helpers.oracle.statistics import gradient_sample, group_values
@@ -381,6 +395,7 @@ def refused() -> Results:
     return run_cases(refuse, 2, [(what,) for what in REFUSED], timeout=90)
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused_by_name(what: str) -> None:
     for said in refused()[what,]:

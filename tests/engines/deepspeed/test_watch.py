@@ -14,6 +14,7 @@ from tests.helpers.oracle.adamw import AdamSettings
 from tests.helpers.oracle.models import build, masks
 from tests.helpers.oracle.moments import MomentValues, moment_values
 from tests.helpers.oracle.statistics import ESTIMATORS, gradient_sample
+from tests.helpers.tiers import Cases
 
 WORLD, STEPS, EVERY, MICROS = 2, 6, 2, 1
 SETTINGS = AdamSettings(lr=1e-3, eps=1e-5, weight_decay=0.0, vector_lr_factor=1.0, clip=CLIP)
@@ -55,9 +56,12 @@ def refuse(stage: int) -> str:
     return ""
 
 
+CASES = Cases([(model, stage) for model in ("llama", "gpt2") for stage in STAGES], quick=[("llama", 2), ("gpt2", 3)])
+
+
 @functools.cache
 def results() -> Results:
-    return run_cases(watch, WORLD, [(model, stage) for model in ("llama", "gpt2") for stage in STAGES], timeout=120)
+    return run_cases(watch, WORLD, CASES.wanted, timeout=120)
 
 
 @functools.cache
@@ -81,8 +85,7 @@ def oracle(model_name: str) -> list[dict[str, MomentValues]]:
     return readings
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@CASES.parametrize(("model", "stage"))
 def test_curves_equal_the_formula_and_reading_changes_nothing(model: str, stage: int) -> None:
     ranks = results()[model, stage]
     for found in ranks:
@@ -98,6 +101,7 @@ def test_curves_equal_the_formula_and_reading_changes_nothing(model: str, stage:
             assert ranks[0]["snr"][group][number] > 0
 
 
+@pytest.mark.tier("all")
 def test_an_optimizer_without_adams_moments_is_refused_by_name() -> None:
     for said in run_cases(refuse, WORLD, [(1,)], timeout=60)[(1,)]:
         assert "SGD keeps no exp_avg and exp_avg_sq" in said

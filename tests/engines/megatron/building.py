@@ -64,7 +64,7 @@ class Setup:
     clip: float = 1.0
     lr: float = 1e-3
     weight_decay: float = 0.1
-    micro_batches: int = 8
+    micro_batches: int = 4
     vocab: int = 64
     hidden: int = 32
     seq: int = 16

@@ -11,6 +11,7 @@ from tests.engines.megatron.building import Setup
 from tests.engines.megatron.grids import OFF_WAYS, Plan, tiny, work
 from tests.engines.megatron.oracle import Truth
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 TIMEOUT = 120.0
 MEAN, MEDIAN = Plan(), Plan(estimator="median")
@@ -107,30 +108,63 @@ HALF: dict[str, Case] = _named(
     ("tp2 bf16", 2, dealt(dtype="bfloat16", tp=2), BF16),
 )
 ALL: dict[str, Case] = GRIDS | VARIANTS | OWN_TRAJECTORY | HALF
+WITHOUT = {"dp2 overlapped": "dp2", "tp2 recomputed": "tp2 sp", "pp2 attention recomputed": "pp2"}
+"""Variant -> the grid that it is compared with."""
+NAMES = Cases(
+    ALL,
+    quick=["tp2 sp", "pp2 tied", "dp2", "ep2", "tp2 pp2", "tp2 online", "dp2 moments"],
+    full=[
+        *("1", "1 tied", "1 experts"),  # of one rank: "1 plain"
+        *(
+            "tp2",
+            "pp2",
+            "dp2 plain",
+            "pp2 attention recomputed",
+        ),  # "tp2 sp", "pp2 vp2", "dp2 tied plain", "tp2 recomputed"
+        *("tp2 dp2 plain", "tp2 pp2 tied", "pp2 dp2 tied plain"),  # "tp2 pp2 sp plain", "pp2 tied", "dp2 tied plain"
+        *("tp2 ep2", "tp2 ep2 plain"),  # "tp2 ep2 etp1", "ep2 plain"
+        "dp2 bf16",  # "dp2 bf16 plain", "tp2 bf16"
+    ],
+    needs=lambda name: [WITHOUT[name]] if name in WITHOUT else [],
+)
+"""Behind each line of `full`: what covers its kind."""
 LATENT: Setup = tiny(tp=2, mla=True, q_lora=True)
 OFF_GRIDS: dict[str, Setup] = {
     "tp2 plain": tiny(tp=2, distributed=False),
     "dp2 bf16": tiny(dtype="bfloat16"),
 }
-TILTED = MEAN._replace(tilt=1.01)
-"""The twin alone: the rate of `vo` is one percent off."""
+OFF = Cases(
+    [(grid, way) for grid in OFF_GRIDS for way in ("stock", *OFF_WAYS)],
+    quick=[("dp2 bf16", "disabled"), ("tp2 plain", "detached while ramping")],
+    needs=lambda case: [(case[0], "stock")],
+)
+LATENTS = Cases([LATENT])
+TWINS: dict[str, tuple[Setup, Plan]] = {
+    "mean": (tiny(), MEAN),
+    "tilted": (tiny(), MEAN._replace(tilt=1.01)),  # the rate of `vo` is one percent off
+    "fp32 at the start": (dealt(), BF16),
+}
+"""Twins that a test compares with each other."""
+TWIN_NAMES = Cases(TWINS, quick=["mean", "tilted"])
 
 
 @functools.cache
 def _single() -> Results:
     """The twins, and the grids of one rank."""
-    twins = {("twin", oracle.plain(case.setup), case.plan): None for case in ALL.values()}
-    extra = [("twin", tiny(), TILTED), ("twin", dealt(), BF16)]
-    ours = [("grid", case.setup, case.plan) for case in ALL.values() if case.world == 1]
-    return run_cases(oracle.work, 1, [*twins, *extra, *ours], timeout=TIMEOUT)
+    wanted = [ALL[name] for name in NAMES.wanted]
+    twins = {("twin", oracle.plain(case.setup), case.plan): None for case in wanted}
+    twins |= {("twin", *TWINS[name]): None for name in TWIN_NAMES.wanted}
+    ours = [("grid", case.setup, case.plan) for case in wanted if case.world == 1]
+    return run_cases(oracle.work, 1, [*twins, *ours], timeout=TIMEOUT)
 
 
 @functools.cache
 def _launch(world: int) -> Results:
-    cases: list[tuple[Any, ...]] = [("run", c.setup, c.plan) for c in ALL.values() if c.world == world]
+    wanted = [ALL[name] for name in NAMES.wanted]
+    cases: list[tuple[Any, ...]] = [("run", case.setup, case.plan) for case in wanted if case.world == world]
     if world == 2:
-        cases += [("off", setup, way) for setup in OFF_GRIDS.values() for way in ("stock", *OFF_WAYS)]
-        cases.append(("latent", LATENT))
+        cases += [("off", OFF_GRIDS[grid], way) for grid, way in OFF.wanted]
+        cases += [("latent", setup) for setup in LATENTS.wanted]
     return run_cases(work, world, cases, timeout=TIMEOUT)
 
 

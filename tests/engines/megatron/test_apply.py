@@ -6,8 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 from megatron_patches.cpu.emulation import cpu_megatron
 from mols_ds.errors import MolsError
 from tests.engines.megatron import building
@@ -15,6 +13,7 @@ from tests.engines.megatron.building import Setup
 from tests.engines.megatron.checkpoints import differing
 from tests.engines.megatron.running import SECTION, Run
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 WORLD, ITERATIONS = 2, 14
 
@@ -207,6 +206,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "refused": refused,
 }
 
+NAMES = Cases(CASES, quick=["TP2", "undone", "refused"])
+
 
 def case(name: str) -> Any:
     return CASES[name]()
@@ -214,15 +215,16 @@ def case(name: str) -> Any:
 
 @functools.cache
 def outcomes() -> Results:
-    return run_cases(case, WORLD, [(name,) for name in CASES], timeout=60)
+    return run_cases(case, WORLD, [(name,) for name in NAMES.wanted], timeout=60)
 
 
-@pytest.mark.parametrize("name", ["TP2", "EP2, plain", "PP2 interleaved"])
+@NAMES.parametrize("name", ["TP2", "EP2, plain", "PP2 interleaved"])
 def test_a_script_trains_as_with_attach(name: str) -> None:
     for found in outcomes()[name,]:
         assert found == {"by name": True, "differing": [], "phase": "fixed"}
 
 
+@NAMES.reads("undone")
 def test_undo_restores_every_attribute_and_leaves_the_optimizer_attached() -> None:
     for found in outcomes()["undone",]:
         assert found["changed"] == [
@@ -237,6 +239,7 @@ def test_undo_restores_every_attribute_and_leaves_the_optimizer_attached() -> No
         assert found["left"] == [] and found["stays attached"] and found["after detach"] == []
 
 
+@NAMES.reads("no scheduler")
 def test_a_script_without_a_scheduler_attaches_at_its_first_step() -> None:
     for found in outcomes()["no scheduler",]:
         assert found["before"][0] == "MolsConfigError" and "no optimizer has been attached" in found["before"][1]
@@ -245,21 +248,25 @@ def test_a_script_without_a_scheduler_attaches_at_its_first_step() -> None:
         assert "mols.total_steps" in found["shares"][1] and found["again"] == found["shares"]
 
 
+@NAMES.reads("two in a row")
 def test_each_optimizer_gets_its_own() -> None:
     for found in outcomes()["two in a row",]:
         assert found["apart"] and found["counts"] == (2, 2, 2, 0)
 
 
+@NAMES.reads("disabled")
 def test_disabled_is_stock_bit_for_bit() -> None:
     for found in outcomes()["disabled",]:
         assert found == []
 
 
+@NAMES.reads("other load")
 def test_a_load_of_something_else_keeps_megatrons_own_error() -> None:
     for found in outcomes()["other load",]:
         assert found == "CheckpointingException"
 
 
+@NAMES.reads("refused")
 def test_misuse_is_refused() -> None:
     for found in outcomes()["refused",]:
         assert "apply() was not called" in found["undo before apply"][1]

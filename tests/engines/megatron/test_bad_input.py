@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch.distributed as dist
 
 from megatron_patches.cpu.emulation import cpu_megatron
@@ -15,6 +14,7 @@ from tests.engines.megatron import building
 from tests.engines.megatron.building import Built, Setup, samples_per_step
 from tests.engines.megatron.running import SECTION
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 WORLD = 2
 
@@ -182,6 +182,8 @@ MISTAKES: dict[str, tuple[Callable[[], Given], tuple[str, ...]]] = {
     "moments of SGD": (sgd_moments, ("moments",)),
 }
 
+NAMES = Cases([*MISTAKES, "SGD"], quick=["unknown name", "fewer layers on one rank", "sections differ", "not a chain"])
+
 
 def mistaken(name: str) -> tuple[str, bool]:
     """What `attach` says, and whether the optimizer is as it was."""
@@ -212,10 +214,10 @@ def case(name: str) -> Any:
 
 @functools.cache
 def outcomes() -> Results:
-    return run_cases(case, WORLD, [(name,) for name in [*MISTAKES, "SGD"]], timeout=40)
+    return run_cases(case, WORLD, [(name,) for name in NAMES.wanted], timeout=40)
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@NAMES.parametrize("name", MISTAKES)
 def test_a_mistake_is_an_error_on_every_rank(name: str) -> None:
     for rank, (said, untouched) in enumerate(outcomes()[name,]):
         for part in MISTAKES[name][1]:
@@ -223,6 +225,7 @@ def test_a_mistake_is_an_error_on_every_rank(name: str) -> None:
         assert untouched
 
 
+@NAMES.reads("SGD")
 def test_sgd_works() -> None:
     first, other = outcomes()["SGD",]
     assert first == other and first["phase"] == "fixed" and first["steps"] == 10

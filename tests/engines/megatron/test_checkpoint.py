@@ -8,14 +8,13 @@ import math
 import zlib
 from typing import Any
 
-import pytest
-
 from megatron_patches.cpu.emulation import cpu_megatron
 from mols_ds.errors import MolsCheckpointError
 from tests.engines.megatron.building import Setup
 from tests.engines.megatron.checkpoints import caught, differing, read
 from tests.engines.megatron.running import SECTION, Run
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 WORLD, ITERATIONS, FOLLOWED = 2, 14, 3
 FULLY, BY_RANK = "fully_reshardable", "dp_reshardable"
@@ -43,6 +42,7 @@ CASES = {
     "TP2 plain, bf16": (small(tp=2, distributed=False, dtype="bfloat16"), FULLY, "online", "apply"),
     "EP2 plain": (small(experts=4, ep=2, distributed=False), FULLY, "online", "attach"),
 }
+NAMES = Cases(CASES, quick=["TP2"], full=["PP2 interleaved", "DP2 plain", "EP2 plain"])
 
 
 def section(mode: str = "probe") -> dict[str, Any]:
@@ -87,10 +87,10 @@ def resumed(setup: Setup, kind: str, mode: str, way: str) -> dict[str, Any]:
 
 @functools.cache
 def outcomes() -> Results:
-    return run_cases(resumed, WORLD, list(CASES.values()), timeout=90)
+    return run_cases(resumed, WORLD, [CASES[name] for name in NAMES.wanted], timeout=90)
 
 
-@pytest.mark.parametrize("name", CASES)
+@NAMES.parametrize("name")
 def test_resume_continues_bit_for_bit(name: str) -> None:
     for outcome in outcomes()[CASES[name]]:
         assert {point: found for point, found in outcome["found"].items() if found} == {}
@@ -201,29 +201,33 @@ def others(name: str, *arguments: Any) -> Any:
     return globals()[name](*arguments)
 
 
-OTHERS: list[tuple[Any, ...]] = [
-    ("without_asking",),
-    ("from_stock", True),
-    ("from_stock", False),
-    ("foreign", 0),
-    ("foreign", 4),
-    ("legacy", Setup(distributed=False)),
-    ("legacy", Setup(distributed=False, experts=4, ep=2)),
-]
+LEGACY = [("legacy", Setup(distributed=False)), ("legacy", Setup(distributed=False, experts=4, ep=2))]
+OTHERS: Cases[tuple[Any, ...]] = Cases(
+    [
+        ("without_asking",),
+        ("from_stock", True),
+        ("from_stock", False),
+        ("foreign", 0),
+        ("foreign", 4),
+        *LEGACY,
+    ],
+    full=[("from_stock", False)],
+)
 
 
 @functools.cache
 def other_outcomes() -> Results:
-    return run_cases(others, WORLD, OTHERS, timeout=60)
+    return run_cases(others, WORLD, OTHERS.wanted, timeout=60)
 
 
+@OTHERS.reads(("without_asking",))
 def test_without_resume_from_a_half_done_calibration_starts_over_with_a_warning() -> None:
     first, second = other_outcomes()["without_asking",]
     assert first["before"] == ("calibrating", 2) and first["after"] == second["after"] == ("calibrating", 0)
     assert "resume_from" in " ".join(first["warned"])
 
 
-@pytest.mark.parametrize("distributed", [True, False])
+@OTHERS.parametrize("distributed", [True, False], reads=lambda distributed: [("from_stock", distributed)])
 def test_checkpoints_go_from_stock_to_mols_and_back(distributed: bool) -> None:
     for rank, found in enumerate(other_outcomes()["from_stock", distributed]):
         assert found["unequal"] == [] and found["back"] == []
@@ -234,7 +238,7 @@ def test_checkpoints_go_from_stock_to_mols_and_back(distributed: bool) -> None:
         assert found["trains"] and all(math.isfinite(alpha) for alpha in found["alphas"].values()) and found["alphas"]
 
 
-@pytest.mark.parametrize("experts", [0, 4])
+@OTHERS.parametrize("experts", [0, 4], reads=lambda experts: [("foreign", experts)])
 def test_foreign_state_is_refused_before_anything_is_loaded(experts: int) -> None:
     for said in other_outcomes()["foreign", experts]:
         assert said.pop("good") == "ramping"
@@ -242,7 +246,7 @@ def test_foreign_state_is_refused_before_anything_is_loaded(experts: int) -> Non
             assert "checkpoint" in text or "MoLS state of version 99" in text, (name, text)
 
 
-@pytest.mark.parametrize("case", OTHERS[-2:], ids=["dense", "experts"])
+@OTHERS.parametrize("case", LEGACY, ids=lambda case: "experts" if case[1].experts else "dense")
 def test_the_state_dict_of_one_rank_carries_the_state(case: tuple[Any, ...]) -> None:
     for found in other_outcomes()[case]:
         assert found["saved"]["phase"] == "ramping" and found["loaded"] == found["saved"] and found["warned"] == []

@@ -19,6 +19,7 @@ from mols_ds.errors import MolsCheckpointError
 from tests.engines.megatron.building import Setup
 from tests.engines.megatron.running import SECTION, Run
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 WORLD, FOLLOWED = 4, 2
 FULLY, BY_RANK = "fully_reshardable", "dp_reshardable"
@@ -70,6 +71,13 @@ MOVES: dict[tuple[int, str, str], tuple[Setup, tuple[str, ...]]] = {  # ranks, s
     (2, "TP2PP2", "PP2"): (dense(pp=2), ("calibrating", "ramping", "fixed")),
     (1, "TP2PP2", "one rank"): (dense(), ONE),
 }
+CASES: Cases[tuple[Any, ...]] = Cases(
+    MOVES,
+    full=[
+        *((4, "TP2PP2", "TP4"), (4, "TP2PP2", "PP4"), (4, "TP2PP2", "PP2DP2, interleaved")),
+        *((4, "TP2PP2 tied plain", "TP2DP2"), (4, "EP2", "TP2EP2")),
+    ],
+)
 COMPARED_LATER = {
     *((4, "TP2PP2", "DP4"), (4, "TP2PP2 tied plain", "DP4"), (4, "EP2", "EP4"), (2, "TP2PP2", "PP2")),
     (1, "TP2PP2", "one rank"),
@@ -84,6 +92,7 @@ REFUSED: dict[str, tuple[str, str, Setup, str]] = {  # name -> source, way, setu
     "by rank, DP4": ("TP2 by rank", "apply", BF16, "2 tensor- and pipeline-parallel ranks; this run has 1"),
     "by rank, TP2PP2": ("TP2 by rank", "attach", dense(tp=2, pp=2, dtype="bfloat16"), "this run has 4"),
 }
+REFUSALS = Cases(REFUSED, full=["EP1 to EP2", "by rank, TP2PP2"])
 
 
 def state_of(run: Run) -> dict[str, Any]:
@@ -163,16 +172,20 @@ Found = tuple[Mapping[str, Any], Mapping[int, Results], str]
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Source -> what its first rank knew; number of ranks -> what they found; the folder between them."""
     base = str(tmp_path_factory.mktemp("moves"))
-    cases: dict[int, list[tuple[Any, ...]]] = {WORLD: [("save", base, name) for name in SOURCES], 2: [], 1: []}
-    for (world, source, name), (setup, points) in MOVES.items():
-        cases[world].append(("load", base, source, setup, points, (world, source, name) in COMPARED_LATER))
-    cases[WORLD] += [("told", base, source, way, setup) for source, way, setup, _ in REFUSED.values()]
+    read = {"TP2PP2", *(source for _, source, _ in CASES.wanted), *(REFUSED[name][0] for name in REFUSALS.wanted)}
+    sources = [name for name in SOURCES if name in read]
+    cases: dict[int, list[tuple[Any, ...]]] = {WORLD: [("save", base, name) for name in sources], 2: [], 1: []}
+    for move in CASES.wanted:
+        world, source, _ = move
+        cases[world].append(("load", base, source, *MOVES[move], move in COMPARED_LATER))
+    for source, way, setup, _ in (REFUSED[name] for name in REFUSALS.wanted):
+        cases[WORLD].append(("told", base, source, way, setup))
     results = {world: run_cases(work, world, of, timeout=90) for world, of in cases.items()}
-    saved = {name: results[WORLD]["save", base, name][0] for name in SOURCES}
+    saved = {name: results[WORLD]["save", base, name][0] for name in sources}
     return saved, results, base
 
 
-@pytest.mark.parametrize("move", MOVES, ids=str)
+@CASES.parametrize("move", ids=str)
 def test_weights_and_moments_move_bit_for_bit(found: Found, move: tuple[int, str, str]) -> None:
     saved, results, base = found
     world, source, _ = move
@@ -193,7 +206,7 @@ def test_weights_and_moments_move_bit_for_bit(found: Found, move: tuple[int, str
         assert moved > 100 * ATOL, "the comparison must see a step"
 
 
-@pytest.mark.parametrize("move", MOVES, ids=str)
+@CASES.parametrize("move", ids=str)
 def test_phase_alphas_and_ramp_go_on(found: Found, move: tuple[int, str, str]) -> None:
     saved, results, base = found
     world, source, _ = move
@@ -215,7 +228,7 @@ def test_phase_alphas_and_ramp_go_on(found: Found, move: tuple[int, str, str]) -
     assert set(saved["TP2PP2"]["ramping"]["rates"].items()) != set(saved["TP2PP2"]["fixed"]["rates"].items())
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@REFUSALS.parametrize("name")
 def test_what_cannot_move_is_refused_with_the_way_out(found: Found, name: str) -> None:
     _, results, base = found
     source, way, setup, part = REFUSED[name]

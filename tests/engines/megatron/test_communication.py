@@ -14,6 +14,7 @@ from tests.engines.megatron import grids
 from tests.engines.megatron.building import Setup
 from tests.engines.megatron.grids import tiny
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
 
@@ -31,7 +32,6 @@ GRIDS: dict[str, Setup] = {
     "dp2 plain": tiny(distributed=False),
     "ep2": tiny(ep=2, experts=4),
 }
-MODES = ("stock", "online", "moments", "probe")
 Traffic = Counter[tuple[str, int]]
 
 
@@ -94,6 +94,13 @@ WEIGHED = {
     "dp2 plain online": (tiny(vocab=VOCABULARY, distributed=False), "online"),
 }
 
+COMMUNICATED = Cases(
+    [*((grid, mode) for grid in GRIDS for mode in ("stock", "online", "probe")), ("dp2", "moments")],
+    quick=lambda case: case[0] == "tp2 sp",
+    needs=lambda case: [(case[0], "stock")],
+)
+WEIGHTS = Cases(WEIGHED, quick=["dp2 probe"])
+
 
 def work(kind: str, setup: Setup, mode: str) -> dict[str, Any]:
     return communicate(setup, mode) if kind == "communicate" else weigh(setup, mode)
@@ -101,9 +108,8 @@ def work(kind: str, setup: Setup, mode: str) -> dict[str, Any]:
 
 @functools.cache
 def results() -> Results:
-    communicated = [("communicate", setup, mode) for setup in GRIDS.values() for mode in MODES if mode != "moments"]
-    communicated.append(("communicate", GRIDS["dp2"], "moments"))
-    return run_cases(work, WORLD, [*communicated, *(("weigh", *case) for case in WEIGHED.values())], timeout=60)
+    communicated = [("communicate", GRIDS[grid], mode) for grid, mode in COMMUNICATED.wanted]
+    return run_cases(work, WORLD, [*communicated, *(("weigh", *WEIGHED[name]) for name in WEIGHTS.wanted)], timeout=60)
 
 
 def traffic(grid: str, mode: str, rank: int) -> Traffic:
@@ -121,7 +127,7 @@ def _without_routing(sent: Traffic) -> Traffic:
     return result
 
 
-@pytest.mark.parametrize(("grid", "mode"), [*((grid, "online") for grid in GRIDS), ("dp2", "moments")])
+@COMMUNICATED.parametrize(("grid", "mode"), [*((grid, "online") for grid in GRIDS), ("dp2", "moments")])
 def test_training_modes_add_one_small_all_reduce(grid: str, mode: str) -> None:
     for rank in range(WORLD):
         stock, ours = traffic(grid, "stock", rank), traffic(grid, mode, rank)
@@ -134,7 +140,7 @@ def test_training_modes_add_one_small_all_reduce(grid: str, mode: str) -> None:
         assert 0 < size <= ONE_ALL_REDUCE
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@COMMUNICATED.parametrize("grid", GRIDS, reads=lambda grid: [(grid, "probe")])
 def test_probe_adds_one_small_all_reduce_and_a_flag_a_sample(grid: str) -> None:
     """The flag stands in the place of what the step that is not taken would have sent: its norm, and the weights."""
     for rank in range(WORLD):
@@ -152,7 +158,7 @@ def test_probe_adds_one_small_all_reduce_and_a_flag_a_sample(grid: str) -> None:
         assert bool(large) == GRIDS[grid].distributed, "a step would have gathered the weights"
 
 
-@pytest.mark.parametrize("name", WEIGHED)
+@WEIGHTS.parametrize("name")
 def test_accumulators_take_eight_bytes_an_owned_element(name: str) -> None:
     outcomes = results()["weigh", *WEIGHED[name]]
     assert sum(outcome["owned"] for outcome in outcomes) == outcomes[0]["total"] > 130_000
@@ -162,7 +168,7 @@ def test_accumulators_take_eight_bytes_an_owned_element(name: str) -> None:
         assert during == pytest.approx(BYTES_AN_ELEMENT * outcome["owned"], rel=BYTES_RTOL)
 
 
-@pytest.mark.parametrize("name", WEIGHED)
+@WEIGHTS.parametrize("name")
 def test_accumulators_are_freed(name: str) -> None:
     for outcome in results()["weigh", *WEIGHED[name]]:
         before, during, after = outcome["alive"]

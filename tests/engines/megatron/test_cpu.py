@@ -18,6 +18,7 @@ from megatron_patches.cpu.emulation import cpu_megatron
 from mols_ds.errors import MolsUnsupportedError
 from tests.engines.megatron.building import Setup, build, mean_loss, newest, optimizer, start, step, stop
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 ITERATIONS = 3
 # All of them the same logical model; 4 layers, so that the interleaved schedule has a layer for each of its stages.
@@ -42,6 +43,16 @@ TIED = {
     "PP2": Setup(tied=True, bias=True, position="learned", pp=2),
     "TP2": Setup(tied=True, bias=True, position="learned", tp=2),
 }
+KINDS = {"dense": DENSE, "experts": EXPERTS, "tied": TIED}
+CASES: Cases[tuple[str, str]] = Cases(
+    [
+        *((kind, name) for kind, setups in KINDS.items() for name in setups),
+        ("dense", "fused"),
+        ("dense", "left behind"),
+    ],
+    quick=[("dense", "DP2"), ("dense", "TP2"), ("dense", "PP2"), ("experts", "EP2"), ("dense", "left behind")],
+    needs=lambda case: [("dense", "TP2")] if case[1] == "fused" else [(case[0], "DP2")],
+)
 # Sharded and whole sums add in another order, and Adam divides by the root of small numbers. Seen: 1e-6.
 TOLERANCE = 1e-5
 
@@ -111,8 +122,7 @@ def left_behind() -> list[str]:
 
 @pytest.fixture(scope="module")
 def results() -> Results:
-    setups = [*DENSE.values(), *EXPERTS.values(), *TIED.values()]
-    return run_cases(case, 2, [(setup,) for setup in setups] + [("fused",), ("left behind",)])
+    return run_cases(case, 2, [(KINDS[kind].get(name, name),) for kind, name in CASES.wanted])
 
 
 def same(runs: list[list[list[tuple[bool, float, float]]]]) -> None:
@@ -123,26 +133,31 @@ def same(runs: list[list[list[tuple[bool, float, float]]]]) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("grids", [DENSE, EXPERTS, TIED], ids=["dense", "experts", "tied"])
-def test_every_grid_trains_the_same_model(results: Results, grids: dict[str, Setup]) -> None:
-    runs = [results[(setup,)] for setup in grids.values()]
+@CASES.parametrize(("kind", "name"), [(kind, name) for kind, setups in KINDS.items() for name in setups])
+def test_every_grid_trains_the_same_model(results: Results, kind: str, name: str) -> None:
+    """That of the same kind on two data-parallel ranks."""
+    runs = [results[(KINDS[kind][of],)] for of in ("DP2", name)]
     same(runs)
     losses = [loss for _, _, loss in runs[0][0]]
     assert all(later != earlier for earlier, later in pairwise(losses))
 
 
 @pytest.mark.distributed
+@CASES.reads(("dense", "fused"))
 def test_fused_adam_trains_as_torch_adamw(results: Results) -> None:
     assert results[("fused",)] == results[(DENSE["TP2"],)]
 
 
 @pytest.mark.distributed
+@CASES.reads(("dense", "left behind"))
 def test_nothing_is_left_behind(results: Results) -> None:
     assert results[("left behind",)] == [[], []]
 
 
 @pytest.mark.distributed
 @pytest.mark.skipif(newest() is None, reason="no newest megatron-core: make setup-dev, or MOLS_MEGATRON_NEWEST=folder")
+@pytest.mark.tier("full")
+@CASES.reads(("dense", "DP2"), ("experts", "EP2"))
 def test_the_newest_version_trains_the_same_model(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["TP2", "PP2", "DP2"]
     monkeypatch.setenv("PYTHONPATH", str(newest()))

@@ -15,6 +15,7 @@ from tests.engines.megatron import grids
 from tests.engines.megatron.building import Setup
 from tests.engines.megatron.grids import Plan, tiny
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
 
@@ -28,6 +29,8 @@ DROPPED: dict[str, Setup] = {
     "pp2 tied": tiny(pp=2, tied=True),
 }
 WAYS = ("stock", "probed", "forgetful")
+GRIDS = Cases(DROPPED, quick=["tp2"])
+FORGETFUL = Cases(["tp2"])
 
 OVERFLOWING = 2.0**20  # the first samples overflow
 HALF_SAMPLES = 8
@@ -36,6 +39,7 @@ SCALED: dict[str, Setup] = {
     "dp2 plain": tiny(dtype="float16", distributed=False),
     "tp2": tiny(dtype="float16", tp=2),
 }
+OVERFLOWED = Cases(SCALED)
 
 
 # --- dropout --------------------------------------------------------------------------------------------------------
@@ -124,12 +128,12 @@ def work(kind: str, setup: Setup, *more: Any) -> dict[str, Any]:
 
 @functools.cache
 def results() -> Results:
-    dropped = [("drop", setup, way) for setup in DROPPED.values() for way in WAYS[:2]]
-    dropped.append(("drop", DROPPED["tp2"], "forgetful"))
-    return run_cases(work, WORLD, [*dropped, *(("overflow", setup) for setup in SCALED.values())], timeout=60)
+    cases: list[tuple[Any, ...]] = [("drop", DROPPED[grid], way) for grid in GRIDS.wanted for way in WAYS[:2]]
+    cases += [("drop", DROPPED[grid], "forgetful") for grid in FORGETFUL.wanted]
+    return run_cases(work, WORLD, cases + [("overflow", SCALED[grid]) for grid in OVERFLOWED.wanted], timeout=60)
 
 
-@pytest.mark.parametrize("grid", DROPPED)
+@GRIDS.parametrize("grid")
 def test_a_probe_leaves_no_trace(grid: str) -> None:
     """Bit for bit, with dropout active: the window itself, and each update behind it."""
     setup = DROPPED[grid]
@@ -147,6 +151,8 @@ def test_a_probe_leaves_no_trace(grid: str) -> None:
         assert len({prints["random"] for prints in stock["prints"]}) == PROBE.updates  # dropout was active
 
 
+@GRIDS.reads("tp2")
+@FORGETFUL.reads("tp2")
 def test_a_forgotten_random_state_would_be_seen() -> None:
     """The comparison is sharp: without putting the random state back, dropout and hence the weights differ."""
     setup = DROPPED["tp2"]
@@ -156,7 +162,7 @@ def test_a_forgotten_random_state_would_be_seen() -> None:
     assert any(stock[-1][key] != forgetful[-1][key] for key in stock[-1] if key.startswith("weight"))
 
 
-@pytest.mark.parametrize("grid", SCALED)
+@OVERFLOWED.parametrize("grid")
 def test_overflowing_samples_are_left_out(grid: str) -> None:
     """The loss scale falls in the window as in training; the alphas are those of the samples that did not overflow."""
     ranks = results()["overflow", SCALED[grid]]

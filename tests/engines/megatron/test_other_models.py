@@ -11,6 +11,7 @@ from megatron_patches.cpu.emulation import cpu_megatron
 from tests.engines.megatron import building
 from tests.engines.megatron.building import Setup, samples_per_step
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 WORLD = 2
 SECTION = {"start": 0, "ramp_end": 6, "samples": 4, "mode": "online"}
@@ -26,6 +27,8 @@ MODELS = {
         Setup(experts=4, grouped=True, ep=2, dtype="bfloat16"),
     ),
 }
+
+NAMES = Cases(MODELS)
 
 
 def measure(setup: Setup) -> dict[str, Any]:
@@ -50,10 +53,10 @@ def measure(setup: Setup) -> dict[str, Any]:
 
 @functools.cache
 def outcomes() -> Results:
-    return run_cases(measure, WORLD, [(setup,) for pair in MODELS.values() for setup in pair], timeout=60)
+    return run_cases(measure, WORLD, [(setup,) for name in NAMES.wanted for setup in MODELS[name]], timeout=60)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@NAMES.parametrize("name")
 def test_alphas_are_the_same_however_the_model_is_cut(name: str) -> None:
     replicated, cut = (outcomes()[setup,] for setup in MODELS[name])
     rtol = BF16_RTOL if "grouped" in name else RTOL
@@ -65,6 +68,7 @@ def test_alphas_are_the_same_however_the_model_is_cut(name: str) -> None:
     assert len({row["alpha"] for row in replicated[0]["report"].values()}) > 2
 
 
+@NAMES.reads("MTP")
 def test_a_parameter_straddles_the_ranks() -> None:
     """The hard case of the distributed optimizer: ranks own unlike parts, and one weight lies on both."""
     first, second = ({name: (start, n) for name, start, n in rank["pieces"]} for rank in outcomes()[Setup(mtp=1),])

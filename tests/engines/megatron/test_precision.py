@@ -244,6 +244,7 @@ def found() -> dict[str, Any]:
 
 
 @pytest.mark.distributed
+@pytest.mark.tier("all")
 @pytest.mark.parametrize(
     ("name", "statistics"),
     [
@@ -261,6 +262,7 @@ def test_ordinary_optimizers_are_described_and_none_is_refused(
 
 
 @pytest.mark.distributed
+@pytest.mark.tier("all")
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -15,6 +15,7 @@ from tests.engines.megatron.building import Setup, samples_per_step
 from tests.engines.megatron.checkpoints import caught
 from tests.engines.megatron.running import SECTION
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 WORLD, ITERATIONS, LR = 2, 16, 1e-2
 MUP_WIDTH = 4.0  # hidden size over that of the model whose rates muP transfers
@@ -139,11 +140,13 @@ CASES: dict[str, tuple[Setup, dict[str, Any], str, str, dict[str, Any]]] = {
     "rates as tensors": (Setup(), PROBE, "cosine", "tensor", {}),
     "fixed_alphas": (Setup(tp=2), FIXED, "cosine", "", {}),
 }
+COUNTED = ("skipped fp16", "recalibrate")
+NAMES = Cases([*CASES, *COUNTED], quick=["linear", "constant"], full=["cosine"])
 
 
 @functools.cache
 def outcomes() -> Results:
-    return run_cases(_case, WORLD, [(name,) for name in CASES] + [(name,) for name in OTHERS], timeout=60)
+    return run_cases(_case, WORLD, [(name,) for name in NAMES.wanted], timeout=60)
 
 
 def _case(name: str) -> Any:
@@ -190,7 +193,7 @@ def check(ranks: list[dict[str, Any]], section: dict[str, Any]) -> None:
     assert seen >= {"embedding", "qk", "vo", "mlp", "other"}
 
 
-@pytest.mark.parametrize("name", CASES)
+@NAMES.parametrize("name", CASES)
 def test_the_applied_rate_is_the_schedulers_times_the_multiplier(name: str) -> None:
     check(outcomes()[name,], CASES[name][1])
 
@@ -226,9 +229,10 @@ def recalibrated() -> dict[str, Any]:
     return {"rows": rows}
 
 
-OTHERS = {"skipped fp16": skipped_fp16, "recalibrate": recalibrated}
+OTHERS = dict(zip(COUNTED, (skipped_fp16, recalibrated), strict=True))
 
 
+@NAMES.reads("skipped fp16")
 def test_a_skipped_iteration_is_neither_an_update_nor_a_sample() -> None:
     for found in outcomes()["skipped fp16",]:
         overflowed = [row for row in found["rows"] if not row[0]]
@@ -239,6 +243,7 @@ def test_a_skipped_iteration_is_neither_an_update_nor_a_sample() -> None:
         assert found["scheduler"] == len(updates)
 
 
+@NAMES.reads("recalibrate")
 def test_recalibration_begins_at_the_multipliers_of_before() -> None:
     for found in outcomes()["recalibrate",]:
         phases = [row[0] for row in found["rows"]]

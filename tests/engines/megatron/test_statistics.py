@@ -13,20 +13,22 @@ import pytest
 import torch
 
 from tests.engines.megatron.cases import (
-    BF16,
     GRIDS,
     HALF,
     LATENT,
-    MEAN,
+    LATENTS,
+    NAMES,
     OWN_TRAJECTORY,
+    TWIN_NAMES,
+    TWINS,
     VARIANTS,
+    WITHOUT,
     Case,
-    dealt,
     others,
     outcomes,
     truth,
 )
-from tests.engines.megatron.grids import EMBEDDING, OUTPUT, REFERENCE, tiny
+from tests.engines.megatron.grids import EMBEDDING, OUTPUT, REFERENCE
 from tests.helpers.oracle import histogram, moments
 from tests.helpers.oracle.models import GROUPS
 from tests.helpers.oracle.statistics import GroupValues, alphas
@@ -75,7 +77,7 @@ def check_alphas(case: Case, outcome: dict[str, Any], rtol: float) -> None:
         assert not rows[group]["clamped"]
 
 
-@pytest.mark.parametrize("name", GRIDS | VARIANTS)
+@NAMES.parametrize("name", GRIDS | VARIANTS)
 def test_every_estimator_equals_the_oracle(name: str) -> None:
     case = GRIDS.get(name) or VARIANTS[name]
     values = truth(case.setup, case.plan).values
@@ -88,7 +90,7 @@ def test_every_estimator_equals_the_oracle(name: str) -> None:
         check_alphas(case, outcome, RTOL)
 
 
-@pytest.mark.parametrize("name", GRIDS | VARIANTS | OWN_TRAJECTORY | HALF)
+@NAMES.parametrize("name", GRIDS | VARIANTS | OWN_TRAJECTORY | HALF)
 def test_alphas_have_the_same_bits_on_every_rank(name: str) -> None:
     ranks = outcomes(name)
     assert len(set(ranks[0]["alphas"].values())) > 3, "the groups differ"
@@ -97,7 +99,7 @@ def test_alphas_have_the_same_bits_on_every_rank(name: str) -> None:
         assert outcome["report"]["groups"] == ranks[0]["report"]["groups"]
 
 
-@pytest.mark.parametrize("name", OWN_TRAJECTORY)
+@NAMES.parametrize("name", OWN_TRAJECTORY)
 def test_training_modes_equal_the_oracle_on_its_own_trajectory(name: str) -> None:
     """Online: the gradients of updating steps. Moments: Adam's own m and v at the end of the window."""
     case = OWN_TRAJECTORY[name]
@@ -113,12 +115,13 @@ def test_training_modes_equal_the_oracle_on_its_own_trajectory(name: str) -> Non
             assert low <= float.fromhex(outcome["alphas"][group]) <= high, group
 
 
-@pytest.mark.parametrize("name", HALF)
+@NAMES.parametrize("name", HALF)
+@TWIN_NAMES.reads("fp32 at the start")
 def test_bf16_with_fp32_main_gradients(name: str) -> None:
     """Against a twin whose forward and backward passes are bf16 too, and whose micro-batches are summed in fp32."""
     case = HALF[name]
     values = truth(case.setup, case.plan).values
-    exact = truth(dealt(), BF16).values
+    exact = truth(*TWINS["fp32 at the start"]).values
     for outcome in outcomes(name):
         rows = outcome["report"]["groups"]
         for group, expected in values.items():
@@ -130,17 +133,17 @@ def test_bf16_with_fp32_main_gradients(name: str) -> None:
     assert rounding > 10 * RTOL, "the twin's passes were rounded to bf16"
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@NAMES.parametrize("name", VARIANTS)
 def test_overlap_and_recomputation_change_nothing(name: str) -> None:
     """The same alphas as the same grid without; the order of some sums may differ."""
-    without = {"dp2 overlapped": "dp2", "tp2 recomputed": "tp2 sp", "pp2 attention recomputed": "pp2"}[name]
+    without = WITHOUT[name]
     ours, theirs = outcomes(name)[0]["alphas"], outcomes(without)[0]["alphas"]
     assert VARIANTS[name].plan == GRIDS[without].plan and VARIANTS[name].setup != GRIDS[without].setup
     for group, alpha in theirs.items():
         assert float.fromhex(ours[group]) == pytest.approx(float.fromhex(alpha), rel=RTOL), group
 
 
-@pytest.mark.parametrize("name", GRIDS | VARIANTS | OWN_TRAJECTORY)
+@NAMES.parametrize("name", GRIDS | VARIANTS | OWN_TRAJECTORY)
 def test_every_logical_element_is_owned_once(name: str) -> None:
     """The flat ranges that the ranks measure, mapped to logical elements by slicing a table of their numbers."""
     case = (GRIDS | VARIANTS | OWN_TRAJECTORY)[name]
@@ -156,7 +159,7 @@ def test_every_logical_element_is_owned_once(name: str) -> None:
     }
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@NAMES.parametrize("name", GRIDS)
 def test_a_probe_takes_no_step(name: str) -> None:
     plan = GRIDS[name].plan
     for outcome in outcomes(name):
@@ -169,28 +172,47 @@ def test_a_probe_takes_no_step(name: str) -> None:
         ]
 
 
-def test_preconditions_of_the_comparison() -> None:
-    """Tokens that never and that once occurred, elements that Adam's moments do not tell from noiseless ones, ranks
-    without a whole group, tensors cut by a shard's boundary."""
-    values = truth(tiny(), MEAN).values
+@TWIN_NAMES.reads("mean")
+def test_some_tokens_never_occur_and_some_once() -> None:
+    values = truth(*TWINS["mean"]).values
     assert values["embedding"].never_moved > 0 and values["embedding"].moved_once > 0
-    head = truth(dealt(), OWN_TRAJECTORY["dp2 moments"].plan).values["head"]
+
+
+@NAMES.reads("dp2 moments")
+def test_adams_moments_do_not_tell_some_elements_from_noiseless_ones() -> None:
+    case = OWN_TRAJECTORY["dp2 moments"]
+    head = truth(case.setup, case.plan).values["head"]
     assert head.left_out()[0] > head.v_below_m2() > 0, "the cut of Adam's moments leaves out elements with v > m^2 too"
+
+
+@NAMES.reads("pp2 dp2")
+def test_some_ranks_lack_a_whole_group() -> None:
     groups_of = [{k for k, _, _ in outcome["owned"]} for outcome in outcomes("pp2 dp2")]
     assert any(EMBEDDING not in names for names in groups_of) and any(OUTPUT not in names for names in groups_of)
+
+
+@NAMES.reads("pp2 dp2")
+def test_a_shard_boundary_cuts_a_fused_projection() -> None:
     cut = {
         key
-        for name, case in GRIDS.items()
-        if case.setup.distributed
-        for outcome in outcomes(name)
+        for outcome in outcomes("pp2 dp2")
         for key, _, numel in outcome["owned"]
         if numel < outcome["weights"][key].values.numel()
     }
     assert any("linear_qkv" in key for key in cut), f"no fused projection is cut inside: {cut}"
-    parts = {name: outcomes(name)[0]["parts"] for name in ("tp2 plain", "dp2", "ep2", "dp2 bf16 plain")}
-    assert parts["tp2 plain"] == ["FP32Optimizer"] and parts["dp2"] == ["DistributedOptimizer"]
-    assert parts["ep2"] == ["DistributedOptimizer"] * 2
-    assert parts["dp2 bf16 plain"] == ["Float16OptimizerWithFloat16Params"]
+
+
+PARTS = {
+    "tp2 plain": ["FP32Optimizer"],
+    "dp2": ["DistributedOptimizer"],
+    "ep2": ["DistributedOptimizer"] * 2,
+    "dp2 bf16 plain": ["Float16OptimizerWithFloat16Params"],
+}
+
+
+@NAMES.parametrize("name", PARTS)
+def test_the_optimizers_are_those_that_were_meant(name: str) -> None:
+    assert outcomes(name)[0]["parts"] == PARTS[name]
 
 
 # --- latent attention -----------------------------------------------------------------------------------------------
@@ -203,6 +225,7 @@ _LAYER = {
 }
 
 
+@LATENTS.reads(LATENT)
 def test_latent_attention_counts_under_tensor_parallelism() -> None:
     """Megatron's local layers compute other gradients of latent attention under tensor parallelism: counts alone."""
     for outcome in others("latent", LATENT):

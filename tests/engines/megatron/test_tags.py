@@ -26,6 +26,7 @@ from tests.engines.megatron.tag_models import (
     tensor_parallel_rows,
 )
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,16 +47,16 @@ def test_fused_rows_are_those_that_move_queries_keys_and_values(case: str) -> No
 
 
 # 0.15 cannot give the ranks less than one query group.
-SHARDED = [case for case in FUSED if MEGATRON >= (0, 16) or case != "mqa_wide_heads"]
+SHARDED = Cases([case for case in FUSED if MEGATRON >= (0, 16) or case != "mqa_wide_heads"], quick=["gqa"])
 
 
 @pytest.fixture(scope="module")
 def two_ranks() -> Results:
-    return run_cases(tensor_parallel_rows, 2, [(case,) for case in SHARDED])
+    return run_cases(tensor_parallel_rows, 2, [(case,) for case in SHARDED.wanted])
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", SHARDED)
+@SHARDED.parametrize("case")
 def test_a_tensor_parallel_shard_is_a_range_of_the_logical_rows(case: str, two_ranks: Results) -> None:
     ranks = two_ranks[(case,)]
     for found in ranks:

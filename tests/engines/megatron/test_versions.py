@@ -16,6 +16,7 @@ from tests.engines.megatron.building import Setup, newest
 from tests.engines.megatron.checkpoints import differing
 from tests.engines.megatron.running import SECTION, Run
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 WORLD = 2
 TOLERANCE = 1e-5  # fp32: kernels of another release may add in another order
@@ -27,8 +28,8 @@ GRIDS = {
     "DP2 plain": Setup(distributed=False),
     "rates as tensors": Setup(),
 }
-CASES = [(name,) for name in GRIDS]
 MUP = "muP"  # 0.17 and later
+NAMES = Cases([*GRIDS, MUP], full=["DP2", "DP2 plain"])
 
 
 def grid(name: str) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def grid(name: str) -> dict[str, Any]:
 
 @functools.cache
 def installed() -> Results:
-    return run_cases(grid, WORLD, CASES, timeout=90)
+    return run_cases(grid, WORLD, [(name,) for name in NAMES.wanted if name in GRIDS], timeout=90)
 
 
 @functools.cache
@@ -79,11 +80,11 @@ def of_the_newest() -> Results:
     folder = newest()
     assert folder is not None
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return run_cases(grid, WORLD, [*CASES, (MUP,)], timeout=90, environment={"PYTHONPATH": path})
+    return run_cases(grid, WORLD, [(name,) for name in NAMES.wanted], timeout=90, environment={"PYTHONPATH": path})
 
 
 @pytest.mark.skipif(newest() is None, reason="no newest megatron-core beside the installed one: make setup-dev")
-@pytest.mark.parametrize("name", GRIDS)
+@NAMES.parametrize("name", GRIDS)
 def test_the_newest_release_gives_the_alphas_of_the_installed_one(name: str) -> None:
     for old, new in zip(installed()[name,], of_the_newest()[name,], strict=True):
         assert old["version"].split("+")[0] == metadata.version("megatron-core") != new["version"]
@@ -96,6 +97,7 @@ def test_the_newest_release_gives_the_alphas_of_the_installed_one(name: str) -> 
 
 
 @pytest.mark.skipif(newest() is None, reason="no newest megatron-core beside the installed one: make setup-dev")
+@NAMES.reads(MUP)
 def test_the_multiplier_sits_on_top_of_mup() -> None:
     ranks = of_the_newest()[MUP,]
     for found in ranks:

@@ -7,10 +7,12 @@ import torch
 
 from tests.engines.megatron.cases import (
     GRIDS,
-    MEAN,
+    NAMES,
+    OFF,
     OFF_GRIDS,
     OWN_TRAJECTORY,
-    TILTED,
+    TWIN_NAMES,
+    TWINS,
     VARIANTS,
     Case,
     others,
@@ -28,7 +30,7 @@ TRAINED: dict[str, Case] = GRIDS | VARIANTS | OWN_TRAJECTORY
 TIED = [name for name, case in TRAINED.items() if case.setup.tied and case.setup.pp > 1]
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@NAMES.parametrize("name", TRAINED)
 def test_weights_equal_per_element_adamw(name: str) -> None:
     case = TRAINED[name]
     twin = truth(case.setup, case.plan)
@@ -46,7 +48,7 @@ def test_weights_equal_per_element_adamw(name: str) -> None:
     assert covered == set(twin.weights)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@NAMES.parametrize("name", TRAINED)
 def test_clipping_acts_and_multipliers_follow_the_ramp(name: str) -> None:
     case = TRAINED[name]
     twin = truth(case.setup, case.plan)
@@ -61,7 +63,7 @@ def test_clipping_acts_and_multipliers_follow_the_ramp(name: str) -> None:
                 assert group != "other" or multiplier == 1.0
 
 
-@pytest.mark.parametrize("name", TIED)
+@NAMES.parametrize("name", TIED)
 def test_tied_copies_stay_the_same_bits(name: str) -> None:
     parts = [outcome["weights"] for outcome in outcomes(name)]
     first = {p[EMBEDDING].rank: p[EMBEDDING].values for p in parts if EMBEDDING in p}
@@ -71,9 +73,7 @@ def test_tied_copies_stay_the_same_bits(name: str) -> None:
         assert torch.equal(values, last[rank])
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, case in GRIDS.items() if case.setup == tiny() or not case.setup.distributed]
-)
+@NAMES.parametrize("name", [name for name, case in GRIDS.items() if case.setup == tiny() or not case.setup.distributed])
 def test_replicas_stay_the_same_bits(name: str) -> None:
     """Ranks that hold the same slice hold the same bits."""
     seen: dict[tuple[str, int], torch.Tensor] = {}
@@ -82,9 +82,10 @@ def test_replicas_stay_the_same_bits(name: str) -> None:
             assert torch.equal(seen.setdefault((key, part.rank), part.values), part.values), key
 
 
+@TWIN_NAMES.reads("mean", "tilted")
 def test_the_oracle_sees_a_wrong_rate() -> None:
     """The comparison is sharp: a rate of one group that is one percent off is far beyond ATOL, in fused rows too."""
-    right, wrong = truth(tiny(), MEAN).weights, truth(tiny(), TILTED).weights
+    right, wrong = truth(*TWINS["mean"]).weights, truth(*TWINS["tilted"]).weights
     for key in (
         "decoder.layers.0.self_attention.linear_qkv.weight",
         "decoder.layers.1.self_attention.linear_proj.weight",
@@ -95,8 +96,7 @@ def test_the_oracle_sees_a_wrong_rate() -> None:
 # --- off ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", OFF_WAYS)
-@pytest.mark.parametrize("grid", OFF_GRIDS)
+@OFF.parametrize(("grid", "way"), [(grid, way) for way in OFF_WAYS for grid in OFF_GRIDS])
 def test_off_is_stock_bit_for_bit(grid: str, way: str) -> None:
     """Zero tolerance, on every rank."""
     for rank in range(2):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.oracle.models import HEADS, HIDDEN
+from tests.helpers.oracle.sizes import HEADS, HIDDEN
 
 HEAD = HIDDEN // HEADS
 """Features of one head."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.oracle.models import GROUPS
+from tests.helpers.oracle.sizes import GROUPS
 
 CLIP_EPSILON = 1e-6  # DeepSpeed and torch both divide by norm + 1e-6
 

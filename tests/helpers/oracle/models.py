@@ -1,7 +1,4 @@
-"""Three tiny models of transformers, their data, and hand-written masks of their module groups.
-
-The sizes are chosen so that shards straddle tensors and elements do not divide evenly: 97 tokens, 67 inner features.
-"""
+"""Three tiny models of transformers, their data, and hand-written masks of their module groups."""
 
 from __future__ import annotations
 
@@ -11,9 +8,18 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
-MODELS = ("llama", "gpt2", "qwen2")
-GROUPS = ("embedding", "head", "qk", "vo", "mlp", "other")
-VOCABULARY, HIDDEN, INNER, LAYERS, HEADS, KEY_HEADS, POSITIONS = 97, 40, 67, 2, 4, 2, 32
+from tests.helpers.oracle.sizes import (
+    GROUPS,
+    HEADS,
+    HIDDEN,
+    INNER,
+    KEY_HEADS,
+    LAYERS,
+    MODELS,
+    POSITIONS,
+    VOCABULARY,
+)
+
 SEQUENCES, LENGTH = 2, 16  # of one micro-batch
 USED_TOKENS = 80  # ids from here on never occur in the data: embedding rows that never move
 COMMON_TOKENS = 60  # ids below follow ZIPF, those up to USED_TOKENS are rare: rows that move once

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tests.helpers.oracle.models import GROUPS
+from tests.helpers.oracle.sizes import GROUPS
 
 Tensors = list[nn.Parameter]
 LR, BETAS, DECAY = 2e-3, (0.9, 0.95), 0.1

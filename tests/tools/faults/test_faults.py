@@ -28,6 +28,13 @@ CASES: list[tuple[Kind, Name, Phase]] = [
     ("save-rename", "megatron", "fixed"),
 ]
 IN_THE_MATRIX_ALONE = {"inf", "truncate"}  # the same code as nan and flip
+QUICK: tuple[Kind, Name, Phase] = ("kill", "zero3", "calibrating")
+FULL: tuple[Kind, Name, Phase] = ("save-files", "zero1", "end")  # killed in a save as save-latest and save-rename
+
+
+def label(case: tuple[Kind, Name, Phase]) -> str:
+    """The tier of a case; each is a launch of its own."""
+    return {QUICK: "quick", FULL: "full"}.get(case, "all")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +47,10 @@ def test_the_short_form_has_every_fault() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("fault", "engine", "phase"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(
+    ("fault", "engine", "phase"),
+    [pytest.param(*case, id="-".join(case), marks=pytest.mark.tier(label(case))) for case in CASES],
+)
 def test_a_run_survives(fault: Kind, engine: Name, phase: Phase, workshop: Workshop) -> None:
     """It ends as a run without a fault does: weights, optimizer, alphas, report, metrics, phases, checkpoints."""
     if fault == "full" and (why := disk_refused()):
@@ -55,6 +65,7 @@ def test_a_run_survives(fault: Kind, engine: Name, phase: Phase, workshop: Works
         assert set(verdict.end.split()) == {"0"}
 
 
+@pytest.mark.tier("all")
 def test_a_fault_that_does_not_fire_is_not_survived(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """What would make a whole table vacuous: the run is compared, but nothing was done to it."""
     from tests.tools.faults import matrix

@@ -15,9 +15,8 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.engines.deepspeed.checks import check_supported
 from mols_ds.engines.deepspeed.compat import ENGINE_NAMES
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning
-from mols_ds.optim import apollo
 from mols_ds.optim.build import Request, build, split_config
-from mols_ds.optim.catalog import OPTIMIZERS, find, known_to_deepspeed
+from mols_ds.optim.catalog import OPTIMIZERS, known_to_deepspeed
 from mols_ds.optim.choose import rename
 from mols_ds.optim.traits import is_elementwise
 from mols_ds.training.ds_config import resolve
@@ -37,22 +36,6 @@ def request(name: str, stage: int = 0, **params: Any) -> Request:
     found = split_config(config(name, stage, params=params, **LIBRARY))
     assert found is not None
     return found
-
-
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
-        *((name.lower(), name) for name in OPTIMIZERS),
-        ("8bit-Adam", "Adam8bit"),
-        ("AdamW8bit", "Adam8bit"),
-        ("Adam-mini", "AdamMini"),
-        ("adam_mini", "AdamMini"),
-        ("SGD-SaI", "SGDSaI"),
-    ],
-)
-def test_names_and_aliases(given: str, name: str) -> None:
-    entry = find(given)
-    assert entry is not None and entry.name == name
 
 
 def test_what_deepspeed_knows_stays_deepspeeds() -> None:
@@ -266,37 +249,3 @@ def test_a_cpu_gets_the_librarys_and_is_told(name: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(type(get_accelerator()), "device_name", lambda self, index=None: "cuda")
     assert "source" not in resolved(ADAMW, optimizer=name), "where it runs, DeepSpeed's own is taken"
-
-
-# ---------------------------------------------------------------------- APOLLO's formulas
-
-
-def test_apollo_projection_keeps_the_expected_gradient() -> None:
-    """E[P^T P] = 1: over many draws the mean of P^T P comes to the identity, within five standard errors."""
-    draws = [apollo.projection((8, 30), 4, seed, torch.device("cpu"), torch.float32) for seed in range(4000)]
-    mean = torch.stack([p.T @ p for p in draws]).mean(0)
-    assert draws[0].shape == (4, 8) and torch.equal(
-        draws[0], apollo.projection((30, 8), 4, 0, torch.device("cpu"), torch.float32)
-    )
-    assert float((mean - torch.eye(8)).abs().max()) < 5 * (2 / 4 / 4000) ** 0.5
-
-
-def test_apollo_with_a_full_rank_rotation_is_adam_by_channels() -> None:
-    """First step: Adam's update is a sign, so channel j is scaled to the norm of ones: ||u_j|| = sqrt(rank)."""
-    weight = nn.Parameter(torch.zeros(6, 9))
-    weight.grad = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)) * 3
-    keys = {"rank": 6, "update_proj_gap": 1, "scale": 1.0, "scale_type": "channel"}
-    optimizer = apollo.Apollo([{"params": [weight], **keys}], lr=1.0, eps=0.0)
-    optimizer.step()
-    seen = apollo.project(weight.grad, optimizer.state[weight]["projection"])
-    expected = -weight.grad * (6**0.5 / seen.norm(dim=0))
-    torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_apollo_limits_growth() -> None:
-    update, norm = apollo.limit_growth(torch.full((4,), 10.0), torch.tensor(2.0))
-    assert float(norm) == pytest.approx(2.0 * apollo.GROWTH_LIMIT, rel=1e-5) and float(update.norm()) == pytest.approx(
-        float(norm)
-    )
-    kept, _ = apollo.limit_growth(torch.ones(4), torch.tensor(2.0))
-    assert torch.equal(kept, torch.ones(4))

@@ -1,0 +1,1 @@
+"""Models of transformers: groups and optimizers on real classes, in one process and without an engine."""
