@@ -85,9 +85,9 @@ def test_shared_step_counter(rates_until: int, edges: tuple[int, int]) -> None:
     layouts = {"a": ElementLayout.whole("qk"), "b": ElementLayout.whole("mlp")}
     plans = {
         id(flat): make_plan(
-            flat.numel(), [ShardRange("a", 0, 0, 10), ShardRange("b", 0, 10, flat.numel() - 10)], layouts
+            flat.numel(), [ShardRange("a", 0, 0, edge), ShardRange("b", 0, edge, flat.numel() - edge)], layouts
         )
-        for flat in flats
+        for flat, edge in zip(flats, edges, strict=True)
     }
     step_rates: dict[str, float] = {}
     LRScaler(optimizer, plans, lambda: step_rates, elementwise=True, shared_counter=True)
