@@ -210,6 +210,8 @@ def load_study(path: str | Path) -> Study:
     except ValidationError as error:
         lines = [f'"{".".join(map(str, e["loc"]))}": {_reason(e)}' for e in error.errors()]
         raise MolsConfigError(f"study {path}: " + "; ".join(lines)) from None
+    except UnicodeEncodeError as error:  # pydantic fails to say what is wrong with such a text
+        raise MolsConfigError(f"study {path}: half of a surrogate pair in {error.object!r}") from None
     models = {name: _model(value, file.parent) for name, value in study.models.items()}
     data = study.data
     if (file.parent / data.source).exists():
