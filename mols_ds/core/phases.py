@@ -31,7 +31,9 @@ class Schedule:
         """f(t) of METHOD.md: 0 at `begin`, 1 from `end` on, between them linear or (1 - cos(pi x)) / 2."""
         if t >= end:
             return 1.0
-        x = max(0.0, (t - begin) / (end - begin))
+        if t <= begin:
+            return 0.0
+        x = (t - begin) / (end - begin)
         return x if self.shape == "linear" else (1.0 - math.cos(math.pi * x)) / 2.0
 
 

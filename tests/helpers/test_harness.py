@@ -18,7 +18,7 @@ import torch
 
 from tests.helpers.harness import ROOT, RankError, run_cases, run_ranks
 
-HANG_LIMIT = 4.0  # seconds; the case sleeps far longer
+HANG_LIMIT = 10.0  # seconds, in which the other cases must end on a busy machine; the hanging one sleeps far longer
 LONG = 600
 WAIT = 120.0  # seconds for what takes ten on an idle machine
 
@@ -101,7 +101,7 @@ def test_cases_behind_failures_and_a_hang_still_run(tmp_path: Path) -> None:
         results["crash",]
     with pytest.raises(RankError, match=r"a rank failed"):
         results["leave",]
-    with pytest.raises(RankError, match=r"no result within 4 s(.|\n)*in misbehave"):
+    with pytest.raises(RankError, match=r"no result within 10 s(.|\n)*in misbehave"):
         results[hanging]
     left = [*noted(tmp_path, "rank"), *noted(tmp_path, "child")]
     assert len(left) == 4 and not any(map(alive, left)), "a hanging rank is killed with its children"

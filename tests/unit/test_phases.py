@@ -65,6 +65,7 @@ def test_fraction() -> None:
     values = [wave.fraction(t, 2, 10) for t in range(2, 11)]
     assert values == sorted(values)
     assert line.fraction(5, 5, 5) == 1.0  # a ramp of no length
+    assert Schedule(2, 5).fraction(1, 5, 5) == 0.0, "before a ramp without length"
 
 
 # ---------------------------------------------------------------------- phases

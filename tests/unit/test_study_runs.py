@@ -87,6 +87,9 @@ def test_a_file_that_is_missing_or_no_yaml_is_a_users_mistake(tmp_path: Path) ->
     (tmp_path / "bad.yaml").write_text("a: [1", "utf-8")
     with pytest.raises(MolsConfigError, match="not YAML"):
         load_study(tmp_path / "bad.yaml")
+    (tmp_path / "half.yaml").write_text(yaml.safe_dump(content()) + 'baseline: "\\uD800"\n', "utf-8")
+    with pytest.raises(MolsConfigError, match="half of a surrogate pair in"):
+        load_study(tmp_path / "half.yaml")
 
 
 def test_tuning_goes_on_beyond_an_edge_as_often_as_allowed(tmp_path: Path) -> None:

@@ -207,6 +207,8 @@ def load_study(path: str | Path) -> Study:
         study = Study.model_validate(dict(content))
     except ValidationError as error:
         raise MolsConfigError(f"study {path}: {validation_message(error, Study)}") from None
+    except UnicodeEncodeError as error:  # pydantic fails to say what is wrong with such a text
+        raise MolsConfigError(f"study {path}: half of a surrogate pair in {error.object!r}") from None
     models = {name: _model(value, file.parent) for name, value in study.models.items()}
     data = study.data
     if (file.parent / data.source).exists():

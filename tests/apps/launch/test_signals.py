@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mols_ds.training.trainer.cli_utils import COMMAND_NOT_FOUND, FAILED
 
 from mols_ds.apps.launch import signals
-from mols_ds.training.cli_utils import COMMAND_NOT_FOUND, FAILED
 from tests.apps.command import ROOT, free_port
 from tests.apps.launch.network import NAMES, Hosts, two_hosts
 from tests.apps.launch.running import LAUNCH, Running, finish, started
@@ -72,13 +72,18 @@ def test_supervisor_ends_a_launcher_without_ranks(tmp_path: Path) -> None:
 
 
 def children(running: Running) -> list[psutil.Process]:
-    """The processes below a command that has just been started, as soon as there are any."""
-    limit = time.monotonic() + 60
-    while not (found := psutil.Process(running.process.pid).children(recursive=True)):
+    """The processes below a supervisor that has just been started, as soon as it has some and hears signals."""
+    supervisor, limit = psutil.Process(running.process.pid), time.monotonic() + 60
+    while not (found := supervisor.children(recursive=True)) or not hears(supervisor.pid, signal.SIGTERM):
         assert time.monotonic() < limit
         time.sleep(0.05)
-    time.sleep(0.3)
     return found
+
+
+def hears(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for this signal."""
+    (caught,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 @pytest.mark.tier("all")
