@@ -293,10 +293,11 @@ def test_a_checkpoint_without_a_count_of_batches_ahead_loads(tmp_path: Path) -> 
     assert (trainer.updates, trainer.ahead, trainer.saved) == (4, 0, 4)
 
 
+@pytest.mark.parametrize("probe_ahead", [False, True])
 @pytest.mark.parametrize("during", [2, START + 1], ids=["update", "probe"])
-def test_a_signal_saves_ends_and_the_next_launch_goes_on(during: int, tmp_path: Path) -> None:
+def test_a_signal_saves_ends_and_the_next_launch_goes_on(during: int, probe_ahead: bool, tmp_path: Path) -> None:
     """The signal comes in the step that makes update 2, or in the first one that is only measured."""
-    whole = train(job_of(tmp_path / "whole", PROBE))
+    whole = train(job_of(tmp_path / "whole", PROBE, probe_ahead=probe_ahead))
 
     def hears(number: int) -> None:
         if number == during:
@@ -304,14 +305,17 @@ def test_a_signal_saves_ends_and_the_next_launch_goes_on(during: int, tmp_path: 
 
     after = 2 if during == 2 else START
     message = f"stopped by SIGTERM after step {after}; --resume goes on from there"
-    part = job_of(tmp_path / "part", PROBE, preemptible=True, before_update=hears)
+    part = job_of(tmp_path / "part", PROBE, preemptible=True, probe_ahead=probe_ahead, before_update=hears)
     with pytest.raises(Preempted, match=f"^{message}$"):
         train(part)
     assert setup_of(part).closed == 1
     assert saved_in(tmp_path / "part") == [f"step{after}"]
-    outcome = train(job_of(tmp_path / "part", PROBE, resume=True))
-    assert replace(outcome, seconds=0.0) == replace(whole, seconds=0.0)
+    rest = job_of(tmp_path / "part", PROBE, probe_ahead=probe_ahead, resume=True)
+    assert replace(train(rest), seconds=0.0) == replace(whole, seconds=0.0)
     assert lines_of(tmp_path / "part") == lines_of(tmp_path / "whole")
+    assert isinstance(part.batches, Numbered) and isinstance(rest.batches, Numbered)
+    asked = part.batches.asked + rest.batches.asked
+    assert asked == TRAINED[:START] + (AHEAD if probe_ahead else OWN) + TRAINED[START:]
 
 
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
