@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +58,13 @@ print(*sorted({"torch", "deepspeed", "pydantic", "numpy", "transformers", "rich"
 def test_doctor_and_launch_start_without_the_packages_that_may_be_broken() -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_model_that_cannot_be_built_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers reads the file, and torch refuses the sizes only when the model is built."""
+    model = tmp_path / "model.json"
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    model.write_text(json.dumps({"model_type": "llama", "vocab_size": 10, "pad_token_id": 50, **sizes}), "utf-8")
+    assert cli.main(["groups", str(model)]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mols-ds: model {model}: cannot be built: AssertionError: Padding_idx")
