@@ -24,8 +24,8 @@ LAUNCH_SECONDS = 150.0
 _POLL_SECONDS = 0.05
 ENVIRONMENT: Mapping[str, str] = {
     "RANKS_JOIN": "0",  # the jobs join the ranks themselves, with a time limit
-    "RANKS_PRELOAD": "mols_ds.training.trainer.trainer mols_ds.training.trainer.deepspeed_backend mols_ds.training.trainer.ds_config "
-    "mols_ds.apps.train_megatron.main megatron_patches.cpu.emulation.emulation "
+    "RANKS_PRELOAD": "mols_ds.training.trainer mols_ds.training.deepspeed_backend mols_ds.training.ds_config "
+    "mols_ds.apps.train_megatron.main megatron_patches.cpu.emulation "
     "megatron.core.dist_checkpointing.strategies.torch megatron.core.optimizer megatron.core.datasets.gpt_dataset "
     "megatron.core.models.gpt.gpt_layer_specs tests.tools.faults.engines "
     "tests.engines.deepspeed.resume tests.engines.megatron.checkpoints",
