@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from mols_ds.training.trainer.cli_utils import COMMAND_NOT_FOUND, FAILED
 
 from mols_ds.apps.launch import signals
+from mols_ds.training.cli_utils import COMMAND_NOT_FOUND, FAILED
 from tests.apps.command import ROOT, free_port
 from tests.apps.launch.network import NAMES, Hosts, two_hosts
 from tests.apps.launch.running import LAUNCH, Running, finish, started
