@@ -10,8 +10,12 @@ from tests.helpers.harness import RANK_ENVIRONMENT, apply_environment
 apply_environment(RANK_ENVIRONMENT)
 
 import torch  # noqa: E402  (reads the environment above when it is imported)
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 torch.set_num_threads(1)
+# No test depends on time: a busy machine may take seconds for one example.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

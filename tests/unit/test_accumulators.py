@@ -43,7 +43,7 @@ def check(moments: Accumulators, samples: Tensor) -> None:
     assert ((moments.m2 / (k - 1) - exact.var(0)).abs() <= 5e-6 * deviation**2).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     k=st.integers(2, 40),
     n=st.integers(1, 700),

@@ -62,7 +62,7 @@ def oracle(samples: Tensor, correction: bool) -> dict[str, float]:
     }
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(k=st.integers(4, 40), n=st.integers(1, 3000), signal=st.floats(0, 10), correction=st.booleans())
 def test_estimators_equal_the_oracle(k: int, n: int, signal: float, correction: bool) -> None:
     samples = normal(k, n, seed=n) * 1e-6 + signal * 1e-6 * normal(n, seed=k)
@@ -183,7 +183,7 @@ def packed(moments: Accumulators, layouts: list[tuple[ElementLayout, int]], cuts
     return total
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(0, 8464), min_size=0, max_size=5), st.integers(50, 900))
 def test_sums_do_not_depend_on_the_ranks(cuts: list[int], chunk: int) -> None:
     columns = ElementLayout(1, ((12, "qk"), (4, "vo")))  # a fused weight, split by columns: 2-D strided views

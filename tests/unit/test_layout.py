@@ -63,7 +63,7 @@ def test_every_shard_of_a_parameter(name: str) -> None:
             check_shard(layout, start, length)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     inner=st.integers(1, 7),
     pattern=st.lists(st.tuples(st.integers(1, 6), st.sampled_from(["qk", "vo", "mlp"])), min_size=1, max_size=5),

@@ -160,7 +160,7 @@ def test_interleaved_ranges(rows: int) -> None:
     assert float((flat.detach().double() - weight).abs().max()) < (magnified if plan.interleaved else 2e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40), st.integers(0, 3)), min_size=1, max_size=6),
     st.integers(0, 20),

@@ -22,7 +22,7 @@ def brute_force(blocks: Blocks, numel: int) -> list[int]:
     return [of_step[i // blocks.inner % len(of_step)] for i in range(numel)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     inner=st.integers(1, 5),
     widths=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=3),
