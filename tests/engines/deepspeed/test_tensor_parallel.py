@@ -136,7 +136,7 @@ def local_weights(engine: Any) -> dict[str, tuple[Tensor, tuple[int, int], int]]
 
 
 def train(model: str, tensor: int, stage: int, mode: str) -> dict[str, Any]:
-    from megatron_patches.cpu.emulation.emulation import cpu_megatron
+    from megatron_patches.cpu.emulation import cpu_megatron
 
     setup, plan = setup_of(model, tensor), plan_of(mode)
     with cpu_megatron():
@@ -251,7 +251,7 @@ def test_the_cases_are_what_they_say(world: int, case: Case) -> None:
 
 def resume(folder: str, part: str) -> dict[str, Any]:
     """Half a calibration, saved; or the other half, resumed; or both in one."""
-    from megatron_patches.cpu.emulation.emulation import cpu_megatron
+    from megatron_patches.cpu.emulation import cpu_megatron
 
     setup, plan = setup_of("gqa", 2), plan_of("probe")
     with cpu_megatron():
@@ -339,7 +339,7 @@ def test_autotp_statistics_equal_oracle(case: tuple[str, int, str]) -> None:
 
 def refuse(what: str) -> str:
     import deepspeed
-    from megatron_patches.cpu.emulation.emulation import cpu_megatron
+    from megatron_patches.cpu.emulation import cpu_megatron
 
     import mols_ds
     from mols_ds.errors import MolsError
