@@ -339,9 +339,9 @@ def test_autotp_statistics_equal_oracle(case: tuple[str, int, str]) -> None:
 
 def refuse(what: str) -> str:
     import deepspeed
-    from megatron_patches.cpu.emulation import cpu_megatron
 
     import mols_ds
+    from megatron_patches.cpu.emulation import cpu_megatron
     from mols_ds.errors import MolsError
 
     setups = {"no mpu": Setup(tp=2), "sequence parallel": Setup(tp=2, sp=True), "qk norm": Setup(tp=2, qk_norm=True)}
