@@ -7,7 +7,8 @@
 Sections. `sizes`: a calibration of one rank that owns 1e6 to 1e9 elements. `ranks`: 1 to 8 gloo ranks, with so many
 elements each, and with so many in all. `parameters`: the same elements in 10 to 10,000 parameters, with the optimizer
 step after the calibration. `engine` (only when asked for): step time over stock DeepSpeed, peak memory, bandwidth.
-The shards are synthetic; what takes them in (owned.py, moments.py, snr.py, scaler.py, groups.py) is what engines use.
+The shards are synthetic; what takes them in is what engines use: local_stats.py,
+accumulators.py, group_stats.py, lr_scaler.py and groups.py of mols_ds/core.
 
 Seconds are CPU seconds of a process: eight ranks on two cores share those. The exit status is 1 where a bound on memory
 or on a counted operation is broken, with --strict also one on time, and 2 for a mistake in the arguments.

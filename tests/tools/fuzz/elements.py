@@ -267,6 +267,6 @@ def _check_step(shard: Shard, layouts: dict[str, ElementLayout], expected: dict[
 
 TARGETS = [
     Target("layout slices (layout.py)", LAYOUT_CASES, check_layout, 2500),
-    Target("name rules (groups.py, presets.py)", RULE_CASES, check_rules, 1500),
-    Target("shards and rates (scaler.py, owned.py)", SHARD_CASES, check_shards, 600),
+    Target("name rules (groups.py, group_rules.py)", RULE_CASES, check_rules, 1500),
+    Target("shards and rates (lr_scaler.py, local_stats.py)", SHARD_CASES, check_shards, 600),
 ]

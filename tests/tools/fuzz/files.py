@@ -214,10 +214,10 @@ MEGATRON_CASES = st.tuples(texts(MEGATRON, as_yaml), WORLDS, CHANGES)
 MEGATRON_OBJECTS = mutated(MEGATRON, 2).filter(lambda value: isinstance(value, dict))
 TARGETS = [
     Target('"mols" section (config.py)', mutated(MOLS), check_section, 2000),
-    Target("DeepSpeed config (settings.py)", st.tuples(texts(DEEPSPEED), WORLDS), check_deepspeed, 1200),
+    Target("DeepSpeed config (ds_config.py)", st.tuples(texts(DEEPSPEED), WORLDS), check_deepspeed, 1200),
     Target("doctor on a DeepSpeed config (doctor/)", mutated(SCHEDULED), check_doctor, 300),
-    Target("Megatron YAML (job/settings.py)", MEGATRON_CASES, check_megatron, 800),
-    Target("Megatron model (job/configure.py)", MEGATRON_OBJECTS, check_transformer, 400),
+    Target("Megatron YAML (megatron_settings.py)", MEGATRON_CASES, check_megatron, 800),
+    Target("Megatron model (megatron_config.py)", MEGATRON_OBJECTS, check_transformer, 400),
     Target("study YAML (study/spec.py)", texts(STUDY, as_yaml), check_study, 600),
-    Target("report file (report.py)", texts(REPORT), check_report, 1500),
+    Target("report file (schema.py)", texts(REPORT), check_report, 1500),
 ]  # fmt: skip

@@ -152,6 +152,6 @@ def check_accumulators(saved: Any) -> str:
 
 MUTATED_STATES = st.deferred(lambda: st.sampled_from(states()).flatmap(mutated))
 TARGETS = [
-    Target("checkpoint state (saved.py)", MUTATED_STATES, check_state, 1000),
-    Target("accumulators (owned.py, moments.py)", changed_accumulators(), check_accumulators, 400),
+    Target("checkpoint state (state_check.py)", MUTATED_STATES, check_state, 1000),
+    Target("accumulators (local_stats.py, accumulators.py)", changed_accumulators(), check_accumulators, 400),
 ]
