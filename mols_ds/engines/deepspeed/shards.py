@@ -39,7 +39,7 @@ class ZeroShards(ABC):
     reads_before_clipping = False
     """Whether online samples are read at the entry of the step; otherwise in the inner optimizer's step hook."""
 
-    def __init__(self, engine: Engine, places: Mapping[nn.Parameter, Place], group: object) -> None:
+    def __init__(self, engine: Engine, places: Mapping[nn.Parameter, Place], group: object = None) -> None:
         self.engine = engine
         self.group = group
         self.outer = engine.optimizer

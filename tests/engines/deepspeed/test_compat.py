@@ -116,7 +116,7 @@ def test_an_optimizer_without_a_name_is_refused(kind: str) -> None:
             continue
         without = optimizer(kind)
         delattr(type(without), name)
-        text = refusal(find_shards, SimpleNamespace(optimizer=without, param_names={}))
+        text = refusal(find_shards, SimpleNamespace(optimizer=without, param_names={}, seq_data_parallel_group=None))
         assert f"{kind} ({row.file}) has no {name}; " in text
     for name in row.parameters[1] if row.parameters is not None else ():
         without = optimizer(kind)
