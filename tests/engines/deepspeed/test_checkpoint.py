@@ -38,7 +38,8 @@ CASES = Cases(
     quick=[(0, "fp32", "probe", False), (1, "fp32", "online", False), (3, "fp32", "moments", False)],
     full=[
         *[(0, "fp32", "online", False), (0, "fp32", "moments", False), (1, "fp32", "probe", False)],
-        *[(1, "fp32", "moments", False), (3, "bf16", "online", False), (0, "fp32", "probe", True)],
+        *[(1, "fp32", "moments", False), (2, "fp32", "probe", False), (3, "fp32", "online", False)],
+        *[(3, "bf16", "online", False), (0, "fp32", "probe", True)],
     ],
 )
 

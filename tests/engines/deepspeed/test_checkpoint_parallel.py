@@ -38,7 +38,10 @@ MOVES = {  # ranks that load -> target: source
     },
     4: {Grid("auto", 2, 3): Grid("auto", 2, 1), Grid("tied", 2, 1): Grid("tied", 2, 1)},
 }
-CASES = Cases([(world, target) for world, moves in MOVES.items() for target in moves])
+CASES = Cases(
+    [(world, target) for world, moves in MOVES.items() for target in moves],
+    full=[(1, Grid("auto", 1, 1)), (4, Grid("tied", 2, 1))],
+)
 
 
 def grid_engine(grid: Grid, universal: bool) -> Any:

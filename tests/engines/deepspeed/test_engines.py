@@ -99,7 +99,8 @@ RUNS = Cases(
     full=[
         *("probe 1 still", "online 1 still", "online 2 moving"),
         *(f"fp16 {s} growing clip 1000" for s in (0, 2, 3)),
-        *("nan probe 1", "nan online 1", "nan online 2", "nan for ever online 2", "zero online 3"),
+        *("fp16 3 growing clip 0.5", "online 2 still", "LoRA 2"),
+        *("nan probe 0", "nan probe 1", "nan online 1", "nan online 2", "nan for ever online 2", "zero online 3"),
     ],
 )
 

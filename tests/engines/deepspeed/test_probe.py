@@ -55,7 +55,7 @@ PLAIN = ("1 micro-batch", "no clipping", "attached at step 0", "recalibrated")
 NAMES = Cases(
     [*CASES, *PLAIN],
     quick=["0 fp32", "1 BF16_Optimizer", "2 fp16", "3 fp32", "3 offload all", "recalibrated"],
-    full=["1 fp32", "1 bf16", "1 offload", "2 offload fp16", "3 bf16", "3 all persistent"],
+    full=["1 fp32", "1 bf16", "1 offload", "2 fp32", "2 offload fp16", "3 bf16", "3 fp16", "3 all persistent"],
 )
 LAYOUTS = {0: "FP16_UnfusedOptimizer", 1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer"}
 LAYOUTS |= {3: "DeepSpeedZeroOptimizer_Stage3"}

@@ -52,7 +52,8 @@ OTHERS: Cases[tuple[Any, ...]] = Cases(
     quick=[("resume", "adam_mini", 3), ("refuse", "unbound")],
     full=[
         *(("replay", "lamb", "stage 3 bf16 offload"), ("replay", "sgg", "stage 2 bf16 offload")),
-        *(("resume", "lamb", 2), ("resume", "adam_mini", 1), ("resume", "sgg", 2)),
+        ("replay", "adam_mini", "stage 1 bf16 fp32 gradients"),
+        *(("resume", "lamb", 2), ("resume", "adam_mini", 1), ("resume", "sgg", 0), ("resume", "sgg", 2)),
     ],
 )
 WIDE: Cases[tuple[Any, ...]] = Cases(

@@ -44,7 +44,7 @@ CASES = Cases(
     quick=[(2, ("gqa", 2, 3, "probe")), (2, ("gqa", 2, 0, "moments")), (2, ("gqa", 2, 1, "online"))],
     full=[
         *((2, ("gqa", 2, 2, "probe")), (2, ("gqa", 2, 3, "online"))),
-        *((4, ("gqa", 2, 3, "online")), (4, ("gqa", 2, 1, "moments"))),
+        *((4, ("tied", 2, 2, "probe")), (4, ("gqa", 2, 3, "online")), (4, ("gqa", 2, 1, "moments"))),
     ],
 )
 
@@ -325,9 +325,9 @@ def test_autotp_statistics_equal_oracle(case: tuple[str, int, str]) -> None:
 
 def refuse(what: str) -> str:
     import deepspeed
-    from megatron_patches.cpu.emulation import cpu_megatron
 
     import mols_ds
+    from megatron_patches.cpu.emulation import cpu_megatron
     from mols_ds.errors import MolsError
 
     setups = {"no mpu": Setup(tp=2), "sequence parallel": Setup(tp=2, sp=True), "qk norm": Setup(tp=2, qk_norm=True)}

@@ -212,7 +212,7 @@ OTHERS: Cases[tuple[Any, ...]] = Cases(
         ("foreign", 4),
         *LEGACY,
     ],
-    full=[("from_stock", False)],
+    full=[("from_stock", False), ("foreign", 0), LEGACY[0]],
 )
 
 

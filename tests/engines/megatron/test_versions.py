@@ -29,7 +29,7 @@ GRIDS = {
     "rates as tensors": Setup(),
 }
 MUP = "muP"  # 0.17 and later
-NAMES = Cases([*GRIDS, MUP], full=["DP2", "DP2 plain"])
+NAMES = Cases([*GRIDS, MUP], full=["PP2 tied", "DP2", "DP2 plain"])
 
 
 def grid(name: str) -> dict[str, Any]:
