@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.helpers import tiers
@@ -29,6 +31,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if missing := tiers.undocumented(items, Path(__file__).parent):
+        raise pytest.UsageError(
+            f"tests/README.md does not say what covers the full tier of {', '.join(sorted(missing))}"
+        )
     items[:], left = tiers.choose(items, config.getoption("tier"))
     if left:
         config.hook.pytest_deselected(items=left)

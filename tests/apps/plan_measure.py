@@ -202,7 +202,7 @@ def _weighed_after(method: Any, scale: Scale) -> Any:
 @contextmanager
 def weighing(scale: Scale) -> Iterator[None]:
     """Weigh at the entry of every collective of torch's process groups."""
-    from tests.engines.deepspeed.recorder import METHODS
+    from tests.helpers.recorder import METHODS
 
     undo, outer = [], scale.engine.optimizer
     methods = {name: vars(outer).get(name) for name in WEIGHED if hasattr(outer, name)}
@@ -263,7 +263,7 @@ def measure(stage: int, precision: str, variant: str) -> dict[str, Any]:
 
     import mols_ds
     from mols_ds.training.models import load_model_config
-    from tests.engines.deepspeed.recorder import Recorder
+    from tests.helpers.recorder import Recorder
 
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

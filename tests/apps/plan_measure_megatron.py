@@ -65,23 +65,23 @@ def measure(name: str) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from megatron_patches.cpu.emulation import cpu_megatron
-    from tests.engines.deepspeed.recorder import Recorder
-    from tests.engines.megatron import grids
+    from tests.engines.megatron import building
+    from tests.helpers.recorder import Recorder
 
     setup = GRIDS[name]
     with cpu_megatron():
-        grids.start(setup)
-        built = grids.build(setup)
-        chain, scheduler = grids.optimizer(built)
+        building.start(setup)
+        built = building.build(setup)
+        chain, scheduler = building.optimizer(built)
         section = {"mode": "online", "start": 1, "samples": 8, "ramp_end": 20, "estimator": "damping"}
-        mols = grids.attach(built, chain, scheduler, section)
+        mols = building.attach(built, chain, scheduler, section)
         for iteration in range(2):
-            grids.step(built, chain, scheduler, iteration)
+            building.step(built, chain, scheduler, iteration)
         parameters = [p for chunk in built.chunks for p in chunk.parameters()]
         inner = [o.optimizer for o in chain.chained_optimizers]
         saved = Saved(set(dict(_storages([p.data for p in parameters]))))
         with Recorder() as recorder, torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-            grids.step(built, chain, scheduler, 2)
+            building.step(built, chain, scheduler, 2)
         weights = dict(_storages([p.data for p in parameters]))
         state = dict(_storages([[g["params"] for o in inner for g in o.param_groups], [dict(o.state) for o in inner]]))
         gradients = _bytes([p.main_grad for p in parameters])

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.apps.command import SHIM, TINY_CONFIG, TRAIN, Done, free_port, job_arguments, read_metrics, run, write_job
+from tests.apps.command import TINY_CONFIG, TRAIN, Done, free_port, job_arguments, read_metrics, run, write_job
+from tests.helpers.harness import run_ranks
 
 pytestmark = pytest.mark.jobs
 STEPS = 6
@@ -74,15 +75,22 @@ def check_contract(lines: list[dict[str, Any]]) -> None:
     assert steps[-1]["multipliers"] == pytest.approx(final["alphas"])
 
 
+def train(*arguments: str) -> int:
+    """train.py on a rank of the harness."""
+    from mols_ds.apps.train import main
+
+    return main(list(arguments))
+
+
 @pytest.mark.tier("all")
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
-    """`mols-ds launch` runs through; the stock launcher continues a copy of its checkpoint in mid-calibration."""
+    """The stock launcher continues, in mid-calibration, a copy of a checkpoint that a run without launcher made."""
     stage3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "mols": ONLINE}
     paths = write_job(tmp_path, TINY_CONFIG, **stage3)
     whole, part = tmp_path / "whole", tmp_path / "part"
     arguments = ["--steps", str(STEPS), "--save-every", "3", "--activation-checkpointing"]
-    launch = [sys.executable, "-m", "mols_ds.cli", "launch", *ports(), "--num_gpus", "2", "--config", paths["config"]]
-    succeeded(run(*launch, TRAIN, *job_arguments(paths, whole, *arguments), cwd=tmp_path))
+    given = ["--deepspeed_config", str(paths["config"])]
+    assert run_ranks(train, 2, *job_arguments(paths, whole, *arguments), *given, timeout=200) == [0, 0]
     part.mkdir()
     for name in ("metrics.jsonl", "checkpoints/step3", "checkpoints/latest"):
         source = whole / name
@@ -91,7 +99,7 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
     (part / "checkpoints" / "latest").write_text("step3", "utf-8")
     stock = [Path(sys.executable).with_name("deepspeed"), *ports(), "--num_gpus", "2", TRAIN]
-    resumed = [*job_arguments(paths, part, *arguments), "--resume", "--deepspeed_config", str(paths["config"])]
+    resumed = [*job_arguments(paths, part, *arguments), "--resume", *given]
     succeeded(run(*stock, *resumed, cwd=tmp_path))
     assert [line["phase"] for line in updates(whole)[1:4]] == ["calibrating"] * 3
     assert updates(part) == updates(whole)
@@ -103,7 +111,8 @@ def test_a_mistake_is_one_line_and_status_2_from_two_processes(tmp_path: Path) -
     paths["data"] = tmp_path / "empty.txt"
     paths["data"].touch()
     arguments = job_arguments(paths, tmp_path / "out")
-    done = run(SHIM, *ports(), "-q", "--num_gpus", "2", f"--config={paths['config']}", TRAIN, *arguments, cwd=tmp_path)
+    launch = [sys.executable, "-m", "mols_ds.cli", "launch", *ports(), "-q", "--num_gpus", "2"]
+    done = run(*launch, f"--config={paths['config']}", TRAIN, *arguments, cwd=tmp_path)
     assert done.status == 2
     assert done.stderr.splitlines() == [f"train.py: data {paths['data']}: there is no text in it"]
     assert "Traceback" not in done.stdout

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.engines.deepspeed.building import ds_config, engine_with, go, model_of
+from tests.engines.deepspeed.engines import config, engine_of
+from tests.engines.deepspeed.loops import iterate
 from tests.helpers.harness import run_cases
 
 WARMUP = 7
@@ -17,11 +18,11 @@ def layered() -> dict[str, Any]:
     section = {"start": 1, "samples": 8, "mode": "online", "ramp_end": "auto", "granularity": "layer_type"}
     section |= {"estimator": "damping", "noise_floor_correction": False, "start": 0, "samples": 4}
     warmup = {"type": "WarmupCosineLR", "params": {"total_num_steps": 40, "warmup_num_steps": WARMUP}}
-    engine = engine_with(ds_config(2, mols=section, micros=1, scheduler=warmup), model_of("llama"))
+    engine = engine_of(config(2, mols=section, micros=1, scheduler=warmup))
     phases = []
     for step in range(9):
         phases.append(engine.mols.phase)
-        go(engine, step, 1)
+        iterate(engine, step, 1)
     mols = engine.mols
     seen = {"phases": phases, "alphas": mols.alphas, "multipliers": mols.multipliers, "lrs": mols.applied_lrs}
     seen["ramp_end"] = engine.mols.controller.state.schedule.ramp_end

@@ -17,9 +17,15 @@ pytestmark = pytest.mark.distributed
 
 CASES: Cases[Case] = Cases(
     [case for case in every if case[2] not in ("overlap", "fp32 sums")],
-    full=[(0, "bf16", ""), (1, "fp32", ""), (2, "fp32", ""), (2, "bf16", "offload"), (3, "fp32", "")],
+    full=[
+        *((0, "bf16", ""), (1, "fp32", ""), (1, "bf16", ""), (2, "fp32", "")),
+        *((2, "bf16", "offload"), (3, "fp32", ""), (3, "bf16", "release")),
+    ],
 )
-GRIDS = Cases([name for name in megatron.GRIDS if "attention" not in name], full=["tp2 dp2", "pp2 dp2 recomputed"])
+GRIDS = Cases(
+    [name for name in megatron.GRIDS if "attention" not in name],
+    full=["tp2 dp2", "pp2 dp2 recomputed", "pp2 dp2 plain fp32"],
+)
 """The others of plan_measure.CASES and of megatron.GRIDS are in the table of docs/planning.md."""
 
 

@@ -7,8 +7,6 @@ and of the other tests' helpers. Only the public API of mols_ds is used.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,12 @@ from torch import Tensor, nn
 
 import mols_ds
 from tests.checkpoints.comparing import FIXTURES, read, weight_sums
+from tests.helpers.harness import draw_nothing
 
 CHECKPOINT, TAG = "checkpoint", "saved"
 SEED_OF_WRITER, SEED_OF_READER = 5, 77
 
-if "RANK" in os.environ:  # a rank of the harness, not pytest's own process
-    sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]  # no plots from here: seconds for each engine
+draw_nothing()
 
 
 class Block(nn.Module):

@@ -20,14 +20,13 @@ import torch
 import torch.distributed as dist
 
 from tests.checkpoints.comparing import FIXTURES, read
-from tests.helpers.harness import ROOT
+from tests.helpers.harness import ROOT, draw_nothing
 
 START, OUT = "start", "out"
 TIMES = ("step_seconds", "eval_seconds")
 MODELS = ("LlamaForCausalLM", "GPTModel")
 
-if "RANK" in os.environ:  # a rank of the harness, not pytest's own process
-    sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]  # no plots from here: seconds for each run
+draw_nothing()
 
 
 @contextlib.contextmanager

@@ -6,9 +6,7 @@ Model, data and loop are those of tests/engines/megatron/building.py; the settin
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,12 @@ from megatron_patches import cpu_megatron
 from tests.checkpoints.comparing import FIXTURES, read, weight_sums
 from tests.engines.megatron.building import Setup, mean_loss
 from tests.engines.megatron.running import Run
+from tests.helpers.harness import draw_nothing
 
 CHECKPOINT = "checkpoint"
 SEED_OF_WRITER, SEED_OF_READER = 5, 77
 
-if "RANK" in os.environ:  # a rank of the harness, not pytest's own process
-    sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]  # no plots from here: a second for each run
+draw_nothing()
 
 
 def run_of(settings: dict[str, Any]) -> Run:

@@ -37,7 +37,7 @@ def check_preconditions(settings: dict[str, Any], loaded: dict[str, Any]) -> Non
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", DEEPSPEED)
+@DEEPSPEED.parametrize("name")
 def test_deepspeed_run_goes_on_as_under_0_4_0(name: str) -> None:
     settings, expected = read(name, "settings.json"), read(name, "expected.json")
     check_preconditions(settings, expected["loaded"])
@@ -45,7 +45,7 @@ def test_deepspeed_run_goes_on_as_under_0_4_0(name: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", MEGATRON)
+@MEGATRON.parametrize("name")
 def test_megatron_run_goes_on_as_under_0_4_0(name: str) -> None:
     settings, expected = read(name, "settings.json"), read(name, "expected.json")
     check_preconditions(settings, expected["loaded"])
@@ -64,6 +64,7 @@ def test_deepspeed_fixture_holds_the_accumulators_of_each_rank(name: str) -> Non
 
 
 @pytest.mark.jobs
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("name", JOBS)
 def test_program_goes_on_from_its_folder_as_under_0_4_0(name: str) -> None:
     expected = read(name, "expected.json")

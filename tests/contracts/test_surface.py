@@ -69,6 +69,7 @@ ENGINES = [(engine, kind) for engine, kinds in snapshot("engines").items() for k
 
 
 @pytest.mark.distributed
+@pytest.mark.tier("all")
 @pytest.mark.parametrize(("engine", "kind"), ENGINES)
 def test_handle_has_the_same_attributes(engine: str, kind: str) -> None:
     before, found = snapshot("engines")[engine][kind]["handle"], now("engines")[engine][kind]["handle"]
@@ -81,6 +82,7 @@ def test_handle_has_the_same_attributes(engine: str, kind: str) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.tier("all")
 @pytest.mark.parametrize(("engine", "kind"), ENGINES)
 def test_report_has_the_same_keys_and_types(engine: str, kind: str) -> None:
     before, found = snapshot("engines")[engine][kind]["report"], now("engines")[engine][kind]["report"]
@@ -97,6 +99,7 @@ def test_report_has_the_same_keys_and_types(engine: str, kind: str) -> None:
 
 
 @pytest.mark.jobs
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("program", snapshot("metrics"))
 def test_metrics_have_the_same_keys_and_types(program: str) -> None:
     before, found = snapshot("metrics")[program], now("metrics")[program]
@@ -108,6 +111,7 @@ def test_metrics_have_the_same_keys_and_types(program: str) -> None:
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("name", snapshot("commands"))
 def test_command_has_the_same_options(name: str) -> None:
     before, found = snapshot("commands"), now("commands")

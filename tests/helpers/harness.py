@@ -80,6 +80,12 @@ def apply_environment(settings: dict[str, str]) -> None:
         os.environ.setdefault(key, value)
 
 
+def draw_nothing() -> None:
+    """On a rank, not in pytest's own process: there is no matplotlib, whose plots take a second for each engine."""
+    if "RANK" in os.environ:
+        sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]
+
+
 def run_ranks(
     fn: Callable[..., Any],
     world_size: int,

@@ -135,7 +135,7 @@ def test_an_import_that_fails_in_the_servers_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.tier("all")
-@pytest.mark.parametrize("victim", ["test run", "server"])
+@pytest.mark.parametrize("victim", ["test run", pytest.param("server", marks=pytest.mark.tier("full"))])
 def test_a_killed_parent_leaves_nothing_behind(tmp_path: Path, victim: str) -> None:
     call = f"run_ranks(hang, 1, {str(tmp_path)!r})"
     code = f"from tests.helpers.harness import run_ranks; from tests.helpers.test_harness import hang; {call}"

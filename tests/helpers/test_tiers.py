@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +47,15 @@ def test_rest_is_all_without_quick_and_full_is_everything() -> None:
     taken = {choice: choose(items, choice)[0] for choice in tiers.CHOICES}
     assert taken["quick"] + taken["rest"] == taken["all"] and taken["full"] == items
     assert all(len(kept) + len(left) == 3 for kept, left in (choose(items, choice) for choice in tiers.CHOICES))
+
+
+def test_a_file_with_a_test_in_full_is_in_the_readme(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("`known.py` and other.py", "utf-8")
+    items = []
+    for name, tier in (("known.py", "full"), ("other.py", "full"), ("third.py", "all")):
+        items.append(item(pytest.mark.tier(tier)))
+        items[-1].path = tmp_path / name
+    assert tiers.undocumented(items, tmp_path) == {"other.py"}
 
 
 @pytest.mark.usefixtures("fresh")

@@ -11,6 +11,7 @@ launched: what no selected test reads is not run.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pytest
@@ -141,6 +142,13 @@ def choose(items: list[pytest.Item], choice: str) -> tuple[list[pytest.Item], li
     for item in items:
         (kept if tier_of(item) in CHOICES[choice] else left).append(item)
     return kept, left
+
+
+def undocumented(items: Iterable[pytest.Item], folder: Path) -> set[str]:
+    """Files below `folder` with a test in "full" that its README does not name."""
+    text = (folder / "README.md").read_text("utf-8")
+    files = {item.path.relative_to(folder).as_posix() for item in items if tier_of(item) == "full"}
+    return {file for file in files if f"`{file}`" not in text}
 
 
 def note(items: Iterable[pytest.Item]) -> None:

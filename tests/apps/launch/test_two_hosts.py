@@ -78,6 +78,7 @@ def assert_same(out: Path, other: Path) -> None:
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+@pytest.mark.tier("full")
 def test_hostfile(bench: Bench, one_host: Path) -> None:
     out = bench.hosts.folder / "hostfile"
     hostfile = bench.hosts.folder / "hostfile.txt"

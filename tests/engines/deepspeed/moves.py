@@ -17,22 +17,14 @@ from torch import Tensor
 import mols_ds
 from mols_ds.engines.deepspeed.shards import find_shards
 from mols_ds.errors import MolsError
-from tests.engines.deepspeed.resume import (
-    DECAY,
-    MICROS,
-    PERSISTENT_BELOW,
-    SAMPLES,
-    START,
-    SUB_GROUP,
-    TOKENS,
-    Tiny,
-    caught,
-    section,
-)
+from tests.engines.deepspeed.engines import CLIP, MICROS, OFFLOAD, OFFLOAD_ALL, config, engine_of
+from tests.engines.deepspeed.models import TOKENS, Tiny
+from tests.engines.deepspeed.resume import DECAY, RATES, SAMPLES, SIZES, START, rate, section
+from tests.helpers.digests import caught
+from tests.helpers.oracle.models import groups_of
 
 SEQUENCES = 12  # of a micro-batch over all ranks; dealt evenly over 1, 2, 3 and 4
 HALF, FOLLOWED, RAMP_END = 3, 3, 8
-CLIP, RATES = 0.5, (2e-2, 5e-2)  # of the matrices and of the vectors
 TAGS = {"waiting": 0, "half": HALF, "ramping": SAMPLES, "fixed": SAMPLES}  # tag -> samples
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 GROUPS = {"embed_tokens": "embedding", "q_proj": "qk", "k_proj": "qk", "v_proj": "vo", "lm_head": "head"}
@@ -57,8 +49,8 @@ class Run(NamedTuple):
 class WithGain(Tiny):
     """A third parameter group of one element, which only one rank can hold; a frozen weight and a buffer."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, dropout: float) -> None:
+        super().__init__(dropout)
         self.gain = torch.nn.Parameter(torch.ones(1))
         self.embed_tokens.weight.requires_grad_(False)
         self.register_buffer("seen", torch.zeros(2))
@@ -67,75 +59,43 @@ class WithGain(Tiny):
         return super().forward(tokens) * self.gain
 
 
-def config_of(run: Run, universal: bool, **zero: Any) -> dict[str, Any]:
-    """The DeepSpeed config."""
-    zero = {"stage": run.stage, **zero}
-    if run.stage == 3:
-        zero |= {"sub_group_size": SUB_GROUP, "stage3_param_persistence_threshold": PERSISTENT_BELOW}
-    if run.offload:
-        zero |= {"offload_optimizer": {"device": "cpu"}}
-    if run.offload == "all":
-        zero |= {"offload_param": {"device": "cpu"}}
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": SEQUENCES // dist.get_world_size(),
-        "gradient_accumulation_steps": MICROS,
-        "gradient_clipping": CLIP,
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
-        "bf16": {"enabled": run.dtype != "fp32"},
-        "checkpoint": {"load_universal": universal},
-    }
-    if run.dtype == "bf16 fp32 gradients":
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
-
-
-def groups_of(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Matrices, vectors, and if there is one the gain."""
-    held = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in held if p.ndim >= 2], "lr": RATES[0], "weight_decay": DECAY},
-        {"params": [p for p in held if p.ndim < 2 and p.numel() > 1], "lr": RATES[1], "weight_decay": 0.0},
-        {"params": [p for p in held if p.numel() == 1], "lr": RATES[1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def rate(step: int) -> float:
-    """The scheduler's factor on every base rate for step `step`."""
-    return float(min((step + 1) / 4, 1.0) * 0.98**step)
-
-
-def engine_of(run: Run, *, universal: bool = False, model: type[Tiny] = Tiny, **zero: Any) -> Any:
+def run_engine(run: Run, *, universal: bool = False, model: type[Tiny] = Tiny, **zero: Any) -> Any:
+    """An engine for `run`, without dropout; `zero`: further keys of "zero_optimization"."""
     torch.manual_seed(1)
-    module = model()
-    module.dropout.p = 0.0
-    config = config_of(run, universal, **zero)
+    module = model(0.0)
     ramp_end = RAMP_END if run.mode == "probe" else RAMP_END + SAMPLES
     mols = section(run.mode, ramp_end=ramp_end, granularity=run.granularity)
-    if run.way == "initialize":
-        config["mols"] = mols
-    optimizer = torch.optim.AdamW(groups_of(module))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    initialize = mols_ds.initialize if run.way == "initialize" else deepspeed.initialize
-    engine = initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+    zero |= {"": {}, "optimizer": OFFLOAD, "all": OFFLOAD_ALL}[run.offload] | (SIZES if run.stage == 3 else {})
+    settings = config(
+        run.stage,
+        mols if run.way == "initialize" else None,
+        precision=run.dtype,
+        zero=zero,
+        train_micro_batch_size_per_gpu=SEQUENCES // dist.get_world_size(),
+        checkpoint={"load_universal": universal},
+    )
+    # A gain has a group of its own.
+    groups = groups_of(module, *RATES, DECAY)
+    gains = [p for p in groups[1]["params"] if p.numel() == 1]  # type: ignore[attr-defined]
+    groups[1]["params"] = [p for p in groups[1]["params"] if p.numel() > 1]  # type: ignore[attr-defined]
+    optimizer = torch.optim.AdamW(groups + [{**groups[1], "params": gains}] * bool(gains))
+    initialize = None if run.way == "initialize" else deepspeed.initialize
+    engine = engine_of(settings, module, optimizer, initialize=initialize, schedule=rate)
     if run.way == "attach":
         mols_ds.attach(engine, mols)
     return engine
 
 
-def batch(iteration: int, micro: int) -> Tensor:
+def whole_batch(iteration: int, micro: int) -> Tensor:
     """The whole micro-batch: int64 (SEQUENCES, 9)."""
     generator = torch.Generator().manual_seed(10_000 * iteration + 100 * micro)
     return (torch.rand(SEQUENCES, 9, generator=generator) ** 3 * TOKENS).long()
 
 
-def iterate(engine: Any, iteration: int) -> None:
-    """One pass of a user's loop."""
+def iterate_whole(engine: Any, iteration: int) -> None:
+    """One pass of a user's loop over a global batch that is the same on any number of ranks."""
     for micro in range(MICROS):
-        engine.backward(engine(batch(iteration, micro).chunk(dist.get_world_size())[dist.get_rank()]))
+        engine.backward(engine(whole_batch(iteration, micro).chunk(dist.get_world_size())[dist.get_rank()]))
         engine.step()
 
 
@@ -169,7 +129,7 @@ def follow(engine: Any, iteration: int) -> dict[str, Any]:
     """The next FOLLOWED iterations: (multipliers, applied rates, phase) of each step, and the state after them."""
     trace = {}
     for later in range(iteration, iteration + FOLLOWED):
-        iterate(engine, later)
+        iterate_whole(engine, later)
         trace[engine.global_steps] = (engine.mols.multipliers, engine.mols.applied_lrs, engine.mols.phase)
     return {"trace": trace, "after": state_of(engine)["tensors"]}
 
@@ -178,7 +138,7 @@ def to_alphas(engine: Any, iteration: int) -> dict[str, Any]:
     """On to the end of the calibration."""
     while not engine.mols.alphas:
         assert iteration < 40, engine.mols.phase
-        iterate(engine, iteration)
+        iterate_whole(engine, iteration)
         iteration += 1
     return {"alphas": engine.mols.alphas, "samples": engine.mols.samples, "held": engine.mols.accumulator_bytes}
 
@@ -210,8 +170,7 @@ def oracle(tensors: dict[tuple[str, str], Tensor], alphas: dict[str, float], ste
     Each parameter has a group of its own, at the base rate times 1 + (alpha - 1) f(t); f goes from 0 at the step of the
     calibration to 1 at RAMP_END.
     """
-    model = Tiny()
-    model.dropout.p = 0.0
+    model = Tiny(0.0)
     groups = []
     for name, parameter in model.named_parameters():
         parameter.data.copy_(tensors[name, "fp32"].view_as(parameter))
@@ -223,7 +182,7 @@ def oracle(tensors: dict[tuple[str, str], Tensor], alphas: dict[str, float], ste
     for t in range(step, step + FOLLOWED):
         optimizer.zero_grad()
         for micro in range(MICROS):
-            (model(batch(iteration + t - step, micro)) / MICROS).backward()
+            (model(whole_batch(iteration + t - step, micro)) / MICROS).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         ramp = min(1.0, (t - START) / (RAMP_END - START))
         for (name, parameter), group in zip(model.named_parameters(), optimizer.param_groups, strict=True):
@@ -246,11 +205,11 @@ def key_of(name: str, alphas: dict[str, float]) -> str:
 def save(base: str, run: Run, tags: tuple[str, ...]) -> dict[str, Any]:
     """On each rank of the saving run: tag -> state, and what the uninterrupted run and the oracle do next."""
     folder, found = str(Path(base, run.folder)), {}
-    engine = engine_of(run)
+    engine = run_engine(run)
     iteration = 0
     for tag in tags:
         while not _reached(engine, tag):
-            iterate(engine, iteration)
+            iterate_whole(engine, iteration)
             iteration += 1
         engine.save_checkpoint(folder, tag=tag, client_state={"iteration": iteration})
         if run.stage > 0:
@@ -280,14 +239,14 @@ def load(base: str, source: Run, target: Run, tags: tuple[str, ...]) -> dict[str
     """On each rank of a run that resumes: tag -> state, warnings, and what it does next."""
     folder, found = str(Path(base, source.folder)), {}
     for tag in tags:
-        engine = engine_of(target, universal=source.stage > 0)
+        engine = run_engine(target, universal=source.stage > 0)
         with caught() as warned:
             path, client_state = engine.load_checkpoint(folder, tag=f"{tag}_universal" if source.stage else tag)
         assert path is not None and (target.way == "stock") == ("mols" in client_state and source.way != "stock")
         found[tag] = state_of(engine) | {"warned": warned}
         iteration = client_state["iteration"]
         if target.way == "stock":
-            iterate(engine, iteration)
+            iterate_whole(engine, iteration)
         else:
             found[tag] |= {"alphas": engine.mols.alphas, "now": (engine.mols.phase, engine.mols.samples)}
             more = follow if engine.mols.alphas else to_alphas
@@ -302,7 +261,7 @@ def load(base: str, source: Run, target: Run, tags: tuple[str, ...]) -> dict[str
 def told(base: str, run: Run, folder: str, tag: str, universal: bool, how: str) -> str:
     """What a load says: a MolsError's text, or the warnings. `how`: "", "gain", "robin", "nvme", "weights"."""
     robin = {"round_robin_gradients": True} if how == "robin" else {}
-    engine = engine_of(run, universal=universal, model=WithGain if how == "gain" else Tiny, **robin)
+    engine = run_engine(run, universal=universal, model=WithGain if how == "gain" else Tiny, **robin)
     if how == "nvme":
         engine.zero_nvme_offload_optimizer = lambda: True
     with caught() as warned:
@@ -318,8 +277,8 @@ def told(base: str, run: Run, folder: str, tag: str, universal: bool, how: str) 
 def save_odd(base: str, run: Run, how: str) -> None:
     """A checkpoint, and a universal one of it, of a run with something odd about it."""
     robin = {"round_robin_gradients": True} if how == "robin" else {}
-    engine = engine_of(run, model=WithGain if how == "gain" else Tiny, **robin)
-    iterate(engine, 0)
+    engine = run_engine(run, model=WithGain if how == "gain" else Tiny, **robin)
+    iterate_whole(engine, 0)
     folder = str(Path(base, how))
     engine.save_checkpoint(folder, tag="odd", client_state={"iteration": 1})
     convert(folder, "odd")

@@ -14,10 +14,12 @@ import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 
-from tests.engines.deepspeed.support import CLIP, config, fingerprint, full_weights, inner_optimizer, iterate, owned
+from tests.engines.deepspeed.engines import CLIP, OFFLOAD, config, engine_of
+from tests.engines.deepspeed.loops import iterate
+from tests.engines.deepspeed.state import full_weights, inner_optimizer, owned, snapshot
 from tests.helpers.oracle.adam_mini import Settings, SlowAdamMini
 from tests.helpers.oracle.adamw import CLIP_EPSILON, multipliers, ramp
-from tests.helpers.oracle.models import GROUPS, build, masks
+from tests.helpers.oracle.models import GROUPS, build, groups_of, masks
 from tests.helpers.oracle.sgg import SlowSGG
 from tests.helpers.oracle.statistics import gradient_sample
 
@@ -28,7 +30,6 @@ RAMP = (0, 2)
 SETTINGS = {"lamb": Settings(2e-2, 4e-2, 0.1), "adam_mini": Settings(2e-3, 4e-3, 0.1)}
 SETTINGS["sgg"] = SETTINGS["adam_mini"]
 SGG = {"clusters": 3, "interval": 2, "beta3": 0.5}
-OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 ODD: dict[str, tuple[int, str, dict[str, Any]]] = {  # stage, precision, further keys of zero_optimization
     "stage 0 bf16": (0, "bf16", {}),
     "stage 1 bf16 fp32 gradients": (1, "bf16 fp32 grads", {}),
@@ -50,15 +51,6 @@ REFUSED = {  # what -> a part of the message
 # ------------------------------------------------------------------------------------------------------- the twins
 
 
-def groups(model: nn.Module, s: Settings) -> list[dict[str, Any]]:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [
-        {"params": matrices, "lr": s.lr, "weight_decay": s.decay},
-        {"params": vectors, "lr": s.vector_lr, "weight_decay": 0.0},
-    ]
-
-
 def make(kind: str, model: nn.Module) -> Any:
     """The product's optimizer."""
     from mols_ds.optim.adam_mini import ShardedAdamMini
@@ -68,7 +60,7 @@ def make(kind: str, model: nn.Module) -> Any:
     s = SETTINGS[kind]
     options: dict[str, Any] = {"betas": (s.beta1, s.beta2), "eps": s.eps}
     cls: Any = {"lamb": ShardedLamb, "adam_mini": ShardedAdamMini, "sgg": functools.partial(Sgg, **SGG)}[kind]
-    return cls(groups(model, s), **options)
+    return cls(groups_of(model, s.lr, s.vector_lr, s.decay), **options)
 
 
 def slow(kind: str, model: nn.Module) -> Callable[[Mapping[str, Tensor]], Any]:
@@ -79,7 +71,8 @@ def slow(kind: str, model: nn.Module) -> Callable[[Mapping[str, Tensor]], Any]:
     if kind == "sgg":
         return SlowSGG(model, s, **SGG).step
     options: dict[str, Any] = {"betas": (s.beta1, s.beta2), "eps": s.eps}
-    lamb = pytorch_optimizer.Lamb(groups(model, s), weight_decouple=False, adam_debias=True, **options)
+    groups = groups_of(model, s.lr, s.vector_lr, s.decay)
+    lamb = pytorch_optimizer.Lamb(groups, weight_decouple=False, adam_debias=True, **options)
 
     def step(gradients: Mapping[str, Tensor]) -> None:
         for name, p in model.named_parameters():
@@ -116,14 +109,12 @@ def section(name: str) -> dict[str, Any]:
 
 
 def start(kind: str, ds_config: Mapping[str, Any], name: str = "gpt2") -> Any:
-    import mols_ds
-
     model = build(name)
-    return mols_ds.initialize(model=model, optimizer=make(kind, model), config=dict(ds_config))[0]
+    return engine_of(ds_config, model, make(kind, model))
 
 
 def train(kind: str, name: str, stage: int, mols: bool) -> dict[str, Any]:
-    from tests.engines.deepspeed.recorder import Recorder
+    from tests.helpers.recorder import Recorder
 
     engine = start(kind, config(stage, section(name) if mols else None, micros=MICROS), name)
     sent: list[dict[tuple[str, int], int]] = []
@@ -161,10 +152,8 @@ def whole(engine: Any, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
 
 def replay(kind: str, odd: str) -> dict[str, Any]:
     """Masters before and after, and the whole gradients that the inner optimizer was given in each step."""
-    from tests.engines.deepspeed.building import ds_config
-
     stage, precision, zero = ODD[odd]
-    engine = start(kind, ds_config(stage, precision, zero=zero, micros=MICROS))
+    engine = start(kind, config(stage, precision=precision, zero=zero, micros=MICROS))
     inner = inner_optimizer(engine)
     seen: dict[int, Tensor] = {}
 
@@ -183,7 +172,7 @@ def replay(kind: str, odd: str) -> dict[str, Any]:
 
 
 def resume(kind: str, stage: int, folder: str) -> dict[str, list[Any]]:
-    """Fingerprints of two steps after a checkpoint: of the run that saved it, and of one that loaded it."""
+    """Snapshots of two steps after a checkpoint: of the run that saved it, and of one that loaded it."""
     prints: dict[str, list[Any]] = {}
     place = str(Path(folder, f"{kind}{stage}"))
     for run in ("saved", "loaded"):
@@ -194,10 +183,10 @@ def resume(kind: str, stage: int, folder: str) -> dict[str, list[Any]]:
             engine.save_checkpoint(place, tag="t")
         else:
             engine.load_checkpoint(place, tag="t")
-        prints[run] = [fingerprint(engine)]
+        prints[run] = [snapshot(engine)]
         for step in (3, 4):
             iterate(engine, step, MICROS)
-            prints[run].append(fingerprint(engine))
+            prints[run].append(snapshot(engine))
         engine.destroy()
     return prints
 
@@ -251,7 +240,7 @@ def refuse(what: str) -> str:
             settings["zero_optimization"]["elastic_checkpoint"] = True
             start("lamb", settings)
         elif what == "pipeline":
-            from tests.engines.deepspeed.staged import SEED, WIDTH, loss_fn
+            from tests.engines.deepspeed.pipeline import SEED, WIDTH, loss_fn
 
             layers = [deepspeed.pipe.LayerSpec(nn.Linear, WIDTH, WIDTH) for _ in range(2)]
             pipe = deepspeed.pipe.PipelineModule(layers=layers, num_stages=2, loss_fn=loss_fn, base_seed=SEED)

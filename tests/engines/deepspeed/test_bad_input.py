@@ -21,11 +21,15 @@ from mols_ds.engines.deepspeed.checks import check_supported
 from mols_ds.engines.deepspeed.compat import ENGINE_NAMES
 from mols_ds.engines.deepspeed.shards import find_shards
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError, MolsUnsupportedError
-from tests.engines.deepspeed.building import ds_config, engine_with, go, groups_of, model_of, snapshot
+from tests.engines.deepspeed.engines import config, engine_of
+from tests.engines.deepspeed.loops import iterate
+from tests.engines.deepspeed.models import model_of
+from tests.engines.deepspeed.state import snapshot
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.tiers import Cases
 
 WORLD = 2
+STOCK = deepspeed.initialize
 STEPS = {"start": 1, "ramp_end": 20}
 
 # ---------------------------------------------------------------------- refused before an engine is built
@@ -46,11 +50,11 @@ SECTIONS: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("section", "message"), SECTIONS, ids=[str(s)[:30] for s, _ in SECTIONS])
 def test_wrong_sections_are_refused_first(section: Any, message: str, tmp_path: Path) -> None:
     """As a dict, as a file, and through the launcher's arguments: always before DeepSpeed touches the model."""
-    config = {"train_micro_batch_size_per_gpu": 1, "mols": section}
+    given = {"train_micro_batch_size_per_gpu": 1, "mols": section}
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps(given))
     launched = SimpleNamespace(deepspeed_config=str(file), local_rank=0)
-    for arguments in ({"config": config}, {"config": str(file)}, {"args": launched}, {"config_params": config}):
+    for arguments in ({"config": given}, {"config": str(file)}, {"args": launched}, {"config_params": given}):
         with pytest.raises(MolsConfigError, match=message) as caught:
             mols_ds.initialize(model=nn.Linear(2, 2), **arguments)
         assert "\n" not in str(caught.value)
@@ -97,8 +101,8 @@ ATTACHED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 def engine_named(name: str) -> Any:
     model: nn.Module = Nameless() if name == "nameless" else model_of("llama" if name in ("sgd", "no lr") else name)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if name == "sgd" else torch.optim.AdamW(groups_of(model))
-    return engine_with(ds_config(2, micros=1), model, optimizer, attach=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if name == "sgd" else None
+    return engine_of(config(2, micros=1), model, optimizer, initialize=STOCK)
 
 
 def hooks_of(engine: Any) -> tuple[int, ...]:
@@ -128,7 +132,7 @@ def refuse(model: str) -> dict[str, Any]:
             group["lr"] = kept
         assert hooks_of(engine) == before and not hasattr(engine, "mols")
         for step in range(2):
-            go(engine, step, 1)
+            iterate(engine, step, 1)
         prints.append(snapshot(engine))
         engine.destroy()
     return {"said": said, "same": prints[0] == prints[1]}
@@ -150,28 +154,28 @@ class StrangeWrapper:
 
 def muon() -> Any:
     section = {"type": "Muon", "params": {"lr": 1e-3, "torch_adam": True}}
-    return engine_with(ds_config(2, micros=1, optimizer=section, zero={"reduce_scatter": False}), attach=False)
+    return engine_of(config(2, micros=1, optimizer=section, zero={"reduce_scatter": False}), initialize=STOCK)
 
 
 def one_bit() -> Any:
     model = model_of()
-    return engine_with(ds_config(0, micros=1), model, OneBitAdam(model.parameters()), attach=False)
+    return engine_of(config(0, micros=1), model, OneBitAdam(model.parameters()), initialize=STOCK)
 
 
 def rprop() -> Any:
     model = model_of()
-    return engine_with(ds_config(1, micros=1), model, torch.optim.Rprop(model.parameters()), attach=False)
+    return engine_of(config(1, micros=1), model, torch.optim.Rprop(model.parameters()), initialize=STOCK)
 
 
 def strange_wrapper() -> Any:
-    engine = engine_with(ds_config(2, micros=1), attach=False)
+    engine = engine_of(config(2, micros=1), initialize=STOCK)
     engine.optimizer = StrangeWrapper(engine.optimizer.optimizer)
     return engine
 
 
 def no_optimizer() -> Any:
     model = model_of()
-    return deepspeed.initialize(model=model, config=ds_config(0, micros=1))[0]
+    return deepspeed.initialize(model=model, config=config(0, micros=1))[0]
 
 
 ENGINES: dict[str, tuple[Callable[[], Any], str]] = {
@@ -195,7 +199,7 @@ def refuse_engine(name: str) -> tuple[str, str]:
 def handle() -> dict[str, Any]:
     """Attaching twice, late and with an unwritable report folder; a key of client_state that is taken; detaching."""
     seen: dict[str, Any] = {}
-    engine = engine_with(ds_config(2, micros=1), attach=False)
+    engine = engine_of(config(2, micros=1), initialize=STOCK)
     stock = hooks_of(engine)
     mols_ds.attach(engine, {**STEPS, "mode": "online", "samples": 4})
     attached = hooks_of(engine)
@@ -208,18 +212,18 @@ def handle() -> dict[str, Any]:
         except MolsError as error:
             seen[name] = (type(error).__name__, str(error))
     for step in range(3):
-        go(engine, step, 1)
+        iterate(engine, step, 1)
     assert engine.mols.accumulator_bytes > 0
     engine.mols.detach()
     seen["after detach"] = (stock, attached, hooks_of(engine), hasattr(engine, "mols"))
-    go(engine, 3, 1)
+    iterate(engine, 3, 1)
     Path("taken").write_text("a file, not a folder")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # The step of "start" is past, and the report cannot be written.
         again = mols_ds.attach(engine, {**STEPS, "mode": "online", "samples": 4, "report_dir": "taken"})
         for step in range(6):
-            go(engine, 4 + step, 1)
+            iterate(engine, 4 + step, 1)
     seen["late"] = (again is engine.mols, engine.mols.phase, engine.mols.samples, engine.mols.report()["step"])
     seen["warnings"] = [str(w.message) for w in caught]
     engine.destroy()
@@ -229,11 +233,11 @@ def handle() -> dict[str, Any]:
 def without_norm(mode: str) -> tuple[str, str]:
     """compute_grad_norm=false leaves nothing to undo clipping by."""
     section = {**STEPS, "mode": mode, "samples": 4}
-    settings = ds_config(2, mols=section, zero={"compute_grad_norm": False}, micros=1, gradient_clipping=0.0)
+    settings = config(2, mols=section, zero={"compute_grad_norm": False}, micros=1, gradient_clipping=0.0)
     try:
-        engine = engine_with(settings)
+        engine = engine_of(settings)
         for step in range(6):
-            go(engine, step, 1)
+            iterate(engine, step, 1)
     except MolsError as error:
         return type(error).__name__, str(error)
     return "nothing", repr(engine.mols.phase)
@@ -309,9 +313,9 @@ def test_zenflow_superoffload_and_partial_offload_are_refused_by_name() -> None:
     from deepspeed.runtime.zenflow.zenflow_stage_1_and_2 import ZenFlowZeroOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-    config = MolsConfig.parse(STEPS)
+    section = MolsConfig.parse(STEPS)
     plain = type("DeepSpeedZeroOptimizer", (), {})()
-    check_supported(fake_engine(plain), config)  # precondition: the fake itself is fine
+    check_supported(fake_engine(plain), section)  # precondition: the fake itself is fine
     partial = object.__new__(DeepSpeedZeroOptimizer_Stage3)
     partial.partial_offload = 0.5
     cases = [
@@ -324,7 +328,7 @@ def test_zenflow_superoffload_and_partial_offload_are_refused_by_name() -> None:
     ]
     for engine, message in cases:
         with pytest.raises(MolsUnsupportedError, match=message):
-            check_supported(engine, config)
+            check_supported(engine, section)
 
 
 @pytest.mark.distributed

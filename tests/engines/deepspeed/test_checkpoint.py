@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from tests.engines.deepspeed.resume import EVERY, SAMPLES, caught, differing, engine_of, fingerprint, iterate, section
+from tests.engines.deepspeed.resume import EVERY, SAMPLES, fingerprint, iterate_tiny, section, tiny_engine
+from tests.helpers.digests import caught, differing
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.tiers import Cases
 
@@ -30,14 +31,15 @@ CASES = Cases(
         (2, "fp32", "probe", False),
         *[(stage, "bf16", "probe", False) for stage in (0, 2, 3)],
         (3, "bf16", "online", False),
-        (1, "bf16 fp32 gradients", "probe", False),
+        (1, "bf16 fp32 grads", "probe", False),
         (0, "fp32", "probe", True),
         (3, "fp32", "probe", True),
     ],
     quick=[(0, "fp32", "probe", False), (1, "fp32", "online", False), (3, "fp32", "moments", False)],
     full=[
         *[(0, "fp32", "online", False), (0, "fp32", "moments", False), (1, "fp32", "probe", False)],
-        *[(1, "fp32", "moments", False), (3, "bf16", "online", False), (0, "fp32", "probe", True)],
+        *[(1, "fp32", "moments", False), (2, "fp32", "probe", False), (3, "fp32", "online", False)],
+        *[(3, "bf16", "online", False), (0, "fp32", "probe", True)],
     ],
 )
 
@@ -49,12 +51,12 @@ def resumed(stage: int, dtype: str, mode: str, broken: bool) -> dict[str, Any]:
     """
     mols = section(mode, recalibrate={"every": EVERY})
     folder = f"{stage}-{dtype}-{mode}-{broken}".replace(" ", "-")
-    engine = engine_of(stage, mols, dtype=dtype)
+    engine = tiny_engine(stage, mols, precision=dtype)
     trace: list[dict[str, Any]] = []
     saved: dict[str, tuple[int, torch.Tensor]] = {}
     at = BROKEN if broken else None
     for iteration in range(ITERATIONS):
-        iterate(engine, iteration, broken=iteration == at)
+        iterate_tiny(engine, iteration, broken=iteration == at)
         trace.append(fingerprint(engine))
         now = (engine.mols.phase, engine.mols.samples, bool(engine.mols.alphas))
         attempts = engine.mols.controller.state.attempts
@@ -66,7 +68,7 @@ def resumed(stage: int, dtype: str, mode: str, broken: bool) -> dict[str, Any]:
     for number, (point, (iteration, random)) in enumerate(saved.items()):
         if stage == 3 or number % 2:
             engine.destroy()
-            engine = engine_of(stage, mols, dtype=dtype)
+            engine = tiny_engine(stage, mols, precision=dtype)
         torch.manual_seed(77)
         with caught() as warned:
             path, client_state = engine.load_checkpoint(folder, tag=point)
@@ -87,7 +89,7 @@ def follow(engine: Any, iteration: int, trace: list[dict[str, Any]], broken: int
     accumulators = [weakref.ref(moments.mean), weakref.ref(moments.m2)] if moments is not None else []
     del moments
     for later in range(iteration + 1, min(iteration + 1 + FOLLOWED, ITERATIONS)):
-        iterate(engine, later, broken=later == broken)
+        iterate_tiny(engine, later, broken=later == broken)
         leave_out = ("applied",) if engine.global_steps == steps else ()
         found += [f"{later - iteration}: {key}" for key in differing(trace[later], fingerprint(engine), *leave_out)]
     if accumulators and engine.mols.phase != "calibrating":

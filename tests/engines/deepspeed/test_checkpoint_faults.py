@@ -15,17 +15,17 @@ import torch
 import torch.distributed as dist
 
 from mols_ds.errors import MolsCheckpointError, MolsUnsupportedError
+from tests.engines.deepspeed.engines import STAGES
 from tests.engines.deepspeed.resume import (
     SAMPLES,
-    STAGES,
-    caught,
-    engine_of,
-    fingerprint,
-    iterate,
+    engine_part,
+    iterate_tiny,
     section,
     side_files,
+    tiny_engine,
     until,
 )
+from tests.helpers.digests import caught, differing
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.tiers import Cases
 
@@ -67,7 +67,7 @@ def damage(kind: str, folder: Path, spare: Path) -> None:
 def damaged(stage: int) -> dict[str, Any]:
     """What each damage gives on each rank: (phase, samples, warnings) after the load, and that training goes on."""
     folder = f"damaged-{stage}"
-    engine = engine_of(stage, section())
+    engine = tiny_engine(stage, section())
     iteration = until(engine, 0, half_done)
     for tag in ("spare", *DAMAGES):
         engine.save_checkpoint(folder, tag=tag)
@@ -78,7 +78,7 @@ def damaged(stage: int) -> dict[str, Any]:
         dist.barrier()
         if stage == 3:
             engine.destroy()
-            engine = engine_of(stage, section())
+            engine = tiny_engine(stage, section())
         with caught() as warned:
             engine.load_checkpoint(folder, tag=kind)
         found[kind] = (engine.mols.phase, engine.mols.samples, engine.mols.accumulator_bytes, warned)
@@ -90,7 +90,7 @@ def damaged(stage: int) -> dict[str, Any]:
 
 def refused() -> dict[str, str]:
     """The message of each error, on each rank."""
-    engine = engine_of(1, section())
+    engine = tiny_engine(1, section())
     until(engine, 0, half_done)
     found = {}
     with pytest.raises(MolsCheckpointError) as error:
@@ -99,24 +99,24 @@ def refused() -> dict[str, str]:
     found["clash wrote"] = str(sorted(path.name for path in Path("refused").glob("*")))
     engine.save_checkpoint("refused", tag="ours")
     engine.destroy()
-    other = engine_of(1, section(rules=[["up_proj", "vo"]]))
+    other = tiny_engine(1, section(rules=[["up_proj", "vo"]]))
     before = (other.mols.phase, other.mols.samples)
     with pytest.raises(MolsCheckpointError) as error:
         other.load_checkpoint("refused", tag="ours")
     found["groups"] = str(error.value)
     assert (other.mols.phase, other.mols.samples) == before
     other.destroy()
-    stock = engine_of(1, None, initialize=deepspeed.initialize)
+    stock = tiny_engine(1, None, initialize=deepspeed.initialize)
     for name, content in {"number": 3, "dict": {"a": 1}, "future": {"version": 99}, "part": {"version": 1}}.items():
         stock.save_checkpoint("refused", tag=name, client_state={"mols": content})
     stock.destroy()
-    engine = engine_of(1, section())
+    engine = tiny_engine(1, section())
     for name in ("number", "dict", "future", "part"):
         with pytest.raises(MolsCheckpointError) as error:
             engine.load_checkpoint("refused", tag=name)
         found[name] = str(error.value)
     engine.destroy()
-    robin = engine_of(2, section(), zero={"round_robin_gradients": True}, universal=True)
+    robin = tiny_engine(2, section(), zero={"round_robin_gradients": True}, universal=True)
     with pytest.raises(MolsUnsupportedError) as unsupported:
         robin.load_checkpoint("refused", tag="ours")
     found["round robin"] = str(unsupported.value)
@@ -127,8 +127,8 @@ def refused() -> dict[str, str]:
 def contents() -> dict[str, Any]:
     """What lies in the tag's folder and in client_state along one run with one tag, and what a load gives back."""
     mine = {"epoch": 3, "nested": {"a": [1, 2.5, None]}, "tensor": torch.arange(3)}
-    engine = engine_of(1, section())
-    iterate(engine, 0)
+    engine = tiny_engine(1, section())
+    iterate_tiny(engine, 0)
     found: dict[str, Any] = {}
     engine.save_checkpoint("contents", tag="t", client_state=mine)
     found["waiting"] = side_files("contents/t")
@@ -165,7 +165,7 @@ def contents() -> dict[str, Any]:
 
 def _unwritable() -> tuple[list[str], list[str], str, int]:
     """Rank 1 cannot write its accumulators: warnings of the save and of the load, then phase and samples."""
-    engine = engine_of(1, section())
+    engine = tiny_engine(1, section())
     until(engine, 0, half_done)
     if dist.get_rank() == 1:
         Path("unwritable/t", FILES[1].replace(".pt", ".tmp"), "in the way").mkdir(parents=True)
@@ -181,29 +181,28 @@ def _unwritable() -> tuple[list[str], list[str], str, int]:
 def stock(stage: int) -> dict[str, Any]:
     """Stock checkpoints in MoLS runs, and MoLS checkpoints in stock and disabled runs."""
     folder, found = f"stock-{stage}", {}
-    engine = engine_of(stage, None, initialize=deepspeed.initialize)
+    engine = tiny_engine(stage, None, initialize=deepspeed.initialize)
     for iteration in range(4):
-        iterate(engine, iteration)
+        iterate_tiny(engine, iteration)
     engine.save_checkpoint(folder, tag="stock")
     engine.destroy()
     for name, mols in {"late": section(), "early": section("online", start=8), "fixed": _fixed()}.items():
-        engine = engine_of(stage, mols)
+        engine = tiny_engine(stage, mols)
         with caught() as warned:
             path, _ = engine.load_checkpoint(folder, tag="stock")
         assert path is not None and engine.global_steps == 4
         found[name] = (engine.mols.phase, engine.mols.samples, warned)
-        iterate(engine, 4)
+        iterate_tiny(engine, 4)
         if name == "late":
             until(engine, 5, finished)
             engine.save_checkpoint(folder, tag="mols")
-            ours = fingerprint(engine)
+            ours = engine_part(engine)
         engine.destroy()
     for name, initialize, mols in (("disabled", None, {"enabled": False}), ("stock", deepspeed.initialize, None)):
-        engine = engine_of(stage, mols, **({} if initialize is None else {"initialize": initialize}))
+        engine = tiny_engine(stage, mols, **({} if initialize is None else {"initialize": initialize}))
         engine.load_checkpoint(folder, tag="mols")
-        theirs = {key: value for key, value in _engine_part(engine).items() if key != "random"}
-        found[name] = [key for key in theirs if theirs[key] != ours[key]]
-        iterate(engine, 20)
+        found[name] = differing(ours, engine_part(engine), "random")
+        iterate_tiny(engine, 20)
         engine.destroy()
     return found
 
@@ -212,20 +211,11 @@ def _fixed() -> dict[str, Any]:
     return {"fixed_alphas": {"qk": 2.0}, "start": 2, "ramp_end": 6, "report_dir": "report"}
 
 
-def _engine_part(engine: Any) -> dict[str, Any]:
-    """A fingerprint of an engine that may have no MoLS."""
-    from mols_ds.core.handle import Handle
-
-    engine.mols = Handle()
-    found = fingerprint(engine)
-    return {key: found[key] for key in found if key not in ("phase", "alphas", "report", "applied")}
-
-
 def options(stage: int) -> dict[str, Any]:
     """load_module_only, load_optimizer_states=False, and another config than the saving run's."""
     folder, found = f"options-{stage}", {}
     for mode in ("probe", "moments"):
-        engine = engine_of(stage, section(mode))
+        engine = tiny_engine(stage, section(mode))
         iteration = until(engine, 0, half_done)
         engine.save_checkpoint(folder, tag=mode)
         if mode == "probe":
@@ -245,15 +235,15 @@ def options(stage: int) -> dict[str, Any]:
         if stage == 3 and "no optimizer" in name:
             # DeepSpeed reads the weights from the tag in `latest`
             _point_latest(folder, tag)
-        engine = engine_of(stage, mols)
+        engine = tiny_engine(stage, mols)
         with caught() as warned:
             engine.load_checkpoint(folder, tag=tag, **arguments)
         found[name] = (engine.mols.phase, engine.mols.samples, engine.mols.alphas, warned)
-        iterate(engine, 30)
+        iterate_tiny(engine, 30)
         if name == "now fixed":
             engine.save_checkpoint(folder, tag="fixed")
         engine.destroy()
-    engine = engine_of(stage, section())
+    engine = tiny_engine(stage, section())
     with caught() as warned:
         engine.load_checkpoint(folder, tag="fixed")
     found["no longer fixed"] = (engine.mols.phase, engine.mols.alphas["qk"], warned)

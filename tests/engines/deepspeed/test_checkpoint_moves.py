@@ -24,7 +24,7 @@ EVERY = tuple(TAGS)
 PLAIN, ONE, TWO, THREE = Run(0), Run(1), Run(2), Run(3)
 HELD = Run(2, offload="optimizer", way="attach")
 SPILLED = Run(3, offload="all")
-BF16, BF16_TWO, BF16_FP32 = Run(3, "bf16"), Run(2, "bf16", granularity="layer_type"), Run(1, "bf16 fp32 gradients")
+BF16, BF16_TWO, BF16_FP32 = Run(3, "bf16"), Run(2, "bf16", granularity="layer_type"), Run(1, "bf16 fp32 grads")
 LAYERS = Run(1, granularity="layer_type")
 MOMENTS, MOMENTS_THREE = Run(1, mode="moments"), Run(3, mode="moments")
 STOCK, STOCK_THREE = Run(1, way="stock"), Run(3, way="stock")
@@ -138,7 +138,8 @@ def name_of(entry: tuple[int, Move]) -> str:
     return f"{world} ranks: {source.folder} to {target.folder}, {' '.join(tags)}"
 
 
-def differing(one: Mapping[Any, torch.Tensor], other: Mapping[Any, torch.Tensor]) -> list[Any]:
+def unequal(one: Mapping[Any, torch.Tensor], other: Mapping[Any, torch.Tensor]) -> list[Any]:
+    """The keys of tensors that are not the same, or missing."""
     return sorted(key for key in {*one, *other} if key not in other or not torch.equal(one[key], other[key]))
 
 
@@ -154,7 +155,7 @@ def test_weights_and_moments_move_bit_for_bit(base: str, saved: Any, loaded: Any
         for tag in tags:
             truth, seen = saved[source][tag], found[tag]
             assert {key for _, key in truth["tensors"]} == set(STATES)
-            assert differing(truth["tensors"], seen["tensors"]) == [], tag
+            assert unequal(truth["tensors"], seen["tensors"]) == [], tag
             assert (seen["step"], seen["counters"]) == (truth["step"], truth["counters"]), tag
             if target == STOCK_THREE:
                 assert seen["options"][1] == seen["options"][0], "DeepSpeed's fault that `repair` undoes is gone"

@@ -38,28 +38,30 @@ MOVES = {  # ranks that load -> target: source
     },
     4: {Grid("auto", 2, 3): Grid("auto", 2, 1), Grid("tied", 2, 1): Grid("tied", 2, 1)},
 }
-CASES = Cases([(world, target) for world, moves in MOVES.items() for target in moves])
+CASES = Cases(
+    [(world, target) for world, moves in MOVES.items() for target in moves],
+    full=[(1, Grid("auto", 1, 1)), (4, Grid("tied", 2, 1))],
+)
 
 
-def engine_of(grid: Grid, universal: bool) -> Any:
-    import mols_ds
-    from tests.engines.deepspeed import staged
-    from tests.engines.deepspeed.support import config
-    from tests.helpers.oracle.models import build
+def grid_engine(grid: Grid, universal: bool) -> Any:
+    from tests.engines.deepspeed.engines import config, engine_of
+    from tests.engines.deepspeed.models import model_of
+    from tests.engines.deepspeed.pipeline import pipeline_engine
 
     loading = {"checkpoint": {"load_universal": universal}}
     if grid.kind == "auto":
         tensor = {"tensor_parallel": {"autotp_size": grid.size}} if grid.size > 1 else {}
-        model = build("llama")
+        model = model_of("llama")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         settings = config(grid.stage, SECTION, **tensor, **loading)
-        return mols_ds.initialize(model=model, optimizer=optimizer, config=settings)[0]
-    return staged.engine_of(True, grid.stage, "float32", SECTION, stages=grid.size, more=loading)
+        return engine_of(settings, model, optimizer)
+    return pipeline_engine(True, grid.stage, "float32", SECTION, stages=grid.size, more=loading)
 
 
 def go(engine: Any, grid: Grid, iteration: int) -> None:
     """A global batch; every rank of data parallelism sees the same."""
-    from tests.engines.deepspeed.support import MICROS
+    from tests.engines.deepspeed.engines import MICROS
     from tests.helpers.oracle.models import batch, loss_of
 
     batches = [batch(iteration, micro, 0) for micro in range(MICROS)]
@@ -74,10 +76,10 @@ def go(engine: Any, grid: Grid, iteration: int) -> None:
 def run(base: str, grid: Grid, source: Grid | None) -> dict[str, Any]:
     """Train, or resume from what `source` saved; save, convert; train on, save, convert."""
     from tests.engines.deepspeed.moves import convert
-    from tests.engines.deepspeed.resume import caught
+    from tests.helpers.digests import caught
 
     folder = str(Path(base, "-".join(map(str, (*grid, *(source or ()))))))
-    engine, warned = engine_of(grid, source is not None), []
+    engine, warned = grid_engine(grid, source is not None), []
     if source is None:
         for iteration in range(SAVED):
             go(engine, grid, iteration)
@@ -89,7 +91,7 @@ def run(base: str, grid: Grid, source: Grid | None) -> dict[str, Any]:
     convert(folder, "now")
     if grid.stage == 3 and source is not None:  # DeepSpeed's stage 3 does not step after it has saved what it loaded
         engine.destroy()
-        engine = engine_of(grid, True)
+        engine = grid_engine(grid, True)
         engine.load_checkpoint(folder, tag="now_universal")
     for iteration in range(SAVED, SAVED + FOLLOWED):
         go(engine, grid, iteration)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mols_ds.engines.deepspeed.shards import find_shards
-from tests.engines.deepspeed.building import OFFLOAD, OFFLOAD_ALL, ds_config, engine_with, go, model_of
-from tests.engines.deepspeed.support import CLIP, full_weights
+from tests.engines.deepspeed.engines import CLIP, OFFLOAD, OFFLOAD_ALL, config, engine_of
+from tests.engines.deepspeed.loops import iterate
+from tests.engines.deepspeed.models import model_of
+from tests.engines.deepspeed.state import full_weights
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.models import GROUPS, masks
 from tests.helpers.oracle.statistics import gradient_sample
@@ -85,13 +87,13 @@ def build_engine(spec: dict[str, Any], stage: int, optimizer: str, section: dict
     way, model = spec.get("way", "instance"), model_of(spec.get("model", "llama"))
     if way == "config":
         more["optimizer"] = SECTION
-    settings = ds_config(stage, "fp32", section, zero=spec.get("zero"), micros=1, **more)
+    settings = config(stage, section, zero=spec.get("zero"), micros=1, **more)
     groups, make = user_groups(model, spec), OPTIMIZERS[optimizer]
     if way == "config":
-        return engine_with(settings, model, model_parameters=groups)
+        return engine_of(settings, model, model_parameters=groups)
     if way == "callable":
-        return engine_with(settings, model, make, model_parameters=groups)
-    return engine_with(settings, model, make(groups))
+        return engine_of(settings, model, make, model_parameters=groups)
+    return engine_of(settings, model, make(groups))
 
 
 def train(name: str) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def train(name: str) -> dict[str, Any]:
     seen: dict[str, Any] = {"poisoned": poison_padding(engine) if spec.get("poison") else 0, "applied": []}
     seen["groups"] = len(find_shards(engine).inner.param_groups)
     for step in range(STEPS):
-        go(engine, step, 1)
+        iterate(engine, step, 1)
         seen["applied"].append(engine.mols.applied_lrs)
     seen |= {"weights": full_weights(engine), "elementwise": engine.mols.scaler.elementwise}
     engine.destroy()
@@ -116,7 +118,7 @@ def measure_poisoned() -> dict[str, Any]:
         engine = build_engine(spec, 3, "AdamW", section)
         poisoned = poison_padding(engine) if poison else 0
         for step in range(10):
-            go(engine, step, 1)
+            iterate(engine, step, 1)
         reports.append(engine.mols.report()["groups"])
         engine.destroy()
     return {"poisoned": poisoned, "reports": reports}
@@ -134,7 +136,7 @@ def flatten_rates(kind: str) -> dict[str, Any]:
     inner, rows = find_shards(engine).inner, []
     for step in range(STEPS):
         base = [group["lr"] for group in inner.param_groups]
-        go(engine, step, 1)
+        iterate(engine, step, 1)
         rows.append((base, engine.mols.applied_lrs))
     engine.destroy()
     return {"rows": rows}
@@ -250,9 +252,9 @@ def train_with_cpu_adam() -> dict[str, Tensor]:
 
     model = model_of()
     optimizer = DeepSpeedCPUAdam(model.parameters(), lr=LR, eps=EPS, weight_decay=WEIGHT_DECAY, adamw_mode=True)
-    engine = engine_with(ds_config(2, "fp32", FIXED, zero=OFFLOAD, micros=1), model, optimizer)
+    engine = engine_of(config(2, FIXED, zero=OFFLOAD, micros=1), model, optimizer)
     for step in range(STEPS):
-        go(engine, step, 1)
+        iterate(engine, step, 1)
     assert engine.mols.scaler.elementwise
     weights = full_weights(engine)
     engine.destroy()
@@ -266,12 +268,12 @@ def train_on_nvme(mode: str) -> dict[str, Any]:
     aio = {"block_size": 1024, "queue_depth": 4, "single_submit": False, "overlap_events": False}
     section = FIXED if mode == "fixed" else {"start": 1, "samples": 8, "ramp_end": 20, "mode": mode}
     zero = {**NVME, "sub_group_size": 3000}
-    settings = ds_config(3, "bf16", section, zero=zero, micros=1, aio={**aio, "intra_op_parallelism": 1})
+    settings = config(3, section, precision="bf16", zero=zero, micros=1, aio={**aio, "intra_op_parallelism": 1})
     model = model_of()
-    engine = engine_with(settings, model, OPTIMIZERS["AdamW"](model.parameters()))
+    engine = engine_of(settings, model, OPTIMIZERS["AdamW"](model.parameters()))
     swapped = sum(engine.optimizer._swappable_optimizer_subgroup(i) for i in range(len(engine.optimizer.fp16_groups)))
     for step in range(10):
-        go(engine, step, 1)
+        iterate(engine, step, 1)
     seen = {"swapped": swapped, "alphas": engine.mols.alphas, "report": engine.mols.report()}
     seen["finite"] = all(bool(torch.isfinite(w).all()) for w in full_weights(engine).values())
     engine.destroy()

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engines.deepspeed.recorder import Recorder
-from tests.engines.deepspeed.support import CLIP, STAGES, config, engine_of, iterate, owned
+from tests.engines.deepspeed.engines import CLIP, STAGES, config, engine_of
+from tests.engines.deepspeed.loops import iterate
+from tests.engines.deepspeed.models import model_of
+from tests.engines.deepspeed.state import owned
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.adamw import AdamSettings
 from tests.helpers.oracle.models import GROUPS
+from tests.helpers.recorder import Recorder
 from tests.helpers.tiers import Cases
 
 WORLD, START, SAMPLES = 2, 1, 6
@@ -32,7 +35,7 @@ def section(mode: str) -> dict[str, Any]:
 
 def communicate(stage: int, mode: str) -> dict[str, Any]:
     """On each rank: what is sent from the first iteration of the window to its last; mode "stock" has no MoLS."""
-    engine = engine_of("llama", SETTINGS, config(stage, None if mode == "stock" else section(mode)))
+    engine = engine_of(config(stage, None if mode == "stock" else section(mode)), "llama", SETTINGS)
     for iteration in range(START):
         iterate(engine, iteration)
     with Recorder() as recorder:
@@ -61,7 +64,7 @@ def _alive() -> dict[int, int]:
 
 def weigh(stage: int) -> dict[str, Any]:
     """On each rank: accumulator bytes and living storages before, in the middle of and after an online calibration."""
-    engine = engine_of("llama", SETTINGS, config(stage, section("online")), scale=SCALE)
+    engine = engine_of(config(stage, section("online")), model_of("llama", scale=SCALE), SETTINGS)
     for iteration in range(START):
         iterate(engine, iteration)
     at_start, before = engine.mols.accumulator_bytes, sum(_alive().values())

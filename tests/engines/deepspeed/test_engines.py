@@ -13,9 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.engines.deepspeed.building import LR, ds_config, engine_with, go, groups_of, model_of
-from tests.engines.deepspeed.support import STAGES, full_weights, owned
+from tests.engines.deepspeed.engines import LR, STAGES, config, engine_of
+from tests.engines.deepspeed.loops import iterate
+from tests.engines.deepspeed.models import model_of
+from tests.engines.deepspeed.state import full_weights, owned
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.oracle.models import groups_of
 from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
@@ -96,7 +99,8 @@ RUNS = Cases(
     full=[
         *("probe 1 still", "online 1 still", "online 2 moving"),
         *(f"fp16 {s} growing clip 1000" for s in (0, 2, 3)),
-        *("nan probe 1", "nan online 1", "nan online 2", "nan for ever online 2", "zero online 3"),
+        *("fp16 3 growing clip 0.5", "online 2 still", "LoRA 2"),
+        *("nan probe 0", "nan probe 1", "nan online 1", "nan online 2", "nan for ever online 2", "zero online 3"),
     ],
 )
 
@@ -123,14 +127,12 @@ def section_of(spec: dict[str, Any]) -> dict[str, Any]:
 def build_engine(spec: dict[str, Any]) -> Any:
     micros, precision = spec.get("micros", 2), spec.get("precision", "fp32")
     more = {"gradient_clipping": spec["clip"]} if "clip" in spec else {}
-    settings = ds_config(
-        spec["stage"], "fp16" if "fp16" in spec else precision, section_of(spec), micros=micros, **more
-    )
     if "fp16" in spec:
-        settings["fp16"] = dict(spec["fp16"])
+        precision, more = "fp16", {**more, "fp16": dict(spec["fp16"])}
+    settings = config(spec["stage"], section_of(spec), precision=precision, micros=micros, **more)
     model = make_model(spec.get("model", "llama"), settings, spec.get("under_init", False))
     lr = spec.get("lr", LR)
-    return engine_with(settings, model, torch.optim.AdamW(groups_of(model, lr), betas=(0.9, 0.95), eps=1e-6))
+    return engine_of(settings, model, torch.optim.AdamW(groups_of(model, lr, 2 * lr, 0.1), betas=(0.9, 0.95), eps=1e-6))
 
 
 def scale_of(engine: Any) -> float:
@@ -154,7 +156,7 @@ def run(name: str) -> dict[str, Any]:
             seen["phases"].append(engine.mols.phase)
             seen["scales"].append(scale_of(engine))
             number = i + 1 if i >= spec.get("leave_out", iterations) else i
-            go(engine, number, micros, None if spoil is None else functools.partial(spoil, i))
+            iterate(engine, number, micros, None if spoil is None else functools.partial(spoil, i))
             seen["bytes"].append(engine.mols.accumulator_bytes)
             seen["multipliers"].append(engine.mols.multipliers)
             seen["alphas over time"].append(engine.mols.alphas)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import mols_ds
 from mols_ds.engines.deepspeed.shards import find_shards
 from mols_ds.optim.catalog import OPTIMIZERS
-from tests.engines.deepspeed import resume
-from tests.engines.deepspeed.building import ds_config, go, model_of, snapshot
-from tests.engines.deepspeed.support import full_weights
+from tests.engines.deepspeed.engines import config, engine_of
+from tests.engines.deepspeed.loops import iterate
+from tests.engines.deepspeed.models import model_of
+from tests.engines.deepspeed.state import NOT_SAVED, full_weights, inner_optimizer, snapshot
+from tests.helpers.digests import caught, differing
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.models import GROUPS, masks
 from tests.helpers.oracle.optimizers import BETAS, DECAY, EPS, GAP, LIBRARY, LR, RANK, by_element, halves, rates_of
@@ -60,11 +61,10 @@ RTOL = 1e-5  # of a statistic: as in test_statistics.py
 SAMPLES = 4
 
 
-def engine_of(name: str, model: nn.Module, stage: int, mols: dict[str, Any] | None, **more: Any) -> Any:
+def engine_with(name: str, model: nn.Module, stage: int, mols: dict[str, Any] | None, **more: Any) -> Any:
     """An engine of the table's optimizer, built from the config alone."""
     more = {"optimizer": {"type": name, "source": "library", "params": PARAMS.get(name, {})}, **more}
-    settings = ds_config(stage, more.pop("precision", "fp32"), mols, micros=more.pop("micros", 1), **more)
-    return mols_ds.initialize(model=model, config=settings)[0]
+    return engine_of(config(stage, mols, micros=1, **more), model, model_parameters=None)
 
 
 def fixed(model: str) -> dict[str, Any]:
@@ -82,15 +82,15 @@ def train_alone(name: str, precision: str) -> dict[str, Any]:
     optimizer = {"type": name, "source": "library", "params": {"lr": FAST.get(name, 3e-3)}}
     if precision == "bf16":  # what DeepSpeed's constructor does to a fresh optimizer shows in the decay
         optimizer["params"]["weight_decay"] = 0.1
-    engine = engine_of(
+    engine = engine_with(
         name, model_of("llama"), 0, None, optimizer=optimizer, precision=precision, gradient_clipping=1.0
     )
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    inner = inner_optimizer(engine)
     fresh = not inner.state and all("step" not in group for group in inner.param_groups)
     if precision == "bf16":
         pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
         fresh &= all(torch.equal(low.float(), high) for g, h in pairs for low, high in zip(g, h, strict=True))
-    losses = [go(engine, step % 4, 1) for step in range(ALONE_STEPS)]
+    losses = [iterate(engine, step % 4, 1) for step in range(ALONE_STEPS)]
     shapes = {p.ndim for group in inner.param_groups for p in group["params"]}
     engine.destroy()
     return {"losses": losses, "fresh": fresh, "class": type(inner).__name__, "matrices": 2 in shapes}
@@ -125,9 +125,9 @@ def test_each_alone_trains(name: str, precision: str) -> None:
 
 def train_with_rates(name: str, model: str, stage: int) -> dict[str, Any]:
     """No clipping: gradients are those of the twin bit for bit in the first step, of which bases are made."""
-    engine = engine_of(name, model_of(model), stage, fixed(model), gradient_clipping=0.0)
+    engine = engine_with(name, model_of(model), stage, fixed(model), gradient_clipping=0.0)
     for step in range(STEPS):
-        go(engine, step, 1)
+        iterate(engine, step, 1)
     seen = {"weights": full_weights(engine), "multipliers": engine.mols.multipliers}
     engine.destroy()
     return seen
@@ -194,7 +194,7 @@ def train_eight_bit(model: str, stage: int) -> dict[str, Any]:
     """
     from bitsandbytes.optim import AdamW8bit
 
-    engine = engine_of("Adam8bit", model_of(model), stage, fixed(model))
+    engine = engine_with("Adam8bit", model_of(model), stage, fixed(model))
     shards, mask = find_shards(engine), masks(model, model_of(model))
     copies = [nn.Parameter(tensor.detach().clone()) for tensor in shards.tensors]
     values = torch.tensor([fixed(model)["fixed_alphas"].get(group, 1.0) for group in GROUPS])
@@ -212,7 +212,7 @@ def train_eight_bit(model: str, stage: int) -> dict[str, Any]:
     shards.inner.register_step_pre_hook(take_gradients)
     twin = AdamW8bit(copies, **PARAMS["Adam8bit"])
     for step in range(STEPS):
-        go(engine, step, 1)
+        iterate(engine, step, 1)
         by_element(twin, rates)
     error = bits = crossing = 0.0
     for tensor, copy, pieces in zip(shards.tensors, copies, shards.ranges, strict=True):
@@ -269,15 +269,15 @@ def probe_engine(name: str, stage: int) -> Any:
     mols = {"start": 0, "samples": SAMPLES, "ramp_end": 6, "mode": "probe", "estimator": "damping"}
     if name == "LoRA":
         optimizer = {"type": "AdamW", "source": "library", "params": ADAM}
-        return engine_of(name, lora(), stage, mols, optimizer=optimizer)
-    return engine_of(name, model_of("llama"), stage, mols)
+        return engine_with(name, lora(), stage, mols, optimizer=optimizer)
+    return engine_with(name, model_of("llama"), stage, mols)
 
 
 def probe_and_resume(name: str, stage: int) -> dict[str, Any]:
     """A calibration, two steps, a checkpoint, two more steps; then those two again from the checkpoint."""
     engine = probe_engine(name, stage)
     for iteration in range(SAMPLES):
-        go(engine, iteration, 1)
+        iterate(engine, iteration, 1)
     seen: dict[str, Any] = {"rows": engine.mols.report()["groups"], "phase": engine.mols.phase}
     seen["alphas"] = {group: alpha.hex() for group, alpha in engine.mols.alphas.items()}
     traces: list[dict[str, Any]] = []
@@ -285,19 +285,18 @@ def probe_and_resume(name: str, stage: int) -> dict[str, Any]:
         if resumed:
             engine.destroy()
             engine = probe_engine(name, stage)
-            with resume.caught() as warned:
+            with caught() as warned:
                 engine.load_checkpoint(f"{name}-{stage}", tag="t")
             seen["warned"] = warned
         else:
             for iteration in range(2):
-                go(engine, SAMPLES + iteration, 1)
+                iterate(engine, SAMPLES + iteration, 1)
             engine.save_checkpoint(f"{name}-{stage}", tag="t")
         for iteration in range(2):
-            go(engine, SAMPLES + 2 + iteration, 1)
+            iterate(engine, SAMPLES + 2 + iteration, 1)
         found = snapshot(engine) | {"alphas": repr(engine.mols.alphas), "phase": engine.mols.phase}
-        found["counters"] = repr((engine.global_steps, engine.global_samples, engine.skipped_steps))
-        traces.append({key: value for key, value in found.items() if key != "random"})  # nothing here draws numbers
-    seen["differing"] = resume.differing(*traces)
+        traces.append(found)
+    seen["differing"] = differing(*traces, "random", *NOT_SAVED)  # nothing here draws numbers
     engine.destroy()
     return seen
 

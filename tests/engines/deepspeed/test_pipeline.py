@@ -9,9 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.engines.deepspeed.building import snapshot
-from tests.engines.deepspeed.staged import BLOCKS, SETTINGS, UNCLIPPED, Twin, engine_of, feed, masks, settings_of
-from tests.engines.deepspeed.support import CLIP, MICROS, config
+from tests.engines.deepspeed.engines import CLIP, MICROS, config
+from tests.engines.deepspeed.pipeline import (
+    BLOCKS,
+    SETTINGS,
+    UNCLIPPED,
+    Twin,
+    feed,
+    pipeline_engine,
+    pipeline_masks,
+    settings_of,
+)
+from tests.engines.deepspeed.state import snapshot
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle import histogram, moments
 from tests.helpers.oracle.adamw import ElementwiseAdamW, multipliers, ramp
@@ -44,7 +53,7 @@ EXACT = [entry for entry in CASES if entry[1][3] == "float32"]
 def train(tied: bool, stage: int, mode: str, dtype: str) -> dict[str, Any]:
     """A user's loop over STEPS updates: what the engine says, and this stage's weights."""
     section = {"mode": mode, "start": START, "samples": SAMPLES, "ramp_end": START + SAMPLES + RAMP_END}
-    engine = engine_of(tied, stage, dtype, {**section, "estimator": "median"})
+    engine = pipeline_engine(tied, stage, dtype, {**section, "estimator": "median"})
     applied, iteration = [], 0
     while engine.global_steps < STEPS + SAMPLES * (mode != "probe"):
         before = engine.global_steps
@@ -77,7 +86,7 @@ def results(world: int) -> Results:
 def oracle(tied: bool, mode: str, ranks: int, clip: bool) -> dict[str, Any]:
     """Statistics of the twin on its own trajectory; mode "moments" has a trajectory only."""
     twin = Twin(tied)
-    mask = masks(twin)
+    mask = pipeline_masks(twin)
     optimizer = ElementwiseAdamW(twin, mask, SETTINGS if clip else UNCLIPPED)
     samples = []
     for iteration in range(START + SAMPLES):
@@ -96,7 +105,7 @@ def continued(case: Case, ranks: int, alphas: dict[str, float]) -> dict[str, Ten
     tied, stage, mode, dtype = case
     clip = settings_of(stage, dtype).clip > 0
     twin = Twin(tied)
-    optimizer = ElementwiseAdamW(twin, masks(twin), SETTINGS if clip else UNCLIPPED)
+    optimizer = ElementwiseAdamW(twin, pipeline_masks(twin), SETTINGS if clip else UNCLIPPED)
     begin, step = (START if mode == "probe" else START + SAMPLES), 0
     for iteration in range(STEPS + SAMPLES):
         if mode == "probe" and START <= iteration < START + SAMPLES:
@@ -170,7 +179,7 @@ def test_moments_equal_adams_own(case: Case) -> None:
     truth = oracle(tied, mode, 1, settings_of(stage, dtype).clip > 0)
     optimizer = truth["optimizer"]
     betas = (optimizer.settings.beta1, optimizer.settings.beta2)
-    values = moments.moment_values(truth["moments"], masks(truth["twin"]), optimizer.steps, betas)
+    values = moments.moment_values(truth["moments"], pipeline_masks(truth["twin"]), optimizer.steps, betas)
     for outcome in results(2)[case]:
         moments.check_rows(outcome["report"]["groups"], values)
 
@@ -194,7 +203,7 @@ def test_the_cases_are_what_they_say(case: Case) -> None:
 def probe(stage: int, dtype: str, probing: bool) -> list[dict[str, str]]:
     """Digests of this stage after each update, with dropout seeded by layer and number of forward passes."""
     section = {"samples": 4, "start": 1, "ramp_end": 3, "alpha_min": 1.0, "alpha_max": 1.0}
-    engine = engine_of(True, stage, dtype, section if probing else None, dropout=0.1)
+    engine = pipeline_engine(True, stage, dtype, section if probing else None, dropout=0.1)
     torch.manual_seed(7)
     prints: list[dict[str, str]] = []
     windows = 0
@@ -240,7 +249,7 @@ def say(what: str) -> tuple[str, str]:
         return attach_sliced(section)
     if what == "ruled":
         section["rules"] = [["^0\\.weight$", "embedding"], [f"^{BLOCKS + 2}\\.", "head"]]
-    engine = engine_of(False, 1, "float32", None, rules=what in ("nameless", "ruled"))
+    engine = pipeline_engine(False, 1, "float32", None, rules=what in ("nameless", "ruled"))
     if what == "unknown rule":
         section["rules"] = [["no_such_layer", "mlp"]]
     try:
@@ -298,7 +307,7 @@ def test_a_sliced_topology_is_refused() -> None:
 
 def resume(folder: str, part: str) -> dict[str, Any]:
     """Half a calibration, saved; or the other half, resumed; or both in one."""
-    engine = engine_of(True, 1, "float32", {"start": 1, "samples": 6, "ramp_end": 4})
+    engine = pipeline_engine(True, 1, "float32", {"start": 1, "samples": 6, "ramp_end": 4})
     iteration = 0
     if part == "second":
         engine.load_checkpoint(folder, tag="half")

@@ -5,21 +5,17 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.engines.deepspeed.building import (
-    OFFLOAD,
-    OFFLOAD_ALL,
-    ds_config,
-    engine_with,
-    go,
-    groups_of,
-    model_of,
-    snapshot,
-)
+from tests.engines.deepspeed.engines import LR, OFFLOAD, OFFLOAD_ALL, config, engine_of
+from tests.engines.deepspeed.loops import iterate
+from tests.engines.deepspeed.models import model_of
+from tests.engines.deepspeed.state import snapshot
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.oracle.models import groups_of
 from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
@@ -59,21 +55,22 @@ PLAIN = ("1 micro-batch", "no clipping", "attached at step 0", "recalibrated")
 NAMES = Cases(
     [*CASES, *PLAIN],
     quick=["0 fp32", "1 BF16_Optimizer", "2 fp16", "3 fp32", "3 offload all", "recalibrated"],
-    full=["1 fp32", "1 bf16", "1 offload", "2 offload fp16", "3 bf16", "3 all persistent"],
+    full=["1 fp32", "1 bf16", "1 offload", "2 fp32", "2 offload fp16", "3 bf16", "3 fp16", "3 all persistent"],
 )
 LAYOUTS = {0: "FP16_UnfusedOptimizer", 1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer"}
 LAYOUTS |= {3: "DeepSpeedZeroOptimizer_Stage3"}
 ODD_LAYOUTS = {"0 fp32": "AdamW", "1 BF16_Optimizer": "BF16_Optimizer"}
 
 
-def engine_of(case: str, probing: bool, micros: int, **section: Any) -> Any:
+def engine_in(case: str, probing: bool, micros: int, **section: Any) -> Any:
     stage, precision, zero = CASES.get(case, (3, "fp32", {}))
     scheduler = {"type": "WarmupCosineLR", "params": {"total_num_steps": 50, "warmup_num_steps": 5}}
     clip = {"gradient_clipping": 0.0} if case == "no clipping" else {}
     mols = {**NO_EFFECT, **section} if probing else None
-    settings = ds_config(stage, precision, mols, zero=zero, micros=micros, scheduler=scheduler, **clip)
+    settings = config(stage, mols, precision=precision, zero=zero, micros=micros, scheduler=scheduler, **clip)
     model = model_of("gpt2", dropout=DROPOUT)
-    engine = engine_with(settings, model, torch.optim.AdamW(groups_of(model)), attach=probing)
+    optimizer = torch.optim.AdamW(groups_of(model, LR, 2 * LR, 0.1))
+    engine = engine_of(settings, model, optimizer, initialize=None if probing else deepspeed.initialize)
     torch.manual_seed(77 + dist.get_rank())  # dropout differs by rank
     return engine
 
@@ -84,7 +81,7 @@ def train(case: str, probing: bool, *, forget: bool = False) -> dict[str, Any]:
     section: dict[str, Any] = {"start": 0} if case == "attached at step 0" else {}
     if case == "recalibrated":
         section = {"recalibrate": {"every": 2}}
-    engine = engine_of(case, probing, micros, **section)
+    engine = engine_in(case, probing, micros, **section)
     if forget:
         engine.mols.random.restore = lambda: None
     result: dict[str, Any] = {"steps": [], "windows": [], "samples": []}
@@ -93,7 +90,7 @@ def train(case: str, probing: bool, *, forget: bool = False) -> dict[str, Any]:
         if probing and engine.mols.phase == "calibrating":
             before = before or snapshot(engine)
             assert engine.mols.samples == probes % SAMPLES
-            go(engine, 300 + probes, micros)
+            iterate(engine, 300 + probes, micros)
             probes += 1
             after = snapshot(engine)
             inside.append(after["random"])
@@ -102,7 +99,7 @@ def train(case: str, probing: bool, *, forget: bool = False) -> dict[str, Any]:
                 result["samples"].append(engine.mols.samples)
                 before, inside = None, []
             continue
-        go(engine, engine.global_steps, micros)
+        iterate(engine, engine.global_steps, micros)
         result["steps"].append(snapshot(engine))
     result["layout"] = type(engine.optimizer).__name__
     result["alphas"] = engine.mols.alphas if probing else {}

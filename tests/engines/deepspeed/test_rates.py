@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engines.deepspeed.support import CLIP, STAGES, config, engine_of, fingerprint, full_weights, iterate
+from tests.engines.deepspeed.engines import CLIP, STAGES, config, engine_of
+from tests.engines.deepspeed.loops import iterate
+from tests.engines.deepspeed.state import full_weights, snapshot
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.adamw import AdamSettings, ElementwiseAdamW, multipliers, ramp
 from tests.helpers.oracle.models import MODELS, build, masks
@@ -45,7 +47,7 @@ def section(model: str, shape: str, **more: Any) -> dict[str, Any]:
 
 def train(model: str, stage: int, shape: str) -> dict[str, Any]:
     """On each rank: STEPS steps; the weights before and after, and the multipliers of every step."""
-    engine = engine_of(model, SETTINGS, config(stage, section(model, shape), micros=MICROS), schedule=schedule)
+    engine = engine_of(config(stage, section(model, shape), micros=MICROS), model, SETTINGS, schedule=schedule)
     before, applied = full_weights(engine), []
     for step in range(STEPS):
         iterate(engine, step, MICROS)
@@ -56,7 +58,7 @@ def train(model: str, stage: int, shape: str) -> dict[str, Any]:
 
 
 def run_off(stage: int, way: str) -> list[dict[str, str]]:
-    """On each rank: fingerprints along a run of one way to have MoLS off; `stock` is the reference."""
+    """On each rank: snapshots along a run of one way to have MoLS off; `stock` is the reference."""
     import deepspeed
 
     import mols_ds
@@ -64,7 +66,7 @@ def run_off(stage: int, way: str) -> list[dict[str, str]]:
     alphas = section("gpt2", "linear")
     mols = {"disabled": {**alphas, "enabled": False}}.get(way)
     initialize = deepspeed.initialize if way in ("stock", "attached", "waiting") else mols_ds.initialize
-    engine = engine_of("gpt2", SETTINGS, config(stage, mols, micros=MICROS), initialize=initialize, schedule=schedule)
+    engine = engine_of(config(stage, mols, micros=MICROS), "gpt2", SETTINGS, initialize=initialize, schedule=schedule)
     handle = None
     if way in ("attached", "waiting"):
         handle = mols_ds.attach(engine, {**alphas, "start": DETACH_AT} if way == "waiting" else alphas)
@@ -75,7 +77,7 @@ def run_off(stage: int, way: str) -> list[dict[str, str]]:
         if step == DETACH_AT and way == "waiting":
             handle.detach()
         iterate(engine, step, MICROS)
-        prints.append(fingerprint(engine))
+        prints.append(snapshot(engine))
     engine.destroy()
     return prints
 

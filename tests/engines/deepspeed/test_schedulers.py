@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.engines.deepspeed.support import config, full_weights, inner_optimizer
+from tests.engines.deepspeed.engines import STAGES, config
+from tests.engines.deepspeed.state import full_weights, inner_optimizer
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.adamw import multipliers, ramp
 from tests.helpers.tiers import Cases
@@ -24,7 +25,6 @@ START, RAMP_END = 2, 8
 BASE_LR = 0.25
 ALPHAS = {"embedding": 4.0, "head": 2.0, "qk": 0.5, "vo": 1.0, "mlp": 1.5}
 WIDTH, FEATURES, TOKENS = 6, 5, 8
-STAGES = (0, 1, 2, 3)
 SCHEDULES = ("none", "lambda", "WarmupLR", "WarmupCosineLR", "transformers cosine", "user", "two groups")
 
 # A weight is a sum of up to 14 rates below 1 and stays below 8: one float32 rounding of it, before and after the step.

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engines.deepspeed.support import CLIP, MICROS, STAGES, config, engine_of, iterate, owned
+from tests.engines.deepspeed.engines import CLIP, MICROS, STAGES, config, engine_of
+from tests.engines.deepspeed.loops import iterate
+from tests.engines.deepspeed.state import owned
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle import histogram
 from tests.helpers.oracle.adamw import AdamSettings, ElementwiseAdamW
@@ -107,7 +109,8 @@ def measure(model: str, stage: int, mode: str, dtype: str, estimator: str) -> di
         "reference": REFERENCE,
         **BOUNDS,
     }
-    engine = engine_of(model, SETTINGS, config(stage, section, dtype=dtype))
+    precision = "bf16" if dtype == "bfloat16" else "fp32"
+    engine = engine_of(config(stage, section, precision=precision), model, SETTINGS)
     before = engine.mols.phase
     for iteration in range(start + SAMPLES):
         iterate(engine, iteration)

@@ -12,12 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engines.deepspeed.support import SUB_GROUP
+from tests.engines.deepspeed.engines import MICROS, config, engine_of
+from tests.engines.deepspeed.models import model_of
+from tests.engines.deepspeed.state import full_weights
 from tests.engines.megatron.building import SEQUENCES, Setup, tokens
 from tests.engines.megatron.grids import Plan
 from tests.engines.megatron.oracle import Truth, rate, twin
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle import histogram, moments
+from tests.helpers.oracle.models import batch, groups_of, loss_of
 from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
@@ -41,7 +44,7 @@ CASES = Cases(
     quick=[(2, ("gqa", 2, 3, "probe")), (2, ("gqa", 2, 0, "moments")), (2, ("gqa", 2, 1, "online"))],
     full=[
         *((2, ("gqa", 2, 2, "probe")), (2, ("gqa", 2, 3, "online"))),
-        *((4, ("gqa", 2, 3, "online")), (4, ("gqa", 2, 1, "moments"))),
+        *((4, ("tied", 2, 2, "probe")), (4, ("gqa", 2, 3, "online")), (4, ("gqa", 2, 1, "moments"))),
     ],
 )
 
@@ -69,36 +72,30 @@ def build(setup: Setup, stage: int, mols: dict[str, Any] | None, plan: Plan, **a
     import deepspeed
     from megatron.core import parallel_state
 
-    import mols_ds
     from megatron_patches.mpu import DeepSpeedMpu
-    from tests.engines.megatron.building import _model, start, transformer_config
+    from tests.engines.megatron.building import stage_model, start, transformer_config
     from tests.engines.megatron.weights import fill
 
     start(setup)
-    model = _model(setup, transformer_config(setup), True, True)()
+    model = stage_model(setup, transformer_config(setup), True, True)()
     fill([model], setup)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    groups = [
-        {"params": matrices, "weight_decay": setup.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=setup.lr, betas=(0.9, 0.95), eps=plan.eps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: rate(setup, plan, update) / setup.lr)
-    zero: dict[str, Any] = {"stage": stage}
-    if stage == 3:
-        zero |= {"sub_group_size": SUB_GROUP, "stage3_param_persistence_threshold": 100}
-    config = {
-        "train_micro_batch_size_per_gpu": SEQUENCES,
-        "gradient_accumulation_steps": setup.micro_batches // parallel_state.get_data_parallel_world_size(),
-        "gradient_clipping": setup.clip,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-        **({} if mols is None else {"mols": {**mols, "total_steps": plan.updates}}),
-    }
-    arguments = {"mpu": DeepSpeedMpu(), **arguments}
-    initialize = deepspeed.initialize if mols is None else mols_ds.initialize
-    return initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, **arguments)[0]
+    optimizer = torch.optim.AdamW(
+        groups_of(model, setup.lr, setup.lr, setup.weight_decay), betas=(0.9, 0.95), eps=plan.eps
+    )
+    settings = config(
+        stage,
+        None if mols is None else {**mols, "total_steps": plan.updates},
+        micros=setup.micro_batches // parallel_state.get_data_parallel_world_size(),
+        gradient_clipping=setup.clip,
+    )
+    return engine_of(
+        settings,
+        model,
+        optimizer,
+        initialize=deepspeed.initialize if mols is None else None,
+        schedule=lambda update: rate(setup, plan, update) / setup.lr,
+        **{"mpu": DeepSpeedMpu(), **arguments},
+    )
 
 
 def feed(setup: Setup, iteration: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -120,19 +117,13 @@ def go(engine: Any, setup: Setup, iteration: int) -> None:
 
 def local_weights(engine: Any) -> dict[str, tuple[Tensor, tuple[int, int], int]]:
     """Logical name -> this rank's whole part, (tensor rank, size) that cut it, and the dimension."""
-    import deepspeed
-
     from tests.engines.megatron.weights import tensor_rank
 
-    result = {}
-    for name, p in engine.module.named_parameters():
-        if hasattr(p, "ds_id"):
-            with deepspeed.zero.GatheredParameters([p]):
-                weight = p.data.clone()
-        else:
-            weight = p.data.clone()
-        result[name] = (weight, tensor_rank(name, p), int(getattr(p, "partition_dim", 0)))
-    return result
+    weights = full_weights(engine)
+    return {
+        name: (weights[name], tensor_rank(name, p), int(getattr(p, "partition_dim", 0)))
+        for name, p in engine.module.named_parameters()
+    }
 
 
 def train(model: str, tensor: int, stage: int, mode: str) -> dict[str, Any]:
@@ -221,14 +212,14 @@ def test_alphas_have_the_same_bits_on_every_rank(world: int, case: Case) -> None
 
 @CASES.parametrize(("world", "case"), ids=name_of)
 def test_weights_equal_per_element_adamw(world: int, case: Case) -> None:
-    from tests.engines.megatron.weights import _slice
+    from tests.engines.megatron.weights import slice_of
 
     truth = truth_of(case)
     assert min(truth.norms) > CLIP, "clipping must act"
     for outcome in results(world)[case]:
         assert outcome["weights"].keys() == truth.weights.keys()
         for name, (weight, (rank, size), dim) in outcome["weights"].items():
-            expected = _slice(name, truth.weights[name], rank, size, dim)
+            expected = slice_of(name, truth.weights[name], rank, size, dim)
             assert float((weight - expected).abs().max()) <= ATOL, name
             assert float((truth.weights[name] - truth.initial[name]).abs().max()) > 50 * ATOL, name
 
@@ -291,17 +282,12 @@ AUTO = Cases(
 
 def train_auto(model: str, stage: int, mode: str) -> dict[str, Any]:
     """A transformers model that DeepSpeed cuts by itself; both ranks see the same batches."""
-    import mols_ds
-    from tests.engines.deepspeed.support import config
-    from tests.helpers.oracle.models import batch, build, loss_of
-
     section = {"mode": mode, "start": 0, "samples": 5, "ramp_end": 20, "total_steps": 50}
-    whole = build(model)
+    whole = model_of(model)
     optimizer = torch.optim.AdamW(whole.parameters(), lr=0.0, weight_decay=0.0)  # at fixed weights: online is probe
-    settings = config(stage, section, tensor_parallel={"autotp_size": 2})
-    engine = mols_ds.initialize(model=whole, optimizer=optimizer, config=settings)[0]
+    engine = engine_of(config(stage, section, tensor_parallel={"autotp_size": 2}), whole, optimizer)
     for iteration in range(5):
-        for micro in range(settings["gradient_accumulation_steps"]):
+        for micro in range(MICROS):
             engine.backward(loss_of(engine, batch(iteration, micro, 0)))
             engine.step()
     cut = sum(bool(getattr(p, "tensor_model_parallel", False)) for p in engine.module.parameters())
@@ -362,13 +348,12 @@ def refuse(what: str) -> str:
                 DeepSpeedMpu()
             elif what == "foreign":
                 from megatron_patches.mpu import DeepSpeedMpu
-                from tests.engines.deepspeed.building import ds_config, model_of
 
                 start(setups[what])
                 model = model_of()
                 optimizer = torch.optim.AdamW(model.parameters())
-                config = ds_config(1, micros=1)
-                engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=DeepSpeedMpu())[0]
+                settings = config(1, micros=1)
+                engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=DeepSpeedMpu())[0]
                 mols_ds.attach(engine, section_of(plan))
             else:
                 more = {"mpu": None} if what == "no mpu" else {}

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engines.deepspeed.support import CLIP, STAGES, config, engine_of, fingerprint, iterate
+from tests.engines.deepspeed.engines import CLIP, STAGES, config, engine_of
+from tests.engines.deepspeed.loops import iterate
+from tests.engines.deepspeed.state import snapshot
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.adamw import AdamSettings
 from tests.helpers.oracle.models import build, masks
@@ -27,12 +29,12 @@ def watch(model: str, stage: int) -> dict[str, Any]:
 
     reader, prints = SnrWatch(EVERY), []
     for read in (True, False):
-        engine = engine_of(model, SETTINGS, config(stage, micros=MICROS))
+        engine = engine_of(config(stage, micros=MICROS), model, SETTINGS)
         for step in range(STEPS):
             iterate(engine, step, MICROS)
             if read:
                 reader(engine)
-        prints.append(fingerprint(engine))
+        prints.append(snapshot(engine))
         engine.destroy()
     return {"steps": reader.steps, "curves": reader.curves, "snr": reader.as_snr(), "same": prints[0] == prints[1]}
 

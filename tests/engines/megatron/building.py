@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.engines.megatron.weights import fill
+from tests.helpers.harness import draw_nothing
+
+draw_nothing()
 
 SEQUENCES = 2  # sequences of a micro-batch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -161,9 +164,9 @@ def build(setup: Setup) -> Built:
     )
     rank, chunks = parallel_state.get_pipeline_model_parallel_rank(), []
     for stage in range(max(1, setup.vp)):
-        model = _model(setup, config, rank == 0 and stage == 0, rank == setup.pp - 1 and stage == max(1, setup.vp) - 1)(
-            **({"vp_stage": stage} if setup.vp else {})
-        )
+        model = stage_model(
+            setup, config, rank == 0 and stage == 0, rank == setup.pp - 1 and stage == max(1, setup.vp) - 1
+        )(**({"vp_stage": stage} if setup.vp else {}))
         if dtype is not torch.float32:
             model = Float16Module(config, model)
         chunks.append(DistributedDataParallel(config, ddp_config, model, disable_bucketing=stage > 0))
@@ -174,7 +177,7 @@ def build(setup: Setup) -> Built:
     return Built(setup, chunks, config, dtype)
 
 
-def _model(setup: Setup, config: Any, first: bool, last: bool) -> Any:
+def stage_model(setup: Setup, config: Any, first: bool, last: bool) -> Any:
     """Return `build(**more)` of a GPTModel for a pipeline stage."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
@@ -276,8 +279,29 @@ def _moe(setup: Setup) -> dict[str, Any]:
 # --- optimizer and loop ---------------------------------------------------------------------------------------------
 
 
-def optimizer(built: Built, *, iterations: int = 20, warmup: int = 4, **overrides: Any) -> tuple[Any, Any]:
-    """Return (optimizer, OptimizerParamScheduler): Adam, linear warm-up, cosine; `overrides` of OptimizerConfig."""
+def optimizer(
+    built: Built,
+    *,
+    iterations: int = 20,
+    warmup: int = 4,
+    init_lr: float = 0.0,
+    style: str = "cosine",
+    decay: Mapping[str, Any] | None = None,
+    groups: Callable[[Any], Any] = lambda config: None,
+    **overrides: Any,
+) -> tuple[Any, Any]:
+    """Return (optimizer, OptimizerParamScheduler): Adam, linear warm-up, then a decay.
+
+    Args:
+        built: the model.
+        iterations: updates of the decay.
+        warmup: updates of the warm-up.
+        init_lr: the rate that the warm-up begins at.
+        style: the scheduler's `lr_decay_style`.
+        decay: what that style needs beside it.
+        groups: OptimizerConfig -> `config_overrides`, rates and decays of some parameters' own.
+        overrides: of OptimizerConfig.
+    """
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -297,23 +321,33 @@ def optimizer(built: Built, *, iterations: int = 20, warmup: int = 4, **override
         min_loss_scale=1.0,
     )
     config = OptimizerConfig(**{**settings, **overrides})
-    result = get_megatron_optimizer(config, built.chunks)
+    result = get_megatron_optimizer(config, built.chunks, config_overrides=groups(config))
     result.reload_model_params()  # the weights were set behind the masters' back
     built.config.grad_scale_func = result.scale_loss
     scheduler = OptimizerParamScheduler(
         result,
-        init_lr=0.0,
+        init_lr=init_lr,
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=warmup * samples_per_step(setup),
         lr_decay_steps=iterations * samples_per_step(setup),
-        lr_decay_style="cosine",
+        lr_decay_style=style,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=iterations * samples_per_step(setup),
         wd_incr_style="constant",
+        **(decay or {}),
     )
     return result, scheduler
+
+
+def attach(built: Built, optimizer: Any, scheduler: Any, section: Mapping[str, Any]) -> Any:
+    """`megatron_patches.attach`."""
+    import megatron_patches
+
+    return megatron_patches.attach(
+        built.chunks, optimizer, scheduler, section, samples_per_step=samples_per_step(built.setup)
+    )
 
 
 def samples_per_step(setup: Setup) -> int:

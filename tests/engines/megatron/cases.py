@@ -115,13 +115,11 @@ NAMES = Cases(
     quick=["tp2 sp", "pp2 tied", "dp2", "ep2", "tp2 pp2", "tp2 online", "dp2 moments"],
     full=[
         *("1", "1 tied", "1 experts"),  # of one rank: "1 plain"
-        *(
-            "tp2",
-            "pp2",
-            "dp2 plain",
-            "pp2 attention recomputed",
-        ),  # "tp2 sp", "pp2 vp2", "dp2 tied plain", "tp2 recomputed"
-        *("tp2 dp2 plain", "tp2 pp2 tied", "pp2 dp2 tied plain"),  # "tp2 pp2 sp plain", "pp2 tied", "dp2 tied plain"
+        *("tp2", "tp2 plain", "tp2 tied"),  # "tp2 sp", "tp2 plain, output gate", "pp2 tied"
+        *("pp2", "pp2 plain", "pp2 attention recomputed"),  # "pp2 vp2", "pp2 tied plain online", "tp2 recomputed"
+        "dp2 plain",  # "dp2 tied plain"
+        *("tp2 dp2", "tp2 dp2 plain", "tp2 pp2 sp plain"),  # "tp2 pp2", "pp2 dp2", and "dp2 tied plain" of two ranks
+        *("tp2 pp2 tied", "pp2 dp2 tied plain"),  # "tp2 pp2", "pp2 dp2", and "pp2 tied" of two ranks
         *("tp2 ep2", "tp2 ep2 plain"),  # "tp2 ep2 etp1", "ep2 plain"
         "dp2 bf16",  # "dp2 bf16 plain", "tp2 bf16"
     ],
@@ -136,6 +134,7 @@ OFF_GRIDS: dict[str, Setup] = {
 OFF = Cases(
     [(grid, way) for grid in OFF_GRIDS for way in ("stock", *OFF_WAYS)],
     quick=[("dp2 bf16", "disabled"), ("tp2 plain", "detached while ramping")],
+    full=[("tp2 plain", "disabled"), ("tp2 plain", "detached at once"), ("tp2 plain", "detached while waiting")],
     needs=lambda case: [(case[0], "stock")],
 )
 LATENTS = Cases([LATENT])

@@ -5,20 +5,14 @@ Imported by the ranks: nothing of the oracle, whose imports are slow.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import sys
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from megatron_patches.cpu.emulation import cpu_megatron
-from tests.engines.megatron.building import Built, Setup, build, optimizer, samples_per_step, start, step
-from tests.engines.megatron.weights import logical_names, tensor_rank
-
-if "RANK" in os.environ:  # a rank of the harness, not pytest's own process
-    sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]  # no plots from here: a second for each run
+from tests.engines.megatron.building import Built, Setup, attach, build, optimizer, start, step
+from tests.engines.megatron.state import everything
+from tests.engines.megatron.weights import Part, logical_names, tensor_rank
 
 REFERENCE = "vo"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -73,14 +67,6 @@ def tiny(**more: Any) -> Setup:
     return Setup(**{"vocab": 128, "micro_batches": 2, "clip": 0.5, **more})
 
 
-def attach(built: Built, chain: Any, scheduler: Any, section: dict[str, Any]) -> Any:
-    import megatron_patches
-
-    return megatron_patches.attach(
-        built.chunks, chain, scheduler, section, samples_per_step=samples_per_step(built.setup)
-    )
-
-
 def run(setup: Setup, plan: Plan) -> dict[str, Any]:
     """On each rank: the user's loop over all phases; what MoLS says, the weights, who owned which elements."""
     with cpu_megatron():
@@ -126,7 +112,7 @@ OFF_WAYS = ("disabled", "detached at once", "detached while waiting", "detached 
 OFF_UPDATES, DETACH_AT = 5, 3
 
 
-def train_off(setup: Setup, way: str) -> list[dict[str, str]]:
+def train_off(setup: Setup, way: str) -> list[dict[str, Any]]:
     """On each rank: fingerprints along a run with one way to have MoLS off; `stock` never touches it."""
     with cpu_megatron():
         start(setup)
@@ -147,7 +133,7 @@ def train_off(setup: Setup, way: str) -> list[dict[str, str]]:
                 assert mols.phase == way.split()[-1]
                 mols.detach()
             step(built, chain, scheduler, iteration)
-            prints.append(fingerprint(built, chain, scheduler))
+            prints.append(everything(built, chain, scheduler))
         return prints
 
 
@@ -157,22 +143,6 @@ def work(kind: str, *arguments: Any) -> Any:
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
-
-
-class Part(NamedTuple):
-    """What one rank holds of a logical parameter: the `rank`-th of `size` slices along `dim`."""
-
-    values: Tensor
-    rank: int
-    size: int
-    dim: int
-
-    def of(self, name: str, whole: Tensor) -> Tensor:
-        """The same slice of `whole`, a tensor of the logical shape."""
-        blocks = 2 if ".linear_fc1." in name else 1  # gate and up projection are cut apart
-        return torch.cat(
-            [block.chunk(self.size, self.dim)[self.rank] for block in whole.chunk(blocks, self.dim)], self.dim
-        )
 
 
 def weights(built: Built) -> dict[str, Part]:
@@ -194,38 +164,3 @@ def owned(built: Built, mols: Any) -> list[tuple[str, int, int]]:
         local = shard.local
         pieces.append((names[id(local.parameter)], item.start - local.range.start, item.numel))
     return pieces
-
-
-# --- bit for bit ----------------------------------------------------------------------------------------------------
-
-
-def digest(tensor: Tensor) -> str:
-    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
-
-
-def fingerprint(built: Built, chain: Any, scheduler: Any) -> dict[str, str]:
-    """Hashes of weights, optimizer state, groups, scheduler and random state: equal means equal bit for bit."""
-    state = {f"weight {name}": digest(part.values) for name, part in weights(built).items()}
-    for number, outer in enumerate(chain.chained_optimizers):
-        if getattr(outer, "is_stub_optimizer", False):
-            continue
-        for i, group in enumerate(outer.optimizer.param_groups):
-            state[f"group {number} {i}"] = repr({k: v for k, v in group.items() if k != "params"})
-            for j, tensor in enumerate(group["params"]):
-                state[f"main {number} {i} {j}"] = digest(tensor)
-                for key, value in outer.optimizer.state.get(tensor, {}).items():
-                    state[f"{key} {number} {i} {j}"] = digest(value) if isinstance(value, Tensor) else repr(value)
-    state["scheduler"] = repr(scheduler.num_steps)
-    state["random"] = random_state()
-    return state
-
-
-def random_state() -> str:
-    """Of the CPU generator and of Megatron's tensor-parallel tracker."""
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    tracker = get_cuda_rng_tracker().get_states()
-    return " ".join(
-        [digest(torch.get_rng_state()), *(f"{key} {digest(value)}" for key, value in sorted(tracker.items()))]
-    )

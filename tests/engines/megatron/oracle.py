@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_patches.cpu.emulation import cpu_megatron
-from tests.engines.megatron.building import DTYPES, SEQUENCES, Setup, _model, start, tokens, transformer_config
+from tests.engines.megatron.building import DTYPES, SEQUENCES, Setup, stage_model, start, tokens, transformer_config
 from tests.engines.megatron.grids import REFERENCE, Plan, run
 from tests.engines.megatron.weights import fill
 from tests.helpers.oracle.adamw import AdamSettings, ElementwiseAdamW, multipliers, ramp
@@ -65,7 +65,7 @@ def build_twin(setup: Setup) -> tuple[nn.Module, nn.Module]:
     from megatron.core.transformer.module import Float16Module
 
     config = transformer_config(setup)
-    model = _model(setup, config, True, True)()
+    model = stage_model(setup, config, True, True)()
     outer = model if DTYPES[setup.dtype] is torch.float32 else Float16Module(config, model)
     fill([model], setup)
     return model, outer

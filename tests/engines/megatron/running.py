@@ -7,6 +7,8 @@ from typing import Any
 
 from tests.engines.megatron import building, checkpoints
 from tests.engines.megatron.building import Setup, Stepped
+from tests.engines.megatron.state import fingerprint
+from tests.helpers.digests import caught
 
 SECTION: dict[str, Any] = {
     "start": 2,
@@ -42,9 +44,7 @@ class Run:
             if way == "apply":
                 self.mols = megatron_patches.current()
             elif way == "attach":
-                self.mols = megatron_patches.attach(
-                    self.built.chunks, self.optimizer, self.scheduler, section or SECTION, samples_per_step=per_step
-                )
+                self.mols = building.attach(self.built, self.optimizer, self.scheduler, section or SECTION)
         except BaseException:
             self.close()
             raise
@@ -76,14 +76,14 @@ class Run:
             self.iterate(iteration)
 
     def fingerprint(self) -> dict[str, Any]:
-        return checkpoints.fingerprint(self.built, self.optimizer, self.scheduler, self.mols)
+        return fingerprint(self.built, self.optimizer, self.scheduler, self.mols)
 
     def save(self, folder: str, kind: str) -> None:
         checkpoints.save(self.built, self.optimizer, self.scheduler, folder, kind)
 
     def load(self, folder: str, kind: str, *, ask: bool = True) -> list[str]:
         """Load; returns the texts of the MolsWarnings. `ask` for the accumulators where `apply` does not do so."""
-        with checkpoints.caught() as warned:
+        with caught() as warned:
             if ask and self.way == "attach":
                 self.mols.resume_from(folder)
             checkpoints.load(self.built, self.optimizer, self.scheduler, folder, kind)

@@ -10,8 +10,8 @@ from megatron_patches.cpu.emulation import cpu_megatron
 from mols_ds.errors import MolsError
 from tests.engines.megatron import building
 from tests.engines.megatron.building import Setup
-from tests.engines.megatron.checkpoints import differing
 from tests.engines.megatron.running import SECTION, Run
+from tests.helpers.digests import differing
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.tiers import Cases
 

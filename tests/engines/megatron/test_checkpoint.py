@@ -11,8 +11,9 @@ from typing import Any
 from megatron_patches.cpu.emulation import cpu_megatron
 from mols_ds.errors import MolsCheckpointError
 from tests.engines.megatron.building import Setup
-from tests.engines.megatron.checkpoints import caught, differing, read
+from tests.engines.megatron.checkpoints import read
 from tests.engines.megatron.running import SECTION, Run
+from tests.helpers.digests import caught, differing
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.tiers import Cases
 
@@ -211,7 +212,7 @@ OTHERS: Cases[tuple[Any, ...]] = Cases(
         ("foreign", 4),
         *LEGACY,
     ],
-    full=[("from_stock", False)],
+    full=[("from_stock", False), ("foreign", 0), LEGACY[0]],
 )
 
 

@@ -75,7 +75,7 @@ CASES: Cases[tuple[Any, ...]] = Cases(
     MOVES,
     full=[
         *((4, "TP2PP2", "TP4"), (4, "TP2PP2", "PP4"), (4, "TP2PP2", "PP2DP2, interleaved")),
-        *((4, "TP2PP2 tied plain", "TP2DP2"), (4, "EP2", "TP2EP2")),
+        *((4, "TP2PP2 tied plain", "TP2DP2"), (4, "EP2", "TP2EP2"), (1, "TP2PP2", "one rank")),
     ],
 )
 COMPARED_LATER = {

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engines.megatron import grids
+from tests.engines.megatron import building
 from tests.engines.megatron.building import Setup
-from tests.engines.megatron.grids import tiny
+from tests.engines.megatron.grids import owned, tiny
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.tiers import Cases
 
@@ -38,19 +38,19 @@ Traffic = Counter[tuple[str, int]]
 def communicate(setup: Setup, mode: str) -> dict[str, Any]:
     """On each rank: what is sent from the first iteration of the window to its last; mode "stock" has no MoLS."""
     from megatron_patches.cpu.emulation import cpu_megatron
-    from tests.engines.deepspeed.recorder import Recorder
+    from tests.helpers.recorder import Recorder
 
     with cpu_megatron():
-        grids.start(setup)
-        built = grids.build(setup)
-        chain, scheduler = grids.optimizer(built)
+        building.start(setup)
+        built = building.build(setup)
+        chain, scheduler = building.optimizer(built)
         section = {"mode": mode, "start": START, "samples": SAMPLES, "ramp_end": 20, "estimator": "damping"}
-        mols = None if mode == "stock" else grids.attach(built, chain, scheduler, section)
+        mols = None if mode == "stock" else building.attach(built, chain, scheduler, section)
         for iteration in range(START):
-            grids.step(built, chain, scheduler, iteration)
+            building.step(built, chain, scheduler, iteration)
         with Recorder() as recorder:
             for iteration in range(START, START + SAMPLES):
-                grids.step(built, chain, scheduler, iteration)
+                building.step(built, chain, scheduler, iteration)
         return {"sent": recorder.torch, "phase": mols and mols.phase}
 
 
@@ -70,22 +70,22 @@ def weigh(setup: Setup, mode: str) -> dict[str, Any]:
     from megatron_patches.cpu.emulation import cpu_megatron
 
     with cpu_megatron():
-        grids.start(setup)
-        built = grids.build(setup)
-        chain, scheduler = grids.optimizer(built)
+        building.start(setup)
+        built = building.build(setup)
+        chain, scheduler = building.optimizer(built)
         section = {"mode": mode, "start": START, "samples": SAMPLES, "ramp_end": 20, "estimator": "damping"}
-        mols = grids.attach(built, chain, scheduler, section)
+        mols = building.attach(built, chain, scheduler, section)
         held, alive = [], []
         for iteration in range(START + SAMPLES):
             if iteration in (START, START + SAMPLES // 2):
                 held.append(mols.accumulator_bytes)
                 alive.append(_alive())
-            grids.step(built, chain, scheduler, iteration)
+            building.step(built, chain, scheduler, iteration)
         held.append(mols.accumulator_bytes)
         alive.append(_alive())
-        owned = sum(numel for _, _, numel in grids.owned(built, mols))
+        mine = sum(numel for _, _, numel in owned(built, mols))
         total = sum(row["elements"] for row in mols.report()["groups"].values())
-        return {"held": held, "alive": alive, "owned": owned, "total": total, "phase": mols.phase}
+        return {"held": held, "alive": alive, "owned": mine, "total": total, "phase": mols.phase}
 
 
 WEIGHED = {

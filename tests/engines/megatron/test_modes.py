@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.engines.megatron import grids
+from tests.engines.megatron import building
 from tests.engines.megatron.building import Setup
 from tests.engines.megatron.grids import Plan, tiny
+from tests.engines.megatron.state import everything
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.tiers import Cases
 
@@ -60,26 +61,26 @@ def drop(setup: Setup, way: str) -> dict[str, Any]:
     from megatron_patches.cpu.emulation import cpu_megatron
 
     with cpu_megatron():
-        grids.start(setup)
-        built = grids.build(setup)
+        building.start(setup)
+        built = building.build(setup)
         _turn_on_dropout(built)
-        chain, scheduler = grids.optimizer(built, iterations=PROBE.updates, warmup=PROBE.warmup)
+        chain, scheduler = building.optimizer(built, iterations=PROBE.updates, warmup=PROBE.warmup)
         torch.manual_seed(77 + dist.get_rank())  # data-parallel ranks drop different elements
-        mols = None if way == "stock" else grids.attach(built, chain, scheduler, PROBE.section | NO_EFFECT)
+        mols = None if way == "stock" else building.attach(built, chain, scheduler, PROBE.section | NO_EFFECT)
         if way == "forgetful":
             mols.random.restore = lambda: None
         prints, window, before = [], [], None
         iteration = 0
         while len(prints) < PROBE.updates:
             if mols is not None and mols.phase == "calibrating":
-                before = before or grids.fingerprint(built, chain, scheduler)
-                done = grids.step(built, chain, scheduler, 300 + len(window))
+                before = before or everything(built, chain, scheduler)
+                done = building.step(built, chain, scheduler, 300 + len(window))
                 assert not done.successful and done.grad_norm is None
-                window.append(grids.fingerprint(built, chain, scheduler))
+                window.append(everything(built, chain, scheduler))
                 continue
-            assert grids.step(built, chain, scheduler, iteration).successful
+            assert building.step(built, chain, scheduler, iteration).successful
             iteration += 1
-            prints.append(grids.fingerprint(built, chain, scheduler))
+            prints.append(everything(built, chain, scheduler))
         return {"prints": prints, "before": before, "window": window, "alphas": mols and mols.alphas}
 
 
@@ -92,15 +93,15 @@ def scale(setup: Setup, initial: float, iterations: Iterable[int]) -> dict[str, 
 
     plan = Plan(start=0, samples=HALF_SAMPLES, ramp_end=4, updates=2, warmup=1)
     with cpu_megatron():
-        grids.start(setup)
-        built = grids.build(setup)
+        building.start(setup)
+        built = building.build(setup)
         more = dict(initial_loss_scale=initial, hysteresis=1, loss_scale_window=1000)
-        chain, scheduler = grids.optimizer(built, iterations=plan.updates, warmup=plan.warmup, **more)
-        mols = grids.attach(built, chain, scheduler, plan.section)
+        chain, scheduler = building.optimizer(built, iterations=plan.updates, warmup=plan.warmup, **more)
+        mols = building.attach(built, chain, scheduler, plan.section)
         scales, usable = [initial], []
         for iteration in iterations:
             before = mols.samples
-            assert not grids.step(built, chain, scheduler, iteration).successful
+            assert not building.step(built, chain, scheduler, iteration).successful
             scales.append(float(chain.get_loss_scale()))
             if mols.samples > before:
                 usable.append(iteration)
@@ -112,7 +113,7 @@ def scale(setup: Setup, initial: float, iterations: Iterable[int]) -> dict[str, 
             "skipped": mols.report()["skipped_samples"],
             "usable": usable,
             "scales": scales,
-            "updates": [grids.step(built, chain, scheduler, 1000 + i).successful for i in range(plan.updates)],
+            "updates": [building.step(built, chain, scheduler, 1000 + i).successful for i in range(plan.updates)],
         }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_patches.cpu.emulation import cpu_megatron
 from tests.engines.megatron import building
-from tests.engines.megatron.building import Setup, samples_per_step
+from tests.engines.megatron.building import Setup
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.tiers import Cases
 
@@ -39,9 +39,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         building.start(setup)
         built = building.build(setup)
         optimizer, scheduler = building.optimizer(built)
-        mols = megatron_patches.attach(
-            built.chunks, optimizer, scheduler, SECTION, samples_per_step=samples_per_step(setup)
-        )
+        mols = building.attach(built, optimizer, scheduler, SECTION)
         assert isinstance(mols, megatron_patches.engine.MegatronMols)
         pieces = [(piece.name, piece.start, piece.numel) for piece in mols.shards.accumulated]
         for iteration in range(SECTION["samples"] + 1):  # type: ignore[operator]

@@ -12,8 +12,8 @@ from megatron_patches.cpu.emulation import cpu_megatron
 from tests.engines.megatron import building
 from tests.engines.megatron.applied import Watch
 from tests.engines.megatron.building import Setup, samples_per_step
-from tests.engines.megatron.checkpoints import caught
 from tests.engines.megatron.running import SECTION
+from tests.helpers.digests import caught
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.tiers import Cases
 
@@ -48,48 +48,19 @@ def overrides(kind: str, config: Any) -> Any:
 
 def make(setup: Setup, section: dict[str, Any], style: str, kind: str = "", **settings: Any) -> tuple[Any, ...]:
     """(built, optimizer, scheduler, mols)."""
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-    import megatron_patches
-
     building.start(setup)
     built = building.build(setup)
-    given: dict[str, Any] = dict(
-        optimizer="adam",
-        lr=LR,
-        min_lr=LR / 10,
-        adam_beta2=0.95,
-        weight_decay=0.1,
-        clip_grad=1.0,
-        use_distributed_optimizer=setup.distributed,
-        params_dtype=built.dtype,
-        bf16=built.dtype is torch.bfloat16,
-        fp16=built.dtype is torch.float16,
-        initial_loss_scale=2.0**10,
-        min_loss_scale=1.0,
-    )
-    config = OptimizerConfig(**{**given, **settings})
-    optimizer = get_megatron_optimizer(config, built.chunks, config_overrides=overrides(kind, config))
-    optimizer.reload_model_params()
-    built.config.grad_scale_func = optimizer.scale_loss
     unit = samples_per_step(setup)
-    scheduler = OptimizerParamScheduler(
-        optimizer,
+    optimizer, scheduler = building.optimizer(
+        built,
+        iterations=ITERATIONS,
         init_lr=LR / 10,  # the first step moves the weights too
-        max_lr=config.lr,
-        min_lr=config.min_lr,
-        lr_warmup_steps=4 * unit,
-        lr_decay_steps=ITERATIONS * unit,
-        lr_decay_style=style,
-        start_wd=0.1,
-        end_wd=0.1,
-        wd_incr_steps=ITERATIONS * unit,
-        wd_incr_style="constant",
-        **{key: value * unit if isinstance(value, int) else value for key, value in STYLES[style].items()},
+        style=style,
+        decay={key: value * unit if isinstance(value, int) else value for key, value in STYLES[style].items()},
+        groups=functools.partial(overrides, kind),
+        **{"lr": LR, "min_lr": LR / 10, **settings},
     )
-    mols = megatron_patches.attach(built.chunks, optimizer, scheduler, section, samples_per_step=unit)
-    return built, optimizer, scheduler, mols
+    return built, optimizer, scheduler, building.attach(built, optimizer, scheduler, section)
 
 
 def watched(setup: Setup, section: dict[str, Any], style: str, kind: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import torch
 from megatron_patches.cpu.emulation import cpu_megatron
 from tests.engines.megatron import test_rates
 from tests.engines.megatron.building import Setup, newest
-from tests.engines.megatron.checkpoints import differing
 from tests.engines.megatron.running import SECTION, Run
+from tests.helpers.digests import differing
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.tiers import Cases
 
@@ -29,7 +29,7 @@ GRIDS = {
     "rates as tensors": Setup(),
 }
 MUP = "muP"  # 0.17 and later
-NAMES = Cases([*GRIDS, MUP], full=["DP2", "DP2 plain"])
+NAMES = Cases([*GRIDS, MUP], full=["PP2 tied", "DP2", "DP2 plain"])
 
 
 def grid(name: str) -> dict[str, Any]:

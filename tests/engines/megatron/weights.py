@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def part(name: str, parameter: Tensor, setup: Any) -> Tensor:
     shape = list(parameter.shape)
     if size > 1:
         shape[dim] *= size
-    return _slice(name, logical(name, tuple(shape)), rank, size, dim)
+    return slice_of(name, logical(name, tuple(shape)), rank, size, dim)
 
 
 def tensor_rank(name: str, parameter: Tensor) -> tuple[int, int]:
@@ -82,10 +82,23 @@ def tensor_rank(name: str, parameter: Tensor) -> tuple[int, int]:
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
 
 
-def _slice(name: str, weight: Tensor, rank: int, size: int, dim: int) -> Tensor:
+def slice_of(name: str, weight: Tensor, rank: int, size: int, dim: int) -> Tensor:
     """A rank's slice; of linear_fc1, a slice of the gate and a slice of the up projection."""
     blocks = 2 if ".linear_fc1." in name else 1
     return torch.cat([block.chunk(size, dim)[rank] for block in weight.chunk(blocks, dim)], dim)
+
+
+class Part(NamedTuple):
+    """What one rank holds of a logical parameter: the `rank`-th of `size` slices along `dim`."""
+
+    values: Tensor
+    rank: int
+    size: int
+    dim: int
+
+    def of(self, name: str, whole: Tensor) -> Tensor:
+        """The same slice of `whole`, a tensor of the logical shape."""
+        return slice_of(name, whole, self.rank, self.size, self.dim)
 
 
 def _grouped(name: str, parameter: Tensor, setup: Any) -> Tensor:
@@ -102,5 +115,5 @@ def _grouped(name: str, parameter: Tensor, setup: Any) -> Tensor:
     for number in range(first, first + count):
         expert = f"{stem}{number}.{leaf}.weight"
         weight = logical(expert, (shape[0] * setup.hidden, shape[1] * setup.hidden))
-        experts.append(_slice(expert, weight, rank, size, 0 if fc1 else 1).t())
+        experts.append(slice_of(expert, weight, rank, size, 0 if fc1 else 1).t())
     return torch.stack(experts).view(parameter.shape)

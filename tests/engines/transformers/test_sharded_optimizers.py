@@ -17,7 +17,7 @@ from mols_ds.optim.adam_mini import ShardedAdamMini
 from mols_ds.optim.lamb import ShardedLamb
 from mols_ds.optim.sgg import SGG
 from tests.helpers.oracle.adam_mini import Settings, SlowAdamMini
-from tests.helpers.oracle.models import HEADS, HIDDEN, batch, build, loss_of
+from tests.helpers.oracle.models import HEADS, HIDDEN, batch, build, groups_of, loss_of
 from tests.helpers.oracle.sgg import SlowSGG
 
 STEPS = 5
@@ -31,12 +31,7 @@ FLIPS = 2  # elements of a model that rounding may put on the other side of a bo
 
 
 def groups(model: nn.Module, s: Settings = SLOW) -> list[dict[str, Any]]:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [
-        {"params": matrices, "lr": s.lr, "weight_decay": s.decay},
-        {"params": vectors, "lr": s.vector_lr, "weight_decay": 0.0},
-    ]
+    return groups_of(model, s.lr, s.vector_lr, s.decay)
 
 
 def adam_options(s: Settings = SLOW) -> dict[str, Any]:

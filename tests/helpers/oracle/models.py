@@ -122,6 +122,20 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return loss
 
 
+def groups_of(model: nn.Module, lr: float, vector_lr: float, decay: float) -> list[dict[str, object]]:
+    """Two parameter groups, as usual: matrices with weight decay, vectors without it and with a rate of their own.
+
+    Under zero.Init a parameter's shape is its `ds_shape`.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) < 2]
+    return [
+        {"params": matrices, "lr": lr, "weight_decay": decay},
+        {"params": vectors, "lr": vector_lr, "weight_decay": 0.0},
+    ]
+
+
 def masks(name: str, model: nn.Module) -> dict[str, Tensor]:
     """Index into GROUPS of every element of every trainable parameter, int64, in the parameter's shape."""
     result = {}

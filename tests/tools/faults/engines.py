@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any, Literal
 
 import yaml
 
+from tests.helpers.harness import draw_nothing
 from tests.tools.faults.faults import CALLS, RAMP, SAMPLES, SAVE_EVERY, START, Fault, Injection
 
-if "RANK" in os.environ:  # a rank of the harness
-    sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]  # no plots: a second for each launch
+draw_nothing()
 
 Name = Literal["zero1", "zero2", "zero3", "megatron"]
 SEED, LENGTH, VOCABULARY = 3, 32, 300
@@ -272,7 +271,7 @@ def _deepspeed_end(loop: Any) -> dict[str, Any]:
 
 
 def _megatron_end(loop: Any) -> dict[str, Any]:
-    from tests.engines.megatron.checkpoints import fingerprint
+    from tests.engines.megatron.state import fingerprint
 
     built = loop.backend.built
     return fingerprint(built, built.optimizer, built.scheduler, loop.backend.mols)

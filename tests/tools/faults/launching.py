@@ -28,7 +28,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "mols_ds.apps.train_megatron.main megatron_patches.cpu.emulation "
     "megatron.core.dist_checkpointing.strategies.torch megatron.core.optimizer megatron.core.datasets.gpt_dataset "
     "megatron.core.models.gpt.gpt_layer_specs tests.tools.faults.engines "
-    "tests.engines.deepspeed.resume tests.engines.megatron.checkpoints",
+    "tests.engines.deepspeed.resume tests.engines.megatron.state",
 }
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.engines.deepspeed.support import CLIP, MICROS, adamw, config
+from tests.engines.deepspeed.engines import CLIP, MICROS, config, engine_of
 from tests.helpers.oracle.adamw import AdamSettings
 from tests.helpers.oracle.models import GROUPS, VOCABULARY, batch, sink_attention
 
@@ -90,7 +90,7 @@ class Twin(nn.Module):
         return type("Output", (), {"loss": loss_fn(x, labels)})
 
 
-def masks(model: nn.Module) -> dict[str, Tensor]:
+def pipeline_masks(model: nn.Module) -> dict[str, Tensor]:
     """Index into GROUPS of every element, by hand."""
     table = {"o_proj": "vo", "fc_in": "mlp", "fc_out": "mlp", "c_attn": "qk", "0": "embedding", "embed": "embedding"}
     table[str(BLOCKS + 2)] = "head"
@@ -110,7 +110,7 @@ def settings_of(stage: int, dtype: str) -> AdamSettings:
 # ------------------------------------------------------------------------------------------------------------ the ranks
 
 
-def engine_of(
+def pipeline_engine(
     tied: bool,
     stage: int,
     dtype: str,
@@ -124,8 +124,6 @@ def engine_of(
     """`more`: further top-level keys of the config."""
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-
-    import mols_ds
 
     first: Any = TiedLayerSpec("embed", nn.Embedding, VOCABULARY, WIDTH) if tied else LayerSpec(embedding_class(rules))
     last: Any = LayerSpec(nn.Linear, WIDTH, VOCABULARY, bias=False)
@@ -141,9 +139,9 @@ def engine_of(
         base_seed=SEED,
     )
     settings = settings_of(stage, dtype)
-    ds_config = config(stage, mols, dtype=dtype, gradient_clipping=settings.clip, **(more or {}))
-    initialize = deepspeed.initialize if mols is None else mols_ds.initialize
-    return initialize(model=module, optimizer=adamw(module, settings), config=ds_config)[0]
+    precision = "bf16" if dtype == "bfloat16" else "fp32"
+    ds_config = config(stage, mols, precision=precision, gradient_clipping=settings.clip, **(more or {}))
+    return engine_of(ds_config, module, settings, initialize=deepspeed.initialize if mols is None else None)
 
 
 class Words(nn.Module):
