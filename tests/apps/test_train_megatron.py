@@ -13,10 +13,13 @@ import torch
 
 from megatron_patches.machine import Machine
 from mols_ds.apps.train_megatron import main as job
+from mols_ds.apps.train_megatron.backend import MegatronBackend, MegatronSetup
 from mols_ds.apps.train_megatron.dataset import IndexedBatches, Text, evaluation_batches, write_indexed
 from mols_ds.core.config import MolsConfig
-from mols_ds.errors import MolsConfigError, MolsUnsupportedError
+from mols_ds.core.handle import Handle
+from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
 from mols_ds.training.batches import BatchShape, held_out_batches
+from mols_ds.training.megatron_build import Built
 from mols_ds.training.megatron_config import (
     GridSizes,
     micro_batches,
@@ -26,6 +29,7 @@ from mols_ds.training.megatron_config import (
 )
 from mols_ds.training.megatron_settings import read
 from mols_ds.training.tokens import Tokenizer
+from mols_ds.training.train_job import TrainJob
 from tests.apps.command import ROOT, read_metrics, run
 from tests.apps.megatron_job import STEPS, TRAIN, whole_and_resumed, write_job
 from tests.helpers.harness import run_ranks
@@ -174,6 +178,40 @@ def test_evaluation_has_the_targets_of_train_py(tmp_path: Path) -> None:
         assert torch.equal(batch["labels"][kept], ids[:valid, 1:].flatten())
         assert torch.equal(batch["tokens"], ids)
     assert found[3]["loss_mask"].sum() == 0
+
+
+class Recorder:
+    """Megatron's optimizer and scheduler in one: skips every iteration but those of `successful`."""
+
+    def __init__(self) -> None:
+        self.taken, self.successful, self.scheduled = 0, [70], []
+
+    def zero_grad(self) -> None: ...
+
+    def step(self, increment: int | None = None) -> tuple[bool, None, None]:
+        if increment is None:
+            self.taken += 1
+            return self.taken in self.successful, None, None
+        self.scheduled.append(self.taken)
+        return True, None, None
+
+
+def test_skipped_iterations_count_and_only_many_in_a_row_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches that MoLS measures return "not successful" too, and are no skipped iterations."""
+    settings, optimizer = read(str(write_job(tmp_path))), Recorder()
+    setup = MegatronSetup(settings, LAPTOP, Grid(1, 1), [], 300, False)
+    run = TrainJob(setup, None, BatchShape(32, 1, 4, 0, 1), 0, 6, tmp_path, 0)  # type: ignore[arg-type]
+    backend = MegatronBackend(run, setup, Built([], None, optimizer, optimizer), Handle())
+    monkeypatch.setattr(backend, "_pass", lambda batches, number: torch.zeros(2, dtype=torch.float64))
+    for _ in range(60):
+        assert not backend.step(iter(()), number=1, measures=True).updated
+    for number in range(1, 60):
+        assert backend.step(iter(()), number=number, measures=False).updated
+    assert optimizer.scheduled == [70]
+    with pytest.raises(MolsError, match="50 iterations in a row were skipped up to step 60: the grad"):
+        backend.step(iter(()), number=60, measures=False)
 
 
 @pytest.mark.jobs
