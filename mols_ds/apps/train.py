@@ -1,13 +1,13 @@
 """The main job's command line: arguments, preparation, one or two arms, and what is printed at the end."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
 from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_timeout, not_negative, positive
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     _arms(args, config, partial(_model, args, config, tokenizer), batches, held_out, shape)
 
 
-def _model(args: argparse.Namespace, config: dict[str, Any], tokenizer: Tokenizer) -> torch.nn.Module:
+def _model(args: argparse.Namespace, config: JsonObject, tokenizer: Tokenizer) -> torch.nn.Module:
     """The model of an arm: equal weights for equal arguments. Sharded from the start under stage 3."""
     sharded = zero_init(config)
     model = build_model(
@@ -127,9 +127,14 @@ def _model(args: argparse.Namespace, config: dict[str, Any], tokenizer: Tokenize
 
 
 def _arms(
-    args: argparse.Namespace, config: dict[str, Any], model: Any, batches: Batches, held_out: Any, shape: BatchShape
+    args: argparse.Namespace,
+    config: JsonObject,
+    model: Callable[[], torch.nn.Module],
+    batches: Batches,
+    held_out: list[tuple[torch.Tensor, int]],
+    shape: BatchShape,
 ) -> None:
-    """Trains the one arm, or Adam's first, and prints what came out."""
+    """Trains the one arm, or Adam's first, and prints the results."""
     job = TrainJob(
         setup=DeepSpeedSetup(config, model, held_out, NextTokens(shape)), batches=batches, shape=shape,
         rank=shape.rank, steps=args.steps, out=args.out, seed=args.seed, eval_every=args.eval_every,
@@ -138,7 +143,7 @@ def _arms(
     run_arms(job, compare=bool(args.compare))
 
 
-def _say_what(args: argparse.Namespace, config: dict[str, Any], tokenizer: Tokenizer, shape: BatchShape) -> None:
+def _say_what(args: argparse.Namespace, config: JsonObject, tokenizer: Tokenizer, shape: BatchShape) -> None:
     precision = str(model_dtype(config)).removeprefix("torch.")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     print(

@@ -7,23 +7,23 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from mols_ds.core.handle import Handle
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import MicroBatch
 from mols_ds.training.rng_state import load_random, save_random
 from mols_ds.training.task import Task
-from mols_ds.training.train_job import Counted, Section, StepResult, TrainBackend, TrainJob
+from mols_ds.training.train_job import StepResult, TrainBackend, TrainJob
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-DeepSpeedConfig = dict[str, Any]
 CLIENT_KEY = "main_job"
 """Where a checkpoint's client state holds what the loop counts."""
 WARMUP_SHARE, FINAL_SHARE = 0.10, 0.10
@@ -55,14 +55,14 @@ class DeepSpeedSetup:
         watch: called with the engine after every update.
     """
 
-    config: DeepSpeedConfig
+    config: JsonObject
     model: Callable[[], nn.Module]
     held_out: Sequence[tuple[MicroBatch, int]]
     task: Task
     watch: Callable[[DeepSpeedEngine], None] | None = None
 
     @property
-    def section(self) -> Section | None:
+    def section(self) -> JsonObject | None:
         """See `TrainSetup`."""
         return self.config.get("mols")
 
@@ -71,7 +71,7 @@ class DeepSpeedSetup:
         """See `TrainSetup`."""
         return str(self.config["optimizer"]["type"])
 
-    def with_section(self, section: Section | None) -> DeepSpeedSetup:
+    def with_section(self, section: JsonObject | None) -> DeepSpeedSetup:
         """See `TrainSetup`."""
         config = copy.deepcopy(self.config)
         if section is None:
@@ -174,7 +174,7 @@ class DeepSpeedBackend(TrainBackend):
 
     # -- checkpoints
 
-    def checkpoint_writer(self, step: int, counted: Counted) -> Callable[[Path], None]:
+    def checkpoint_writer(self, step: int, counted: JsonObject) -> Callable[[Path], None]:
         """See `TrainBackend`."""
         job, engine, task = self.job, self.engine, self.task
 
@@ -188,7 +188,7 @@ class DeepSpeedBackend(TrainBackend):
 
         return write
 
-    def load_checkpoint(self, folder: Path, tag: str | None) -> Counted | None:
+    def load_checkpoint(self, folder: Path, tag: str | None) -> JsonObject | None:
         """See `TrainBackend`. Without a tag, DeepSpeed's `latest_universal` names the checkpoint."""
         try:
             strict = not self.task.partial

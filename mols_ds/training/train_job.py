@@ -11,18 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from mols_ds.core.handle import Handle
+from mols_ds.core.json_types import JsonObject
 from mols_ds.training.batches import Batches, BatchShape, MicroBatch
-
-Section = dict[str, Any]
-"""A "mols" section as the user wrote it, with its "report_dir" filled in."""
-Counted = dict[str, Any]
-"""What a checkpoint holds of the loop: "probe_steps", "ahead", and the settings that a resumed run must share."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ class TrainSetup(Protocol):
     """What an engine is built from: its config, the model and the held-out data."""
 
     @property
-    def section(self) -> Section | None:
+    def section(self) -> JsonObject | None:
         """The "mols" section; None: train without MoLS."""
         ...
 
@@ -95,7 +91,7 @@ class TrainSetup(Protocol):
         """Name of the optimizer, for titles."""
         ...
 
-    def with_section(self, section: Section | None) -> Self:
+    def with_section(self, section: JsonObject | None) -> Self:
         """A copy with another "mols" section."""
         ...
 
@@ -182,11 +178,15 @@ class TrainBackend(ABC):
     # -- checkpoints
 
     @abstractmethod
-    def checkpoint_writer(self, step: int, counted: Counted) -> Callable[[Path], None]:
-        """Prepares the checkpoint of update `step`. The result writes it into a folder."""
+    def checkpoint_writer(self, step: int, counted: JsonObject) -> Callable[[Path], None]:
+        """Prepares the checkpoint of update `step`. The result writes it into a folder.
+
+        Args:
+            counted: what the loop counts, and the settings that a resumed run must share. Goes into the checkpoint.
+        """
 
     @abstractmethod
-    def load_checkpoint(self, folder: Path, tag: str | None) -> Counted | None:
+    def load_checkpoint(self, folder: Path, tag: str | None) -> JsonObject | None:
         """Loads checkpoint `tag` of `folder`; None: the one that the engine's own file names (`universal`).
 
         Returns:

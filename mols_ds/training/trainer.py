@@ -16,13 +16,14 @@ from torch import Tensor
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.files import write_whole
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsCheckpointError
 from mols_ds.training.batches import Stream
 from mols_ds.training.checkpointer import Checkpointer, refuse_non_finite, step_of
 from mols_ds.training.checkpointer import has_checkpoint as saved_in
 from mols_ds.training.preemption import Preempted, StopRequest
 from mols_ds.training.progress import Progress
-from mols_ds.training.train_job import Counted, Outcome, Section, TrainBackend, TrainJob
+from mols_ds.training.train_job import Outcome, TrainBackend, TrainJob
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -92,7 +93,12 @@ class Trainer:
         """Saves a checkpoint of this update. Raises MolsTrainingError where weights are not finite."""
         job, backend = self.job, self.backend
         refuse_non_finite(backend.parameters(), self.updates, backend.agree)
-        counted: Counted = {"probe_steps": self.probe_steps, "ahead": self.ahead, "steps": job.steps, "seed": job.seed}
+        counted: JsonObject = {
+            "probe_steps": self.probe_steps,
+            "ahead": self.ahead,
+            "steps": job.steps,
+            "seed": job.seed,
+        }
         write = backend.checkpoint_writer(self.updates, {**counted, **backend.identity})
         self.checkpointer.save(f"step{self.updates}", write)
         self.saved = self.updates
@@ -204,7 +210,7 @@ class Trainer:
         return outcome
 
 
-def discards_updates(section: Section | None) -> bool:
+def discards_updates(section: JsonObject | None) -> bool:
     """Whether the calibration of a "mols" section takes steps that update nothing (mode "probe")."""
     return section is not None and MolsConfig.parse(section).mode == "probe"
 

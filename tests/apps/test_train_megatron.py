@@ -201,7 +201,7 @@ def test_skipped_iterations_count_and_only_many_in_a_row_end_the_run(
 ) -> None:
     """Batches that MoLS measures return "not successful" too, and are no skipped iterations."""
     settings, optimizer = read(str(write_job(tmp_path))), Recorder()
-    setup = MegatronSetup(settings, LAPTOP, Grid(1, 1), [], 300, False)
+    setup = MegatronSetup(settings, LAPTOP, GridSizes(1, 1), [], 300, False)
     run = TrainJob(setup, None, BatchShape(32, 1, 4, 0, 1), 0, 6, tmp_path, 0)  # type: ignore[arg-type]
     backend = MegatronBackend(run, setup, Built([], None, optimizer, optimizer), Handle())
     monkeypatch.setattr(backend, "_pass", lambda batches, number: torch.zeros(2, dtype=torch.float64))

@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from mols_ds.core.handle import Handle
+from mols_ds.core.json_types import JsonObject
 from mols_ds.core.phases import Phase
 from mols_ds.errors import MolsCheckpointError, MolsTrainingError
 from mols_ds.training.batches import BatchShape, Stream
 from mols_ds.training.compare import run_arms
 from mols_ds.training.preemption import Preempted
-from mols_ds.training.train_job import Outcome, Section, StepResult, TrainBackend, TrainJob
+from mols_ds.training.train_job import Outcome, StepResult, TrainBackend, TrainJob
 from mols_ds.training.trainer import METRICS, Trainer, discards_updates, has_checkpoint, train
 
 SHAPE = BatchShape(length=1, micro=1, accumulation=2, rank=0, world=1)
 STEPS, START, SAMPLES = 8, 3, 4
-PROBE: Section = {"mode": "probe", "start": START, "samples": SAMPLES, "report_dir": "reports"}
-ONLINE: Section = {**PROBE, "mode": "online"}
+PROBE: JsonObject = {"mode": "probe", "start": START, "samples": SAMPLES, "report_dir": "reports"}
+ONLINE: JsonObject = {**PROBE, "mode": "online"}
 
 
 @dataclass
@@ -115,15 +116,15 @@ BACKENDS: list[Backend] = []
 class Setup:
     """A `TrainSetup` that notes what its engines do. `before_update` gets the number of the update."""
 
-    section: Section | None = None
+    section: JsonObject | None = None
     before_update: Callable[[int], object] = lambda number: None
     optimizer: str = "AdamW"
     trained: list[int] = field(default_factory=list)
     evaluated: list[int] = field(default_factory=list)
-    built: list[tuple[str, Section | None, bool]] = field(default_factory=list)
+    built: list[tuple[str, JsonObject | None, bool]] = field(default_factory=list)
     closed: int = 0
 
-    def with_section(self, section: Section | None) -> Setup:
+    def with_section(self, section: JsonObject | None) -> Setup:
         return replace(self, section=section)
 
     def build(self, job: TrainJob) -> Backend:
@@ -143,7 +144,7 @@ class Numbered:
         yield from [step + 1000.0 * (stream == "probe")] * SHAPE.accumulation
 
 
-def job_of(out: Path, section: Section | None = None, **changes: Any) -> TrainJob:
+def job_of(out: Path, section: JsonObject | None = None, **changes: Any) -> TrainJob:
     before_update = changes.pop("before_update", lambda number: None)
     setup = Setup(section, before_update)
     job = TrainJob(setup=setup, batches=Numbered(), shape=SHAPE, rank=0, steps=STEPS, out=out, seed=1, shown=False)
@@ -175,7 +176,7 @@ OWN = [("probe", i) for i in range(SAMPLES)]
     ids=["none", "online", "probe", "probe-ahead"],
 )
 def test_each_mode_trains_all_updates_on_the_same_batches(
-    section: Section | None, changes: dict[str, Any], measured: list[tuple[Stream, int]], tmp_path: Path
+    section: JsonObject | None, changes: dict[str, Any], measured: list[tuple[Stream, int]], tmp_path: Path
 ) -> None:
     """What is measured without an update comes between two updates, and moves neither the count nor the data."""
     job = job_of(tmp_path, section, **changes)
@@ -237,7 +238,7 @@ def kill_at(update: int) -> Callable[[int], None]:
 
 @pytest.mark.parametrize("section", [PROBE, ONLINE], ids=["probe", "online"])
 @pytest.mark.parametrize("probe_ahead", [False, True])
-def test_a_resumed_run_is_the_uninterrupted_one(section: Section, probe_ahead: bool, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(section: JsonObject, probe_ahead: bool, tmp_path: Path) -> None:
     changes = {"save_every": 3, "eval_every": 2, "probe_ahead": probe_ahead}
     whole = train(job_of(tmp_path / "whole", section, **changes))
     with pytest.raises(Killed):

@@ -1,5 +1,7 @@
 """finetune.py's command line: arguments, preparation, one or two arms, evaluation, and what is printed."""
 
+from __future__ import annotations
+
 import argparse
 import copy
 import gc
@@ -11,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +22,7 @@ from mols_ds.apps.finetune.data import AnswerBatches, Tokenized, held_out_batche
 from mols_ds.apps.finetune.model import ADAPTER, MODEL, AdapterSettings, build, load_config
 from mols_ds.apps.finetune.task import Answers
 from mols_ds.core.config import MolsConfig
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training.batches import BatchShape
 from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_timeout, not_negative, positive
@@ -30,6 +33,9 @@ from mols_ds.training.models import zero_init
 from mols_ds.training.ranks import check_run, quiet, run_command, start_ranks
 from mols_ds.training.sources import DataSpec, check_hub
 from mols_ds.training.train_job import TrainJob
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 __all__ = ["USER_MISTAKE", "main", "parse_arguments", "run"]
 
@@ -181,14 +187,14 @@ def run(args: argparse.Namespace) -> None:
         _after(args, folders, asked, tokenizer, model_dtype(config))
 
 
-def _cutoff(args: argparse.Namespace, config: Any) -> int:
+def _cutoff(args: argparse.Namespace, config: PretrainedConfig) -> int:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or CUTOFF
     if args.cutoff is not None and args.cutoff > positions:
         raise MolsConfigError(f"--cutoff {args.cutoff}: model {args.model} has max_position_embeddings {positions}")
     return args.cutoff or min(CUTOFF, positions)
 
 
-def _config(args: argparse.Namespace, raw: dict[str, Any], world: int, examples: int) -> dict[str, Any]:
+def _config(args: argparse.Namespace, raw: JsonObject, world: int, examples: int) -> JsonObject:
     """The resolved DeepSpeed config, with the number of "steps" beside it."""
     raw = copy.deepcopy(raw)
     if all(raw.get(key, "auto") == "auto" for key in BATCH_KEYS[:2]):
@@ -202,7 +208,7 @@ def _config(args: argparse.Namespace, raw: dict[str, Any], world: int, examples:
     return {**config, "steps": steps}
 
 
-def warn_small(config: dict[str, Any], examples: int, steps: int, *, adapters: bool) -> None:
+def warn_small(config: JsonObject, examples: int, steps: int, *, adapters: bool) -> None:
     """Warns where MoLS measures less than it seems to. Raises MolsConfigError where it would come to no rates at all.
 
     `config` is resolved; `examples` is how many are trained on.
@@ -235,8 +241,8 @@ def warn_small(config: dict[str, Any], examples: int, steps: int, *, adapters: b
         )
 
 
-def _identity(args: argparse.Namespace, data: Tokenized) -> dict[str, Any]:
-    identity = {"method": args.method, "data": data.digest}
+def _identity(args: argparse.Namespace, data: Tokenized) -> dict[str, object]:
+    identity: dict[str, object] = {"method": args.method, "data": data.digest}
     return identity if args.method == "full" else {**identity, "lora-rank": args.lora_rank or RANK}
 
 
@@ -253,7 +259,7 @@ def _adapters(args: argparse.Namespace) -> AdapterSettings | None:
     )
 
 
-def _model(args: argparse.Namespace, config: dict[str, Any], vocab_size: int, rank: int) -> torch.nn.Module:
+def _model(args: argparse.Namespace, config: JsonObject, vocab_size: int, rank: int) -> torch.nn.Module:
     """The model of an arm: equal weights for equal arguments. Sharded from the start under stage 3."""
     sharded = zero_init(config)
     model = build(
@@ -269,7 +275,7 @@ def _model(args: argparse.Namespace, config: dict[str, Any], vocab_size: int, ra
 
 
 def _say_what(
-    args: argparse.Namespace, config: dict[str, Any], data: Tokenized, held_out: Tokenized, steps: int, world: int
+    args: argparse.Namespace, config: JsonObject, data: Tokenized, held_out: Tokenized, steps: int, world: int
 ) -> None:
     stage = config.get("zero_optimization", {}).get("stage", 0)
     precision = str(model_dtype(config)).removeprefix("torch.")
@@ -297,7 +303,11 @@ def _asked(args: argparse.Namespace) -> evaluate.Evaluation | None:
 
 
 def _after(
-    args: argparse.Namespace, folders: list[Path], asked: evaluate.Evaluation | None, tokenizer: Any, dtype: torch.dtype
+    args: argparse.Namespace,
+    folders: list[Path],
+    asked: evaluate.Evaluation | None,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
 ) -> None:
     """On rank 0: says where the weights are, and evaluates those of each arm. A task that fails is a line on stderr."""
     name = MODEL if args.method == "full" else ADAPTER

@@ -16,11 +16,12 @@ from megatron_patches.rng_state import RandomState
 from mols_ds.apps.train_megatron.checkpoint import TorchDistCheckpoint
 from mols_ds.apps.train_megatron.dataset import Batch
 from mols_ds.core.handle import Handle
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsError
 from mols_ds.training.megatron_build import Built, build
 from mols_ds.training.megatron_config import GridSizes, transformer_config
 from mols_ds.training.megatron_settings import Settings
-from mols_ds.training.train_job import Counted, Section, StepResult, TrainBackend, TrainJob
+from mols_ds.training.train_job import StepResult, TrainBackend, TrainJob
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -49,7 +50,7 @@ class MegatronSetup:
     engine: bool
 
     @property
-    def section(self) -> Section | None:
+    def section(self) -> JsonObject | None:
         """See `TrainSetup`."""
         return self.settings.mols
 
@@ -59,7 +60,7 @@ class MegatronSetup:
         name = self.settings.optimizer.name
         return "Adam" if name == "adam" else name
 
-    def with_section(self, section: Section | None) -> MegatronSetup:
+    def with_section(self, section: JsonObject | None) -> MegatronSetup:
         """See `TrainSetup`."""
         return replace(self, settings=self.settings.with_mols(section))
 
@@ -180,11 +181,11 @@ class MegatronBackend(TrainBackend):
 
     # -- checkpoints
 
-    def checkpoint_writer(self, step: int, counted: Counted) -> Callable[[Path], None]:
+    def checkpoint_writer(self, step: int, counted: JsonObject) -> Callable[[Path], None]:
         """See `TrainBackend`."""
         return self.checkpoint.writer({**counted, "step": step})
 
-    def load_checkpoint(self, folder: Path, tag: str | None) -> Counted | None:
+    def load_checkpoint(self, folder: Path, tag: str | None) -> JsonObject | None:
         """See `TrainBackend`."""
         assert tag is not None  # not `universal`
         return self.checkpoint.load(folder, tag)

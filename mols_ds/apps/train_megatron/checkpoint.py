@@ -15,10 +15,10 @@ from torch import distributed as dist
 
 from megatron_patches.rng_state import RandomState
 from mols_ds.core.handle import Handle
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsCheckpointError
 from mols_ds.training.megatron_build import Built
 from mols_ds.training.sources import one_line
-from mols_ds.training.train_job import Counted
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -50,7 +50,7 @@ class TorchDistCheckpoint:
         self.built, self.mols = built, mols
         self.metadata = SHARDING[reshardable]
 
-    def writer(self, counted: Counted) -> Callable[[Path], None]:
+    def writer(self, counted: JsonObject) -> Callable[[Path], None]:
         """Takes the state as it is now. The result writes it, with `counted`, into a folder."""
         from megatron.core import dist_checkpointing
 
@@ -63,7 +63,7 @@ class TorchDistCheckpoint:
 
         return write
 
-    def load(self, folder: Path, tag: str) -> Counted | None:
+    def load(self, folder: Path, tag: str) -> JsonObject | None:
         """Loads checkpoint `tag` of `folder`. Returns its `counted`; None where it is another program's.
 
         Raises MolsCheckpointError where it cannot be loaded.
@@ -94,7 +94,7 @@ class TorchDistCheckpoint:
         state = RandomState()
         state.saved = loaded.get("random")
         state.restore()
-        counted: Counted = loaded["job"]
+        counted: JsonObject = loaded["job"]
         return counted
 
     def _models(self) -> list[GPTModel]:
