@@ -89,17 +89,17 @@ class Trainer:
 
     # -- checkpoints
 
+    @property
+    def identity(self) -> JsonObject:
+        """Settings by name that a resumed run must share with its checkpoint."""
+        return {"steps": self.job.steps, "seed": self.job.seed, **self.backend.identity}
+
     def save(self) -> None:
         """Saves a checkpoint of this update. Raises MolsTrainingError where weights are not finite."""
-        job, backend = self.job, self.backend
+        backend = self.backend
         refuse_non_finite(backend.parameters(), self.updates, backend.agree)
-        counted: JsonObject = {
-            "probe_steps": self.probe_steps,
-            "ahead": self.ahead,
-            "steps": job.steps,
-            "seed": job.seed,
-        }
-        write = backend.checkpoint_writer(self.updates, {**counted, **backend.identity})
+        counted = {"probe_steps": self.probe_steps, "ahead": self.ahead, **self.identity}
+        write = backend.checkpoint_writer(self.updates, counted)
         self.checkpointer.save(f"step{self.updates}", write)
         self.saved = self.updates
 
@@ -108,12 +108,12 @@ class Trainer:
 
         Raises MolsCheckpointError where there is none, or where it is another run's.
         """
-        job, backend = self.job, self.backend
+        backend = self.backend
         tag = None if backend.universal else self.checkpointer.newest()
         counted = backend.load_checkpoint(self.folder, tag)
         if counted is None:
             raise MolsCheckpointError(f"--resume: {self.folder} holds no checkpoint of this program")
-        for key, now in {"steps": job.steps, "seed": job.seed, **backend.identity}.items():
+        for key, now in self.identity.items():
             if counted.get(key) != now:
                 made = f"{backend.option.format(key)} {counted.get(key)}"
                 raise MolsCheckpointError(f"--resume: the checkpoint was made with {made}, not {now}")
