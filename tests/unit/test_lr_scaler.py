@@ -75,14 +75,16 @@ def test_views_equal_separate_tensors_bit_for_bit(name: str) -> None:
 def test_delta_from_the_first_step(name: str) -> None:
     """A missing state (first step) and every step of an optimizer that is not known to be elementwise go by delta.
 
-    The step is proportional to lr, so only rounding is left: two roundings of a weight of size 3 a step.
+    The step is proportional to lr, so only rounding is left. A weight below 4 is rounded by up to u = 1.2e-7: in each
+    of the 6 steps, the first rounding is scaled by a rate of up to 3, one puts the scaled step on the old weight, and
+    the expected weight has one of its own: 5 u x 6 = 3.6e-6. Measured: up to 1.4e-6.
     """
     expected = separate(OPTIMIZERS[name])
     for force_delta in (False, True):
         flat, optimizer, scaler = scaled(OPTIMIZERS[name])
         scaler.elementwise = scaler.elementwise and not force_delta
         step_all(flat, optimizer)
-        torch.testing.assert_close(flat.detach()[:-PADDING], expected, rtol=0, atol=2e-6)
+        torch.testing.assert_close(flat.detach()[:-PADDING], expected, rtol=0, atol=4e-6)
         moved = (flat.detach() - flat_case()[0].detach())[:-PADDING].abs()
         # Adadelta's steps are tiny by nature; all others move far beyond the tolerance.
         assert float(moved.mean()) > (1e-5 if name == "Adadelta" else 1e-3)

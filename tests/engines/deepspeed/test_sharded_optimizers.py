@@ -21,8 +21,10 @@ from tests.helpers.tiers import Cases
 pytestmark = pytest.mark.timeout(700)  # one test waits for its whole launch; seconds, on a busy machine minutes
 
 WORLD, WIDE_WORLD = 2, 4
-# float32 on both sides, sums in another order: an ulp of weights near 1 (1.2e-7) a step. Measured: up to 3.6e-7.
-ATOL = 1e-6
+# float32 on both sides, sums in another order. A weight between 1 and 2 is rounded by up to 6e-8. In each of 5 steps,
+# either side rounds it once before its step is scaled by a rate of up to 3, and once after: 2 x 5 x 4 x 6e-8 = 2.4e-6.
+# Measured: up to 6e-7.
+ATOL = 3e-6
 MOVED = 1e-3
 FLIPS = 2  # elements of a model that rounding may put on the other side of a border between two clusters of SGG
 KINDS = tuple(SETTINGS)
@@ -56,7 +58,7 @@ OTHERS: Cases[tuple[Any, ...]] = Cases(
         *(("resume", "lamb", 2), ("resume", "adam_mini", 1), ("resume", "sgg", 0), ("resume", "sgg", 2)),
     ],
 )
-WIDE: Cases[tuple[Any, ...]] = Cases(
+WIDE_WORLD: Cases[tuple[Any, ...]] = Cases(
     [*(("train", *case) for case in WIDE_TRAINED), *(("load universal", *case) for case in MOVED_ON)],
     full=[("train", "adam_mini", "gpt2", 1, True), ("train", "sgg", "llama", 3, False)],
 )
@@ -87,7 +89,7 @@ def others() -> Results:
 @functools.cache
 def wide() -> Results:
     others()  # saves what is loaded here
-    return run_cases(work, WIDE_WORLD, [placed(case) for case in WIDE.wanted], timeout=120)
+    return run_cases(work, WIDE_WORLD, [placed(case) for case in WIDE_WORLD.wanted], timeout=120)
 
 
 def outcomes(world: int, *case: Any) -> list[Any]:
@@ -182,12 +184,12 @@ def test_a_resumed_run_goes_on_bit_for_bit(kind: str, stage: int) -> None:
         assert prints["saved"][0] != prints["saved"][-1]
 
 
-@WIDE.parametrize(("kind", "name", "stage", "mols"), WIDE_TRAINED, reads=lambda case: [("train", *case)])
+@WIDE_WORLD.parametrize(("kind", "name", "stage", "mols"), WIDE_TRAINED, reads=lambda case: [("train", *case)])
 def test_weights_on_four_ranks_equal_the_single_process_twin(kind: str, name: str, stage: int, mols: bool) -> None:
     assert_trained(WIDE_WORLD, kind, name, stage, mols)
 
 
-@WIDE.parametrize(("kind", "stage"), MOVED_ON, reads=lambda case: [("load universal", *case)])
+@WIDE_WORLD.parametrize(("kind", "stage"), MOVED_ON, reads=lambda case: [("load universal", *case)])
 @OTHERS.reads(*(("save universal", *case) for case in MOVED_ON))
 def test_moments_move_with_a_universal_checkpoint(kind: str, stage: int) -> None:
     """From two ranks to four; SGG's clusters do not, and it says so."""
