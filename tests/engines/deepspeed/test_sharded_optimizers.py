@@ -58,7 +58,7 @@ OTHERS: Cases[tuple[Any, ...]] = Cases(
         *(("resume", "lamb", 2), ("resume", "adam_mini", 1), ("resume", "sgg", 0), ("resume", "sgg", 2)),
     ],
 )
-WIDE_WORLD: Cases[tuple[Any, ...]] = Cases(
+WIDE: Cases[tuple[Any, ...]] = Cases(
     [*(("train", *case) for case in WIDE_TRAINED), *(("load universal", *case) for case in MOVED_ON)],
     full=[("train", "adam_mini", "gpt2", 1, True), ("train", "sgg", "llama", 3, False)],
 )
@@ -89,7 +89,7 @@ def others() -> Results:
 @functools.cache
 def wide() -> Results:
     others()  # saves what is loaded here
-    return run_cases(work, WIDE_WORLD, [placed(case) for case in WIDE_WORLD.wanted], timeout=120)
+    return run_cases(work, WIDE_WORLD, [placed(case) for case in WIDE.wanted], timeout=120)
 
 
 def outcomes(world: int, *case: Any) -> list[Any]:
@@ -184,12 +184,12 @@ def test_a_resumed_run_goes_on_bit_for_bit(kind: str, stage: int) -> None:
         assert prints["saved"][0] != prints["saved"][-1]
 
 
-@WIDE_WORLD.parametrize(("kind", "name", "stage", "mols"), WIDE_TRAINED, reads=lambda case: [("train", *case)])
+@WIDE.parametrize(("kind", "name", "stage", "mols"), WIDE_TRAINED, reads=lambda case: [("train", *case)])
 def test_weights_on_four_ranks_equal_the_single_process_twin(kind: str, name: str, stage: int, mols: bool) -> None:
     assert_trained(WIDE_WORLD, kind, name, stage, mols)
 
 
-@WIDE_WORLD.parametrize(("kind", "stage"), MOVED_ON, reads=lambda case: [("load universal", *case)])
+@WIDE.parametrize(("kind", "stage"), MOVED_ON, reads=lambda case: [("load universal", *case)])
 @OTHERS.reads(*(("save universal", *case) for case in MOVED_ON))
 def test_moments_move_with_a_universal_checkpoint(kind: str, stage: int) -> None:
     """From two ranks to four; SGG's clusters do not, and it says so."""
