@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from mols_ds.core.groups import ElementLayout
 from mols_ds.core.ranges import ShardRange
+from mols_ds.core.step_guard import StepGuard
 
 ParamGroup = dict[str, Any]
 MAX_SEGMENTS = 16
@@ -122,8 +123,8 @@ class _Derived(NamedTuple):
         for key, value in self.told.items():
             if key in ("lr", "params"):
                 continue
-            old = self.group.get(key)
-            if isinstance(old, Tensor) and isinstance(value, Tensor) and value is self.made.get(key):
+            old, in_place = self.group.get(key), value is self.made.get(key)
+            if in_place and isinstance(old, Tensor):
                 old.copy_(value)
             else:
                 self.group[key] = value
@@ -144,6 +145,10 @@ class LRScaler:
             temporary groups. Not given: as `elementwise`.
         parallel_list: attribute that the optimizer zips with `param_groups`, an entry {"params": [None, ...]} for each
             group; it is replaced for the step. "" = there is none.
+
+    Attributes:
+        watching: whether scaled steps are compared before and after (see `StepGuard`).
+        problem: what the first such step that went wrong did, in words; "" = none.
     """
 
     def __init__(
@@ -164,6 +169,9 @@ class LRScaler:
         self.shared_counter = shared_counter
         self.groups_only = elementwise if groups_only is None else groups_only
         self.parallel_list = parallel_list
+        self.watching = False
+        self.problem = ""
+        self._guard: StepGuard | None = None
         self._saved_list: list[ParamGroup] | None = None
         self._saved: list[ParamGroup] | None = None
         self._derived: list[_Derived] = []
@@ -182,7 +190,7 @@ class LRScaler:
 
     def restore(self) -> None:
         """Put the user's parameter groups back, also after a step that raised half-way."""
-        self._deltas = []
+        self._deltas, self._guard = [], None
         if self._saved is None:
             return
         self.optimizer.param_groups = self._saved
@@ -203,6 +211,8 @@ class LRScaler:
                 self._regroup(multipliers)
             else:
                 self._remember(multipliers)
+            if self.watching:
+                self._guard = StepGuard(optimizer, self._own_groups)
 
     def _regroup(self, multipliers: Mapping[str, float]) -> None:
         """Put temporary groups in the place of the optimizer's, one for each rate."""
@@ -307,14 +317,21 @@ class LRScaler:
         self._slices.append(_Slices(tensor, list(views)))
         return [(rate, view) for (_, _, rate), view in zip(runs, views, strict=True)]
 
+    @property
+    def _own_groups(self) -> list[ParamGroup]:
+        """The optimizer's own parameter groups, also while it sees temporary ones."""
+        return self.optimizer.param_groups if self._saved is None else self._saved
+
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         with torch.no_grad():
+            for derived in self._derived:
+                derived.write_back()
+            if self._guard is not None:
+                self.problem = self.problem or self._guard.problem(self._own_groups)
             for slices in self._slices:
                 _write_back(optimizer, slices)
             for view, old, scale in self._deltas:
                 view.copy_(old.lerp_(view, scale))
-            for derived in self._derived:
-                derived.write_back()
         self.restore()
 
 
