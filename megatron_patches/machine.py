@@ -18,17 +18,25 @@ Capability = tuple[int, int]
 
 
 class Recipe(NamedTuple):
-    """What a low-precision recipe needs: the least Transformer Engine, the least compute capability."""
+    """What a low-precision recipe needs of Transformer Engine, of the device and of CUDA.
+
+    engine: the least version. capability: the least compute capability. below: a compute capability from which on
+    Transformer Engine refuses the recipe, or None. cuda: the least version of CUDA, or None.
+    """
 
     engine: str
     capability: Capability
+    below: Capability | None = None
+    cuda: Capability | None = None
 
 
 RECIPES: dict[str, Recipe] = {
     "delayed": Recipe("1.0", (8, 9)),  # one scale a tensor, from the largest values of earlier steps
     "tensorwise": Recipe("2.2.0.dev0", (8, 9)),  # one scale a tensor, from its own largest value
-    "blockwise": Recipe("2.3.0.dev0", (9, 0)),  # one fp32 scale a block of 128 (gradients, activations) or 128 x 128
-    "mxfp8": Recipe("2.1.0", (10, 0)),  # one power of two for each 32 values
+    "blockwise": Recipe(
+        "2.3.0.dev0", (9, 0), cuda=(12, 9)
+    ),  # one fp32 scale a block of 128 (gradients, activations) or 128 x 128
+    "mxfp8": Recipe("2.1.0", (10, 0), below=(12, 0)),  # one power of two for each 32 values
     "nvfp4": Recipe("2.7.0.dev0", (10, 0)),  # one FP8 scale for each 16 values of FP4
     "custom": Recipe("2.1.0", (8, 9)),  # whatever the user's quantizer factory does
 }
@@ -45,6 +53,7 @@ class Machine:
         apex: whether NVIDIA apex's FusedAdam can be used (PyPI's `apex` is another package).
         apex_missing: why not, or "".
         wgrad_kernel: whether apex's `fused_weight_gradient_mlp_cuda` is there.
+        cuda: version of CUDA that torch was built with, or None without it.
     """
 
     engine: str | None
@@ -53,6 +62,7 @@ class Machine:
     apex: bool = False
     apex_missing: str = ""
     wgrad_kernel: bool = False
+    cuda: Capability | None = None
 
 
 def find_transformer_engine() -> tuple[str | None, str]:
@@ -93,12 +103,20 @@ def device_capability() -> Capability | None:
     return int(major), int(minor)
 
 
+def cuda_version() -> Capability | None:
+    """Version of CUDA that torch was built with, which decides about the matrix products that its libraries have."""
+    if torch.version.cuda is None:
+        return None
+    major, minor = torch.version.cuda.split(".")[:2]
+    return int(major), int(minor)
+
+
 def probe_machine() -> Machine:
     """What this process can use."""
     engine, why = find_transformer_engine()
     apex, why_not = find_apex()
     kernel = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    return Machine(engine, why, device_capability(), apex, why_not, kernel)
+    return Machine(engine, why, device_capability(), apex, why_not, kernel, cuda_version())
 
 
 def _line(error: BaseException) -> str:

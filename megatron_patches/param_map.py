@@ -136,6 +136,11 @@ def local_parameters(model_chunks: Sequence[nn.Module], grid: ProcessGrid) -> li
     return found
 
 
+_SHARDED_UNMARKED = ".softmax_offset"
+"""Learnable offsets of the softmax, one for each of this rank's heads: cut along dimension 0 and not marked as such
+(transformer/dot_product_attention.py)."""
+
+
 def _local(
     parameter: nn.Parameter, name: str, owner: nn.Module, layers: dict[str, int], model: nn.Module, grid: ProcessGrid
 ) -> LocalParameter:
@@ -143,11 +148,12 @@ def _local(
     of_expert = bool(_EXPERT.search(name))
     over_experts = expert or of_expert  # without expert parallelism experts are in the dense buffers, but cut the same
     size, rank = (grid.expert_tensor, grid.expert_tensor_rank) if over_experts else (grid.tensor, grid.tensor_rank)
-    sharded = bool(getattr(parameter, "tensor_model_parallel", False)) and not _duplicated(owner, of_expert)
+    marked = bool(getattr(parameter, "tensor_model_parallel", False)) and not _duplicated(owner, of_expert)
+    sharded = marked or name.endswith(_SHARDED_UNMARKED)
     shape = list(shape_of(parameter))
     start = 0
     if sharded and size > 1:
-        dim = int(getattr(parameter, "partition_dim", 0))
+        dim = int(getattr(parameter, "partition_dim", 0)) if marked else 0
         start = rank * math.prod(shape) if dim == 0 else 0
         shape[dim] *= size
     if _GROUPED.search(name):

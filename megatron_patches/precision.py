@@ -80,7 +80,8 @@ def check(
 
     Raises:
         MolsUnsupportedError: FP8 or FP4 without Transformer Engine, without a device that has it, or with a version
-            that lacks the recipe; fused weight gradients without a kernel for them.
+            that lacks the recipe; fused weight gradients without apex's kernel; primary weights in FP4; CUDA graphs of
+            full iterations.
         MolsConfigError: an unknown recipe, or model and optimizer that are told different ones.
     """
     machine = probe_machine() if machine is None else machine
@@ -88,10 +89,29 @@ def check(
     if asked is not None:
         _check_low_precision(*asked, machine)
         _check_agreement(*asked, optimizer_config)
-    if getattr(model_config, "gradient_accumulation_fusion", False) and not (machine.wgrad_kernel or machine.engine):
+    if getattr(model_config, "gradient_accumulation_fusion", False) and not machine.wgrad_kernel:
         raise MolsUnsupportedError(
-            "gradient_accumulation_fusion: neither Transformer Engine nor apex's fused_weight_gradient_mlp_cuda is "
-            "there; install one of them or set gradient_accumulation_fusion to false"
+            "gradient_accumulation_fusion needs apex's fused_weight_gradient_mlp_cuda, which is not there (the output "
+            "layer is Megatron's own also with Transformer Engine): build apex with its CUDA extensions or set "
+            "gradient_accumulation_fusion to false"
+        )
+    _check_setting(model_config)
+
+
+def _check_setting(model_config: object) -> None:
+    """What needs a setting that is never made, or passes by the hooks that MoLS relies on, on any machine."""
+    if getattr(model_config, "fp4_param", False):
+        raise MolsUnsupportedError(
+            "MoLS does not support fp4_param (primary weights in FP4): they need the optimizer's fp4_param_gather; set "
+            "fp4_param to false"
+        )
+    scopes = getattr(model_config, "cuda_graph_scope", None) or ()
+    scopes = scopes.split(",") if isinstance(scopes, str) else scopes
+    if any("full_iteration" in (scope, getattr(scope, "name", None)) for scope in scopes):
+        raise MolsUnsupportedError(
+            "MoLS does not support CUDA graphs of full iterations (cuda_graph_scope full_iteration): a replayed "
+            "forward calls no hook, so a probe window could not give the random state back; use cuda_graph_scope attn, "
+            "or cuda_graph_impl none"
         )
 
 
@@ -117,6 +137,18 @@ def _check_low_precision(kind: str, recipe: str, machine: Machine) -> None:
         raise MolsUnsupportedError(
             f"{kind} (recipe {recipe}) needs compute capability {least} or newer, this device has {now}; "
             f"{hint}{way_out}"
+        )
+    if need.below is not None and machine.capability >= need.below:
+        raise MolsUnsupportedError(
+            f"{kind} (recipe {recipe}): Transformer Engine has it below compute capability "
+            f"{'.'.join(map(str, need.below))} only, this device has {'.'.join(map(str, machine.capability))}; take "
+            f"another recipe, {way_out}"
+        )
+    if need.cuda is not None and (machine.cuda is None or machine.cuda < need.cuda):
+        now = "none" if machine.cuda is None else ".".join(map(str, machine.cuda))
+        raise MolsUnsupportedError(
+            f"{kind} (recipe {recipe}) needs CUDA {'.'.join(map(str, need.cuda))} or newer, torch was built with "
+            f"{now}; take another recipe, {way_out}"
         )
     if Version(machine.engine) < Version(need.engine):
         raise MolsUnsupportedError(

@@ -9,10 +9,14 @@ A tensor whose elements belong to several groups (a ZeRO flat shard, a fused pro
 - **delta**: a range is stepped with its largest multiplier `lead`, then w = w_old + (s / lead) * (w_new - w_old) on
   the other ranges, with a transient copy of just those. Exact for every update that is proportional to lr (decoupled
   weight decay included). For interleaved ranges (GPT-2's columns) and optimizers that look at whole tensors.
+
+An optimizer that is not known to find its tensors in `param_groups` alone never sees temporary groups: it takes its own
+step at the base rate, and every scaled range is corrected by delta with lead = 1. That costs a transient copy of them.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +27,7 @@ from torch.optim import Optimizer
 
 from mols_ds.core.groups import ElementLayout
 from mols_ds.core.ranges import ShardRange
+from mols_ds.core.step_guard import StepGuard
 
 ParamGroup = dict[str, Any]
 MAX_SEGMENTS = 16
@@ -106,6 +111,25 @@ class _Slices(NamedTuple):
     views: list[Tensor]
 
 
+class _Derived(NamedTuple):
+    """A parameter group, the temporary one that tells what its values become, and that one as it was made."""
+
+    group: ParamGroup
+    told: ParamGroup
+    made: ParamGroup
+
+    def write_back(self) -> None:
+        """Give the group, once, the values after the step. A tensor that was changed in place stays the same object."""
+        for key, value in self.told.items():
+            if key in ("lr", "params"):
+                continue
+            old, in_place = self.group.get(key), value is self.made.get(key)
+            if in_place and isinstance(old, Tensor):
+                old.copy_(value)
+            else:
+                self.group[key] = value
+
+
 class LRScaler:
     """Scales the rates of `optimizer` by module group through its step hooks, from construction until `remove()`.
 
@@ -117,6 +141,14 @@ class LRScaler:
             optimizer may be stepped on views.
         shared_counter: whether the optimizer counts a step on the last tensor of a list only, as DeepSpeed's fused ones
             do (ops/adam/fused_adam.py).
+        groups_only: whether the optimizer's step finds its tensors in `param_groups` alone, so that it may see
+            temporary groups. Not given: as `elementwise`.
+        parallel_list: attribute that the optimizer zips with `param_groups`, an entry {"params": [None, ...]} for each
+            group; it is replaced for the step. "" = there is none.
+
+    Attributes:
+        watching: whether scaled steps are compared before and after (see `StepGuard`).
+        problem: what the first such step that went wrong did, in words; "" = none.
     """
 
     def __init__(
@@ -127,14 +159,22 @@ class LRScaler:
         *,
         elementwise: bool,
         shared_counter: bool = False,
+        groups_only: bool | None = None,
+        parallel_list: str = "",
     ) -> None:
         self.optimizer = optimizer
         self.plans = dict(plans)
         self.multipliers = multipliers
         self.elementwise = elementwise
         self.shared_counter = shared_counter
+        self.groups_only = elementwise if groups_only is None else groups_only
+        self.parallel_list = parallel_list
+        self.watching = False
+        self.problem = ""
+        self._guard: StepGuard | None = None
+        self._saved_list: list[ParamGroup] | None = None
         self._saved: list[ParamGroup] | None = None
-        self._derived: list[tuple[ParamGroup, ParamGroup]] = []
+        self._derived: list[_Derived] = []
         self._slices: list[_Slices] = []
         self._deltas: list[_Delta] = []
         self._hooks = [
@@ -150,38 +190,79 @@ class LRScaler:
 
     def restore(self) -> None:
         """Put the user's parameter groups back, also after a step that raised half-way."""
+        self._deltas, self._guard = [], None
         if self._saved is None:
             return
         self.optimizer.param_groups = self._saved
+        if self._saved_list is not None:
+            setattr(self.optimizer, self.parallel_list, self._saved_list)
         for slices in self._slices:
             for view in slices.views:
                 self.optimizer.state.pop(view, None)
-        self._saved, self._derived, self._slices, self._deltas = None, [], [], []
+        self._saved, self._saved_list, self._derived, self._slices = None, None, [], []
 
     def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.restore()
         multipliers = {g: m for g, m in self.multipliers().items() if m != 1.0}
         if not multipliers:
             return
+        with torch.no_grad():
+            if self.groups_only:
+                self._regroup(multipliers)
+            else:
+                self._remember(multipliers)
+            if self.watching:
+                self._guard = StepGuard(optimizer, self._own_groups)
+
+    def _regroup(self, multipliers: Mapping[str, float]) -> None:
+        """Put temporary groups in the place of the optimizer's, one for each rate."""
+        optimizer, saved = self.optimizer, self.optimizer.param_groups
         groups: list[ParamGroup] = []
-        saved = optimizer.param_groups
         if self.shared_counter:
             _align_counters(optimizer)
-        with torch.no_grad():
-            for group in saved:
-                by_rate: dict[float, list[Tensor]] = {}
-                for tensor in group["params"]:
-                    for rate, part in self._cut(tensor, multipliers):
-                        by_rate.setdefault(rate, []).append(part)
-                groups += self._derive(group, by_rate)
+        for group in saved:
+            by_rate: dict[float, list[Tensor]] = {}
+            for tensor in group["params"]:
+                for rate, part in self._cut(tensor, multipliers):
+                    by_rate.setdefault(rate, []).append(part)
+            groups += self._derive(group, by_rate)
         self._saved = saved
         optimizer.param_groups = groups
+        if self.parallel_list:
+            self._saved_list = getattr(optimizer, self.parallel_list)
+            setattr(optimizer, self.parallel_list, [{"params": [None] * len(group["params"])} for group in groups])
+
+    def _remember(self, multipliers: Mapping[str, float]) -> None:
+        """Leave the optimizer's groups as they are, and remember the weights of every range that is scaled."""
+        for group in self.optimizer.param_groups:
+            for tensor in group["params"]:
+                plan = self.plans.get(id(tensor))
+                if plan is None:
+                    continue
+                if len(plan.segments) == 1 and not plan.interleaved:
+                    self._delta(tensor.detach(), plan.segments[0].rate(multipliers))
+                    continue
+                flat = tensor.detach().view(-1)
+                for segment in plan.segments:
+                    if len(segment.groups) == 1:
+                        self._delta(flat[segment.lo : segment.hi], segment.rate(multipliers))
+                for segment, start, layout in plan.interleaved:
+                    for name, view in layout.views(flat[segment.lo : segment.hi], start):
+                        self._delta(view, multipliers.get(name, 1.0))
 
     def _derive(self, group: ParamGroup, by_rate: Mapping[float, list[Tensor]]) -> list[ParamGroup]:
+        """Temporary groups of one group, each with copies of what a step may change in place (a counter, a list)."""
         if not by_rate or set(by_rate) == {1.0}:
             return [group]
-        derived = [{**group, "lr": group["lr"] * rate, "params": parts} for rate, parts in by_rate.items()]
-        self._derived.append((group, derived[0]))
+        kept = {key: value for key, value in group.items() if key != "params"}
+        derived = [
+            {key: _copied(value) for key, value in kept.items()} | {"lr": group["lr"] * rate, "params": parts}
+            for rate, parts in by_rate.items()
+        ]
+        # An optimizer may count in groups with a gradient only: such a one tells what the group's values become.
+        stepped = (one for one in derived if any(part.grad is not None for part in one["params"]))
+        told = next(stepped, derived[0])
+        self._derived.append(_Derived(group, told, dict(told)))
         return derived
 
     def _cut(self, tensor: Tensor, multipliers: Mapping[str, float]) -> list[tuple[float, Tensor]]:
@@ -236,17 +317,29 @@ class LRScaler:
         self._slices.append(_Slices(tensor, list(views)))
         return [(rate, view) for (_, _, rate), view in zip(runs, views, strict=True)]
 
+    @property
+    def _own_groups(self) -> list[ParamGroup]:
+        """The optimizer's own parameter groups, also while it sees temporary ones."""
+        return self.optimizer.param_groups if self._saved is None else self._saved
+
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if self._saved is None:
-            return
         with torch.no_grad():
+            for derived in self._derived:
+                derived.write_back()
+            if self._guard is not None:
+                self.problem = self.problem or self._guard.problem(self._own_groups)
             for slices in self._slices:
                 _write_back(optimizer, slices)
             for view, old, scale in self._deltas:
                 view.copy_(old.lerp_(view, scale))
-        for group, derived in self._derived:
-            group.update({k: v for k, v in derived.items() if k not in ("lr", "params")})
         self.restore()
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a value of a parameter group that a step may change in place; any other value itself."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return copy.deepcopy(value) if isinstance(value, list | dict | set) else value
 
 
 def _sliceable(value: object, tensor: Tensor) -> bool:

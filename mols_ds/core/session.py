@@ -29,6 +29,8 @@ from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsError
 
 Key = TypeVar("Key")
+GUARDED_STEPS = 2
+"""So many scaled steps are watched: one that creates optimizer state, and one that finds it there."""
 
 
 class Session(Handle, ABC):
@@ -52,6 +54,7 @@ class Session(Handle, ABC):
         self.scalers: list[LRScaler] = []
         self._sampling = self._sampled = self._stepping = False
         self._step_number = 0
+        self._to_guard = GUARDED_STEPS
 
     @property
     def controller(self) -> Controller:
@@ -98,6 +101,10 @@ class Session(Handle, ABC):
 
         Returns:
             Whether `stock` was called.
+
+        Raises:
+            MolsError: on every rank; in one of the first scaled steps the optimizer left a tensor out or stepped it
+                twice.
         """
         controller = self.controller
         if controller.discards_steps:
@@ -107,6 +114,9 @@ class Session(Handle, ABC):
         self._sampling, self._sampled = controller.measuring and self.config.mode == "online", False
         reads_moments = controller.reads_moments_next
         self._step_number, self._stepping = t + 1, True
+        guarded = self._to_guard > 0 and any(rate != 1.0 for rate in controller.rates(t).values())
+        for scaler in self.scalers:
+            scaler.watching = guarded
         try:
             self._before_step()
             updated = stock()
@@ -116,9 +126,22 @@ class Session(Handle, ABC):
                 scaler.restore()
         if updated:
             controller.applied(t, base)
+        if updated and guarded:
+            self._check_stepped()
         self._close_step(updated, reads_moments)
         controller.advance(self.steps)
         return True
+
+    def _check_stepped(self) -> None:
+        """End a guarded step: all ranks hear whether one of them saw a wrong step. One reduction of 8 bytes."""
+        self._to_guard -= 1
+        problem = next((scaler.problem for scaler in self.scalers if scaler.problem), "")
+        if not self.agree(not problem):
+            raise MolsError(
+                problem
+                or "the optimizer of another rank left tensors with a gradient where they were, or counted a scaled "
+                "step twice: see that rank's message"
+            )
 
     def _probe(self) -> None:
         """Measure this boundary's gradient and discard it. One 8-byte reduction takes the place of the norm's."""

@@ -30,10 +30,20 @@ but this package's version sums over the shards: any stage.
 """
 
 TORCH, DEEPSPEED, APEX, COLLECTED = "torch.optim", "deepspeed.ops", "apex.optimizers", "pytorch_optimizer"
-"""Prefixes of modules, as `elementwise_in` takes them."""
+ENGINE, EIGHT_BIT = "transformer_engine", "bitsandbytes"
+OURS, EMULATED = "mols_ds.optim", "megatron_patches.cpu"
+"""Prefixes of modules, as `elementwise_in` and `groups_only_in` take them."""
+PARALLEL_LISTS = ("param_groups_master",)
+"""Attributes in which an optimizer keeps one entry for each parameter group, made once, and zips the two in its step.
+
+apex's FusedAdam (apex/optimizers/fused_adam.py) and that of Transformer Engine 1.8 and 1.9 do: each entry is
+{"params": [None or an fp32 master weight, ...]}.
+"""
+INDEX_TABLES = ("index2config", "pid2config", "module_weight_config_triple")
+"""Attributes of bitsandbytes' manager: settings of single tensors by number of parameter group and place in it."""
 WHOLE_TENSOR_OPTIONS = ("cautious", "use_gc", "adanorm")
 """Options of pytorch-optimizer's parameter groups, of any class, with which an update reads whole tensors."""
-OTHER_STATE = ("bitsandbytes",)
+OTHER_STATE = (EIGHT_BIT,)
 """Packages whose optimizers keep their moments under other names than exp_avg and exp_avg_sq."""
 
 
@@ -56,6 +66,8 @@ class OptimizerClass:
     reads: see `Reads`.
     elementwise_in: prefixes of modules. A class of this name from there may be stepped on views of its tensors: an
         element's update reads that element's weight, gradient and state only.
+    groups_only_in: prefixes of modules besides those. The step of a class of this name from there finds its tensors and
+        settings in `param_groups` alone, whose number may change from step to step, or in one of `PARALLEL_LISTS`.
     shared_counter: whether one step counter serves a parameter group: the state of its last tensor holds it.
     adam_moments: whether two betas mean Adam's two moments of each element in exp_avg and exp_avg_sq.
     refused: why a rate per module cannot be given by its lr; "" = it can. instead: what to use.
@@ -65,6 +77,7 @@ class OptimizerClass:
     name: str
     reads: Reads = "elements"
     elementwise_in: tuple[str, ...] = ()
+    groups_only_in: tuple[str, ...] = ()
     shared_counter: bool = False
     adam_moments: bool = True
     refused: str = ""
@@ -155,14 +168,31 @@ class Entry:
             raise MolsConfigError(f"optimizer {self.name} comes from {self.source}: {way_out} ({error})") from error
 
 
-def _elementwise(name: str, *modules: str, shared_counter: bool = False, adam_moments: bool = True) -> OptimizerClass:
+def _elementwise(
+    name: str,
+    *modules: str,
+    shared_counter: bool = False,
+    adam_moments: bool = True,
+    groups_only_in: tuple[str, ...] = (),
+) -> OptimizerClass:
     """A class that may be stepped on views where it is from one of these modules."""
-    return OptimizerClass(name=name, elementwise_in=modules, shared_counter=shared_counter, adam_moments=adam_moments)
+    return OptimizerClass(
+        name=name,
+        elementwise_in=modules,
+        groups_only_in=groups_only_in,
+        shared_counter=shared_counter,
+        adam_moments=adam_moments,
+    )
 
 
 def _tensors(*names: str, adam_moments: bool = True) -> tuple[OptimizerClass, ...]:
     """Classes whose update reads whole parameters (a norm, a mean, a matrix)."""
-    return tuple(OptimizerClass(name=name, reads="tensors", adam_moments=adam_moments) for name in names)
+    return tuple(
+        OptimizerClass(
+            name=name, reads="tensors", adam_moments=adam_moments, groups_only_in=(TORCH, DEEPSPEED, COLLECTED, OURS)
+        )
+        for name in names
+    )
 
 
 def _refused(reason: str, *names: str) -> tuple[OptimizerClass, ...]:
@@ -184,7 +214,9 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("Adam", "torch", "torch.optim:Adam", {**ADAM, "amsgrad": False}, state=per_element(8),
           deepspeed=_DEEPSPEEDS_ADAM, megatron="adam",
           # Transformer Engine's FusedAdam may keep scaled moments below fp32: not stepped on views.
-          classes=(_elementwise("Adam", TORCH), _elementwise("FusedAdam", DEEPSPEED, APEX, shared_counter=True),
+          classes=(_elementwise("Adam", TORCH),
+                   _elementwise("FusedAdam", DEEPSPEED, APEX, shared_counter=True, groups_only_in=(ENGINE,)),
+                   OptimizerClass(name="CpuFusedAdam", groups_only_in=(EMULATED,)),
                    _elementwise("DeepSpeedCPUAdam", DEEPSPEED))),
     Entry("AdamW", "torch", "torch.optim:AdamW", {**ADAM, "amsgrad": False}, state=per_element(8),
           deepspeed=_DEEPSPEEDS_ADAM, classes=(_elementwise("AdamW", TORCH),)),
@@ -207,21 +239,23 @@ ENTRIES: tuple[Entry, ...] = (
                    _elementwise("DeepSpeedCPULion", DEEPSPEED, adam_moments=False))),
     Entry("Adam8bit", "bitsandbytes", "bitsandbytes.optim:AdamW8bit", {**ADAM, "min_8bit_size": 4096},
           ("AdamW8bit", "8bit-Adam"), state=state_bytes.eight_bit, swappable=False,
-          classes=(OptimizerClass(name="AdamW8bit"),)),
+          classes=(OptimizerClass(name="AdamW8bit", groups_only_in=(EIGHT_BIT,)),)),
     # ---- one or a few numbers a parameter
     Entry("Lamb", "mols_ds", "mols_ds.optim.lamb:ShardedLamb",
           {**ADAM, "eps": 1e-6, "bias_correction": False, "clamp": 10.0}, state=per_element(8),
           deepspeed=DeepSpeedVersion(
               (*CARRIED, "bias_correction", "eps_inside_sqrt", "max_coeff", "min_coeff", "amsgrad"), on_cpu="never"),
           cut_by_deepspeed=True,
-          classes=(OptimizerClass(name="ShardedLamb", reads="sharded"), *_tensors("Lamb", "LAMB", "FusedLamb"))),
+          classes=(OptimizerClass(name="ShardedLamb", reads="sharded", groups_only_in=(OURS,)),
+                   *_tensors("Lamb", "LAMB", "FusedLamb"))),
     Entry("AdamMini", "mols_ds", "mols_ds.optim.adam_mini:ShardedAdamMini", {**ADAM, "head_dim": None},
           state=state_bytes.adam_mini,
-          classes=(OptimizerClass(name="ShardedAdamMini", reads="sharded", adam_moments=False),
+          classes=(OptimizerClass(
+                       name="ShardedAdamMini", reads="sharded", adam_moments=False, groups_only_in=(OURS,)),
                    *_tensors("AdamMini", "Adam_mini", adam_moments=False))),
     Entry("SGG", "mols_ds", "mols_ds.optim.sgg:SGG",
           {**ADAM, "clusters": 3, "interval": 500, "beta3": 0.99, "bounds": (0.1, 10.0)}, state=per_element(8),
-          classes=(OptimizerClass(name="SGG", reads="sharded"),)),
+          classes=(OptimizerClass(name="SGG", reads="sharded", groups_only_in=(OURS,)),)),
     # ---- matrices
     Entry("Muon", "pytorch-optimizer", "pytorch_optimizer:Muon",
           {**ADAM, "adam_lr": None, "momentum": 0.95, "nesterov": True, "ns_steps": 5, "use_adjusted_lr": True},
@@ -239,7 +273,8 @@ ENTRIES: tuple[Entry, ...] = (
           fixed={"betas": (None, 0.999), "relative_step": False}, state=state_bytes.adafactor, cut_by_deepspeed=True,
           classes=(
               OptimizerClass(
-                  name="AdaFactor", reads="tensors", adam_moments=False, refused_options=RefusedOptions(
+                  name="AdaFactor", reads="tensors", adam_moments=False, groups_only_in=(COLLECTED,),
+                  refused_options=RefusedOptions(
                       _adafactor_keeps_lr, "relative_step or momentum (lr is not what its step is multiplied by)",
                       "set relative_step=False and betas=(None, beta2)")),
               OptimizerClass(

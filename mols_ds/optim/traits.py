@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 from torch.optim import Optimizer
 
-from mols_ds.optim.catalog import CLASSES, OTHER_STATE, WHOLE_TENSOR_OPTIONS, class_facts
+from mols_ds.errors import MolsUnsupportedError
+from mols_ds.optim.catalog import (
+    CLASSES,
+    INDEX_TABLES,
+    OTHER_STATE,
+    PARALLEL_LISTS,
+    WHOLE_TENSOR_OPTIONS,
+    OptimizerClass,
+    class_facts,
+)
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:
@@ -17,11 +26,47 @@ def is_elementwise(optimizer: Optimizer) -> bool:
     """
     if any(group.get(option) for group in optimizer.param_groups for option in WHOLE_TENSOR_OPTIONS):
         return False
+    return _has_step_of(optimizer, lambda facts: facts.elementwise_in)
+
+
+def reads_groups_only(optimizer: Optimizer) -> bool:
+    """Whether this optimizer's step finds its tensors in `param_groups` alone, so that it may see temporary groups.
+
+    True for a class that the catalog knows, and for a subclass of one that inherits its `step`. False for every other
+    class: it may keep lists or tables beside `param_groups`, and would then leave tensors out, without a word.
+    """
+    manager = getattr(optimizer, "mng", None)
+    if any(getattr(manager, table, None) for table in INDEX_TABLES):
+        return False
+    return _has_step_of(optimizer, lambda facts: facts.elementwise_in + facts.groups_only_in)
+
+
+def _has_step_of(optimizer: Optimizer, modules: Callable[[OptimizerClass], tuple[str, ...]]) -> bool:
+    """Whether the optimizer steps as a class of the catalog does that is from one of these `modules`."""
     for cls in type(optimizer).__mro__:
         facts = CLASSES.get(cls.__name__)
-        if facts is not None and cls.__module__.startswith(facts.elementwise_in):
+        if facts is not None and cls.__module__.startswith(modules(facts)):
             return _unhooked(type(optimizer)) is _unhooked(cls)
     return False
+
+
+def parallel_list(optimizer: Optimizer) -> str:
+    """Name of the list that this optimizer zips with its parameter groups; "" = it has none.
+
+    Raises:
+        MolsUnsupportedError: the list holds fp32 master weights. A rate cannot be given to parts of those.
+    """
+    for name in PARALLEL_LISTS:
+        entries = getattr(optimizer, name, None)
+        if not entries:
+            continue
+        if any(master is not None for entry in entries for master in entry["params"]):
+            raise MolsUnsupportedError(
+                f"MoLS does not support {type(optimizer).__name__} with master_weights=True (fp32 copies in {name}): "
+                "use master_weights=False, and let DeepSpeed or Megatron keep the fp32 weights"
+            )
+        return name
+    return ""
 
 
 def _unhooked(cls: type) -> Callable[..., object]:

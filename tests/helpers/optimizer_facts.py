@@ -49,6 +49,7 @@ APOLLOAdamW         |                 |        | tensors | adam      |
 ASGD                |                 |        |         | adam      | lr
 CAME                |                 |        | tensors | adam      |
 Conda               |                 |        | tensors | adam      |
+CpuFusedAdam        |                 |        |         | adam      |
 DAdaptAdam          |                 |        |         | adam      | own rate
 DAdaptLion          |                 |        |         |           | own rate
 DAdaptSGD           |                 |        |         | adam      | own rate

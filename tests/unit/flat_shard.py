@@ -12,7 +12,7 @@ from torch import Tensor
 from mols_ds.core.groups import ElementLayout
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.ranges import ShardRange
-from mols_ds.optim.traits import has_shared_counter, is_elementwise
+from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only
 
 SIZES = {"qk": 37, "mlp": 53, "other": 11, "head": 29}  # odd: views start at unaligned addresses
 PADDING = 7
@@ -66,6 +66,8 @@ def scaled(
         rates if callable(rates) else lambda: rates,
         elementwise=is_elementwise(optimizer),
         shared_counter=has_shared_counter(optimizer),
+        groups_only=reads_groups_only(optimizer),
+        parallel_list=parallel_list(optimizer),
     )
     return flat, optimizer, scaler
 

@@ -19,8 +19,8 @@ from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
 NONE = Machine(None, "the package transformer_engine is not installed", None)
 ADA = Machine("2.9.0", "", (8, 9))
-HOPPER = Machine("2.9.0", "", (9, 0))
-BLACKWELL = Machine("2.9.0", "", (10, 0))
+HOPPER = Machine("2.9.0", "", (9, 0), cuda=(12, 9))
+BLACKWELL = Machine("2.9.0", "", (10, 0), cuda=(12, 9))
 FP8 = {"fp8": "hybrid"}
 
 
@@ -51,6 +51,16 @@ def test_without_low_precision_nothing_is_asked_of_the_machine() -> None:
         ({**FP8, "fp8_recipe": "mxfp8"}, replace(BLACKWELL, engine="2.0"), ["2.1.0 or newer"]),
         ({"fp4": "e2m1"}, replace(BLACKWELL, engine="2.6.1"), ["2.7.0 or newer"]),
         ({"gradient_accumulation_fusion": True}, NONE, ["fused_weight_gradient_mlp_cuda", "to false"]),
+        ({"gradient_accumulation_fusion": True}, HOPPER, ["fused_weight_gradient_mlp_cuda", "the output layer"]),
+        ({"fp4": "e2m1", "fp4_param": True}, BLACKWELL, ["fp4_param", "fp4_param_gather", "set fp4_param to false"]),
+        ({**FP8, "fp8_recipe": "mxfp8"}, replace(BLACKWELL, capability=(12, 0)), ["below", "12.0", "another recipe"]),
+        ({**FP8, "fp8_recipe": "blockwise"}, replace(HOPPER, cuda=(12, 8)), ["CUDA 12.9", "built with 12.8"]),
+        ({**FP8, "fp8_recipe": "blockwise"}, replace(HOPPER, cuda=None), ["CUDA 12.9", "built with none"]),
+        (
+            {"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"},
+            BLACKWELL,
+            ["full_iteration", "random state", "cuda_graph_impl none"],
+        ),
     ],
 )
 def test_what_the_machine_lacks_is_named_with_the_way_out(
@@ -75,6 +85,17 @@ def test_what_the_machine_lacks_is_named_with_the_way_out(
 )
 def test_what_the_machine_has_is_accepted(settings: dict[str, Any], machine: Machine) -> None:
     check(config(**settings), machine=machine)
+
+
+@pytest.mark.parametrize(
+    "scope", ["full_iteration", ["attn", "full_iteration"], [SimpleNamespace(name="full_iteration")]]
+)
+def test_graphs_of_full_iterations_however_the_scope_is_written(scope: Any) -> None:
+    """A string, a list of strings, a list of Megatron's enum: it differs from release to release."""
+    with pytest.raises(MolsUnsupportedError, match="full_iteration"):
+        check(SimpleNamespace(cuda_graph_scope=scope), machine=NONE)
+    check(SimpleNamespace(cuda_graph_scope=["attn"]), machine=NONE)
+    check(SimpleNamespace(cuda_graph_scope="attn,mlp"), machine=NONE)
 
 
 def test_model_and_optimizer_have_to_agree_on_the_recipe() -> None:

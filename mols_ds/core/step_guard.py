@@ -1,0 +1,124 @@
+"""Watches the first scaled steps: was each tensor with a gradient stepped, and once?
+
+An optimizer may keep lists or tables beside its parameter groups, of which the catalog knows nothing. Under temporary
+groups it leaves tensors where they are, or counts a step several times, and training goes on. The guard compares a few
+numbers of each tensor and of its state before and after the optimizer's step: no communication, no copy of a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Numbers = tuple[float, ...]
+ROUNDING = 64.0
+"""A weight without optimizer state has to move only where lr x gradient is this many roundings of it or more."""
+
+
+class _Watched(NamedTuple):
+    """One tensor (or view) as the optimizer sees it: where it is looked at, and what was there before the step."""
+
+    tensor: Tensor
+    at: Tensor
+    weights: Numbers
+    state: Mapping[str, Numbers]
+    has_to_move: bool
+
+
+class StepGuard:
+    """Compares an optimizer before and after one step.
+
+    Args:
+        optimizer: with the parameter groups that its step is about to see.
+        groups: its own parameter groups, whose counters must advance by one.
+    """
+
+    def __init__(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+        self.optimizer = optimizer
+        self.counters = [_count(group.get("step")) for group in groups]
+        self.watched = [
+            found
+            for group in optimizer.param_groups
+            for tensor in group["params"]
+            if (found := _watch(optimizer, tensor, float(group["lr"]))) is not None
+        ]
+
+    def problem(self, groups: Sequence[Mapping[str, Any]]) -> str:
+        """What went wrong in the step, in words; "" = nothing. `groups`: the optimizer's own, after the step.
+
+        Where no tensor was stepped nothing is said: the optimizer has skipped the step (a non-finite gradient).
+        """
+        still, stepped, twice = 0, 0, 0
+        for one in self.watched:
+            after = _state_numbers(self.optimizer, one.tensor, one.at)
+            if _differ(_at(one.tensor, one.at), one.weights) or after != one.state:
+                stepped += 1
+            elif after or one.has_to_move:
+                still += 1
+            twice += _advance(one.state.get("step"), after.get("step")) > 1
+        for group, before in zip(groups, self.counters, strict=True):
+            twice += _advance(before, _count(group.get("step"))) > 1
+        name = type(self.optimizer).__name__
+        if still and stepped:
+            return (
+                f"optimizer {name} left {still} of {still + stepped} tensors with a gradient where they were in a "
+                "scaled step (it keeps a list beside its parameter groups?): use Adam, AdamW, SGD, Lion, ..."
+            )
+        if twice:
+            return (
+                f"optimizer {name} counted one scaled step more than once in {twice} of its counters (its parameter "
+                "groups share one?): use Adam, AdamW, SGD, Lion, ..."
+            )
+        return ""
+
+
+def _watch(optimizer: Optimizer, tensor: Tensor, lr: float) -> _Watched | None:
+    """None for a tensor without a gradient, or with one that is zero or not finite."""
+    gradient = tensor.grad
+    if gradient is None or gradient.numel() == 0 or gradient.layout != torch.strided:
+        return None
+    flat = gradient.detach().reshape(-1)
+    at = torch.stack([flat.argmax(), flat.argmin()])
+    largest = float(flat[at].abs().max())
+    if not 0.0 < largest < float("inf") or gradient.numel() != tensor.numel():
+        return None
+    weights = _at(tensor, at)
+    rounding = torch.finfo(tensor.dtype).eps * max(abs(weight) for weight in weights)
+    return _Watched(
+        tensor, at, weights, _state_numbers(optimizer, tensor, at), lr * largest > ROUNDING * max(rounding, 1e-30)
+    )
+
+
+def _at(tensor: Tensor, at: Tensor) -> Numbers:
+    return tuple(tensor.detach().reshape(-1)[at.to(tensor.device)].double().tolist())
+
+
+def _state_numbers(optimizer: Optimizer, tensor: Tensor, at: Tensor) -> dict[str, Numbers]:
+    """A few numbers of each entry of the tensor's state."""
+    found: dict[str, Numbers] = {}
+    for key, value in optimizer.state.get(tensor, {}).items():
+        if isinstance(value, Tensor) and value.numel() > 0 and not value.is_complex():
+            same = value.numel() == tensor.numel()
+            found[key] = _at(value, at if same else torch.tensor([0, value.numel() - 1]))
+        elif isinstance(value, int | float):
+            found[key] = (float(value),)
+    return found
+
+
+def _differ(one: Numbers, other: Numbers) -> bool:
+    """Whether numbers differ; NaN equals NaN."""
+    return any(a != b and not (a != a and b != b) for a, b in zip(one, other, strict=True))
+
+
+def _count(value: object) -> Numbers | None:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return (float(value),)
+    return (float(value),) if isinstance(value, int | float) else None
+
+
+def _advance(before: Numbers | None, after: Numbers | None) -> float:
+    return after[0] - before[0] if before is not None and after is not None else 0.0

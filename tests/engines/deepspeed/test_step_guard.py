@@ -1,0 +1,52 @@
+"""An optimizer that leaves tensors out on one rank: the run ends on every rank, in the same step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mols_ds.errors import MolsError
+from tests.engines.deepspeed.support import config, engine_of, iterate
+from tests.helpers.harness import run_ranks
+from tests.helpers.oracle.adamw import AdamSettings
+
+SECTION = {"start": 1, "ramp_end": 3, "total_steps": 20, "fixed_alphas": {"embedding": 4.0, "qk": 1.5, "mlp": 1.2}}
+STEPS = 8
+
+
+def train(stage: int, broken_rank: int | None) -> tuple[int, str]:
+    """On each rank: steps until the error, and its text; `broken_rank` steps its first parameter group alone."""
+    engine = engine_of("llama", AdamSettings(lr=1e-3), config(stage, SECTION))
+    inner: Any = engine.mols.shards.inner
+    stock = type(inner).step
+
+    def first_group_only(self: Any, closure: Any = None) -> Any:
+        groups = self.param_groups
+        self.param_groups = groups[:1]
+        try:
+            return stock.__wrapped__(self, closure)
+        finally:
+            self.param_groups = groups
+
+    if dist.get_rank() == broken_rank:
+        hooked = torch.optim.Optimizer.profile_hook_step(first_group_only)
+        inner.step = hooked.__get__(inner)
+    for iteration in range(STEPS):
+        try:
+            iterate(engine, iteration)
+        except MolsError as error:
+            return iteration, str(error)
+    return STEPS, ""
+
+
+def test_a_tensor_left_out_on_one_rank_ends_all_ranks() -> None:
+    (step, text), (same_step, other) = run_ranks(train, 2, 1, 1)
+    assert step == same_step < STEPS
+    assert "see that rank's message" in text
+    assert "optimizer AdamW left" in other and "tensors with a gradient" in other
+
+
+def test_an_ordinary_run_ends() -> None:
+    assert run_ranks(train, 2, 3, None) == [(STEPS, "")] * 2
