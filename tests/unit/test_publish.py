@@ -57,6 +57,16 @@ def test_whatever_fails_there_is_a_warning_and_training_goes_on(error: Exception
     assert made.phase == "ramping" and made.alphas == {"vo": 2.0}
 
 
+def test_a_log_that_fails_ends_nothing() -> None:
+    def closed(message: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    made = controller(None)
+    made.context.log = closed
+    made.advance(2)
+    assert made.phase == "ramping"
+
+
 def test_nobody_needs_to_want_it() -> None:
     made = controller(None)
     made.advance(2)
