@@ -85,6 +85,13 @@ class Session(Handle, ABC):
     def _before_step(self) -> None:
         """Called before the engine's own step; mode "online" may take its sample here."""
 
+    def _lower_scale(self) -> bool:
+        """Lower a dynamic loss scale after a gradient that is not finite, as the engine's skipped step does.
+
+        Returns whether it could be lowered, the same on every rank: then the batch does not count as an attempt.
+        """
+        return False
+
     def _after_discard(self) -> None:
         """Called after a discarded step: put back what the engine counted."""
 
@@ -130,7 +137,10 @@ class Session(Handle, ABC):
             self.take_sample(1.0 / self.source.loss_scale())
         self.source.discard()
         self._after_discard()
-        controller.close_sample(t, usable=usable)
+        if not usable and self._lower_scale():
+            controller.log("MoLS: a gradient overflowed; the loss scale is lowered and the batch is not counted")
+        else:
+            controller.close_sample(t, usable=usable)
         if not controller.discards_steps:
             self.random.restore()
         controller.advance(t)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Context, Controller
@@ -158,6 +158,14 @@ class EngineMols(Session):
             return bool(self.engine.was_step_applied())
 
         self.take_step(stock)
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        if self.controller.measuring and self.config.mode != "moments" and module.training:
+            self.shards.begin()
+        super()._before_forward(module, args)
+
+    def _lower_scale(self) -> bool:
+        return self.shards.lower_scale()
 
     def _after_discard(self) -> None:
         if self.grid.counts_micro_steps:
