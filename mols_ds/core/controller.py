@@ -124,9 +124,9 @@ class Controller:
             with contextlib.suppress(Exception):  # a closed pipe, a handler of the user's: the other ranks go on
                 self.context.log(message)
 
-    def warn(self, message: str) -> None:
-        """Warn once per job, as a `MolsWarning`."""
-        if self.context.rank == 0:
+    def warn(self, message: str, *, every_rank: bool = False) -> None:
+        """Warn once per job, as a `MolsWarning`; with `every_rank` on each rank, for what its caller should notice."""
+        if every_rank or self.context.rank == 0:
             warnings.warn(message, MolsWarning, stacklevel=3)
 
     @property

@@ -26,6 +26,7 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.lr_scaler import LRScaler
 from mols_ds.core.protocols import GradientSource, WindowState
 from mols_ds.core.ranges import ShardRange
+from mols_ds.core.resume_rules import changed, section_of
 from mols_ds.errors import MolsError
 
 Key = TypeVar("Key")
@@ -250,7 +251,7 @@ class Session(Handle, ABC):
 
     def common_state(self) -> dict[str, Any]:
         """What a checkpoint holds of MoLS and every rank has alike."""
-        return {**self.controller.state_dict(), "mode": self.config.mode}
+        return {**self.controller.state_dict(), "mode": self.config.mode, "section": section_of(self.config)}
 
     def resume(self, saved: Mapping[str, Any], t: int, load_samples: Callable[[], str | None]) -> None:
         """Go on at step t from the state of a checkpoint. Collective.
@@ -265,6 +266,11 @@ class Session(Handle, ABC):
         """
         controller = self.controller
         controller.load_state_dict(saved)
+        kept, applied = changed(saved.get("section"), self.config, controller.phase)
+        for line in kept:
+            controller.warn(line, every_rank=True)
+        for line in applied:
+            controller.log(f"MoLS: {line}")
         controller.follow_config(t)
         if controller.measuring:
             problem = self._mode_problem(saved) or load_samples()

@@ -17,6 +17,8 @@ from mols_ds.report.table import format_report
 
 JSON_NAME = "mols_report.json"
 PLOT_NAME = "mols_report.png"
+_WRITERS: dict[str, Callable[[Report], None]] = {}
+"""Folder of a report -> the publisher that wrote there last."""
 
 
 def publisher(report_dir: str, log: Callable[[str], None]) -> Callable[[Report], None]:
@@ -29,6 +31,15 @@ def publisher(report_dir: str, log: Callable[[str], None]) -> Callable[[Report],
 
     def publish(report: Report) -> None:
         log(format_report(report))
+        place = str(Path(report_dir).resolve())
+        if _WRITERS.setdefault(place, publish) is not publish:
+            _WRITERS[place] = publish
+            warnings.warn(
+                f"mols.report_dir={report_dir!r} has the report of another engine of this process, which is replaced; "
+                "give each engine a report_dir of its own",
+                MolsWarning,
+                stacklevel=2,
+            )
         write_report(report, report_dir)
 
     return publish

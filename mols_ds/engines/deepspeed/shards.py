@@ -112,7 +112,7 @@ class ZeroShards(ABC):
         Returns False for a static scale, and for one at its minimum (DeepSpeed would end the run there).
         """
         outer = self.outer
-        scaler = getattr(outer, "loss_scale_config", None) or getattr(outer, "loss_scaler", None)
+        scaler: Any = getattr(outer, "loss_scale_config", None) or getattr(outer, "loss_scaler", None)
         dynamic = getattr(scaler, "dynamic_loss_scale", None) or getattr(scaler, "dynamic", False)
         lowest = getattr(scaler, "min_loss_scale", None) or getattr(scaler, "min_scale", None) or 1.0
         if not dynamic or float(scaler.cur_scale) <= lowest:

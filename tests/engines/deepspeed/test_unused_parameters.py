@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -137,3 +138,28 @@ def test_a_loss_scale_that_is_too_high_comes_down_in_the_window(stage: int) -> N
 
 def test_stage_0_measures_all_samples() -> None:
     assert [seen["failed"] for seen in overflows()[0,]] == [None, None]
+
+
+def unfrozen(stage: int) -> list[str]:
+    """What is said where `lm_head` is frozen at attach and trains later."""
+    torch.manual_seed(0)
+    model = PlainLM()
+    model.lm_head.weight.requires_grad_(False)
+    settings = ds_config(stage, "fp32", {"fixed_alphas": {"qk": 0.5}, "start": 0, "ramp_end": 0}, micros=1)
+    engine = engine_with(settings, model, torch.optim.SGD(list(model.parameters()), lr=0.1))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        go(engine, 0, 1)
+        model.lm_head.weight.requires_grad_(True)
+        go(engine, 1, 1)
+        go(engine, 2, 1)
+    engine.destroy()
+    return [str(warning.message) for warning in said if "lm_head" in str(warning.message)]
+
+
+def test_weights_that_are_unfrozen_later_are_named_once() -> None:
+    for said in run_cases(unfrozen, WORLD, [(0,)], timeout=60)[0,]:
+        (line,) = said
+        assert line.startswith(
+            "1 weights train that were frozen or not in the optimizer when MoLS was attached (lm_head"
+        )
