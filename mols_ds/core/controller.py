@@ -6,6 +6,7 @@ An engine adapter tells it which elements this rank owns, feeds it gradient samp
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -120,11 +121,12 @@ class Controller:
     def log(self, message: str) -> None:
         """Print once per job."""
         if self.context.rank == 0:
-            self.context.log(message)
+            with contextlib.suppress(Exception):  # a closed pipe, a handler of the user's: the other ranks go on
+                self.context.log(message)
 
-    def warn(self, message: str) -> None:
-        """Warn once per job, as a `MolsWarning`."""
-        if self.context.rank == 0:
+    def warn(self, message: str, *, every_rank: bool = False) -> None:
+        """Warn once per job, as a `MolsWarning`; with `every_rank` on each rank, for what its caller should notice."""
+        if every_rank or self.context.rank == 0:
             warnings.warn(message, MolsWarning, stacklevel=3)
 
     @property
@@ -322,7 +324,8 @@ class Controller:
         try:
             self.context.publish(self._report)
         except Exception as error:
-            self.warn(f"the report could not be written: {error}")
+            line = " ".join(str(error).split())
+            self.warn(f"the report could not be written: {line or type(error).__name__}")
 
     def _new_report(self, t: int, reference: str, rows: dict[str, ReportGroup]) -> Report:
         return build_report(

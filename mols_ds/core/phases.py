@@ -45,7 +45,8 @@ def resolve_schedule(config: MolsConfig, total_steps: int | None, warmup_steps: 
         warmup_steps: from the scheduler, for `"ramp_end": "auto"`.
 
     Raises:
-        MolsConfigError: a share without a known number of steps, "auto" without a known warm-up, start after ramp_end.
+        MolsConfigError: a share without a known number of steps, "auto" without a known warm-up, start after ramp_end,
+            more samples than there are steps (modes "online" and "moments").
     """
     total = config.total_steps or total_steps
 
@@ -75,7 +76,19 @@ def resolve_schedule(config: MolsConfig, total_steps: int | None, warmup_steps: 
         )
     if total is not None and start >= total:
         raise MolsConfigError(f'"mols.start": step {start} lies past the last of {total} steps; nothing would happen')
+    _check_window(config, start, total)
     return Schedule(start, ramp_end, config.ramp)
+
+
+def _check_window(config: MolsConfig, start: int, total: int | None) -> None:
+    """Raise MolsConfigError where the calibration cannot end within the run. Mode "probe" takes no steps of it."""
+    if total is None or config.mode == "probe" or config.fixed_alphas is not None or config.samples == "auto":
+        return
+    if start + config.samples > total:
+        raise MolsConfigError(
+            f'"mols.samples": {config.samples} samples from step {start} on do not fit into {total} steps '
+            f'(mode "{config.mode}" takes one a step); take fewer, start earlier or use "mode": "probe"'
+        )
 
 
 @dataclass

@@ -18,6 +18,7 @@ reports; `mols_ds.report` writes and renders them.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NotRequired, TypedDict, get_args
 
 SCHEMA = 1
@@ -97,6 +98,9 @@ def schema_problem(report: object) -> str | None:
             return f"{key!r} is {report[key]!r}, not of type {kinds[0].__name__}"
     if report["schema"] != SCHEMA:
         return f"'schema' is {report['schema']}"
+    for key in ("step", "samples"):
+        if report[key] < 0:
+            return f"{key!r} is {report[key]}, not a count"
     if not report["groups"]:
         return "'groups' is empty"
     problems = (_group_problem(name, group) for name, group in report["groups"].items())
@@ -118,4 +122,25 @@ def _group_problem(name: str, group: object) -> str | None:
         value = group[key]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             return f"groups[{name!r}][{key!r}] is {value!r}, not a number or null"
+    alpha = group["alpha"]
+    if alpha is not None and not 0 < alpha < math.inf:
+        return f"groups[{name!r}]['alpha'] is {alpha!r}, not a finite number above 0"
     return None
+
+
+def not_finite(value: object, place: str = "") -> str | None:
+    """The first number of plain JSON data that is not finite, as a phrase with the keys that lead to it, or None.
+
+    A report in memory may hold such numbers (an SNR without noise is infinite); the file has null in their place.
+    """
+    if isinstance(value, dict):
+        found = (not_finite(item, f"{place}[{key!r}]" if place else str(key)) for key, item in value.items())
+    elif isinstance(value, list):
+        found = (not_finite(item, f"{place}[{index}]") for index, item in enumerate(value))
+    else:
+        return f"{place} is {value!r}, not a finite number" if _is_infinite(value) else None
+    return next((problem for problem in found if problem), None)
+
+
+def _is_infinite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

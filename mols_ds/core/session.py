@@ -26,6 +26,7 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.lr_scaler import LRScaler
 from mols_ds.core.protocols import GradientSource, WindowState
 from mols_ds.core.ranges import ShardRange
+from mols_ds.core.resume_rules import changed, section_of
 from mols_ds.errors import MolsError
 
 Key = TypeVar("Key")
@@ -87,6 +88,13 @@ class Session(Handle, ABC):
 
     def _before_step(self) -> None:
         """Called before the engine's own step; mode "online" may take its sample here."""
+
+    def _lower_scale(self) -> bool:
+        """Lower a dynamic loss scale after a gradient that is not finite, as the engine's skipped step does.
+
+        Returns whether it could be lowered, the same on every rank: then the batch does not count as an attempt.
+        """
+        return False
 
     def _after_discard(self) -> None:
         """Called after a discarded step: put back what the engine counted."""
@@ -153,7 +161,10 @@ class Session(Handle, ABC):
             self.take_sample(1.0 / self.source.loss_scale())
         self.source.discard()
         self._after_discard()
-        controller.close_sample(t, usable=usable)
+        if not usable and self._lower_scale():
+            controller.log("MoLS: a gradient overflowed; the loss scale is lowered and the batch is not counted")
+        else:
+            controller.close_sample(t, usable=usable)
         if not controller.discards_steps:
             self.random.restore()
         controller.advance(t)
@@ -263,7 +274,7 @@ class Session(Handle, ABC):
 
     def common_state(self) -> dict[str, Any]:
         """What a checkpoint holds of MoLS and every rank has alike."""
-        return {**self.controller.state_dict(), "mode": self.config.mode}
+        return {**self.controller.state_dict(), "mode": self.config.mode, "section": section_of(self.config)}
 
     def resume(self, saved: Mapping[str, Any], t: int, load_samples: Callable[[], str | None]) -> None:
         """Go on at step t from the state of a checkpoint. Collective.
@@ -278,6 +289,11 @@ class Session(Handle, ABC):
         """
         controller = self.controller
         controller.load_state_dict(saved)
+        kept, applied = changed(saved.get("section"), self.config, controller.phase)
+        for line in kept:
+            controller.warn(line, every_rank=True)
+        for line in applied:
+            controller.log(f"MoLS: {line}")
         controller.follow_config(t)
         if controller.measuring:
             problem = self._mode_problem(saved) or load_samples()

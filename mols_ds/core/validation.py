@@ -15,9 +15,9 @@ SHOULD_BE = "Input should be "
 
 
 class Frozen(BaseModel):
-    """Values that cannot be changed; an unknown key is an error."""
+    """Values that cannot be changed; an unknown key and a number that is not finite are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def validation_message(error: ValidationError, kind: object = None, prefix: str = "") -> str:

@@ -60,6 +60,22 @@ def limit_growth(update: Tensor, previous: Tensor | None) -> tuple[Tensor, Tenso
     return update / factor, norm / factor
 
 
+def _check_group(group: Settings) -> None:
+    """Raise ValueError for a rate, eps, decay or beta that is no finite number in its range."""
+    wrong = [key for key in ("lr", "eps", "weight_decay") if not _is_within(group[key], math.inf)]
+    if len(group["betas"]) != 2 or not all(_is_within(beta, 1.0) for beta in group["betas"]):
+        wrong.append("betas")
+    if wrong:
+        given = ", ".join(f"{key}={group[key]!r}" for key in wrong)
+        raise ValueError(f"APOLLO: {given}; lr, eps and weight_decay are finite and >= 0, betas two numbers in [0, 1)")
+
+
+def _is_within(value: object, top: float) -> bool:
+    """Whether a number (also a tensor of one element) is in [0, top)."""
+    real = isinstance(value, int | float) or (isinstance(value, Tensor) and not value.is_complex())
+    return real and 0.0 <= float(value) < top  # type: ignore[arg-type]  # mypy does not follow `real`
+
+
 class Apollo(Optimizer):
     """APOLLO on the 2-D tensors of parameter groups with a "rank", Adam with decoupled weight decay on all else.
 
@@ -77,12 +93,11 @@ class Apollo(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         """Raises ValueError for a rate, a beta or eps out of range, or a group whose keys are wrong."""
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(
-                f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be >= 0, betas {betas} in [0, 1)"
-            )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
+            _check_group(group)
+            if any(weight.is_complex() for weight in group["params"]):
+                raise ValueError("APOLLO has no rule for complex weights; leave them to another optimizer")
             if "rank" not in group:
                 continue
             if not isinstance(group["rank"], int) or group["rank"] < 1 or group["update_proj_gap"] < 1:

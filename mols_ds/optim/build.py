@@ -104,6 +104,10 @@ def _check_ranges(name: str, settings: ReadSettings) -> None:
         value = settings.get(key, 0.0)
         if not _is_number(value) or not 0.0 <= value < math.inf:
             raise MolsConfigError(f'"optimizer.params.{key}" of {name} is {value!r}: give a number >= 0')
+    for key, value in settings.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, complex) or (isinstance(number, float) and not math.isfinite(number)):
+                raise MolsConfigError(f'"optimizer.params.{key}" of {name} is {value!r}: give finite numbers')
     betas = settings.get("betas", ())
     pair = isinstance(betas, tuple) and len(betas) == 2
     if "betas" in settings and not (pair and all(_is_number(b) and 0.0 <= b < 1.0 for b in betas)):

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mols_ds.core.files import write_whole
-from mols_ds.core.schema import SCHEMA, Report, schema_problem
+from mols_ds.core.schema import SCHEMA, Report, not_finite, schema_problem
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 from mols_ds.report.table import format_report
 
 JSON_NAME = "mols_report.json"
 PLOT_NAME = "mols_report.png"
+_WRITERS: dict[str, Callable[[Report], None]] = {}
+"""Folder of a report -> the publisher that wrote there last."""
 
 
 def publisher(report_dir: str, log: Callable[[str], None]) -> Callable[[Report], None]:
@@ -29,6 +31,15 @@ def publisher(report_dir: str, log: Callable[[str], None]) -> Callable[[Report],
 
     def publish(report: Report) -> None:
         log(format_report(report))
+        place = str(Path(report_dir).resolve())
+        if _WRITERS.setdefault(place, publish) is not publish:
+            _WRITERS[place] = publish
+            warnings.warn(
+                f"mols.report_dir={report_dir!r} has the report of another engine of this process, which is replaced; "
+                "give each engine a report_dir of its own",
+                MolsWarning,
+                stacklevel=2,
+            )
         write_report(report, report_dir)
 
     return publish
@@ -75,11 +86,11 @@ def load_report(path: str | os.PathLike[str]) -> Report:
         raise MolsConfigError(
             f"report {str(file)!r} cannot be read ({error.strerror or error}); name a {JSON_NAME} or its folder"
         ) from error
-    except ValueError as error:  # a JSONDecodeError or a UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # a JSONDecodeError, a UnicodeDecodeError, or nested too deeply
         raise MolsConfigError(
             f"report {str(file)!r} is not JSON ({error}); it is damaged or another kind of file"
         ) from error
-    problem = schema_problem(report)
+    problem = schema_problem(report) or not_finite(report)
     if problem:
         raise MolsConfigError(f"report {str(file)!r} is no MoLS report of schema {SCHEMA}: {problem}")
     checked: Report = report
@@ -98,14 +109,22 @@ def _finite(value: Any) -> Any:
 
 
 def _write_plot(report: Report, path: Path) -> None:
+    """Draw the picture. Whatever fails there but the disk is one `MolsWarning`: the report itself is written."""
     try:
         from mols_ds.report.plot import draw_report
+
+        figure = draw_report(report)
+        write_whole(path, lambda beside: figure.savefig(beside, format="png", dpi=160))
+    except OSError:
+        raise
     except ImportError as error:
         warnings.warn(
             f"{path.name} was not drawn ({error}); install it by: pip install 'mols-ds[report]'",
             MolsWarning,
             stacklevel=3,
         )
-        return
-    figure = draw_report(report)
-    write_whole(path, lambda beside: figure.savefig(beside, format="png", dpi=160))
+    except Exception as error:  # of matplotlib, its settings or its own imports: another backend, a damaged font, ...
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        warnings.warn(
+            f"{path.name} was not drawn ({line}); see to matplotlib and MPLBACKEND", MolsWarning, stacklevel=3
+        )

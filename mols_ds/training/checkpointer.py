@@ -172,7 +172,7 @@ class Checkpointer:
         except FileNotFoundError as error:
             missing = Path(error.filename).relative_to(place)
             return None if str(missing) == MANIFEST else f"{missing} is missing"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return f"{MANIFEST} cannot be read: {type(error).__name__}"
         return None
 

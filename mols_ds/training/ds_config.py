@@ -44,7 +44,7 @@ def read_config(path: str) -> JsonObject:
         config = json.loads(file.read_text("utf-8"), object_pairs_hook=once)
     except MolsConfigError:
         raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # also: nested too deeply
         raise MolsConfigError(f"config {path}: not JSON: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise MolsConfigError(f"config {path}: a JSON object is needed, not {type(config).__name__}")

@@ -6,6 +6,7 @@ TransformerConfig can stand in `model`, checked against the field's type.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -50,6 +51,13 @@ class ModelSettings(_Section):
     tied_embeddings: bool = False
     vocab_multiple: Positive = 128
     """The embedding's rows are rounded up to a multiple of this times tp, as Megatron-LM does."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSettings:
+        for key, value in self.further.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key}: must be a finite number, got {value}")
+        return self
 
     @property
     def further(self) -> JsonObject:
@@ -212,6 +220,8 @@ def parse_yaml(text: str, where: str) -> object:
         line = f" in line {place.line + 1}" if place is not None else ""
         what = getattr(error, "problem", None) or one_line(error)
         raise MolsConfigError(f"{where}: not YAML{line}: {what}") from error
+    except (ValueError, TypeError, RecursionError) as error:  # a tag whose value is none of its kind; nested too deeply
+        raise MolsConfigError(f"{where}: not YAML: {one_line(error)}") from error
 
 
 def read(path: str, changes: Iterable[str] = ()) -> Settings:

@@ -30,7 +30,7 @@ def load_model_config(source: str) -> PretrainedConfig:
         raise MolsConfigError(f"model {source}: no such model file or checkpoint folder (see configs/models/)")
     try:
         settings = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # also: nested too deeply
         raise MolsConfigError(f"model {file}: not JSON: {one_line(error)}") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise MolsConfigError(f'model {file}: it needs a "model_type" that transformers knows, such as "llama"')

@@ -75,7 +75,7 @@ def _settings_file(path: Path) -> JsonObject | None:
     """The object of a data settings file, or None where the file holds data rather than settings."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) and "source" in content else None
 

@@ -9,7 +9,10 @@ import gc
 import json
 import math
 import time
+import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -17,7 +20,7 @@ from torch import Tensor
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.files import write_whole
 from mols_ds.core.json_types import JsonObject
-from mols_ds.errors import MolsCheckpointError
+from mols_ds.errors import MolsCheckpointError, MolsWarning
 from mols_ds.training.batches import Stream
 from mols_ds.training.checkpointer import Checkpointer, refuse_non_finite, step_of
 from mols_ds.training.checkpointer import has_checkpoint as saved_in
@@ -79,6 +82,7 @@ class Trainer:
         self.updates = self.probe_steps = self.ahead = 0
         self.diverged = False
         self.saved = -1
+        self._failed: set[str] = set()
         self.stop = StopRequest()
         self.folder = job.out / CHECKPOINTS
         self.checkpointer = Checkpointer(self.folder, node_local=backend.node_local)
@@ -164,7 +168,7 @@ class Trainer:
         if not updated:
             self.probe_steps += 1
             self.ahead += job.probe_ahead
-            self.bar.probing(self.probe_steps)
+            self._aside("progress", partial(self.bar.probing, self.probe_steps))
             return None
         self.updates += 1
         self.ahead = 0
@@ -192,10 +196,21 @@ class Trainer:
         if self.metrics is not None:
             line: dict[str, object] = {"step": self.updates, "tokens": self.backend.tokens(self.updates), **losses}
             line |= {"lr": base_lr, "multipliers": multipliers, "phase": phase, "step_seconds": round(seconds, 6)}
-            self.metrics.write(line)
+            self._aside("metrics", partial(self.metrics.write, line))
         scaled = {f"multiplier_{group}": value for group, value in multipliers.items()}
-        self.backend.write_events({**losses, **scaled})
-        self.bar.update(self.updates, loss, val_loss, phase)
+        self._aside("monitor", partial(self.backend.write_events, {**losses, **scaled}))
+        self._aside("progress", partial(self.bar.update, self.updates, loss, val_loss, phase))
+
+    def _aside(self, what: str, write: Callable[[], None]) -> None:
+        """Call what one rank writes beside training. What fails there is a warning, once for each `what`: an exception
+        would leave the other ranks waiting in their next collective."""
+        try:
+            write()
+        except Exception as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                line = " ".join(f"{type(error).__name__}: {error}".split())
+                warnings.warn(f"{what}: not written ({line}); training goes on", MolsWarning, stacklevel=2)
 
     def _outcome(self, val_loss: float) -> Outcome:
         section = self.job.setup.section
@@ -206,7 +221,8 @@ class Trainer:
             outcome.report = report if report.is_file() else None
         if self.metrics is not None:
             last = {"val_loss": val_loss, "val_ppl": outcome.val_ppl}
-            self.metrics.write({"final": True, **last, "tokens": outcome.tokens, "alphas": outcome.alphas})
+            line = {"final": True, **last, "tokens": outcome.tokens, "alphas": outcome.alphas}
+            self._aside("metrics", partial(self.metrics.write, line))
         return outcome
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -29,6 +31,33 @@ def test_apollo_with_a_full_rank_rotation_is_adam_by_channels() -> None:
     seen = apollo.project(weight.grad, optimizer.state[weight]["projection"])
     expected = -weight.grad * (6**0.5 / seen.norm(dim=0))
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": float("nan")},
+        {"lr": float("inf")},
+        {"lr": -1.0},
+        {"lr": 1j},
+        {"eps": float("nan")},
+        {"weight_decay": float("inf")},
+        {"betas": (float("nan"), 0.9)},
+        {"betas": (0.9, 1.0)},
+        {"betas": (0.9,)},
+    ],
+)
+@pytest.mark.parametrize("by_group", [False, True])
+def test_apollo_refuses_numbers_that_are_none(options: dict[str, Any], by_group: bool) -> None:
+    (key,) = options
+    group = {"params": [nn.Parameter(torch.zeros(2))], **(options if by_group else {})}
+    with pytest.raises(ValueError, match=rf"APOLLO: {key}="):
+        apollo.Apollo([group], **({} if by_group else options))
+
+
+def test_apollo_refuses_complex_weights() -> None:
+    with pytest.raises(ValueError, match="complex weights"):
+        apollo.Apollo([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
 
 
 def test_apollo_limits_growth() -> None:

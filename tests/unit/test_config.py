@@ -34,6 +34,16 @@ WRONG: list[tuple[Any, str]] = [
     ({"alpha_min": 2.0}, r'"mols.alpha_min": .*2.0'),
     ({"alpha_min": 0}, r'"mols.alpha_min"'),
     ({"alpha_max": 0.5}, r'"mols.alpha_max": .*0.5'),
+    *[
+        ({key: v}, rf'"mols.{key}": .*finite number \(got {v}\)')
+        for key in ("alpha_min", "alpha_max", "alpha_rtol")
+        for v in (float("inf"), float("-inf"), float("nan"))
+    ],
+    *[({key: v}, rf'"mols.{key}.*{v}') for key in ("start", "ramp_end") for v in (float("inf"), float("nan"))],
+    ({"alpha_max": 10**400}, r'"mols.alpha_max"'),
+    ({"alpha_rtol": 0}, r'"mols.alpha_rtol"'),
+    ({"fixed_alphas": {"qk": float("inf")}}, r"fixed_alphas.qk.*finite number.*inf"),
+    ({"fixed_alphas": {"qk": 0.0}}, r"fixed_alphas.qk: must be a finite number > 0, got 0"),
     ({"enabled": "yes"}, r'"mols.enabled": .*yes'),
     ({"noise_floor_correction": 1}, r'"mols.noise_floor_correction"'),
     ({"granularity": "layer"}, r'"mols.granularity"'),
@@ -42,7 +52,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"recalibrate": {}}, r'"mols.recalibrate.every" is missing'),
     ({"fixed_alphas": {}}, r"fixed_alphas: is empty"),
     ({"fixed_alphas": {"qk": -1.0}}, r"fixed_alphas.qk: must be a finite number > 0, got -1"),
-    ({"fixed_alphas": {"qk": float("nan")}}, r"fixed_alphas.qk: must be a finite number"),
+    ({"fixed_alphas": {"qk": float("nan")}}, r"fixed_alphas.qk.*finite number.*nan"),
     ({"fixed_alphas": {"qk": 2.0}, "recalibrate": {"every": 5}}, r"recalibrate: cannot go with fixed_alphas"),
     ({"accumulators": {"dtype": "bfloat16"}}, r'"mols.accumulators.dtype"'),
     ({"total_steps": 0}, r'"mols.total_steps"'),

@@ -48,12 +48,27 @@ def test_shares_and_steps() -> None:
         ({"start": 50}, 100, None, r"step 50 lies after \"mols.ramp_end\" \(step 10\)"),
         ({"start": 20, "ramp_end": "auto"}, 100, 10, r"step 20 lies after"),
         ({"start": 200, "ramp_end": 300}, 100, None, r"past the last of 100 steps; nothing would happen"),
+        ({"samples": 96, "start": 5, "mode": "online"}, 100, None, r'"mols.samples": 96 .*from step 5 on.* 100 steps'),
+        ({"samples": 96, "start": 5, "mode": "moments"}, 100, None, r'"mols.samples": 96 .*mode "moments"'),
     ],
 )
 def test_impossible_schedules(section: dict[str, Any], total: int | None, warmup: int | None, message: str) -> None:
     with pytest.raises(MolsConfigError, match=message) as caught:
         schedule_of(section, total, warmup)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"samples": 95, "start": 5, "mode": "online"},
+        {"samples": 1000, "start": 5, "mode": "probe"},
+        {"samples": "auto", "start": 5, "mode": "online"},
+        {"samples": 1000, "start": 5, "mode": "online", "fixed_alphas": {"vo": 2.0}},
+    ],
+)
+def test_a_window_that_fits_or_takes_no_steps(section: dict[str, Any]) -> None:
+    assert schedule_of(section, 100) == Schedule(5, 10)
 
 
 def test_fraction() -> None:

@@ -57,6 +57,16 @@ def test_whatever_fails_there_is_a_warning_and_training_goes_on(error: Exception
     assert made.phase == "ramping" and made.alphas == {"vo": 2.0}
 
 
+def test_a_log_that_fails_ends_nothing() -> None:
+    def closed(message: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    made = controller(None)
+    made.context.log = closed
+    made.advance(2)
+    assert made.phase == "ramping"
+
+
 def test_nobody_needs_to_want_it() -> None:
     made = controller(None)
     made.advance(2)
@@ -69,3 +79,11 @@ def test_the_adapters_publisher_shows_the_table_and_writes_the_files(tmp_path: P
     made.advance(2)
     assert len(said) == 1 and "alphas as given by fixed_alphas" in said[0]
     assert load_report(tmp_path / "out" / JSON_NAME) == made.report()
+
+
+def test_two_engines_with_one_folder_are_said(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    first, second = (controller(publisher(str(tmp_path / "out"), lambda _: None)) for _ in range(2))
+    first.advance(2)
+    assert not [w for w in recwarn if "another engine" in str(w.message)]
+    with pytest.warns(MolsWarning, match=r"mols\.report_dir='.*out' has the report of another engine"):
+        second.advance(2)

@@ -143,7 +143,47 @@ def test_foreign_reports_are_refused_in_one_line(
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b'{"schema": 1', b"\xff\xfe\x00", b"[]", b"null"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["groups"]["vo"].update(alpha=math.inf), r"groups\['vo'\]\['alpha'\] is inf"),
+        (lambda r: r["groups"]["vo"].update(alpha=math.nan), r"groups\['vo'\]\['alpha'\] is nan"),
+        (lambda r: r["groups"]["vo"].update(alpha=0.0), r"'alpha'\] is 0.0, not a finite number above 0"),
+        (lambda r: r["groups"]["vo"].update(alpha=-2), r"'alpha'\] is -2"),
+        (lambda r: r["groups"]["vo"].update(snr=math.nan), r"groups\['vo'\]\['snr'\] is nan, not a finite number"),
+        (lambda r: r["groups"]["vo"].update(alpha_high=math.inf), r"\['alpha_high'\] is inf"),
+        (lambda r: r.update(samples=-1), r"'samples' is -1"),
+        (lambda r: r.update(step=-1), r"'step' is -1"),
+    ],
+)
+def test_bad_numbers_in_a_report_that_is_read(
+    report: dict[str, Any], tmp_path: Path, change: Any, message: str
+) -> None:
+    change(report)
+    (tmp_path / JSON_NAME).write_text(json.dumps(report))
+    with pytest.raises(MolsConfigError, match=message) as caught:
+        load_report(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [ValueError("no backend\n'nonsense'"), RuntimeError("no font"), AttributeError("x")])
+def test_a_picture_that_fails_is_one_warning_and_the_numbers_are_written(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mols_ds.report.plot.draw_report", fail)
+    with pytest.warns(MolsWarning, match=rf"mols_report\.png was not drawn \({type(error).__name__}: ") as said:
+        write_report(report, tmp_path)
+    assert len(said) == 1 and "\n" not in str(said[0].message)
+    assert load_report(tmp_path) == report
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+@pytest.mark.parametrize("content", [DEEP, b"", b'{"schema": 1', b"\xff\xfe\x00", b"[]", b"null"])
 def test_damaged_reports_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / JSON_NAME).write_bytes(content)
     with pytest.raises(MolsConfigError, match=JSON_NAME) as caught:

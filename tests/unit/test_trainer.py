@@ -18,12 +18,12 @@ from torch import Tensor
 from mols_ds.core.handle import Handle
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.phases import Phase
-from mols_ds.errors import MolsCheckpointError, MolsTrainingError
+from mols_ds.errors import MolsCheckpointError, MolsTrainingError, MolsWarning
 from mols_ds.training.batches import BatchShape, Stream
 from mols_ds.training.compare import run_arms
 from mols_ds.training.preemption import Preempted
 from mols_ds.training.train_job import Outcome, StepResult, TrainBackend, TrainJob
-from mols_ds.training.trainer import METRICS, Trainer, discards_updates, has_checkpoint, train
+from mols_ds.training.trainer import METRICS, Metrics, Trainer, discards_updates, has_checkpoint, train
 
 SHAPE = BatchShape(length=1, micro=1, accumulation=2, rank=0, world=1)
 STEPS, START, SAMPLES = 8, 3, 4
@@ -395,3 +395,21 @@ def test_a_report_that_the_user_placed_stays_there(tmp_path: Path) -> None:
     assert setup_of(job).built[1][1] == section
     outcome: Outcome = train(job_of(tmp_path / "one", section))
     assert outcome.report == tmp_path / "mine" / "mols_report.json"
+
+
+def test_what_fails_beside_training_is_a_warning_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk under the metrics and a monitor that raises: one rank alone would leave the loop."""
+
+    def fail(*_: object) -> None:
+        raise ValueError("no\nspace")
+
+    whole = train(job_of(tmp_path / "whole"))
+    monkeypatch.setattr(Metrics, "write", fail)
+    monkeypatch.setattr(Backend, "write_events", fail)
+    with pytest.warns(MolsWarning) as said:
+        outcome = train(job_of(tmp_path / "failing"))
+    assert outcome.val_loss == whole.val_loss
+    assert sorted(str(warning.message) for warning in said) == [
+        "metrics: not written (ValueError: no space); training goes on",
+        "monitor: not written (ValueError: no space); training goes on",
+    ]

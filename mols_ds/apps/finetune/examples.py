@@ -93,7 +93,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
 def _json(text: str, where: str) -> object:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # also: nested too deeply
         raise MolsConfigError(f"{where}: not JSON: {one_line(error)}") from error
 
 

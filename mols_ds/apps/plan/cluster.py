@@ -95,7 +95,7 @@ def read_cluster(path: str) -> JsonObject:
         content = yaml.safe_load(Path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise MolsConfigError(f"cluster {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise MolsConfigError(f"cluster {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise MolsConfigError(f"cluster {path}: keys and values are needed, not {type(content).__name__}")

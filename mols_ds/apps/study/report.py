@@ -64,7 +64,7 @@ def made_on(out: Path) -> JsonObject:
     """Machine and versions of the newest call, out of OUT/study.json; empty where that file is not there or damaged."""
     try:
         content = json.loads((out / "study.json").read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return {key: content[key] for key in ("machine", "versions") if isinstance(content, dict) and key in content}
 

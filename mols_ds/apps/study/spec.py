@@ -199,7 +199,7 @@ def load_study(path: str | Path) -> Study:
         raise MolsConfigError(f"study {path}: no such file (see studies/)")
     try:
         content = yaml.safe_load(file.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
         raise MolsConfigError(f"study {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         raise MolsConfigError(f"study {path}: a mapping of settings is needed")
@@ -227,7 +227,7 @@ def _model(value: str | JsonObject, folder: Path) -> str | JsonObject:
         raise MolsConfigError(f"study: model {value}: no such file below {folder}")
     try:
         settings = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MolsConfigError(f"study: model {value}: not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise MolsConfigError(f"study: model {value}: a JSON object is needed")

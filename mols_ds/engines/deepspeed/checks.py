@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mols_ds.core.config import MolsConfig
+from mols_ds.core.config import Mode, MolsConfig
 from mols_ds.engines.deepspeed import compat
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
@@ -22,7 +22,13 @@ Refusal = tuple[bool, str, str]
 """Whether it applies, what is not supported, the way out."""
 
 
+def _measures(config: MolsConfig) -> Mode | None:
+    """The mode in which gradients are measured; None where the alphas are given."""
+    return None if config.fixed_alphas is not None else config.mode
+
+
 def _engine_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
+    measures = _measures(config)
     return [
         (
             type(engine).__name__ == "DualPipeVEngine",
@@ -46,12 +52,12 @@ def _engine_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
             "use ZeRO stage 1 or bf16",
         ),
         (
-            not engine.managed_gradient_accumulation() and config.mode == "probe",
+            not engine.managed_gradient_accumulation() and measures == "probe",
             '"managed_gradient_accumulation": false in mode "probe"',
             'use "mode": "online"',
         ),
         (
-            config.mode == "online" and engine.zero_optimization() and not engine.zero_compute_grad_norm(),
+            measures == "online" and engine.zero_optimization() and not engine.zero_compute_grad_norm(),
             '"compute_grad_norm": false in mode "online" (no norm to undo clipping by and to see bad gradients with)',
             'remove it, or use "mode": "probe"',
         ),
@@ -98,7 +104,7 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
         ),
         (refused is not None, *(refused or ("", ""))),
         (
-            config.mode == "moments" and not has_adam_moments(inner),
+            _measures(config) == "moments" and not has_adam_moments(inner),
             f'mode "moments" with {name}, which keeps no Adam moments',
             'use "mode": "probe" or "online"',
         ),

@@ -103,6 +103,7 @@ STAGE_3 = (
     *("get_param_id", "sub_group_to_group_id", "averaged_gradients", "offload_optimizer", "persistent_parameters"),
     *("reset_cpu_buffers", "_pre_step", "_partition_all_parameters", "_swappable_optimizer_subgroup"),
     *("_optimizer_states_and_gradient_swap_in", "_release_swap_buffers", "loss_scale", "clip_grad"),
+    *("grad_partitions_flat_buffer", "micro_step_id"),
 )
 OPTIMIZERS: dict[str, Names] = {
     "DeepSpeedZeroOptimizer": Names("runtime/zero/stage_1_and_2.py", STAGE_1_AND_2),
@@ -120,7 +121,8 @@ OPTIMIZERS: dict[str, Names] = {
 """Class of `engine.optimizer` -> what is read of it."""
 OPTIMIZER_FLAGS = (
     *("backup_optimizer", "partial_offload", "swap_optimizer", "elastic_checkpoint", "round_robin_gradients"),
-    *("_offload_accumulated_param_ids", "_global_grad_norm"),
+    *("_offload_accumulated_param_ids", "_global_grad_norm", "_epilogue_ran_this_backward"),
+    *("loss_scale_config", "loss_scaler", "_update_scale"),
 )
 """Names of these classes that are read with a default, or that only some settings make."""
 SIMULATED = ("round_robin_bit16_groups", "round_robin_bit16_padding", "get_partition_info")

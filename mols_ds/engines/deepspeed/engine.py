@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Context, Controller
@@ -81,6 +81,7 @@ class EngineMols(Session):
             id(tensor): make_plan(size, ranges, table.layouts)
             for tensor, size, ranges in zip(shards.tensors, shards.sizes, shards.ranges, strict=True)
         }
+        self._known = set(plans)
         sample = shards.inner.register_step_pre_hook(self._on_inner_step)
         self.scaler = LRScaler(
             shards.inner,
@@ -161,6 +162,14 @@ class EngineMols(Session):
 
         self.take_step(stock)
 
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        if self.controller.measuring and self.config.mode != "moments" and module.training:
+            self.shards.begin()
+        super()._before_forward(module, args)
+
+    def _lower_scale(self) -> bool:
+        return self.shards.lower_scale()
+
     def _after_discard(self) -> None:
         if self.grid.counts_micro_steps:
             self.engine.micro_steps -= self.engine.gradient_accumulation_steps()
@@ -169,8 +178,29 @@ class EngineMols(Session):
     def _before_step(self) -> None:
         """Online samples of stage 0, whose gradients are clipped before the inner step and whose norm is not kept."""
         self._scale_before = self.shards.loss_scale()
+        self._say_what_is_not_scaled()
         if self.wants_sample and isinstance(self.shards, Replicated) and self._all_finite(self.shards):
             self.take_sample()
+
+    def _say_what_is_not_scaled(self) -> None:
+        """Warn of weights that a client optimizer of stage 0 steps and that were frozen, or not there, at attach.
+
+        At stages 1 to 3 and in 16 bits DeepSpeed steps copies that it made before, so that such weights never train.
+        """
+        if self.shards.outer is not self.shards.inner:
+            return
+        params = (p for group in self.shards.inner.param_groups for p in group["params"])
+        new = {id(p) for p in params if p.grad is not None and id(p) not in self._known}
+        if not new:
+            return
+        self._known |= new
+        names = [name for name, p in self.engine.module.named_parameters() if id(p) in new]
+        self.controller.warn(
+            f"{len(new)} weights train that were frozen or not in the optimizer when MoLS was attached "
+            f"({', '.join(names[:3]) or 'not of the model'}): they get the base rate and are not measured; call "
+            "engine.mols.detach() and mols_ds.attach(engine, ...) again to include them",
+            every_rank=True,
+        )
 
     def _all_finite(self, shards: Replicated) -> bool:
         """Whether every gradient is finite, the same on every rank: data-parallel replicas know it alone."""

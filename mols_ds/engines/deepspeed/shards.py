@@ -103,6 +103,23 @@ class ZeroShards(ABC):
     def discard(self) -> None:
         """Throw the accumulated gradient away, as if the engine had never seen these batches."""
 
+    def begin(self) -> None:  # noqa: B027  (most layouts keep nothing)
+        """Before the first forward pass of a batch that is measured: forget gradients of former batches."""
+
+    def lower_scale(self) -> bool:
+        """After a gradient that is not finite on any rank: lower a dynamic loss scale, as a skipped step does.
+
+        Returns False for a static scale, and for one at its minimum (DeepSpeed would end the run there).
+        """
+        outer = self.outer
+        scaler: Any = getattr(outer, "loss_scale_config", None) or getattr(outer, "loss_scaler", None)
+        dynamic = getattr(scaler, "dynamic_loss_scale", None) or getattr(scaler, "dynamic", False)
+        lowest = getattr(scaler, "min_loss_scale", None) or getattr(scaler, "min_scale", None) or 1.0
+        if not dynamic or float(scaler.cur_scale) <= lowest:
+            return False
+        outer._update_scale(True)
+        return True
+
     def loss_scale(self) -> float:
         """What the gradients that `read` gives are multiplied by."""
         return 1.0
@@ -217,9 +234,24 @@ class Stage3(ZeroShards):
             if swapped:
                 o._release_swap_buffers(i)
 
+    def begin(self) -> None:
+        o = self.outer
+        if o.micro_step_id == 0 and not getattr(o, "_epilogue_ran_this_backward", False):
+            self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        """Zero what DeepSpeed keeps of former batches. The gradient of a parameter that a batch does not use is not
+        overwritten, and would be read, and stepped with, once more. (Gradients on NVMe stay.)"""
+        o = self.outer
+        o.grad_partitions_flat_buffer.zero_()
+        for i, flat in enumerate(self.tensors):
+            if o.offload_optimizer and flat.grad is not None and not o._swappable_optimizer_subgroup(i):
+                flat.grad.zero_()
+
     def discard(self) -> None:
         o = self.outer
         o._pre_step()
+        self._forget_gradients()
         o._partition_all_parameters()
         o.zero_grad(set_to_none=True)
         if o.offload_optimizer:

@@ -1,0 +1,165 @@
+"""A parameter that a batch does not use counts as 0 in that sample, on every stage; a dynamic loss scale that is too
+high comes down in a probe window, as stock's does."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.engines.deepspeed.building import OFFLOAD, PlainLM, allow_fp16, ds_config, engine_with, go
+from tests.engines.deepspeed.support import batch
+from tests.helpers.harness import Results, run_cases
+
+pytestmark = pytest.mark.distributed
+
+WORLD, SAMPLES, START, MICROS = 2, 8, 2, 2
+NAMES = ("up_proj.weight", "up_proj.bias", "down_proj.weight", "q_proj.weight")
+CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
+    **{f"{stage} {mode}": (stage, mode, {}) for stage in range(4) for mode in ("probe", "online")},
+    "3 probe offload": (3, "probe", OFFLOAD),
+    "3 online offload": (3, "online", OFFLOAD),
+}
+
+
+class Skipping(PlainLM):
+    """Leaves its MLP out where `skip` is set."""
+
+    skip = False
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        if not self.skip:
+            return super().forward(input_ids, labels)
+        logits = self.lm_head(self.norm(self.q_proj(self.embed_tokens(input_ids))))[:, :-1].reshape(-1, 97)
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:].reshape(-1))
+        return type("Output", (), {"loss": loss})
+
+
+def expected(plain: Skipping, iteration: int, used: bool) -> dict[str, torch.Tensor]:
+    """The mean gradient of a global batch by torch alone, flat."""
+    plain.skip = not used
+    plain.zero_grad()
+    for micro in range(MICROS):
+        for rank in range(WORLD):
+            inputs = batch(iteration, micro, rank)
+            (plain(inputs, inputs).loss / (MICROS * WORLD)).backward()
+    return {n: torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for n, p in plain.named_parameters()}
+
+
+def statistics(name: str) -> dict[str, float]:
+    """Largest error of mean and M2 against torch, relative to the largest value, of this rank's elements."""
+    stage, mode, zero = CASES[name]
+    torch.manual_seed(0)
+    model = Skipping()
+    plain = copy.deepcopy(model)
+    section = {"mode": mode, "start": START, "ramp_end": 40, "samples": SAMPLES, "noise_floor_correction": False}
+    settings = ds_config(stage, "fp32", section, zero=zero, micros=MICROS)
+    engine = engine_with(settings, model, torch.optim.SGD(list(model.parameters()), lr=1e-9))
+    elements, kept, oracle = engine.mols.controller.elements, {}, []
+    free = elements.free
+
+    def keep() -> None:
+        if elements.accumulators is not None and not kept:
+            kept.update(mean=elements.accumulators.mean.clone(), m2=elements.accumulators.m2.clone())
+        free()
+
+    elements.free = keep
+    for iteration in range(START + SAMPLES):
+        used = iteration < START or iteration % 2 == 1  # the first sample does not use what the last step used
+        engine.module.skip = not used
+        go(engine, iteration, MICROS)
+        if iteration >= START:
+            oracle.append(expected(plain, iteration, used))
+    errors = {}
+    for key in ("mean", "m2"):
+        worst = 0.0
+        for item in elements.ranges:
+            if item.name in NAMES:
+                samples = torch.stack([one[item.name] for one in oracle]).double()
+                mean = samples.mean(0)
+                true = mean if key == "mean" else ((samples - mean) ** 2).sum(0)
+                seen = kept[key][item.offset : item.offset + item.numel]
+                error = (seen - true[item.start : item.start + item.numel]).abs().max() / true.abs().max()
+                worst = max(worst, float(error))
+        errors[key] = worst
+    engine.destroy()
+    return errors
+
+
+@functools.cache
+def runs() -> Results:
+    return run_cases(statistics, WORLD, [(name,) for name in CASES], timeout=60)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_parameter_without_a_gradient_counts_as_zero(name: str) -> None:
+    for errors in runs()[name,]:
+        assert errors["mean"] < 1e-4 and errors["m2"] < 1e-4, errors
+
+
+def overflow(stage: int) -> dict[str, Any]:
+    """A window that begins with a loss scale at which every gradient overflows."""
+    allow_fp16()
+    section = {"start": 0, "ramp_end": 40, "samples": 4, "noise_floor_correction": False}
+    settings = ds_config(stage, "fp16", section, micros=1)
+    settings["fp16"] = {"enabled": True, "initial_scale_power": 36, "hysteresis": 2}
+    torch.manual_seed(0)
+    model = PlainLM()
+    engine = engine_with(settings, model, torch.optim.SGD(list(model.parameters()), lr=0.0))
+    iterations = 0
+    while engine.mols.phase == "calibrating" and iterations < 60:
+        go(engine, iterations, 1)
+        iterations += 1
+    report = engine.mols.report()
+    result = {"failed": report.get("failed"), "samples": engine.mols.samples, "iterations": iterations}
+    scale = {
+        "scale": float(engine.optimizer.loss_scale_config.cur_scale if stage == 0 else engine.optimizer.loss_scale)
+    }
+    engine.destroy()
+    return {**result, **scale, "rank": dist.get_rank()}
+
+
+@functools.cache
+def overflows() -> Results:
+    return run_cases(overflow, WORLD, [(stage,) for stage in (0, 2, 3)], timeout=60)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_loss_scale_that_is_too_high_comes_down_in_the_window(stage: int) -> None:
+    for seen in overflows()[stage,]:
+        assert seen["failed"] is None and seen["samples"] == 4
+        assert 1.0 < seen["scale"] < 2.0**36 and seen["iterations"] > 4
+
+
+def test_stage_0_measures_all_samples() -> None:
+    assert [seen["failed"] for seen in overflows()[0,]] == [None, None]
+
+
+def unfrozen(stage: int) -> list[str]:
+    """What is said where `lm_head` is frozen at attach and trains later."""
+    torch.manual_seed(0)
+    model = PlainLM()
+    model.lm_head.weight.requires_grad_(False)
+    settings = ds_config(stage, "fp32", {"fixed_alphas": {"qk": 0.5}, "start": 0, "ramp_end": 0}, micros=1)
+    engine = engine_with(settings, model, torch.optim.SGD(list(model.parameters()), lr=0.1))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        go(engine, 0, 1)
+        model.lm_head.weight.requires_grad_(True)
+        go(engine, 1, 1)
+        go(engine, 2, 1)
+    engine.destroy()
+    return [str(warning.message) for warning in said if "lm_head" in str(warning.message)]
+
+
+def test_weights_that_are_unfrozen_later_are_named_once() -> None:
+    for said in run_cases(unfrozen, WORLD, [(0,)], timeout=60)[0,]:
+        (line,) = said
+        assert line.startswith(
+            "1 weights train that were frozen or not in the optimizer when MoLS was attached (lm_head"
+        )
