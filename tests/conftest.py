@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,16 @@ apply_environment(RANK_ENVIRONMENT)
 import torch  # noqa: E402  (reads the environment above when it is imported)
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def environment_is_put_back() -> Iterator[None]:
+    """Megatron-core sets variables in this process; ranks of another environment would need servers of their own."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

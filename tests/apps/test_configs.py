@@ -29,7 +29,7 @@ from mols_ds.training.megatron_config import (
     transformer_config,
 )
 from mols_ds.training.megatron_settings import Settings, read
-from mols_ds.training.models import load_model_config
+from mols_ds.training.models import groups_of, load_model_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STEPS = 10_000
@@ -193,7 +193,7 @@ def report_of(model: str, path: Path, granularity: Any = "type") -> dict[str, fl
     )
     groups = {
         name: {**numbers, "moved_once_share": 0.0, "elements": 10, "alpha": 1.0 + number / 8, "clamped": False}
-        for number, name in enumerate(cli.groups_of(str(CONFIGS / "models" / f"{model}.json"), granularity))
+        for number, name in enumerate(groups_of(str(CONFIGS / "models" / f"{model}.json"), granularity))
     }
     keys = {"schema": 1, "step": 100, "samples": 32, "mode": "probe", "estimator": "damping", "reference": "vo"}
     write_report({**keys, "groups": groups, "world": {"data": 1}, "versions": {}}, path)
