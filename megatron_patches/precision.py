@@ -20,7 +20,7 @@ from megatron_patches.machine import RECIPES, Machine, probe_machine
 from mols_ds.core.config import Mode
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.optim.catalog import MEGATRON
-from mols_ds.optim.traits import has_adam_moments
+from mols_ds.optim.traits import has_adam_moments, reads_groups_only
 
 
 @dataclass(frozen=True)
@@ -333,6 +333,12 @@ def optimizer_refusals(optimizer: object, mode: Mode, *, fused: bool = False) ->
             "use_precision_aware_optimizer with fused parameters (linear_qkv holds rows of two groups): the fp32 "
             "weights are hidden in the optimizer's state, so single rows cannot be scaled",
             "use_precision_aware_optimizer: false, or rules that put a fused parameter in one group",
+        ),
+        Refusal(
+            asks("use_precision_aware_optimizer_no_fp8_or_ds_fp8") and not all(reads_groups_only(one) for one in inner),
+            "use_precision_aware_optimizer with an optimizer class that is not in the catalog: its fp32 weights are "
+            "hidden in its state, so the weights cannot be corrected after its step",
+            "use_precision_aware_optimizer: false, or Transformer Engine's FusedAdam",
         ),
         Refusal(
             mode == "moments" and not all(_has_adam_moments(one) for one in inner),

@@ -231,6 +231,8 @@ def odd() -> dict[str, Any]:
             setattr(plain, key, value)  # 0.16's config lacks keys of newer ones, and refuses others without a GPU
         return mo.ChainedOptimizer([mo.FP32Optimizer(inner, plain, lambda *_: None)])
 
+    unknown = type("Sophia", (torch.optim.SGD,), {"step": lambda self, closure=None: None})([weight], lr=0.1)
+    aware_unknown = wrapped(unknown, use_precision_aware_optimizer_no_fp8_or_ds_fp8=True)
     aware = wrapped(adam, use_precision_aware_optimizer_no_fp8_or_ds_fp8=True, exp_avg_dtype=torch.float16)
     reusing = wrapped(adam, reuse_grad_buf_for_mxfp8_param_ag=True)
     hybrid = HybridDeviceOptimizer(
@@ -249,6 +251,7 @@ def odd() -> dict[str, Any]:
         "reuse probe": applying(reusing),
         "reuse online": applying(reusing, "online"),
         "aware fused": applying(aware),
+        "aware unknown": applying(aware_unknown, fused=False),
         "aware plain": applying(aware, fused=False),
         "aware moments": applying(aware, "moments", fused=False),
         "hybrid": applying(wrapped(hybrid)),
@@ -297,6 +300,7 @@ def test_ordinary_optimizers_are_described_and_none_is_refused(
         ("reuse online", None),
         ("aware fused", "use_precision_aware_optimizer with fused"),
         ("aware plain", None),
+        ("aware unknown", "not in the catalog"),
         ("aware moments", "below fp32"),
         ("hybrid", "HybridDeviceOptimizer"),
         ("fsdp", "Megatron-FSDP"),
