@@ -4,12 +4,14 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TextIO
 
 import torch
 
+from mols_ds.core.compile_locks import lock_problem, stale_locks
 from mols_ds.core.json_types import JsonMapping
 from mols_ds.engines.deepspeed.compat import leave_out_shm_kernel
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning
@@ -113,6 +115,8 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
     patience = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
     if timeout is not None:
         _limit_new_groups(timedelta(seconds=timeout))
+    if os.environ.get("LOCAL_RANK", "0") == "0" and (problem := lock_problem(stale_locks())) is not None:
+        warnings.warn("; ".join(problem), MolsWarning, stacklevel=2)
     deepspeed.init_distributed(**patience)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 

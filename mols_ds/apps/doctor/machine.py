@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mols_ds.apps.doctor.findings import Findings
 from mols_ds.apps.doctor.imports import Tried
+from mols_ds.core.compile_locks import lock_problem, stale_locks
 
 LEAST_PYTHON = (3, 11)
 GLOO, NCCL = "mols_ds.apps.doctor.backends:gloo", "mols_ds.apps.doctor.backends:nccl"
@@ -32,6 +33,7 @@ def check_machine(findings: Findings, out: Path, elements: int | None) -> None:
         ("omp_num_threads", _threads),
         ("shared_memory", _shared_memory),
         ("open_files", _open_files),
+        ("compile_locks", _compile_locks),
     ):
         with findings.guard(name, level="warning"):
             check(findings)
@@ -113,6 +115,14 @@ def _open_files(findings: Findings) -> None:
     most = "unlimited" if hard == resource.RLIM_INFINITY else hard
     fix = f"ulimit -n {min(65536, hard) if hard > 0 else 65536} before the launch (this user may go to {most})"
     findings.add("note", "open_files", f"{found}: little for many ranks on a machine", fix)
+
+
+def _compile_locks(findings: Findings) -> None:
+    problem = lock_problem(stale_locks())
+    if problem is None:
+        findings.add("ok", "compile_locks", "no stale lock in torch's cache of extensions")
+    else:
+        findings.add("warning", "compile_locks", *problem)
 
 
 def _disk(findings: Findings, out: Path, elements: int | None) -> None:
