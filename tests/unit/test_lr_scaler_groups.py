@@ -177,3 +177,25 @@ def test_rows_of_several_groups_by_delta_alone() -> None:
         optimizer.step()
     rates = torch.tensor([RATES["qk"]] * 6 + [RATES["mlp"]] * 10 + [1.0] * 4)
     torch.testing.assert_close(tensor.detach(), -LR * STEPS * rates, rtol=0, atol=1e-6)
+
+
+def test_a_list_of_another_name() -> None:
+    """Nobody knows of it, so that nothing replaces it: the class must not see temporary groups."""
+
+    class Sizes(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": LR})
+            self.sizes = [len(group["params"]) for group in self.param_groups]
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group, size in zip(self.param_groups, self.sizes):  # noqa: B905
+                for p in group["params"][:size]:
+                    p.sub_(group["lr"] * p.grad)
+
+    params = tensors()
+    optimizer = Sizes(params)
+    scale(optimizer, params)
+    optimizer.step()
+    for tensor, rate in zip(params, RATES.values(), strict=True):
+        torch.testing.assert_close(tensor.detach(), torch.full((4,), -LR * rate))
