@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import regex  # type: ignore[import-untyped]
 from torch import nn
 
 from mols_ds.core.group_rules import (
@@ -41,6 +42,8 @@ __all__ = [
     "order_groups",
 ]
 
+RULE_SECONDS = 5.0
+"""Longest search of a user's rule in one parameter name; an ordinary one takes microseconds."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|decoder_layers)\.(\d+)(?=\.|$)")
 _ANY_INDEX = re.compile(r"(?:^|\.)(?<!experts\.)(\d+)(?=\.|$)")
 
@@ -61,8 +64,9 @@ class _UserRule:
             raise MolsConfigError(f'rules[{position}] is {rule!r}; a rule is ["regular expression", "group"]')
         self.pattern, self.group = rule
         try:
-            self.regex = re.compile(self.pattern)
-        except re.error as error:
+            re.compile(self.pattern)
+            self.regex = regex.compile(self.pattern)
+        except (re.error, regex.error) as error:
             raise MolsConfigError(
                 f"rules[{position}]: {self.pattern!r} is not a regular expression ({error}); correct the pattern"
             ) from None
@@ -74,7 +78,14 @@ class _UserRule:
         self.matched = self.decided = False
 
     def matches(self, names: Iterable[str]) -> bool:
-        found = any(self.regex.search(name) for name in names)
+        """Raises MolsConfigError for a pattern that takes longer than RULE_SECONDS on one name."""
+        try:
+            found = any(self.regex.search(name, timeout=RULE_SECONDS) for name in names)
+        except TimeoutError:
+            raise MolsConfigError(
+                f"rules: {self.pattern!r} takes more than {RULE_SECONDS:g} seconds on one parameter name (it repeats a "
+                "repetition, such as (a|aa)+); write it without"
+            ) from None
         self.matched |= found
         return found
 

@@ -310,3 +310,11 @@ def test_an_unknown_granularity_is_named() -> None:
 def test_a_model_without_trainable_parameters() -> None:
     with pytest.raises(MolsConfigError, match="no trainable parameter"):
         group_table(nn.Linear(3, 3).requires_grad_(False))
+
+
+def test_a_rule_that_runs_away_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mols_ds.core.groups.RULE_SECONDS", 0.2)
+    model = nn.Module()
+    model.register_parameter("a" * 60 + "_b", nn.Parameter(torch.zeros(2, 2)))
+    with pytest.raises(MolsConfigError, match=r"rules: '\^\(a\|aa\)\+\$' takes more than 0.2 seconds"):
+        group_table(model, [["^(a|aa)+$", "mlp"]])
