@@ -30,7 +30,7 @@ def adam_moments(
     An element with v - m^2 < m^2 / 256 reads s2 = 0 too, because rounding takes over. Each of a moment's updates rounds
     three times, so fp32 moments are off by up to 3 u / (1 - b) of themselves (u = 2^-24), and v - m^2 by up to
     (6 / (1 - b1) + 3 / (1 - b2)) u v. So each s2 that is kept is known to 0.2 % for betas (0.9, 0.95) and to 5 % for
-    (0.9, 0.999), in the worst case (0.02 % was seen between instruction sets). No knowledge is lost: a ratio at the cut,
+    (0.9, 0.999), in the worst case (0.02 % was seen from SSE to AVX-512). No knowledge is lost: a ratio at the cut,
     256 (1 - c), is that of an SNR_i at which the sampling error of v - m^2 is 3 (b2 = 0.95) to 7 (0.999) times its
     expectation. And without a cut, `mean` would hang on the few elements with v - m^2 next to 0.
 
