@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from mols_ds.errors import MolsError
-from tests.engines.deepspeed.support import config, engine_of, iterate
+from tests.engines.deepspeed.engines import config, engine_of
+from tests.engines.deepspeed.loops import iterate
 from tests.helpers.harness import run_ranks
 from tests.helpers.oracle.adamw import AdamSettings
 
@@ -18,7 +19,7 @@ STEPS = 8
 
 def train(stage: int, broken_rank: int | None) -> tuple[int, str]:
     """On each rank: steps until the error, and its text; `broken_rank` steps its first parameter group alone."""
-    engine = engine_of("llama", AdamSettings(lr=1e-3), config(stage, SECTION))
+    engine = engine_of(config(stage, SECTION), "llama", AdamSettings(lr=1e-3))
     inner: Any = engine.mols.shards.inner
     stock = type(inner).step
 

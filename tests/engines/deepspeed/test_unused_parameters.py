@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.engines.deepspeed.building import OFFLOAD, PlainLM, allow_fp16, ds_config, engine_with, go
-from tests.engines.deepspeed.support import batch
+from tests.engines.deepspeed.engines import OFFLOAD, config, engine_of
+from tests.engines.deepspeed.loops import iterate
+from tests.engines.deepspeed.models import PlainLM
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.oracle.models import batch
 
 pytestmark = pytest.mark.distributed
 
@@ -58,8 +60,8 @@ def statistics(name: str) -> dict[str, float]:
     model = Skipping()
     plain = copy.deepcopy(model)
     section = {"mode": mode, "start": START, "ramp_end": 40, "samples": SAMPLES, "noise_floor_correction": False}
-    settings = ds_config(stage, "fp32", section, zero=zero, micros=MICROS)
-    engine = engine_with(settings, model, torch.optim.SGD(list(model.parameters()), lr=1e-9))
+    settings = config(stage, section, zero=zero, micros=MICROS)
+    engine = engine_of(settings, model, torch.optim.SGD(list(model.parameters()), lr=1e-9))
     elements, kept, oracle = engine.mols.controller.elements, {}, []
     free = elements.free
 
@@ -72,7 +74,7 @@ def statistics(name: str) -> dict[str, float]:
     for iteration in range(START + SAMPLES):
         used = iteration < START or iteration % 2 == 1  # the first sample does not use what the last step used
         engine.module.skip = not used
-        go(engine, iteration, MICROS)
+        iterate(engine, iteration, MICROS)
         if iteration >= START:
             oracle.append(expected(plain, iteration, used))
     errors = {}
@@ -104,16 +106,15 @@ def test_a_parameter_without_a_gradient_counts_as_zero(name: str) -> None:
 
 def overflow(stage: int) -> dict[str, Any]:
     """A window that begins with a loss scale at which every gradient overflows."""
-    allow_fp16()
     section = {"start": 0, "ramp_end": 40, "samples": 4, "noise_floor_correction": False}
-    settings = ds_config(stage, "fp16", section, micros=1)
+    settings = config(stage, section, precision="fp16", micros=1)
     settings["fp16"] = {"enabled": True, "initial_scale_power": 36, "hysteresis": 2}
     torch.manual_seed(0)
     model = PlainLM()
-    engine = engine_with(settings, model, torch.optim.SGD(list(model.parameters()), lr=0.0))
+    engine = engine_of(settings, model, torch.optim.SGD(list(model.parameters()), lr=0.0))
     iterations = 0
     while engine.mols.phase == "calibrating" and iterations < 60:
-        go(engine, iterations, 1)
+        iterate(engine, iterations, 1)
         iterations += 1
     report = engine.mols.report()
     result = {"failed": report.get("failed"), "samples": engine.mols.samples, "iterations": iterations}
@@ -145,14 +146,14 @@ def unfrozen(stage: int) -> list[str]:
     torch.manual_seed(0)
     model = PlainLM()
     model.lm_head.weight.requires_grad_(False)
-    settings = ds_config(stage, "fp32", {"fixed_alphas": {"qk": 0.5}, "start": 0, "ramp_end": 0}, micros=1)
-    engine = engine_with(settings, model, torch.optim.SGD(list(model.parameters()), lr=0.1))
+    settings = config(stage, {"fixed_alphas": {"qk": 0.5}, "start": 0, "ramp_end": 0}, micros=1)
+    engine = engine_of(settings, model, torch.optim.SGD(list(model.parameters()), lr=0.1))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        go(engine, 0, 1)
+        iterate(engine, 0, 1)
         model.lm_head.weight.requires_grad_(True)
-        go(engine, 1, 1)
-        go(engine, 2, 1)
+        iterate(engine, 1, 1)
+        iterate(engine, 2, 1)
     engine.destroy()
     return [str(warning.message) for warning in said if "lm_head" in str(warning.message)]
 
