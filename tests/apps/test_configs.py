@@ -34,7 +34,7 @@ from mols_ds.training.models import groups_of, load_model_config
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STEPS = 10_000
 LAPTOP = Machine(None, "the package transformer_engine is not installed", None)
-GPU = Machine("2.9.0", "", (10, 0))
+GPU = Machine("2.9.0", "", (10, 0), wgrad_kernel=True, cuda=(12, 9))
 
 DEEPSPEED = {  # file -> ranks that it is made for, data-parallel ranks among them, passes of a rank in one step
     "ds_mols": (1, 1, 2),

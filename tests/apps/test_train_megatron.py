@@ -35,7 +35,7 @@ from tests.apps.megatron_job import STEPS, TRAIN, whole_and_resumed, write_job
 from tests.helpers.harness import run_ranks
 
 LAPTOP = Machine(None, "the package transformer_engine is not installed", None)
-HOPPER = Machine("2.9.0", "", (9, 0))
+HOPPER = Machine("2.9.0", "", (9, 0), wgrad_kernel=True, cuda=(12, 9))
 WORLDS = {"tiny": 1, "tiny_tp2_pp2": 4, "llama_60m": 8, "llama_7b_tp2_pp2": 8, "llama_70b_tp8_pp8_fp8": 512}
 CONFIGS = [ROOT / "configs" / "megatron" / f"{name}.yaml" for name in WORLDS]  # the others: tests/apps/test_configs.py
 # hidden, MLP, heads, layers: METHOD, the paper's sizes
