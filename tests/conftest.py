@@ -37,7 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--tier",
         choices=list(tiers.CHOICES),
         default="full",
-        help="which tests: quick (make test), all (make test-all), rest (all without quick), full (the default here)",
+        help="which tests: quick (make test), all (make test-all), rest (all without quick), full (the default here), "
+        "exhaustive (full without all)",
     )
 
 

@@ -61,9 +61,12 @@ def changed(saved: object, config: MolsConfig, phase: Phase) -> tuple[list[str],
     if not isinstance(saved, Mapping):
         return kept, applied
     begun, over = phase != "waiting", phase in ("ramping", "fixed")
+    given = config.fixed_alphas is not None or saved.get("fixed_alphas") is not None
     for key, now in section_of(config).items():
         rule = RULES[key]
         if rule == "elsewhere" or key not in saved or saved[key] == now:
+            continue
+        if given and rule != "config":  # nothing is measured: `Controller.follow_config` says what applies
             continue
         differs = f"mols.{key} is {now!r} and was {saved[key]!r} when the checkpoint was saved"
         if rule == "alphas" and over:

@@ -24,6 +24,7 @@ CHOICES = {
     "rest": frozenset({"all"}),  # what "all" has beyond "quick": CI runs one after the other
     "all": frozenset({"quick", "all"}),
     "full": frozenset(TIERS),
+    "exhaustive": frozenset({"full"}),  # what "full" has beyond "all"
 }
 """What `--tier` takes -> the labels of the tests that run."""
 Where = Collection[T] | Callable[[T], bool]

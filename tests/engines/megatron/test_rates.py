@@ -206,11 +206,14 @@ OTHERS = dict(zip(COUNTED, (skipped_fp16, recalibrated), strict=True))
 @NAMES.reads("skipped fp16")
 def test_a_skipped_iteration_is_neither_an_update_nor_a_sample() -> None:
     for found in outcomes()["skipped fp16",]:
-        overflowed = [row for row in found["rows"] if not row[0]]
-        assert overflowed and overflowed == found["rows"][: len(overflowed)], "the loss scale falls until it fits"
-        assert all(row[1:3] == (0, 0) for row in overflowed)
-        updates = found["rows"][len(overflowed) :]
-        assert [row[1] for row in updates] == list(range(1, len(updates) + 1))
+        rows = found["rows"]
+        updates = [row for row in rows if row[0]]
+        assert not rows[0][0] and len(updates) > 4, "the loss scale overflows, and falls until it fits"
+        steps = 0
+        for number, (successful, counted, samples, _) in enumerate(rows):  # the scale may be too high again later
+            steps += successful
+            assert counted == steps, number
+            assert samples <= steps, number
         assert found["scheduler"] == len(updates)
 
 
