@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -62,12 +62,37 @@ def oracle(samples: Tensor, correction: bool) -> dict[str, float]:
     }
 
 
+def roundings(samples: Tensor) -> dict[str, float]:
+    """How far fp32 running means may move each estimator, on any processor.
+
+    Sample j moves the mean m by d / j, with d = x - m. Each of at most four operations rounds by a share of 2^-24: three
+    the step d / j, one the new m. So the last mean is within e = 2^-24 sum_j (3 |d_j| / j + |m_j|) of the exact one,
+    however small it is itself, and mean^2 within 2 |mean| e + e^2. The damping's slope in |mean| / s is at most 1.
+    """
+    exact = samples.double()
+    counts = torch.arange(1, len(samples) + 1, dtype=torch.float64)[:, None]
+    means = exact.cumsum(0) / counts
+    before = torch.cat([torch.zeros_like(means[:1]), means[:-1]])
+    e = 2.0**-24 * (3 * (exact - before).abs() / counts + means.abs()).sum(0)
+    s2 = exact.var(0)
+    e, s2, mean = e[s2 > 0], s2[s2 > 0], means[-1][s2 > 0].abs()
+    square = 2 * mean * e + e**2
+    ratio = float((square / s2).mean())
+    return {
+        "mean": ratio,
+        "median": float((square / s2).max()),
+        "pooled": float(square.sum() / s2.sum()),
+        "damping": float((e / s2.sqrt()).mean()),
+    }
+
+
 @settings(max_examples=20)
 @given(k=st.integers(4, 40), n=st.integers(1, 3000), signal=st.floats(0, 10), correction=st.booleans())
+@example(k=20, n=1, signal=0.0, correction=False)  # a mean of 0.002 s, which AVX2 and AVX-512 round differently
 def test_estimators_equal_the_oracle(k: int, n: int, signal: float, correction: bool) -> None:
     samples = normal(k, n, seed=n) * 1e-6 + signal * 1e-6 * normal(n, seed=k)
     samples[:, : n // 3] = 0
-    sums, wanted = sums_of(samples), oracle(samples, correction)
+    sums, wanted, rounded = sums_of(samples), oracle(samples, correction), roundings(samples)
     floor = 1.0 / k if correction else 0.0
     for name in ESTIMATORS:
         found = estimate(sums, name, correction)["vo"]
@@ -77,7 +102,7 @@ def test_estimators_equal_the_oracle(k: int, n: int, signal: float, correction: 
             tolerance = 0.01 * (abs(wanted[name]) + floor)
         if name == "damping":  # the square root of a clamped value near 0 amplifies rounding
             tolerance = 1e-5 * wanted[name] + (1e-4 if correction else 0.0)
-        assert abs(found - wanted[name]) <= tolerance, name
+        assert abs(found - wanted[name]) <= tolerance + rounded[name], name
 
 
 @pytest.mark.parametrize("k", [2, 3])
