@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mols_ds.errors import MolsConfigError
+from mols_ds.errors import MolsConfigError, printable_lines
 from mols_ds.training.cli_utils import Parser, run_program
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _run(arguments: Sequence[str]) -> int:
         from mols_ds.apps.plan.command import plan
 
         return plan(args)
-    print(args.text(args))
+    print(printable_lines(args.text(args)))
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mols_ds.core.json_types import JsonObject
+from mols_ds.core.log import tell
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
 from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_timeout, not_negative, positive
@@ -146,8 +147,7 @@ def _arms(
 def _say_what(args: argparse.Namespace, config: JsonObject, tokenizer: Tokenizer, shape: BatchShape) -> None:
     precision = str(model_dtype(config)).removeprefix("torch.")
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    print(
+    tell(
         f"{Path(args.model).stem}, {tokenizer.size} tokens of vocabulary, {args.steps} steps of {shape.sequences} x "
-        f"{shape.length} tokens, {shape.world} processes, ZeRO {stage}, {precision}, into {args.out}",
-        flush=True,
+        f"{shape.length} tokens, {shape.world} processes, ZeRO {stage}, {precision}, into {args.out}"
     )

@@ -24,6 +24,7 @@ from mols_ds.core.document import build_report, measured_rows, unmeasured_rows
 from mols_ds.core.group_stats import GroupSums
 from mols_ds.core.groups import GroupTable, base_group, format_group_table, is_scaled
 from mols_ds.core.local_stats import LocalStats
+from mols_ds.core.log import warn_here
 from mols_ds.core.phases import Calibration, Phase, Schedule
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.schema import Report, ReportGroup
@@ -126,8 +127,10 @@ class Controller:
 
     def warn(self, message: str, *, every_rank: bool = False) -> None:
         """Warn once per job, as a `MolsWarning`; with `every_rank` on each rank, for what its caller should notice."""
-        if every_rank or self.context.rank == 0:
+        if every_rank:
             warnings.warn(message, MolsWarning, stacklevel=3)
+        elif self.context.rank == 0:
+            warn_here(message, stacklevel=3)
 
     @property
     def measuring(self) -> bool:
@@ -324,8 +327,7 @@ class Controller:
         try:
             self.context.publish(self._report)
         except Exception as error:
-            line = " ".join(str(error).split())
-            self.warn(f"the report could not be written: {line or type(error).__name__}")
+            self.warn(f"the report could not be written: {str(error) or type(error).__name__}")
 
     def _new_report(self, t: int, reference: str, rows: dict[str, ReportGroup]) -> Report:
         return build_report(

@@ -2,20 +2,80 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Callable, Iterable
 from importlib import metadata
+from typing import TextIO
+
+from mols_ds.errors import MolsWarning, printable, printable_lines
 
 LOG = logging.getLogger("mols_ds")
 
 
 def say(message: str) -> None:
-    """Log at INFO; where nobody has configured logging, print, so that the group table and the alphas are seen."""
+    """Log at INFO; where nobody has configured logging, print, so that the group table and the alphas are seen.
+
+    Never raises, like `tell`.
+    """
     if LOG.hasHandlers() or LOG.level != logging.NOTSET:
-        LOG.info(message)
+        with contextlib.suppress(Exception):  # a handler of the user's
+            LOG.info("%s", printable_lines(message))
     else:
-        print(message, flush=True)
+        tell(message)
+
+
+def tell(message: str, file: TextIO | None = None) -> None:
+    """Print lines at once; foreign text in them is made safe.
+
+    Never raises: what one rank prints must not end it while the others wait (a closed pipe, a full disk).
+
+    Args:
+        message: one line or several.
+        file: where to; stdout.
+    """
+    with contextlib.suppress(Exception):
+        file = file or sys.stdout
+        encoding = file.encoding or "utf-8"
+        print(printable_lines(message).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+
+
+def aside(what: str, write: Callable[[], object]) -> bool:
+    """Call what one rank writes beside training. What fails there is a warning: an exception would leave the other
+    ranks waiting in their next collective.
+
+    Args:
+        what: names it in the warning.
+        write: writes it.
+
+    Returns:
+        Whether it was written.
+    """
+    try:
+        write()
+    except Exception as error:
+        warn_here(f"{what}: not written ({type(error).__name__}: {error}); training goes on", stacklevel=3)
+        return False
+    return True
+
+
+def warn_here(message: str, stacklevel: int = 1) -> None:
+    """Warn as a `MolsWarning` on this rank alone. Never raises.
+
+    Where Python turns warnings into errors (-W error, PYTHONWARNINGS), the message is printed on stderr instead: the
+    other ranks, which do not warn, would wait for this one in their next collective.
+
+    Args:
+        message: one line.
+        stacklevel: as in warnings.warn; 1 is the caller of this function.
+    """
+    try:
+        warnings.warn(message, MolsWarning, stacklevel=stacklevel + 1)
+    except Exception:  # the warning itself, or what shows it
+        tell(f"MolsWarning: {printable(message)}", sys.stderr)
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -19,14 +19,14 @@ Medians are exact, from counts of the bits of |m - mean|: nothing but counts and
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mols_ds.errors import MolsConfigError, MolsWarning
+from mols_ds.core.log import warn_here
+from mols_ds.errors import MolsConfigError
 from mols_ds.optim.clustering import cluster, median_deviations, nearest
 from mols_ds.optim.param_shards import ParamShard
 from mols_ds.optim.sharded import Group, ShardedOptimizer, State, StateParts, update_moment, update_square
@@ -92,11 +92,9 @@ class SGG(ShardedOptimizer):
     def _parts(self, tensor: Tensor, shards: Sequence[ParamShard]) -> StateParts:
         state, shape = self.state[tensor], (len(shards), self.clusters)
         if state["step"] and "exp_avg" in state and "cluster" not in state:
-            warnings.warn(
+            warn_here(
                 "SGG: the checkpoint has Adam's moments without clusters (a universal one, or another optimizer's): "
-                "all factors start at 1 again",
-                MolsWarning,
-                stacklevel=2,
+                "all factors start at 1 again"
             )
         if "scales" in state and tuple(state["scales"].shape) != shape:
             raise MolsConfigError(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mols_ds.core.files import write_whole
+from mols_ds.core.json_text import read_json
+from mols_ds.core.log import warn_here
 from mols_ds.core.schema import SCHEMA, Report, not_finite, schema_problem
-from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
+from mols_ds.errors import MolsConfigError, MolsError
 from mols_ds.report.table import format_report
 
 JSON_NAME = "mols_report.json"
@@ -34,11 +35,9 @@ def publisher(report_dir: str, log: Callable[[str], None]) -> Callable[[Report],
         place = str(Path(report_dir).resolve())
         if _WRITERS.setdefault(place, publish) is not publish:
             _WRITERS[place] = publish
-            warnings.warn(
+            warn_here(
                 f"mols.report_dir={report_dir!r} has the report of another engine of this process, which is replaced; "
-                "give each engine a report_dir of its own",
-                MolsWarning,
-                stacklevel=2,
+                "give each engine a report_dir of its own"
             )
         write_report(report, report_dir)
 
@@ -80,21 +79,11 @@ def load_report(path: str | os.PathLike[str]) -> Report:
     file = Path(path)
     if file.is_dir():
         file = file / JSON_NAME
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MolsConfigError(
-            f"report {str(file)!r} cannot be read ({error.strerror or error}); name a {JSON_NAME} or its folder"
-        ) from error
-    except (ValueError, RecursionError) as error:  # a JSONDecodeError, a UnicodeDecodeError, or nested too deeply
-        raise MolsConfigError(
-            f"report {str(file)!r} is not JSON ({error}); it is damaged or another kind of file"
-        ) from error
+    report = read_json(file, f"report {file}")
     problem = schema_problem(report) or not_finite(report)
     if problem:
-        raise MolsConfigError(f"report {str(file)!r} is no MoLS report of schema {SCHEMA}: {problem}")
-    checked: Report = report
-    return checked
+        raise MolsConfigError(f"report {file} is no MoLS report of schema {SCHEMA}: {problem}")
+    return cast(Report, report)
 
 
 def _finite(value: Any) -> Any:
@@ -118,13 +107,7 @@ def _write_plot(report: Report, path: Path) -> None:
     except OSError:
         raise
     except ImportError as error:
-        warnings.warn(
-            f"{path.name} was not drawn ({error}); install it by: pip install 'mols-ds[report]'",
-            MolsWarning,
-            stacklevel=3,
-        )
+        warn_here(f"{path.name} was not drawn ({error}); install it by: pip install 'mols-ds[report]'", stacklevel=3)
     except Exception as error:  # of matplotlib, its settings or its own imports: another backend, a damaged font, ...
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        warnings.warn(
-            f"{path.name} was not drawn ({line}); see to matplotlib and MPLBACKEND", MolsWarning, stacklevel=3
-        )
+        line = f"{type(error).__name__}: {error}"
+        warn_here(f"{path.name} was not drawn ({line}); see to matplotlib and MPLBACKEND", stacklevel=3)

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from mols_ds.core.files import synchronize, write_whole
-from mols_ds.errors import MolsCheckpointError, MolsTrainingError, MolsWarning
+from mols_ds.core.files import empty_folder, synchronize, write_whole
+from mols_ds.core.json_text import read_json
+from mols_ds.core.log import warn_here
+from mols_ds.errors import MolsCheckpointError, MolsTrainingError
 
 LATEST, MANIFEST = "latest", "manifest.json"
 PARTIAL, FORMER = ".partial", ".former"
@@ -91,8 +92,7 @@ class Checkpointer:
         partial = self.folder / f"{tag}{PARTIAL}"
         try:
             if self.leader:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True, exist_ok=True)
+                empty_folder(partial)
             self._barrier()
             write(partial)
             self._barrier()
@@ -144,7 +144,7 @@ class Checkpointer:
             problem = self.problem(tag)
             if problem is None:
                 if problems and self.rank == 0:
-                    warnings.warn(f"{'; '.join(problems)}: going back to {tag}", MolsWarning, stacklevel=2)
+                    warn_here(f"{'; '.join(problems)}: going back to {tag}", stacklevel=2)
                 return tag
             problems.append(f"checkpoint {tag} is broken ({problem})")
         what = "; ".join(problems) or f"there is no checkpoint in {self.folder}"
@@ -161,8 +161,10 @@ class Checkpointer:
 
     def _problem(self, place: Path) -> str | None:
         try:
-            listed = json.loads((place / MANIFEST).read_text("utf-8"))["files"]
-            files = sorted(listed.items())
+            listed = read_json(place / MANIFEST, MANIFEST) if os.path.lexists(place / MANIFEST) else None
+            if listed is None:
+                return None
+            files = sorted(listed["files"].items())  # type: ignore[index]
             for name, entry in files[self._node :: self._nodes]:
                 size = (place / name).stat().st_size
                 if size != entry["bytes"]:
@@ -170,9 +172,8 @@ class Checkpointer:
                 if _checksum(place / name) != entry["crc32"]:
                     return f"{name} is corrupt: wrong checksum"
         except FileNotFoundError as error:
-            missing = Path(error.filename).relative_to(place)
-            return None if str(missing) == MANIFEST else f"{missing} is missing"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return f"{Path(error.filename).relative_to(place)} is missing"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return f"{MANIFEST} cannot be read: {type(error).__name__}"
         return None
 

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from mols_ds.errors import MolsConfigError, MolsError, MolsTrainingError
+from mols_ds.core.log import tell
+from mols_ds.errors import MolsConfigError, MolsError, MolsTrainingError, printable
 
 FAILED = 1
 """The command ran, and its answer is no: a run failed, a check found a problem, a plan does not fit."""
@@ -53,8 +54,8 @@ def add_timeout(parser: argparse._ActionsContainer) -> None:
 
 
 def print_line(program: str, message: object) -> None:
-    """Prints `program: message` as one line on stderr; line breaks become spaces."""
-    print(f"{program}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    """Prints `program: message` as one line on stderr, as `printable` makes it."""
+    tell(f"{program}: {printable(message)}", sys.stderr)
 
 
 def status_of(error: MolsError) -> int:

@@ -6,10 +6,14 @@ from pathlib import Path
 from statistics import fmean
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from mols_ds.core.files import write_whole
+from mols_ds.core.log import aside, tell
+from mols_ds.errors import printable
 from mols_ds.training.train_job import Outcome, TrainJob, TrainSetup
-from mols_ds.training.trainer import METRICS, has_checkpoint, train
+from mols_ds.training.trainer import METRICS, has_checkpoint, read_lines, train
 
 ADAM, MOLS = "adam", "mols"
 SMOOTHING = 10
@@ -38,7 +42,7 @@ def run_arms(job: TrainJob, *, compare: bool) -> list[Path]:
     if not compare:
         outcome = train(job)
         if job.rank == 0:
-            print_outcome(outcome, job.out)
+            aside("results", lambda: print_outcome(outcome, job.out))
         return [job.out]
     outcomes = {}
     for name, setup in split_arms(job.setup, job.out).items():
@@ -48,7 +52,7 @@ def run_arms(job: TrainJob, *, compare: bool) -> list[Path]:
         arm.out.mkdir(exist_ok=True)
         outcomes[name] = train(arm)
     if job.rank == 0:
-        print_comparison(outcomes, job.out, job.setup.optimizer)
+        aside("results", lambda: print_comparison(outcomes, job.out, job.setup.optimizer))
     return [job.out / name for name in outcomes]
 
 
@@ -62,13 +66,12 @@ def alphas_text(alphas: dict[str, float]) -> str:
 
 def print_outcome(outcome: Outcome, out: Path) -> None:
     """The result of a single arm."""
-    console = Console()
-    console.print(f"held-out perplexity {outcome.val_ppl:.3f} (loss {outcome.val_loss:.4f}), {outcome.tokens:,} tokens")
+    tell(f"held-out perplexity {outcome.val_ppl:.3f} (loss {outcome.val_loss:.4f}), {outcome.tokens:,} tokens")
     if outcome.alphas:
-        console.print(f"alphas: {alphas_text(outcome.alphas)}")
+        tell(f"alphas: {alphas_text(outcome.alphas)}")
     for path in _report_files(outcome):
-        console.print(f"report: {path}", soft_wrap=True)
-    console.print(f"metrics: {out / METRICS}", soft_wrap=True)
+        tell(f"report: {path}")
+    tell(f"metrics: {out / METRICS}")
 
 
 def print_comparison(outcomes: dict[str, Outcome], out: Path, optimizer: str) -> None:
@@ -79,17 +82,17 @@ def print_comparison(outcomes: dict[str, Outcome], out: Path, optimizer: str) ->
         table.add_column(column, justify="left" if not column else "right")
     for name, outcome in outcomes.items():
         numbers = (f"{outcome.val_ppl:.3f}", f"{outcome.val_loss:.4f}", f"{outcome.tokens:,}", f"{outcome.seconds:.0f}")
-        table.add_row(names[name], *numbers)
-    console = Console()
-    console.print(table)
+        table.add_row(escape(printable(names[name])), *numbers)
+    summary = _summary(outcomes, out)
+    Console().print(table)
     mols = outcomes[MOLS]
     if mols.probe_steps:
-        console.print(f"MoLS measured {mols.probe_steps} further batches without training on them.")
-    console.print(f"alphas: {alphas_text(mols.alphas)}")
-    for path in [*_report_files(mols), _plot(outcomes, out, names), _summary(outcomes, out)]:
+        tell(f"MoLS measured {mols.probe_steps} further batches without training on them.")
+    tell(f"alphas: {alphas_text(mols.alphas)}")
+    for path in [*_report_files(mols), _plot(outcomes, out, names), summary]:
         if path is not None:
-            console.print(f"  {path}", soft_wrap=True)
-    console.print("One seed proves nothing: mols-ds compare studies/laptop.yaml tunes both and compares over seeds.")
+            tell(f"  {path}")
+    tell("One seed proves nothing: mols-ds compare studies/laptop.yaml tunes both and compares over seeds.")
 
 
 def _report_files(outcome: Outcome) -> list[Path]:
@@ -102,28 +105,28 @@ def _summary(outcomes: dict[str, Outcome], out: Path) -> Path:
     path = out / "compare.json"
     keys = ("val_loss", "val_ppl", "tokens", "alphas", "seconds")
     arms = {name: {key: getattr(outcome, key) for key in keys} for name, outcome in outcomes.items()}
-    path.write_text(json.dumps(arms, indent=2) + "\n", "utf-8")
+    write_whole(path, json.dumps(arms, indent=2) + "\n")
     return path
 
 
 def read_curve(path: Path, key: str) -> tuple[list[int], list[float]]:
     """Steps and values of one key of a metrics file."""
-    entries = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    entries = read_lines(path)
     points = [(entry["step"], entry[key]) for entry in entries if "step" in entry and key in entry]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def _plot(outcomes: dict[str, Outcome], out: Path, names: dict[str, str]) -> Path | None:
-    """compare.png: training loss (smoothed) and held-out loss of both arms over steps."""
-    try:
-        import matplotlib
-    except ImportError:
-        Console(stderr=True).print("compare.png is not drawn: matplotlib is missing (pip install matplotlib)")
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """compare.png: training loss (smoothed) and held-out loss of both arms over steps. None where it is not drawn."""
+    path = out / "compare.png"
+    return path if aside(path.name, lambda: _draw(outcomes, out, names, path)) else None
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+
+def _draw(outcomes: dict[str, Outcome], out: Path, names: dict[str, str], path: Path) -> None:
+    from matplotlib.figure import Figure  # without pyplot, which reads MPLBACKEND
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
     for index, name in enumerate(outcomes):
         steps, losses = read_curve(out / name / METRICS, "loss")
         smooth = [fmean(losses[max(0, i - SMOOTHING) : i]) for i in range(1, len(losses) + 1)]
@@ -133,7 +136,4 @@ def _plot(outcomes: dict[str, Outcome], out: Path, names: dict[str, str]) -> Pat
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    path = out / "compare.png"
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return path
+    write_whole(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))

@@ -2,13 +2,13 @@
 
 import copy
 import difflib
-import json
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
 
 from mols_ds.core.config import MolsConfig
+from mols_ds.core.json_text import read_json
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.validation import validation_message
 from mols_ds.engines.deepspeed.compat import module
@@ -29,23 +29,9 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_ac
 def read_config(path: str) -> JsonObject:
     """A DeepSpeed config file. Raises MolsConfigError where it is missing, not JSON, has a key twice, misspells "mols"
     or holds a wrong "mols" section."""
-    file = Path(path)
-    if not file.is_file():
+    if not Path(path).exists():
         raise MolsConfigError(f"config {path}: no such file")
-
-    def once(pairs: list[tuple[str, object]]) -> JsonObject:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise MolsConfigError(f"config {path}: key {key!r} stands there twice")
-        return dict(pairs)
-
-    try:
-        config = json.loads(file.read_text("utf-8"), object_pairs_hook=once)
-    except MolsConfigError:
-        raise
-    except (ValueError, RecursionError) as error:  # also: nested too deeply
-        raise MolsConfigError(f"config {path}: not JSON: {one_line(error)}") from error
+    config = read_json(path, f"config {path}")
     if not isinstance(config, dict):
         raise MolsConfigError(f"config {path}: a JSON object is needed, not {type(config).__name__}")
     for key in config:

@@ -7,19 +7,16 @@ TransformerConfig can stand in `model`, checked against the field's type.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Hashable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError
-from mols_ds.training.sources import one_line
+from mols_ds.training.yaml_text import parse_yaml, read_yaml
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -194,49 +191,13 @@ class Settings(_Section):
 # ------------------------------------------------------------------ reading
 
 
-class _Once(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, and 1e-3 is a number (YAML 1.1 wants 1.0e-3)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise MolsConfigError(f"key {key!r} stands there twice")
-        return super().construct_mapping(node, deep)
-
-
-_Once.add_constructor("!exponent", lambda _, node: float(node.value))
-_Once.add_implicit_resolver("!exponent", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
-
-
-def parse_yaml(text: str, where: str) -> object:
-    """YAML text as plain values. Raises MolsConfigError with one line that names `where`."""
-    try:
-        return yaml.load(text, _Once)
-    except MolsConfigError as error:
-        raise MolsConfigError(f"{where}: {error}") from None
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        line = f" in line {place.line + 1}" if place is not None else ""
-        what = getattr(error, "problem", None) or one_line(error)
-        raise MolsConfigError(f"{where}: not YAML{line}: {what}") from error
-    except (ValueError, TypeError, RecursionError) as error:  # a tag whose value is none of its kind; nested too deeply
-        raise MolsConfigError(f"{where}: not YAML: {one_line(error)}") from error
-
-
 def read(path: str, changes: Iterable[str] = ()) -> Settings:
     """The settings of a file, with `section.key=value` changes of the command line on top.
 
     Raises:
         MolsConfigError: the file is missing or no YAML; a key is unknown, a value wrong; all in one line.
     """
-    file = Path(path)
-    try:
-        text = file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = getattr(error, "strerror", None) or one_line(error)
-        raise MolsConfigError(f"config {path}: {problem}") from error
-    content = parse_yaml(text, f"config {path}")
+    content = read_yaml(path, f"config {path}")
     if not isinstance(content, dict):
         raise MolsConfigError(f"config {path}: sections are needed, not {type(content).__name__}")
     for change in changes:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from mols_ds.core.groups import Granularity, group_table
+from mols_ds.core.json_text import read_json
 from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import one_line
@@ -28,10 +28,7 @@ def load_model_config(source: str) -> PretrainedConfig:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise MolsConfigError(f"model {source}: no such model file or checkpoint folder (see configs/models/)")
-    try:
-        settings = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:  # also: nested too deeply
-        raise MolsConfigError(f"model {file}: not JSON: {one_line(error)}") from error
+    settings = read_json(file, f"model {file}")
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise MolsConfigError(f'model {file}: it needs a "model_type" that transformers knows, such as "llama"')
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -3,8 +3,12 @@
 import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+
+from mols_ds.core.log import aside, tell
+from mols_ds.errors import printable
 
 LINES = 10
 """Lines that a whole run prints where there is no terminal."""
@@ -23,8 +27,8 @@ class Progress:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
             self._bar = Bar(*columns, *times, console=self.console)
-            self._task = self._bar.add_task(name, total=steps, state="")
-            self._bar.start()
+            self._task = self._bar.add_task(escape(printable(name)), total=steps, state="")
+            aside("progress", self._bar.start)
 
     def probing(self, count: int) -> None:
         """`count` batches have been measured so far, without an update."""
@@ -42,7 +46,7 @@ class Progress:
             self._bar.update(self._task, completed=step, state=state)
         elif self.shown and (step * LINES // self.steps != (step - 1) * LINES // self.steps or step == self.steps):
             seconds = time.monotonic() - self._began
-            print(f"{self.name}: step {step}/{self.steps}, {seconds:.0f} s, {state}", flush=True)
+            tell(f"{self.name}: step {step}/{self.steps}, {seconds:.0f} s, {state}")
 
     def close(self) -> None:
         """Leaves the terminal as it was."""

@@ -13,8 +13,9 @@ import torch
 
 from mols_ds.core.compile_locks import lock_problem, stale_locks
 from mols_ds.core.json_types import JsonMapping
+from mols_ds.core.log import tell, warn_here
 from mols_ds.engines.deepspeed.compat import leave_out_shm_kernel
-from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning
+from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning, printable
 from mols_ds.training.cli_utils import print_line, status_of
 from mols_ds.training.compare import ADAM
 from mols_ds.training.preemption import Preempted
@@ -66,7 +67,6 @@ def run_command(program: str, command: Callable[[], None]) -> int:
 def quiet() -> None:
     """Leaves the terminal to the progress bar; DeepSpeed's warnings stay."""
     import logging
-    import warnings
 
     from deepspeed.utils import logger
     from transformers.utils import logging as transformers_logging
@@ -89,7 +89,7 @@ def quiet() -> None:
         if not issubclass(category, MolsWarning):
             stock(message, category, filename, lineno, file, line)
         elif _rank() == 0:
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+            tell(f"warning: {printable(message)}", sys.stderr)
 
     warnings.showwarning = show
 
@@ -116,7 +116,7 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
     if timeout is not None:
         _limit_new_groups(timedelta(seconds=timeout))
     if os.environ.get("LOCAL_RANK", "0") == "0" and (problem := lock_problem(stale_locks())) is not None:
-        warnings.warn("; ".join(problem), MolsWarning, stacklevel=2)
+        warn_here("; ".join(problem), stacklevel=2)
     deepspeed.init_distributed(**patience)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 

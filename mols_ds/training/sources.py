@@ -6,7 +6,6 @@ plain text (tokens, packing, shuffling, batches) lives in `tokens` and `batches`
 """
 
 import hashlib
-import json
 import logging
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mols_ds.core.json_text import read_json
 from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError
 
@@ -74,8 +74,8 @@ class DataSpec:
 def _settings_file(path: Path) -> JsonObject | None:
     """The object of a data settings file, or None where the file holds data rather than settings."""
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(path, str(path))
+    except MolsConfigError:
         return None
     return content if isinstance(content, dict) and "source" in content else None
 

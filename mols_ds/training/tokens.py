@@ -6,8 +6,6 @@ lock first, and kept in the cache folder under a name that changes with everythi
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
+from mols_ds.core.files import make_once
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import (
     DataSpec,
@@ -118,7 +117,7 @@ def prepare(
     source = _SplitSource(spec, seed)
     if tokenizer is None:
         name = f"tokenizer-{vocab_size}-{fingerprint(spec, vocab_size, seed, TRAINING_CHARACTERS)}"
-        tokenizer = _cached(cache / name, lambda folder: train_tokenizer(source.train(), vocab_size, folder))
+        tokenizer = cached(cache / name, lambda folder: train_tokenizer(source.train(), vocab_size, folder))
     loaded = load_tokenizer(tokenizer)
     name = f"tokens-{fingerprint(spec, loaded.identity, loaded.size, seed, held_out_tokens * spec.streaming)}"
 
@@ -129,7 +128,7 @@ def prepare(
             write_tokens(source.train(), loaded, folder / "train.bin")
             write_tokens(source.held_out(), loaded, folder / "held_out.bin")
 
-    folder = _cached(cache / name, build)
+    folder = cached(cache / name, build)
     train = None if spec.streaming else map_tokens(folder / "train.bin", loaded.size)
     return loaded, TokenData(train, map_tokens(folder / "held_out.bin", loaded.size))
 
@@ -168,9 +167,10 @@ class _SplitSource:
         return (text for text in documents if document_hash(text, self.seed) < self.threshold)
 
 
-def _cached(folder: Path, build: Callable[[Path], None]) -> Path:
+def cached(folder: Path, build: Callable[[Path], None], option: str = "--cache-dir") -> Path:
     """`folder`, built by `build` under a lock if it is not there; renamed into place when complete, so that an
-    interrupted build leaves nothing that looks finished."""
+    interrupted build leaves nothing that looks finished. Raises MolsConfigError that names the `option` that sets it.
+    """
     if folder.is_dir():
         return folder
     try:
@@ -178,13 +178,9 @@ def _cached(folder: Path, build: Callable[[Path], None]) -> Path:
         lock = FileLock(str(folder) + ".lock")
         with lock:
             if not folder.is_dir():
-                unfinished = folder.with_name(folder.name + ".unfinished")
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir()
-                build(unfinished)
-                os.replace(unfinished, folder)
+                make_once(folder, build)
     except OSError as error:
-        raise MolsConfigError(f"cache folder {folder.parent}: {one_line(error)} (set --cache-dir)") from error
+        raise MolsConfigError(f"cache folder {folder.parent}: {one_line(error)} (set {option})") from error
     return folder
 
 

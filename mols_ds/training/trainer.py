@@ -5,11 +5,11 @@ It counts, evaluates, logs, saves, resumes and stops; the engine trains (`train_
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -18,9 +18,11 @@ from pathlib import Path
 from torch import Tensor
 
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.files import write_whole
+from mols_ds.core.files import append, read_text, write_whole
+from mols_ds.core.json_text import parse_json
 from mols_ds.core.json_types import JsonObject
-from mols_ds.errors import MolsCheckpointError, MolsWarning
+from mols_ds.core.log import aside
+from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import Stream
 from mols_ds.training.checkpointer import Checkpointer, refuse_non_finite, step_of
 from mols_ds.training.checkpointer import has_checkpoint as saved_in
@@ -55,7 +57,7 @@ def train(job: TrainJob) -> Outcome:
         with trainer.stop if job.preemptible else nullcontext():
             outcome = trainer.run()
     finally:
-        trainer.bar.close()
+        trainer.close()
         backend.close()
         del backend, trainer
         gc.collect()
@@ -91,6 +93,10 @@ class Trainer:
         self.bar = Progress(job.out.name, job.steps, shown=first and job.shown)
         self.probes = discards_updates(job.setup.section)
 
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        self._aside("progress", self.bar.close)
+
     # -- checkpoints
 
     @property
@@ -125,7 +131,7 @@ class Trainer:
         self.ahead = int(counted.get("ahead", 0))
         self.saved = step_of(tag or "")
         if self.metrics is not None:
-            self.metrics.rewind(self.updates)
+            self._aside("metrics", partial(self.metrics.rewind, self.updates))
 
     # -- training
 
@@ -133,7 +139,7 @@ class Trainer:
         """Trains to the last update."""
         job = self.job
         if self.metrics is not None and not job.resume:
-            self.metrics.clear()
+            self._aside("metrics", self.metrics.clear)
         val_loss = None
         while self.updates < job.steps and not self.diverged:
             val_loss = self.step()
@@ -202,15 +208,12 @@ class Trainer:
         self._aside("progress", partial(self.bar.update, self.updates, loss, val_loss, phase))
 
     def _aside(self, what: str, write: Callable[[], None]) -> None:
-        """Call what one rank writes beside training. What fails there is a warning, once for each `what`: an exception
-        would leave the other ranks waiting in their next collective."""
-        try:
-            write()
-        except Exception as error:
-            if what not in self._failed:
-                self._failed.add(what)
-                line = " ".join(f"{type(error).__name__}: {error}".split())
-                warnings.warn(f"{what}: not written ({line}); training goes on", MolsWarning, stacklevel=2)
+        """`aside`, with a warning once for each `what`."""
+        if what in self._failed:
+            with contextlib.suppress(Exception):
+                write()
+        elif not aside(what, write):
+            self._failed.add(what)
 
     def _outcome(self, val_loss: float) -> Outcome:
         section = self.job.setup.section
@@ -236,26 +239,30 @@ class Metrics:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
 
     def clear(self) -> None:
         """Starts an empty file."""
-        self.path.write_text("", "utf-8")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, "")
 
     def write(self, line: dict[str, object]) -> None:
         """Appends a line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.path, json.dumps(line) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drops what an interrupted run wrote after the checkpoint at `step`."""
-        lines = self.path.read_text("utf-8").splitlines() if self.path.is_file() else []
-        kept = []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # half a line: the process was killed while it wrote
-            if entry.get("step", step + 1) <= step:
-                kept.append(line + "\n")
-        write_whole(self.path, "".join(kept))
+        entries = read_lines(self.path) if self.path.is_file() else []
+        kept = [entry for entry in entries if entry.get("step", step + 1) <= step]
+        write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def read_lines(path: Path) -> list[JsonObject]:
+    """The entries of a file of one JSON object a line, such as metrics.jsonl. A line that is none is left out: its
+    process was killed while it wrote. Raises MolsConfigError where the file cannot be read."""
+    entries = []
+    for line in read_text(path, str(path)).splitlines():
+        with contextlib.suppress(MolsConfigError):
+            entry = parse_json(line, str(path))
+            if isinstance(entry, dict):
+                entries.append(entry)
+    return entries

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 
-from mols_ds.apps.finetune.examples import _json
 from mols_ds.apps.plan.cluster import read_cluster
 from mols_ds.apps.study.spec import load_study
+from mols_ds.core.json_text import parse_json
 from mols_ds.core.state_check import check_saved
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.optim.build import settings_of
 from mols_ds.optim.catalog import OPTIMIZERS
 from mols_ds.report.files import load_report
 from mols_ds.training.ds_config import read_config
-from mols_ds.training.megatron_settings import parse_yaml, validate
+from mols_ds.training.megatron_settings import validate
 from mols_ds.training.models import load_model_config
+from mols_ds.training.yaml_text import parse_yaml
 
 NONE_FINITE = [math.inf, -math.inf, math.nan]
 
@@ -115,4 +116,4 @@ def test_yaml_that_python_cannot_read(text: str) -> None:
 
 def test_an_example_that_is_nested_too_deeply() -> None:
     with pytest.raises(MolsConfigError, match="line 3: not JSON"):
-        _json(DEEP, "line 3")
+        parse_json(DEEP, "line 3")

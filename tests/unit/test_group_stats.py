@@ -65,9 +65,9 @@ def oracle(samples: Tensor, correction: bool) -> dict[str, float]:
 def roundings(samples: Tensor) -> dict[str, float]:
     """How far fp32 running means may move each estimator, on any processor.
 
-    Sample j moves the mean m by d / j, with d = x - m. Each of at most four operations rounds by a share of 2^-24: three
-    the step d / j, one the new m. So the last mean is within e = 2^-24 sum_j (3 |d_j| / j + |m_j|) of the exact one,
-    however small it is itself, and mean^2 within 2 |mean| e + e^2. The damping's slope in |mean| / s is at most 1.
+    Sample j moves the mean m by d / j, with d = x - m. Each of at most four operations rounds by a share of 2^-24:
+    three the step d / j, one the new m. So the last mean is within e = 2^-24 sum_j (3 |d_j| / j + |m_j|) of the exact
+    one, however small it is itself, and mean^2 within 2 |mean| e + e^2. The damping's slope in |mean| / s is at most 1.
     """
     exact = samples.double()
     counts = torch.arange(1, len(samples) + 1, dtype=torch.float64)[:, None]

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Literal, get_args
 
-from mols_ds.errors import MolsError
+from mols_ds.errors import MolsError, printable
 
 Level = Literal["ok", "note", "warning", "problem"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -47,13 +47,12 @@ class Findings:
     items: list[Finding] = field(default_factory=list)
 
     def add(self, level: Level, name: str, found: str, fix: str = "") -> None:
-        """Add one finding; line breaks become spaces."""
-        self.items.append(Finding(level, name, " ".join(found.split()), " ".join(fix.split())))
+        """Add one finding; foreign text in it is made safe to print, on one line."""
+        self.items.append(Finding(level, printable(name), printable(found), printable(fix)))
 
     def refused(self, name: str, error: MolsError, fix: str) -> None:
         """A problem from an error of this package, whose message ends with the way out; else `fix` is it."""
-        text = " ".join(str(error).split())
-        what, way_out = split_way_out(text)
+        what, way_out = split_way_out(str(error))
         self.add("problem", name, what, way_out or fix)
 
     def guard(self, name: str, fix: str = "", level: Level = "problem") -> Guard:

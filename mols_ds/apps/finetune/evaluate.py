@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mols_ds.apps.finetune.model import load_saved
+from mols_ds.core.files import write_whole
 from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import one_line
@@ -129,7 +130,7 @@ def evaluate(
             results.metrics[task.task] = _one(wrapped, asked.manager, task, asked.limit)
         except Exception as error:  # what the hub's client, datasets and a task's own code raise
             results.failures[task.task] = one_line(error)
-        (out / FILE).write_text(json.dumps(_content(asked, results), indent=2) + "\n", "utf-8")
+        write_whole(out / FILE, json.dumps(_content(asked, results), indent=2) + "\n")
     return results
 
 

@@ -6,12 +6,13 @@ missing or empty), or {"messages": [{"role", "content"}, ...]}. Other keys are i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mols_ds.core.files import read_text
+from mols_ds.core.json_text import parse_json
 from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import READERS, DataSpec, local_files, one_line
@@ -74,12 +75,9 @@ def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MolsConfigError(f"data {path}: cannot be read: {one_line(error)}") from error
+    text = read_text(path, f"data {path}")
     if path.suffix == ".json":
-        rows = _json(text, f"data {path}")
+        rows = parse_json(text, f"data {path}")
         if not isinstance(rows, list):
             raise MolsConfigError(f"data {path}: a JSON list of objects is needed (JSONL files end in .jsonl)")
         yield from ((f"data {path} entry {number}", row) for number, row in enumerate(rows, 1))
@@ -87,14 +85,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"data {path} line {number}"
-            yield where, _json(line, where)
-
-
-def _json(text: str, where: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also: nested too deeply
-        raise MolsConfigError(f"{where}: not JSON: {one_line(error)}") from error
+            yield where, parse_json(line, where)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:

@@ -23,6 +23,7 @@ from mols_ds.apps.finetune.model import ADAPTER, MODEL, AdapterSettings, build, 
 from mols_ds.apps.finetune.task import Answers
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.json_types import JsonObject
+from mols_ds.core.log import tell
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training.batches import BatchShape
 from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_timeout, not_negative, positive
@@ -270,7 +271,7 @@ def _model(args: argparse.Namespace, config: JsonObject, vocab_size: int, rank: 
     if rank == 0:
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
         trained = sum(size for size, wanted in sizes if wanted)
-        print(f"{args.method}: {trained:,} of {sum(size for size, _ in sizes):,} weights are trained", flush=True)
+        tell(f"{args.method}: {trained:,} of {sum(size for size, _ in sizes):,} weights are trained")
     return model
 
 
@@ -279,18 +280,16 @@ def _say_what(
 ) -> None:
     stage = config.get("zero_optimization", {}).get("stage", 0)
     precision = str(model_dtype(config)).removeprefix("torch.")
-    print(
+    tell(
         f"{Path(args.model).name}, {len(data):,} examples, {len(held_out):,} held out, {steps} steps of "
         f"{config['train_batch_size']} examples, rate {config['optimizer']['params']['lr']:g}, {world} processes, "
-        f"ZeRO {stage}, {precision}, into {args.out}",
-        flush=True,
+        f"ZeRO {stage}, {precision}, into {args.out}"
     )
     cut, dropped = data.cut + held_out.cut, data.dropped + held_out.dropped
     if cut or dropped:
-        print(
+        tell(
             f"{cut:,} examples were longer than the cut-off and lost their end; {dropped:,} had no answer within it "
-            "and were left out",
-            flush=True,
+            "and were left out"
         )
 
 
@@ -312,21 +311,21 @@ def _after(
     """On rank 0: says where the weights are, and evaluates those of each arm. A task that fails is a line on stderr."""
     name = MODEL if args.method == "full" else ADAPTER
     for folder in folders:
-        print(f"{name}: {folder / name}", flush=True)
+        tell(f"{name}: {folder / name}")
         if asked is not None:
             gc.collect()
             results = evaluate.evaluate(asked, str(folder / name), folder, tokenizer=tokenizer, dtype=dtype)
             _print_results(asked, results, folder)
             for task, reason in results.failures.items():
-                print(f"warning: --evaluate {task}: {reason}; the training is done", file=sys.stderr, flush=True)
+                tell(f"warning: --evaluate {task}: {reason}; the training is done", sys.stderr)
 
 
 def _print_results(asked: evaluate.Evaluation, results: evaluate.Results, folder: Path) -> None:
     for task, metrics in results.metrics.items():
-        print(f"{task}: {json.dumps({key: round(value, 4) for key, value in metrics.items()})}")
+        tell(f"{task}: {json.dumps({key: round(value, 4) for key, value in metrics.items()})}")
     for name, value in evaluate.averages(asked.sets, results).items():
-        print(f"{name}: mean accuracy {value:.4f}")
-    print(f"evaluation: {folder / evaluate.FILE}", flush=True)
+        tell(f"{name}: mean accuracy {value:.4f}")
+    tell(f"evaluation: {folder / evaluate.FILE}")
 
 
 def _evaluate_only(args: argparse.Namespace) -> None:

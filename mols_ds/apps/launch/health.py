@@ -20,7 +20,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from mols_ds.errors import MolsConfigError
+from mols_ds.errors import MolsConfigError, printable
 from mols_ds.training.cli_utils import Parser, run_program
 from mols_ds.training.rank_env import DEFAULT_PORT, adopt_rank_environment, rank_environment
 
@@ -230,7 +230,7 @@ def _check(args: argparse.Namespace) -> int:
         failed = failed or finding.state == FAILED
         rank = os.environ.get("RANK")
         where = host if rank is None else f"{host} rank {rank}"
-        print(f"health: {where}: {finding.state:<6} {finding.check}: {finding.text}", flush=True)
+        print(f"health: {where}: {finding.state:<6} {finding.check}: {printable(finding.text)}", flush=True)
     return int(failed)
 
 

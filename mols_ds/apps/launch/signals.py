@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -27,7 +26,9 @@ from types import FrameType
 
 import psutil  # type: ignore[import-untyped]
 
-from mols_ds.errors import MolsConfigError
+from mols_ds.core.files import read_text
+from mols_ds.core.json_text import parse_json
+from mols_ds.errors import MolsConfigError, MolsError
 from mols_ds.training.cli_utils import COMMAND_NOT_FOUND, FAILED, Parser, print_line, run_program, shell_status
 from mols_ds.training.preemption import SIGNALS
 
@@ -105,9 +106,10 @@ def send(processes: Iterable[psutil.Process], number: int) -> int:
 def finished(out: Path) -> bool:
     """Whether the run that writes to `out` came to its last step: a run that a signal ended exits with 0 as well."""
     for path in (out / name for name in METRICS):
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-        with contextlib.suppress(ValueError):
-            if lines and json.loads(lines[-1]).get("final"):
+        with contextlib.suppress(MolsError):
+            lines = read_text(path, str(path)).splitlines() if path.is_file() else []
+            last = parse_json(lines[-1], str(path)) if lines else None
+            if isinstance(last, dict) and last.get("final"):
                 return True
     return False
 

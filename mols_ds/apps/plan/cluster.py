@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError
+from mols_ds.training.yaml_text import read_yaml
 
 Positive = Annotated[float, Field(gt=0)]
 GIB = 2**30
@@ -91,12 +90,7 @@ class Cluster(Frozen):
 
 def read_cluster(path: str) -> JsonObject:
     """The content of a cluster file. Raises MolsConfigError where it is missing or no YAML mapping."""
-    try:
-        content = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise MolsConfigError(f"cluster {path}: {getattr(error, 'strerror', None) or error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
-        raise MolsConfigError(f"cluster {path}: not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, f"cluster {path}")
     if not isinstance(content, dict):
         raise MolsConfigError(f"cluster {path}: keys and values are needed, not {type(content).__name__}")
     return content

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mols_ds.apps.plan.parts import KINDS
+from mols_ds.core.files import write_whole
 from mols_ds.core.json_types import JsonMapping
 from mols_ds.errors import MolsConfigError
 
@@ -29,8 +30,9 @@ def save(plan: JsonMapping, path: str) -> None:
     for axis, where in zip(axes, ("device", "host"), strict=False):
         _bars(axis, plan, where)
     figure.suptitle(plan["run"]["summary"][0], fontsize=9)
+    target = Path(path)
     try:
-        figure.savefig(Path(path), dpi=150)
+        write_whole(target, lambda beside: figure.savefig(beside, dpi=150, format=target.suffix[1:] or "png"))
     except (OSError, ValueError) as error:
         raise MolsConfigError(f"--plot {path}: {' '.join(str(error).split())}") from error
 

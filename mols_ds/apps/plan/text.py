@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mols_ds.apps.plan.parts import KINDS
 from mols_ds.core.json_types import JsonMapping
-from mols_ds.errors import MolsConfigError
+from mols_ds.errors import MolsConfigError, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +25,7 @@ def render(plan: JsonMapping) -> str:
     out = io.StringIO()
     console = Console(file=out, width=WIDTH, force_terminal=False, highlight=False)
     for line in [_cluster(plan["cluster"]), *plan["run"]["summary"], _mols(plan["mols"])]:
-        console.print(line, markup=False)
+        console.print(printable(line), markup=False)
     for table in (_memory(plan), _messages(plan), _seconds(plan)):
         console.print(table)
     for line in _verdict(plan):

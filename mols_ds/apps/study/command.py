@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 
 from mols_ds.apps.study.runs import Chosen, Store, StudyResults, StudyRun, collect, needed
 from mols_ds.apps.study.spec import Study, load_study
+from mols_ds.core.files import write_whole
 from mols_ds.core.json_types import JsonObject
-from mols_ds.core.log import versions
+from mols_ds.core.log import tell, versions
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.cli_utils import FAILED, Parser, run_program
 
@@ -65,7 +66,7 @@ def compare(args: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         report(collect(study, store), out, command)
         for failure in failures:
-            print(f"mols-ds: {failure.run.label} failed: {failure.why}", file=sys.stderr)  # may be a traceback
+            tell(f"mols-ds: {failure.run.label} failed: {failure.why}", sys.stderr)  # may be a traceback
     if launched and not args.report_only:
         _leave()
     return FAILED if failures else 0
@@ -106,7 +107,7 @@ def _prepare(study: Study, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if int(os.environ.get("RANK", "0")) == 0:
             facts = {"study": study.model_dump(mode="json"), "machine": machine(), "versions": versions(PACKAGES)}
-            (out / "study.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+            write_whole(out / "study.json", json.dumps(facts, indent=2) + "\n")
     except OSError as error:
         raise MolsConfigError(f"--out {out}: {error.strerror or error}") from error
 
@@ -146,7 +147,7 @@ class _Lines:
         if not isinstance(task, StudyRun):
             self.store.save_cost(task.run, result)
             ratio, memory = result["step_ratio"][0], result["memory_ratio"]
-            print(f"cost of {task.run.model} {task.run.arm}: step x {ratio:.3f}, memory x {memory:.3f}", flush=True)
+            tell(f"cost of {task.run.model} {task.run.arm}: step x {ratio:.3f}, memory x {memory:.3f}")
             return
         self.finished += 1
         loss = result["val_loss"]
@@ -154,10 +155,9 @@ class _Lines:
         alphas = " ".join(f"{g} {a:.3g}" for g, a in result["alphas"].items() if g != "other")
         left = len(needed(self.study, self.store)[0])
         minutes = (time.monotonic() - self.began) / 60
-        print(
+        tell(
             f"[{minutes:5.1f} min, {self.finished} done, {left} or more to come] {task.label:44s} "
-            f"{outcome}  {result['seconds']:.0f} s  {alphas if len(alphas) < 80 else ''}",
-            flush=True,
+            f"{outcome}  {result['seconds']:.0f} s  {alphas if len(alphas) < 80 else ''}"
         )
 
 
@@ -231,11 +231,11 @@ def _leave() -> None:
 def report(results: StudyResults, out: Path, command: str) -> None:
     """Write the report and say where it is, after the choices in a few lines."""
     for (model, arm), best in results.chosen.items():
-        print(f"{model} {arm}: {_chosen_text(best)}")
+        tell(f"{model} {arm}: {_chosen_text(best)}")
     from mols_ds.apps.study.report import write_report
 
     for path in write_report(results, out, command):
-        print(f"  {path}")
+        tell(f"  {path}")
 
 
 def _chosen_text(best: Chosen) -> str:

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,8 @@ from mols_ds.apps.study.page import page
 from mols_ds.apps.study.summary import Summary, group_order, summarise, to_json
 from mols_ds.core.files import write_whole
 from mols_ds.core.json_types import JsonMapping, JsonObject
-from mols_ds.errors import MolsConfigError, MolsWarning
+from mols_ds.core.log import warn_here
+from mols_ds.errors import MolsConfigError
 
 if TYPE_CHECKING:
     from mols_ds.apps.study.runs import StudyResults
@@ -74,9 +74,8 @@ def _draw(summary: Summary) -> tuple[dict[str, bytes], list[Picture]]:
     try:
         from mols_ds.apps.study.figures import draw
     except ImportError as error:
-        warnings.warn(
+        warn_here(
             f"the pictures of the report were not drawn ({error}); install it by: pip install 'mols-ds[report]'",
-            MolsWarning,
             stacklevel=3,
         )
         return {}, []

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from mols_ds.apps.study.spec import Study, Value, Values
 from mols_ds.core.files import write_whole
+from mols_ds.core.json_text import read_json
 from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.errors import MolsConfigError
 
@@ -149,12 +150,7 @@ class Store:
         file = self.file(run)
         if not file.is_file():
             return None
-        try:
-            result = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
-            raise MolsConfigError(f"{file} is damaged ({error}): remove it, and the run is repeated") from error
-        assert isinstance(result, dict)
-        return result
+        return _read(file, "the run is repeated")
 
     def save(self, run: StudyRun, result: JsonMapping) -> None:
         """Write a finished run, complete or not at all."""
@@ -165,8 +161,7 @@ class Store:
     def costs(self) -> dict[str, dict[str, JsonObject]]:
         """Model -> arm -> what `costs.measure` found, and the key of the "run" that it was found for."""
         file = self.out / "costs.json"
-        found: dict[str, dict[str, JsonObject]] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        return found
+        return _read(file, "the costs are measured again") if file.is_file() else {}
 
     def save_cost(self, run: StudyRun, cost: JsonMapping) -> None:
         """Add the costs of a run's arm, complete or not at all."""
@@ -180,6 +175,16 @@ class Store:
         if result is None:
             return None
         return math.inf if result["val_loss"] is None else float(result["val_loss"])
+
+
+def _read(file: Path, then: str) -> JsonObject:
+    try:
+        content = read_json(file, str(file))
+    except MolsConfigError as error:
+        raise MolsConfigError(f"{error}; it is damaged: remove it, and {then}") from error
+    if not isinstance(content, dict):
+        raise MolsConfigError(f"{file} is damaged (no JSON object): remove it, and {then}")
+    return content
 
 
 def tuning(study: Study, store: Store, model: str, arm: str) -> tuple[list[StudyRun], Chosen | None]:

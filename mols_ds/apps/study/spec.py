@@ -7,19 +7,19 @@ settings are tuned over its grid with the tuning seeds, and its result is that o
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import Field, StrictInt, StrictStr, ValidationError, model_validator
 
 from mols_ds.core.config import MolsConfig
+from mols_ds.core.json_text import read_json
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError
+from mols_ds.training.yaml_text import read_yaml
 
 Value = int | float | str
 Values = tuple[tuple[str, Value], ...]
@@ -197,10 +197,7 @@ def load_study(path: str | Path) -> Study:
     file = Path(path)
     if not file.is_file():
         raise MolsConfigError(f"study {path}: no such file (see studies/)")
-    try:
-        content = yaml.safe_load(file.read_text("utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
-        raise MolsConfigError(f"study {path}: not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(file, f"study {path}")
     if not isinstance(content, Mapping):
         raise MolsConfigError(f"study {path}: a mapping of settings is needed")
     try:
@@ -225,10 +222,7 @@ def _model(value: str | JsonObject, folder: Path) -> str | JsonObject:
         return str(path)
     if not path.is_file():
         raise MolsConfigError(f"study: model {value}: no such file below {folder}")
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise MolsConfigError(f"study: model {value}: not JSON: {error}") from error
+    settings = read_json(path, f"study: model {value}")
     if not isinstance(settings, dict):
         raise MolsConfigError(f"study: model {value}: a JSON object is needed")
     return settings

@@ -10,15 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from mols_ds.apps.study.runs import SCHEMA, Store, StudyRun, arm_config
 from mols_ds.apps.study.spec import Study
-from mols_ds.core.files import write_whole
+from mols_ds.core.files import append, write_whole
+from mols_ds.core.json_text import read_json
 from mols_ds.core.json_types import JsonObject
-from mols_ds.engines.deepspeed.snr_monitor import SnrWatch
+from mols_ds.core.log import aside
+from mols_ds.engines.deepspeed.snr_monitor import Reading, SnrWatch
+from mols_ds.errors import MolsError
 from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
 from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import check_with_deepspeed, model_dtype, resolve
@@ -26,8 +29,8 @@ from mols_ds.training.models import build_model, load_model_config, zero_init
 from mols_ds.training.sources import DataSpec, check_hub
 from mols_ds.training.task import NextTokens
 from mols_ds.training.tokens import TokenData, Tokenizer, prepare
-from mols_ds.training.train_job import TrainJob
-from mols_ds.training.trainer import METRICS, has_checkpoint, train
+from mols_ds.training.train_job import Outcome, TrainJob
+from mols_ds.training.trainer import METRICS, has_checkpoint, read_lines, train
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -171,15 +174,25 @@ class Worker:
         result |= {"tokens_per_step": self.study.tokens_per_step, "probe_passes": outcome.probe_steps}
         result |= {"weights": facts.weights, "groups": facts.groups, "alphas": outcome.alphas}
         result["val_loss"] = outcome.val_loss if math.isfinite(outcome.val_loss) else None
-        result["report"] = json.loads(outcome.report.read_text("utf-8")) if first and outcome.report else {}
         result["snr"] = {} if watch is None else {"step": watch.steps, "groups": watch.as_snr(), **watch.curves}
         result["seconds"] = outcome.seconds
-        if first:
+        problem = [self._keep(run, outcome, result) if first else None]
+        torch.distributed.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise MolsError(problem[0])
+        return result
+
+    def _keep(self, run: StudyRun, outcome: Outcome, result: JsonObject) -> str | None:
+        """Saves a run's result, with its report and curves. Returns why that cannot be, for all ranks, or None."""
+        out = self.store.folder(run)
+        try:
+            result["report"] = read_json(outcome.report, str(outcome.report)) if outcome.report else {}
             result |= curves(out / METRICS, self.study.tokens_per_step)
             self.store.save(run, result)
-            shutil.rmtree(out, ignore_errors=True)
-        torch.distributed.barrier()
-        return result
+        except (MolsError, OSError) as error:
+            return f"the result of {run.label} cannot be saved: {error}"
+        shutil.rmtree(out, ignore_errors=True)
+        return None
 
 
 class KeptWatch(SnrWatch):
@@ -193,13 +206,13 @@ class KeptWatch(SnrWatch):
     def __call__(self, engine: DeepSpeedEngine) -> None:
         if not self._begun:
             self._begun = True
-            lines = self.path.read_text("utf-8").splitlines() if self.path.is_file() else []
-            self.restore(map(json.loads, lines), int(engine.global_steps))
+            readings = read_lines(self.path) if self.path.is_file() else []
+            self.restore(cast("list[Reading]", readings), int(engine.global_steps))
         known = len(self.steps)
         super().__call__(engine)
         if self.writes and len(self.steps) > known:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(self.reading()) + "\n")
+            line = json.dumps(self.reading()) + "\n"
+            aside(self.path.name, lambda: append(self.path, line))
 
 
 class Facts:
@@ -221,8 +234,7 @@ class Facts:
 
 def curves(path: Path, tokens_per_step: int) -> JsonObject:
     """Training and validation loss over steps and tokens, and the median step time, out of a metrics file."""
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    steps = [line for line in lines if "step" in line]
+    steps = [line for line in read_lines(path) if "step" in line]
     stride = max(1, math.ceil(len(steps) / CURVE_POINTS))
     blocks = [steps[i : i + stride] for i in range(0, len(steps), stride)]
     validated = [line for line in steps if "val_loss" in line]

@@ -63,11 +63,15 @@ def perform(worker: Worker, task: Task) -> JsonObject:
         return measure(worker, task.baseline, task.run)
 
 
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 @contextlib.contextmanager
 def _logged(path: Path, rank: int) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
-        open(path if rank == 0 else os.devnull, "a", encoding="utf-8") as log,
+        open(path if rank == 0 else os.devnull, "a", encoding="utf-8", opener=_no_link) as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
         warnings.catch_warnings(),

@@ -8,8 +8,6 @@ batch is addressed by its step, so a resumed run continues at the exact sample a
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.batches import BatchShape, Stream, held_out_batches
 from mols_ds.training.sources import DataSpec, one_line
-from mols_ds.training.tokens import Tokenizer, Tokens, prepare
+from mols_ds.training.tokens import Tokenizer, Tokens, cached, prepare
 
 CHUNK = 1 << 22
 """Tokens that are handed to the builder at a time."""
@@ -82,24 +79,9 @@ def prepare_text(
         raise MolsConfigError(f"data.source: {spec.source} has no text to train on")
     source = Path(str(getattr(tokens.train, "filename", ""))).parent
     folder = source.with_name(source.name + "-megatron")
-    _build_once(folder, tokens.train, loaded)
+    train = tokens.train
+    cached(folder, lambda made: write_indexed(train, loaded, str(made / "text")), "data.cache_dir")
     return Text(str(folder / "text"), str(folder / "samples"), tokens.held_out, loaded)
-
-
-def _build_once(folder: Path, tokens: Tokens, tokenizer: Tokenizer) -> None:
-    """Write the pair under a lock, beside its place, and rename it when it is whole."""
-    if folder.is_dir():
-        return
-    try:
-        with FileLock(str(folder) + ".lock"):
-            if not folder.is_dir():
-                unfinished = folder.with_name(folder.name + ".unfinished")
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir(parents=True)
-                write_indexed(tokens, tokenizer, str(unfinished / "text"))
-                os.replace(unfinished, folder)
-    except OSError as error:
-        raise MolsConfigError(f"cache folder {folder.parent}: {one_line(error)} (set data.cache_dir)") from error
 
 
 def write_indexed(tokens: Tokens, tokenizer: Tokenizer, prefix: str) -> None:

@@ -19,7 +19,8 @@ from megatron_patches.precision import check
 from mols_ds.apps.train_megatron.backend import MegatronSetup
 from mols_ds.apps.train_megatron.dataset import IndexedBatches, Text, evaluation_batches, prepare_text, refuse_streamed
 from mols_ds.core.config import MolsConfig
-from mols_ds.errors import MolsConfigError, MolsWarning
+from mols_ds.core.log import tell
+from mols_ds.errors import MolsConfigError, MolsWarning, printable
 from mols_ds.training.batches import BatchShape
 from mols_ds.training.cli_utils import USER_MISTAKE as USER_MISTAKE
 from mols_ds.training.cli_utils import Parser, add_timeout
@@ -174,7 +175,7 @@ def _quiet() -> None:
         if not issubclass(category, MolsWarning):
             stock(message, category, *where, **more)
         elif rank == 0:
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+            tell(f"warning: {printable(message)}", sys.stderr)
 
     warnings.showwarning = show
 
@@ -188,8 +189,7 @@ def _say_what(
     precision = str(dtype_of(settings)).removeprefix("torch.")
     low = settings.precision.fp8 and f"fp8 {settings.precision.fp8_recipe}"
     layers = "Transformer Engine" if engine else "local layers"
-    print(
+    tell(
         f"{Path(args.config).stem}, {text.tokenizer.size} tokens of vocabulary, {settings.run.steps} steps of "
-        f"{shape.sequences} x {shape.length} tokens, {grid.world} processes, {used}, {low or precision}, {layers}",
-        flush=True,
+        f"{shape.sequences} x {shape.length} tokens, {grid.world} processes, {used}, {low or precision}, {layers}"
     )

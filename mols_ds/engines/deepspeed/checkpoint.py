@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import secrets
 import zipfile
 from collections.abc import Mapping
@@ -21,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from deepspeed.utils import logger
 
+from mols_ds.core.files import write_whole
 from mols_ds.engines.deepspeed import universal_checkpoint as universal
 from mols_ds.engines.deepspeed.compat import other_world_error
 from mols_ds.engines.deepspeed.parallel.base import ParallelGrid
 from mols_ds.engines.deepspeed.rng_state import EngineWindow
-from mols_ds.errors import MolsCheckpointError
+from mols_ds.errors import MolsCheckpointError, printable
 
 if TYPE_CHECKING:
     from mols_ds.core.session import Session
@@ -68,7 +68,8 @@ class EngineCheckpoints:
         flags = torch.zeros(world, dtype=torch.float64)
         if problem is not None:
             flags[rank] = 1.0
-            logger.warning(f"MoLS WARNING: rank {rank}: {problem}")
+            with contextlib.suppress(Exception):  # a handler of the user's: the other ranks reduce
+                logger.warning("MoLS WARNING: rank %d: %s", rank, printable(problem))
         return [i for i, flag in enumerate(self.mols.reduce(flags).tolist()) if flag]
 
     # ------------------------------------------------------------------ save
@@ -228,22 +229,19 @@ def _remove_stale(folder: Path, own: Path, rank: int, world: int) -> None:
 
     A file that cannot be removed is harmless: it has the number of another save.
     """
-    stale = [own, own.with_suffix(".tmp")]
+    stale = [own, own.with_suffix(".tmp"), *folder.glob(f".{own.name}.*.tmp")]
     if rank == 0:
-        stale += [path for path in folder.glob("mols_rank_*") if f"_of_{world:05d}." not in path.name]
+        every = (*folder.glob("mols_rank_*"), *folder.glob(".mols_rank_*"))
+        stale += [path for path in every if f"_of_{world:05d}." not in path.name]
     for path in stale:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
-    """Write to a file beside it first: what stands under the final name is complete."""
+    """Write a file in one move. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
     try:
-        torch.save(content, partial)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        write_whole(path, lambda beside: torch.save(content, beside))
+    except RuntimeError as error:  # of torch's writer, on a full disk
         raise OSError(str(error)) from error

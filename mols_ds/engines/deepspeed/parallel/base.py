@@ -9,7 +9,6 @@ of the logical model, so the table is the same on every rank.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,9 +18,10 @@ from torch import nn
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_rules import config_value
 from mols_ds.core.groups import GroupTable, group_table
+from mols_ds.core.log import warn_here
 from mols_ds.core.ranges import ParamRange
 from mols_ds.engines.deepspeed.compat import Engine
-from mols_ds.errors import MolsUnsupportedError, MolsWarning
+from mols_ds.errors import MolsUnsupportedError
 
 
 class Place(NamedTuple):
@@ -91,9 +91,8 @@ class ParallelGrid:
         """`full` without the parameters that no optimizer holds; they are named in a warning."""
         left_out = [name for name in full.layouts if name not in held]
         if left_out and self.engine.global_rank == 0:
-            warnings.warn(
+            warn_here(
                 f"{len(left_out)} trainable parameters are not in the optimizer, left alone: {left_out[:3]}",
-                MolsWarning,
                 stacklevel=6,
             )
         return GroupTable(
