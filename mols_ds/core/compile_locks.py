@@ -10,18 +10,24 @@ LONGEST = 1800.0
 """Seconds after which a lock is taken for stale: the largest of DeepSpeed's kernels compile in some minutes."""
 
 
+def extensions_root() -> Path:
+    """torch's cache of extensions: TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions.
+
+    (torch/utils/cpp_extension.py, file_baton.py.)
+    """
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return Path(given) if given else cache / "torch_extensions"
+
+
 def stale_locks(root: Path | None = None, *, older: float = LONGEST) -> list[Path]:
     """The lock files that are older than a compilation takes, oldest first.
 
     Args:
-        root: the cache; None is torch's: TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions
-            (torch/utils/cpp_extension.py, file_baton.py).
+        root: the cache; None is torch's.
         older: seconds.
     """
-    if root is None:
-        given = os.environ.get("TORCH_EXTENSIONS_DIR")
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        root = Path(given) if given else cache / "torch_extensions"
+    root = root or extensions_root()
     found: list[tuple[float, Path]] = []
     for pattern in ("*/lock", "*/*/lock"):
         for path in root.glob(pattern):

@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 
 from mols_ds.errors import MolsConfigError
+from mols_ds.training.kernel_caches import check_kernel_caches
 from mols_ds.training.megatron_config import GridSizes, ddp_config, optimizer_config, padded_vocabulary
 from mols_ds.training.megatron_settings import Settings
 
@@ -45,6 +46,7 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
     if "RANK" not in os.environ:
         os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
     if not dist.is_initialized():
+        check_kernel_caches()
         patience = None if timeout is None else timedelta(seconds=timeout)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

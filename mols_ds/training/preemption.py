@@ -19,7 +19,9 @@ class Preempted(Exception):
 class StopRequest:
     """Listens for `SIGNALS` inside its `with` block. Only the main thread of a process can listen.
 
-    The handler only notes the signal: what is under way (a step, a collective, a save) ends first.
+    The handler only notes the signal: what is under way (a step, a collective, a save) ends first. A process that
+    leaves the block by `Preempted` ignores further signals: it is ending, and a second one (a scheduler sends SIGTERM
+    after SIGUSR1, two hosts may both tell a rank) would make its exit a failure.
     """
 
     def __init__(self) -> None:
@@ -35,8 +37,9 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        ending = isinstance(error, Preempted)
         for number, handler in self._former.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if ending else handler or signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.heard = self.heard or number

@@ -11,13 +11,13 @@ from typing import TextIO
 
 import torch
 
-from mols_ds.core.compile_locks import lock_problem, stale_locks
 from mols_ds.core.json_types import JsonMapping
-from mols_ds.core.log import tell, warn_here
+from mols_ds.core.log import tell
 from mols_ds.engines.deepspeed.compat import leave_out_shm_kernel
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning, printable
 from mols_ds.training.cli_utils import print_line, status_of
 from mols_ds.training.compare import ADAM
+from mols_ds.training.kernel_caches import check_kernel_caches
 from mols_ds.training.preemption import Preempted
 from mols_ds.training.rank_env import adopt_rank_environment
 from mols_ds.training.trainer import has_checkpoint
@@ -115,8 +115,7 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
     patience = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
     if timeout is not None:
         _limit_new_groups(timedelta(seconds=timeout))
-    if os.environ.get("LOCAL_RANK", "0") == "0" and (problem := lock_problem(stale_locks())) is not None:
-        warn_here("; ".join(problem), stacklevel=2)
+    check_kernel_caches()
     deepspeed.init_distributed(**patience)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 

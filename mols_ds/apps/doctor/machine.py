@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mols_ds.apps.doctor.findings import Findings
 from mols_ds.apps.doctor.imports import Tried
+from mols_ds.core.cache_folders import cache_problems
 from mols_ds.core.compile_locks import lock_problem, stale_locks
 
 LEAST_PYTHON = (3, 11)
@@ -34,6 +35,7 @@ def check_machine(findings: Findings, out: Path, elements: int | None) -> None:
         ("shared_memory", _shared_memory),
         ("open_files", _open_files),
         ("compile_locks", _compile_locks),
+        ("kernel_caches", _kernel_caches),
     ):
         with findings.guard(name, level="warning"):
             check(findings)
@@ -123,6 +125,14 @@ def _compile_locks(findings: Findings) -> None:
         findings.add("ok", "compile_locks", "no stale lock in torch's cache of extensions")
     else:
         findings.add("warning", "compile_locks", *problem)
+
+
+def _kernel_caches(findings: Findings) -> None:
+    problems = cache_problems()
+    if not problems:
+        findings.add("ok", "kernel_caches", "the caches of compiled kernels are this user's alone")
+    for problem in problems:
+        findings.add("problem" if os.getuid() != 0 else "warning", "kernel_caches", *problem)
 
 
 def _disk(findings: Findings, out: Path, elements: int | None) -> None:

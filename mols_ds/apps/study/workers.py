@@ -27,6 +27,7 @@ from mols_ds.apps.study.work import RankInfo, Worker
 from mols_ds.core.json_types import JsonObject
 from mols_ds.engines.deepspeed.compat import leave_out_shm_kernel
 from mols_ds.errors import MolsError
+from mols_ds.training.kernel_caches import check_kernel_caches
 
 POLL_SECONDS = 1.0
 
@@ -96,6 +97,7 @@ def start_alone() -> None:
     import torch.distributed
     from deepspeed.accelerator import get_accelerator
 
+    check_kernel_caches()
     if get_accelerator().device_name() == "cpu":
         leave_out_shm_kernel()
     if not torch.distributed.is_initialized():

@@ -38,6 +38,8 @@ def main() -> int:
     limit = time.monotonic() + LIMIT
     while time.monotonic() < limit:
         if any(args.out.glob("heard.*")):
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)  # as StopRequest does; Python's exit takes a handler off
             (args.out / "checkpoints" / "latest").write_text("step1", "utf-8")
             return 0
         time.sleep(0.05)

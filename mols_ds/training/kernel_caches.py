@@ -1,0 +1,27 @@
+"""The caches of compiled kernels, looked at before a job's ranks use them."""
+
+from __future__ import annotations
+
+import os
+
+from mols_ds.core.cache_folders import cache_problems, use_own_inductor_cache
+from mols_ds.core.compile_locks import lock_problem, stale_locks
+from mols_ds.core.log import warn_here
+from mols_ds.errors import MolsConfigError
+
+
+def check_kernel_caches() -> None:
+    """Give torch's compiler a cache of this user's, and warn, once a node, of a lock that would be waited for.
+
+    Raises MolsConfigError where another user owns a cache, or could put kernels into it. In a container, whose user is
+    root, that is a warning: the caches there are often mounted from somebody's home.
+    """
+    use_own_inductor_cache()
+    problems = ["; ".join(problem) for problem in cache_problems()]
+    if problems and os.getuid() != 0:
+        raise MolsConfigError(problems[0])
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    locks = lock_problem(stale_locks())
+    for line in [*problems, *(["; ".join(locks)] if locks is not None else [])]:
+        warn_here(line, stacklevel=3)
