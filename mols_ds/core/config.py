@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
 
+from mols_ds.core.json_text import check_plain
 from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.core.layout import Granularity
 from mols_ds.core.validation import Frozen, validation_message
@@ -104,6 +105,8 @@ class MolsConfig(Frozen):
             )
         if self.mode == "moments" and self.samples == "auto":
             raise ValueError('samples: "auto" needs gradient samples; use mode "probe" or "online", or a number')
+        if not self.report_dir or "\0" in self.report_dir:
+            raise ValueError(f"report_dir: the name of a folder is needed, got {self.report_dir!r}")
         for group, alpha in (self.fixed_alphas or {}).items():
             if not (math.isfinite(alpha) and alpha > 0):
                 raise ValueError(f"fixed_alphas.{group}: must be a finite number > 0, got {alpha}")
@@ -120,6 +123,7 @@ class MolsConfig(Frozen):
             return section
         if not isinstance(section, Mapping):
             raise MolsConfigError(f'"mols": must be an object (a JSON section), got {type(section).__name__}')
+        check_plain(section, '"mols"')
         try:
             return cls.model_validate(dict(section))
         except ValidationError as error:

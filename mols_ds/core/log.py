@@ -43,23 +43,24 @@ def tell(message: str, file: TextIO | None = None) -> None:
         print(printable_lines(message).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
-def aside(what: str, write: Callable[[], object]) -> bool:
-    """Call what one rank writes beside training. What fails there is a warning: an exception would leave the other
-    ranks waiting in their next collective.
+class Aside:
+    """Calls what one rank writes beside training. What fails there is a warning, once for each thing: an exception
+    would leave the other ranks waiting in their next collective."""
 
-    Args:
-        what: names it in the warning.
-        write: writes it.
+    def __init__(self) -> None:
+        self._failed: set[str] = set()
 
-    Returns:
-        Whether it was written.
-    """
-    try:
-        write()
-    except Exception as error:
-        warn_here(f"{what}: not written ({type(error).__name__}: {error}); training goes on", stacklevel=3)
-        return False
-    return True
+    def __call__(self, what: str, write: Callable[[], object]) -> bool:
+        """Whether `write` has written `what`, which the warning names."""
+        try:
+            write()
+        except Exception as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                line = f"{type(error).__name__}: {error}"
+                warn_here(f"{what}: not written ({line}); training goes on", stacklevel=3)
+            return False
+        return True
 
 
 def warn_here(message: str, stacklevel: int = 1) -> None:

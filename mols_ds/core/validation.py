@@ -10,6 +10,8 @@ from typing import Annotated, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+LONGEST = 200
+"""Characters of a wrong value that a message shows."""
 SHOULD_BE = "Input should be "
 """How pydantic begins the message of a wrong type or value."""
 
@@ -47,12 +49,18 @@ def validation_message(error: ValidationError, kind: object = None, prefix: str 
         elif item["type"] == "value_error":
             lines[key, str(item["ctx"]["error"])] = f"{where}{item['ctx']['error']}"
         else:
-            value = repr(item["input"])
+            value = _short(item["input"])
             before = lines.get((key, value), "").removesuffix(f" (got {value})")
             what = _what(item)
             what = f"{before} or {what.removeprefix(SHOULD_BE)}" if before else f"{where}{what}"
             lines[key, value] = f"{what} (got {value})"
     return "; ".join(lines.values())
+
+
+def _short(value: object) -> str:
+    """repr() of a value that may be anything; its ends alone where it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def suggestion(key: str, known: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from mols_ds.core.schema import Report, ReportGroup
+from mols_ds.errors import printable
 
 MAX_ROWS = 16
 """Above this many groups (granularity `layer_type`) a table has one row for each kind of group, with ranges."""
@@ -50,6 +51,10 @@ def format_report(report: Report) -> str:
 
 def headline(report: Report) -> str:
     """What was measured when and how, in one line."""
+    return printable(_headline(report))
+
+
+def _headline(report: Report) -> str:
     if report["mode"] == "fixed":
         return f"MoLS at step {report['step']}: alphas as given by fixed_alphas, nothing measured"
     if report.get("failed"):
@@ -82,7 +87,7 @@ def group_cells(report: Report) -> Table:
         never = "-" if row.never_moved is None else f"{row.never_moved:.1%}"
         cells.append(
             [
-                row.name,
+                printable(row.name),
                 f"{row.elements:,}",
                 f"{row.share:.1%}",
                 _range(row.snr),

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mols_ds.core.handle import Handle
 from mols_ds.core.json_types import JsonObject
+from mols_ds.core.log import Aside
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import MicroBatch
 from mols_ds.training.rng_state import load_random, save_random
@@ -94,6 +95,10 @@ class DeepSpeedSetup:
         return DeepSpeedBackend(job, self, engine)
 
 
+Event = tuple[str, float, int]
+"""Name, value, number of samples."""
+
+
 class DeepSpeedBackend(TrainBackend):
     """See `TrainBackend`. `global_steps` stands still while MoLS probes: that is how a probe is told from an update."""
 
@@ -103,6 +108,7 @@ class DeepSpeedBackend(TrainBackend):
         self.job, self.setup, self.task, self.engine = job, setup, setup.task, engine
         self.mols: Handle = engine.mols
         self.rank, self.world, self.device = job.shape.rank, job.shape.world, engine.device
+        self._monitor = self._guarded_monitor()
         options = setup.config.get("checkpoint") or {}
         self.universal = bool(options.get("load_universal"))
         self.node_local = bool(options.get("use_node_local_storage"))
@@ -167,10 +173,23 @@ class DeepSpeedBackend(TrainBackend):
 
     def write_events(self, values: Mapping[str, float]) -> None:
         """See `TrainBackend`: DeepSpeed's monitor, against the number of samples."""
-        monitor = getattr(self.engine, "monitor", None)
-        if self.rank == 0 and monitor is not None and monitor.enabled:
+        if self._monitor is not None:
             samples = self.engine.global_samples
-            monitor.write_events([(f"Train/Samples/{name}", value, samples) for name, value in values.items()])
+            self._monitor([(f"Train/Samples/{name}", value, samples) for name, value in values.items()])
+
+    def _guarded_monitor(self) -> Callable[[list[Event]], None] | None:
+        """What writes DeepSpeed's events on rank 0, or None. DeepSpeed calls it too, in the middle of its step: it must
+        not raise there, so it is put in the place of the monitor's own."""
+        monitor = getattr(self.engine, "monitor", None)
+        if self.rank != 0 or monitor is None or not monitor.enabled:
+            return None
+        stock, aside = monitor.write_events, Aside()
+
+        def write_events(events: list[Event]) -> None:
+            aside("monitor", lambda: stock(events))
+
+        monitor.write_events = write_events
+        return write_events
 
     # -- checkpoints
 

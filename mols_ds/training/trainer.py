@@ -10,7 +10,6 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.files import append, read_text, write_whole
 from mols_ds.core.json_text import parse_json
 from mols_ds.core.json_types import JsonObject
-from mols_ds.core.log import aside
+from mols_ds.core.log import Aside
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import Stream
 from mols_ds.training.checkpointer import Checkpointer, refuse_non_finite, step_of
@@ -76,6 +75,7 @@ class Trainer:
         probe_steps: batches that MoLS measured without an update, so far.
         ahead: of these, the ones since the last update that training takes too (`TrainJob.probe_ahead`).
         diverged: the loss is not finite, and the job asks to stop there.
+        aside: calls what this rank writes beside training.
         saved: update of the newest checkpoint that this run knows of; -1: none.
     """
 
@@ -84,7 +84,7 @@ class Trainer:
         self.updates = self.probe_steps = self.ahead = 0
         self.diverged = False
         self.saved = -1
-        self._failed: set[str] = set()
+        self.aside = Aside()
         self.stop = StopRequest()
         self.folder = job.out / CHECKPOINTS
         self.checkpointer = Checkpointer(self.folder, node_local=backend.node_local)
@@ -95,7 +95,7 @@ class Trainer:
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
-        self._aside("progress", self.bar.close)
+        self.aside("progress", self.bar.close)
 
     # -- checkpoints
 
@@ -131,7 +131,7 @@ class Trainer:
         self.ahead = int(counted.get("ahead", 0))
         self.saved = step_of(tag or "")
         if self.metrics is not None:
-            self._aside("metrics", partial(self.metrics.rewind, self.updates))
+            self.aside("metrics", partial(self.metrics.rewind, self.updates))
 
     # -- training
 
@@ -139,7 +139,7 @@ class Trainer:
         """Trains to the last update."""
         job = self.job
         if self.metrics is not None and not job.resume:
-            self._aside("metrics", self.metrics.clear)
+            self.aside("metrics", self.metrics.clear)
         val_loss = None
         while self.updates < job.steps and not self.diverged:
             val_loss = self.step()
@@ -174,7 +174,7 @@ class Trainer:
         if not updated:
             self.probe_steps += 1
             self.ahead += job.probe_ahead
-            self._aside("progress", partial(self.bar.probing, self.probe_steps))
+            self.aside("progress", partial(self.bar.probing, self.probe_steps))
             return None
         self.updates += 1
         self.ahead = 0
@@ -202,18 +202,10 @@ class Trainer:
         if self.metrics is not None:
             line: dict[str, object] = {"step": self.updates, "tokens": self.backend.tokens(self.updates), **losses}
             line |= {"lr": base_lr, "multipliers": multipliers, "phase": phase, "step_seconds": round(seconds, 6)}
-            self._aside("metrics", partial(self.metrics.write, line))
+            self.aside("metrics", partial(self.metrics.write, line))
         scaled = {f"multiplier_{group}": value for group, value in multipliers.items()}
-        self._aside("monitor", partial(self.backend.write_events, {**losses, **scaled}))
-        self._aside("progress", partial(self.bar.update, self.updates, loss, val_loss, phase))
-
-    def _aside(self, what: str, write: Callable[[], None]) -> None:
-        """`aside`, with a warning once for each `what`."""
-        if what in self._failed:
-            with contextlib.suppress(Exception):
-                write()
-        elif not aside(what, write):
-            self._failed.add(what)
+        self.aside("monitor", partial(self.backend.write_events, {**losses, **scaled}))
+        self.aside("progress", partial(self.bar.update, self.updates, loss, val_loss, phase))
 
     def _outcome(self, val_loss: float) -> Outcome:
         section = self.job.setup.section
@@ -225,7 +217,7 @@ class Trainer:
         if self.metrics is not None:
             last = {"val_loss": val_loss, "val_ppl": outcome.val_ppl}
             line = {"final": True, **last, "tokens": outcome.tokens, "alphas": outcome.alphas}
-            self._aside("metrics", partial(self.metrics.write, line))
+            self.aside("metrics", partial(self.metrics.write, line))
         return outcome
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from mols_ds.apps.study.document import Block, HeadingBlock, ListBlock, Picture, TableBlock, TextBlock
+from mols_ds.errors import printable
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --faint: #5d6573; --paper: #ffffff; --line: #d9dde3;
@@ -50,7 +51,7 @@ def page(blocks: Iterable[Block], images: Mapping[str, bytes]) -> str:
     every = list(blocks)
     title = next((block.text for block in every if isinstance(block, HeadingBlock) and block.level == 1), "Study")
     sections = [block.text for block in every if isinstance(block, HeadingBlock) and block.level == 2]
-    links = "".join(f'<a href="#{_anchor(text)}">{html.escape(text)}</a>' for text in sections)
+    links = "".join(f'<a href="#{_anchor(text)}">{_safe(text)}</a>' for text in sections)
     body: list[str] = []
     for block in every:
         body.append(_block(block, images))
@@ -59,15 +60,19 @@ def page(blocks: Iterable[Block], images: Mapping[str, bytes]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{_safe(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main>\n</body>\n</html>\n"
     )
 
 
+def _safe(text: str) -> str:
+    return html.escape(printable(text))
+
+
 def inline(text: str) -> str:
     """Escaped text with its `**strong**` and `` `code` ``."""
-    safe = html.escape(text)
+    safe = _safe(text)
     safe = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe)
     return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", safe)
 
@@ -79,7 +84,7 @@ def _anchor(text: str) -> str:
 def _block(block: Block, images: Mapping[str, bytes]) -> str:
     match block:
         case HeadingBlock(level, text):
-            return f'<h{level} id="{_anchor(text)}">{html.escape(text)}</h{level}>'
+            return f'<h{level} id="{_anchor(text)}">{_safe(text)}</h{level}>'
         case TextBlock(text, warning):
             return f'<p class="warning" role="note">{inline(text)}</p>' if warning else f"<p>{inline(text)}</p>"
         case ListBlock(items):
@@ -90,9 +95,9 @@ def _block(block: Block, images: Mapping[str, bytes]) -> str:
             if file not in images:
                 return ""
             data = base64.b64encode(images[file]).decode("ascii")
-            alt = html.escape(f"{title}: {caption}", quote=True)
+            alt = _safe(f"{title}: {caption}")
             source = f'<img src="data:image/png;base64,{data}" alt="{alt}">'
-            below = f"<strong>{html.escape(title)}.</strong> {inline(caption)}"
+            below = f"<strong>{_safe(title)}.</strong> {inline(caption)}"
             return f"<figure>{source}\n<figcaption>{below}</figcaption></figure>"
 
 
@@ -104,6 +109,6 @@ def _table(table: TableBlock) -> str:
         data = "".join(f"<td{kind}>{inline(cell)}</td>" for kind, cell in zip(kinds[1:], cells, strict=True))
         rows.append(f'<tr><th scope="row">{inline(first)}</th>{data}</tr>')
     return (
-        f'<p class="command">{html.escape(table.command)}</p>\n<div class="scroll" tabindex="0"><table>\n'
+        f'<p class="command">{_safe(table.command)}</p>\n<div class="scroll" tabindex="0"><table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
     )

@@ -17,7 +17,7 @@ from mols_ds.apps.study.summary import Summary, group_order, summarise, to_json
 from mols_ds.core.files import write_whole
 from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.core.log import warn_here
-from mols_ds.errors import MolsConfigError
+from mols_ds.errors import MolsConfigError, printable
 
 if TYPE_CHECKING:
     from mols_ds.apps.study.runs import StudyResults
@@ -100,16 +100,16 @@ def markdown(blocks: Iterable[Block]) -> str:
 def _markdown(block: Block) -> str:
     match block:
         case HeadingBlock(level, text):
-            return f"{'#' * level} {text}"
+            return f"{'#' * level} {printable(text)}"
         case TextBlock(text, warning):
-            return f"> {text}" if warning else text
+            return f"> {printable(text)}" if warning else printable(text)
         case ListBlock(items):
-            return "\n".join(f"- {item}" for item in items)
+            return "\n".join(f"- {printable(item)}" for item in items)
         case Picture(file, title, caption):
-            return f"![{title}]({file})\n\n*{title}.* {caption}"
+            return f"![{printable(title)}]({file})\n\n*{printable(title)}.* {printable(caption)}"
         case TableBlock(command, head, rows, words):
             lines = [
-                f"`{command}`",
+                f"`{printable(command)}`",
                 "",
                 _line(head),
                 "|" + "|".join("---" if h in words else "---:" for h in head) + "|",
@@ -118,7 +118,7 @@ def _markdown(block: Block) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 # ---------------------------------------------------------------------- CSV

@@ -12,7 +12,9 @@ import deepspeed
 import torch
 
 from mols_ds.core.config import MolsConfig
+from mols_ds.core.files import read_text
 from mols_ds.core.handle import Handle
+from mols_ds.core.json_text import check_plain
 from mols_ds.engines.deepspeed.bind_optimizer import bind_optimizer
 from mols_ds.engines.deepspeed.compat import Config, Engine, read_config
 from mols_ds.engines.deepspeed.engine import EngineMols
@@ -78,11 +80,32 @@ def _find_config(arguments: Config) -> Config | None:
         config = getattr(launched, "deepspeed_config", None) or getattr(launched, "deepscale_config", None)
     if config is None:
         return None
-    if not isinstance(config, Mapping):
-        if not Path(config).is_file() and str(config).endswith(".json"):
-            raise MolsConfigError(f"DeepSpeed config {config}: no such file")
-        config = read_config(config)
-    return config
+    if isinstance(config, Mapping):
+        check_plain(config, "DeepSpeed config")
+        return config
+    return _read(config)
+
+
+def _read(config: Any) -> Config:
+    """The content of a config file, or of a base64 text, as DeepSpeed reads it. Raises MolsConfigError."""
+    where = f"DeepSpeed config {str(config)[:200]}"
+    try:
+        there = Path(config).exists()
+    except (OSError, TypeError, ValueError):  # a text that is longer than any name
+        there = False
+    if there:
+        read_text(config, where)
+    elif str(config).endswith(".json"):
+        raise MolsConfigError(f"{where}: no such file")
+    try:
+        content = read_config(config)
+    except (ValueError, TypeError, AttributeError, RecursionError, AssertionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise MolsConfigError(f"{where}: cannot be read: {what}") from error
+    if not isinstance(content, Mapping):
+        raise MolsConfigError(f"{where}: a JSON object is needed, not {type(content).__name__}")
+    check_plain(content, where)
+    return content
 
 
 def _initialize_ours(arguments: Config, request: Request) -> Initialized:
