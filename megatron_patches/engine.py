@@ -44,7 +44,7 @@ from mols_ds.core.ranges import ShardRange
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only
-from mols_ds.report.files import publisher
+from mols_ds.report.files import Publisher
 
 
 class MegatronMols(Session):
@@ -116,6 +116,7 @@ class MegatronMols(Session):
             self.optimizer.__dict__.pop(name, None)
         self.checkpoints.remove()
         self.controller.elements.free()
+        self._publisher.release()
 
     # ------------------------------------------------------------------ build
 
@@ -144,6 +145,7 @@ class MegatronMols(Session):
 
     def _context(self) -> Context:
         grid: ProcessGrid = self.grid
+        self._publisher = Publisher(self.config.report_dir, say)
         on_cpu = self.config.accumulators.device == "cpu"
         return Context(
             reduce=self.reduce,
@@ -152,7 +154,7 @@ class MegatronMols(Session):
             world={"data": grid.data, "tensor": grid.tensor, "pipeline": grid.pipeline, "expert": grid.expert},
             versions=versions(("megatron-core", "transformer-engine")) | self._precision(),
             log=say,
-            publish=publisher(self.config.report_dir, say),
+            publish=self._publisher,
         )
 
     def _precision(self) -> dict[str, str]:

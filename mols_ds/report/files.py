@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,30 +19,50 @@ from mols_ds.report.table import format_report
 
 JSON_NAME = "mols_report.json"
 PLOT_NAME = "mols_report.png"
-_WRITERS: dict[str, Callable[[Report], None]] = {}
-"""Folder of a report -> the publisher that wrote there last."""
+_TAKEN: set[Path] = set()
+"""Folders that hold the report of an engine of this process."""
 
 
-def publisher(report_dir: str, log: Callable[[str], None]) -> Callable[[Report], None]:
-    """What an engine's adapter gives the controller: log a new report as a table, then write its files.
+class Publisher:
+    """What an engine's adapter gives the controller: logs a new report as a table, then writes its files.
+
+    Two engines of a process (a GAN's, or policy and critic) that name one folder do not replace each other's report:
+    the second one's goes to a folder beside it, with a warning.
 
     Args:
         report_dir: "mols.report_dir".
         log: prints one message.
     """
 
-    def publish(report: Report) -> None:
-        log(format_report(report))
-        place = str(Path(report_dir).resolve())
-        if _WRITERS.setdefault(place, publish) is not publish:
-            _WRITERS[place] = publish
-            warn_here(
-                f"mols.report_dir={report_dir!r} has the report of another engine of this process, which is replaced; "
-                "give each engine a report_dir of its own"
-            )
-        write_report(report, report_dir)
+    def __init__(self, report_dir: str, log: Callable[[str], None]) -> None:
+        self.report_dir, self.log = report_dir, log
+        self._folder: Path | None = None
 
-    return publish
+    def __call__(self, report: Report) -> None:
+        with contextlib.suppress(Exception):  # of the user's log: the files are written all the same
+            self.log(format_report(report))
+        if self._folder is None:
+            self._folder = self._take()
+        write_report(report, self._folder)
+
+    def _take(self) -> Path:
+        place = wanted = Path(self.report_dir).resolve()
+        number = 1
+        while place in _TAKEN:
+            number += 1
+            place = wanted.with_name(f"{wanted.name}-{number}")
+        _TAKEN.add(place)
+        if place != wanted:
+            warn_here(
+                f"mols.report_dir={self.report_dir!r} has the report of another engine of this process; this one's "
+                f"goes to {place}: give each engine a report_dir of its own"
+            )
+        return place
+
+    def release(self) -> None:
+        """Give the folder free, for another engine of this process: this one has been detached."""
+        _TAKEN.discard(self._folder or Path())
+        self._folder = None
 
 
 def write_report(report: Report, report_dir: str | os.PathLike[str]) -> Path:

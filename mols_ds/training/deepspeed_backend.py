@@ -225,4 +225,5 @@ class DeepSpeedBackend(TrainBackend):
 
     def close(self) -> None:
         """See `TrainBackend`."""
+        self.mols.detach()
         self.engine.destroy()

@@ -15,7 +15,7 @@ from mols_ds.core.groups import ElementLayout, GroupTable
 from mols_ds.core.phases import Schedule
 from mols_ds.core.schema import Report, schema_problem
 from mols_ds.errors import MolsWarning
-from mols_ds.report.files import JSON_NAME, load_report, publisher
+from mols_ds.report.files import JSON_NAME, Publisher, load_report
 
 
 def controller(publish: Any, rank: int = 0) -> Controller:
@@ -75,15 +75,41 @@ def test_nobody_needs_to_want_it() -> None:
 
 def test_the_adapters_publisher_shows_the_table_and_writes_the_files(tmp_path: Path) -> None:
     said: list[str] = []
-    made = controller(publisher(str(tmp_path / "out"), said.append))
+    made = controller(Publisher(str(tmp_path / "out"), said.append))
     made.advance(2)
     assert len(said) == 1 and "alphas as given by fixed_alphas" in said[0]
     assert load_report(tmp_path / "out" / JSON_NAME) == made.report()
 
 
-def test_two_engines_with_one_folder_are_said(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    first, second = (controller(publisher(str(tmp_path / "out"), lambda _: None)) for _ in range(2))
+def test_two_engines_with_one_folder_keep_both_reports(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    folders = (tmp_path / "out", tmp_path / "out-2")
+    publishers = [Publisher(str(folders[0]), lambda _: None) for _ in folders]
+    first, second = map(controller, publishers)
     first.advance(2)
     assert not [w for w in recwarn if "another engine" in str(w.message)]
-    with pytest.warns(MolsWarning, match=r"mols\.report_dir='.*out' has the report of another engine"):
+    with pytest.warns(MolsWarning, match=r"mols\.report_dir='.*out' has the report of another engine.*out-2"):
         second.advance(2)
+    second.report()["step"] = 0
+    recwarn.clear()
+    for made, report, folder in zip(publishers, (first.report(), second.report()), folders, strict=True):
+        made({**report, "samples": 7 if folder == folders[1] else 5})  # a recalibration: each replaces its own
+    assert [load_report(folder)["samples"] for folder in folders] == [5, 7]
+    assert not recwarn.list
+
+
+def test_a_detached_engine_gives_its_folder_free(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    for step in (2, 3):
+        publish = Publisher(str(tmp_path / "out"), lambda _: None)
+        controller(publish).advance(step)
+        publish.release()
+        publish.release()
+    assert load_report(tmp_path / "out")["step"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_log_that_fails_costs_no_report(tmp_path: Path) -> None:
+    def closed(message: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    controller(Publisher(str(tmp_path / "out"), closed)).advance(2)
+    assert load_report(tmp_path / "out")["step"] == 2

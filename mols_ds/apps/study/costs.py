@@ -46,6 +46,7 @@ def measure(worker: Worker, baseline: StudyRun, run: StudyRun) -> JsonObject:
     ratios = [b / a for a, b in zip(*seconds, strict=True)][WARM_UP:]
     low, _, high = statistics.quantiles(ratios, n=4)
     for engine in engines:
+        engine.mols.detach()
         engine.destroy()
     del engines
     gc.collect()
@@ -101,6 +102,7 @@ def _accumulators(worker: Worker, run: StudyRun) -> int:
     for step in range(2):
         _step(engine, [ids.to(engine.device) for ids in job.batches.step("train", step)])
         held = max(held, int(engine.mols.accumulator_bytes))
+    engine.mols.detach()
     engine.destroy()
     gc.collect()
     return held

@@ -30,7 +30,7 @@ from mols_ds.engines.deepspeed.rng_state import EngineWindow
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only
-from mols_ds.report.files import publisher
+from mols_ds.report.files import Publisher
 
 
 class EngineMols(Session):
@@ -70,6 +70,7 @@ class EngineMols(Session):
         del self.engine._take_model_step
         self.checkpoints.remove()
         self.controller.elements.free()
+        self._publisher.release()
         del self.engine.mols
 
     # ------------------------------------------------------------------ build
@@ -111,6 +112,7 @@ class EngineMols(Session):
 
     def _context(self) -> Context:
         accelerator = get_accelerator()
+        self._publisher = Publisher(self.config.report_dir, say)
         on_cpu = self.config.accumulators.device == "cpu"
         return Context(
             reduce=self.reduce,
@@ -119,7 +121,7 @@ class EngineMols(Session):
             world=self.grid.world,
             versions=versions(self.grid.packages),
             log=say,
-            publish=publisher(self.config.report_dir, say),
+            publish=self._publisher,
         )
 
     def _groups_of_lr(self, table: GroupTable) -> dict[str, int]:
