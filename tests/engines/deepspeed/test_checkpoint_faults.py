@@ -136,7 +136,9 @@ def contents() -> dict[str, Any]:
     assert engine.save_checkpoint("contents", "t", mine, True, False) is True  # by position, as DeepSpeed takes them
     found["calibrating"] = side_files("contents/t")
     if dist.get_rank() == 0:
-        for name in ("mols_rank_00002_of_00003.pt", "mols_rank_00000_of_00003.tmp", FILES[0].replace(".pt", ".tmp")):
+        names = ["mols_rank_00002_of_00003.pt", "mols_rank_00000_of_00003.tmp", FILES[0].replace(".pt", ".tmp")]
+        names += [f".{FILES[0]}.0123456789abcdef.tmp", ".mols_rank_00002_of_00003.pt.0123456789abcdef.tmp"]
+        for name in names:
             Path("contents/t", name).write_bytes(b"left by a run of three ranks, or by one that was killed")
     dist.barrier()
     stored = torch.load("contents/t/mp_rank_00_model_states.pt", weights_only=False)["mols"]
@@ -168,7 +170,7 @@ def _unwritable() -> tuple[list[str], list[str], str, int]:
     engine = tiny_engine(1, section())
     until(engine, 0, half_done)
     if dist.get_rank() == 1:
-        Path("unwritable/t", FILES[1].replace(".pt", ".tmp"), "in the way").mkdir(parents=True)
+        Path("unwritable/t", FILES[1], "in the way").mkdir(parents=True)
     with caught() as saving:
         engine.save_checkpoint("unwritable", tag="t")
     with caught() as loading:
