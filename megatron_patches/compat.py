@@ -101,6 +101,9 @@ TRACKERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """(module, the way to a dict of sums for logging in it): read where they are there."""
 
+MODULE_ATTRIBUTES = ("current_microbatch",)
+"""What the schedules note in modules before each pass (pipeline_parallel/schedules.py)."""
+
 # ------------------------------------------------------------------ objects
 
 CHAINED = ("prepare_grads", "step_with_ready_grads", "get_grad_norm", "sharded_state_dict", "load_state_dict", "step")

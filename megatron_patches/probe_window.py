@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from megatron_patches.compat import MODULE_ATTRIBUTES
 from megatron_patches.rng_state import accelerator_state, set_accelerator_state, set_tracker_states, tracker_states
 from megatron_patches.trackers import trackers
 from mols_ds.core.module_state import ModuleState
@@ -17,7 +18,7 @@ class MegatronWindow(ProbeWindow):
     """Also the generators of CUDA and of Megatron's tracker, and Megatron's sums for logging."""
 
     def __init__(self, model_chunks: Sequence[nn.Module]) -> None:
-        super().__init__(ModuleState(model_chunks, trackers=trackers))
+        super().__init__(ModuleState(model_chunks, MODULE_ATTRIBUTES, trackers))
 
     def _begin(self) -> Any:
         return {"accelerator": accelerator_state(), "tracker": tracker_states()}

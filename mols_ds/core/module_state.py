@@ -106,9 +106,8 @@ class ModuleState:
             yield from _fp8_tensors(vars(module).get("fp8_meta"))
         for _, sums in self._sums:
             for entry in sums.values():
-                values = entry.get("values") if isinstance(entry, dict) else getattr(entry, "values", entry)
-                if isinstance(values, Tensor):
-                    yield values
+                inner = entry.get("values") if isinstance(entry, dict) else getattr(entry, "values", None)
+                yield from (value for value in (entry, inner) if isinstance(value, Tensor))
 
 
 def _is_plain(value: object) -> bool:
