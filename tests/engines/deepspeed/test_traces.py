@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from tests.engines.deepspeed.engines import LR, OFFLOAD_ALL, config, engine_of
-from tests.engines.deepspeed.models import TOKENS
+from tests.engines.deepspeed.models import TOKENS, Tiny
 from tests.engines.deepspeed.traces import Traced, visible
 from tests.helpers.digests import caught, differing
 from tests.helpers.harness import Results, run_cases
@@ -23,6 +24,7 @@ from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
 
+EPOCHS, ORDER_SEED = 6, 11
 WORLD, SAMPLES, START, STEPS, MICROS = 2, 5, 2, 5, 2
 NO_EFFECT = {"mode": "probe", "samples": SAMPLES, "start": START, "ramp_end": 4, "alpha_min": 1.0, "alpha_max": 1.0}
 ENGINES: dict[str, tuple[int, str, dict[str, Any]]] = {
@@ -130,15 +132,44 @@ def saved(engine: Any, key: str) -> bool:
     return where in ("weight", "master", "exp_avg", "random") or key.endswith("'s generator")
 
 
+def loaded(dropout: float) -> list[list[int]]:
+    """The order of each of EPOCHS epochs of a user's loader, which draws them from torch's generator."""
+    torch.manual_seed(1)
+    model = Tiny(dropout)
+    settings = config(3, {**NO_EFFECT, "start": 1, "samples": 8}, micros=1)
+    engine = engine_of(settings, model, torch.optim.AdamW(groups_of(model, LR, 2 * LR, 0.1)))
+    torch.manual_seed(ORDER_SEED)
+    loader, orders, iteration = DataLoader(list(range(64)), batch_size=16, shuffle=True), [], 0
+    for _ in range(EPOCHS):
+        orders.append([])
+        for indices in loader:
+            orders[-1] += indices.tolist()
+            engine.backward(engine(batch(iteration, 0)))
+            engine.step()
+            iteration += 1
+    assert engine.mols.phase != "calibrating"
+    engine.destroy()
+    return orders
+
+
+def work(kind: str, *arguments: Any) -> Any:
+    return {"trained": trained, "loaded": loaded}[kind](*arguments)
+
+
 @functools.cache
 def runs() -> Results:
-    return run_cases(trained, WORLD, [*CASES.wanted], timeout=60)
+    return run_cases(work, WORLD, [("trained", *case) for case in CASES.wanted], timeout=60)
+
+
+@functools.cache
+def orders() -> Results:
+    return run_cases(work, WORLD, [("loaded", 0.0), ("loaded", 0.1)], timeout=60)
 
 
 @CASES.parametrize(("way", "name"), SAME, reads=lambda case: [case, (STOCK[case[0]], case[1])])
 def test_no_trace(way: str, name: str) -> None:
     """Of any kind, in the window and behind it, bit for bit."""
-    for stock, probed in zip(runs()[STOCK[way], name], runs()[way, name], strict=True):
+    for stock, probed in zip(runs()["trained", STOCK[way], name], runs()["trained", way, name], strict=True):
         assert [text for text in probed["warned"] if "window" in text] == []
         assert probed["probes"] == SAMPLES
         assert probed["window"] == []
@@ -148,7 +179,18 @@ def test_no_trace(way: str, name: str) -> None:
 
 @CASES.parametrize(("way", "name"), RESUMED)
 def test_a_checkpoint_inside_a_window_holds_the_state_before_it(way: str, name: str) -> None:
-    for rank, probed in enumerate(runs()[way, name]):
+    for rank, probed in enumerate(runs()["trained", way, name]):
         if rank == 0 or name == "3":  # below stage 3, DeepSpeed saves the buffers of the first rank
             assert probed["loaded"] == []
         assert probed["window"] == [] and probed["probes"] == SAMPLES
+
+
+def test_a_loader_goes_on_as_without_a_probe() -> None:
+    """Epochs that begin inside a window have orders of their own; of a model that draws nothing, those of the loader
+    alone. Setting the generator back at the end of the window repeated them."""
+    torch.manual_seed(ORDER_SEED)
+    loader = DataLoader(list(range(64)), batch_size=16, shuffle=True)
+    alone = [[int(index) for indices in loader for index in indices] for _ in range(EPOCHS)]
+    for quiet, drawing in zip(orders()["loaded", 0.0], orders()["loaded", 0.1], strict=True):
+        assert quiet == alone
+        assert len({tuple(order) for order in drawing}) == EPOCHS and drawing[0] == alone[0]
