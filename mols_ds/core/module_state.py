@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of an element -> the dtype whose sum tells whether a bit has changed."""
 TORCHS = frozenset(vars(nn.Module()))
 """Attributes that every module has: hooks, `training`. They are the caller's to set."""
 FP8_TENSORS = ("scale", "scale_inv", "amax_history")
 """Of each entry of `module.fp8_meta` (transformer_engine/pytorch/module/base.py)."""
 
+Held = Callable[[nn.Parameter], Tensor | None]
+"""A parameter -> what this rank holds of it in memory."""
 Tracker = dict[str, Any]
 """A dict of sums for logging: name -> a tensor, or an entry with the tensor `values`."""
 
@@ -31,13 +35,15 @@ class ModuleState:
 
     Buffers of every kind: BatchNorm's statistics, moving averages, counters, caches, persistent or not, changed in
     place or replaced. Plain attributes go with them, because caches and schedules note their size or step in one.
-    Parameters are not kept. Takes as much memory as the buffers do, on their devices, and only while a batch runs; no
-    device is waited for.
+    Takes as much memory as the buffers do, on their devices, and only while a batch runs; no device is waited for.
+
+    Parameters are not kept: of them there are checksums, to name those that a forward pass moved.
 
     Args:
         roots: the modules, with all below them.
         leave: beginnings of the names of attributes that the engine sets.
         trackers: the sums for logging that there are now.
+        held: what this rank holds of a parameter.
     """
 
     def __init__(
@@ -45,8 +51,9 @@ class ModuleState:
         roots: Sequence[nn.Module],
         leave: tuple[str, ...] = (),
         trackers: Callable[[], Sequence[Tracker]] = tuple,
+        held: Held = lambda parameter: parameter,
     ) -> None:
-        self.roots, self.leave, self.trackers = roots, leave, trackers
+        self.roots, self.leave, self.trackers, self.held = roots, leave, trackers, held
         self._seen: list[Seen] | None = None
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._sums: list[tuple[Tracker, Tracker]] = []
@@ -89,14 +96,29 @@ class ModuleState:
         attributes = (value for module in self._modules() for value in vars(module).values())
         return [value for value in attributes if isinstance(value, torch.Generator)]
 
+    def checksums(self) -> dict[str, Tensor]:
+        """Name -> a number that is another one when a bit of the parameter has changed. Reads every weight once."""
+        found: dict[str, Tensor] = {}
+        for root in self.roots:
+            for name, parameter in root.named_parameters():
+                tensor = self.held(parameter)
+                if tensor is not None and type(tensor.data) is Tensor and tensor.data.is_floating_point():
+                    found[name] = tensor.data.view(INTEGERS[tensor.element_size()]).sum()
+        return found
+
     def _modules(self) -> Iterator[nn.Module]:
         """All but scripted ones, which keep their attributes in C++."""
         every = (module for root in self.roots for module in root.modules())
         return (module for module in every if not isinstance(module, torch.jit.ScriptModule))
 
     def _plain(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
+        """A flag without a buffer beside it says that something is set up, which stays; so do Transformer Engine's."""
+        if hasattr(module, "fp8_meta"):
+            return
         for name, value in vars(module).items():
-            if name not in TORCHS and not name.startswith(self.leave) and _is_plain(value):
+            if name in TORCHS or name.startswith(self.leave) or not _is_plain(value):
+                continue
+            if module._buffers or not isinstance(value, bool):
                 yield name, value
 
     def _tensors(self) -> Iterator[Tensor]:

@@ -60,6 +60,7 @@ class ProbeWindow:
         self._passes = 0  # that run now: a model may call itself
         self._at_end: torch.Tensor | None = None
         self._generators: list[torch.Tensor] = []
+        self._checksums: dict[str, torch.Tensor] = {}
         self._engine: Any = None
 
     # ------------------------------------------------------------------ what an adapter says
@@ -84,6 +85,7 @@ class ProbeWindow:
             self._open = True
             self._generators = [generator.get_state() for generator in self.modules.generators()]
             self._engine = self._begin()
+            self._checksums = self.modules.checksums()
         set_host_random(self._stream or self._outside)
 
     def close_pass(self) -> None:
@@ -100,9 +102,11 @@ class ProbeWindow:
         """After a discarded batch, and before a checkpoint: give back what it moved. Returns buffers that stay."""
         return self.modules.restore()
 
-    def restore(self) -> None:
-        """At the end of the window: give back the rest."""
+    def restore(self) -> list[str]:
+        """At the end of the window: give back the rest. Returns the parameters that the window moved, which stay so."""
         self.close_batch()
+        now = self.modules.checksums() if self._checksums else {}
+        moved = [name for name, before in self._checksums.items() if name in now and not torch.equal(now[name], before)]
         if self._open:
             self._end(self._engine)
             for generator, state in zip(self.modules.generators(), self._generators, strict=False):
@@ -110,13 +114,14 @@ class ProbeWindow:
             if self._at_end is not None:
                 torch.set_rng_state(self._at_end)
         self.forget()
+        return moved
 
     def forget(self) -> None:
         """Drop what is kept."""
         self.modules.forget()
         self._open = False
         self._stream = self._at_end = self._engine = None
-        self._generators = []
+        self._generators, self._checksums = [], {}
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -171,7 +171,7 @@ class Session(Handle, ABC):
         else:
             controller.close_sample(t, usable=usable)
         if not controller.discards_steps:
-            self.window.restore()
+            self._close_window()
         controller.advance(t)
 
     def _give_back(self) -> None:
@@ -190,6 +190,16 @@ class Session(Handle, ABC):
             self.controller.warn(
                 "modules registered buffers in a batch of the probe window, which stay as it left them: "
                 f'{", ".join(new[:3])}; set a later "mols.start", or "mode": "online"',
+                every_rank=True,
+            )
+
+    def _close_window(self) -> None:
+        """At the end of a probe window: give back the rest. Warns of what cannot be."""
+        moved = self.window.restore()
+        if moved:
+            self.controller.warn(
+                f"passes of the probe window moved {len(moved)} parameters ({', '.join(moved[:3])}), which stay as "
+                'they left them; update them in the training loop, or set "mode": "online"',
                 every_rank=True,
             )
 

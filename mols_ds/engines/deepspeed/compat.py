@@ -62,6 +62,10 @@ class Engine(DocumentedEngine, Protocol):
     zero_compute_grad_norm: Callable[[], bool]
     zero_nvme_offload_optimizer: Callable[[], bool]
     load_universal_checkpoint: Callable[[], bool]
+    monitor: Any
+    training_dataloader: Any
+    flops_profiler_enabled: Callable[[], bool]
+    curriculum_learning_enabled: Callable[[], bool]
 
 
 class PipelineEngine(Engine, Protocol):
@@ -134,7 +138,15 @@ AUTOTP = "ds_autotp_universal_checkpoint_meta"
 """The attribute of a parameter in which AutoTP notes how it cut it."""
 CONSTANTS = {"OPTIMIZER_STATE_DICT": STATE, "PARAM": WHOLE, "DS_VERSION": VERSION, "DS_AUTOTP_UC_META": AUTOTP}
 """Of checkpoint/constants.py."""
-PARAMETER_FLAGS = ("tensor_model_parallel", "ds_pipe_replicated", "ds_shape", "_hp_mapping", AUTOTP)
+PARAMETER_FLAGS = (
+    "ds_tensor",
+    "partition_numel",
+    "tensor_model_parallel",
+    "ds_pipe_replicated",
+    "ds_shape",
+    "_hp_mapping",
+    AUTOTP,
+)
 """Attributes that DeepSpeed gives to some parameters (module_inject/layers.py, runtime/pipe/module.py,
 runtime/zero/partition_parameters.py, utils/tensor_fragment.py)."""
 
@@ -270,6 +282,13 @@ def other_world_error() -> type[Exception]:
     """What the loaders of ZeRO checkpoints raise for another number of ranks."""
     error: type[Exception] = module("deepspeed.runtime.zero.utils").ZeRORuntimeException
     return error
+
+
+def held_part(parameter: nn.Parameter) -> Tensor | None:
+    """What this rank's memory holds of a parameter, its part at ZeRO stage 3; None where that is on NVMe."""
+    part: Tensor = getattr(parameter, "ds_tensor", parameter)
+    size = getattr(parameter, "partition_numel", parameter.numel)()
+    return part if part.numel() == size else None
 
 
 class RngTracker(Protocol):

@@ -24,7 +24,7 @@ from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.engines.deepspeed.checkpoint import EngineCheckpoints
-from mols_ds.engines.deepspeed.checks import check_supported, scheduler_hints
+from mols_ds.engines.deepspeed.checks import check_supported, scheduler_hints, seen_by
 from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.probe_window import EngineWindow
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
@@ -60,6 +60,9 @@ class EngineMols(Session):
         self._scale_before = 1.0
         self._install(table)
         self.checkpoints = EngineCheckpoints(self, engine, self.grid, self.window)
+        seen = seen_by(engine) if config.mode == "probe" and config.fixed_alphas is None else []
+        if seen:
+            self.controller.warn(f'the batches that "mode": "probe" discards are seen: {"; ".join(seen)}')
         self.controller.advance(engine.global_steps)
 
     def detach(self) -> None:
