@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed as dist
 
-from megatron_patches.rng_state import RandomState
+from megatron_patches.probe_window import MegatronWindow
 from megatron_patches.schedule import optimizer_steps
 from mols_ds.core.state_check import check_saved
 from mols_ds.errors import MolsCheckpointError
@@ -75,8 +75,10 @@ class MegatronCheckpoints:
     count_from: sets the number of updates that the session counts on from.
     """
 
-    def __init__(self, mols: Session, optimizer: Any, random: RandomState, count_from: Callable[[int], None]) -> None:
-        self.mols, self.optimizer, self.random, self.count_from = mols, optimizer, random, count_from
+    def __init__(
+        self, mols: Session, optimizer: Any, window: MegatronWindow, count_from: Callable[[int], None]
+    ) -> None:
+        self.mols, self.optimizer, self.window, self.count_from = mols, optimizer, window, count_from
         self._wanted = False
         self._asked: Any = None  # the state dict of the load that is under way
         self._stock = {name: getattr(self.optimizer, name) for name in METHODS}
@@ -116,7 +118,8 @@ class MegatronCheckpoints:
             return state
         host[KEY] = self._common()
         if self.mols.controller.measuring:
-            samples, random = self.mols.controller.elements.state_dict(), self.random.saved
+            self.window.close_batch()  # the model's state dict holds the tensors, not copies
+            samples, random = self.mols.controller.elements.state_dict(), self.window.state_dict()
             host[KEY]["samples_of"] = dist.get_world_size()
             host[SAMPLES] = self._object({"samples": samples, "random": random})
         return state
@@ -205,7 +208,7 @@ class MegatronCheckpoints:
         if saved is not None:
             saved = self._checked(saved)
         self._stock["load_state_dict"](state)
-        self.random.forget()
+        self.window.forget()
         if saved is None:
             self._without_state()
             return
@@ -282,7 +285,7 @@ class MegatronCheckpoints:
             )
         else:
             try:
-                self.random.saved = samples["random"]
+                self._load_window(samples["random"])
                 if samples["samples"] is not None:
                     mols.controller.elements.load_state_dict(samples["samples"])
             except Exception as error:  # a corrupt object raises many types; the other ranks must hear of it
@@ -290,3 +293,10 @@ class MegatronCheckpoints:
         if mols.agree(problem is None):
             return None
         return (problem or "another rank's accumulators do not fit it (another layout)") if started else None
+
+    def _load_window(self, saved: Any) -> None:
+        """What this rank gives back at the end of the window; of 0.4.0: a `RandomState`."""
+        if saved is not None and "torch" in saved:
+            self.window.load_former(saved["torch"], saved)
+        else:
+            self.window.load_state_dict(saved)

@@ -30,6 +30,14 @@ class Wrapper(Protocol):
     optimizer: Any  # the inner torch optimizer; None where this rank has no parameters
 
 
+class GradScaler(Protocol):
+    """The loss scale of fp16 (optimizer/grad_scaler.py)."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
 # ------------------------------------------------------------------ modules
 
 ATTACHED: dict[str, tuple[str, ...]] = {
@@ -86,6 +94,16 @@ to load."""
 GROUPED_GEMM = "megatron.core.transformer.moe.grouped_gemm_util"
 """Up to 0.16."""
 
+TRACKERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("megatron.core.transformer.moe.moe_utils", ("_MOE_LAYER_WISE_LOGGING_TRACKER",)),  # up to 0.18
+    ("megatron.core.transformer.moe.moe_logging", ("_MOE_METRICS_TRACKER", "_metrics")),
+    ("megatron.core.transformer.multi_token_prediction", ("MTPLossLoggingHelper", "tracker")),
+)
+"""(module, the way to a dict of sums for logging in it): read where they are there."""
+
+MODULE_ATTRIBUTES = ("current_microbatch",)
+"""What the schedules note in modules before each pass (pipeline_parallel/schedules.py)."""
+
 # ------------------------------------------------------------------ objects
 
 CHAINED = ("prepare_grads", "step_with_ready_grads", "get_grad_norm", "sharded_state_dict", "load_state_dict", "step")
@@ -109,7 +127,7 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Class of a chained optimizer -> (the file that defines it, what is read of it)."""
 FLAGS: dict[str, tuple[str, ...]] = {
-    "optimizer/optimizer.py": ("is_stub_optimizer", "decoupled_grad", "main_grad"),
+    "optimizer/optimizer.py": ("is_stub_optimizer", "decoupled_grad", "main_grad", "grad_scaler"),
     "optimizer/distrib_optimizer.py": ("distributed_optimizer_instance_id",),
     "optimizer_param_scheduler.py": ("lr_decay_steps", "lr_warmup_steps"),
     "tensor_parallel/layers.py": ("allreduce", "partition_dim", "tensor_model_parallel"),

@@ -10,9 +10,8 @@ and checkpoints have the base rate and the stock layout.
 from __future__ import annotations
 
 import math
-import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from megatron_patches import precision
 from megatron_patches.checkpoint import MegatronCheckpoints
 from megatron_patches.checks import check_supported, find_config
 from megatron_patches.collective_checks import Shapes, check_locals, merge_shapes, same_everywhere, together
+from megatron_patches.compat import GradScaler
 from megatron_patches.param_map import (
     LocalParameter,
     ProcessGrid,
@@ -31,7 +31,7 @@ from megatron_patches.param_map import (
     local_parameters,
     logical_table,
 )
-from megatron_patches.rng_state import RandomState
+from megatron_patches.probe_window import MegatronWindow
 from megatron_patches.schedule import optimizer_steps, scheduler_hints
 from megatron_patches.shards import MegatronShards, collective_device
 from mols_ds.core.config import MolsConfig
@@ -52,14 +52,12 @@ class MegatronMols(Session):
 
     In mode "probe", during the calibration, `optimizer.step()` measures the gradient that the training loop just
     computed, does not update and returns `(False, None, None)`: to the loop it is one of Megatron's own skipped
-    iterations (as after an fp16 overflow), for which it does not step the scheduler. Weights, optimizer state and the
-    random state of dropout end the window as if those batches had never been run.
-
-    Attributes:
-        random: the random state that a probe window gives back at its end.
+    iterations (as after an fp16 overflow), for which it does not step the scheduler. Weights, buffers (expert biases of
+    routers too), optimizer state and the random numbers of dropout end the window as if those batches had never been
+    run (docs/method.md, "What a probe gives back").
     """
 
-    random: RandomState
+    window: MegatronWindow
 
     def __init__(
         self,
@@ -91,11 +89,11 @@ class MegatronMols(Session):
         same_everywhere(together(build), ["the schedule of MoLS", "the checksum of the parameters' layouts"])
         table = self.controller.table
         self.check_counts()
-        self.random = RandomState()
+        self.window = MegatronWindow(model_chunks)
         self._hooks: list[Any] = []
         self._stock_step, self._stock_norm = optimizer.step, optimizer.get_grad_norm
         self._install(model_chunks, table)
-        self.checkpoints = MegatronCheckpoints(self, optimizer, self.random, self._count_from)
+        self.checkpoints = MegatronCheckpoints(self, optimizer, self.window, self._count_from)
         self.controller.advance(self.steps)
 
     def resume_from(self, checkpoint_dir: str) -> None:
@@ -112,6 +110,7 @@ class MegatronMols(Session):
             scaler.remove()
         for hook in self._hooks:
             hook.remove()
+        self.window.restore()
         for name in ("step", "get_grad_norm", "mols"):
             self.optimizer.__dict__.pop(name, None)
         self.checkpoints.remove()
@@ -189,7 +188,7 @@ class MegatronMols(Session):
         self._ranges: dict[int, list[tuple[int, ShardRange]]] = {}
         for number, (shard, item) in enumerate(self.shards.owned):
             self._ranges.setdefault(id(shard.tensor), []).append((number, item))
-        self._hooks += [chunk.register_forward_pre_hook(_weak(self._before_forward)) for chunk in model_chunks]
+        self._hooks += [hook for chunk in model_chunks for hook in self._watch_passes(chunk)]
         self.optimizer.step, self.optimizer.get_grad_norm = self._step, self._grad_norm
         self.optimizer.mols = self
 
@@ -236,7 +235,20 @@ class MegatronMols(Session):
 
     def _prepare_probe(self) -> bool:
         """Unscale the reduced gradient. It stays where it is: the loop zeroes it before the next iteration."""
+        self._loss_scales = [(scaler, scaler.state_dict()) for scaler in self._grad_scalers()]
         return not self.optimizer.prepare_grads()
+
+    def _grad_scalers(self) -> list[GradScaler]:
+        """Of the chained optimizers, each once."""
+        scalers = [getattr(outer, "grad_scaler", None) for outer in self.optimizer.chained_optimizers]
+        return list({id(scaler): scaler for scaler in scalers if scaler is not None}.values())
+
+    def _after_discard(self, usable: bool) -> None:
+        """A loss scale falls in the window, so that samples become finite; it does not grow."""
+        if usable:
+            for scaler, state in self._loss_scales:
+                scaler.load_state_dict(state)
+        self._loss_scales = []
 
     def _grad_norm(self) -> Any:
         """In the place of `get_grad_norm`, which Megatron calls between `prepare_grads` and clipping.
@@ -248,15 +260,3 @@ class MegatronMols(Session):
         if self.wants_sample and math.isfinite(float(norm)):
             self.take_sample()
         return norm
-
-
-def _weak(method: Callable[[nn.Module, Any], None]) -> Callable[[nn.Module, Any], None]:
-    """The method without holding its object: Megatron's DDP is never collected (its hooks hold it through C++)."""
-    reference = weakref.WeakMethod(method)
-
-    def hook(module: nn.Module, args: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(module, args)
-
-    return hook

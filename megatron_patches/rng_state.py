@@ -1,7 +1,8 @@
-"""The random state of one rank: remembered at the start of a probe window, given back at its end."""
+"""The random state of one rank: of its CPU and accelerator generators and of Megatron's tracker."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -27,8 +28,8 @@ class RandomState:
         if self.saved is None:
             self.saved = {
                 "torch": torch.get_rng_state(),
-                "accelerator": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-                "tracker": {name: _copy(state) for name, state in _tracker().get_states().items()},
+                "accelerator": accelerator_state(),
+                "tracker": tracker_states(),
             }
 
     def restore(self) -> None:
@@ -37,21 +38,37 @@ class RandomState:
         if saved is None:
             return
         torch.set_rng_state(saved["torch"])
-        if saved["accelerator"] is not None:
-            torch.cuda.set_rng_state(saved["accelerator"])
-        tracker = _tracker()
-        states = tracker.get_states()
-        for name, copy in saved["tracker"].items():
-            live = states.get(name)
-            if isinstance(live, torch.Generator):  # trackers for CUDA graphs hold live generators
-                live.set_state(copy)
-            else:
-                states[name] = copy
-        tracker.set_states(states)
+        set_accelerator_state(saved["accelerator"])
+        set_tracker_states(saved["tracker"])
 
-    def forget(self) -> None:
-        """Drop the copy."""
-        self.saved = None
+
+def accelerator_state() -> Tensor | None:
+    """Of this rank's CUDA device; None without one."""
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def set_accelerator_state(state: Tensor | None) -> None:
+    """What `accelerator_state` gave; None: nothing to set."""
+    if state is not None:
+        torch.cuda.set_rng_state(state)
+
+
+def tracker_states() -> dict[str, Tensor]:
+    """Copies of the states of Megatron's tracker."""
+    return {name: _copy(state) for name, state in _tracker().get_states().items()}
+
+
+def set_tracker_states(copies: Mapping[str, Tensor]) -> None:
+    """Set the states of Megatron's tracker as `tracker_states` gave them."""
+    tracker = _tracker()
+    states = tracker.get_states()
+    for name, copy in copies.items():
+        live = states.get(name)
+        if isinstance(live, torch.Generator):  # trackers for CUDA graphs hold live generators
+            live.set_state(copy)
+        else:
+            states[name] = copy
+    tracker.set_states(states)
 
 
 def _tracker() -> Tracker:

@@ -34,19 +34,3 @@ class GradientSource(Protocol):
     def discard(self) -> None:
         """Drop the accumulated gradient, as if the engine had not run these batches."""
         ...
-
-
-class WindowState(Protocol):
-    """What forward passes advance and a probe window gives back at its end: the random state, counters."""
-
-    def remember(self) -> None:
-        """Take a copy, unless there is one."""
-        ...
-
-    def restore(self) -> None:
-        """Put the copy back and drop it. Does nothing without one."""
-        ...
-
-    def forget(self) -> None:
-        """Drop the copy."""
-        ...

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from mols_ds.core.adam_moments import adam_moments
 from mols_ds.core.config import MolsConfig
@@ -24,7 +25,8 @@ from mols_ds.core.controller import Controller
 from mols_ds.core.group_stats import NoiseFloor
 from mols_ds.core.handle import Handle
 from mols_ds.core.lr_scaler import LRScaler
-from mols_ds.core.protocols import GradientSource, WindowState
+from mols_ds.core.probe_window import ProbeWindow, weak_hook
+from mols_ds.core.protocols import GradientSource
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.resume_rules import changed, section_of
 from mols_ds.errors import MolsError
@@ -43,12 +45,12 @@ class Session(Handle, ABC):
         config: the "mols" section.
         source: this rank's gradients.
         scalers: one for each inner optimizer; they apply the multipliers around its step.
-        random: what a probe window gives back at its end.
+        window: what a probe window gives back.
     """
 
     config: MolsConfig
     source: GradientSource
-    random: WindowState
+    window: ProbeWindow
 
     def __init__(self, config: MolsConfig) -> None:
         self.config = config
@@ -56,6 +58,8 @@ class Session(Handle, ABC):
         self._sampling = self._sampled = self._stepping = False
         self._step_number = 0
         self._to_guard = GUARDED_STEPS
+        self._stay: set[str] = set()
+        self._went_around = False
 
     @property
     def controller(self) -> Controller:
@@ -96,8 +100,8 @@ class Session(Handle, ABC):
         """
         return False
 
-    def _after_discard(self) -> None:
-        """Called after a discarded step: put back what the engine counted."""
+    def _after_discard(self, usable: bool) -> None:
+        """Called after a discarded step: put back what the engine counted. `usable`: the gradient was finite."""
 
     # ------------------------------------------------------------------ one step
 
@@ -160,14 +164,44 @@ class Session(Handle, ABC):
         if usable:
             self.take_sample(1.0 / self.source.loss_scale())
         self.source.discard()
-        self._after_discard()
+        self._after_discard(usable)
+        self._give_back()
         if not usable and self._lower_scale():
             controller.log("MoLS: a gradient overflowed; the loss scale is lowered and the batch is not counted")
         else:
             controller.close_sample(t, usable=usable)
         if not controller.discards_steps:
-            self.random.restore()
+            self._close_window()
         controller.advance(t)
+
+    def _give_back(self) -> None:
+        """After a discarded batch: give back what it moved in the modules. Warns of what cannot be."""
+        if not self.window.passed and not self._went_around:
+            self._went_around = True
+            self.controller.warn(
+                "no forward pass of the model itself was seen in a batch of the probe window (only of parts of it?): "
+                'random numbers and buffers cannot be given back; call the model, or set "mode": "online"',
+                every_rank=True,
+            )
+        new = sorted({*self.window.close_batch()} - self._stay)
+        self.window.passed = False
+        if new:
+            self._stay |= {*new}
+            self.controller.warn(
+                "modules registered buffers in a batch of the probe window, which stay as it left them: "
+                f'{", ".join(new[:3])}; set a later "mols.start", or "mode": "online"',
+                every_rank=True,
+            )
+
+    def _close_window(self) -> None:
+        """At the end of a probe window: give back the rest. Warns of what cannot be."""
+        moved = self.window.restore()
+        if moved:
+            self.controller.warn(
+                f"passes of the probe window moved {len(moved)} parameters ({', '.join(moved[:3])}), which stay as "
+                'they left them; update them in the training loop, or set "mode": "online"',
+                every_rank=True,
+            )
 
     def _close_step(self, updated: bool, reads_moments: bool) -> None:
         controller = self.controller
@@ -199,10 +233,21 @@ class Session(Handle, ABC):
         for offset, gradient in self.source.read():
             self.controller.elements.add(offset, gradient, factor)
 
+    def _watch_passes(self, module: nn.Module) -> list[RemovableHandle]:
+        """Hook the forward passes of the model, or of a part that is called by itself."""
+        return [
+            module.register_forward_pre_hook(weak_hook(self._before_forward)),
+            module.register_forward_hook(weak_hook(self._after_forward), always_call=True),
+        ]
+
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        """Forward pre-hook: at the first pass of a probe window remember the random state."""
-        if self.controller.discards_steps and module.training:
-            self.random.remember()
+        """Forward pre-hook of the model: opens a pass of the probe window. Passes without gradients are no samples."""
+        if self.controller.discards_steps and torch.is_grad_enabled():
+            self.window.open_pass()
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the model, also where the pass raised."""
+        self.window.close_pass()
 
     # ------------------------------------------------------------------ mode "moments"
 
@@ -298,7 +343,7 @@ class Session(Handle, ABC):
         if controller.measuring:
             problem = self._mode_problem(saved) or load_samples()
             if problem is not None:
-                self.random.forget()
+                self.window.forget()
                 controller.restart(
                     t, f"the half-done calibration of this checkpoint cannot be continued: {problem}; it starts over"
                 )

@@ -53,7 +53,7 @@ MUTANTS = (
     Mutant(
         "session: random numbers of a window are not given back",
         SESSION,
-        "            self.random.restore()\n",
+        "            self._close_window()\n",
         "            pass\n",
         (f"{ZERO}/test_probe.py",),
     ),

@@ -24,7 +24,7 @@ from mols_ds.core.files import write_whole
 from mols_ds.engines.deepspeed import universal_checkpoint as universal
 from mols_ds.engines.deepspeed.compat import other_world_error
 from mols_ds.engines.deepspeed.parallel.base import ParallelGrid
-from mols_ds.engines.deepspeed.rng_state import EngineWindow
+from mols_ds.engines.deepspeed.probe_window import EngineWindow
 from mols_ds.errors import MolsCheckpointError, printable
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def side_file(folder: Path, rank: int, world: int) -> Path:
 class EngineCheckpoints:
     """Patches `save_checkpoint` and `load_checkpoint` of one engine instance until `remove()`."""
 
-    def __init__(self, mols: Session, engine: Any, grid: ParallelGrid, random: EngineWindow) -> None:
-        self.mols, self.engine, self.grid, self.random = mols, engine, grid, random
+    def __init__(self, mols: Session, engine: Any, grid: ParallelGrid, window: EngineWindow) -> None:
+        self.mols, self.engine, self.grid, self.window = mols, engine, grid, window
         self._save = self.engine.save_checkpoint
         self._load = self.engine.load_checkpoint
         self.engine.save_checkpoint = self.save
@@ -103,7 +103,8 @@ class EngineCheckpoints:
         if not controller.measuring:
             _remove_stale(folder, path, rank, world)
             return None
-        samples, random = controller.elements.state_dict(), self.random.saved
+        self.window.close_batch()  # of a batch that is accumulated only half, which the checkpoint loses
+        samples, random = controller.elements.state_dict(), self.window.state_dict()
         mine = torch.tensor(
             [secrets.randbits(ID_BITS) if rank == 0 else 0, samples is not None or random is not None],
             dtype=torch.float64,
@@ -176,7 +177,7 @@ class EngineCheckpoints:
 
     def _restore(self, folder: Path, saved: Any, with_optimizer: bool) -> None:
         mols, t = self.mols, self.engine.global_steps
-        mols.random.forget()
+        mols.window.forget()
         if saved is None:
             mols.resume_without_state(t)
         else:
@@ -213,15 +214,23 @@ class EngineCheckpoints:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if content["number"] != number:
                 return f"{path.name} belongs to another save of this tag"
-            random = None if content["random"] is None else tuple(state.clone() for state in content["random"])
+            random = content["random"]
             if content["samples"] is not None:
                 self.mols.controller.elements.load_state_dict(content["samples"])
+            self._load_window(random, content.get("window"))
         except MolsCheckpointError as error:
             return f"{path.name}: {error}"
         except Exception as error:  # a truncated or foreign file raises many types (zipfile, pickle, RuntimeError)
             return f"{path.name} is corrupt: {type(error).__name__}"
-        self.random.saved, self.grid.window = random, content.get("window")
         return None
+
+    def _load_window(self, random: Any, window: Any) -> None:
+        """What this rank gives back at the end of the window; of 0.4.0: the states of CPU and accelerator."""
+        if isinstance(random, tuple):
+            self.window.load_former(random[0], {"accelerator": random[1].clone(), "tracker": {}})
+        else:
+            self.window.load_state_dict(random)
+        self.grid.window = window
 
 
 def _remove_stale(folder: Path, own: Path, rank: int, world: int) -> None:

@@ -111,6 +111,22 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
     ]
 
 
+def seen_by(engine: Engine) -> list[str]:
+    """What of DeepSpeed's sees the discarded batches of a probe window, as far as this engine uses it."""
+    return [
+        what
+        for on, what in (
+            (engine.monitor.enabled, "the monitor writes events for each of them at one and the same step"),
+            (engine.flops_profiler_enabled(), "the flops profiler profiles each of them where its step is that one"),
+            (
+                engine.training_dataloader is not None and engine.curriculum_learning_enabled(),
+                "the sampler of curriculum learning counts them as steps",
+            ),
+        )
+        if on
+    ]
+
+
 def scheduler_hints(scheduler: object) -> tuple[int | None, int | None]:
     """(total steps, warm-up steps) as far as the learning-rate scheduler tells them.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from mols_ds.errors import MolsUnsupportedError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 TESTED = "0.19.8"
 Config = Mapping[str, Any]
@@ -62,6 +62,10 @@ class Engine(DocumentedEngine, Protocol):
     zero_compute_grad_norm: Callable[[], bool]
     zero_nvme_offload_optimizer: Callable[[], bool]
     load_universal_checkpoint: Callable[[], bool]
+    monitor: Any
+    training_dataloader: Any
+    flops_profiler_enabled: Callable[[], bool]
+    curriculum_learning_enabled: Callable[[], bool]
 
 
 class PipelineEngine(Engine, Protocol):
@@ -134,12 +138,25 @@ AUTOTP = "ds_autotp_universal_checkpoint_meta"
 """The attribute of a parameter in which AutoTP notes how it cut it."""
 CONSTANTS = {"OPTIMIZER_STATE_DICT": STATE, "PARAM": WHOLE, "DS_VERSION": VERSION, "DS_AUTOTP_UC_META": AUTOTP}
 """Of checkpoint/constants.py."""
-PARAMETER_FLAGS = ("tensor_model_parallel", "ds_pipe_replicated", "ds_shape", "_hp_mapping", AUTOTP)
+PARAMETER_FLAGS = (
+    "ds_tensor",
+    "partition_numel",
+    "tensor_model_parallel",
+    "ds_pipe_replicated",
+    "ds_shape",
+    "_hp_mapping",
+    AUTOTP,
+)
 """Attributes that DeepSpeed gives to some parameters (module_inject/layers.py, runtime/pipe/module.py,
 runtime/zero/partition_parameters.py, utils/tensor_fragment.py)."""
 
+MODULE_ATTRIBUTES = ("ds_", "_ds_", "applied_pre_backward_ref_cnt", "micro_offset")
+"""Beginnings of the names of numbers that DeepSpeed keeps in modules (runtime/zero/parameter_offload.py,
+runtime/pipe/module.py); its own bookkeeping, which a probe window does not touch."""
+
 ATTACHED: dict[str, tuple[str, ...]] = {
     "deepspeed.checkpoint.constants": tuple(CONSTANTS),
+    "deepspeed.runtime.activation_checkpointing.checkpointing": ("get_cuda_rng_tracker",),
     "deepspeed.runtime.tensor_parallel.init_utils": ("load_ds_config",),
     "deepspeed.runtime.zero.utils": ("ZeRORuntimeException",),
     "deepspeed.utils.bwc": ("bwc_tensor_model_parallel_rank", "bwc_tensor_model_parallel_world_size"),
@@ -265,6 +282,27 @@ def other_world_error() -> type[Exception]:
     """What the loaders of ZeRO checkpoints raise for another number of ranks."""
     error: type[Exception] = module("deepspeed.runtime.zero.utils").ZeRORuntimeException
     return error
+
+
+def held_part(parameter: nn.Parameter) -> Tensor | None:
+    """What this rank's memory holds of a parameter, its part at ZeRO stage 3; None where that is on NVMe."""
+    part: Tensor = getattr(parameter, "ds_tensor", parameter)
+    size = getattr(parameter, "partition_numel", parameter.numel)()
+    return part if part.numel() == size else None
+
+
+class RngTracker(Protocol):
+    """DeepSpeed's `CudaRNGStatesTracker`: a random state for each name."""
+
+    def get_states(self) -> dict[str, Tensor]: ...
+
+    def set_states(self, states: dict[str, Tensor]) -> None: ...
+
+
+def rng_tracker() -> RngTracker:
+    """The generators that DeepSpeed's activation checkpointing keeps for model parallelism; of no name without it."""
+    tracker: RngTracker = module("deepspeed.runtime.activation_checkpointing.checkpointing").get_cuda_rng_tracker()
+    return tracker
 
 
 def leave_out_shm_kernel() -> None:

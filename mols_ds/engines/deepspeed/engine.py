@@ -24,9 +24,9 @@ from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.engines.deepspeed.checkpoint import EngineCheckpoints
-from mols_ds.engines.deepspeed.checks import check_supported, scheduler_hints
+from mols_ds.engines.deepspeed.checks import check_supported, scheduler_hints, seen_by
 from mols_ds.engines.deepspeed.parallel.find import find_grid
-from mols_ds.engines.deepspeed.rng_state import EngineWindow
+from mols_ds.engines.deepspeed.probe_window import EngineWindow
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only
@@ -38,18 +38,18 @@ class EngineMols(Session):
 
     In mode "probe", during the calibration, `engine.step()` at an accumulation boundary measures the batch that the
     training loop just ran forward and backward, and does not update: it consumes the next K global batches of the
-    user's loop (K = samples), while weights, optimizer state, scheduler, loss scale, `global_steps`, `micro_steps` and
-    the random state of dropout end as if those batches had never been run.
+    user's loop (K = samples), while weights, buffers, optimizer state, scheduler, `global_steps`, `micro_steps` and the
+    random numbers of dropout end as if those batches had never been run (docs/method.md, "What a probe gives back").
     """
 
-    random: EngineWindow
+    window: EngineWindow
 
     def __init__(self, engine: Any, config: MolsConfig) -> None:
         super().__init__(config)
         check_supported(engine, config)
         self.engine = engine
         self.grid = find_grid(engine)
-        self.random = EngineWindow(self.grid)
+        self.window = EngineWindow(engine, self.grid)
         self.source = self.shards = find_shards(engine, self.grid)
         self._check_options()
         schedule = resolve_schedule(config, *scheduler_hints(engine.lr_scheduler))
@@ -59,13 +59,17 @@ class EngineMols(Session):
         self._lr_group = self._groups_of_lr(table)
         self._scale_before = 1.0
         self._install(table)
-        self.checkpoints = EngineCheckpoints(self, engine, self.grid, self.random)
+        self.checkpoints = EngineCheckpoints(self, engine, self.grid, self.window)
+        seen = seen_by(engine) if config.mode == "probe" and config.fixed_alphas is None else []
+        if seen:
+            self.controller.warn(f'the batches that "mode": "probe" discards are seen: {"; ".join(seen)}')
         self.controller.advance(engine.global_steps)
 
     def detach(self) -> None:
         """Take everything off the engine again: it steps as a stock engine from here on."""
         for hook in self._hooks:
             hook.remove()
+        self.window.restore()
         self.scaler.remove()
         del self.engine._take_model_step
         self.checkpoints.remove()
@@ -97,7 +101,7 @@ class EngineMols(Session):
         self._hooks = [
             sample,
             shards.inner.register_step_post_hook(self._read_moments),
-            engine.module.register_forward_pre_hook(self._before_forward),
+            *self._watch_passes(engine.module),
         ]
         self._ranges: dict[int, list[tuple[int, ShardRange]]] = {}
         for number, (index, item) in enumerate(shards.owned):
@@ -165,16 +169,17 @@ class EngineMols(Session):
         self.take_step(stock)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if self.controller.measuring and self.config.mode != "moments" and module.training:
+        if self.controller.measuring and self.config.mode != "moments" and torch.is_grad_enabled():
             self.shards.begin()
         super()._before_forward(module, args)
 
     def _lower_scale(self) -> bool:
         return self.shards.lower_scale()
 
-    def _after_discard(self) -> None:
-        if self.grid.counts_micro_steps:
-            self.engine.micro_steps -= self.engine.gradient_accumulation_steps()
+    def _after_discard(self, usable: bool) -> None:
+        before, self.window.micro_steps = self.window.micro_steps, None
+        if before is not None:  # `engine.step` counts one after this, however many micro-batches there were
+            self.engine.micro_steps = before - 1 if self.grid.counts_micro_steps else before
         self.engine.losses = None
 
     def _before_step(self) -> None:

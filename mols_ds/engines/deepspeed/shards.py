@@ -341,6 +341,10 @@ class Replicated(ZeroShards):
         """Whether every gradient, this rank's part or not, is finite; data-parallel replicas give the same answer."""
         return all(bool(torch.isfinite(p.grad).all()) for p in self.params if p.grad is not None)
 
+    def lower_scale(self) -> bool:
+        """It does not scale the loss: a lower one makes no gradient finite."""
+        return False
+
     def discard(self) -> None:
         if self.outer is self.inner:
             self.engine.zero_grad()

@@ -50,6 +50,7 @@ class Setup:
     experts: int = 0
     grouped: bool = False
     shared_expert: bool = False
+    balancing: bool = False  # biases of experts that move once an iteration, and two balancing losses
     dispatcher: str = "alltoall"  # of gloo, tp and ep together need "allgather" or etp=1: token counts differ by rank
     mla: bool = False
     q_lora: bool = False
@@ -265,11 +266,18 @@ def transformer_config(setup: Setup) -> Any:
 
 
 def _moe(setup: Setup) -> dict[str, Any]:
-    return dict(
+    balancing = dict(
+        moe_router_enable_expert_bias=True,
+        moe_router_score_function="sigmoid",
+        moe_router_bias_update_rate=1e-2,
+        moe_router_load_balancing_type=["aux_loss", "global_aux_loss"],
+        moe_aux_loss_coeff=[1e-2, 1e-2],
+    )
+    # without `balancing` there is no such loss, which would depend on how the micro-batches are dealt
+    return (balancing if setup.balancing else {"moe_router_load_balancing_type": "none"}) | dict(
         num_moe_experts=setup.experts,
         moe_ffn_hidden_size=2 * setup.hidden,
         moe_router_topk=2,
-        moe_router_load_balancing_type="none",  # a balancing loss would depend on how the micro-batches are dealt
         moe_token_dispatcher_type=setup.dispatcher,
         moe_grouped_gemm=setup.grouped,
         moe_shared_expert_intermediate_size=2 * setup.hidden if setup.shared_expert else None,

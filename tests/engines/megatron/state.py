@@ -40,8 +40,8 @@ def fingerprint(built: Built, optimizer: Any, scheduler: Any, mols: Any = None) 
         found["rates"] = mols.controller.rates(mols.steps)
         found["report"] = repr(mols.report())
         found["accumulators"] = None if moments is None else (digest(moments.mean), digest(moments.m2), moments.count)
-        saved = mols.random.saved
-        found["random"] = None if saved is None else (digest(saved["torch"]), sorted(saved["tracker"]))
+        saved = mols.window.state_dict()
+        found["window"] = saved and (digest(saved["stream"][0]), sorted(saved["engine"]["tracker"]))
     return found
 
 

@@ -9,7 +9,7 @@ of the logical model, so the table is the same on every rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deepspeed import comm as dist
@@ -19,6 +19,7 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_rules import config_value
 from mols_ds.core.groups import GroupTable, group_table
 from mols_ds.core.log import warn_here
+from mols_ds.core.module_state import Tracker
 from mols_ds.core.ranges import ParamRange
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
@@ -106,6 +107,10 @@ class ParallelGrid:
 
     def end_window(self) -> None:
         """After the last batch of a probe window: put it back."""
+
+    def trackers(self) -> Sequence[Tracker]:
+        """Sums for logging that forward passes add to, outside of the modules."""
+        return ()
 
     def _check_world(self) -> None:
         """The statistics are summed over every rank: the grid must be all of them."""

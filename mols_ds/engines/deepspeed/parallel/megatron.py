@@ -6,15 +6,19 @@ Which logical parameter a local one is a part of, and which group each element b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron.core import parallel_state
 from torch import nn
 
 from megatron_patches.compat import UNDER_DEEPSPEED, check_modules
 from megatron_patches.param_map import ProcessGrid, current_grid, local_layout, local_parameters, logical_table
-from megatron_patches.rng_state import RandomState
+from megatron_patches.rng_state import set_tracker_states, tracker_states
+from megatron_patches.trackers import trackers
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_rules import config_value
 from mols_ds.core.groups import GroupTable
+from mols_ds.core.module_state import Tracker
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.engines.deepspeed.parallel.autotp import tensor_parallel_size
 from mols_ds.engines.deepspeed.parallel.base import ParallelGrid, Place
@@ -46,14 +50,15 @@ class MegatronGrid(ParallelGrid):
 
     def begin_window(self) -> None:
         """Megatron keeps a random state of its own for dropout inside tensor-parallel regions."""
-        random = RandomState()
-        random.remember()
-        self.window = random.saved
+        self.window = {"tracker": tracker_states()}
 
     def end_window(self) -> None:
-        random = RandomState()
-        random.saved, self.window = self.window, None
-        random.restore()
+        window, self.window = self.window, None
+        if window is not None:
+            set_tracker_states(window["tracker"])
+
+    def trackers(self) -> Sequence[Tracker]:
+        return trackers()
 
     def _full_table(self, config: MolsConfig) -> GroupTable:
         shapes = {local.name: local.shape for local in self.locals}
