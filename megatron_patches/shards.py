@@ -12,7 +12,7 @@ distributed-optimizer instances) split the elements among them. So one SUM over 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_patches.param_map import LocalParameter, ProcessGrid
+from mols_ds.core.pieces import Parts, all_finite, zero_pieces
 from mols_ds.core.ranges import ShardRange, pack, split_among_replicas
 from mols_ds.errors import MolsUnsupportedError
 
@@ -88,12 +89,13 @@ class MegatronShards:
             self.owned += split_among_replicas(counted, *_replicas(part.outer, part.shards, grid))
         self.accumulated = pack(item for _, item in self.owned)
 
-    def read(self) -> Iterator[tuple[int, Tensor]]:
+    def read(self) -> Parts:
         """(offset among the owned elements, gradient of those elements) after `prepare_grads()`; no collective."""
         for (shard, item), accumulated in zip(self.owned, self.accumulated, strict=True):
             gradient = shard.gradient()
             if gradient is None:
-                yield accumulated.offset, torch.zeros(item.numel, device=shard.tensor.device)
+                for at, zeros in zero_pieces(item.numel, shard.tensor.device):
+                    yield accumulated.offset + at, zeros
             else:
                 yield accumulated.offset, item.view(gradient)
 
@@ -112,7 +114,7 @@ class MegatronShards:
 
     def finite(self) -> bool:
         """Whether every gradient that this rank owns is finite."""
-        return all(bool(torch.isfinite(gradient).all()) for _, gradient in self.read())
+        return all_finite(gradient for _, gradient in self.read())
 
 
 def collective_device() -> torch.device:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mols_ds.core.group_stats import BLOCK_COLUMNS, block_table
+from mols_ds.core.host_copies import HostCopies
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
 
 STRIDE = 127  # prime, so that it shares no period with the rows of a matrix; 9 / 127 byte an element is 0.9 % of 8
@@ -120,6 +121,7 @@ class Accumulators:
         threads = min(torch.get_num_threads(), 8)
         self._chunk = CPU_CHUNK * max(1, threads // 2) if self.device.type == "cpu" else DEVICE_CHUNK
         self._scratch: Tensor | None = None
+        self._copies = HostCopies()
         self._small: list[Tensor] = []  # fp32 copies of neighbours that are too small to be worth a pass each
         self._small_offset = self._small_numel = 0
         self._pieces: list[tuple[int, int]] | None = None
@@ -138,7 +140,7 @@ class Accumulators:
 
         Args:
             grad: 1-D, any float dtype, stride and device; not modified. From another device it is copied first, in
-                pieces of DEVICE_CHUNK elements and waiting for each.
+                chunks (`HostCopies`); it may change as soon as this returns.
             scale: for example 1 / loss scale. The product is rounded to the accumulators' dtype once.
 
         Non-finite gradients are the caller's to refuse before the first update of a sample: they cannot be taken back.
@@ -154,6 +156,10 @@ class Accumulators:
         self._pieces.append((offset, numel))
         if grad.device == self.device:
             self._gather(offset, grad.detach(), scale)
+            return
+        if self.device.type == "cpu":
+            for start, piece in self._copies.chunks(grad.detach()):
+                self._gather(offset + start, piece, scale)
             return
         for start in range(0, numel, DEVICE_CHUNK):
             piece = grad[start : start + DEVICE_CHUNK].detach().to(self.device)
@@ -197,6 +203,7 @@ class Accumulators:
         self.mean = self.m2 = self._block_mean = self._block_m2 = torch.empty(0)
         self._group_index = self._scratch = self._pieces = None
         self._small, self._small_numel = [], 0
+        self._copies = HostCopies()
         self._freed = True
 
     def state_dict(self) -> AccumulatorsState:
@@ -265,11 +272,8 @@ class Accumulators:
         """One Welford step of one piece on the accumulators' device."""
         numel = grad.numel()
         if self._group_index is not None:
-            first, at, count = subsample(offset, numel)
-            if count:
-                sub = grad[first::STRIDE].to(self.dtype) * scale
-                k = self.count % self.block_length + 1
-                welford(self._block_mean[at : at + count], self._block_m2[at : at + count], sub, k)
+            for begin in range(0, numel, DEVICE_CHUNK):
+                self._accumulate_block(offset + begin, grad[begin : begin + DEVICE_CHUNK], scale)
         if self._scratch is None:
             self._scratch = torch.empty(min(self._chunk, self.numel), dtype=self.dtype, device=self.device)
         for at in range(0, numel, self._chunk):
@@ -282,6 +286,15 @@ class Accumulators:
             if scale != 1.0:
                 chunk = torch.mul(chunk, scale, out=scratch)
             welford(mean, m2, chunk, self.count + 1, scratch)
+
+
+    def _accumulate_block(self, offset: int, grad: Tensor, scale: float) -> None:
+        """The same of the elements that feed the sample blocks."""
+        first, at, count = subsample(offset, grad.numel())
+        if count:
+            value = grad[first::STRIDE].to(self.dtype) * scale
+            k = self.count % self.block_length + 1
+            welford(self._block_mean[at : at + count], self._block_m2[at : at + count], value, k)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -45,7 +45,7 @@ LOG_ERROR = 1e-6  # bins: far above the rounding of 70 * (log2 + 30), 1e-12, and
 # K * ratio of an element that one sample moved is 1 up to fp32 rounding: off by at most 9e-7 for K = 32, 9e-6 for
 # K = 2,048. Of the others, at most 2e-5 times the density of F(1, K-1) at 1 (0.24), one in 200,000, is taken for one.
 MOVED_ONCE_RTOL = 1e-5
-BLOCK_CHUNK = 1 << 20  # subsampled elements, of 133 M: about 200 MiB of float64 temporaries
+BLOCK_CHUNK = 1 << 17  # subsampled elements, of 17 M: about 25 MiB of float64 temporaries
 CHUNK = 65536  # elements: the float64 temporaries of one chunk stay in the last-level cache
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import Any, TypeVar
 
 import torch
@@ -196,8 +197,9 @@ class Session(Handle, ABC):
     def take_sample(self, factor: float = 1.0) -> None:
         """Add the gradient of all owned elements, times `factor`, as the sample of this step."""
         self.open_sample()
-        for offset, gradient in self.source.read():
-            self.controller.elements.add(offset, gradient, factor)
+        with closing(self.source.read()) as parts:
+            for offset, gradient in parts:
+                self.controller.elements.add(offset, gradient, factor)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook: at the first pass of a probe window remember the random state."""

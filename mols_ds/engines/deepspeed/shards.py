@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from mols_ds.core.pieces import FlatList, Parts, all_finite, zero_pieces
 from mols_ds.core.ranges import ShardRange, pack, spans_to_accumulators, split_among_replicas
 from mols_ds.engines.deepspeed.compat import Engine, check_optimizer
 from mols_ds.engines.deepspeed.parallel.base import ParallelGrid, Place, whole_places
@@ -75,17 +77,23 @@ class ZeroShards(ABC):
         uncounted = {place.range.name for place in self.places.values() if not place.counted}
         return [(i, item) for i, ranges in enumerate(self.ranges) for item in ranges if item.name not in uncounted]
 
-    def owned_parts(self, tensor: Tensor, gradient: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    def owned_parts(self, tensor: Tensor, gradient: Tensor | Sequence[Tensor] | None) -> Parts:
         """(offset among the owned elements, 1-D gradient) of the owned ranges of one inner tensor.
 
-        gradient: that of all its elements; may be None where this rank owns none of them.
+        gradient: that of all its elements, as one tensor or as the parts of one; may be None where this rank owns none
+            of them.
         """
-        for span in self._spans.get(id(tensor), []):
-            assert gradient is not None, "an owned inner tensor has no gradient"
-            yield span.target, gradient.view(-1).narrow(0, span.source, span.numel)
+        spans = self._spans.get(id(tensor), [])
+        assert gradient is not None or not spans, "an owned inner tensor has no gradient"
+        if gradient is None:
+            return
+        flat = FlatList([gradient] if isinstance(gradient, Tensor) else gradient)
+        for span in spans:
+            for at, piece in flat.pieces(span.source, span.numel):
+                yield span.target + at, piece
 
     @abstractmethod
-    def read(self) -> Iterator[tuple[int, Tensor]]:
+    def read(self) -> Parts:
         """(offset among the owned elements, 1-D gradient) at the boundary, still loss-scaled; no collective."""
 
     def reduce(self, values: Tensor) -> Tensor:
@@ -95,9 +103,9 @@ class ZeroShards(ABC):
         return sums.cpu()
 
     def finite(self) -> bool:
-        """Whether the gradient that this rank reads is finite. Reads all of it, so that NVMe buffers are released."""
-        flags = [bool(torch.isfinite(gradient).all()) for _, gradient in self.read()]
-        return all(flags)
+        """Whether the gradient that this rank reads is finite."""
+        with closing(self.read()) as parts:
+            return all_finite(gradient for _, gradient in parts)
 
     @abstractmethod
     def discard(self) -> None:
@@ -173,7 +181,7 @@ class Stage12(ZeroShards):
     def loss_scale(self) -> float:
         return float(self.outer.loss_scale)
 
-    def read(self) -> Iterator[tuple[int, Tensor]]:
+    def read(self) -> Parts:
         o = self.outer
         if o.cpu_offload:
             o._wait_for_offload_copies()
@@ -183,8 +191,7 @@ class Stage12(ZeroShards):
             else:
                 shards = o.averaged_gradients[i]
                 gradient = getattr(shards, "flat_partition", None)
-                if gradient is None:
-                    gradient = torch.cat([g.reshape(-1) for g in shards])
+                gradient = shards if gradient is None else gradient
             yield from self.owned_parts(flat, gradient)
 
     def discard(self) -> None:
@@ -214,25 +221,56 @@ class Stage3(ZeroShards):
             self._add(flat, int(o.fp16_partitioned_groups_flat_numel[i]), ranges)
             self.param_group |= {self._name(p): o.sub_group_to_group_id[i] for p in o.fp16_groups[i]}
 
+        self._index = {id(flat): i for i, flat in enumerate(self.tensors)}
+
     def loss_scale(self) -> float:
         return float(self.outer.loss_scale)
 
     def _norm_scale(self, before: float, after: float) -> float:
         return after
 
-    def read(self) -> Iterator[tuple[int, Tensor]]:
+    def read(self) -> Parts:
         o = self.outer
         for i, flat in enumerate(self.tensors):
-            swapped = o._swappable_optimizer_subgroup(i)
-            if swapped:
-                o._optimizer_states_and_gradient_swap_in(i)
-            if swapped or o.offload_optimizer:
-                gradient: Any = flat.grad
+            if o._swappable_optimizer_subgroup(i):
+                yield from self._read_swapped(i, flat)
             else:
-                gradient = torch.cat([g.reshape(-1) for g in o.averaged_gradients[i]])
-            yield from self.owned_parts(flat, gradient)
-            if swapped:
-                o._release_swap_buffers(i)
+                yield from self.owned_parts(flat, flat.grad if o.offload_optimizer else o.averaged_gradients[i])
+
+    def _read_swapped(self, i: int, flat: Tensor) -> Parts:
+        """One sub-group on NVMe. Its buffers are given back also where the reader, or reading itself, raises."""
+        o = self.outer
+        try:
+            o._optimizer_states_and_gradient_swap_in(i)
+            yield from self.owned_parts(flat, flat.grad)
+        finally:
+            o._release_swap_buffers(i)
+
+    def owned_parts(self, tensor: Tensor, gradient: Tensor | Sequence[Tensor] | None) -> Parts:
+        index = self._index.get(id(tensor))
+        if index is not None and self.outer._swappable_optimizer_subgroup(index):
+            yield from self._swapped_parts(index, tensor, gradient)
+        else:
+            yield from super().owned_parts(tensor, gradient)
+
+    def _swapped_parts(self, i: int, tensor: Tensor, gradient: Tensor | Sequence[Tensor] | None) -> Parts:
+        """Of a sub-group from NVMe, with zeros for parameters that this batch did not use.
+
+        DeepSpeed reads the file that a former batch left for such a parameter, or nothing into a buffer that held
+        something else (swap_tensor/optimizer_utils.py). The zeros are written in place: the step that comes takes them.
+        """
+        if not isinstance(gradient, Tensor):  # no batch has used any parameter of the sub-group so far
+            for span in self._spans.get(id(tensor), []):
+                for at, zeros in zero_pieces(span.numel):
+                    yield span.target + at, zeros
+            return
+        o = self.outer
+        for p in o.fp16_groups[i]:
+            key = o.get_param_id(p)
+            if key not in o.norm_for_param_grads:  # this batch has handed over no gradient of it
+                _, offset, share = o.grad_position[key]
+                gradient.narrow(0, int(offset), int(share)).zero_()
+        yield from super().owned_parts(tensor, gradient)
 
     def begin(self) -> None:
         o = self.outer
@@ -241,17 +279,31 @@ class Stage3(ZeroShards):
 
     def _forget_gradients(self) -> None:
         """Zero what DeepSpeed keeps of former batches. The gradient of a parameter that a batch does not use is not
-        overwritten, and would be read, and stepped with, once more. (Gradients on NVMe stay.)"""
+        overwritten, and would be read, and stepped with, once more. (Of NVMe: `_swapped_parts`, `_forget_swapped`.)"""
         o = self.outer
         o.grad_partitions_flat_buffer.zero_()
         for i, flat in enumerate(self.tensors):
             if o.offload_optimizer and flat.grad is not None and not o._swappable_optimizer_subgroup(i):
                 flat.grad.zero_()
 
+    def _forget_swapped(self, i: int, flat: Tensor) -> None:
+        """Write zeros to the gradients of a sub-group on NVMe, which a later step reads where its batch writes none."""
+        o = self.outer
+        try:
+            o._optimizer_states_and_gradient_swap_in(i)
+            if flat.grad is not None:
+                flat.grad.zero_()
+                o._writeback_swap_state(i, write_opt_state=False, write_gradients=True)
+        finally:
+            o._release_swap_buffers(i)
+
     def discard(self) -> None:
         o = self.outer
         o._pre_step()
         self._forget_gradients()
+        for i, flat in enumerate(self.tensors):
+            if o._swappable_optimizer_subgroup(i):
+                self._forget_swapped(i, flat)
         o._partition_all_parameters()
         o.zero_grad(set_to_none=True)
         if o.offload_optimizer:
@@ -276,7 +328,7 @@ class Bf16(ZeroShards):
             self._add(flat, flat.numel(), ranges)
             self.param_group |= {self._name(p): i for p in o.bf16_groups[i]}
 
-    def read(self) -> Iterator[tuple[int, Tensor]]:
+    def read(self) -> Parts:
         for flat, gradient in zip(self.tensors, self.outer.fp32_groups_gradient_flat_partition, strict=True):
             yield from self.owned_parts(flat, gradient)
 
@@ -327,19 +379,21 @@ class Replicated(ZeroShards):
         group = self.engine.seq_data_parallel_group
         return split_among_replicas(super()._owned(), dist.get_rank(group), dist.get_world_size(group))
 
-    def read(self) -> Iterator[tuple[int, Tensor]]:
+    def read(self) -> Parts:
         gradients = {self._name(p): p.grad for p in self.params}
         starts = {self._name(p): self.places[p].range.start for p in self.params}
         for item in self.accumulated:
             gradient = gradients[item.name]
             if gradient is None:
-                yield item.offset, torch.zeros(item.numel)
+                pieces = zero_pieces(item.numel)
             else:
-                yield item.offset, gradient.reshape(-1).narrow(0, item.start - starts[item.name], item.numel)
+                pieces = FlatList([gradient]).pieces(item.start - starts[item.name], item.numel)
+            for at, piece in pieces:
+                yield item.offset + at, piece
 
     def finite(self) -> bool:
         """Whether every gradient, this rank's part or not, is finite; data-parallel replicas give the same answer."""
-        return all(bool(torch.isfinite(p.grad).all()) for p in self.params if p.grad is not None)
+        return all_finite(p.grad for p in self.params if p.grad is not None)
 
     def discard(self) -> None:
         if self.outer is self.inner:
