@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_patches.param_map import LocalParameter, ProcessGrid
-from mols_ds.core.pieces import Parts, all_finite, zero_pieces
+from mols_ds.core.pieces import Parts, all_finite, gradient_of, zero_pieces
 from mols_ds.core.ranges import ShardRange, pack, split_among_replicas
 from mols_ds.errors import MolsUnsupportedError
 
@@ -46,9 +46,7 @@ class Shard:
 
     def gradient(self) -> Tensor | None:
         """The reduced gradient after `prepare_grads()`, 1-D; precision-aware optimizers keep it apart."""
-        gradient = getattr(self.tensor, "decoupled_grad", None)
-        if gradient is None:
-            gradient = self.tensor.grad
+        gradient = gradient_of(self.tensor)
         return None if gradient is None else gradient.detach().reshape(-1)
 
 

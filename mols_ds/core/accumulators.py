@@ -287,7 +287,6 @@ class Accumulators:
                 chunk = torch.mul(chunk, scale, out=scratch)
             welford(mean, m2, chunk, self.count + 1, scratch)
 
-
     def _accumulate_block(self, offset: int, grad: Tensor, scale: float) -> None:
         """The same of the elements that feed the sample blocks."""
         first, at, count = subsample(offset, grad.numel())

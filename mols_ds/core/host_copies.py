@@ -54,6 +54,6 @@ def copy_async(source: Tensor, target: Tensor) -> Callable[[], object]:
         return lambda: None
     with torch.cuda.device(source.device):
         target.copy_(source, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
     return event.synchronize

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mols_ds.core.groups import ElementLayout
+from mols_ds.core.pieces import gradient_of
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.step_guard import StepGuard
 
@@ -260,7 +261,7 @@ class LRScaler:
             for rate, parts in by_rate.items()
         ]
         # An optimizer may count in groups with a gradient only: such a one tells what the group's values become.
-        stepped = (one for one in derived if any(part.grad is not None for part in one["params"]))
+        stepped = (one for one in derived if any(gradient_of(part) is not None for part in one["params"]))
         told = next(stepped, derived[0])
         self._derived.append(_Derived(group, told, dict(told)))
         return derived

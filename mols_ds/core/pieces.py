@@ -21,6 +21,16 @@ Parts = Generator[tuple[int, Tensor], None, None]
 """(offset, 1-D gradient); closed by its reader, so that buffers are given back where the reader raises."""
 
 
+def gradient_of(tensor: Tensor) -> Tensor | None:
+    """The gradient that an optimizer's step reads of this tensor.
+
+    Under Megatron-core's precision-aware optimizer, Transformer Engine's FusedAdam reads it from `decoupled_grad`
+    (core/optimizer/distrib_optimizer.py): its type may be another than the tensor's.
+    """
+    gradient: Tensor | None = getattr(tensor, "decoupled_grad", None)
+    return tensor.grad if gradient is None else gradient
+
+
 def flat_pieces(tensor: Tensor, start: int, numel: int) -> Iterator[Tensor]:
     """Elements [start, start + numel) of a tensor in row-major order, as 1-D pieces.
 

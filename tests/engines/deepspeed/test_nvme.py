@@ -30,6 +30,10 @@ WORLD, SAMPLES, START, MICROS = 2, 8, 2, 2
 NAMES = ("up_proj.weight", "up_proj.bias", "down_proj.weight", "q_proj.weight")
 WAYS = ("memory", "files")
 GARBAGE = 7.0
+WIDE = 4096
+SUB_GROUP = 1646
+"""Elements of a rank before the MLP: its weights begin sub-groups. DeepSpeed reads wrong numbers from a file into a
+buffer that does not begin at a multiple of 512 bytes."""
 
 
 class Memory:
@@ -72,14 +76,15 @@ class Memory:
 
 def start(way: str, mode: str, lr: float = 1e-9) -> tuple[Any, Skipping, Any]:
     """(engine, its model on one process, what tells the buffers that are held)."""
-    if way == "files":  # sub-groups under 1 MiB would silently stay in memory; not below the alignment of a write
-        importlib.import_module("deepspeed.runtime.swap_tensor.optimizer_utils").MIN_AIO_BYTES = 1024
     torch.manual_seed(0)
     model = Skipping()
+    if way == "files":  # gradients under MIN_AIO_BYTES (1 MiB) would silently stay in memory
+        importlib.import_module("deepspeed.runtime.swap_tensor.optimizer_utils").MIN_AIO_BYTES = 1 << 16
+        model.up_proj, model.down_proj = torch.nn.Linear(19, WIDE), torch.nn.Linear(WIDE, 19)
     plain = copy.deepcopy(model)
     section = {"mode": mode, "start": START, "ramp_end": 40, "samples": SAMPLES, "noise_floor_correction": False}
-    zero = {**(NVME if way == "files" else OFFLOAD), "sub_group_size": 3000}
-    aio = {"block_size": 1024, "queue_depth": 4, "single_submit": False, "overlap_events": False}
+    zero = {**(NVME if way == "files" else OFFLOAD), "sub_group_size": SUB_GROUP}
+    aio = {"block_size": 1 << 16, "queue_depth": 4, "single_submit": False, "overlap_events": False}
     more = {"aio": {**aio, "intra_op_parallelism": 1}} if way == "files" else {}
     settings = config(3, section, zero=zero, micros=MICROS, gradient_clipping=0.0, **more)
     engine = engine_of(settings, model, torch.optim.SGD(list(model.parameters()), lr=lr))
