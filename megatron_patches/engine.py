@@ -164,17 +164,17 @@ class MegatronMols(Session):
         for number, part in enumerate(self.shards.parts):
             if part.inner is None:
                 continue
-            plans = {}
+            plans, elementwise = {}, is_elementwise(part.inner)
             for shard in part.shards:
                 item = shard.range
-                plans[id(shard.tensor)] = make_plan(item.numel, [item], table.layouts)
+                plans[id(shard.tensor)] = make_plan(item.numel, [item], table.layouts, elementwise=elementwise)
                 counts.append(((number, shard.group), table.layouts[item.name].counts(item.start, item.numel)))
             self.scalers.append(
                 LRScaler(
                     part.inner,
                     plans,
                     lambda: self.controller.rates(self.steps),
-                    elementwise=is_elementwise(part.inner),
+                    elementwise=elementwise,
                     shared_counter=has_shared_counter(part.inner),
                     groups_only=reads_groups_only(part.inner),
                     parallel_list=parallel_list(part.inner),

@@ -12,7 +12,7 @@ distributed-optimizer instances) split the elements among them. So one SUM over 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_patches.param_map import LocalParameter, ProcessGrid
+from mols_ds.core.pieces import Parts, all_finite, gradient_of, zero_pieces
 from mols_ds.core.ranges import ShardRange, pack, split_among_replicas
 from mols_ds.errors import MolsUnsupportedError
 
@@ -45,9 +46,7 @@ class Shard:
 
     def gradient(self) -> Tensor | None:
         """The reduced gradient after `prepare_grads()`, 1-D; precision-aware optimizers keep it apart."""
-        gradient = getattr(self.tensor, "decoupled_grad", None)
-        if gradient is None:
-            gradient = self.tensor.grad
+        gradient = gradient_of(self.tensor)
         return None if gradient is None else gradient.detach().reshape(-1)
 
 
@@ -88,12 +87,13 @@ class MegatronShards:
             self.owned += split_among_replicas(counted, *_replicas(part.outer, part.shards, grid))
         self.accumulated = pack(item for _, item in self.owned)
 
-    def read(self) -> Iterator[tuple[int, Tensor]]:
+    def read(self) -> Parts:
         """(offset among the owned elements, gradient of those elements) after `prepare_grads()`; no collective."""
         for (shard, item), accumulated in zip(self.owned, self.accumulated, strict=True):
             gradient = shard.gradient()
             if gradient is None:
-                yield accumulated.offset, torch.zeros(item.numel, device=shard.tensor.device)
+                for at, zeros in zero_pieces(item.numel, shard.tensor.device):
+                    yield accumulated.offset + at, zeros
             else:
                 yield accumulated.offset, item.view(gradient)
 
@@ -112,7 +112,7 @@ class MegatronShards:
 
     def finite(self) -> bool:
         """Whether every gradient that this rank owns is finite."""
-        return all(bool(torch.isfinite(gradient).all()) for _, gradient in self.read())
+        return all_finite(gradient for _, gradient in self.read())
 
 
 def collective_device() -> torch.device:

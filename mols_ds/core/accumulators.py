@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, TypedDict, cast
+from collections.abc import Mapping, Sequence
+from typing import Literal, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
 
+from mols_ds.core.exponents import MOST, UNDECIDED, Exponents
 from mols_ds.core.group_stats import BLOCK_COLUMNS, block_table
+from mols_ds.core.host_copies import HostCopies
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
 
 STRIDE = 127  # prime, so that it shares no period with the rows of a matrix; 9 / 127 byte an element is 0.9 % of 8
@@ -53,6 +55,7 @@ class AccumulatorsState(TypedDict):
     block_mean: Tensor
     block_m2: Tensor
     block_sums: Tensor
+    exponents: NotRequired[Tensor]
 
 
 PER_ELEMENT: tuple[Literal["mean", "m2", "block_mean", "block_m2"], ...] = ("mean", "m2", "block_mean", "block_m2")
@@ -65,8 +68,9 @@ class Accumulators:
     Welford's update for sample k of an element: d = g - mean; mean += d / k; M2 += d^2 (k-1)/k, which equals the usual
     d * (g - new mean) and cannot make M2 fall. Elements that are zero in every sample keep mean = M2 = 0 exactly, and
     elements of one value in all samples keep M2 = 0 exactly. All arithmetic has the accumulators' dtype (fp32): 16-bit
-    gradients are converted first. Deviations below 1e-19 have squares outside of fp32's normal range, those below
-    2e-23 have none: such an element reads "constant" (`group_stats.COLUMNS`).
+    gradients are converted first. Ranges of very small or large gradients are kept times a power of two (`Exponents`):
+    mean then holds 2^e times, M2 4^e times the truth. Elements that are smaller than the largest of their range by
+    more than that helps have no square: they read "constant" (`group_stats.COLUMNS`).
 
     Every STRIDE-th element also feeds a second pair of accumulators, over blocks of `block_length` consecutive samples
     only; a finished block leaves its per-group sums (`group_stats.block_table`) in `block_sums` and starts over. The
@@ -87,6 +91,7 @@ class Accumulators:
         group_index: Tensor | None = None,
         n_groups: int = 0,
         block_length: int = 8,
+        edges: Sequence[int] = (),
     ) -> None:
         """Zeroed accumulators.
 
@@ -98,6 +103,7 @@ class Accumulators:
                 None: no sample blocks, hence no intervals.
             n_groups: rows of the block sums.
             block_length: samples a block, at least 4 (the noise-floor correction of a block needs that many).
+            edges: of the ranges that have exponents of their own (`Exponents`); () = every exponent is 0.
         """
         if dtype not in ACCUMULATORS:
             raise MolsConfigError(f"accumulators.dtype={dtype}: 16-bit accumulators lose the variance; use float32")
@@ -108,6 +114,7 @@ class Accumulators:
         self.mean, self.m2 = self._zeros(numel), self._zeros(numel)
         self.device = self.mean.device  # "cuda" has become "cuda:0", as the gradients' device reads
         self.count = 0
+        self.exponents = Exponents(edges)
         self.block_sums: list[Tensor] = []
         self._group_index: Tensor | None = None
         self._block_mean, self._block_m2 = self._zeros(0), self._zeros(0)
@@ -120,6 +127,7 @@ class Accumulators:
         threads = min(torch.get_num_threads(), 8)
         self._chunk = CPU_CHUNK * max(1, threads // 2) if self.device.type == "cpu" else DEVICE_CHUNK
         self._scratch: Tensor | None = None
+        self._copies = HostCopies()
         self._small: list[Tensor] = []  # fp32 copies of neighbours that are too small to be worth a pass each
         self._small_offset = self._small_numel = 0
         self._pieces: list[tuple[int, int]] | None = None
@@ -138,7 +146,7 @@ class Accumulators:
 
         Args:
             grad: 1-D, any float dtype, stride and device; not modified. From another device it is copied first, in
-                pieces of DEVICE_CHUNK elements and waiting for each.
+                chunks (`HostCopies`); it may change as soon as this returns.
             scale: for example 1 / loss scale. The product is rounded to the accumulators' dtype once.
 
         Non-finite gradients are the caller's to refuse before the first update of a sample: they cannot be taken back.
@@ -154,6 +162,10 @@ class Accumulators:
         self._pieces.append((offset, numel))
         if grad.device == self.device:
             self._gather(offset, grad.detach(), scale)
+            return
+        if self.device.type == "cpu":
+            for start, piece in self._copies.chunks(grad.detach()):
+                self._gather(offset + start, piece, scale)
             return
         for start in range(0, numel, DEVICE_CHUNK):
             piece = grad[start : start + DEVICE_CHUNK].detach().to(self.device)
@@ -173,10 +185,34 @@ class Accumulators:
             end = offset + numel
         self._pieces = None
         self.count += 1
+        for begin, end, exponent in self.exponents.decide(self.mean):
+            self._rescale(begin, end, exponent)
         if self._group_index is not None and self.count % self.block_length == 0:
-            self.block_sums.append(
-                block_table(self._block_mean, self._block_m2, self.block_length, self._group_index, self.n_groups)
-            )
+            self.block_sums.append(self._block_table(self._group_index))
+
+    @torch.no_grad()
+    def _rescale(self, begin: int, end: int, exponent: int) -> None:
+        """Scale elements whose first gradient that is not zero was this sample's. Their M2 may be lost: make it anew.
+
+        The k-th sample is g, the others are 0: mean = g / k and M2 = g^2 (k - 1) / k = mean^2 k (k - 1).
+        """
+        pairs = [(self.mean[begin:end], self.m2[begin:end], self.count)]
+        if self._group_index is not None:
+            _, at, count = subsample(begin, end - begin)
+            block = self._block_mean[at : at + count], self._block_m2[at : at + count]
+            pairs.append((*block, (self.count - 1) % self.block_length + 1))
+        for mean, m2, k in pairs:
+            mean.mul_(2.0**exponent)
+            torch.mul(mean, mean, out=m2).mul_(k * (k - 1))
+
+    def _block_table(self, group_index: Tensor) -> Tensor:
+        """The sums of the finished block."""
+        tables = []
+        for begin, end, exponent in self.exponents.parts(0, self.numel):
+            _, at, count = subsample(begin, end - begin)
+            mean, m2, index = (values[at : at + count] for values in (self._block_mean, self._block_m2, group_index))
+            tables.append(block_table(mean, m2, self.block_length, index, self.n_groups, exponent))
+        return tables[0] if len(tables) == 1 else torch.stack(tables).sum(0)
 
     def abort(self) -> None:
         """Drop the open sample. Raises `MolsError` if it was updated: accumulators hold no copy to go back to."""
@@ -197,6 +233,7 @@ class Accumulators:
         self.mean = self.m2 = self._block_mean = self._block_m2 = torch.empty(0)
         self._group_index = self._scratch = self._pieces = None
         self._small, self._small_numel = [], 0
+        self._copies = HostCopies()
         self._freed = True
 
     def state_dict(self) -> AccumulatorsState:
@@ -214,6 +251,7 @@ class Accumulators:
             "block_mean": self._block_mean,
             "block_m2": self._block_m2,
             "block_sums": torch.stack(self.block_sums) if self.block_sums else none,
+            "exponents": self.exponents.state(),
         }
 
     def load_state_dict(self, state: object) -> None:
@@ -227,6 +265,10 @@ class Accumulators:
         for key in PER_ELEMENT:
             mine[key].copy_(theirs[key])
         self.block_sums = [table.clone() for table in blocks.cpu()]
+        if "exponents" in theirs:
+            self.exponents.load(theirs["exponents"])
+        else:  # of release 0.4.0
+            self.exponents.load_nothing(self.mean, self.m2)
         self.count = theirs["count"]
 
     def _zeros(self, numel: int) -> Tensor:
@@ -265,23 +307,36 @@ class Accumulators:
         """One Welford step of one piece on the accumulators' device."""
         numel = grad.numel()
         if self._group_index is not None:
-            first, at, count = subsample(offset, numel)
-            if count:
-                sub = grad[first::STRIDE].to(self.dtype) * scale
-                k = self.count % self.block_length + 1
-                welford(self._block_mean[at : at + count], self._block_m2[at : at + count], sub, k)
+            for begin in range(0, numel, DEVICE_CHUNK):
+                self._accumulate_block(offset + begin, grad[begin : begin + DEVICE_CHUNK], scale)
         if self._scratch is None:
             self._scratch = torch.empty(min(self._chunk, self.numel), dtype=self.dtype, device=self.device)
-        for at in range(0, numel, self._chunk):
+        for begin, end, exponent in self.exponents.parts(offset, numel):
+            part = grad[begin - offset : end - offset]
+            self._accumulate_part(begin, part, scale * 2.0**exponent, self._scratch)
+
+    def _accumulate_part(self, offset: int, grad: Tensor, scale: float, buffer: Tensor) -> None:
+        """The same of elements that have one exponent, which is in `scale`."""
+        for at in range(0, grad.numel(), self._chunk):
             chunk = grad[at : at + self._chunk]
             begin, end = offset + at, offset + at + chunk.numel()
             mean, m2 = self.mean[begin:end], self.m2[begin:end]
-            scratch = self._scratch[: chunk.numel()]
+            scratch = buffer[: chunk.numel()]
             if chunk.dtype != self.dtype:  # converted first: a product in 16 bits would be rounded to 16 bits
                 chunk = scratch.copy_(chunk)
             if scale != 1.0:
                 chunk = torch.mul(chunk, scale, out=scratch)
             welford(mean, m2, chunk, self.count + 1, scratch)
+
+    def _accumulate_block(self, offset: int, grad: Tensor, scale: float) -> None:
+        """The same of the elements that feed the sample blocks."""
+        for begin, end, exponent in self.exponents.parts(offset, grad.numel()):
+            first, at, count = subsample(begin, end - begin)
+            if count:
+                part = grad[begin - offset : end - offset]
+                value = part[first::STRIDE].to(self.dtype) * (scale * 2.0**exponent)
+                k = self.count % self.block_length + 1
+                welford(self._block_mean[at : at + count], self._block_m2[at : at + count], value, k)
 
 
 def _kind(tensor: Tensor) -> str:
@@ -292,7 +347,7 @@ def _checked(state: object, mine: AccumulatorsState) -> AccumulatorsState:
     """`state` where it is one of accumulators made like `mine`. Raises `MolsCheckpointError`."""
     if not isinstance(state, Mapping):
         raise MolsCheckpointError(f"the state of the accumulators is a {type(state).__name__}")
-    missing = [key for key in mine if key not in state]
+    missing = [key for key in mine if key not in state and key != "exponents"]  # which release 0.4.0 has not
     if missing:
         raise MolsCheckpointError(f"the state of the accumulators lacks {', '.join(missing)}")
     for number in (*SIZES, "count"):
@@ -311,4 +366,9 @@ def _checked(state: object, mine: AccumulatorsState) -> AccumulatorsState:
     blocks, ours = theirs["block_sums"], mine["block_sums"]
     if blocks.shape[1:] != ours.shape[1:] or blocks.dtype != ours.dtype:
         raise MolsCheckpointError("the sample blocks in the state are of other groups than this run's")
+    exponents = theirs.get("exponents", mine["exponents"])
+    if not isinstance(exponents, Tensor) or _kind(exponents) != _kind(mine["exponents"]):
+        raise MolsCheckpointError(f"the accumulators' 'exponents' are not {_kind(mine['exponents'])}")
+    if not bool(((exponents.abs() <= MOST) | (exponents == UNDECIDED)).all()):
+        raise MolsCheckpointError(f"the accumulators' 'exponents' are not in -{MOST} to {MOST}")
     return theirs

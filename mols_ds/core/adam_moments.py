@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from mols_ds.errors import MolsConfigError
 
 # Adam's moments do not tell the noise of an element whose m^2 is more than 256 times v - m^2, see `adam_moments`.
 MOMENTS_CUT = 2.0**-8
+PIECE = 1 << 21
+"""Elements that are read at a time: about 35 MiB of temporaries."""
 
 
 def adam_moments(
@@ -34,6 +38,9 @@ def adam_moments(
     256 (1 - c), is that of an SNR_i at which the sampling error of v - m^2 is 3 (b2 = 0.95) to 7 (0.999) times its
     expectation. And without a cut, `mean` would hang on the few elements with v - m^2 next to 0.
 
+    Adam adds (1 - b2) g^2 to v. Where v is so small that this is below fp32's normal range (|g| of 3e-18 and less for
+    b2 = 0.999), kernels round it coarsely or to 0: such an element reads s2 = 0 too, with mu2 above 0.
+
     Args:
         exp_avg, exp_avg_sq: Adam's m and v, equal shapes, any float dtype; not modified.
         step: number of updates that they hold, at least 2.
@@ -57,5 +64,15 @@ def adam_moments(
     dtype = torch.promote_types(exp_avg.dtype, torch.float32)
     mu2 = (exp_avg.detach().to(dtype) / (1.0 - power)).square_()
     s2 = (exp_avg_sq.detach().to(dtype) / (1.0 - beta2**step)).sub_(mu2)
-    s2.masked_fill_(s2 < MOMENTS_CUT * mu2, 0.0).div_(1.0 - c)
+    lost = (exp_avg_sq < torch.finfo(torch.float32).tiny / (1.0 - beta2)) & ((exp_avg != 0) | (exp_avg_sq != 0))
+    mu2.masked_fill_(lost & (mu2 == 0), torch.finfo(dtype).tiny)
+    s2.masked_fill_(lost.logical_or_(s2 < MOMENTS_CUT * mu2), 0.0).div_(1.0 - c)
     return mu2, s2, c
+
+
+def moment_pieces(
+    exp_avg: Tensor, exp_avg_sq: Tensor, step: int, beta1: float, beta2: float
+) -> Iterator[tuple[int, Tensor, Tensor, float]]:
+    """(offset, mu2_plain, s2, c) of 1-D moments, `PIECE` elements at a time; otherwise as `adam_moments`."""
+    for at in range(0, exp_avg.numel(), PIECE):
+        yield at, *adam_moments(exp_avg[at : at + PIECE], exp_avg_sq[at : at + PIECE], step, beta1, beta2)

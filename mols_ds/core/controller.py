@@ -31,6 +31,9 @@ from mols_ds.core.schema import Report, ReportGroup
 from mols_ds.core.state_check import STATE_VERSION, check_saved
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 
+CONSTANT_SHARE = 0.1
+"""A group of which this share or more has no noise is named in a warning."""
+
 
 @dataclass
 class Context:
@@ -296,6 +299,13 @@ class Controller:
                 self.warn(
                     f'alpha of group "{group}" hit its bound: {alpha.alpha:g} '
                     f"(alpha_min {self.config.alpha_min}, alpha_max {self.config.alpha_max})"
+                )
+            without = rows[group]["constant_share"] or 0.0
+            if without >= CONSTANT_SHARE:
+                self.warn(
+                    f'{without:.0%} of the elements of group "{group}" have no noise that can be '
+                    "measured and are left out: the same gradient in all samples, or gradients so small (below 1e-21, "
+                    'in mode "moments" below 3e-18) that fp32 loses their squares; scale the loss up'
                 )
             if rows[group]["never_moved_share"] == 1.0:
                 self.warn(f'no element of group "{group}" had a gradient in any sample; its alpha stays 1')

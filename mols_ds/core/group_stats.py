@@ -27,7 +27,7 @@ COLUMNS = (
     "damping",
     "damping_corrected",
     "never_moved",  # s^2 == 0 and mu == 0
-    "constant",  # s^2 == 0 and mu != 0 (also where the fp32 square underflowed): excluded from the estimators
+    "constant",  # s^2 == 0 and mu != 0 (also where the fp32 square is lost in underflow): excluded from the estimators
     "moved_once",  # exactly one of the K samples was not zero; these are a part of "count"
     "total",
 )
@@ -45,7 +45,8 @@ LOG_ERROR = 1e-6  # bins: far above the rounding of 70 * (log2 + 30), 1e-12, and
 # K * ratio of an element that one sample moved is 1 up to fp32 rounding: off by at most 9e-7 for K = 32, 9e-6 for
 # K = 2,048. Of the others, at most 2e-5 times the density of F(1, K-1) at 1 (0.24), one in 200,000, is taken for one.
 MOVED_ONCE_RTOL = 1e-5
-BLOCK_CHUNK = 1 << 20  # subsampled elements, of 133 M: about 200 MiB of float64 temporaries
+BLOCK_CHUNK = 1 << 17  # subsampled elements, of 17 M: about 25 MiB of float64 temporaries
+LOST = 2.0**-140  # of a sample's square: below, fp32's rounding is not small any more, see `_variance`
 CHUNK = 65536  # elements: the float64 temporaries of one chunk stay in the last-level cache
 
 
@@ -139,13 +140,14 @@ class GroupSums:
             block_length,
         )
 
-    def add(self, group: str, mean: Tensor, m2: Tensor, samples: int) -> None:
+    def add(self, group: str, mean: Tensor, m2: Tensor, samples: int, exponent: int = 0) -> None:
         """Add the elements of one group.
 
         Args:
             mean: mu_i, a float view with 1 or 2 dimensions, any stride, any device.
             m2: of mean's shape, the sum of squared deviations (`Accumulators.m2`), **not** the variance m2 / (K - 1).
             samples: K.
+            exponent: e where mean is 2^e times, m2 4^e times the truth.
 
         Raises:
             MolsConfigError: K < 2.
@@ -155,8 +157,8 @@ class GroupSums:
             raise MolsConfigError(f"samples={samples}: a variance needs at least 2 gradient samples; raise 'samples'")
         row = self._check(group, mean, m2)
         for mean_c, m2_c in _chunks(mean, m2):
-            mu = mean_c.to(torch.float64)
-            self._accumulate(row, mu * mu, m2_c.to(torch.float64) / (samples - 1), samples)
+            mu = _unscaled(mean_c, exponent)
+            self._accumulate(row, mu * mu, _variance(m2_c, samples, exponent), samples)
 
     def add_squares(self, group: str, mu2: Tensor, s2: Tensor) -> None:
         """Add the elements of one group given as squares: plain mu_i^2 (noise included) and s_i^2, shapes as in `add`.
@@ -167,10 +169,12 @@ class GroupSums:
         for mu2_c, s2_c in _chunks(mu2, s2):
             self._accumulate(row, mu2_c.to(torch.float64), s2_c.to(torch.float64), None)
 
-    def add_range(self, layout: ElementLayout, start: int, mean: Tensor, m2: Tensor, samples: int) -> None:
+    def add_range(
+        self, layout: ElementLayout, start: int, mean: Tensor, m2: Tensor, samples: int, exponent: int = 0
+    ) -> None:
         """Add elements [start, start + mean.numel()) of a layout; the tensors are 1-D, otherwise as in `add`."""
         for (group, of_mean), (_, of_m2) in zip(layout.views(mean, start), layout.views(m2, start), strict=True):
-            self.add(group, of_mean, of_m2, samples)
+            self.add(group, of_mean, of_m2, samples, exponent)
 
     def add_blocks(self, block_sums: Sequence[Tensor]) -> None:
         """Add one rank's `Accumulators.block_sums`. Raises `MolsError` unless there are as many as this has blocks."""
@@ -254,20 +258,23 @@ class GroupSums:
         self.histogram[row] += torch.bincount(find_bins(ratio), minlength=N_BINS).cpu()
 
 
-def block_table(mean: Tensor, m2: Tensor, samples: int, group_index: Tensor, n_groups: int) -> Tensor:
+def block_table(
+    mean: Tensor, m2: Tensor, samples: int, group_index: Tensor, n_groups: int, exponent: int = 0
+) -> Tensor:
     """Per-group sums of one sample block over the subsampled elements: float64 (n_groups, len(BLOCK_COLUMNS)), CPU.
 
     Args:
         mean, m2: 1-D, the block's own mean and sum of squared deviations of the subsampled elements.
         samples: the block's length L, at least 4; "damping_corrected" uses the noise floor of L samples.
         group_index: integer, 1-D of the same length: each element's row.
+        exponent: as in `GroupSums.add`.
     """
     table = torch.zeros(n_groups, len(BLOCK_COLUMNS), dtype=torch.float64, device=mean.device)
     floor = noise_floor(samples)
     # In pieces: at once, the temporaries would be an eighth of the accumulators of all elements.
     pieces = (torch.split(whole, BLOCK_CHUNK) for whole in (mean, m2, group_index))
     for mean_c, m2_c, index in zip(*pieces, strict=True):
-        mu, s2 = mean_c.to(torch.float64), m2_c.to(torch.float64) / (samples - 1)
+        mu, s2 = _unscaled(mean_c, exponent), _variance(m2_c, samples, exponent)
         counted = (s2 > 0) & torch.isfinite(s2) & torch.isfinite(mu)
         mu, s2, index = mu[counted], s2[counted], index.to(torch.int64)[counted]
         mu2 = mu * mu
@@ -278,6 +285,24 @@ def block_table(mean: Tensor, m2: Tensor, samples: int, group_index: Tensor, n_g
         values = torch.stack([torch.ones_like(ratio), ratio, mu2, s2, damping, corrected, logs], dim=1)
         table.index_add_(0, index, values)
     return table.cpu()
+
+
+def _unscaled(mean: Tensor, exponent: int) -> Tensor:
+    """2^-exponent times the means, float64."""
+    wide = mean.to(torch.float64)
+    return wide * 2.0**-exponent if exponent else wide
+
+
+def _variance(m2: Tensor, samples: int, exponent: int) -> Tensor:
+    """s_i^2, float64, of 4^exponent times the sums of squared deviations; 0 where fp32 has lost the squares.
+
+    Below its normal range fp32 rounds each square to a multiple of 2^-149: K of them are known to 0.1 % from K 2^-140
+    on.
+    """
+    s2 = m2.to(torch.float64)
+    if m2.dtype == torch.float32:
+        s2.masked_fill_(s2 < samples * LOST, 0.0)
+    return (s2 * 4.0**-exponent if exponent else s2) / (samples - 1)
 
 
 def _dampings(mu2: Tensor, s2: Tensor, ratio: Tensor, floor: NoiseFloor) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,8 @@ class LocalStats:
 
     def _new(self) -> Accumulators:
         index = group_index(self.ranges, self.layouts, self.groups)
-        return Accumulators(self.numel, device=self.device, group_index=index, n_groups=len(self.groups))
+        edges = [*(item.offset for item in self.ranges), self.numel]
+        return Accumulators(self.numel, device=self.device, group_index=index, n_groups=len(self.groups), edges=edges)
 
     def open(self) -> None:
         """Begin one gradient sample; allocates the accumulators at the first one."""
@@ -118,8 +119,9 @@ class LocalStats:
         blocks = measured.block_sums
         sums = GroupSums.zeros(self.groups, noise_floor(measured.count), len(blocks), measured.block_length)
         for layout, start, offset, numel in self.segments():
-            mean, m2 = (values[offset : offset + numel] for values in (measured.mean, measured.m2))
-            sums.add_range(layout, start, mean, m2, measured.count)
+            for begin, end, exponent in measured.exponents.parts(offset, numel):
+                mean, m2 = measured.mean[begin:end], measured.m2[begin:end]
+                sums.add_range(layout, start + begin - offset, mean, m2, measured.count, exponent)
         sums.add_blocks(blocks)
         return sums
 
@@ -134,12 +136,13 @@ class LocalStats:
         """Begin to collect group sums of Adam's moments."""
         self._squares = GroupSums.zeros(self.groups, floor)
 
-    def add_squares(self, index: int, mu2: Tensor, s2: Tensor) -> None:
-        """Plain mu_i^2 and s_i^2 of range `index`, 1-D."""
+    def add_squares(self, index: int, mu2: Tensor, s2: Tensor, at: int = 0) -> None:
+        """Plain mu_i^2 and s_i^2 of elements of range `index` from its `at`-th on, 1-D."""
         assert self._squares is not None
         item = self.ranges[index]
         layout = self.layouts[item.name]
-        pairs = zip(layout.views(mu2, item.start), layout.views(s2, item.start), strict=True)
+        start = item.start + at
+        pairs = zip(layout.views(mu2, start), layout.views(s2, start), strict=True)
         for (group, mean), (_, spread) in pairs:
             self._squares.add_squares(group, mean, spread)
 

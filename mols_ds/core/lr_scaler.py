@@ -26,12 +26,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mols_ds.core.groups import ElementLayout
+from mols_ds.core.pieces import gradient_of
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.step_guard import StepGuard
 
 ParamGroup = dict[str, Any]
 MAX_SEGMENTS = 16
 """A range with more segments than this is interleaved: views would be many and small, delta is cheaper."""
+LONG_RUN = 1 << 18
+"""Elements. Where the optimizer may be stepped on views, segments that are this long on average stay views, however
+many they are: a copy of them would be large (Megatron's fused projections of models of 7B and more)."""
 
 
 class Segment(NamedTuple):
@@ -70,8 +74,13 @@ class SegmentPlan:
         return {group for segment in self.segments for group in segment.groups}
 
 
-def make_plan(numel: int, ranges: Iterable[ShardRange], layouts: Mapping[str, ElementLayout]) -> SegmentPlan:
-    """Cut a tensor of `numel` elements; what no range covers is padding and keeps the base rate."""
+def make_plan(
+    numel: int, ranges: Iterable[ShardRange], layouts: Mapping[str, ElementLayout], *, elementwise: bool = False
+) -> SegmentPlan:
+    """Cut a tensor of `numel` elements; what no range covers is padding and keeps the base rate.
+
+    elementwise: whether its optimizer may be stepped on views, so that long segments are never interleaved.
+    """
     segments: list[Segment] = []
     interleaved: list[InterleavedSegment] = []
 
@@ -88,7 +97,7 @@ def make_plan(numel: int, ranges: Iterable[ShardRange], layouts: Mapping[str, El
         append(at, item.offset)
         at = item.offset + item.numel
         layout = layouts[item.name]
-        if len(layout.groups) > 1 and item.numel > layout.period * MAX_SEGMENTS // 2:
+        if is_interleaved(layout, item.numel, elementwise=elementwise):
             interleaved.append(InterleavedSegment(Segment(item.offset, at, layout.groups), item.start, layout))
             append(item.offset, at, *layout.groups)
         else:
@@ -96,6 +105,13 @@ def make_plan(numel: int, ranges: Iterable[ShardRange], layouts: Mapping[str, El
                 append(item.offset + offset, item.offset + offset + length, group)
     append(at, numel)
     return SegmentPlan(segments, interleaved)
+
+
+def is_interleaved(layout: ElementLayout, numel: int, *, elementwise: bool) -> bool:
+    """Whether `numel` elements of a parameter are corrected by delta, group by group, and not cut into views."""
+    if len(layout.groups) == 1 or numel <= layout.period * MAX_SEGMENTS // 2:
+        return False
+    return not elementwise or layout.period < len(layout.pattern) * LONG_RUN
 
 
 class _Delta(NamedTuple):
@@ -237,18 +253,21 @@ class LRScaler:
         for group in self.optimizer.param_groups:
             for tensor in group["params"]:
                 plan = self.plans.get(id(tensor))
-                if plan is None:
-                    continue
-                if len(plan.segments) == 1 and not plan.interleaved:
-                    self._delta(tensor.detach(), plan.segments[0].rate(multipliers))
-                    continue
-                flat = tensor.detach().view(-1)
-                for segment in plan.segments:
-                    if len(segment.groups) == 1:
-                        self._delta(flat[segment.lo : segment.hi], segment.rate(multipliers))
-                for segment, start, layout in plan.interleaved:
-                    for name, view in layout.views(flat[segment.lo : segment.hi], start):
-                        self._delta(view, multipliers.get(name, 1.0))
+                if plan is not None:
+                    self._correct(tensor, plan, multipliers)
+
+    def _correct(self, tensor: Tensor, plan: SegmentPlan, multipliers: Mapping[str, float]) -> None:
+        """Remember the weights of every range of a tensor that is scaled; it is stepped at the base rate. Each once."""
+        if len(plan.segments) == 1 and not plan.interleaved:
+            self._delta(tensor.detach(), plan.segments[0].rate(multipliers))
+            return
+        flat = tensor.detach().view(-1)
+        for segment in plan.segments:
+            if len(segment.groups) == 1:
+                self._delta(flat[segment.lo : segment.hi], segment.rate(multipliers))
+        for segment, start, layout in plan.interleaved:
+            for name, view in layout.views(flat[segment.lo : segment.hi], start):
+                self._delta(view, multipliers.get(name, 1.0))
 
     def _derive(self, group: ParamGroup, by_rate: Mapping[float, list[Tensor]]) -> list[ParamGroup]:
         """Temporary groups of one group, each with copies of what a step may change in place (a counter, a list)."""
@@ -260,7 +279,7 @@ class LRScaler:
             for rate, parts in by_rate.items()
         ]
         # An optimizer may count in groups with a gradient only: such a one tells what the group's values become.
-        stepped = (one for one in derived if any(part.grad is not None for part in one["params"]))
+        stepped = (one for one in derived if any(gradient_of(part) is not None for part in one["params"]))
         told = next(stepped, derived[0])
         self._derived.append(_Derived(group, told, dict(told)))
         return derived
@@ -280,18 +299,15 @@ class LRScaler:
             else:
                 runs.append((lo, hi, rate))
         flat = tensor.detach().view(-1)
+        stepped = [(runs[0][2], tensor)] if len(runs) == 1 else self._views(tensor, flat, runs)
+        if stepped is None:
+            self._correct(tensor, plan, multipliers)
+            return [(1.0, tensor)]
         for segment, start, layout in plan.interleaved:
             lead = segment.rate(multipliers)
             for group, view in layout.views(flat[segment.lo : segment.hi], start):
                 self._delta(view, multipliers.get(group, 1.0) / lead)
-        if len(runs) == 1:
-            return [(runs[0][2], tensor)]
-        views = self._views(tensor, flat, runs)
-        if views is not None:
-            return views
-        for lo, hi, rate in runs:
-            self._delta(flat[lo:hi], rate)
-        return [(1.0, tensor)]
+        return stepped
 
     def _delta(self, view: Tensor, scale: float) -> None:
         if scale != 1.0:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor
+
+from mols_ds.core.pieces import Parts
 
 
 class GradientSource(Protocol):
@@ -15,7 +16,7 @@ class GradientSource(Protocol):
     gradient elements.
     """
 
-    def read(self) -> Iterator[tuple[int, Tensor]]:
+    def read(self) -> Parts:
         """Yield (offset among the owned elements, 1-D gradient), each owned element once, times `loss_scale()`."""
         ...
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import Any, TypeVar
 
 import torch
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from mols_ds.core.adam_moments import adam_moments
+from mols_ds.core.adam_moments import adam_moments, moment_pieces
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Controller
 from mols_ds.core.group_stats import NoiseFloor
 from mols_ds.core.handle import Handle
 from mols_ds.core.lr_scaler import LRScaler
+from mols_ds.core.pieces import zero_pieces
 from mols_ds.core.probe_window import ProbeWindow, weak_hook
 from mols_ds.core.protocols import GradientSource
 from mols_ds.core.ranges import ShardRange
@@ -230,8 +232,9 @@ class Session(Handle, ABC):
     def take_sample(self, factor: float = 1.0) -> None:
         """Add the gradient of all owned elements, times `factor`, as the sample of this step."""
         self.open_sample()
-        for offset, gradient in self.source.read():
-            self.controller.elements.add(offset, gradient, factor)
+        with closing(self.source.read()) as parts:
+            for offset, gradient in parts:
+                self.controller.elements.add(offset, gradient, factor)
 
     def _watch_passes(self, module: nn.Module) -> list[RemovableHandle]:
         """Hook the forward passes of the model, or of a part that is called by itself."""
@@ -267,14 +270,14 @@ class Session(Handle, ABC):
     def _add_moments(self, state: Mapping[str, Any], group: Mapping[str, Any], number: int, item: ShardRange) -> None:
         if "exp_avg" not in state:  # no gradient reached this parameter yet: it never moved
             self._open_moments()
-            nothing = torch.zeros(item.numel)
-            self.controller.elements.add_squares(number, nothing, nothing)
+            for at, nothing in zero_pieces(item.numel):
+                self.controller.elements.add_squares(number, nothing, nothing, at)
             return
         step = int(state.get("step", group.get("step", self._step_number)))
         mean, square = (item.view(state[key].detach().reshape(-1)) for key in ("exp_avg", "exp_avg_sq"))
-        mu2, s2, noise_weight = adam_moments(mean, square, step, *group["betas"])
-        self._open_moments(noise_weight)
-        self.controller.elements.add_squares(number, mu2, s2)
+        for at, mu2, s2, noise_weight in moment_pieces(mean, square, step, *group["betas"]):
+            self._open_moments(noise_weight)
+            self.controller.elements.add_squares(number, mu2, s2, at)
 
     def _open_moments(self, noise_weight: float | None = None) -> None:
         """Begin to collect Adam's moments, once. Every rank does, also one that owns nothing."""

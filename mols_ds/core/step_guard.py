@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mols_ds.core.pieces import gradient_of
+
 Numbers = tuple[float, ...]
 ROUNDING = 64.0
 """A weight without optimizer state has to move only where lr x gradient is this many roundings of it or more."""
@@ -78,7 +80,7 @@ class StepGuard:
 
 def _watch(optimizer: Optimizer, tensor: Tensor, lr: float) -> _Watched | None:
     """None for a tensor without a gradient, or with one that is zero or not finite."""
-    gradient = tensor.grad
+    gradient = gradient_of(tensor)
     if gradient is None or gradient.numel() == 0 or gradient.layout != torch.strided:
         return None
     flat = gradient.detach().reshape(-1)

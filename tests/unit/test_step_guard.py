@@ -32,6 +32,53 @@ def test_tensors_that_a_zip_leaves_out_are_named(stock_steps: int) -> None:
     assert "optimizer Sophia left 3 of 4 tensors" in scaler.problem and "use Adam" in scaler.problem
 
 
+class Decoupled(Zipped):
+    """Reads `decoupled_grad`, as Transformer Engine's FusedAdam does under Megatron's precision-aware optimizer."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group, master in zip(self.param_groups, self.param_groups_master):  # noqa: B905  (as apex does)
+            for p, _ in zip(group["params"], master["params"]):  # noqa: B905
+                p.sub_(group["lr"] * p.decoupled_grad)
+
+
+def decoupled() -> list[Any]:
+    params = tensors()
+    for p in params:
+        p.grad, p.decoupled_grad = None, torch.ones(4, dtype=torch.bfloat16)
+    return params
+
+
+def test_gradients_that_lie_apart_are_watched() -> None:
+    params = decoupled()
+    scaler = watched(Decoupled(params), params, trusted=True)
+    scaler.optimizer.step()
+    assert "optimizer Decoupled left 3 of 4 tensors" in scaler.problem
+    params = decoupled()
+    scaler = watched(Decoupled(params), params, trusted=False)
+    scaler.optimizer.step()
+    assert scaler.problem == "" and all(float(p.detach()[0]) != 0.0 for p in params)
+
+
+def test_the_groups_counter_where_gradients_lie_apart() -> None:
+    """Groups without a gradient do not count: the one that has them tells the counter, wherever its gradients are."""
+
+    class Counts(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                found = [p for p in group["params"] if getattr(p, "decoupled_grad", None) is not None]
+                group["step"] = group.get("step", 0) + bool(found)
+
+    params = tensors()
+    for p in params:
+        p.grad = None
+    params[-1].decoupled_grad = torch.ones(4)
+    optimizer = Counts(params, lr=LR)
+    scaler = watched(optimizer, params, trusted=True)
+    optimizer.step()
+    assert scaler.problem == "" and optimizer.param_groups[0]["step"] == 1
+
+
 class OwnCounter(torch.optim.SGD):
     """One counter for all groups, in the state of each tensor: it advances once for each group."""
 

@@ -106,8 +106,8 @@ STAGE_3 = (
     *("fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat_numel", "fp16_groups", "grad_position"),
     *("get_param_id", "sub_group_to_group_id", "averaged_gradients", "offload_optimizer", "persistent_parameters"),
     *("reset_cpu_buffers", "_pre_step", "_partition_all_parameters", "_swappable_optimizer_subgroup"),
-    *("_optimizer_states_and_gradient_swap_in", "_release_swap_buffers", "loss_scale", "clip_grad"),
-    *("grad_partitions_flat_buffer", "micro_step_id"),
+    *("_optimizer_states_and_gradient_swap_in", "_release_swap_buffers", "_writeback_swap_state", "loss_scale"),
+    *("clip_grad", "grad_partitions_flat_buffer", "micro_step_id"),
 )
 OPTIMIZERS: dict[str, Names] = {
     "DeepSpeedZeroOptimizer": Names("runtime/zero/stage_1_and_2.py", STAGE_1_AND_2),
@@ -125,7 +125,7 @@ OPTIMIZERS: dict[str, Names] = {
 """Class of `engine.optimizer` -> what is read of it."""
 OPTIMIZER_FLAGS = (
     *("backup_optimizer", "partial_offload", "swap_optimizer", "elastic_checkpoint", "round_robin_gradients"),
-    *("_offload_accumulated_param_ids", "_global_grad_norm", "_epilogue_ran_this_backward"),
+    *("_offload_accumulated_param_ids", "_global_grad_norm", "_epilogue_ran_this_backward", "norm_for_param_grads"),
     *("loss_scale_config", "loss_scaler", "_update_scale"),
 )
 """Names of these classes that are read with a default, or that only some settings make."""

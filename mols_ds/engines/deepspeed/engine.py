@@ -82,8 +82,9 @@ class EngineMols(Session):
     def _install(self, table: GroupTable) -> None:
         """Hooks in this order: sample, then rates, then (after the rates are off again) Adam's moments."""
         engine, shards = self.engine, self.shards
+        elementwise = is_elementwise(shards.inner)
         plans = {
-            id(tensor): make_plan(size, ranges, table.layouts)
+            id(tensor): make_plan(size, ranges, table.layouts, elementwise=elementwise)
             for tensor, size, ranges in zip(shards.tensors, shards.sizes, shards.ranges, strict=True)
         }
         self._known = set(plans)
@@ -92,7 +93,7 @@ class EngineMols(Session):
             shards.inner,
             plans,
             lambda: self.controller.rates(engine.global_steps),
-            elementwise=is_elementwise(shards.inner),
+            elementwise=elementwise,
             shared_counter=has_shared_counter(shards.inner),
             groups_only=reads_groups_only(shards.inner),
             parallel_list=parallel_list(shards.inner),

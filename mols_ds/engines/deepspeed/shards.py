@@ -7,151 +7,19 @@ how to read this rank's reduced gradient at an accumulation boundary, how to thr
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from mols_ds.core.ranges import ShardRange, pack, spans_to_accumulators, split_among_replicas
-from mols_ds.engines.deepspeed.compat import Engine, check_optimizer
-from mols_ds.engines.deepspeed.parallel.base import ParallelGrid, Place, whole_places
+from mols_ds.core.pieces import FlatList, Parts, all_finite, zero_pieces
+from mols_ds.core.ranges import ShardRange, pack, split_among_replicas
+from mols_ds.engines.deepspeed.compat import Engine
+from mols_ds.engines.deepspeed.parallel.base import ParallelGrid, whole_places
+from mols_ds.engines.deepspeed.zero_shards import ZeroShards
 from mols_ds.errors import MolsUnsupportedError
-
-
-class ZeroShards(ABC):
-    """The shards of one engine on this rank.
-
-    Attributes:
-        tensors: what the inner optimizer steps; their identity is stable for the engine's life.
-        sizes: number of elements of each (a tensor on NVMe is empty between steps).
-        ranges: per tensor, the parameter elements in it; what no range covers is padding (and may be garbage).
-        owned: (number of the tensor, range in it) of the elements whose statistics this rank keeps: all, or its share
-            where ranks hold replicas; in the order of its accumulators.
-        accumulated: the ranges of `owned` as they are in the accumulators.
-        param_group: parameter name -> index of its group in `inner.param_groups`.
-    """
-
-    reads_before_clipping = False
-    """Whether online samples are read at the entry of the step; otherwise in the inner optimizer's step hook."""
-
-    def __init__(self, engine: Engine, places: Mapping[nn.Parameter, Place], group: object = None) -> None:
-        self.engine = engine
-        self.group = group
-        self.outer = engine.optimizer
-        self.inner = getattr(self.outer, "optimizer", self.outer)
-        check_optimizer(self.outer)
-        self.places = places
-        self.tensors: list[Tensor] = []
-        self.sizes: list[int] = []
-        self.ranges: list[list[ShardRange]] = []
-        self.param_group: dict[str, int] = {}
-        self._collect()
-        self.owned = self._owned()
-        self.accumulated = pack(item for _, item in self.owned)
-        self._spans = {id(self.tensors[i]): spans for i, spans in spans_to_accumulators(self.owned).items()}
-
-    def _name(self, param: nn.Parameter) -> str:
-        return self.places[param].range.name
-
-    def _range(self, param: nn.Parameter, low: int, high: int, offset: int) -> ShardRange:
-        """Elements low to high of the local parameter, as far as it has them, which are at `offset` of a tensor."""
-        return self.places[param].range.part(low, high).at(offset)
-
-    def _add(self, tensor: Tensor, size: int, ranges: list[ShardRange]) -> None:
-        self.tensors.append(tensor)
-        self.sizes.append(size)
-        self.ranges.append([item for item in ranges if item.numel > 0])
-
-    @abstractmethod
-    def _collect(self) -> None:
-        """Fill tensors, sizes, ranges and param_group."""
-
-    def _owned(self) -> list[tuple[int, ShardRange]]:
-        uncounted = {place.range.name for place in self.places.values() if not place.counted}
-        return [(i, item) for i, ranges in enumerate(self.ranges) for item in ranges if item.name not in uncounted]
-
-    def owned_parts(self, tensor: Tensor, gradient: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-        """(offset among the owned elements, 1-D gradient) of the owned ranges of one inner tensor.
-
-        gradient: that of all its elements; may be None where this rank owns none of them.
-        """
-        for span in self._spans.get(id(tensor), []):
-            assert gradient is not None, "an owned inner tensor has no gradient"
-            yield span.target, gradient.view(-1).narrow(0, span.source, span.numel)
-
-    @abstractmethod
-    def read(self) -> Iterator[tuple[int, Tensor]]:
-        """(offset among the owned elements, 1-D gradient) at the boundary, still loss-scaled; no collective."""
-
-    def reduce(self, values: Tensor) -> Tensor:
-        """SUM over the ranks whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
-        sums = values.to(get_accelerator().current_device_name())
-        dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=self.group)
-        return sums.cpu()
-
-    def finite(self) -> bool:
-        """Whether the gradient that this rank reads is finite. Reads all of it, so that NVMe buffers are released."""
-        flags = [bool(torch.isfinite(gradient).all()) for _, gradient in self.read()]
-        return all(flags)
-
-    @abstractmethod
-    def discard(self) -> None:
-        """Throw the accumulated gradient away, as if the engine had never seen these batches."""
-
-    def begin(self) -> None:  # noqa: B027  (most layouts keep nothing)
-        """Before the first forward pass of a batch that is measured: forget gradients of former batches."""
-
-    def lower_scale(self) -> bool:
-        """After a gradient that is not finite on any rank: lower a dynamic loss scale, as a skipped step does.
-
-        Returns False for a static scale, and for one at its minimum (DeepSpeed would end the run there).
-        """
-        outer = self.outer
-        scaler: Any = getattr(outer, "loss_scale_config", None) or getattr(outer, "loss_scaler", None)
-        dynamic = getattr(scaler, "dynamic_loss_scale", None) or getattr(scaler, "dynamic", False)
-        lowest = getattr(scaler, "min_loss_scale", None) or getattr(scaler, "min_scale", None) or 1.0
-        if not dynamic or float(scaler.cur_scale) <= lowest:
-            return False
-        outer._update_scale(True)
-        return True
-
-    def loss_scale(self) -> float:
-        """What the gradients that `read` gives are multiplied by."""
-        return 1.0
-
-    def undo_factor(self, scale_before: float) -> float:
-        """inner `.grad` x this = the unscaled, unclipped gradient; NaN where the gradient is not finite.
-
-        `scale_before` is the loss scale at the entry of the step: DeepSpeed grows a dynamic scale before it unscales,
-        and then divides by the new one.
-        """
-        norm = getattr(self.outer, "_global_grad_norm", None)
-        if norm is None:
-            raise MolsUnsupportedError(
-                "zero_optimization.compute_grad_norm=false leaves no gradient norm to undo clipping by and to see "
-                'non-finite gradients with; remove it, or use "mode": "probe"'
-            )
-        norm = float(norm)
-        if not math.isfinite(norm) or norm < 0:
-            return math.nan
-        return self._undo(norm, scale_before)
-
-    def _undo(self, norm: float, scale_before: float) -> float:
-        scale = float(self.outer.loss_scale)
-        clip = float(self.outer.clip_grad)
-        if clip <= 0:
-            return scale / scale_before
-        scaled_norm = norm * self._norm_scale(scale_before, scale)
-        return scale * max(1.0, (scaled_norm / scale + 1e-6) / clip) / scale_before
-
-    def _norm_scale(self, before: float, after: float) -> float:
-        """The scale that `_global_grad_norm` was divided by."""
-        return before
 
 
 class Stage12(ZeroShards):
@@ -173,7 +41,7 @@ class Stage12(ZeroShards):
     def loss_scale(self) -> float:
         return float(self.outer.loss_scale)
 
-    def read(self) -> Iterator[tuple[int, Tensor]]:
+    def read(self) -> Parts:
         o = self.outer
         if o.cpu_offload:
             o._wait_for_offload_copies()
@@ -183,8 +51,7 @@ class Stage12(ZeroShards):
             else:
                 shards = o.averaged_gradients[i]
                 gradient = getattr(shards, "flat_partition", None)
-                if gradient is None:
-                    gradient = torch.cat([g.reshape(-1) for g in shards])
+                gradient = shards if gradient is None else gradient
             yield from self.owned_parts(flat, gradient)
 
     def discard(self) -> None:
@@ -214,25 +81,56 @@ class Stage3(ZeroShards):
             self._add(flat, int(o.fp16_partitioned_groups_flat_numel[i]), ranges)
             self.param_group |= {self._name(p): o.sub_group_to_group_id[i] for p in o.fp16_groups[i]}
 
+        self._index = {id(flat): i for i, flat in enumerate(self.tensors)}
+
     def loss_scale(self) -> float:
         return float(self.outer.loss_scale)
 
     def _norm_scale(self, before: float, after: float) -> float:
         return after
 
-    def read(self) -> Iterator[tuple[int, Tensor]]:
+    def read(self) -> Parts:
         o = self.outer
         for i, flat in enumerate(self.tensors):
-            swapped = o._swappable_optimizer_subgroup(i)
-            if swapped:
-                o._optimizer_states_and_gradient_swap_in(i)
-            if swapped or o.offload_optimizer:
-                gradient: Any = flat.grad
+            if o._swappable_optimizer_subgroup(i):
+                yield from self._read_swapped(i, flat)
             else:
-                gradient = torch.cat([g.reshape(-1) for g in o.averaged_gradients[i]])
-            yield from self.owned_parts(flat, gradient)
-            if swapped:
-                o._release_swap_buffers(i)
+                yield from self.owned_parts(flat, flat.grad if o.offload_optimizer else o.averaged_gradients[i])
+
+    def _read_swapped(self, i: int, flat: Tensor) -> Parts:
+        """One sub-group on NVMe. Its buffers are given back also where the reader, or reading itself, raises."""
+        o = self.outer
+        try:
+            o._optimizer_states_and_gradient_swap_in(i)
+            yield from self.owned_parts(flat, flat.grad)
+        finally:
+            o._release_swap_buffers(i)
+
+    def owned_parts(self, tensor: Tensor, gradient: Tensor | Sequence[Tensor] | None) -> Parts:
+        index = self._index.get(id(tensor))
+        if index is not None and self.outer._swappable_optimizer_subgroup(index):
+            yield from self._swapped_parts(index, tensor, gradient)
+        else:
+            yield from super().owned_parts(tensor, gradient)
+
+    def _swapped_parts(self, i: int, tensor: Tensor, gradient: Tensor | Sequence[Tensor] | None) -> Parts:
+        """Of a sub-group from NVMe, with zeros for parameters that this batch did not use.
+
+        DeepSpeed reads the file that a former batch left for such a parameter, or nothing into a buffer that held
+        something else (swap_tensor/optimizer_utils.py). The zeros are written in place: the step that comes takes them.
+        """
+        if not isinstance(gradient, Tensor):  # no batch has used any parameter of the sub-group so far
+            for span in self._spans.get(id(tensor), []):
+                for at, zeros in zero_pieces(span.numel):
+                    yield span.target + at, zeros
+            return
+        o = self.outer
+        for p in o.fp16_groups[i]:
+            key = o.get_param_id(p)
+            if key not in o.norm_for_param_grads:  # this batch has handed over no gradient of it
+                _, offset, share = o.grad_position[key]
+                gradient.narrow(0, int(offset), int(share)).zero_()
+        yield from super().owned_parts(tensor, gradient)
 
     def begin(self) -> None:
         o = self.outer
@@ -241,17 +139,31 @@ class Stage3(ZeroShards):
 
     def _forget_gradients(self) -> None:
         """Zero what DeepSpeed keeps of former batches. The gradient of a parameter that a batch does not use is not
-        overwritten, and would be read, and stepped with, once more. (Gradients on NVMe stay.)"""
+        overwritten, and would be read, and stepped with, once more. (Of NVMe: `_swapped_parts`, `_forget_swapped`.)"""
         o = self.outer
         o.grad_partitions_flat_buffer.zero_()
         for i, flat in enumerate(self.tensors):
             if o.offload_optimizer and flat.grad is not None and not o._swappable_optimizer_subgroup(i):
                 flat.grad.zero_()
 
+    def _forget_swapped(self, i: int, flat: Tensor) -> None:
+        """Write zeros to the gradients of a sub-group on NVMe, which a later step reads where its batch writes none."""
+        o = self.outer
+        try:
+            o._optimizer_states_and_gradient_swap_in(i)
+            if flat.grad is not None:
+                flat.grad.zero_()
+                o._writeback_swap_state(i, write_opt_state=False, write_gradients=True)
+        finally:
+            o._release_swap_buffers(i)
+
     def discard(self) -> None:
         o = self.outer
         o._pre_step()
         self._forget_gradients()
+        for i, flat in enumerate(self.tensors):
+            if o._swappable_optimizer_subgroup(i):
+                self._forget_swapped(i, flat)
         o._partition_all_parameters()
         o.zero_grad(set_to_none=True)
         if o.offload_optimizer:
@@ -276,7 +188,7 @@ class Bf16(ZeroShards):
             self._add(flat, flat.numel(), ranges)
             self.param_group |= {self._name(p): i for p in o.bf16_groups[i]}
 
-    def read(self) -> Iterator[tuple[int, Tensor]]:
+    def read(self) -> Parts:
         for flat, gradient in zip(self.tensors, self.outer.fp32_groups_gradient_flat_partition, strict=True):
             yield from self.owned_parts(flat, gradient)
 
@@ -327,19 +239,21 @@ class Replicated(ZeroShards):
         group = self.engine.seq_data_parallel_group
         return split_among_replicas(super()._owned(), dist.get_rank(group), dist.get_world_size(group))
 
-    def read(self) -> Iterator[tuple[int, Tensor]]:
+    def read(self) -> Parts:
         gradients = {self._name(p): p.grad for p in self.params}
         starts = {self._name(p): self.places[p].range.start for p in self.params}
         for item in self.accumulated:
             gradient = gradients[item.name]
             if gradient is None:
-                yield item.offset, torch.zeros(item.numel)
+                pieces = zero_pieces(item.numel)
             else:
-                yield item.offset, gradient.reshape(-1).narrow(0, item.start - starts[item.name], item.numel)
+                pieces = FlatList([gradient]).pieces(item.start - starts[item.name], item.numel)
+            for at, piece in pieces:
+                yield item.offset + at, piece
 
     def finite(self) -> bool:
         """Whether every gradient, this rank's part or not, is finite; data-parallel replicas give the same answer."""
-        return all(bool(torch.isfinite(p.grad).all()) for p in self.params if p.grad is not None)
+        return all_finite(p.grad for p in self.params if p.grad is not None)
 
     def lower_scale(self) -> bool:
         """It does not scale the loss: a lower one makes no gradient finite."""

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from mols_ds.core import estimators
-from mols_ds.core.adam_moments import adam_moments
+from mols_ds.core.adam_moments import adam_moments, moment_pieces
 from mols_ds.core.config import Estimator, MolsConfig
 from mols_ds.core.group_stats import NoiseFloor
 from mols_ds.core.local_stats import LocalStats
@@ -83,8 +83,8 @@ class SnrWatch:
             tensor = self._shards.tensors[index]
             state = inner.state.get(tensor, {})
             mean, square = (item.view(state[key].view(-1)) for key in ("exp_avg", "exp_avg_sq"))
-            mu2, s2, _ = adam_moments(mean, square, self._step(inner), *self._betas)
-            elements.add_squares(number, mu2, s2)
+            for at, mu2, s2, _ in moment_pieces(mean, square, self._step(inner), *self._betas):
+                elements.add_squares(number, mu2, s2, at)
         sums = elements.take_squares()
         sums.load_packed(self._shards.reduce(sums.pack()))
         return {name: estimators.estimate(sums, name, True) for name in ESTIMATORS}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mols_ds.core.ranges import ParamRange
 from mols_ds.engines.deepspeed.parallel.base import Place
-from mols_ds.engines.deepspeed.shards import ZeroShards
+from mols_ds.engines.deepspeed.zero_shards import ZeroShards
 
 FIRST, SECOND, ALIEN = torch.arange(10.0), torch.arange(100.0, 106.0), torch.zeros(3)
 PARAMETERS = {

@@ -1,0 +1,93 @@
+"""Powers of two that keep the squares of small and large gradients inside of fp32's range.
+
+fp32 has no square of a number below 2.6e-23, rounds those of numbers below 1e-19, and none above 1.8e19 is finite. So
+accumulators keep a range of elements (a parameter) whose first gradient is beyond `ORDINARY` times a power of two that
+brings its largest element near 1. Multiplication by a power of two is exact: no result changes where nothing
+underflows.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+ORDINARY = (2.0**-40, 2.0**40)
+"""Largest magnitudes of a range that is kept as it is: its squares have 2^46 to either side, and more."""
+MOST = 100
+"""The largest exponent: 2^127 is fp32's last power of two."""
+UNDECIDED = -(2**15)
+"""In a saved state: every gradient of this range was zero so far."""
+
+
+class Exponents:
+    """Exponent of each range of the accumulators, decided at its first gradient that is not zero.
+
+    Args:
+        edges: where the ranges begin, ascending from 0, and the number of all elements.
+    """
+
+    def __init__(self, edges: Sequence[int]) -> None:
+        self.edges = list(edges)
+        self.undecided = list(range(max(0, len(self.edges) - 1)))
+        self._of: dict[int, int] = {}
+
+    def parts(self, offset: int, numel: int) -> Iterator[tuple[int, int, int]]:
+        """(begin, end, exponent) of elements [offset, offset + numel), cut where the exponent changes."""
+        end = offset + numel
+        if not self._of:
+            yield offset, end, 0
+            return
+        begin, index = offset, max(0, bisect_right(self.edges, offset) - 1)
+        while begin < end:
+            exponent = self._of.get(index, 0)
+            while self.edges[index + 1] < end and self._of.get(index + 1, 0) == exponent:
+                index += 1
+            stop = min(end, self.edges[index + 1])
+            yield begin, stop, exponent
+            begin, index = stop, index + 1
+
+    def decide(self, mean: Tensor) -> list[tuple[int, int, int]]:
+        """Decide the ranges whose mean is not zero any more. Returns (begin, end, exponent) of those that are scaled.
+
+        mean: of all elements, before it is scaled; every undecided range was zero before this sample.
+        """
+        waiting = [i for i in self.undecided if self.edges[i] < self.edges[i + 1]]
+        if not waiting:
+            return []
+        ends = [torch.stack(torch.aminmax(mean[self.edges[i] : self.edges[i + 1]])) for i in waiting]
+        found: list[tuple[int, int, int]] = []
+        self.undecided = []
+        for index, largest in zip(waiting, torch.stack(ends).abs().amax(1).tolist(), strict=True):
+            if largest == 0.0:
+                self.undecided.append(index)
+            elif math.isfinite(largest) and not ORDINARY[0] <= largest <= ORDINARY[1]:
+                self._of[index] = max(-MOST, min(MOST, -math.frexp(largest)[1]))
+                found.append((self.edges[index], self.edges[index + 1], self._of[index]))
+        return found
+
+    def state(self) -> Tensor:
+        """One int16 a range: its exponent, or `UNDECIDED`."""
+        exponents = torch.zeros(max(0, len(self.edges) - 1), dtype=torch.int16)
+        for index, exponent in self._of.items():
+            exponents[index] = exponent
+        exponents[self.undecided] = UNDECIDED
+        return exponents
+
+    def load(self, exponents: Tensor) -> None:
+        """Take over a `state` of equal ranges."""
+        every = enumerate(exponents.tolist())
+        of = {index: exponent for index, exponent in every if exponent != 0}
+        self.undecided = [index for index, exponent in of.items() if exponent == UNDECIDED]
+        self._of = {index: exponent for index, exponent in of.items() if exponent != UNDECIDED}
+
+    def load_nothing(self, mean: Tensor, m2: Tensor) -> None:
+        """Take over a state of a release without exponents: what moved so far is kept as it is."""
+        self._of, edges = {}, self.edges
+        self.undecided = [
+            i for i in range(max(0, len(edges) - 1))
+            if not (mean[edges[i] : edges[i + 1]].any() or m2[edges[i] : edges[i + 1]].any())
+        ]  # fmt: skip

@@ -1,0 +1,156 @@
+"""What every ZeRO layout says about its shards, and what all of them do alike. The layouts: shards.py."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from mols_ds.core.pieces import FlatList, Parts, all_finite
+from mols_ds.core.ranges import ShardRange, pack, spans_to_accumulators
+from mols_ds.engines.deepspeed.compat import Engine, check_optimizer
+from mols_ds.engines.deepspeed.parallel.base import Place
+from mols_ds.errors import MolsUnsupportedError
+
+
+class ZeroShards(ABC):
+    """The shards of one engine on this rank.
+
+    Attributes:
+        tensors: what the inner optimizer steps; their identity is stable for the engine's life.
+        sizes: number of elements of each (a tensor on NVMe is empty between steps).
+        ranges: per tensor, the parameter elements in it; what no range covers is padding (and may be garbage).
+        owned: (number of the tensor, range in it) of the elements whose statistics this rank keeps: all, or its share
+            where ranks hold replicas; in the order of its accumulators.
+        accumulated: the ranges of `owned` as they are in the accumulators.
+        param_group: parameter name -> index of its group in `inner.param_groups`.
+    """
+
+    reads_before_clipping = False
+    """Whether online samples are read at the entry of the step; otherwise in the inner optimizer's step hook."""
+
+    def __init__(self, engine: Engine, places: Mapping[nn.Parameter, Place], group: object = None) -> None:
+        self.engine = engine
+        self.group = group
+        self.outer = engine.optimizer
+        self.inner = getattr(self.outer, "optimizer", self.outer)
+        check_optimizer(self.outer)
+        self.places = places
+        self.tensors: list[Tensor] = []
+        self.sizes: list[int] = []
+        self.ranges: list[list[ShardRange]] = []
+        self.param_group: dict[str, int] = {}
+        self._collect()
+        self.owned = self._owned()
+        self.accumulated = pack(item for _, item in self.owned)
+        self._spans = {id(self.tensors[i]): spans for i, spans in spans_to_accumulators(self.owned).items()}
+
+    def _name(self, param: nn.Parameter) -> str:
+        return self.places[param].range.name
+
+    def _range(self, param: nn.Parameter, low: int, high: int, offset: int) -> ShardRange:
+        """Elements low to high of the local parameter, as far as it has them, which are at `offset` of a tensor."""
+        return self.places[param].range.part(low, high).at(offset)
+
+    def _add(self, tensor: Tensor, size: int, ranges: list[ShardRange]) -> None:
+        self.tensors.append(tensor)
+        self.sizes.append(size)
+        self.ranges.append([item for item in ranges if item.numel > 0])
+
+    @abstractmethod
+    def _collect(self) -> None:
+        """Fill tensors, sizes, ranges and param_group."""
+
+    def _owned(self) -> list[tuple[int, ShardRange]]:
+        uncounted = {place.range.name for place in self.places.values() if not place.counted}
+        return [(i, item) for i, ranges in enumerate(self.ranges) for item in ranges if item.name not in uncounted]
+
+    def owned_parts(self, tensor: Tensor, gradient: Tensor | Sequence[Tensor] | None) -> Parts:
+        """(offset among the owned elements, 1-D gradient) of the owned ranges of one inner tensor.
+
+        gradient: that of all its elements, as one tensor or as the parts of one; may be None where this rank owns none
+            of them.
+        """
+        spans = self._spans.get(id(tensor), [])
+        assert gradient is not None or not spans, "an owned inner tensor has no gradient"
+        if gradient is None:
+            return
+        flat = FlatList([gradient] if isinstance(gradient, Tensor) else gradient)
+        for span in spans:
+            for at, piece in flat.pieces(span.source, span.numel):
+                yield span.target + at, piece
+
+    @abstractmethod
+    def read(self) -> Parts:
+        """(offset among the owned elements, 1-D gradient) at the boundary, still loss-scaled; no collective."""
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """SUM over the ranks whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
+        sums = values.to(get_accelerator().current_device_name())
+        dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=self.group)
+        return sums.cpu()
+
+    def finite(self) -> bool:
+        """Whether the gradient that this rank reads is finite."""
+        with closing(self.read()) as parts:
+            return all_finite(gradient for _, gradient in parts)
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Throw the accumulated gradient away, as if the engine had never seen these batches."""
+
+    def begin(self) -> None:  # noqa: B027  (most layouts keep nothing)
+        """Before the first forward pass of a batch that is measured: forget gradients of former batches."""
+
+    def lower_scale(self) -> bool:
+        """After a gradient that is not finite on any rank: lower a dynamic loss scale, as a skipped step does.
+
+        Returns False for a static scale, and for one at its minimum (DeepSpeed would end the run there).
+        """
+        outer = self.outer
+        scaler: Any = getattr(outer, "loss_scale_config", None) or getattr(outer, "loss_scaler", None)
+        dynamic = getattr(scaler, "dynamic_loss_scale", None) or getattr(scaler, "dynamic", False)
+        lowest = getattr(scaler, "min_loss_scale", None) or getattr(scaler, "min_scale", None) or 1.0
+        if not dynamic or float(scaler.cur_scale) <= lowest:
+            return False
+        outer._update_scale(True)
+        return True
+
+    def loss_scale(self) -> float:
+        """What the gradients that `read` gives are multiplied by."""
+        return 1.0
+
+    def undo_factor(self, scale_before: float) -> float:
+        """inner `.grad` x this = the unscaled, unclipped gradient; NaN where the gradient is not finite.
+
+        `scale_before` is the loss scale at the entry of the step: DeepSpeed grows a dynamic scale before it unscales,
+        and then divides by the new one.
+        """
+        norm = getattr(self.outer, "_global_grad_norm", None)
+        if norm is None:
+            raise MolsUnsupportedError(
+                "zero_optimization.compute_grad_norm=false leaves no gradient norm to undo clipping by and to see "
+                'non-finite gradients with; remove it, or use "mode": "probe"'
+            )
+        norm = float(norm)
+        if not math.isfinite(norm) or norm < 0:
+            return math.nan
+        return self._undo(norm, scale_before)
+
+    def _undo(self, norm: float, scale_before: float) -> float:
+        scale = float(self.outer.loss_scale)
+        clip = float(self.outer.clip_grad)
+        if clip <= 0:
+            return scale / scale_before
+        scaled_norm = norm * self._norm_scale(scale_before, scale)
+        return scale * max(1.0, (scaled_norm / scale + 1e-6) / clip) / scale_before
+
+    def _norm_scale(self, before: float, after: float) -> float:
+        """The scale that `_global_grad_norm` was divided by."""
+        return before
