@@ -31,6 +31,7 @@ RULES: dict[str, Rule] = {
     "accumulators": "config",
     "recalibrate": "config",
     "fixed_alphas": "elsewhere",  # the config wins, which `Controller.follow_config` says
+    "weight_decay": "config",
     "total_steps": "config",
     "report_dir": "config",
 }
