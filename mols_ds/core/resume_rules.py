@@ -12,7 +12,7 @@ from mols_ds.core.phases import Phase
 Rule = Literal["config", "begun", "alphas", "elsewhere"]
 
 RULES: dict[str, Rule] = {
-    "enabled": "elsewhere",  # without MoLS nothing reads the state
+    "enabled": "elsewhere",  # off: the state is kept and said (`mols_ds.core.off`)
     "preset": "elsewhere",  # its keys are compared
     "start": "begun",
     "samples": "alphas",

@@ -24,6 +24,7 @@ from mols_ds.core.controller import Controller
 from mols_ds.core.group_stats import NoiseFloor
 from mols_ds.core.handle import Handle
 from mols_ds.core.lr_scaler import LRScaler
+from mols_ds.core.off import on_again
 from mols_ds.core.protocols import GradientSource, WindowState
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.resume_rules import changed, section_of
@@ -289,6 +290,8 @@ class Session(Handle, ABC):
         """
         controller = self.controller
         controller.load_state_dict(saved)
+        if (said := on_again(saved, t)) is not None:
+            controller.warn(said, every_rank=True)
         kept, applied = changed(saved.get("section"), self.config, controller.phase)
         for line in kept:
             controller.warn(line, every_rank=True)
