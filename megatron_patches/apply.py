@@ -15,6 +15,7 @@ from megatron_patches.collective_checks import same_everywhere, together
 from megatron_patches.compat import APPLIED, ATTACHED, check_modules, check_version, optimizer_classes
 from megatron_patches.engine import MegatronMols
 from megatron_patches.monkeypatch import Patches
+from megatron_patches.off import MegatronOff
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
 from mols_ds.errors import MolsConfigError, MolsError
@@ -60,12 +61,21 @@ def attach(
 
     same_everywhere(together(check), ['the "mols" section'])
     section = MolsConfig.parse(config)
+    if isinstance(getattr(optimizer, "mols", None), MegatronOff):
+        optimizer.mols.detach()  # type: ignore[attr-defined]
     if not section.enabled:
-        return Handle()
+        return _off(optimizer)
     chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
     mols = MegatronMols(chunks, optimizer, scheduler, section, samples_per_step)
     _ours.add(optimizer)
     return mols
+
+
+def _off(optimizer: Any) -> Handle:
+    if not hasattr(optimizer, "chained_optimizers"):  # no ChainedOptimizer: there is nothing to attach to either
+        return Handle()
+    optimizer.mols = MegatronOff(optimizer)
+    return optimizer.mols  # type: ignore[no-any-return]
 
 
 _CHUNKS = "_mols_chunks"

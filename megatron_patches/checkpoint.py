@@ -20,6 +20,7 @@ from torch import distributed as dist
 
 from megatron_patches.probe_window import MegatronWindow
 from megatron_patches.schedule import optimizer_steps
+from mols_ds.core.off import SINCE
 from mols_ds.core.state_check import check_saved
 from mols_ds.errors import MolsCheckpointError
 
@@ -57,6 +58,26 @@ def layout_problem(names: Sequence[str], *, distributed: bool, model_ranks: int)
             "--dist-ckpt-optim-fully-reshardable)"
         )
     return None
+
+
+def state_host(optimizer: Any, state: Any) -> dict[Any, Any]:
+    """The dict of the state of the chained optimizers that ours is put into.
+
+    Of several optimizers the first one's, because Megatron compares the number of entries of the outer dict with that
+    of the optimizers.
+    """
+    host: dict[Any, Any] = state[0] if len(optimizer.chained_optimizers) > 1 else state
+    return host
+
+
+def split_state(optimizer: Any, state_dict: Any) -> tuple[Any, Any, Any]:
+    """(the stock part, our common state, our accumulators); what was passed in is not changed."""
+    if len(optimizer.chained_optimizers) > 1:
+        state = dict(state_dict) if isinstance(state_dict, Mapping) else list(state_dict)
+        state[0] = host = dict(state[0])
+    else:
+        state = host = dict(state_dict)
+    return state, host.pop(KEY, None), host.pop(SAMPLES, None)
 
 
 def _model_ranks() -> int:
@@ -98,14 +119,7 @@ class MegatronCheckpoints:
         return {**self.mols.common_state(), "steps": self.mols.steps}
 
     def _host(self, state: Any) -> dict[Any, Any]:
-        """The dict of the state of the chained optimizers that ours is put into.
-
-        Of several optimizers the first one's, because Megatron compares the number of entries of the outer dict with
-        that of the optimizers.
-        """
-        several = len(self.optimizer.chained_optimizers) > 1
-        host: dict[Any, Any] = state[0] if several else state
-        return host
+        return state_host(self.optimizer, state)
 
     def sharded_state_dict(self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
         """`ChainedOptimizer.sharded_state_dict` with the MoLS state."""
@@ -204,7 +218,7 @@ class MegatronCheckpoints:
         """
         self._wanted, self._asked = False, None
         self._refuse_experts(state_dict)
-        state, saved, samples = self._split(state_dict)
+        state, saved, samples = split_state(self.optimizer, state_dict)
         if saved is not None:
             saved = self._checked(saved)
         self._stock["load_state_dict"](state)
@@ -212,7 +226,8 @@ class MegatronCheckpoints:
         if saved is None:
             self._without_state()
             return
-        self.count_from(int(saved["steps"]))
+        steps = int(saved["steps"])
+        self.count_from(steps if SINCE not in saved else max(steps, self._updates()))
         self.mols.resume(saved, self.mols.steps, lambda: self._continue(saved, samples))
 
     def _refuse_experts(self, state: Any) -> None:
@@ -229,19 +244,14 @@ class MegatronCheckpoints:
             "resume with experts dealt over ranks, or not, as they were, or load the weights alone"
         )
 
-    def _split(self, state_dict: Any) -> tuple[Any, Any, Any]:
-        """(the stock part, our common state, our accumulators); what was passed in is not changed."""
-        if len(self.optimizer.chained_optimizers) > 1:
-            state = dict(state_dict) if isinstance(state_dict, Mapping) else list(state_dict)
-            state[0] = host = dict(state[0])
-        else:
-            state = host = dict(state_dict)
-        return state, host.pop(KEY, None), host.pop(SAMPLES, None)
-
-    def _without_state(self) -> None:
+    def _updates(self) -> int:
+        """Updates that the optimizer's state counts, the most of any rank. Collective."""
         mine = torch.zeros(dist.get_world_size(), dtype=torch.float64)
         mine[dist.get_rank()] = optimizer_steps(self.optimizer)
-        self.count_from(int(self.mols.reduce(mine).max()))
+        return int(self.mols.reduce(mine).max())
+
+    def _without_state(self) -> None:
+        self.count_from(self._updates())
         self.mols.resume_without_state(self.mols.steps)
 
     def _checked(self, saved: Any) -> Any:
@@ -278,7 +288,9 @@ class MegatronCheckpoints:
         if samples is None:
             of, world = saved.get("samples_of"), dist.get_world_size()
             problem = (
-                f"it was saved by {of} ranks, these are {world}"
+                "MoLS was off in between"
+                if SINCE in saved
+                else f"it was saved by {of} ranks, these are {world}"
                 if of is not None and of != world
                 else "its accumulators were not asked for: call mols.resume_from(checkpoint_dir) before "
                 "optimizer.sharded_state_dict(..., is_loading=True), or use megatron_patches.apply()"

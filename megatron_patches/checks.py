@@ -16,7 +16,9 @@ def check_supported(optimizer: object, model_config: object, config: MolsConfig,
     """Raise `MolsUnsupportedError` for what would silently train wrong. `fused`: some parameter has several groups."""
     compat.check_optimizer(optimizer)
     precision.check(model_config, getattr(optimizer, "config", None))
-    for applies, what, way_out in precision.optimizer_refusals(optimizer, config.mode, fused=fused):
+    unscaled = config.weight_decay == "unscaled"
+    refusals = precision.optimizer_refusals(optimizer, config.measures, fused=fused, unscaled=unscaled)
+    for applies, what, way_out in refusals:
         if applies:
             raise MolsUnsupportedError(f"MoLS does not support {what}: {way_out}")
 

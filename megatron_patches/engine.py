@@ -43,7 +43,7 @@ from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.errors import MolsConfigError
-from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only
+from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only, unscaled_decay
 from mols_ds.report.files import Publisher
 
 
@@ -178,6 +178,7 @@ class MegatronMols(Session):
                     shared_counter=has_shared_counter(part.inner),
                     groups_only=reads_groups_only(part.inner),
                     parallel_list=parallel_list(part.inner),
+                    unscaled_decay=unscaled_decay(part.inner, self.config),
                 )
             )
             self._hooks.append(part.inner.register_step_post_hook(self._read_moments))

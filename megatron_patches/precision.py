@@ -20,7 +20,7 @@ from megatron_patches.machine import RECIPES, Machine, probe_machine
 from mols_ds.core.config import Mode
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.optim.catalog import MEGATRON
-from mols_ds.optim.traits import has_adam_moments, reads_groups_only
+from mols_ds.optim.traits import has_adam_moments, reads_groups_only, unscaled_refusal
 
 
 @dataclass(frozen=True)
@@ -264,13 +264,16 @@ def _is_a(thing: object, *names: str) -> bool:
     return any(kind.__name__ in names for kind in type(thing).__mro__)
 
 
-def optimizer_refusals(optimizer: object, mode: Mode, *, fused: bool = False) -> list[Refusal]:
+def optimizer_refusals(
+    optimizer: object, mode: Mode | None, *, fused: bool = False, unscaled: bool = False
+) -> list[Refusal]:
     """Each thing that MoLS refuses of a Megatron optimizer, with whether it applies.
 
     Args:
         optimizer: what get_megatron_optimizer returned.
-        mode: of the "mols" section.
+        mode: in which gradients are measured; None where the alphas are given.
         fused: whether a parameter holds rows of several groups (`linear_qkv`), so that ranges have to be scaled.
+        unscaled: whether weight decay is to stay that of the base rate.
     """
     every = list(_inner(optimizer))
     # A chain keeps no config of its own where it is empty; its members' are one and the same object.
@@ -350,6 +353,7 @@ def optimizer_refusals(optimizer: object, mode: Mode, *, fused: bool = False) ->
             "mode 'moments' with exp_avg_dtype or exp_avg_sq_dtype below fp32: the stored moments are scaled",
             'fp32 moments, or mode "probe" or "online"',
         ),
+        *(Refusal(True, *refusal) for one in inner if unscaled and (refusal := unscaled_refusal(one)) is not None),
     ]
 
 

@@ -76,6 +76,8 @@ class MolsConfig(Frozen):
     accumulators: AccumulatorConfig = AccumulatorConfig()
     recalibrate: RecalibrateConfig | None = None
     fixed_alphas: dict[str, float] | None = None
+    weight_decay: Literal["scaled", "unscaled"] = "scaled"
+    """Whether multipliers act on decoupled weight decay too. `"unscaled"`: every group decays at the base rate."""
     total_steps: Annotated[StrictInt, Field(ge=1)] | None = None
     report_dir: str = "mols_report"
 
@@ -115,6 +117,11 @@ class MolsConfig(Frozen):
         if self.fixed_alphas is not None and self.recalibrate is not None:
             raise ValueError("recalibrate: cannot go with fixed_alphas (nothing is ever calibrated); drop one of them")
         return self
+
+    @property
+    def measures(self) -> Mode | None:
+        """The mode in which gradients are measured; None where the alphas are given."""
+        return None if self.fixed_alphas is not None else self.mode
 
     @classmethod
     def parse(cls, section: JsonMapping | MolsConfig) -> MolsConfig:

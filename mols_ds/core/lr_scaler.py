@@ -12,11 +12,13 @@ A tensor whose elements belong to several groups (a ZeRO flat shard, a fused pro
 
 An optimizer that is not known to find its tensors in `param_groups` alone never sees temporary groups: it takes its own
 step at the base rate, and every scaled range is corrected by delta with lead = 1. That costs a transient copy of them.
+
+Decoupled weight decay is lr x weight_decay x w, so it is multiplied too. Where it has to stay that of the base rate, a
+temporary group has weight_decay / multiplier, and delta mixes the new weights with w_old (1 - lr x weight_decay).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from torch.optim import Optimizer
 from mols_ds.core.groups import ElementLayout
 from mols_ds.core.pieces import gradient_of
 from mols_ds.core.ranges import ShardRange
+from mols_ds.core.state_slices import Sliced, align_counters, copied, sliceable, slices_of, write_back
 from mols_ds.core.step_guard import StepGuard
 
 ParamGroup = dict[str, Any]
@@ -115,16 +118,14 @@ def is_interleaved(layout: ElementLayout, numel: int, *, elementwise: bool) -> b
 
 
 class _Delta(NamedTuple):
+    """A range that is set to (1 - scale) x `old` + scale x what the step made of it.
+
+    old: the weights before the step, decayed at the base rate where the decay is not scaled.
+    """
+
     view: Tensor
     old: Tensor
     scale: float
-
-
-class _Slices(NamedTuple):
-    """The views that stand in for one tensor during a step, and the scalar state to copy back afterwards."""
-
-    tensor: Tensor
-    views: list[Tensor]
 
 
 class _Derived(NamedTuple):
@@ -137,7 +138,7 @@ class _Derived(NamedTuple):
     def write_back(self) -> None:
         """Give the group, once, the values after the step. A tensor that was changed in place stays the same object."""
         for key, value in self.told.items():
-            if key in ("lr", "params"):
+            if key in ("lr", "params") or (key == "weight_decay" and value is self.made.get(key)):
                 continue
             old, in_place = self.group.get(key), value is self.made.get(key)
             if in_place and isinstance(old, Tensor):
@@ -161,6 +162,8 @@ class LRScaler:
             temporary groups. Not given: as `elementwise`.
         parallel_list: attribute that the optimizer zips with `param_groups`, an entry {"params": [None, ...]} for each
             group; it is replaced for the step. "" = there is none.
+        unscaled_decay: None: weight decay is multiplied as the rate is. Else it stays that of the base rate, and this
+            is called before each scaled step; it raises where that cannot be (`mols_ds.optim.traits.check_unscaled`).
 
     Attributes:
         watching: whether scaled steps are compared before and after (see `StepGuard`).
@@ -177,6 +180,7 @@ class LRScaler:
         shared_counter: bool = False,
         groups_only: bool | None = None,
         parallel_list: str = "",
+        unscaled_decay: Callable[[], None] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.plans = dict(plans)
@@ -185,13 +189,14 @@ class LRScaler:
         self.shared_counter = shared_counter
         self.groups_only = elementwise if groups_only is None else groups_only
         self.parallel_list = parallel_list
+        self.unscaled_decay = unscaled_decay
         self.watching = False
         self.problem = ""
         self._guard: StepGuard | None = None
         self._saved_list: list[ParamGroup] | None = None
         self._saved: list[ParamGroup] | None = None
         self._derived: list[_Derived] = []
-        self._slices: list[_Slices] = []
+        self._slices: list[Sliced] = []
         self._deltas: list[_Delta] = []
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -212,8 +217,8 @@ class LRScaler:
         self.optimizer.param_groups = self._saved
         if self._saved_list is not None:
             setattr(self.optimizer, self.parallel_list, self._saved_list)
-        for slices in self._slices:
-            for view in slices.views:
+        for sliced in self._slices:
+            for view in sliced.views:
                 self.optimizer.state.pop(view, None)
         self._saved, self._saved_list, self._derived, self._slices = None, None, [], []
 
@@ -222,6 +227,8 @@ class LRScaler:
         multipliers = {g: m for g, m in self.multipliers().items() if m != 1.0}
         if not multipliers:
             return
+        if self.unscaled_decay is not None:
+            self.unscaled_decay()
         with torch.no_grad():
             if self.groups_only:
                 self._regroup(multipliers)
@@ -235,11 +242,11 @@ class LRScaler:
         optimizer, saved = self.optimizer, self.optimizer.param_groups
         groups: list[ParamGroup] = []
         if self.shared_counter:
-            _align_counters(optimizer)
+            align_counters(optimizer)
         for group in saved:
             by_rate: dict[float, list[Tensor]] = {}
             for tensor in group["params"]:
-                for rate, part in self._cut(tensor, multipliers):
+                for rate, part in self._cut(tensor, group, multipliers):
                     by_rate.setdefault(rate, []).append(part)
             groups += self._derive(group, by_rate)
         self._saved = saved
@@ -254,20 +261,22 @@ class LRScaler:
             for tensor in group["params"]:
                 plan = self.plans.get(id(tensor))
                 if plan is not None:
-                    self._correct(tensor, plan, multipliers)
+                    self._correct(tensor, plan, multipliers, self._base_decay(tensor, group))
 
-    def _correct(self, tensor: Tensor, plan: SegmentPlan, multipliers: Mapping[str, float]) -> None:
+    def _correct(
+        self, tensor: Tensor, plan: SegmentPlan, multipliers: Mapping[str, float], decay: float | Tensor | None
+    ) -> None:
         """Remember the weights of every range of a tensor that is scaled; it is stepped at the base rate. Each once."""
         if len(plan.segments) == 1 and not plan.interleaved:
-            self._delta(tensor.detach(), plan.segments[0].rate(multipliers))
+            self._delta(tensor.detach(), plan.segments[0].rate(multipliers), decay)
             return
         flat = tensor.detach().view(-1)
         for segment in plan.segments:
             if len(segment.groups) == 1:
-                self._delta(flat[segment.lo : segment.hi], segment.rate(multipliers))
+                self._delta(flat[segment.lo : segment.hi], segment.rate(multipliers), decay)
         for segment, start, layout in plan.interleaved:
             for name, view in layout.views(flat[segment.lo : segment.hi], start):
-                self._delta(view, multipliers.get(name, 1.0))
+                self._delta(view, multipliers.get(name, 1.0), decay)
 
     def _derive(self, group: ParamGroup, by_rate: Mapping[float, list[Tensor]]) -> list[ParamGroup]:
         """Temporary groups of one group, each with copies of what a step may change in place (a counter, a list)."""
@@ -275,17 +284,20 @@ class LRScaler:
             return [group]
         kept = {key: value for key, value in group.items() if key != "params"}
         derived = [
-            {key: _copied(value) for key, value in kept.items()} | {"lr": group["lr"] * rate, "params": parts}
+            {key: copied(value) for key, value in kept.items()} | {"lr": group["lr"] * rate, "params": parts}
             for rate, parts in by_rate.items()
         ]
+        if self.unscaled_decay is not None and _decays(group):
+            for rate, one in zip(by_rate, derived, strict=True):
+                one["weight_decay"] = group["weight_decay"] / rate
         # An optimizer may count in groups with a gradient only: such a one tells what the group's values become.
         stepped = (one for one in derived if any(gradient_of(part) is not None for part in one["params"]))
         told = next(stepped, derived[0])
         self._derived.append(_Derived(group, told, dict(told)))
         return derived
 
-    def _cut(self, tensor: Tensor, multipliers: Mapping[str, float]) -> list[tuple[float, Tensor]]:
-        """The (multiplier, tensor or view) pairs that stand in for `tensor` in this step."""
+    def _cut(self, tensor: Tensor, group: ParamGroup, multipliers: Mapping[str, float]) -> list[tuple[float, Tensor]]:
+        """The (multiplier, tensor or view) pairs that stand in for `tensor` of this parameter group in this step."""
         plan = self.plans.get(id(tensor))
         if plan is None:
             return [(1.0, tensor)]
@@ -298,20 +310,27 @@ class LRScaler:
                 runs[-1] = (runs[-1][0], hi, rate)
             else:
                 runs.append((lo, hi, rate))
-        flat = tensor.detach().view(-1)
+        flat, decay = tensor.detach().view(-1), self._base_decay(tensor, group)
         stepped = [(runs[0][2], tensor)] if len(runs) == 1 else self._views(tensor, flat, runs)
         if stepped is None:
-            self._correct(tensor, plan, multipliers)
+            self._correct(tensor, plan, multipliers, decay)
             return [(1.0, tensor)]
         for segment, start, layout in plan.interleaved:
             lead = segment.rate(multipliers)
-            for group, view in layout.views(flat[segment.lo : segment.hi], start):
-                self._delta(view, multipliers.get(group, 1.0) / lead)
+            for name, view in layout.views(flat[segment.lo : segment.hi], start):
+                self._delta(view, multipliers.get(name, 1.0) / lead, decay)
         return stepped
 
-    def _delta(self, view: Tensor, scale: float) -> None:
+    def _delta(self, view: Tensor, scale: float, decay: float | Tensor | None) -> None:
         if scale != 1.0:
-            self._deltas.append(_Delta(view, view.clone(), scale))
+            old = view.clone() if decay is None else view * (1 - decay)
+            self._deltas.append(_Delta(view, old, scale))
+
+    def _base_decay(self, tensor: Tensor, group: ParamGroup) -> float | Tensor | None:
+        """What the step takes off each weight at the base rate, as a share; None where decay is scaled or is none."""
+        if self.unscaled_decay is None or gradient_of(tensor) is None or not _decays(group):
+            return None
+        return group["lr"] * group["weight_decay"]  # type: ignore[no-any-return]
 
     def _views(
         self, tensor: Tensor, flat: Tensor, runs: Sequence[tuple[int, int, float]]
@@ -320,17 +339,17 @@ class LRScaler:
         state = self.optimizer.state.get(tensor)
         if not (self.elementwise and state and tensor.grad is not None and tensor.is_contiguous()):
             return None
-        if not all(_sliceable(value, tensor) for value in state.values()):
+        if not all(sliceable(value, tensor) for value in state.values()):
             return None
         lengths = [hi - lo for lo, hi, _ in runs]
         views = torch.split(flat, lengths)
-        sliced = {key: _slices(value, tensor, lengths) for key, value in state.items()}
+        sliced = {key: slices_of(value, tensor, lengths) for key, value in state.items()}
         for view, gradient, values in zip(
             views, torch.split(tensor.grad.view(-1), lengths), zip(*sliced.values(), strict=True), strict=True
         ):
             view.grad = gradient
             self.optimizer.state[view] = dict(zip(sliced, values, strict=True))
-        self._slices.append(_Slices(tensor, list(views)))
+        self._slices.append(Sliced(tensor, list(views)))
         return [(rate, view) for (_, _, rate), view in zip(runs, views, strict=True)]
 
     @property
@@ -344,55 +363,12 @@ class LRScaler:
                 derived.write_back()
             if self._guard is not None:
                 self.problem = self.problem or self._guard.problem(self._own_groups)
-            for slices in self._slices:
-                _write_back(optimizer, slices)
+            for sliced in self._slices:
+                write_back(optimizer, sliced)
             for view, old, scale in self._deltas:
                 view.copy_(old.lerp_(view, scale))
         self.restore()
 
 
-def _copied(value: Any) -> Any:
-    """A copy of a value of a parameter group that a step may change in place; any other value itself."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return copy.deepcopy(value) if isinstance(value, list | dict | set) else value
-
-
-def _sliceable(value: object, tensor: Tensor) -> bool:
-    if isinstance(value, Tensor):
-        plain = type(value) in (Tensor, torch.nn.Parameter) and value.is_contiguous()
-        return plain and (value.numel() == tensor.numel() or value.numel() == 1)
-    return isinstance(value, int | float | bool)
-
-
-def _slices(value: object, tensor: Tensor, lengths: list[int]) -> Sequence[object]:
-    """What of one entry of a tensor's state goes to each run: its part, a copy of a counter, or a plain number."""
-    if not isinstance(value, Tensor):
-        return [value] * len(lengths)
-    if value.numel() == tensor.numel():
-        return torch.split(value.view(-1), lengths)
-    return value.expand(len(lengths), *value.shape).clone().unbind()
-
-
-def _align_counters(optimizer: Optimizer) -> None:
-    """Give every tensor of a group the group's step count before the group is cut into several lists."""
-    for group in optimizer.param_groups:
-        states = [optimizer.state[p] for p in group["params"] if "step" in optimizer.state.get(p, {})]
-        step = max((s["step"] for s in states), default=0)
-        for state in states:
-            state["step"] = step
-
-
-def _write_back(optimizer: Optimizer, slices: _Slices) -> None:
-    """Copy the counters of the views to the tensor that they stood in for.
-
-    Tensor counters advance on every view alike. Of plain numbers, take the one that changed: with a shared
-    counter, only the last view of a list counts.
-    """
-    target = optimizer.state[slices.tensor]
-    states = [optimizer.state[view] for view in slices.views]
-    for key, old in target.items():
-        if not isinstance(old, Tensor):
-            target[key] = next((s[key] for s in states if s[key] != old), old)
-        elif old.numel() == 1:
-            old.copy_(states[0][key])
+def _decays(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("weight_decay"))

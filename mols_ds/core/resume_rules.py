@@ -12,7 +12,7 @@ from mols_ds.core.phases import Phase
 Rule = Literal["config", "begun", "alphas", "elsewhere"]
 
 RULES: dict[str, Rule] = {
-    "enabled": "elsewhere",  # without MoLS nothing reads the state
+    "enabled": "elsewhere",  # off: the state is kept and said (`mols_ds.core.off`)
     "preset": "elsewhere",  # its keys are compared
     "start": "begun",
     "samples": "alphas",
@@ -31,6 +31,7 @@ RULES: dict[str, Rule] = {
     "accumulators": "config",
     "recalibrate": "config",
     "fixed_alphas": "elsewhere",  # the config wins, which `Controller.follow_config` says
+    "weight_decay": "config",
     "total_steps": "config",
     "report_dir": "config",
 }

@@ -7,9 +7,10 @@ The report is a plain dict, so that any tool can read the file without this pack
                        "alpha", "never_moved_share", "moved_once_share": float or null, "clamped": bool}},
      "world": {...}, "versions": {...}}
 
-Beside these, the controller writes "noise_floor_correction", "skipped_samples", "alpha_low", "alpha_high" and
-"constant_share" (elements without noise, which no estimator counts) for each group, "mode": "fixed" where the alphas
-were given, and "failed": why, where a calibration gave none. Readers must do without them.
+Beside these, the controller writes "noise_floor_correction", "weight_decay" ("scaled" or "unscaled"),
+"skipped_samples", "alpha_low", "alpha_high" and "constant_share" (elements without noise, which no estimator counts)
+for each group, "mode": "fixed" where the alphas were given, and "failed": why, where a calibration gave none. Readers
+must do without them.
 
 `snr` is what the chosen estimator gave (for `damping` that is the mean effective step d in [0, 1]); a value that is
 undefined, such as the SNR of a group in which nothing moved, is null. `document.py` builds
@@ -84,6 +85,7 @@ class Report(TypedDict):
     versions: dict[str, str]
     noise_floor_correction: NotRequired[bool]
     skipped_samples: NotRequired[int]
+    weight_decay: NotRequired[str]
     failed: NotRequired[str]
 
 

@@ -26,12 +26,13 @@ from mols_ds.core.controller import Controller
 from mols_ds.core.group_stats import NoiseFloor
 from mols_ds.core.handle import Handle
 from mols_ds.core.lr_scaler import LRScaler
+from mols_ds.core.off import on_again
 from mols_ds.core.pieces import zero_pieces
 from mols_ds.core.probe_window import ProbeWindow, weak_hook
 from mols_ds.core.protocols import GradientSource
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.resume_rules import changed, section_of
-from mols_ds.errors import MolsError
+from mols_ds.errors import MolsError, MolsUnsupportedError
 
 Key = TypeVar("Key")
 GUARDED_STEPS = 2
@@ -264,11 +265,11 @@ class Session(Handle, ABC):
         for group in optimizer.param_groups:
             for tensor in group["params"]:
                 for number, item in self.owned_in(tensor):
-                    self._add_moments(optimizer.state.get(tensor, {}), group, number, item)
+                    self._add_moments(_moments_of(optimizer, tensor), group, number, item)
         self._open_moments()
 
     def _add_moments(self, state: Mapping[str, Any], group: Mapping[str, Any], number: int, item: ShardRange) -> None:
-        if "exp_avg" not in state:  # no gradient reached this parameter yet: it never moved
+        if not state:  # no gradient reached this parameter yet: it never moved
             self._open_moments()
             for at, nothing in zero_pieces(item.numel):
                 self.controller.elements.add_squares(number, nothing, nothing, at)
@@ -337,6 +338,8 @@ class Session(Handle, ABC):
         """
         controller = self.controller
         controller.load_state_dict(saved)
+        if (said := on_again(saved, t)) is not None:
+            controller.warn(said, every_rank=True)
         kept, applied = changed(saved.get("section"), self.config, controller.phase)
         for line in kept:
             controller.warn(line, every_rank=True)
@@ -373,6 +376,24 @@ class Session(Handle, ABC):
             f"{what} at step {start}",
             forget=True,
         )
+
+
+def _moments_of(optimizer: Optimizer, tensor: Tensor) -> Mapping[str, Any]:
+    """The state of a tensor, with Adam's two moments of each element; empty where it was never stepped.
+
+    Raises:
+        MolsUnsupportedError: a state of another kind, of a class that the catalog of optimizers does not have.
+    """
+    state: Mapping[str, Any] = optimizer.state.get(tensor, {})
+    if not state.keys() - {"step"}:
+        return {}
+    for key in ("exp_avg", "exp_avg_sq"):
+        if not isinstance(state.get(key), Tensor) or state[key].numel() < tensor.numel():
+            raise MolsUnsupportedError(
+                f'MoLS does not support mode "moments" with {type(optimizer).__name__}, whose state has no {key} of '
+                'each element: use "mode": "probe" or "online"'
+            )
+    return state
 
 
 def largest_holder(layout_counts: Iterable[tuple[Key, Mapping[str, int]]], groups: Iterable[str]) -> dict[str, Key]:

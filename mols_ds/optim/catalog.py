@@ -47,6 +47,20 @@ OTHER_STATE = (EIGHT_BIT,)
 """Packages whose optimizers keep their moments under other names than exp_avg and exp_avg_sq."""
 
 
+class Decay(NamedTuple):
+    """How classes from some modules decay their weights, as far as their source was read.
+
+    modules: prefixes of modules.
+    decoupled: True: each step of a tensor with a gradient takes lr x weight_decay x w off, before the update or after
+        it. False: weight_decay x w is added to the gradient (L2).
+    flag: option of a parameter group or attribute of the optimizer without which it is not decoupled; "" = none.
+    """
+
+    modules: tuple[str, ...]
+    decoupled: bool = True
+    flag: str = ""
+
+
 class RefusedOptions(NamedTuple):
     """Options of a class with which its step is not proportional to lr.
 
@@ -70,6 +84,7 @@ class OptimizerClass:
         settings in `param_groups` alone, whose number may change from step to step, or in one of `PARALLEL_LISTS`.
     shared_counter: whether one step counter serves a parameter group: the state of its last tensor holds it.
     adam_moments: whether two betas mean Adam's two moments of each element in exp_avg and exp_avg_sq.
+    decays: see `Decay`; of a class from any other module nothing is known.
     refused: why a rate per module cannot be given by its lr; "" = it can. instead: what to use.
     refused_options: options with which it cannot.
     """
@@ -80,6 +95,7 @@ class OptimizerClass:
     groups_only_in: tuple[str, ...] = ()
     shared_counter: bool = False
     adam_moments: bool = True
+    decays: tuple[Decay, ...] = ()
     refused: str = ""
     instead: str = "use Adam, AdamW, SGD, Lion, ..."
     refused_options: RefusedOptions | None = None
@@ -88,6 +104,8 @@ class OptimizerClass:
         """(what MoLS does not support, what to do instead) for these parameter groups; None = it is supported."""
         if self.refused:
             return f"{self.name} ({self.refused})", self.instead
+        if any(group.get("fixed_decay") and group.get("weight_decay") for group in groups):
+            return f"{self.name} with fixed_decay (lr is not what its decay is multiplied by)", "set fixed_decay=False"
         options = self.refused_options
         if options is not None and any(options.used(group) for group in groups):
             return f"{self.name} with {options.what}", options.instead
@@ -174,6 +192,7 @@ def _elementwise(
     shared_counter: bool = False,
     adam_moments: bool = True,
     groups_only_in: tuple[str, ...] = (),
+    decays: tuple[Decay, ...] = (),
 ) -> OptimizerClass:
     """A class that may be stepped on views where it is from one of these modules."""
     return OptimizerClass(
@@ -182,14 +201,19 @@ def _elementwise(
         groups_only_in=groups_only_in,
         shared_counter=shared_counter,
         adam_moments=adam_moments,
+        decays=decays,
     )
 
 
-def _tensors(*names: str, adam_moments: bool = True) -> tuple[OptimizerClass, ...]:
+def _tensors(*names: str, adam_moments: bool = True, decays: tuple[Decay, ...] = ()) -> tuple[OptimizerClass, ...]:
     """Classes whose update reads whole parameters (a norm, a mean, a matrix)."""
     return tuple(
         OptimizerClass(
-            name=name, reads="tensors", adam_moments=adam_moments, groups_only_in=(TORCH, DEEPSPEED, COLLECTED, OURS)
+            name=name,
+            reads="tensors",
+            adam_moments=adam_moments,
+            decays=decays,
+            groups_only_in=(TORCH, DEEPSPEED, COLLECTED, OURS),
         )
         for name in names
     )
@@ -208,38 +232,47 @@ def _adafactor_keeps_lr(group: ReadSettings) -> bool:
 _DEEPSPEEDS_ADAM = DeepSpeedVersion((*CARRIED, "bias_correction", "amsgrad", *DROPPED))
 _OWN_RATE = "it finds its own rate"
 _SCHEDULE_FREE = "the weights that it steps are not those that the model has"
+_COUPLED = (Decay((TORCH,), decoupled=False),)
+_BY_OPTION = (Decay((TORCH,), flag="decoupled_weight_decay"),)
 
 ENTRIES: tuple[Entry, ...] = (
     # ---- element by element
     Entry("Adam", "torch", "torch.optim:Adam", {**ADAM, "amsgrad": False}, state=per_element(8),
           deepspeed=_DEEPSPEEDS_ADAM, megatron="adam",
           # Transformer Engine's FusedAdam may keep scaled moments below fp32: not stepped on views.
-          classes=(_elementwise("Adam", TORCH),
-                   _elementwise("FusedAdam", DEEPSPEED, APEX, shared_counter=True, groups_only_in=(ENGINE,)),
-                   OptimizerClass(name="CpuFusedAdam", groups_only_in=(EMULATED,)),
-                   _elementwise("DeepSpeedCPUAdam", DEEPSPEED))),
+          classes=(_elementwise("Adam", TORCH, decays=_BY_OPTION),
+                   _elementwise("FusedAdam", DEEPSPEED, APEX, shared_counter=True, groups_only_in=(ENGINE,),
+                                decays=(Decay((DEEPSPEED, APEX, ENGINE), flag="adam_w_mode"),)),
+                   OptimizerClass(name="CpuFusedAdam", groups_only_in=(EMULATED,),
+                                  decays=(Decay((EMULATED,), flag="adam_w_mode"),)),
+                   _elementwise("DeepSpeedCPUAdam", DEEPSPEED, decays=(Decay((DEEPSPEED,), flag="adam_w_mode"),)))),
     Entry("AdamW", "torch", "torch.optim:AdamW", {**ADAM, "amsgrad": False}, state=per_element(8),
-          deepspeed=_DEEPSPEEDS_ADAM, classes=(_elementwise("AdamW", TORCH),)),
+          deepspeed=_DEEPSPEEDS_ADAM, classes=(_elementwise("AdamW", TORCH, decays=(Decay((TORCH,)),)),)),
     Entry("NAdam", "torch", "torch.optim:NAdam", {**ADAM, "momentum_decay": 4e-3}, state=per_element(8),
-          fixed={"decoupled_weight_decay": True}, classes=(_elementwise("NAdam", TORCH),)),
-    Entry("RAdam", state=per_element(8), classes=(_elementwise("RAdam", TORCH),)),
-    Entry("Adamax", state=per_element(8), classes=(_elementwise("Adamax", TORCH),)),
+          fixed={"decoupled_weight_decay": True}, classes=(_elementwise("NAdam", TORCH, decays=_BY_OPTION),)),
+    Entry("RAdam", state=per_element(8), classes=(_elementwise("RAdam", TORCH, decays=_BY_OPTION),)),
+    Entry("Adamax", state=per_element(8),
+          classes=(_elementwise("Adamax", TORCH, adam_moments=False, decays=_COUPLED),)),
     Entry("Adagrad", state=per_element(4),
-          classes=(_elementwise("Adagrad", TORCH), _elementwise("FusedAdagrad", APEX),
-                   _elementwise("DeepSpeedCPUAdagrad", DEEPSPEED))),
-    Entry("RMSprop", state=per_element(4), classes=(_elementwise("RMSprop", TORCH),)),
+          classes=(_elementwise("Adagrad", TORCH, decays=_COUPLED),
+                   _elementwise("FusedAdagrad", APEX, decays=(Decay((APEX,), flag="adagrad_w_mode"),)),
+                   _elementwise("DeepSpeedCPUAdagrad", DEEPSPEED, decays=(Decay((DEEPSPEED,), decoupled=False),)))),
+    Entry("RMSprop", state=per_element(4), classes=(_elementwise("RMSprop", TORCH, decays=_COUPLED),)),
     Entry("SGD", state=state_bytes.sgd, megatron="sgd",
-          classes=(_elementwise("SGD", TORCH), _elementwise("FusedSGD", APEX))),
-    Entry("Adadelta", classes=(_elementwise("Adadelta", TORCH),)),
+          classes=(_elementwise("SGD", TORCH, decays=_COUPLED),
+                   _elementwise("FusedSGD", APEX, decays=(Decay((APEX,), decoupled=False),)))),
+    Entry("Adadelta", classes=(_elementwise("Adadelta", TORCH, decays=_COUPLED),)),
     Entry("Lion", "pytorch-optimizer", "pytorch_optimizer:Lion",
           {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}, state=per_element(4),
           deepspeed=DeepSpeedVersion(("lr", "betas", "weight_decay"), on_cpu="offloaded"), megatron="lion",
-          classes=(_elementwise("Lion", COLLECTED, adam_moments=False),
-                   _elementwise("FusedLion", DEEPSPEED, shared_counter=True, adam_moments=False),
-                   _elementwise("DeepSpeedCPULion", DEEPSPEED, adam_moments=False))),
+          classes=(_elementwise("Lion", COLLECTED, adam_moments=False,
+                                decays=(Decay((COLLECTED,), flag="weight_decouple"),)),
+                   _elementwise("FusedLion", DEEPSPEED, shared_counter=True, adam_moments=False,
+                                decays=(Decay((DEEPSPEED,)),)),
+                   _elementwise("DeepSpeedCPULion", DEEPSPEED, adam_moments=False, decays=(Decay((DEEPSPEED,)),)))),
     Entry("Adam8bit", "bitsandbytes", "bitsandbytes.optim:AdamW8bit", {**ADAM, "min_8bit_size": 4096},
           ("AdamW8bit", "8bit-Adam"), state=state_bytes.eight_bit, swappable=False,
-          classes=(OptimizerClass(name="AdamW8bit", groups_only_in=(EIGHT_BIT,)),)),
+          classes=(OptimizerClass(name="AdamW8bit", groups_only_in=(EIGHT_BIT,), decays=(Decay((EIGHT_BIT,)),)),)),
     # ---- one or a few numbers a parameter
     Entry("Lamb", "mols_ds", "mols_ds.optim.lamb:ShardedLamb",
           {**ADAM, "eps": 1e-6, "bias_correction": False, "clamp": 10.0}, state=per_element(8),
@@ -251,15 +284,16 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("AdamMini", "mols_ds", "mols_ds.optim.adam_mini:ShardedAdamMini", {**ADAM, "head_dim": None},
           state=state_bytes.adam_mini,
           classes=(OptimizerClass(
-                       name="ShardedAdamMini", reads="sharded", adam_moments=False, groups_only_in=(OURS,)),
+                       name="ShardedAdamMini", reads="sharded", adam_moments=False, groups_only_in=(OURS,),
+                       decays=(Decay((OURS,)),)),
                    *_tensors("AdamMini", "Adam_mini", adam_moments=False))),
     Entry("SGG", "mols_ds", "mols_ds.optim.sgg:SGG",
           {**ADAM, "clusters": 3, "interval": 500, "beta3": 0.99, "bounds": (0.1, 10.0)}, state=per_element(8),
-          classes=(OptimizerClass(name="SGG", reads="sharded", groups_only_in=(OURS,)),)),
+          classes=(OptimizerClass(name="SGG", reads="sharded", groups_only_in=(OURS,), decays=(Decay((OURS,)),)),)),
     # ---- matrices
     Entry("Muon", "pytorch-optimizer", "pytorch_optimizer:Muon",
           {**ADAM, "adam_lr": None, "momentum": 0.95, "nesterov": True, "ns_steps": 5, "use_adjusted_lr": True},
-          split=halves.muon, state=state_bytes.muon, classes=_tensors("Muon"),
+          split=halves.muon, state=state_bytes.muon, classes=_tensors("Muon", adam_moments=False),
           # DeepSpeed's knows of shards: it orthogonalises before it cuts. Its Adam half needs a CPU kernel or torch's.
           deepspeed=DeepSpeedVersion(
               (*CARRIED, "momentum", "ns_method", "muon_lr", "adam_lr", *DROPPED), on_cpu="sharded")),
@@ -283,20 +317,22 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("GaLore", "pytorch-optimizer", "pytorch_optimizer:GaLore",
           {**ADAM, "eps": 1e-6, "rank": None, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"},
           split=halves.low_rank("update_proj_gap", "scale", "projection_type"), state=state_bytes.low_rank,
-          classes=(*_tensors("GaLore", adam_moments=False), *_tensors("GaLoreAdamW"))),
+          classes=(*_tensors("GaLore", adam_moments=False, decays=(Decay((COLLECTED,)),)),
+                   *_tensors("GaLoreAdamW", adam_moments=False))),
     Entry("APOLLO", "mols_ds", "mols_ds.optim.apollo:Apollo",
           {**ADAM, "eps": 1e-6, "rank": None, "update_proj_gap": 200, "scale": 1.0, "scale_type": "channel"},
           split=halves.low_rank("update_proj_gap", "scale", "scale_type"), state=state_bytes.low_rank,
-          classes=(*_tensors("Apollo", "APOLLO", adam_moments=False), *_tensors("APOLLOAdamW"))),
+          classes=(*_tensors("Apollo", "APOLLO", adam_moments=False, decays=(Decay((OURS,)),)),
+                   *_tensors("APOLLOAdamW", adam_moments=False))),
     Entry("SGDSaI", "pytorch-optimizer", "pytorch_optimizer:SGDSaI",
           {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0, "eps": 1e-8}, ("SGD-SaI",), state=per_element(4),
           classes=(OptimizerClass(
               name="SGDSaI", reads="tensors",
               refused="it sets a rate for each tensor from its gradient's signal-to-noise ratio itself"),)),
     # ---- known by their classes alone
-    Entry("Shampoo", classes=_tensors("Shampoo", "ScalableShampoo")),
-    Entry("PSGD", classes=_tensors("PSGD", "Kron")),
-    *(Entry(name, classes=_tensors(name)) for name in (
+    Entry("Shampoo", classes=_tensors("Shampoo", "ScalableShampoo", adam_moments=False)),
+    Entry("PSGD", classes=_tensors("PSGD", "Kron", adam_moments=False)),
+    *(Entry(name, classes=_tensors(name, adam_moments=False)) for name in (
         "CAME", "SM3", "SPlus", "Fira", "Conda", "AdaMuon", "NorMuon", "DistributedMuon", "AdaGO", "MuonClip", "Scion",
         "LARS", "NovoGrad", "Fromage", "Nero")),
     *(Entry(name, classes=_refused("its step is not proportional to lr", name)) for name in ("Rprop", "ASGD", "LBFGS")),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch.optim import Optimizer
 
+from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.catalog import (
     CLASSES,
@@ -13,6 +15,7 @@ from mols_ds.optim.catalog import (
     OTHER_STATE,
     PARALLEL_LISTS,
     WHOLE_TENSOR_OPTIONS,
+    Decay,
     OptimizerClass,
     class_facts,
 )
@@ -35,10 +38,15 @@ def reads_groups_only(optimizer: Optimizer) -> bool:
     True for a class that the catalog knows, and for a subclass of one that inherits its `step`. False for every other
     class: it may keep lists or tables beside `param_groups`, and would then leave tensors out, without a word.
     """
-    manager = getattr(optimizer, "mng", None)
-    if any(getattr(manager, table, None) for table in INDEX_TABLES):
+    if _settings_by_index(optimizer):
         return False
     return _has_step_of(optimizer, lambda facts: facts.elementwise_in + facts.groups_only_in)
+
+
+def _settings_by_index(optimizer: object) -> bool:
+    """Whether single tensors have settings of their own (bitsandbytes' manager)."""
+    manager = getattr(optimizer, "mng", None)
+    return any(getattr(manager, table, None) for table in INDEX_TABLES)
 
 
 def _has_step_of(optimizer: Optimizer, modules: Callable[[OptimizerClass], tuple[str, ...]]) -> bool:
@@ -48,6 +56,51 @@ def _has_step_of(optimizer: Optimizer, modules: Callable[[OptimizerClass], tuple
         if facts is not None and cls.__module__.startswith(modules(facts)):
             return _unhooked(type(optimizer)) is _unhooked(cls)
     return False
+
+
+def unscaled_refusal(optimizer: object) -> tuple[str, str] | None:
+    """(what is not supported, what to do instead) with "weight_decay": "unscaled"; None = this optimizer supports it.
+
+    It does where every step takes lr x weight_decay x w off, and where every weight_decay is 0.
+    """
+    for group in getattr(optimizer, "param_groups", []):
+        if group.get("weight_decay", 1.0) and (why := _decay_problem(optimizer, group)):
+            what = f'"weight_decay": "unscaled" with {type(optimizer).__name__} ({why})'
+            return what, 'use "weight_decay": "scaled", weight_decay 0 in the optimizer, or AdamW'
+    return None
+
+
+def unscaled_decay(optimizer: object, config: MolsConfig) -> Callable[[], None] | None:
+    """What `LRScaler` calls before each scaled step: settings of parameter groups may change. None: decay is scaled."""
+    if config.weight_decay == "scaled":
+        return None
+
+    def check() -> None:
+        refusal = unscaled_refusal(optimizer)
+        if refusal is not None:
+            raise MolsUnsupportedError(f"MoLS does not support {refusal[0]}: {refusal[1]}")
+
+    return check
+
+
+def _decay_problem(optimizer: object, group: Mapping[str, Any]) -> str:
+    """Why the decay of this parameter group is not lr x weight_decay x w beside the update; "" = it is."""
+    facts = _decay_of(optimizer)
+    if facts is None or _settings_by_index(optimizer):
+        return "it is not known to take lr x weight_decay x w off in every step"
+    if not facts.decoupled or (facts.flag and not group.get(facts.flag, getattr(optimizer, facts.flag, False))):
+        return "its decay is added to the gradient, so it cannot be told from the update"
+    return ""
+
+
+def _decay_of(optimizer: object) -> Decay | None:
+    """What the catalog knows of the decay of this class, or of the class whose step it inherits."""
+    for cls in type(optimizer).__mro__:
+        facts = CLASSES.get(cls.__name__)
+        for decay in facts.decays if facts is not None else ():
+            if cls.__module__.startswith(decay.modules):
+                return decay if _unhooked(type(optimizer)) is _unhooked(cls) else None
+    return None
 
 
 def parallel_list(optimizer: Optimizer) -> str:

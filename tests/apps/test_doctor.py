@@ -218,6 +218,20 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
         *({"mols": {"mode": "moments"}, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}, "problem"),
         *("config.engine", "keeps no Adam moments", "probe"),
     ),
+    "decay that cannot be unscaled": (
+        {
+            "mols": {"weight_decay": "unscaled"},
+            "optimizer": {"type": "SGD", "params": {"lr": 0.1, "weight_decay": 0.1}},
+        },
+        *("problem", "config.engine", "added to the gradient", '"scaled"'),
+    ),
+    "Adam's L2": (
+        {
+            "mols": {"weight_decay": "unscaled"},
+            "optimizer": {"type": "Adam", "params": {"lr": 0.1, "weight_decay": 0.1, "adam_w_mode": False}},
+        },
+        *("problem", "config.engine", "added to the gradient", "AdamW"),
+    ),
     "whole tensors under ZeRO": (
         *({"optimizer": {"type": "SOAP", "params": {"lr": 1e-3}}}, "problem", "config.values"),
         *("works on whole tensors", '"zero_optimization.stage": 0'),
@@ -249,6 +263,13 @@ def examined(config: dict[str, Any], folder: Path, **options: Any) -> Findings:
     findings = Findings()
     check_config(findings, str(path), **{"model": None, "steps": 100, "world": 2, **options})
     return findings
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Lion"])
+def test_decay_that_can_be_unscaled(name: str, tmp_path: Path) -> None:
+    optimizer = {"type": name, "params": {"lr": 1e-3, "weight_decay": 0.1}}
+    findings = examined(changed({"mols": {"weight_decay": "unscaled"}, "optimizer": optimizer}), tmp_path)
+    assert not only(findings, "config.engine", "problem")
 
 
 def test_a_good_config_has_nothing_to_mend(tmp_path: Path) -> None:

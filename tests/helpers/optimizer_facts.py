@@ -33,22 +33,22 @@ class               | elementwise in  | counter| reads   | two betas | refused
 Adadelta            | torch           |        |         | adam      |
 AdaFactor           |                 |        | tensors |           |
 Adafactor           |                 |        | tensors | adam      | min rate
-AdaGO               |                 |        | tensors | adam      |
+AdaGO               |                 |        | tensors |           |
 Adagrad             | torch           |        |         | adam      |
 Adam                | torch           |        |         | adam      |
 Adam_mini           |                 |        | tensors |           |
-Adamax              | torch           |        |         | adam      |
+Adamax              | torch           |        |         |           |
 AdamMini            |                 |        | tensors |           |
-AdaMuon             |                 |        | tensors | adam      |
+AdaMuon             |                 |        | tensors |           |
 AdamW               | torch           |        |         | adam      |
 AdamW8bit           |                 |        |         | adam      |
 AdamWScheduleFree   |                 |        |         | adam      | other weights
 APOLLO              |                 |        | tensors |           |
 Apollo              |                 |        | tensors |           |
-APOLLOAdamW         |                 |        | tensors | adam      |
+APOLLOAdamW         |                 |        | tensors |           |
 ASGD                |                 |        |         | adam      | lr
-CAME                |                 |        | tensors | adam      |
-Conda               |                 |        | tensors | adam      |
+CAME                |                 |        | tensors |           |
+Conda               |                 |        | tensors |           |
 CpuFusedAdam        |                 |        |         | adam      |
 DAdaptAdam          |                 |        |         | adam      | own rate
 DAdaptLion          |                 |        |         |           | own rate
@@ -56,50 +56,50 @@ DAdaptSGD           |                 |        |         | adam      | own rate
 DeepSpeedCPUAdagrad | deepspeed       |        |         | adam      |
 DeepSpeedCPUAdam    | deepspeed       |        |         | adam      |
 DeepSpeedCPULion    | deepspeed       |        |         |           |
-DistributedMuon     |                 |        | tensors | adam      |
-Fira                |                 |        | tensors | adam      |
-Fromage             |                 |        | tensors | adam      |
+DistributedMuon     |                 |        | tensors |           |
+Fira                |                 |        | tensors |           |
+Fromage             |                 |        | tensors |           |
 FusedAdagrad        | apex            |        |         | adam      |
 FusedAdam           | deepspeed apex  | shared |         | adam      |
 FusedLamb           |                 |        | tensors | adam      |
 FusedLion           | deepspeed       | shared |         |           |
 FusedSGD            | apex            |        |         | adam      |
 GaLore              |                 |        | tensors |           |
-GaLoreAdamW         |                 |        | tensors | adam      |
-Kron                |                 |        | tensors | adam      |
+GaLoreAdamW         |                 |        | tensors |           |
+Kron                |                 |        | tensors |           |
 LAMB                |                 |        | tensors | adam      |
 Lamb                |                 |        | tensors | adam      |
-LARS                |                 |        | tensors | adam      |
+LARS                |                 |        | tensors |           |
 LBFGS               |                 |        |         | adam      | lr
 Lion                | pytorch_optimizer|        |         |           |
-Muon                |                 |        | tensors | adam      |
-MuonClip            |                 |        | tensors | adam      |
+Muon                |                 |        | tensors |           |
+MuonClip            |                 |        | tensors |           |
 NAdam               | torch           |        |         | adam      |
-Nero                |                 |        | tensors | adam      |
-NorMuon             |                 |        | tensors | adam      |
-NovoGrad            |                 |        | tensors | adam      |
+Nero                |                 |        | tensors |           |
+NorMuon             |                 |        | tensors |           |
+NovoGrad            |                 |        | tensors |           |
 OneBitAdam          |                 |        |         | adam      | 1-bit
 OneBitLamb          |                 |        |         | adam      | 1-bit
 Prodigy             |                 |        |         | adam      | own rate
-PSGD                |                 |        | tensors | adam      |
+PSGD                |                 |        | tensors |           |
 RAdam               | torch           |        |         | adam      |
 RMSprop             | torch           |        |         | adam      |
 Rprop               |                 |        |         | adam      | lr
-ScalableShampoo     |                 |        | tensors | adam      |
+ScalableShampoo     |                 |        | tensors |           |
 ScheduleFreeAdamW   |                 |        |         | adam      | other weights
 ScheduleFreeRAdam   |                 |        |         | adam      | other weights
 ScheduleFreeSGD     |                 |        |         | adam      | other weights
-Scion               |                 |        | tensors | adam      |
+Scion               |                 |        | tensors |           |
 SGD                 | torch           |        |         | adam      |
 SGDSaI              |                 |        | tensors | adam      | snr rate
 SGDScheduleFree     |                 |        |         | adam      | other weights
 SGG                 |                 |        |         | adam      |
-Shampoo             |                 |        | tensors | adam      |
+Shampoo             |                 |        | tensors |           |
 ShardedAdamMini     |                 |        |         |           |
 ShardedLamb         |                 |        |         | adam      |
-SM3                 |                 |        | tensors | adam      |
+SM3                 |                 |        | tensors |           |
 SOAP                |                 |        | tensors |           |
-SPlus               |                 |        | tensors | adam      |
+SPlus               |                 |        | tensors |           |
 ZeroOneAdam         |                 |        |         | adam      | 1-bit
 """
 """Reads "tensors": whole parameters. Two betas "adam": they mean Adam's moments in exp_avg and exp_avg_sq."""

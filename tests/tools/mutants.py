@@ -32,6 +32,7 @@ class Mutant(NamedTuple):
 
 SESSION, TRAINER, RANGES = "mols_ds/core/session.py", "mols_ds/training/trainer.py", "mols_ds/core/ranges.py"
 CATALOG, ZERO = "mols_ds/optim/catalog.py", "tests/engines/deepspeed"
+SCALER, DECAY_TESTS = "mols_ds/core/lr_scaler.py", ("tests/unit/test_weight_decay.py",)
 LOOP, RANGE_TESTS = ("tests/unit/test_trainer.py",), ("tests/unit/test_ranges.py",)
 FACTS = ("tests/unit/test_optimizer_facts.py",)
 
@@ -161,9 +162,94 @@ MUTANTS = (
     Mutant(
         "catalog: apex's FusedAdagrad is not elementwise",
         CATALOG,
-        '_elementwise("FusedAdagrad", APEX)',
-        '_elementwise("FusedAdagrad", DEEPSPEED)',
+        '_elementwise("FusedAdagrad", APEX, ',
+        '_elementwise("FusedAdagrad", DEEPSPEED, ',
         FACTS,
+    ),
+    Mutant(
+        "decay: a temporary group decays by its multiplied rate",
+        SCALER,
+        'one["weight_decay"] = group["weight_decay"] / rate',
+        "pass",
+        DECAY_TESTS,
+    ),
+    Mutant(
+        "decay: delta mixes with weights that did not decay",
+        SCALER,
+        "else view * (1 - decay)",
+        "else view.clone()",
+        DECAY_TESTS,
+    ),
+    Mutant("decay: delta decays a weight without a gradient", SCALER, "or tensor.grad is None or", "or", DECAY_TESTS),
+    Mutant(
+        "decay: a temporary group's decay is written back",
+        SCALER,
+        ' or (key == "weight_decay" and value is self.made.get(key))',
+        "",
+        DECAY_TESTS,
+    ),
+    Mutant(
+        "decay: a decay that comes later is not looked at",
+        SCALER,
+        "            self.unscaled_decay()\n",
+        "            pass\n",
+        DECAY_TESTS,
+    ),
+    Mutant(
+        "decay: Adam's L2 is taken for decoupled decay",
+        CATALOG,
+        'Decay((TORCH,), flag="decoupled_weight_decay")',
+        "Decay((TORCH,))",
+        DECAY_TESTS,
+    ),
+    Mutant(
+        "decay: the step of a subclass is not looked at",
+        "mols_ds/optim/traits.py",
+        "return decay if _unhooked(type(optimizer)) is _unhooked(cls) else None",
+        "return decay",
+        DECAY_TESTS,
+    ),
+    Mutant(
+        "decay: DeepSpeed's adapter scales it",
+        "mols_ds/engines/deepspeed/engine.py",
+        "unscaled_decay=unscaled_decay(shards.inner, self.config)",
+        "unscaled_decay=None",
+        (f"{ZERO}/test_weight_decay.py", "-k", "0 and unscaled and fixed", "--tier", "quick"),
+    ),
+    Mutant(
+        "decay: DeepSpeed's adapter refuses nothing",
+        "mols_ds/engines/deepspeed/checks.py",
+        "(decay is not None, *",
+        "(False, *",
+        (f"{ZERO}/test_weight_decay.py", "-k", "RMSprop", "--tier", "quick"),
+    ),
+    Mutant(
+        "decay: Megatron's adapter scales it",
+        "megatron_patches/engine.py",
+        "unscaled_decay=unscaled_decay(part.inner, self.config)",
+        "unscaled_decay=None",
+        ("tests/engines/megatron/test_weight_decay.py", "--tier", "quick"),
+    ),
+    Mutant(
+        "decay: Megatron's adapter refuses nothing",
+        "megatron_patches/checks.py",
+        "unscaled=unscaled)",
+        "unscaled=False)",
+        ("tests/engines/megatron/test_weight_decay.py", "-k", "refused"),
+    ),
+    Mutant(
+        "catalog: Adamax's state is taken for Adam's moments",
+        CATALOG,
+        '_elementwise("Adamax", TORCH, adam_moments=False, ',
+        '_elementwise("Adamax", TORCH, ',
+        (*FACTS, "tests/unit/test_adam_state.py"),
+    ),
+    Mutant(
+        "moments: state of another shape is read",
+        SESSION,
+        "or state[key].numel() < tensor.numel()",
+        "",
+        ("tests/unit/test_adam_state.py",),
     ),
 )
 

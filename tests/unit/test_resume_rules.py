@@ -26,6 +26,7 @@ CHANGES: dict[str, Any] = {
     "ramp_end": 90,
     "accumulators": {"device": "accelerator"},
     "recalibrate": {"every": 5},
+    "weight_decay": "unscaled",
     "total_steps": 500,
     "report_dir": "elsewhere",
 }

@@ -4,6 +4,7 @@ meant. Each check calls the code that raises; a stand-in takes the engine's plac
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -277,15 +278,20 @@ def _inner(resolved: JsonMapping) -> object:
     request = split_config(resolved)
     if request is not None:
         kind: Any = request.entry.load()
-        group = {**request.settings, **request.entry.fixed}
-        return type(kind.__name__, (), {"__module__": kind.__module__, "param_groups": [group]})()
+        parameters = inspect.signature(kind).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        group = {**defaults, **request.settings, **request.entry.fixed}
+        return type(kind.__name__, (), {"__module__": kind.__module__, "param_groups": [group], "step": None})()
     section = resolved["optimizer"]
     named = {"onebitadam": "OneBitAdam", "onebitlamb": "OneBitLamb", "zerooneadam": "ZeroOneAdam", "muon": "Muon"}
-    name = named.get(section["type"].lower(), section["type"])
-    adam = "betas" in (section.get("params") or {}) or "adam" in name.lower()
-    groups = [{"betas": (0.9, 0.95)} if adam else {}]
+    name = {**named, "lion": "FusedLion"}.get(section["type"].lower(), section["type"])
+    params = section.get("params") or {}
+    adam = "betas" in params or "adam" in name.lower()
+    group = {"weight_decay": 0.0, **({"betas": (0.9, 0.95)} if adam else {}), **params}
+    if name.lower() == "adam":  # whose decay DeepSpeed decouples by default
+        group["decoupled_weight_decay"] = params.get("adam_w_mode", True)
     module = "torch.optim" if hasattr(torch.optim, name) else "deepspeed.ops"
-    return type(name, (), {"__module__": module, "param_groups": groups})()
+    return type(name, (), {"__module__": module, "param_groups": [group], "step": None})()
 
 
 # ------------------------------------------------------------------ kernels

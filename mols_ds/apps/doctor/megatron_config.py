@@ -68,10 +68,16 @@ def _megatron(findings: Findings, settings: Settings) -> None:
     check(transformer_config(settings), optimizer)
     if settings.mols is None:
         return
-    adam = settings.optimizer.name == "adam"
-    group = {"params": [], **({"betas": settings.optimizer.betas} if adam else {})}
-    inner = type("Adam" if adam else "SGD", (), {"param_groups": [group]})()
-    stand_in = SimpleNamespace(config=optimizer, ddp_config=layout, optimizer=inner)
-    for refusal in optimizer_refusals(stand_in, MolsConfig.parse(settings.mols).mode, fused=True):
+    adam, section = settings.optimizer.name == "adam", MolsConfig.parse(settings.mols)
+    group = {"params": [], "weight_decay": settings.optimizer.weight_decay}
+    group |= (
+        {"betas": settings.optimizer.betas, "decoupled_weight_decay": optimizer.decoupled_weight_decay} if adam else {}
+    )
+    kind = {"__module__": "torch.optim", "param_groups": [group], "step": None}
+    stand_in = SimpleNamespace(
+        config=optimizer, ddp_config=layout, optimizer=type("Adam" if adam else "SGD", (), kind)()
+    )
+    unscaled = section.weight_decay == "unscaled"
+    for refusal in optimizer_refusals(stand_in, section.measures, fused=True, unscaled=unscaled):
         if refusal.applies:
             findings.add("problem", "config.optimizer", f"MoLS does not support {refusal.what}", refusal.way_out)

@@ -70,11 +70,10 @@ class MegatronSetup:
         # A config of its own for each arm: Megatron's schedules find functions of the optimizer on it
         config = transformer_config(settings, self.machine)
         built = build(settings, config, vocab_size=self.vocab_size, engine=self.engine)
-        mols = Handle()
-        if settings.mols is not None:
-            mols = megatron_patches.attach(
-                built.chunks, built.optimizer, built.scheduler, settings.mols, samples_per_step=settings.batch.total
-            )
+        section = {"enabled": False} if settings.mols is None else settings.mols
+        mols = megatron_patches.attach(
+            built.chunks, built.optimizer, built.scheduler, section, samples_per_step=settings.batch.total
+        )
         return MegatronBackend(job, self, built, mols)
 
 

@@ -18,6 +18,7 @@ from mols_ds.core.json_text import check_plain
 from mols_ds.engines.deepspeed.bind_optimizer import bind_optimizer
 from mols_ds.engines.deepspeed.compat import Config, Engine, read_config
 from mols_ds.engines.deepspeed.engine import EngineMols
+from mols_ds.engines.deepspeed.off import EngineOff
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
 from mols_ds.optim.build import Request, build, split_config
 
@@ -42,8 +43,10 @@ def attach(engine: Engine, config: Mapping[str, object] | MolsConfig) -> Handle:
     section = MolsConfig.parse(config)
     if isinstance(getattr(engine, "mols", None), EngineMols):
         raise MolsError("this engine has MoLS already; call engine.mols.detach() first")
+    if isinstance(getattr(engine, "mols", None), EngineOff):
+        engine.mols.detach()
     bind_optimizer(engine)
-    engine.mols = EngineMols(engine, section) if section.enabled else Handle()
+    engine.mols = EngineMols(engine, section) if section.enabled else EngineOff(engine)
     return engine.mols  # type: ignore[no-any-return]
 
 
@@ -64,11 +67,7 @@ def initialize(*args: Any, **kwargs: Any) -> Initialized:
     request = None if config is None else split_config(config)
     results: Initialized
     results = deepspeed.initialize(*args, **kwargs) if request is None else _initialize_ours(arguments, request)
-    bind_optimizer(results[0])
-    if section is None or not section.enabled:
-        results[0].mols = Handle()
-    else:
-        attach(results[0], section)
+    attach(results[0], section or MolsConfig(enabled=False))
     return results
 
 

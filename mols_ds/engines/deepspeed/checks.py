@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mols_ds.core.config import Mode, MolsConfig
+from mols_ds.core.config import MolsConfig
 from mols_ds.engines.deepspeed import compat
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.catalog import class_facts
-from mols_ds.optim.traits import has_adam_moments
+from mols_ds.optim.traits import has_adam_moments, unscaled_refusal
 
 
 def check_supported(engine: Engine, config: MolsConfig) -> None:
@@ -22,13 +22,8 @@ Refusal = tuple[bool, str, str]
 """Whether it applies, what is not supported, the way out."""
 
 
-def _measures(config: MolsConfig) -> Mode | None:
-    """The mode in which gradients are measured; None where the alphas are given."""
-    return None if config.fixed_alphas is not None else config.mode
-
-
 def _engine_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
-    measures = _measures(config)
+    measures = config.measures
     return [
         (
             type(engine).__name__ == "DualPipeVEngine",
@@ -70,6 +65,7 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
     wrapper, name = type(outer).__name__, type(inner).__name__
     facts = class_facts(inner)
     refused = facts.refusal(getattr(inner, "param_groups", []))
+    decay = unscaled_refusal(inner) if config.weight_decay == "unscaled" else None
     return [
         (
             outer is None or name == "DummyOptim",
@@ -103,8 +99,9 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
             '"source": "library"',
         ),
         (refused is not None, *(refused or ("", ""))),
+        (decay is not None, *(decay or ("", ""))),
         (
-            _measures(config) == "moments" and not has_adam_moments(inner),
+            config.measures == "moments" and not has_adam_moments(inner),
             f'mode "moments" with {name}, which keeps no Adam moments',
             'use "mode": "probe" or "online"',
         ),

@@ -29,7 +29,7 @@ from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.probe_window import EngineWindow
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsConfigError
-from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only
+from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only, unscaled_decay
 from mols_ds.report.files import Publisher
 
 
@@ -97,6 +97,7 @@ class EngineMols(Session):
             shared_counter=has_shared_counter(shards.inner),
             groups_only=reads_groups_only(shards.inner),
             parallel_list=parallel_list(shards.inner),
+            unscaled_decay=unscaled_decay(shards.inner, self.config),
         )
         self.scalers.append(self.scaler)
         self._hooks = [

@@ -35,6 +35,7 @@ class Plan(NamedTuple):
     eps: float = 1e-5
     low: float = 0.1
     high: float = 10.0
+    decay: str = "scaled"  # "weight_decay" of the section
     tilt: float = 1.0  # factor on the rate of `vo` in the twin alone
 
     @property
@@ -50,6 +51,7 @@ class Plan(NamedTuple):
             "reference": REFERENCE,
             "alpha_min": self.low,
             "alpha_max": self.high,
+            "weight_decay": self.decay,
         }
 
     @property

@@ -191,7 +191,13 @@ def twin(setup: Setup, plan: Plan) -> Truth:
         start(setup)
         model, outer = build_twin(setup)
         masks = masks_of(model)
-        settings = AdamSettings(lr=setup.lr, eps=plan.eps, weight_decay=setup.weight_decay, clip=setup.clip)
+        settings = AdamSettings(
+            lr=setup.lr,
+            eps=plan.eps,
+            weight_decay=setup.weight_decay,
+            clip=setup.clip,
+            scaled_decay=plan.decay == "scaled",
+        )
         initial = {name: p.detach().float().clone() for name, p in model.named_parameters()}
         adam, rates = ElementwiseAdamW(model, masks, settings), _Rates(plan)
         samples: list[dict[str, Tensor]] = []

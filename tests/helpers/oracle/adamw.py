@@ -1,6 +1,8 @@
 """AdamW in plain PyTorch: a rate of its own for every element, decoupled weight decay, clipping by the global norm.
 
 w <- w - lr_i * wd * w - lr_i * m_hat / (sqrt(v_hat) + eps)        (Loshchilov & Hutter 2019, lr_i per element)
+
+The decay may be that of the base rate instead: w <- w - lr * wd * w - ...
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ class AdamSettings:
     weight_decay: float = 0.0  # of weights with two dimensions or more
     vector_lr_factor: float = 1.0  # base rate of the 1-D parameters relative to `lr`
     clip: float = 0.0  # 0: no clipping
+    scaled_decay: bool = True  # whether multipliers act on the decay too
 
 
 class ElementwiseAdamW:
@@ -55,7 +58,8 @@ class ElementwiseAdamW:
             m.copy_(s.beta1 * m + (1 - s.beta1) * g)
             v.copy_(s.beta2 * v + (1 - s.beta2) * g * g)
             m_hat, v_hat = m / (1 - s.beta1**self.steps), v / (1 - s.beta2**self.steps)
-            w.copy_(w - rate * decay * w - rate * m_hat / (v_hat.sqrt() + s.eps))
+            decaying = rate if s.scaled_decay else torch.full_like(rate, base)
+            w.copy_(w - decaying * decay * w - rate * m_hat / (v_hat.sqrt() + s.eps))
 
 
 def ramp(t: int, begin: int, end: int, shape: str) -> float:

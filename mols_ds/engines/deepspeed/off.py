@@ -1,0 +1,42 @@
+"""A DeepSpeed engine with MoLS off: a stock engine, whose checkpoints keep the state of MoLS that it has loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from mols_ds.core.off import OffHandle
+from mols_ds.engines.deepspeed.checkpoint import KEY
+from mols_ds.engines.deepspeed.compat import Engine
+
+
+class EngineOff(OffHandle):
+    """Patches `save_checkpoint` and `load_checkpoint` of one engine instance until `detach()`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._save, self._load = engine.save_checkpoint, engine.load_checkpoint
+        engine.save_checkpoint, engine.load_checkpoint = self._save_with_state, self._load_state
+
+    def detach(self) -> None:
+        """Give the engine its own methods back; what was kept is forgotten."""
+        del self.engine.save_checkpoint, self.engine.load_checkpoint, self.engine.mols
+
+    def _save_with_state(
+        self, save_dir: Any, tag: Any = None, client_state: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        kept = {} if self.kept is None else {KEY: self.kept}
+        return self._save(save_dir, tag, {**kept, **(client_state or {})}, *args, **kwargs)
+
+    def _load_state(self, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        asked = inspect.signature(self._load).bind(load_dir, tag, *args, **kwargs).arguments
+        path, loaded = self._load(load_dir, tag, *args, **kwargs)
+        if path is None or asked.get("load_module_only"):
+            return path, loaded
+        client_state = dict(loaded or {})
+        saved = client_state.pop(KEY, None)
+        if isinstance(saved, Mapping):  # accumulators are in files of the checkpoint that was loaded
+            saved = {**saved, "side": None}
+        self.keep(saved, int(self.engine.global_steps))
+        return path, client_state
