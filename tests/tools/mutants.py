@@ -165,6 +165,13 @@ MUTANTS = (
         '_elementwise("FusedAdagrad", DEEPSPEED)',
         FACTS,
     ),
+    Mutant(
+        "optimizers: any unknown class counts as proportional to lr",
+        "mols_ds/optim/step_trial.py",
+        "    if error <= TOLERANCE:\n",
+        "    if True:\n",
+        (f"{ZERO}/test_step_trial.py",),
+    ),
 )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from torch.optim import Optimizer
+
 from mols_ds.core.config import Mode, MolsConfig
 from mols_ds.engines.deepspeed import compat
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
+from mols_ds.optim import step_trial
 from mols_ds.optim.catalog import class_facts
 from mols_ds.optim.traits import has_adam_moments
 
@@ -70,6 +73,8 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
     wrapper, name = type(outer).__name__, type(inner).__name__
     facts = class_facts(inner)
     refused = facts.refusal(getattr(inner, "param_groups", []))
+    if refused is None and isinstance(inner, Optimizer):
+        refused = step_trial.refusal(inner)
     return [
         (
             outer is None or name == "DummyOptim",
