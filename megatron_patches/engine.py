@@ -10,9 +10,8 @@ and checkpoints have the base rate and the stock layout.
 from __future__ import annotations
 
 import math
-import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from megatron_patches.schedule import optimizer_steps, scheduler_hints
 from megatron_patches.shards import MegatronShards, collective_device
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Context, Controller
+from mols_ds.core.forward_hook import ForwardHook
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
@@ -107,7 +107,9 @@ class MegatronMols(Session):
         self.checkpoints.resume_from(checkpoint_dir)
 
     def detach(self) -> None:
-        """Take everything off again: the optimizer steps as stock Megatron from here on."""
+        """Take everything off again: the optimizer steps as stock Megatron from here on. Again: nothing happens."""
+        if self.optimizer.__dict__.get("mols") is not self:
+            return
         for scaler in self.scalers:
             scaler.remove()
         for hook in self._hooks:
@@ -187,7 +189,7 @@ class MegatronMols(Session):
         self._ranges: dict[int, list[tuple[int, ShardRange]]] = {}
         for number, (shard, item) in enumerate(self.shards.owned):
             self._ranges.setdefault(id(shard.tensor), []).append((number, item))
-        self._hooks += [chunk.register_forward_pre_hook(_weak(self._before_forward)) for chunk in model_chunks]
+        self._hooks += [chunk.register_forward_pre_hook(ForwardHook(self._before_forward)) for chunk in model_chunks]
         self.optimizer.step, self.optimizer.get_grad_norm = self._step, self._grad_norm
         self.optimizer.mols = self
 
@@ -246,15 +248,3 @@ class MegatronMols(Session):
         if self.wants_sample and math.isfinite(float(norm)):
             self.take_sample()
         return norm
-
-
-def _weak(method: Callable[[nn.Module, Any], None]) -> Callable[[nn.Module, Any], None]:
-    """The method without holding its object: Megatron's DDP is never collected (its hooks hold it through C++)."""
-    reference = weakref.WeakMethod(method)
-
-    def hook(module: nn.Module, args: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(module, args)
-
-    return hook

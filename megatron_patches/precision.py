@@ -20,7 +20,7 @@ from megatron_patches.machine import RECIPES, Machine, probe_machine
 from mols_ds.core.config import Mode
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.optim.catalog import MEGATRON
-from mols_ds.optim.traits import has_adam_moments, reads_groups_only
+from mols_ds.optim.traits import has_adam_moments, has_several_betas, reads_groups_only
 
 
 @dataclass(frozen=True)
@@ -343,6 +343,11 @@ def optimizer_refusals(optimizer: object, mode: Mode, *, fused: bool = False) ->
         Refusal(
             mode == "moments" and not all(_has_adam_moments(one) for one in inner),
             "mode 'moments' with an optimizer that keeps no Adam moments",
+            'mode "probe" or "online"',
+        ),
+        Refusal(
+            mode == "moments" and any(has_several_betas(one) for one in inner),
+            "mode 'moments' with other betas in one parameter group than in another",
             'mode "probe" or "online"',
         ),
         Refusal(

@@ -125,6 +125,7 @@ class Session(Handle, ABC):
         guarded = self._to_guard > 0 and any(rate != 1.0 for rate in controller.rates(t).values())
         for scaler in self.scalers:
             scaler.watching = guarded
+            scaler.keep_order()
         try:
             self._before_step()
             updated = stock()

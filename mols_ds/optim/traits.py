@@ -17,12 +17,16 @@ from mols_ds.optim.catalog import (
     class_facts,
 )
 
+NOT_IN_A_STEP = {"step", "__init__", "__repr__", "__getstate__", "__setstate__", "state_dict", "load_state_dict",
+                 "zero_grad", "add_param_group"}  # fmt: skip
+"""What a subclass may have of its own and still step as its parent does; its `step` is looked at apart."""
+
 
 def is_elementwise(optimizer: Optimizer) -> bool:
     """Whether this optimizer may be stepped on views of its tensors.
 
-    True for a class that the catalog knows to be elementwise, and for a subclass of one that inherits its `step`. False
-    with an option that reads whole tensors.
+    True for a class that the catalog knows to be elementwise, and for a subclass that inherits its `step` and
+    what that calls. False with an option that reads whole tensors.
     """
     if any(group.get(option) for group in optimizer.param_groups for option in WHOLE_TENSOR_OPTIONS):
         return False
@@ -32,8 +36,8 @@ def is_elementwise(optimizer: Optimizer) -> bool:
 def reads_groups_only(optimizer: Optimizer) -> bool:
     """Whether this optimizer's step finds its tensors in `param_groups` alone, so that it may see temporary groups.
 
-    True for a class that the catalog knows, and for a subclass of one that inherits its `step`. False for every other
-    class: it may keep lists or tables beside `param_groups`, and would then leave tensors out, without a word.
+    True for a class that the catalog knows, and for a subclass that inherits its `step` and what that calls. False for
+    every other class: it may keep lists or tables beside `param_groups`, and would leave tensors out, without a word.
     """
     manager = getattr(optimizer, "mng", None)
     if any(getattr(manager, table, None) for table in INDEX_TABLES):
@@ -46,8 +50,15 @@ def _has_step_of(optimizer: Optimizer, modules: Callable[[OptimizerClass], tuple
     for cls in type(optimizer).__mro__:
         facts = CLASSES.get(cls.__name__)
         if facts is not None and cls.__module__.startswith(modules(facts)):
-            return _unhooked(type(optimizer)) is _unhooked(cls)
+            return _unhooked(type(optimizer)) is _unhooked(cls) and not _changed(type(optimizer), cls)
     return False
+
+
+def _changed(cls: type, known: type) -> list[str]:
+    """Methods of `known` that `cls`, a subclass, has of its own, and that a step may call."""
+    between = cls.__mro__[: cls.__mro__.index(known)]
+    own = {name for one in between for name, value in vars(one).items() if callable(value)}
+    return sorted(name for name in own - NOT_IN_A_STEP if hasattr(known, name))
 
 
 def parallel_list(optimizer: Optimizer) -> str:
@@ -90,3 +101,8 @@ def has_adam_moments(optimizer: object) -> bool:
         return False
     betas = [group.get("betas") for group in getattr(optimizer, "param_groups", [])]
     return all(pair is not None and len(pair) == 2 for pair in betas)
+
+
+def has_several_betas(optimizer: object) -> bool:
+    """Whether parameter groups have different betas: mode "moments" corrects all elements by one pair."""
+    return len({tuple(group.get("betas") or ()) for group in getattr(optimizer, "param_groups", [])}) > 1

@@ -172,6 +172,27 @@ MUTANTS = (
         "    if True:\n",
         (f"{ZERO}/test_step_trial.py",),
     ),
+    Mutant(
+        "rates: the user's step hooks come between",
+        SESSION,
+        "            scaler.keep_order()\n",
+        "",
+        (f"{ZERO}/test_unusual_use.py", "-k", "hooks"),
+    ),
+    Mutant(
+        "optimizers: a subclass that changes what a step calls is its parent",
+        "mols_ds/optim/traits.py",
+        " and not _changed(type(optimizer), cls)",
+        "",
+        ("tests/unit/test_lr_scaler_groups.py",),
+    ),
+    Mutant(
+        "moments: a stale gradient of ZeRO-3 is read",
+        "mols_ds/engines/deepspeed/engine.py",
+        "if self.controller.measuring and module.training:",
+        'if self.controller.measuring and self.config.mode != "moments" and module.training:',
+        (f"{ZERO}/test_unused_parameters.py", "-k", "moments", "--tier", "all"),
+    ),
 )
 
 

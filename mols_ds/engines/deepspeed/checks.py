@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from torch.optim import Optimizer
 
 from mols_ds.core.config import Mode, MolsConfig
@@ -10,7 +11,7 @@ from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim import step_trial
 from mols_ds.optim.catalog import class_facts
-from mols_ds.optim.traits import has_adam_moments
+from mols_ds.optim.traits import has_adam_moments, has_several_betas
 
 
 def check_supported(engine: Engine, config: MolsConfig) -> None:
@@ -48,6 +49,11 @@ def _engine_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
             bool(engine.config.get("sparse_gradients")),
             "sparse gradients",
             'set "sparse_gradients": false',
+        ),
+        (
+            any(isinstance(one, nn.Embedding | nn.EmbeddingBag) and one.sparse for one in engine.module.modules()),
+            "sparse gradients (an embedding with sparse=True)",
+            "set sparse=False there",
         ),
         (
             getattr(engine, "torch_autocast_z0_gradscaler", None) is not None,
@@ -111,6 +117,11 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
         (
             _measures(config) == "moments" and not has_adam_moments(inner),
             f'mode "moments" with {name}, which keeps no Adam moments',
+            'use "mode": "probe" or "online"',
+        ),
+        (
+            _measures(config) == "moments" and has_several_betas(inner),
+            'mode "moments" with other betas in one parameter group than in another',
             'use "mode": "probe" or "online"',
         ),
     ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Context, Controller
+from mols_ds.core.forward_hook import ForwardHook
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
@@ -63,7 +64,9 @@ class EngineMols(Session):
         self.controller.advance(engine.global_steps)
 
     def detach(self) -> None:
-        """Take everything off the engine again: it steps as a stock engine from here on."""
+        """Take everything off the engine again: it steps as a stock engine from here on. Again: nothing happens."""
+        if getattr(self.engine, "mols", None) is not self:
+            return
         for hook in self._hooks:
             hook.remove()
         self.scaler.remove()
@@ -96,7 +99,7 @@ class EngineMols(Session):
         self._hooks = [
             sample,
             shards.inner.register_step_post_hook(self._read_moments),
-            engine.module.register_forward_pre_hook(self._before_forward),
+            engine.module.register_forward_pre_hook(ForwardHook(self._before_forward)),
         ]
         self._ranges: dict[int, list[tuple[int, ShardRange]]] = {}
         for number, (index, item) in enumerate(shards.owned):
@@ -163,7 +166,7 @@ class EngineMols(Session):
         self.take_step(stock)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if self.controller.measuring and self.config.mode != "moments" and module.training:
+        if self.controller.measuring and module.training:
             self.shards.begin()
         super()._before_forward(module, args)
 
