@@ -41,6 +41,7 @@ from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.ranges import ShardRange
+from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only
@@ -93,7 +94,6 @@ class MegatronMols(Session):
         self.check_counts()
         self.random = RandomState()
         self._hooks: list[Any] = []
-        self._stock_step, self._stock_norm = optimizer.step, optimizer.get_grad_norm
         self._install(model_chunks, table)
         self.checkpoints = MegatronCheckpoints(self, optimizer, self.random, self._count_from)
         self.controller.advance(self.steps)
@@ -114,8 +114,8 @@ class MegatronMols(Session):
             scaler.remove()
         for hook in self._hooks:
             hook.remove()
-        for name in ("step", "get_grad_norm", "mols"):
-            self.optimizer.__dict__.pop(name, None)
+        self._methods.undo()
+        del self.optimizer.mols
         self.checkpoints.remove()
         self.controller.elements.free()
 
@@ -190,7 +190,9 @@ class MegatronMols(Session):
         for number, (shard, item) in enumerate(self.shards.owned):
             self._ranges.setdefault(id(shard.tensor), []).append((number, item))
         self._hooks += [chunk.register_forward_pre_hook(ForwardHook(self._before_forward)) for chunk in model_chunks]
-        self.optimizer.step, self.optimizer.get_grad_norm = self._step, self._grad_norm
+        self._methods = ReplacedMethods(self.optimizer)
+        self._stock_step = self._methods.set("step", self._step)
+        self._stock_norm = self._methods.set("get_grad_norm", self._grad_norm)
         self.optimizer.mols = self
 
     # ------------------------------------------------------------------ what the protocol asks

@@ -77,6 +77,8 @@ class Controller:
         self._report: Report | None = None
         self._check_names()
         self.log(f"MoLS module groups\n{format_group_table(table)}")
+        for remark in schedule.remarks:
+            self.warn(remark)
 
     def _check_names(self) -> None:
         known = ", ".join(self.groups)

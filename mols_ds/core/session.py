@@ -10,6 +10,7 @@ gradients are read and summed over ranks (`source`) and where the rates are appl
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -250,6 +251,23 @@ class Session(Handle, ABC):
     def agree(self, ok: bool) -> bool:
         """Whether every rank says True: one all-reduce of 8 bytes."""
         return int(self.reduce(torch.tensor([0.0 if ok else 1.0], dtype=torch.float64)).item()) == 0
+
+    def check_section(self) -> None:
+        """Check that all ranks have the same section, its `report_dir` apart. One reduction of 72 bytes.
+
+        Raises:
+            MolsError: on every rank.
+        """
+        said = {key: value for key, value in section_of(self.config).items() if key != "report_dir"}
+        mark = torch.tensor(
+            list(zlib.crc32(repr(sorted(said.items())).encode()).to_bytes(4, "big")), dtype=torch.float64
+        )
+        ranks, *sums = self.reduce(torch.cat([torch.ones(1, dtype=torch.float64), mark, mark.square()])).tolist()
+        # n * sum(b^2) = (sum b)^2 only where all n values are equal; whole numbers below 2^53, so this is exact
+        if any(ranks * squares != total * total for total, squares in zip(sums[:4], sums[4:], strict=True)):
+            raise MolsError(
+                'the "mols" section is not the same on every rank (an old config on one machine?): give all the same'
+            )
 
     def check_counts(self) -> None:
         """Check that every element of the logical model is owned by exactly one rank. One small reduction.

@@ -193,6 +193,27 @@ MUTANTS = (
         'if self.controller.measuring and self.config.mode != "moments" and module.training:',
         (f"{ZERO}/test_unused_parameters.py", "-k", "moments", "--tier", "all"),
     ),
+    Mutant(
+        "attach: sections of ranks are not compared",
+        "mols_ds/engines/deepspeed/engine.py",
+        "        self.check_section()\n",
+        "",
+        (f"{ZERO}/test_unusual_use.py", "-k", "differs"),
+    ),
+    Mutant(
+        "detach: drops what others have put around a method",
+        "mols_ds/core/replaced_methods.py",
+        "            if before is _MISSING:\n",
+        "            if True:\n",
+        (f"{ZERO}/test_unusual_use.py", "-k", "wrappers"),
+    ),
+    Mutant(
+        "load: other weights in a window, the samples stay",
+        "mols_ds/engines/deepspeed/checkpoint.py",
+        "        if controller.measuring and controller.samples:\n",
+        "        if False:\n",
+        (f"{ZERO}/test_unusual_use.py", "-k", "window"),
+    ),
 )
 
 

@@ -23,6 +23,7 @@ from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.ranges import ShardRange
+from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.engines.deepspeed.checkpoint import EngineCheckpoints
 from mols_ds.engines.deepspeed.checks import check_supported, scheduler_hints
@@ -56,6 +57,7 @@ class EngineMols(Session):
         schedule = resolve_schedule(config, *scheduler_hints(engine.lr_scheduler))
         table = self.grid.table(config, self.shards.param_group)
         self._controller = Controller(config, table, self.shards.accumulated, schedule, self._context())
+        self.check_section()
         self.check_counts()
         self._lr_group = self._groups_of_lr(table)
         self._scale_before = 1.0
@@ -70,7 +72,7 @@ class EngineMols(Session):
         for hook in self._hooks:
             hook.remove()
         self.scaler.remove()
-        del self.engine._take_model_step
+        self._methods.undo()
         self.checkpoints.remove()
         self.controller.elements.free()
         del self.engine.mols
@@ -104,8 +106,8 @@ class EngineMols(Session):
         self._ranges: dict[int, list[tuple[int, ShardRange]]] = {}
         for number, (index, item) in enumerate(shards.owned):
             self._ranges.setdefault(id(shards.tensors[index]), []).append((number, item))
-        self._take_model_step = engine._take_model_step
-        engine._take_model_step = self._step
+        self._methods = ReplacedMethods(engine)
+        self._take_model_step = self._methods.set("_take_model_step", self._step)
 
     def _check_options(self) -> None:
         for group in self.shards.inner.param_groups:

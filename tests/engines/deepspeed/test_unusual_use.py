@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+import tempfile
+import warnings
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from mols_ds.errors import MolsUnsupportedError
+import mols_ds
+from mols_ds.errors import MolsError, MolsUnsupportedError, MolsWarning
 from tests.engines.deepspeed.engines import config, engine_of
 from tests.engines.deepspeed.loops import iterate
 from tests.engines.deepspeed.models import PlainLM
@@ -95,3 +101,71 @@ def hooked(stage: int) -> list[float]:
 @pytest.mark.parametrize("stage", [0, 2])
 def test_step_hooks_of_the_user_see_their_own_groups(stage: int) -> None:
     assert run_ranks(hooked, 1, stage) == [[0.25, 0.125, 0.0625]]
+
+
+def wrapped(before: bool) -> list[str]:
+    """Saves that a wrapper of the user's has seen: one with MoLS, one after detach."""
+    engine = engine_of(config(1, None), PlainLM(), initialize=deepspeed.initialize)
+    seen: list[str] = []
+
+    def wrap() -> None:
+        inner = engine.save_checkpoint
+
+        def save(*args: Any, **kwargs: Any) -> Any:
+            seen.append(args[1] if len(args) > 1 else kwargs["tag"])
+            return inner(*args, **kwargs)
+
+        engine.save_checkpoint = save
+
+    if before:
+        wrap()
+    mols = mols_ds.attach(engine, SECTION)
+    if not before:
+        wrap()
+    with tempfile.TemporaryDirectory() as folder:
+        engine.save_checkpoint(folder, tag="attached")
+        held = (Path(folder) / "attached" / "mp_rank_00_model_states.pt").stat().st_size
+        mols.detach()
+        engine.save_checkpoint(folder, tag="detached")
+        assert (
+            Path(folder) / "detached" / "mp_rank_00_model_states.pt"
+        ).stat().st_size < held  # stock: no state of ours
+    return seen
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_wrappers_of_others_stay(before: bool) -> None:
+    assert run_ranks(wrapped, 1, before) == [["attached", "detached"]]
+
+
+def other_section() -> str:
+    section = {**SECTION, "ramp_end": 9 + dist.get_rank(), "report_dir": f"report{dist.get_rank()}"}
+    with pytest.raises(MolsError) as error:
+        engine_of(config(0, section), PlainLM())
+    return str(error.value)
+
+
+def test_a_section_that_differs_between_ranks() -> None:
+    for said in run_ranks(other_section, 2):
+        assert said.startswith('the "mols" section is not the same on every rank')
+
+
+def weights_alone() -> tuple[int, int, list[str]]:
+    """Samples before and after `load_module_only` in a window, and what was said."""
+    engine = engine_of(config(2, SECTION, micros=1), PlainLM())
+    with tempfile.TemporaryDirectory() as folder:
+        iterate(engine, 0, 1)
+        engine.save_checkpoint(folder, tag="a")
+        for iteration in range(1, 3):
+            iterate(engine, iteration, 1)
+        before = engine.mols.samples
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            engine.load_checkpoint(folder, tag="a", load_module_only=True)
+    return before, engine.mols.samples, [str(one.message) for one in said if one.category is MolsWarning]
+
+
+def test_other_weights_in_a_window_start_it_over() -> None:
+    ((before, after, said),) = run_ranks(weights_alone, 1)
+    assert before == 2 and after == 0
+    assert any("load_module_only changed the weights" in line for line in said)
