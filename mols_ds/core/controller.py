@@ -86,10 +86,10 @@ class Controller:
         reference = self.config.reference
         if reference != "max" and reference not in bases | set(self.groups) and self.config.fixed_alphas is None:
             raise MolsConfigError(f'"mols.reference": no group "{reference}" in this model; groups: {known}, or "max"')
-        for group in self.config.fixed_alphas or {}:
+        for group, alpha in (self.config.fixed_alphas or {}).items():
             if group not in self.groups:
                 raise MolsConfigError(f'"mols.fixed_alphas": no group "{group}" in this model; groups: {known}')
-            if not is_scaled(group):
+            if not is_scaled(group) and alpha != 1.0:
                 raise MolsConfigError(f'"mols.fixed_alphas": group "{group}" is measured but never scaled; remove it')
 
     # ------------------------------------------------------------------ what users read

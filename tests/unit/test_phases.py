@@ -50,7 +50,12 @@ def test_shares_and_steps() -> None:
         ({"start": 200, "ramp_end": 300}, 100, None, r"past the last of 100 steps; nothing would happen"),
         ({"samples": 96, "start": 5, "mode": "online"}, 100, None, r'"mols.samples": 96 .*from step 5 on.* 100 steps'),
         ({"samples": 96, "start": 5, "mode": "moments"}, 100, None, r'"mols.samples": 96 .*mode "moments"'),
-        ({"samples": "auto", "start": 5, "mode": "online"}, 20, None, r'"mols.samples": 16 \("auto"\) .* 20 steps'),
+        (
+            {"samples": "auto", "start": 5, "ramp_end": 9, "mode": "online"},
+            20,
+            None,
+            r'"mols.samples": 16 \("auto"\) .* 20 steps',
+        ),
     ],
 )
 def test_impossible_schedules(section: dict[str, Any], total: int | None, warmup: int | None, message: str) -> None:

@@ -169,3 +169,16 @@ def test_other_weights_in_a_window_start_it_over() -> None:
     ((before, after, said),) = run_ranks(weights_alone, 1)
     assert before == 2 and after == 0
     assert any("load_module_only changed the weights" in line for line in said)
+
+
+def given_back() -> dict[str, float]:
+    """The alphas of a run, all of them, given to another one."""
+    alphas = {"embedding": 2.0, "head": 1.5, "other": 1.0}
+    engine = engine_of(config(0, {**SECTION, "fixed_alphas": alphas}), PlainLM())
+    found: dict[str, float] = engine.mols.alphas
+    return found
+
+
+def test_alphas_of_a_run_are_fixed_alphas_of_another() -> None:
+    (found,) = run_ranks(given_back, 1)
+    assert found["embedding"] == 2.0 and found.get("other", 1.0) == 1.0
