@@ -174,7 +174,7 @@ def test_other_weights_in_a_window_start_it_over() -> None:
 def given_back() -> dict[str, float]:
     """The alphas of a run, all of them, given to another one."""
     alphas = {"embedding": 2.0, "head": 1.5, "other": 1.0}
-    engine = engine_of(config(0, {**SECTION, "fixed_alphas": alphas}), PlainLM())
+    engine = engine_of(config(0, {**SECTION, "start": 0, "fixed_alphas": alphas}), PlainLM())
     found: dict[str, float] = engine.mols.alphas
     return found
 
