@@ -20,8 +20,8 @@ from torch import distributed as dist
 
 from megatron_patches.probe_window import MegatronWindow
 from megatron_patches.schedule import optimizer_steps
-from mols_ds.core.off import SINCE
-from mols_ds.core.state_check import check_saved
+from mols_ds.core.replaced_methods import ReplacedMethods
+from mols_ds.core.state_check import SINCE, check_saved
 from mols_ds.errors import MolsCheckpointError
 
 if TYPE_CHECKING:
@@ -102,15 +102,12 @@ class MegatronCheckpoints:
         self.mols, self.optimizer, self.window, self.count_from = mols, optimizer, window, count_from
         self._wanted = False
         self._asked: Any = None  # the state dict of the load that is under way
-        self._stock = {name: getattr(self.optimizer, name) for name in METHODS}
-        self.optimizer.sharded_state_dict = self.sharded_state_dict
-        self.optimizer.state_dict = self.state_dict
-        self.optimizer.load_state_dict = self.load_state_dict
+        self._methods = ReplacedMethods(optimizer)
+        self._stock = {name: self._methods.set(name, getattr(self, name)) for name in METHODS}
 
     def remove(self) -> None:
         """Give the optimizer its own methods back."""
-        for name in METHODS:
-            self.optimizer.__dict__.pop(name, None)
+        self._methods.undo()
 
     # ------------------------------------------------------------------ save
 

@@ -35,12 +35,15 @@ from megatron_patches.probe_window import MegatronWindow
 from megatron_patches.schedule import optimizer_steps, scheduler_hints
 from megatron_patches.shards import MegatronShards, collective_device
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.controller import Context, Controller
+from mols_ds.core.controller import Controller
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.phases import resolve_schedule
+from mols_ds.core.protocols import Context
 from mols_ds.core.ranges import ShardRange
+from mols_ds.core.rank_checks import check_counts
+from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only, unscaled_decay
@@ -88,10 +91,9 @@ class MegatronMols(Session):
 
         same_everywhere(together(build), ["the schedule of MoLS", "the checksum of the parameters' layouts"])
         table = self.controller.table
-        self.check_counts()
+        check_counts(table, self.controller.elements.ranges, self.reduce)
         self.window = MegatronWindow(model_chunks)
         self._hooks: list[Any] = []
-        self._stock_step, self._stock_norm = optimizer.step, optimizer.get_grad_norm
         self._install(model_chunks, table)
         self.checkpoints = MegatronCheckpoints(self, optimizer, self.window, self._count_from)
         self.controller.advance(self.steps)
@@ -105,14 +107,16 @@ class MegatronMols(Session):
         self.checkpoints.resume_from(checkpoint_dir)
 
     def detach(self) -> None:
-        """Take everything off again: the optimizer steps as stock Megatron from here on."""
+        """Take everything off again: the optimizer steps as stock Megatron from here on. Again: nothing happens."""
+        if self.optimizer.__dict__.get("mols") is not self:
+            return
         for scaler in self.scalers:
             scaler.remove()
         for hook in self._hooks:
             hook.remove()
         self.window.restore()
-        for name in ("step", "get_grad_norm", "mols"):
-            self.optimizer.__dict__.pop(name, None)
+        self._methods.undo()
+        del self.optimizer.mols
         self.checkpoints.remove()
         self.controller.elements.free()
         self._publisher.release()
@@ -190,7 +194,9 @@ class MegatronMols(Session):
         for number, (shard, item) in enumerate(self.shards.owned):
             self._ranges.setdefault(id(shard.tensor), []).append((number, item))
         self._hooks += [hook for chunk in model_chunks for hook in self._watch_passes(chunk)]
-        self.optimizer.step, self.optimizer.get_grad_norm = self._step, self._grad_norm
+        self._methods = ReplacedMethods(self.optimizer)
+        self._stock_step = self._methods.set("step", self._step)
+        self._stock_norm = self._methods.set("get_grad_norm", self._grad_norm)
         self.optimizer.mols = self
 
     # ------------------------------------------------------------------ what the protocol asks

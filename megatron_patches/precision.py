@@ -20,7 +20,7 @@ from megatron_patches.machine import RECIPES, Machine, probe_machine
 from mols_ds.core.config import Mode
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.optim.catalog import MEGATRON
-from mols_ds.optim.traits import has_adam_moments, reads_groups_only, unscaled_refusal
+from mols_ds.optim.traits import has_adam_moments, has_several_betas, reads_groups_only, unscaled_refusal
 
 
 @dataclass(frozen=True)
@@ -346,6 +346,11 @@ def optimizer_refusals(
         Refusal(
             mode == "moments" and not all(_has_adam_moments(one) for one in inner),
             "mode 'moments' with an optimizer that keeps no Adam moments",
+            'mode "probe" or "online"',
+        ),
+        Refusal(
+            mode == "moments" and any(has_several_betas(one) for one in inner),
+            "mode 'moments' with other betas in one parameter group than in another",
             'mode "probe" or "online"',
         ),
         Refusal(

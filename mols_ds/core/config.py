@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
 
-from mols_ds.core.json_text import check_plain
 from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.core.layout import Granularity
+from mols_ds.core.plain_values import check_plain
 from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError
 

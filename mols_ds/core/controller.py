@@ -11,12 +11,8 @@ import copy
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
-
-import torch
-from torch import Tensor
 
 from mols_ds.core import estimators
 from mols_ds.core.config import MolsConfig
@@ -26,6 +22,7 @@ from mols_ds.core.groups import GroupTable, base_group, format_group_table, is_s
 from mols_ds.core.local_stats import LocalStats
 from mols_ds.core.log import warn_here
 from mols_ds.core.phases import Calibration, Phase, Schedule
+from mols_ds.core.protocols import Context
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.schema import Report, ReportGroup
 from mols_ds.core.state_check import STATE_VERSION, check_saved
@@ -33,29 +30,6 @@ from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 
 CONSTANT_SHARE = 0.1
 """A group of which this share or more has no noise is named in a warning."""
-
-
-@dataclass
-class Context:
-    """What the engine adapter knows and the controller needs.
-
-    Attributes:
-        reduce: SUM over exactly the ranks whose owned elements are disjoint; float64 CPU tensor in, the sums out.
-        device: where the accumulators live.
-        rank: 0 publishes the report.
-        world: sizes for the report: data, tensor, pipeline, expert.
-        versions: package versions for the report.
-        log: prints one message once per job.
-        publish: shows and writes a new report; called on rank 0 alone. None: nobody wants it.
-    """
-
-    reduce: Callable[[Tensor], Tensor]
-    device: torch.device
-    rank: int
-    world: dict[str, int]
-    versions: dict[str, str]
-    log: Callable[[str], None] = print
-    publish: Callable[[Report], None] | None = None
 
 
 class Controller:
@@ -81,6 +55,8 @@ class Controller:
         self._report: Report | None = None
         self._check_names()
         self.log(f"MoLS module groups\n{format_group_table(table)}")
+        for remark in schedule.remarks:
+            self.warn(remark)
 
     def _check_names(self) -> None:
         known = ", ".join(self.groups)
@@ -88,10 +64,10 @@ class Controller:
         reference = self.config.reference
         if reference != "max" and reference not in bases | set(self.groups) and self.config.fixed_alphas is None:
             raise MolsConfigError(f'"mols.reference": no group "{reference}" in this model; groups: {known}, or "max"')
-        for group in self.config.fixed_alphas or {}:
+        for group, alpha in (self.config.fixed_alphas or {}).items():
             if group not in self.groups:
                 raise MolsConfigError(f'"mols.fixed_alphas": no group "{group}" in this model; groups: {known}')
-            if not is_scaled(group):
+            if not is_scaled(group) and alpha != 1.0:
                 raise MolsConfigError(f'"mols.fixed_alphas": group "{group}" is measured but never scaled; remove it')
 
     # ------------------------------------------------------------------ what users read

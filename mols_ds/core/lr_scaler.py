@@ -209,6 +209,16 @@ class LRScaler:
         for hook in self._hooks:
             hook.remove()
 
+    def keep_order(self) -> None:
+        """Of all step hooks, be the last before the step and the first after it, whenever others were registered.
+
+        Hooks of the user's then see their own parameter groups with the base rate, and weights that are final.
+        """
+        for hook, last in zip(self._hooks, (True, False), strict=True):
+            hooks: Any = hook.hooks_dict_ref()
+            if hook.id in hooks:
+                hooks.move_to_end(hook.id, last=last)
+
     def restore(self) -> None:
         """Put the user's parameter groups back, also after a step that raised half-way."""
         self._deltas, self._guard = [], None
@@ -299,7 +309,7 @@ class LRScaler:
     def _cut(self, tensor: Tensor, group: ParamGroup, multipliers: Mapping[str, float]) -> list[tuple[float, Tensor]]:
         """The (multiplier, tensor or view) pairs that stand in for `tensor` of this parameter group in this step."""
         plan = self.plans.get(id(tensor))
-        if plan is None:
+        if plan is None or not plan.segments:  # not ours, or no element
             return [(1.0, tensor)]
         if len(plan.segments) == 1 and not plan.interleaved:
             return [(plan.segments[0].rate(multipliers), tensor)]

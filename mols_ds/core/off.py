@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mols_ds.core.handle import Handle
+from mols_ds.core.state_check import SINCE
 from mols_ds.errors import MolsWarning
-
-SINCE = "off_since"
-"""Key of a state that went through a run with MoLS off: the step at which that run loaded it."""
 
 
 class OffHandle(Handle):
@@ -37,14 +35,3 @@ class OffHandle(Handle):
             MolsWarning,
             stacklevel=3,
         )
-
-
-def on_again(saved: Mapping[str, Any], t: int) -> str | None:
-    """What to say of a state that was kept in a run with MoLS off and is loaded at step t; None for any other state."""
-    since = saved.get(SINCE)
-    if since is None:
-        return None
-    return (
-        f"MoLS was off from step {since} to step {t}, and is on again: what it had at step {since} goes on, so that "
-        "multipliers jump from 1 to where the schedule puts them at this step"
-    )

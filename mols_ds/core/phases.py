@@ -7,7 +7,7 @@ step that comes next.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -26,6 +26,8 @@ class Schedule:
     start: int
     ramp_end: int
     shape: Literal["linear", "cosine"] = "linear"
+    remarks: tuple[str, ...] = ()
+    """What of the section will not happen within the run, a line each."""
 
     def fraction(self, t: int, begin: int, end: int) -> float:
         """f(t) of METHOD.md: 0 at `begin`, 1 from `end` on, between them linear or (1 - cos(pi x)) / 2."""
@@ -76,18 +78,34 @@ def resolve_schedule(config: MolsConfig, total_steps: int | None, warmup_steps: 
         )
     if total is not None and start >= total:
         raise MolsConfigError(f'"mols.start": step {start} lies past the last of {total} steps; nothing would happen')
+    if total is None:
+        return Schedule(start, ramp_end, config.ramp)
     _check_window(config, start, total)
-    return Schedule(start, ramp_end, config.ramp)
+    return Schedule(start, ramp_end, config.ramp, tuple(_remarks(config, start, ramp_end, total)))
 
 
-def _check_window(config: MolsConfig, start: int, total: int | None) -> None:
+def _check_window(config: MolsConfig, start: int, total: int) -> None:
     """Raise MolsConfigError where the calibration cannot end within the run. Mode "probe" takes no steps of it."""
-    if total is None or config.mode == "probe" or config.fixed_alphas is not None or config.samples == "auto":
+    if config.mode == "probe" or config.fixed_alphas is not None:
         return
-    if start + config.samples > total:
+    least = f'{FIRST_AUTO_CHECK} ("auto")' if config.samples == "auto" else str(config.samples)
+    if start + (FIRST_AUTO_CHECK if config.samples == "auto" else config.samples) > total:
         raise MolsConfigError(
-            f'"mols.samples": {config.samples} samples from step {start} on do not fit into {total} steps '
+            f'"mols.samples": {least} samples from step {start} on do not fit into {total} steps '
             f'(mode "{config.mode}" takes one a step); take fewer, start earlier or use "mode": "probe"'
+        )
+
+
+def _remarks(config: MolsConfig, start: int, ramp_end: int, total: int) -> Iterator[str]:
+    if ramp_end > total:
+        yield (
+            f'"mols.ramp_end": step {ramp_end} lies after the last of {total} steps: the multipliers never reach the '
+            "alphas; ramp shorter"
+        )
+    if config.recalibrate is not None and config.fixed_alphas is None and start + config.recalibrate.every >= total:
+        yield (
+            f'"mols.recalibrate.every": {config.recalibrate.every} steps after the first calibration (from step '
+            f"{start} on) the run of {total} steps is over: nothing is measured again"
         )
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -143,22 +142,6 @@ class ProbeWindow:
     def load_former(self, cpu: torch.Tensor, engine: Any) -> None:
         """The same from a checkpoint of 0.4.0: passes drew from the CPU generator, which is set to `cpu` at the end."""
         self.load_state_dict({"stream": None, "generators": [], "at_end": cpu, "engine": engine})
-
-
-def weak_hook(method: Callable[..., None]) -> Callable[..., None]:
-    """The method without holding its object: Megatron's DDP is never collected (its hooks hold it through C++).
-
-    torch.compile leaves it out of its graphs.
-    """
-    reference = weakref.WeakMethod(method)
-
-    def hook(*args: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(*args)
-
-    eager: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    return eager
 
 
 def copied(value: Any) -> Any:

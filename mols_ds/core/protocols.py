@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from mols_ds.core.pieces import Parts
+from mols_ds.core.schema import Report
 
 
 class GradientSource(Protocol):
@@ -35,3 +39,26 @@ class GradientSource(Protocol):
     def discard(self) -> None:
         """Drop the accumulated gradient, as if the engine had not run these batches."""
         ...
+
+
+@dataclass
+class Context:
+    """What the engine adapter knows and the controller needs.
+
+    Attributes:
+        reduce: SUM over exactly the ranks whose owned elements are disjoint; float64 CPU tensor in, the sums out.
+        device: where the accumulators live.
+        rank: 0 publishes the report.
+        world: sizes for the report: data, tensor, pipeline, expert.
+        versions: package versions for the report.
+        log: prints one message once per job.
+        publish: shows and writes a new report; called on rank 0 alone. None: nobody wants it.
+    """
+
+    reduce: Callable[[Tensor], Tensor]
+    device: torch.device
+    rank: int
+    world: dict[str, int]
+    versions: dict[str, str]
+    log: Callable[[str], None] = print
+    publish: Callable[[Report], None] | None = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.phases import Phase
+from mols_ds.core.state_check import SINCE
 
 Rule = Literal["config", "begun", "alphas", "elsewhere"]
 
@@ -77,3 +78,14 @@ def changed(saved: object, config: MolsConfig, phase: Phase) -> tuple[list[str],
         else:
             applied.append(f"{differs}: this run's value applies")
     return kept, applied
+
+
+def on_again(saved: Mapping[str, Any], t: int) -> str | None:
+    """What to say of a state that was kept in a run with MoLS off and is loaded at step t; None for any other state."""
+    since = saved.get(SINCE)
+    if since is None:
+        return None
+    return (
+        f"MoLS was off from step {since} to step {t}, and is on again: what it had at step {since} goes on, so that "
+        "multipliers jump from 1 to where the schedule puts them at this step"
+    )

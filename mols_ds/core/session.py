@@ -23,15 +23,15 @@ from torch.utils.hooks import RemovableHandle
 from mols_ds.core.adam_moments import adam_moments, moment_pieces
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Controller
+from mols_ds.core.forward_hook import ForwardHook
 from mols_ds.core.group_stats import NoiseFloor
 from mols_ds.core.handle import Handle
 from mols_ds.core.lr_scaler import LRScaler
-from mols_ds.core.off import on_again
 from mols_ds.core.pieces import zero_pieces
-from mols_ds.core.probe_window import ProbeWindow, weak_hook
+from mols_ds.core.probe_window import ProbeWindow
 from mols_ds.core.protocols import GradientSource
 from mols_ds.core.ranges import ShardRange
-from mols_ds.core.resume_rules import changed, section_of
+from mols_ds.core.resume_rules import changed, on_again, section_of
 from mols_ds.errors import MolsError, MolsUnsupportedError
 
 Key = TypeVar("Key")
@@ -132,6 +132,7 @@ class Session(Handle, ABC):
         guarded = self._to_guard > 0 and any(rate != 1.0 for rate in controller.rates(t).values())
         for scaler in self.scalers:
             scaler.watching = guarded
+            scaler.keep_order()
         try:
             self._before_step()
             updated = stock()
@@ -240,8 +241,8 @@ class Session(Handle, ABC):
     def _watch_passes(self, module: nn.Module) -> list[RemovableHandle]:
         """Hook the forward passes of the model, or of a part that is called by itself."""
         return [
-            module.register_forward_pre_hook(weak_hook(self._before_forward)),
-            module.register_forward_hook(weak_hook(self._after_forward), always_call=True),
+            module.register_forward_pre_hook(ForwardHook(self._before_forward)),
+            module.register_forward_hook(ForwardHook(self._after_forward), always_call=True),
         ]
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
@@ -298,26 +299,6 @@ class Session(Handle, ABC):
     def agree(self, ok: bool) -> bool:
         """Whether every rank says True: one all-reduce of 8 bytes."""
         return int(self.reduce(torch.tensor([0.0 if ok else 1.0], dtype=torch.float64)).item()) == 0
-
-    def check_counts(self) -> None:
-        """Check that every element of the logical model is owned by exactly one rank. One small reduction.
-
-        Raises:
-            MolsError: on every rank, naming the group and both numbers.
-        """
-        table = self.controller.table
-        mine = dict.fromkeys(table.elements, 0)
-        for item in self.controller.elements.ranges:
-            for group, count in table.layouts[item.name].counts(item.start, item.numel).items():
-                mine[group] += count
-        counted = self.reduce(torch.tensor([float(count) for count in mine.values()], dtype=torch.float64)).tolist()
-        for group, count in zip(mine, counted, strict=True):
-            if int(count) != table.elements[group]:
-                raise MolsError(
-                    f'group "{group}" has {table.elements[group]} elements in the whole model, but the ranks together '
-                    f"own {int(count)}: they do not hold the parts of one model, each once (were all of them given the "
-                    "same model config, and all of their part of it?)"
-                )
 
     # ------------------------------------------------------------------ after a checkpoint was loaded
 

@@ -12,6 +12,9 @@ from mols_ds.core.schema import schema_problem
 from mols_ds.core.validation import validation_message
 from mols_ds.errors import MolsCheckpointError
 
+SINCE = "off_since"
+"""Key of a state that went through a run with MoLS off: the step at which that run loaded it."""
+
 STATE_VERSION = 1
 Count = Annotated[int, Field(ge=0)]
 Alphas = dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]

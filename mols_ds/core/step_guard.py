@@ -79,14 +79,14 @@ class StepGuard:
 
 
 def _watch(optimizer: Optimizer, tensor: Tensor, lr: float) -> _Watched | None:
-    """None for a tensor without a gradient, or with one that is zero or not finite."""
+    """None for a tensor without a gradient, or with one that is zero or not finite, and where lr is 0."""
     gradient = gradient_of(tensor)
     if gradient is None or gradient.numel() == 0 or gradient.layout != torch.strided:
         return None
     flat = gradient.detach().reshape(-1)
     at = torch.stack([flat.argmax(), flat.argmin()])
     largest = float(flat[at].abs().max())
-    if not 0.0 < largest < float("inf") or gradient.numel() != tensor.numel():
+    if lr == 0.0 or not 0.0 < largest < float("inf") or gradient.numel() != tensor.numel():
         return None
     weights = _at(tensor, at)
     rounding = torch.finfo(tensor.dtype).eps * max(abs(weight) for weight in weights)

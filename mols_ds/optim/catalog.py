@@ -338,11 +338,19 @@ ENTRIES: tuple[Entry, ...] = (
     *(Entry(name, classes=_refused("its step is not proportional to lr", name)) for name in ("Rprop", "ASGD", "LBFGS")),
     Entry("Prodigy", classes=_refused(_OWN_RATE, "Prodigy")),
     Entry("D-Adaptation", classes=(
-        *_refused(_OWN_RATE, "DAdaptAdam", "DAdaptSGD"),
+        *_refused(_OWN_RATE, "DAdaptAdam", "DAdaptSGD", "DAdaptAdaGrad", "DAdaptAdan"),
         OptimizerClass(name="DAdaptLion", refused=_OWN_RATE, adam_moments=False))),
     Entry("Schedule-free", classes=_refused(
         _SCHEDULE_FREE, "ScheduleFreeAdamW", "AdamWScheduleFree", "ScheduleFreeSGD", "SGDScheduleFree",
         "ScheduleFreeRAdam")),
+    Entry("Wrappers", classes=(
+        *_refused("it moves the weights to an average of past ones", "Lookahead", "Ranger", "Ranger21"),
+        *_refused(_SCHEDULE_FREE, "ScheduleFreeWrapper"),
+        *_refused(_OWN_RATE, "TRAC"),
+        *_refused("it steps twice in a batch, once away from the weights", "SAM", "GSAM", "WSAM", "LookSAM", "BSAM",
+                  "FriendlySAM"),
+        *_refused("its step does nothing: hooks step each weight in the backward pass",
+                  "LayerWiseDummyOptimizer"))),
     Entry("1-bit", classes=tuple(
         OptimizerClass(name=name, refused="its step communicates and freezes the variance", instead="use Adam or AdamW")
         for name in ("OneBitAdam", "OneBitLamb", "ZeroOneAdam"))),

@@ -20,12 +20,16 @@ from mols_ds.optim.catalog import (
     class_facts,
 )
 
+NOT_IN_A_STEP = {"step", "__init__", "__repr__", "__getstate__", "__setstate__", "state_dict", "load_state_dict",
+                 "zero_grad", "add_param_group"}  # fmt: skip
+"""What a subclass may have of its own and still step as its parent does; its `step` is looked at apart."""
+
 
 def is_elementwise(optimizer: Optimizer) -> bool:
     """Whether this optimizer may be stepped on views of its tensors.
 
-    True for a class that the catalog knows to be elementwise, and for a subclass of one that inherits its `step`. False
-    with an option that reads whole tensors.
+    True for a class that the catalog knows to be elementwise, and for a subclass that inherits its `step` and
+    what that calls. False with an option that reads whole tensors.
     """
     if any(group.get(option) for group in optimizer.param_groups for option in WHOLE_TENSOR_OPTIONS):
         return False
@@ -35,8 +39,8 @@ def is_elementwise(optimizer: Optimizer) -> bool:
 def reads_groups_only(optimizer: Optimizer) -> bool:
     """Whether this optimizer's step finds its tensors in `param_groups` alone, so that it may see temporary groups.
 
-    True for a class that the catalog knows, and for a subclass of one that inherits its `step`. False for every other
-    class: it may keep lists or tables beside `param_groups`, and would then leave tensors out, without a word.
+    True for a class that the catalog knows, and for a subclass that inherits its `step` and what that calls. False for
+    every other class: it may keep lists or tables beside `param_groups`, and would leave tensors out, without a word.
     """
     if _settings_by_index(optimizer):
         return False
@@ -54,7 +58,7 @@ def _has_step_of(optimizer: Optimizer, modules: Callable[[OptimizerClass], tuple
     for cls in type(optimizer).__mro__:
         facts = CLASSES.get(cls.__name__)
         if facts is not None and cls.__module__.startswith(modules(facts)):
-            return _unhooked(type(optimizer)) is _unhooked(cls)
+            return _inherits(type(optimizer), cls)
     return False
 
 
@@ -99,8 +103,15 @@ def _decay_of(optimizer: object) -> Decay | None:
         facts = CLASSES.get(cls.__name__)
         for decay in facts.decays if facts is not None else ():
             if cls.__module__.startswith(decay.modules):
-                return decay if _unhooked(type(optimizer)) is _unhooked(cls) else None
+                return decay if _inherits(type(optimizer), cls) else None
     return None
+
+
+def _inherits(cls: type, known: type) -> bool:
+    """Whether `cls`, a subclass of `known`, has no `step` of its own and no method of its own that a step may call."""
+    between = cls.__mro__[: cls.__mro__.index(known)]
+    own = {name for one in between for name, value in vars(one).items() if callable(value)}
+    return _unhooked(cls) is _unhooked(known) and not any(hasattr(known, name) for name in own - NOT_IN_A_STEP)
 
 
 def parallel_list(optimizer: Optimizer) -> str:
@@ -143,3 +154,8 @@ def has_adam_moments(optimizer: object) -> bool:
         return False
     betas = [group.get("betas") for group in getattr(optimizer, "param_groups", [])]
     return all(pair is not None and len(pair) == 2 for pair in betas)
+
+
+def has_several_betas(optimizer: object) -> bool:
+    """Whether parameter groups have different betas: mode "moments" corrects all elements by one pair."""
+    return len({tuple(group.get("betas") or ()) for group in getattr(optimizer, "param_groups", [])}) > 1

@@ -15,9 +15,10 @@ from megatron_patches.machine import RECIPES, Machine
 from megatron_patches.precision import check
 from mols_ds import cli
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.controller import Context, Controller
+from mols_ds.core.controller import Controller
 from mols_ds.core.groups import group_table, is_scaled
 from mols_ds.core.phases import resolve_schedule
+from mols_ds.core.protocols import Context
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.report.files import write_report
 from mols_ds.training import ds_config as settings

@@ -24,6 +24,9 @@ REASONS = {
     "other weights": "the weights that it steps are not those that the model has",
     "min rate": "torch's takes min(lr, 1/sqrt(t)) for the rate, which is not proportional to lr",
     "snr rate": "it sets a rate for each tensor from its gradient's signal-to-noise ratio itself",
+    "average": "it moves the weights to an average of past ones",
+    "two steps": "it steps twice in a batch, once away from the weights",
+    "hooks": "its step does nothing: hooks step each weight in the backward pass",
     "1-bit": "its step communicates and freezes the variance",
 }
 """Column "refused" -> the words of the message."""
@@ -36,8 +39,8 @@ Adafactor           |                 |        | tensors | adam      | min rate
 AdaGO               |                 |        | tensors |           |
 Adagrad             | torch           |        |         | adam      |
 Adam                | torch           |        |         | adam      |
-Adam_mini           |                 |        | tensors |           |
 Adamax              | torch           |        |         |           |
+Adam_mini           |                 |        | tensors |           |
 AdamMini            |                 |        | tensors |           |
 AdaMuon             |                 |        | tensors |           |
 AdamW               | torch           |        |         | adam      |
@@ -47,10 +50,13 @@ APOLLO              |                 |        | tensors |           |
 Apollo              |                 |        | tensors |           |
 APOLLOAdamW         |                 |        | tensors |           |
 ASGD                |                 |        |         | adam      | lr
+BSAM                |                 |        |         | adam      | two steps
 CAME                |                 |        | tensors |           |
 Conda               |                 |        | tensors |           |
 CpuFusedAdam        |                 |        |         | adam      |
+DAdaptAdaGrad       |                 |        |         | adam      | own rate
 DAdaptAdam          |                 |        |         | adam      | own rate
+DAdaptAdan          |                 |        |         | adam      | own rate
 DAdaptLion          |                 |        |         |           | own rate
 DAdaptSGD           |                 |        |         | adam      | own rate
 DeepSpeedCPUAdagrad | deepspeed       |        |         | adam      |
@@ -58,6 +64,7 @@ DeepSpeedCPUAdam    | deepspeed       |        |         | adam      |
 DeepSpeedCPULion    | deepspeed       |        |         |           |
 DistributedMuon     |                 |        | tensors |           |
 Fira                |                 |        | tensors |           |
+FriendlySAM         |                 |        |         | adam      | two steps
 Fromage             |                 |        | tensors |           |
 FusedAdagrad        | apex            |        |         | adam      |
 FusedAdam           | deepspeed apex  | shared |         | adam      |
@@ -66,12 +73,16 @@ FusedLion           | deepspeed       | shared |         |           |
 FusedSGD            | apex            |        |         | adam      |
 GaLore              |                 |        | tensors |           |
 GaLoreAdamW         |                 |        | tensors |           |
+GSAM                |                 |        |         | adam      | two steps
 Kron                |                 |        | tensors |           |
 LAMB                |                 |        | tensors | adam      |
 Lamb                |                 |        | tensors | adam      |
 LARS                |                 |        | tensors |           |
+LayerWiseDummyOptimizer|                 |        |         | adam      | hooks
 LBFGS               |                 |        |         | adam      | lr
 Lion                | pytorch_optimizer|        |         |           |
+Lookahead           |                 |        |         | adam      | average
+LookSAM             |                 |        |         | adam      | two steps
 Muon                |                 |        | tensors |           |
 MuonClip            |                 |        | tensors |           |
 NAdam               | torch           |        |         | adam      |
@@ -83,12 +94,16 @@ OneBitLamb          |                 |        |         | adam      | 1-bit
 Prodigy             |                 |        |         | adam      | own rate
 PSGD                |                 |        | tensors |           |
 RAdam               | torch           |        |         | adam      |
+Ranger              |                 |        |         | adam      | average
+Ranger21            |                 |        |         | adam      | average
 RMSprop             | torch           |        |         | adam      |
 Rprop               |                 |        |         | adam      | lr
+SAM                 |                 |        |         | adam      | two steps
 ScalableShampoo     |                 |        | tensors |           |
 ScheduleFreeAdamW   |                 |        |         | adam      | other weights
 ScheduleFreeRAdam   |                 |        |         | adam      | other weights
 ScheduleFreeSGD     |                 |        |         | adam      | other weights
+ScheduleFreeWrapper |                 |        |         | adam      | other weights
 Scion               |                 |        | tensors |           |
 SGD                 | torch           |        |         | adam      |
 SGDSaI              |                 |        | tensors | adam      | snr rate
@@ -100,6 +115,8 @@ ShardedLamb         |                 |        |         | adam      |
 SM3                 |                 |        | tensors |           |
 SOAP                |                 |        | tensors |           |
 SPlus               |                 |        | tensors |           |
+TRAC                |                 |        |         | adam      | own rate
+WSAM                |                 |        |         | adam      | two steps
 ZeroOneAdam         |                 |        |         | adam      | 1-bit
 """
 """Reads "tensors": whole parameters. Two betas "adam": they mean Adam's moments in exp_avg and exp_avg_sq."""

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.engines.deepspeed.checks import _engine_refusals
@@ -14,6 +15,7 @@ from mols_ds.engines.deepspeed.checks import _engine_refusals
 def refused(section: dict[str, Any]) -> list[str]:
     engine: Any = SimpleNamespace(
         config={},
+        module=torch.nn.Module(),
         managed_gradient_accumulation=lambda: False,
         zero_optimization=lambda: True,
         zero_compute_grad_norm=lambda: False,

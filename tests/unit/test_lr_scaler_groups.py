@@ -199,3 +199,65 @@ def test_a_list_of_another_name() -> None:
     optimizer.step()
     for tensor, rate in zip(params, RATES.values(), strict=True):
         torch.testing.assert_close(tensor.detach(), torch.full((4,), -LR * rate))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, UNKNOWN])
+@pytest.mark.parametrize("before", [True, False], ids=["registered before", "registered after"])
+def test_the_users_hooks_see_their_groups_and_the_final_weights(kind: Any, before: bool) -> None:
+    """A schedule as a pre-hook and an average of the weights as a post-hook, registered before MoLS or after it."""
+    params = tensors()
+    optimizer = kind(params) if kind is UNKNOWN else kind(params, lr=LR)
+    seen: list[list[Tensor]] = []
+
+    def halve(stepped: torch.optim.Optimizer, *_: object) -> None:
+        for group in stepped.param_groups:
+            group["lr"] /= 2
+
+    def register() -> None:
+        optimizer.register_step_pre_hook(halve)
+        optimizer.register_step_post_hook(lambda *_: seen.append([p.detach().clone() for p in params]))
+
+    if before:
+        register()
+    scaler = scale(optimizer, params)
+    if not before:
+        register()
+    for step in range(1, 4):
+        scaler.keep_order()
+        optimizer.step()
+        assert [group["lr"] for group in optimizer.param_groups] == [LR / 2**step]
+        assert all(torch.equal(p, one) for p, one in zip(params, seen[-1], strict=True))
+
+
+def test_a_tensor_without_elements() -> None:
+    params = [torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.empty(0))]
+    optimizer = torch.optim.Adam(params, lr=LR)
+    layouts = {"a": ElementLayout.whole("embedding"), "b": ElementLayout.whole("qk")}
+    plans = {
+        id(p): make_plan(p.numel(), [ShardRange(n, 0, 0, p.numel())], layouts)
+        for n, p in zip("ab", params, strict=True)
+    }
+    LRScaler(optimizer, plans, lambda: RATES, elementwise=True)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert bool((params[0] < 1.0).all())
+
+
+def test_a_subclass_that_changes_what_a_step_calls_is_not_taken_for_its_parent() -> None:
+    class Centred(torch.optim.AdamW):
+        def _init_group(self, group: Any, params: Any, grads: Any, *more: Any) -> Any:
+            found = super()._init_group(group, params, grads, *more)
+            grads[:] = [gradient - gradient.mean() for gradient in grads]
+            return found
+
+    class Named(torch.optim.AdamW):
+        def __repr__(self) -> str:
+            return "Named"
+
+        def of_its_own(self) -> None:
+            """Nothing that AdamW calls."""
+
+    assert not is_elementwise(Centred(tensors())) and not reads_groups_only(Centred(tensors()))
+    assert is_elementwise(Named(tensors())) and reads_groups_only(Named(tensors()))

@@ -50,12 +50,37 @@ def test_shares_and_steps() -> None:
         ({"start": 200, "ramp_end": 300}, 100, None, r"past the last of 100 steps; nothing would happen"),
         ({"samples": 96, "start": 5, "mode": "online"}, 100, None, r'"mols.samples": 96 .*from step 5 on.* 100 steps'),
         ({"samples": 96, "start": 5, "mode": "moments"}, 100, None, r'"mols.samples": 96 .*mode "moments"'),
+        (
+            {"samples": "auto", "start": 5, "ramp_end": 9, "mode": "online"},
+            20,
+            None,
+            r'"mols.samples": 16 \("auto"\) .* 20 steps',
+        ),
     ],
 )
 def test_impossible_schedules(section: dict[str, Any], total: int | None, warmup: int | None, message: str) -> None:
     with pytest.raises(MolsConfigError, match=message) as caught:
         schedule_of(section, total, warmup)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"ramp_end": 101}, ['"mols.ramp_end": step 101 lies after the last of 100 steps']),
+        ({"fixed_alphas": {"qk": 0.5}, "ramp_end": 200}, ['"mols.ramp_end": step 200 lies after']),
+        (
+            {"recalibrate": {"every": 99}},
+            ['"mols.recalibrate.every": 99 steps after the first calibration (from step 1'],
+        ),
+        ({"ramp_end": 100, "recalibrate": {"every": 98}}, []),
+        ({"fixed_alphas": {"qk": 0.5}}, []),
+    ],
+)
+def test_what_will_not_happen_is_said(section: dict[str, Any], said: list[str]) -> None:
+    remarks = schedule_of(section, total=100).remarks
+    assert len(remarks) == len(said)
+    assert all(remark.startswith(start) for remark, start in zip(remarks, said, strict=True))
 
 
 @pytest.mark.parametrize(

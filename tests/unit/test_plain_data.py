@@ -11,7 +11,8 @@ import pytest
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.files import read_text
-from mols_ds.core.json_text import DEEPEST, parse_json, read_json
+from mols_ds.core.json_text import parse_json, read_json
+from mols_ds.core.plain_values import DEEPEST
 from mols_ds.errors import MolsConfigError
 from mols_ds.report.files import load_report
 from mols_ds.training.yaml_text import MOST, parse_yaml, read_yaml
@@ -119,7 +120,7 @@ def test_a_section_that_holds_itself() -> None:
     rules.append(rules)
     with pytest.raises(MolsConfigError, match=r'^"mols": nested too deeply'):
         MolsConfig.parse({"rules": rules})
-    with pytest.raises(MolsConfigError, match=r'^"mols": a whole number of'):
+    with pytest.raises(MolsConfigError, match=r'^"mols.samples": a whole number of'):
         MolsConfig.parse({"samples": 10**400})
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.controller import Context, Controller
+from mols_ds.core.controller import Controller
 from mols_ds.core.groups import ElementLayout, GroupTable
 from mols_ds.core.phases import Schedule
+from mols_ds.core.protocols import Context
 from mols_ds.core.schema import Report, schema_problem
 from mols_ds.errors import MolsWarning
 from mols_ds.report.files import JSON_NAME, Publisher, load_report

@@ -142,3 +142,21 @@ def test_what_need_not_move() -> None:
     scaler = watched(optimizer, params, trusted=True)
     optimizer.step()
     assert scaler.problem == ""
+
+
+def test_a_group_whose_lr_is_0_may_stand_still() -> None:
+    class LeavesAlone(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for p in group["params"] if group["lr"] else ():
+                    self.state[p].setdefault("sum", torch.zeros_like(p)).add_(p.grad)
+                    p.sub_(group["lr"] * p.grad)
+
+    params = tensors()
+    optimizer = LeavesAlone([{"params": params[:2]}, {"params": params[2:]}], lr=LR)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    scaler = watched(optimizer, params, trusted=False)
+    optimizer.step()
+    assert scaler.problem == ""

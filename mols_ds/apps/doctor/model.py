@@ -6,9 +6,10 @@ import importlib
 
 from mols_ds.apps.doctor.findings import Findings
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.controller import Context, Controller
+from mols_ds.core.controller import Controller
 from mols_ds.core.groups import GroupTable, group_table
 from mols_ds.core.phases import Schedule
+from mols_ds.core.protocols import Context
 from mols_ds.errors import MolsError
 
 GIB = 2**30

@@ -21,6 +21,7 @@ import torch
 from deepspeed.utils import logger
 
 from mols_ds.core.files import write_whole
+from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.engines.deepspeed import universal_checkpoint as universal
 from mols_ds.engines.deepspeed.compat import other_world_error
 from mols_ds.engines.deepspeed.parallel.base import ParallelGrid
@@ -44,15 +45,13 @@ class EngineCheckpoints:
 
     def __init__(self, mols: Session, engine: Any, grid: ParallelGrid, window: EngineWindow) -> None:
         self.mols, self.engine, self.grid, self.window = mols, engine, grid, window
-        self._save = self.engine.save_checkpoint
-        self._load = self.engine.load_checkpoint
-        self.engine.save_checkpoint = self.save
-        self.engine.load_checkpoint = self.load
+        self._methods = ReplacedMethods(engine)
+        self._save = self._methods.set("save_checkpoint", self.save)
+        self._load = self._methods.set("load_checkpoint", self.load)
 
     def remove(self) -> None:
         """Give the engine its own methods back."""
-        del self.engine.save_checkpoint
-        del self.engine.load_checkpoint
+        self._methods.undo()
 
     def _ranks(self) -> tuple[int, int]:
         """(rank, number of ranks) that name this rank's side file.
@@ -137,7 +136,8 @@ class EngineCheckpoints:
           over, except in mode "moments", whose only state is the optimizer's.
         - A checkpoint without MoLS state (from before it was switched on) loads too: the calibration starts where the
           schedule says, or at once where that step is past.
-        - `load_module_only` leaves the MoLS state as it is.
+        - `load_module_only` leaves the MoLS state as it is, but a half-done calibration starts over: its samples are of
+          other weights.
 
         Raises:
             MolsCheckpointError: the MoLS state is of other module groups, another release or not MoLS's at all; on
@@ -168,12 +168,23 @@ class EngineCheckpoints:
         if moved and (said := universal.left_alone(self.engine)):
             self.mols.controller.warn(said)
         if asked.arguments["load_module_only"]:
-            self.mols.controller.log("MoLS: load_module_only leaves the MoLS state as it is")
+            self._loaded_weights_alone()
             return path, client_state
         if moved and with_optimizer and (said := universal.repair(self.engine, folder, options)):
             self.mols.controller.warn(said)
         self._restore(folder, saved, with_optimizer)
         return path, client_state
+
+    def _loaded_weights_alone(self) -> None:
+        controller = self.mols.controller
+        if controller.measuring and controller.samples:
+            self.window.forget()
+            controller.restart(
+                self.mols.steps,
+                "load_module_only changed the weights in the middle of a calibration: it starts over",
+            )
+        else:
+            controller.log("MoLS: load_module_only leaves the MoLS state as it is")
 
     def _restore(self, folder: Path, saved: Any, with_optimizer: bool) -> None:
         mols, t = self.mols, self.engine.global_steps

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from torch import nn
+from torch.optim import Optimizer
+
 from mols_ds.core.config import MolsConfig
 from mols_ds.engines.deepspeed import compat
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
+from mols_ds.optim import step_trial
 from mols_ds.optim.catalog import class_facts
-from mols_ds.optim.traits import has_adam_moments, unscaled_refusal
+from mols_ds.optim.traits import has_adam_moments, has_several_betas, unscaled_refusal
 
 
 def check_supported(engine: Engine, config: MolsConfig) -> None:
@@ -42,6 +46,11 @@ def _engine_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
             'set "sparse_gradients": false',
         ),
         (
+            any(isinstance(one, nn.Embedding | nn.EmbeddingBag) and one.sparse for one in engine.module.modules()),
+            "sparse gradients (an embedding with sparse=True)",
+            "set sparse=False there",
+        ),
+        (
             getattr(engine, "torch_autocast_z0_gradscaler", None) is not None,
             "torch_autocast with a gradient scaler at stage 0",
             "use ZeRO stage 1 or bf16",
@@ -65,6 +74,8 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
     wrapper, name = type(outer).__name__, type(inner).__name__
     facts = class_facts(inner)
     refused = facts.refusal(getattr(inner, "param_groups", []))
+    if refused is None and isinstance(inner, Optimizer):
+        refused = step_trial.refusal(inner)
     decay = unscaled_refusal(inner) if config.weight_decay == "unscaled" else None
     return [
         (
@@ -103,6 +114,11 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
         (
             config.measures == "moments" and not has_adam_moments(inner),
             f'mode "moments" with {name}, which keeps no Adam moments',
+            'use "mode": "probe" or "online"',
+        ),
+        (
+            config.measures == "moments" and has_several_betas(inner),
+            'mode "moments" with other betas in one parameter group than in another',
             'use "mode": "probe" or "online"',
         ),
     ]

@@ -16,12 +16,15 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.controller import Context, Controller
+from mols_ds.core.controller import Controller
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.phases import resolve_schedule
+from mols_ds.core.protocols import Context
 from mols_ds.core.ranges import ShardRange
+from mols_ds.core.rank_checks import check_counts, check_section
+from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.engines.deepspeed.checkpoint import EngineCheckpoints
 from mols_ds.engines.deepspeed.checks import check_supported, scheduler_hints, seen_by
@@ -55,7 +58,8 @@ class EngineMols(Session):
         schedule = resolve_schedule(config, *scheduler_hints(engine.lr_scheduler))
         table = self.grid.table(config, self.shards.param_group)
         self._controller = Controller(config, table, self.shards.accumulated, schedule, self._context())
-        self.check_counts()
+        check_section(config, self.reduce)
+        check_counts(table, self.controller.elements.ranges, self.reduce)
         self._lr_group = self._groups_of_lr(table)
         self._scale_before = 1.0
         self._install(table)
@@ -66,12 +70,14 @@ class EngineMols(Session):
         self.controller.advance(engine.global_steps)
 
     def detach(self) -> None:
-        """Take everything off the engine again: it steps as a stock engine from here on."""
+        """Take everything off the engine again: it steps as a stock engine from here on. Again: nothing happens."""
+        if getattr(self.engine, "mols", None) is not self:
+            return
         for hook in self._hooks:
             hook.remove()
         self.window.restore()
         self.scaler.remove()
-        del self.engine._take_model_step
+        self._methods.undo()
         self.checkpoints.remove()
         self.controller.elements.free()
         self._publisher.release()
@@ -108,8 +114,8 @@ class EngineMols(Session):
         self._ranges: dict[int, list[tuple[int, ShardRange]]] = {}
         for number, (index, item) in enumerate(shards.owned):
             self._ranges.setdefault(id(shards.tensors[index]), []).append((number, item))
-        self._take_model_step = engine._take_model_step
-        engine._take_model_step = self._step
+        self._methods = ReplacedMethods(engine)
+        self._take_model_step = self._methods.set("_take_model_step", self._step)
 
     def _check_options(self) -> None:
         for group in self.shards.inner.param_groups:
@@ -171,7 +177,7 @@ class EngineMols(Session):
         self.take_step(stock)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if self.controller.measuring and self.config.mode != "moments" and torch.is_grad_enabled():
+        if self.controller.measuring and torch.is_grad_enabled():
             self.shards.begin()
         super()._before_forward(module, args)
 

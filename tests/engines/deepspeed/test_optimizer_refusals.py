@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.engines.deepspeed.checks import check_supported
@@ -22,7 +23,7 @@ def refusal(optimizer: Any, stage: int, mode: str = "probe") -> str:
     """The message of `check_supported` on just enough of an engine, or ""."""
     stub = dict.fromkeys(set(ENGINE_NAMES) - {"optimizer"}, 0)
     stub |= {"zero_optimization": lambda: stage > 0, "managed_gradient_accumulation": lambda: True}
-    engine = SimpleNamespace(optimizer=optimizer, config={}, **stub)
+    engine = SimpleNamespace(optimizer=optimizer, config={}, **{**stub, "module": torch.nn.Module()})
     try:
         check_supported(engine, MolsConfig.parse({"start": 1, "ramp_end": 9, "mode": mode}))
     except MolsUnsupportedError as error:

@@ -104,6 +104,28 @@ def test_a_parameter_without_a_gradient_counts_as_zero(name: str) -> None:
         assert errors["mean"] < 1e-4 and errors["m2"] < 1e-4, errors
 
 
+def moments_alphas(stage: int) -> dict[str, float]:
+    """Alphas of mode "moments" where two of three batches leave the MLP out."""
+    torch.manual_seed(0)
+    model = Skipping()
+    section = {"mode": "moments", "start": 0, "samples": 6, "ramp_end": 20, "rules": [["norm", "other"]]}
+    engine = engine_of(config(stage, section), model, torch.optim.AdamW(list(model.parameters()), lr=1e-9))
+    for iteration in range(8):
+        engine.module.skip = iteration % 3 != 2
+        iterate(engine, iteration, MICROS)
+    alphas: dict[str, float] = engine.mols.alphas
+    engine.destroy()
+    return alphas
+
+
+def test_mode_moments_reads_the_same_on_every_stage() -> None:
+    found = run_cases(moments_alphas, WORLD, [(stage,) for stage in (1, 2, 3)], timeout=60)
+    wanted = found[1,][0]
+    assert wanted and wanted["mlp"] != 1.0
+    for stage in (2, 3):
+        assert found[stage,][0] == pytest.approx(wanted, rel=1e-3)
+
+
 def overflow(stage: int) -> dict[str, Any]:
     """A window that begins with a loss scale at which every gradient overflows."""
     section = {"start": 0, "ramp_end": 40, "samples": 4, "noise_floor_correction": False}

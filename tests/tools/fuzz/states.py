@@ -11,11 +11,12 @@ import torch
 from hypothesis import strategies as st
 
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.controller import Context, Controller
+from mols_ds.core.controller import Controller
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.layout import ElementLayout
 from mols_ds.core.local_stats import LocalStats
 from mols_ds.core.phases import Schedule
+from mols_ds.core.protocols import Context
 from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsCheckpointError
 from tests.tools.fuzz.common import ACCEPTED, JSON, REFUSED, SCALARS, Target, mutated, refused_by

@@ -1,0 +1,184 @@
+"""Legal use that is not in every loop: copies of the module, detach twice, other betas, sparse embeddings."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import mols_ds
+from mols_ds.errors import MolsError, MolsUnsupportedError, MolsWarning
+from tests.engines.deepspeed.engines import config, engine_of
+from tests.engines.deepspeed.loops import iterate
+from tests.engines.deepspeed.models import PlainLM
+from tests.helpers.harness import run_ranks
+from tests.helpers.oracle.models import batch
+
+SECTION = {"start": 1, "ramp_end": 9, "samples": 4, "total_steps": 20}
+
+
+def copies(stage: int) -> tuple[int, bool]:
+    """A copy of the module runs, and its passes are no passes of the engine's."""
+    torch.manual_seed(0)
+    engine = engine_of(config(stage, SECTION, micros=1), PlainLM())
+    for iteration in range(2):
+        iterate(engine, iteration, 1)
+    twin = copy.deepcopy(engine.module)
+    twin.train()
+    twin(batch(0, 0, 0), batch(0, 0, 0))
+    samples, phase = engine.mols.samples, engine.mols.phase
+    engine.destroy()
+    return samples, phase == "calibrating"
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_module_can_be_copied(stage: int) -> None:
+    assert run_ranks(copies, 1, stage) == [(1, True)]
+
+
+def detached_twice() -> bool:
+    engine = engine_of(config(1, SECTION), PlainLM())
+    mols = engine.mols
+    mols.detach()
+    mols.detach()
+    iterate(engine, 0)
+    return hasattr(engine, "mols")
+
+
+def test_detach_twice_is_once() -> None:
+    assert run_ranks(detached_twice, 1) == [False]
+
+
+def refused(mode: str, optimizer: Any, sparse: bool) -> str:
+    model = PlainLM()
+    if sparse:
+        model.embed_tokens = nn.Embedding(97, model.embed_tokens.embedding_dim, sparse=True)
+    with pytest.raises(MolsUnsupportedError) as error:
+        engine_of(config(0, {**SECTION, "mode": mode}), model, optimizer)
+    return str(error.value)
+
+
+def two_betas(parameters: Any) -> torch.optim.Optimizer:
+    first, *others = parameters
+    return torch.optim.AdamW([{"params": [first], "betas": (0.5, 0.9)}, {"params": others}])
+
+
+def test_mode_moments_with_other_betas_in_a_group() -> None:
+    (said,) = run_ranks(refused, 1, "moments", two_betas, False)
+    assert 'mode "moments" with other betas in one parameter group' in said
+
+
+def test_sparse_embeddings() -> None:
+    (said,) = run_ranks(refused, 1, "probe", None, True)
+    assert "sparse gradients (an embedding with sparse=True)" in said
+
+
+def hooked(stage: int) -> list[float]:
+    """Rates after each step, where a step pre-hook that was registered after attach halves them."""
+    fixed = {"fixed_alphas": {"embedding": 3.0}, "start": 0, "ramp_end": 0}
+    engine = engine_of(config(stage, fixed, micros=1), PlainLM(), lambda p: torch.optim.SGD(p, lr=0.5))
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+    def halve(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        optimizer.param_groups[0]["lr"] /= 2
+
+    inner.register_step_pre_hook(halve)
+    seen = []
+    for iteration in range(3):
+        iterate(engine, iteration, 1)
+        seen.append(inner.param_groups[0]["lr"])
+    return seen
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_step_hooks_of_the_user_see_their_own_groups(stage: int) -> None:
+    assert run_ranks(hooked, 1, stage) == [[0.25, 0.125, 0.0625]]
+
+
+def wrapped(before: bool) -> list[str]:
+    """Saves that a wrapper of the user's has seen: one with MoLS, one after detach."""
+    engine = engine_of(config(1, None), PlainLM(), initialize=deepspeed.initialize)
+    seen: list[str] = []
+
+    def wrap() -> None:
+        inner = engine.save_checkpoint
+
+        def save(*args: Any, **kwargs: Any) -> Any:
+            seen.append(args[1] if len(args) > 1 else kwargs["tag"])
+            return inner(*args, **kwargs)
+
+        engine.save_checkpoint = save
+
+    if before:
+        wrap()
+    mols = mols_ds.attach(engine, SECTION)
+    if not before:
+        wrap()
+    with tempfile.TemporaryDirectory() as folder:
+        engine.save_checkpoint(folder, tag="attached")
+        held = (Path(folder) / "attached" / "mp_rank_00_model_states.pt").stat().st_size
+        mols.detach()
+        engine.save_checkpoint(folder, tag="detached")
+        assert (
+            Path(folder) / "detached" / "mp_rank_00_model_states.pt"
+        ).stat().st_size < held  # stock: no state of ours
+    return seen
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_wrappers_of_others_stay(before: bool) -> None:
+    assert run_ranks(wrapped, 1, before) == [["attached", "detached"]]
+
+
+def other_section() -> str:
+    section = {**SECTION, "ramp_end": 9 + dist.get_rank(), "report_dir": f"report{dist.get_rank()}"}
+    with pytest.raises(MolsError) as error:
+        engine_of(config(0, section), PlainLM())
+    return str(error.value)
+
+
+def test_a_section_that_differs_between_ranks() -> None:
+    for said in run_ranks(other_section, 2):
+        assert said.startswith('the "mols" section is not the same on every rank')
+
+
+def weights_alone() -> tuple[int, int, list[str]]:
+    """Samples before and after `load_module_only` in a window, and what was said."""
+    engine = engine_of(config(2, SECTION, micros=1), PlainLM())
+    with tempfile.TemporaryDirectory() as folder:
+        iterate(engine, 0, 1)
+        engine.save_checkpoint(folder, tag="a")
+        for iteration in range(1, 3):
+            iterate(engine, iteration, 1)
+        before = engine.mols.samples
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            engine.load_checkpoint(folder, tag="a", load_module_only=True)
+    return before, engine.mols.samples, [str(one.message) for one in said if one.category is MolsWarning]
+
+
+def test_other_weights_in_a_window_start_it_over() -> None:
+    ((before, after, said),) = run_ranks(weights_alone, 1)
+    assert before == 2 and after == 0
+    assert any("load_module_only changed the weights" in line for line in said)
+
+
+def given_back() -> dict[str, float]:
+    """The alphas of a run, all of them, given to another one."""
+    alphas = {"embedding": 2.0, "head": 1.5, "other": 1.0}
+    engine = engine_of(config(0, {**SECTION, "start": 0, "fixed_alphas": alphas}), PlainLM())
+    found: dict[str, float] = engine.mols.alphas
+    return found
+
+
+def test_alphas_of_a_run_are_fixed_alphas_of_another() -> None:
+    (found,) = run_ranks(given_back, 1)
+    assert found["embedding"] == 2.0 and found.get("other", 1.0) == 1.0
