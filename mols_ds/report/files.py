@@ -119,7 +119,7 @@ def _write_plot(report: Report, path: Path) -> None:
         raise
     except ImportError as error:
         warnings.warn(
-            f"{path.name} was not drawn ({error}); install it by: pip install 'mols-ds[report]'",
+            f"{path.name} was not drawn ({error}); pip install matplotlib",
             MolsWarning,
             stacklevel=3,
         )

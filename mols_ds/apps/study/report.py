@@ -75,7 +75,7 @@ def _draw(summary: Summary) -> tuple[dict[str, bytes], list[Picture]]:
         from mols_ds.apps.study.figures import draw
     except ImportError as error:
         warnings.warn(
-            f"the pictures of the report were not drawn ({error}); install it by: pip install 'mols-ds[report]'",
+            f"the pictures of the report were not drawn ({error}); pip install matplotlib",
             MolsWarning,
             stacklevel=3,
         )
