@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import runpy
@@ -137,12 +138,14 @@ def strings(path: Path) -> Iterator[str]:
     )
 
 
-def advice() -> Iterator[tuple[str, str]]:
+@functools.cache
+def advice() -> list[tuple[str, str]]:
     """(where, text) of everything that may tell a user what to do."""
+    found = [(page, text_of(page)) for page in PAGES]
     for path in sources():
         texts = strings(path) if path.suffix == ".py" else [path.read_text("utf-8")]
-        yield from ((str(path.relative_to(ROOT)), text) for text in texts)
-    yield from ((page, text_of(page)) for page in PAGES)
+        found += [(str(path.relative_to(ROOT)), text) for text in texts]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +166,7 @@ def test_every_advised_install_exists(metadata: dict[str, Any]) -> None:
     pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
     known = {distribution(name) for name in pinned} | NOT_PINNED
     found = 0
-    for where, line in ((where, line) for where, text in advice() for line in text.splitlines()):
+    for where, line in ((where, line) for where, text in advice() if where != "Makefile" for line in text.splitlines()):
         for command in re.findall(r"\bpip install ([^#`]+)", line):
             found += 1
             words = [word for word in command.split() if not word.startswith("-")]
