@@ -12,7 +12,7 @@ from mols_ds.errors import MolsError
 PROBE_SHARE = 1 / 3
 """Extra forward and backward passes, as a share of the run's, from which on the doctor warns. The paper's runs pay
 32 / 10,000 and less (arXiv 2605.05794, section 4)."""
-DEFAULT_FIX = "docs/deepspeed.md lists every key of the section with what is allowed"
+DEFAULT_FIX = "docs/config.md lists every key of the section with what is allowed"
 
 
 @dataclass(frozen=True)
