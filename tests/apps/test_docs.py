@@ -23,7 +23,7 @@ from mols_ds.apps.study.spec import load_study
 from mols_ds.apps.train_megatron import main as train_megatron
 from mols_ds.core.schema import Report
 from mols_ds.report.table import format_report
-from tests.helpers.pages import PAGES, ROOT, Block, blocks, commands, prose
+from tests.helpers.pages import PAGES, ROOT, Block, blocks, commands, spans
 
 Parse = Callable[[Sequence[str]], argparse.Namespace]
 
@@ -114,26 +114,25 @@ def test_commands_within_sentences_have_their_options(capsys: pytest.CaptureFixt
     known: dict[str, set[str]] = {}
     found = 0
     for page in PAGES:
-        for number, line in prose(page):
-            for span in re.findall(r"`([^`]+)`", line):
-                words = span.split()
-                if len(words) < 2 or not (words[0] in LAUNCHERS | {"mols-ds"} or words[0].endswith(".py")):
-                    continue
-                program, arguments = split(words)
-                if program.startswith("mols-ds "):
-                    assert program in {*PROGRAMS, "mols-ds launch"}, f"{page}:{number}: {span}"
-                if program == "mols-ds launch":
-                    program, arguments = split(arguments)
-                if program not in PROGRAMS:
-                    continue
-                found += 1
-                if program == "mols_ds.signals":
-                    assert arguments[0] in ("run", "send", "finished"), f"{page}:{number}: {span}"
-                    continue
-                if program not in known:
-                    known[program] = options(PROGRAMS[program], capsys)
-                given = {word for word in arguments if word.startswith("--")}
-                assert given <= known[program], f"{page}:{number}: {span}"
+        for number, span in spans(page):
+            words = span.split()
+            if len(words) < 2 or not (words[0] in LAUNCHERS | {"mols-ds"} or words[0].endswith(".py")):
+                continue
+            program, arguments = split(words)
+            if program.startswith("mols-ds "):
+                assert program in {*PROGRAMS, "mols-ds launch"}, f"{page}:{number}: {span}"
+            if program == "mols-ds launch":
+                program, arguments = split(arguments)
+            if program not in PROGRAMS:
+                continue
+            found += 1
+            if program == "mols_ds.signals":
+                assert arguments[0] in ("run", "send", "finished"), f"{page}:{number}: {span}"
+                continue
+            if program not in known:
+                known[program] = options(PROGRAMS[program], capsys)
+            given = {word for word in arguments if word.startswith("--")}
+            assert given <= known[program], f"{page}:{number}: {span}"
     assert found > 15
 
 

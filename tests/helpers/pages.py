@@ -59,9 +59,16 @@ def prose(page: str) -> list[tuple[int, str]]:
 
 def links(page: str) -> Iterator[tuple[int, str]]:
     """(number of the line, target) of each link and picture."""
-    for number, line in prose(page):
-        for target in _LINK.findall(_CODE.sub("", line)):
-            yield number, target
+    text = _CODE.sub(lambda code: "\n" * code[0].count("\n"), _without_blocks(page))
+    for link in _LINK.finditer(text):
+        yield text.count("\n", 0, link.start()) + 1, link[1]
+
+
+def spans(page: str) -> Iterator[tuple[int, str]]:
+    """(number of the line, text) of each piece of code within a sentence."""
+    text = _without_blocks(page)
+    for code in _CODE.finditer(text):
+        yield text.count("\n", 0, code.start()) + 1, " ".join(code[0].strip("`").split())
 
 
 def anchors(page: str) -> set[str]:
@@ -85,6 +92,12 @@ def commands() -> list[tuple[Block, list[str]]]:
                 else:
                     words.append(word)
     return found
+
+
+def _without_blocks(page: str) -> str:
+    """The page with an empty line for each line of a code block."""
+    lines = dict(prose(page))
+    return "\n".join(lines.get(number, "") for number in range(1, len(text_of(page).splitlines()) + 1))
 
 
 def _blocks(page: str) -> Iterator[Block]:
