@@ -136,6 +136,13 @@ def test_commands_within_sentences_have_their_options(capsys: pytest.CaptureFixt
     assert found > 15
 
 
+def test_subcommands_that_messages_name_exist() -> None:
+    for folder in ("mols_ds", "megatron_patches", "launch"):
+        for path in (file for file in (ROOT / folder).rglob("*") if file.suffix in (".py", ".sh", ".sbatch")):
+            for name in re.findall(r"(?:`|: )mols-ds ([a-z]+)\b", path.read_text("utf-8")):
+                assert f"mols-ds {name}" in {*PROGRAMS, "mols-ds launch"}, f"{path}: mols-ds {name}"
+
+
 # ---------------------------------------------------------------------- what the pages show
 
 

@@ -18,6 +18,7 @@ import megatron_patches
 import mols_ds
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
+from mols_ds.core.schema import Report, ReportGroup
 from mols_ds.optim.catalog import ENTRIES
 from tests.helpers.pages import PAGES, ROOT, anchors, blocks, links, prose, text_of
 
@@ -121,6 +122,39 @@ def test_pages_that_the_code_names_exist() -> None:
     named = {name for path in sources() for name in re.findall(r"(?<!/)\bdocs/[\w/]+\.md", path.read_text("utf-8"))}
     assert len(named) > 5
     assert {name for name in named if not (ROOT / name).is_file()} == set()
+
+
+# ---------------------------------------------------------------------- complete
+
+
+def test_every_public_name_is_in_the_api_reference() -> None:
+    shown = set(re.findall(r"^::: ([\w.]+)$", text_of("docs/api.md"), re.MULTILINE))
+    public = {f"mols_ds.{name}" for name in mols_ds.__all__} | {
+        f"megatron_patches.{n}" for n in megatron_patches.__all__
+    }
+    assert public - shown == set()
+
+
+def test_every_key_of_the_report_is_explained() -> None:
+    keys = {key for kind in (Report, ReportGroup) for key in kind.__annotations__}
+    assert {key for key in keys if f"`{key}`" not in text_of("docs/report.md")} == set()
+
+
+def test_every_collective_of_the_packages_is_on_its_page() -> None:
+    """A new call in the method or in an adapter needs a row in docs/communication.md, and a line here."""
+    calls = re.compile(r"\bdist\.(all_\w+|broadcast\w*|reduce\w*|gather\w*|barrier)\(")
+    found: dict[str, list[str]] = {}
+    for folder in ("mols_ds/core", "mols_ds/engines", "megatron_patches"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            names = calls.findall(path.read_text("utf-8"))
+            found |= {str(path.relative_to(ROOT)): names} if names else {}
+    assert found == {
+        "mols_ds/engines/deepspeed/bind_optimizer.py": ["all_reduce"],  # optimizers that sum over shards
+        "mols_ds/engines/deepspeed/parallel/pipeline.py": ["all_gather_object"],  # attach
+        "mols_ds/engines/deepspeed/shards.py": ["all_reduce"],  # `reduce`: all others
+        "megatron_patches/collective_checks.py": ["all_gather_object"],  # attach
+        "megatron_patches/shards.py": ["all_reduce"],
+    }
 
 
 # ---------------------------------------------------------------------- what is advised
