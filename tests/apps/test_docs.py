@@ -23,6 +23,7 @@ from mols_ds.apps.study.spec import load_study
 from mols_ds.apps.train_megatron import main as train_megatron
 from mols_ds.core.schema import Report
 from mols_ds.report.table import format_report
+from tests.helpers.harness import run_ranks
 from tests.helpers.pages import PAGES, ROOT, Block, blocks, commands, spans
 
 Parse = Callable[[Sequence[str]], argparse.Namespace]
@@ -169,6 +170,36 @@ def test_the_study_of_the_page_is_read(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(block.text.replace("../configs", str(ROOT / "configs")), "utf-8")
     assert set(load_study(file).arms) == {"adam", "mols", "hand"}
+
+
+def use_the_handle() -> dict[str, object]:
+    """On a rank: the lines of README's block about `engine.mols`, on a calibrated engine of DeepSpeed."""
+    import mols_ds
+    from tests.engines.deepspeed.engines import config, engine_of
+    from tests.engines.deepspeed.loops import iterate
+    from tests.helpers.oracle.adamw import AdamSettings
+
+    section = {"start": 1, "samples": 4, "ramp_end": 3}
+    engine = engine_of(config(0, section), "llama", AdamSettings(lr=1e-3, eps=1e-5, clip=0.5))
+    for iteration in range(8):
+        iterate(engine, iteration)
+    (block,) = (block for block in blocks("python") if "engine.mols.phase" in block.text)
+    found: dict[str, object] = {}
+    for line in block.text.splitlines():
+        if line.startswith("mols_ds.attach"):
+            engine.mols.detach()
+        code = line.split("#")[0].strip()
+        found[code] = repr(eval(code, {"engine": engine, "model": engine.module, "mols_ds": mols_ds}))
+    return found
+
+
+@pytest.mark.tier("all")
+def test_the_lines_of_the_readme_run() -> None:
+    (found,) = run_ranks(use_the_handle, 1)
+    assert found["engine.mols.phase"] == "'fixed'"
+    assert "'embedding'" in found["engine.mols.alphas"] and "'embedding'" in found["engine.mols.applied_lrs"]
+    assert "'groups'" in found["engine.mols.report()"]
+    assert len(found) == 6
 
 
 PLANS = [block for block in blocks("text") if block.text.startswith("$ mols-ds ")]
