@@ -19,7 +19,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev train train-megatron test test-all test-full test-rest lint format architecture \
-	docs docs-config bench compare clean distclean
+	pictures docs docs-config bench compare clean distclean
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -94,6 +94,14 @@ format: setup-dev
 # The picture of docs/architecture.md, from the code.
 architecture: setup-dev
 	$(BIN)/python docs/draw_architecture.py
+
+# The pictures of README and docs/: a training of minutes, a plan, the architecture. Look at them before you commit them.
+pictures: architecture
+	$(RUN_PATH) $(CPU_ENV) deepspeed --num_accelerators 2 --config configs/ds_mols.json \
+		train.py --compare adam --out runs/pictures
+	cp runs/pictures/compare.png runs/pictures/mols/mols_report/mols_report.png docs/img/
+	$(RUN_PATH) mols-ds plan configs/models/llama_7b.json --config configs/ds_7b_zero3.json \
+		--cluster configs/clusters/h100_8x80.yaml --nodes 4 --sequence 1024 --steps 150000 --plot docs/img/plan.png
 
 # The keys in docs/config.md, from mols_ds/core/config.py.
 docs-config: setup
