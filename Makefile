@@ -4,6 +4,7 @@
 # make test-full   with the exhaustive tables, before a release (half an hour); tests/README.md has the tiers
 # make train-megatron   the same training on Megatron-core, tensor x pipeline parallel
 # make compare  studies/laptop.yaml: Adam and MoLS tuned alike, over seeds, with a report (an hour or two)
+# make docs     the pages of docs/ and the API reference as HTML, in build/docs
 # Variables: PYTHON (3.11+), NPROC, ACCELERATOR (cpu, cuda, ...), ARGS (more flags for train.py or pytest), PIP_FLAGS.
 
 PYTHON ?= python3
@@ -17,8 +18,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev train train-megatron test test-all test-full test-rest lint format architecture bench \
-	compare clean distclean
+.PHONY: help setup setup-dev train train-megatron test test-all test-full test-rest lint format architecture \
+	pictures docs docs-config bench compare clean distclean
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -93,6 +94,26 @@ format: setup-dev
 # The picture of docs/architecture.md, from the code.
 architecture: setup-dev
 	$(BIN)/python docs/draw_architecture.py
+
+# The pictures of README and docs/: a training of minutes, a plan, the architecture. Look at them before you commit them.
+pictures: architecture
+	$(RUN_PATH) $(CPU_ENV) deepspeed --num_accelerators 2 --config configs/ds_mols.json \
+		train.py --compare adam --out runs/pictures
+	cp runs/pictures/compare.png runs/pictures/mols/mols_report/mols_report.png docs/img/
+	$(RUN_PATH) mols-ds plan configs/models/llama_7b.json --config configs/ds_7b_zero3.json \
+		--cluster configs/clusters/h100_8x80.yaml --nodes 4 --sequence 1024 --steps 150000 --plot docs/img/plan.png
+
+# The keys in docs/config.md, from mols_ds/core/config.py.
+docs-config: setup
+	$(BIN)/python docs/write_config.py
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-train
+	$(PIP) -e '.[train,report,docs]'
+	@touch $@
+
+# HTML in build/docs. A broken link or anchor fails it.
+docs: $(VENV)/.stamp-docs
+	$(BIN)/mkdocs build --strict $(ARGS)
 
 # Minutes: step time over stock DeepSpeed, and the accumulator against the machine's copy bandwidth.
 bench: setup-dev

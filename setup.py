@@ -24,6 +24,7 @@ REPORT = ["matplotlib>=3.8", "rich>=13.0"]
 MEGATRON = ["megatron-core>=0.16", "filelock>=3.13"]
 # What docs/optimizers.md takes from other projects.
 OPTIMIZERS = ["pytorch-optimizer>=4.0", "bitsandbytes>=0.45"]
+DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=1.0", "ruff>=0.6"]  # ruff formats the signatures
 TEST_TOOLS = ["pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 # adam-mini: the authors' implementation, which this package's is tested against.
 TEST_TOOLS += ["ruff>=0.6", "mypy>=1.11", "import-linter>=2.17", "types-PyYAML", "adam-mini>=1.1.1"]
@@ -48,6 +49,7 @@ setup(
         "evaluate": ["lm-eval>=0.4"],
         "optimizers": OPTIMIZERS,
         "report": REPORT,
+        "docs": DOCS,
         "dev": [*TEST_TOOLS, *TRAIN, *REPORT, *MEGATRON, *OPTIMIZERS, "peft>=0.14"],
     },
     # No script named `deepspeed` is installed: it would overwrite DeepSpeed's own. The shim is launch/deepspeed.

@@ -189,7 +189,10 @@ def apply(
     The optimizer is attached when its OptimizerParamScheduler is built; where it has none, when a checkpoint is loaded
     into it or at its first step. `current()` gives the result, `undo()` takes the patches off.
 
-    Args: as `attach`.
+    Args:
+        config: a "mols" section (dict) or a `MolsConfig`.
+        samples_per_step: what the loop passes to `scheduler.step()`; None: Megatron's microbatch calculator tells.
+        force: as `attach`.
 
     Raises:
         MolsConfigError: the section is wrong.
@@ -227,7 +230,11 @@ def undo() -> None:
 
 
 def current() -> Handle:
-    """What `apply` attached last. Raises `MolsConfigError` where there is no such optimizer (any more)."""
+    """What `apply` attached last.
+
+    Raises:
+        MolsConfigError: `apply` has attached nothing, or the optimizer does not exist any more.
+    """
     mols = _last()
     if mols is None:
         raise MolsConfigError(

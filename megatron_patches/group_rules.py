@@ -231,17 +231,22 @@ def tag_layouts(
     rules: Sequence[Sequence[str]] | None = None,
     granularity: Granularity = "type",
 ) -> dict[str, ElementLayout]:
-    """The layout of each logical parameter of a Megatron-core model, in the order of `shapes`.
+    """The layout of each logical parameter of a Megatron-core model.
 
-    shapes: logical name (global layer and expert numbers, `module.` prefixes allowed) -> unsharded shape. All names
-    of the model, not those of one pipeline stage: a user's rule that decides nothing is an error.
-    config: TransformerConfig or MLATransformerConfig of the model, or a mapping with the same keys.
-    rules: the user's (regular expression, group), tried before MEGATRON_RULES.
-    granularity: "layer_type" numbers the decoder's layers from 0 ("qk.3") and the layers of multi-token prediction
-    behind them ("qk.<num_layers>" is the first), as DeepSeek-V3's checkpoints do.
+    Args:
+        shapes: logical name (global layer and expert numbers, `module.` prefixes allowed) -> unsharded shape. All names
+            of the model, not those of one pipeline stage: a user's rule that decides nothing is an error.
+        config: TransformerConfig or MLATransformerConfig of the model, or a mapping with the same keys.
+        rules: the user's (regular expression, group), tried before MEGATRON_RULES.
+        granularity: "type", or "layer_type", which numbers the decoder's layers from 0 ("qk.3") and the layers of
+            multi-token prediction after them ("qk.<num_layers>" is the first), as DeepSeek-V3's checkpoints do.
 
-    Raises MolsConfigError as `mols_ds.core.groups.build_layouts` does, and when the rows of a fused projection do not
-    add up to what the config says (naming the parameter and both numbers).
+    Returns:
+        Logical name -> layout, in the order of `shapes`.
+
+    Raises:
+        MolsConfigError: as `mols_ds.core.groups.build_layouts`, and where the rows of a fused projection are not those
+            of the config (naming the parameter and both numbers).
     """
     layouts = build_layouts(shapes, config, rules, granularity, presets=MEGATRON_RULES)
     if granularity == "layer_type":
@@ -260,12 +265,19 @@ def tag_table(
 ) -> GroupTable:
     """The module groups of an un-parallelised Megatron-core model; tied parameters count once, under the first name.
 
-    model: the model, or the list of its only chunk; wrapped or not; on any device, the meta device too.
-    config: the model's TransformerConfig; None: the one found on the model.
+    Args:
+        model: the model, or the list of its only chunk; wrapped or not; on any device, also the meta device.
+        config: the model's TransformerConfig; None: the one found on the model.
+        rules: as `tag_layouts`.
+        granularity: as `tag_layouts`.
 
-    Raises MolsConfigError for a model of several chunks or with a parallel size above 1 in its config (each rank then
-    holds pieces: `megatron_patches.attach(...).report()` shows their table), for a model without trainable parameters,
-    and as `tag_layouts`.
+    Returns:
+        The table: a row for each group with its parameters, elements and share of all trainable elements.
+
+    Raises:
+        MolsConfigError: a model of several chunks, or with a parallel size above 1 in its config (each rank then holds
+            pieces: `megatron_patches.attach(...).report()` shows their table), or without trainable parameters; and as
+            `tag_layouts`.
     """
     chunks = [model] if isinstance(model, nn.Module) else list(model)
     if len(chunks) != 1:

@@ -1,6 +1,6 @@
 """The "mols" section of a DeepSpeed config: typed, frozen, validated on construction, unknown keys refused.
 
-Every default stands here and nowhere else.
+Every default and every description of a key is here and nowhere else.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
 
 from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.core.layout import Granularity
@@ -38,48 +38,88 @@ MIN_SAMPLES_CORRECTED = 4
 """The correction divides by K - 3 degrees of freedom (METHOD: noncentral F), so it needs K > 3."""
 
 
-class AccumulatorConfig(Frozen):
-    """Where the streaming mean and M2 live during a calibration: 8 bytes per owned element, freed afterwards."""
+class Documented(Frozen):
+    """A section whose fields are described by the docstrings under them."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class AccumulatorConfig(Documented):
+    """Where the statistics are held during a calibration."""
 
     device: Literal["cpu", "accelerator"] = "cpu"
+    """`"cpu"`: host memory; no GPU memory is used. `"accelerator"`: the memory of the gradients' device."""
     dtype: Literal["float32"] = "float32"
+    """Dtype of the mean and of M2."""
 
 
-class RecalibrateConfig(Frozen):
-    """Measure again every `every` optimizer steps after the previous calibration."""
+class RecalibrateConfig(Documented):
+    """Measure again, every so many optimizer steps after the end of the last calibration."""
 
     every: Annotated[StrictInt, Field(ge=1)]
+    """Optimizer steps from the end of one calibration to the start of the next. The ramp then starts at the old
+    multipliers."""
 
 
-class MolsConfig(Frozen):
+class MolsConfig(Documented):
     """The "mols" section. A float `start` / `ramp_end` is a share of all steps, an integer is a step.
+
+    The docstring under a field is its description in docs/config.md (`make docs-config`).
 
     Raises `MolsConfigError` through `parse`; the message names the key, the value and what is allowed.
     """
 
     enabled: StrictBool = True
+    """`false`: stock DeepSpeed or Megatron-core, bit for bit."""
     preset: Literal["robust", "paper"] = "robust"
+    """Defaults of the other keys. Keys that you write override the preset."""
     start: StepOrShare = 0.01
+    """Where the calibration starts. A float in [0, 1] is a share of all steps, an integer is a step: `1.0` is the end
+    of the run, `1` is its second step."""
     samples: Annotated[StrictInt, Field(ge=2)] | Literal["auto"] = 32
+    """K, the number of gradient samples. At least 4 with `noise_floor_correction`. `"auto"`: until the 95 % interval of
+    every alpha is within `alpha_rtol`; not for mode `moments`."""
     max_samples: Annotated[StrictInt, Field(ge=16)] = 256
+    """Where `"samples": "auto"` stops at the latest."""
     alpha_rtol: Annotated[float, Field(gt=0)] = 0.1
+    """`"samples": "auto"` stops when half the 95 % interval of every alpha is at most this share of it."""
     mode: Mode = "probe"
+    """Where the gradient samples come from, see [Modes](#modes). `moments` needs an optimizer with Adam's moments."""
     estimator: Estimator = "damping"
+    """How the elements of a group become one number, see [Estimators](#estimators)."""
     noise_floor_correction: StrictBool = True
+    """Subtract what pure noise would read, about 1/K. Needs K of 4 or more."""
     reference: str = "vo"
+    """The group with multiplier 1. It must exist in the model. `"max"`: the scaled group with the largest value."""
     alpha_min: Annotated[float, Field(gt=0, le=1)] | None = 0.1
+    """Lower bound of the multipliers, `null` for none. A multiplier at its bound is a warning and is marked in the
+    report."""
     alpha_max: Annotated[float, Field(ge=1)] | None = 10.0
+    """Upper bound of the multipliers, `null` for none."""
     ramp: Literal["linear", "cosine"] = "linear"
+    """How the multipliers go from 1 to alpha after the calibration."""
     ramp_end: StepOrShare | Literal["auto"] = 0.10
+    """End of the ramp: a share, a step, or `"auto"` for the end of the scheduler's warm-up. Not before `start`."""
     granularity: Granularity = "type"
+    """`"type"`: one multiplier per module group. `"layer_type"`: one per module group and layer; the groups are `qk.0`,
+    `qk.1`, ..."""
     rules: tuple[tuple[str, str], ...] = ()
+    """`[["regex", "group"], ...]`, searched in the full parameter name before the built-in rules. The first match wins.
+    A rule that matches nothing is an error."""
     accumulators: AccumulatorConfig = AccumulatorConfig()
+    """Where the running mean and M2 of the gradients are held during a calibration: 8 bytes per owned element. They are
+    freed when the multipliers are set."""
     recalibrate: RecalibrateConfig | None = None
+    """`{"every": 10000}`: measure again every 10000 steps. Not with `fixed_alphas`."""
     fixed_alphas: dict[str, float] | None = None
+    """`{"embedding": 3.9}`: no calibration, these multipliers (1 for groups that are not named). The ramp still
+    applies."""
     weight_decay: Literal["scaled", "unscaled"] = "scaled"
     """Whether multipliers act on decoupled weight decay too. `"unscaled"`: every group decays at the base rate."""
     total_steps: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Optimizer steps of the run. Needed for a share where no scheduler tells the length."""
     report_dir: str = "mols_report"
+    """Where rank 0 writes `mols_report.json` and `mols_report.png`."""
 
     @model_validator(mode="before")
     @classmethod

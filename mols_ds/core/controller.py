@@ -93,7 +93,7 @@ class Controller:
         return self.elements.accumulators.nbytes if self.elements.accumulators is not None else 0
 
     def report(self) -> dict[str, Any]:
-        """The content of mols_report.json (see docs/deepspeed.md); empty before the alphas exist."""
+        """The content of mols_report.json (see docs/report.md); empty before the alphas exist."""
         return json.loads(json.dumps(self._report)) if self._report else {}
 
     # ------------------------------------------------------------------ steps

@@ -1,4 +1,4 @@
-"""The document of mols_report.json (contract: docs/deepspeed.md), from group sums and alphas. Renders nothing. Pure."""
+"""The document of mols_report.json (contract: docs/report.md), from group sums and alphas. Renders nothing. Pure."""
 
 from __future__ import annotations
 

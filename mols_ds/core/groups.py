@@ -189,17 +189,23 @@ def build_layouts(
     *,
     presets: Sequence[Rule] = PRESETS,
 ) -> dict[str, ElementLayout]:
-    """The layout of each trainable parameter, in the order of `shapes`.
+    """The layout of each trainable parameter: which module group each of its elements belongs to.
 
-    shapes: fully qualified name -> logical (unsharded) shape.
-    model_config: the transformers config (object or dict) that fused layouts read head numbers from; None if none.
-    rules: the user's (regular expression, group), tried in order with `re.search` on the name as given, without wrapper
-    prefixes and on the name of the adapted layer; before the presets.
-    granularity: "layer_type" puts the layer's index behind the group ("qk.3"); embedding, head, unscaled groups and
-    parameters outside layers keep the plain name.
+    Args:
+        shapes: fully qualified name -> logical (unsharded) shape.
+        model_config: the transformers config (object or dict) with the head numbers of fused projections, or None.
+        rules: the user's (regular expression, group), before the presets. Searched with `re.search` in the name as
+            given, in the name without wrapper prefixes, and in the name of the adapted layer. The first match wins.
+        granularity: "type", or "layer_type", which appends the layer's index to the group ("qk.3"). Embedding, head,
+            unscaled groups and parameters outside layers keep the plain name.
+        presets: the built-in rules.
 
-    Raises MolsConfigError for: a weight (2-D or more) that no rule matches, a user rule that decides nothing, a bad
-    pattern or group name, a fused parameter whose config is missing or does not add up, an unknown granularity.
+    Returns:
+        Parameter name -> layout, in the order of `shapes`.
+
+    Raises:
+        MolsConfigError: a weight (2-D or more) that no rule matches, a user rule that decides nothing, a bad pattern or
+            group name, a fused parameter whose config is missing or does not fit, an unknown granularity.
     """
     return _build({(name,): shape for name, shape in shapes.items()}, model_config, rules, granularity, presets)
 
@@ -245,10 +251,18 @@ def group_table(
     rules: Sequence[Sequence[str]] | None = None,
     granularity: Granularity = "type",
 ) -> GroupTable:
-    """The module groups of the trainable parameters of `model`; tied parameters count once, under their first name.
+    """The module groups of the trainable parameters of a model. Tied parameters count once, under their first name.
 
-    Works on meta-device models and on partitioned ones (`ds_shape` under zero.Init). Errors as `build_layouts`; a model
-    without trainable parameters is one too.
+    Args:
+        model: any model, also on the meta device or partitioned by `zero.Init` (`ds_shape` is read).
+        rules: the user's (regular expression, group), tried before the built-in rules; the first match wins.
+        granularity: "type", or "layer_type" for a group for each kind of module and layer.
+
+    Returns:
+        The table: a row for each group with its parameters, elements and share of all trainable elements.
+
+    Raises:
+        MolsConfigError: as `build_layouts`, and for a model without trainable parameters.
     """
     names: dict[int, list[str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}

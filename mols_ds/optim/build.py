@@ -42,11 +42,17 @@ class Request:
 
 
 def split_config(config: Section) -> Request | None:
-    """The optimizer of the table that `config` names, or None where the section is for DeepSpeed alone.
+    """The optimizer of the table that a DeepSpeed config names.
 
-    config: a DeepSpeed config as a mapping; it is not changed. Raises MolsConfigError for a name that neither knows, an
-    unknown "source" or setting, and MolsUnsupportedError for an optimizer that this config's ZeRO stage or offload
-    would silently turn into another one.
+    Args:
+        config: a DeepSpeed config; it is not changed.
+
+    Returns:
+        The entry, its settings and the rest of the config; None where DeepSpeed builds the optimizer.
+
+    Raises:
+        MolsConfigError: a name that neither knows, an unknown "source" or setting.
+        MolsUnsupportedError: the config's ZeRO stage or offload would silently turn it into another optimizer.
     """
     section = config.get("optimizer")
     if not isinstance(section, Mapping) or not isinstance(section.get("type"), str):
@@ -193,11 +199,19 @@ def _check_offload(entry: Entry, config: Section, kept: EditedSection) -> None:
 
 
 def build(request: Request, model: nn.Module, parameters: Parameters | None = None) -> torch.optim.Optimizer:
-    """The optimizer of `request` over the trainable parameters of `model`.
+    """Builds the optimizer of `request`.
 
-    parameters: what the user passed as `model_parameters` (tensors, or groups with settings of their own, which win);
-    None is all of the model's. Raises MolsConfigError where the library refuses a setting or misses a package, or where
-    nothing is trainable.
+    Args:
+        request: from `split_config`.
+        model: its trainable parameters are optimized.
+        parameters: what the user passed as `model_parameters` (tensors, or groups whose own settings override those of
+            the config); None: all of the model's.
+
+    Returns:
+        The optimizer, with the user's parameter groups.
+
+    Raises:
+        MolsConfigError: the library refuses a setting, its package is missing, or nothing is trainable.
     """
     entry, settings = request.entry, request.settings
     groups = _parameter_groups(model, parameters)

@@ -1,4 +1,4 @@
-"""`python -m mols_ds.plan.simulate`: which rank owns what (docs/planning.md)."""
+"""`python -m mols_ds.plan.simulate`: which rank owns what (docs/evidence/simulated_ranks.md)."""
 
 from mols_ds.apps.plan.simulate import main
 

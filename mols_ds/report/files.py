@@ -128,7 +128,7 @@ def _write_plot(report: Report, path: Path) -> None:
     except OSError:
         raise
     except ImportError as error:
-        warn_here(f"{path.name} was not drawn ({error}); install it by: pip install 'mols-ds[report]'", stacklevel=3)
+        warn_here(f"{path.name} was not drawn ({error}); pip install matplotlib", stacklevel=3)
     except Exception as error:  # of matplotlib, its settings or its own imports: another backend, a damaged font, ...
         line = f"{type(error).__name__}: {error}"
         warn_here(f"{path.name} was not drawn ({line}); see to matplotlib and MPLBACKEND", stacklevel=3)

@@ -20,11 +20,16 @@ class FixedAlphas(TypedDict):
 def fixed_alphas(report: Report, groups: Sequence[str] | None = None) -> FixedAlphas:
     """The keys of a "mols" section that give a run the alphas of `report` without a calibration.
 
-    report: as `load_report` gives it. groups: those of the model that will use them, where it is known.
-    Returns {"fixed_alphas": {scaled group: alpha}}, with "granularity" where the groups are those of layers.
+    Args:
+        report: as `load_report` returns it.
+        groups: the groups of the model that will use the alphas; None: they are not checked.
 
-    Raises MolsConfigError for a report without alphas, for an alpha of a group that `groups` lacks, and for a scaled
-    group of `groups` without an alpha, which would stay at the base rate unsaid.
+    Returns:
+        {"fixed_alphas": {scaled group: alpha}}, with "granularity" where the groups are those of layers.
+
+    Raises:
+        MolsConfigError: the report has no alphas, `groups` lacks one of its groups, or it lacks a scaled group of
+            `groups`, which would silently keep the base rate.
     """
     rows = {name: group["alpha"] for name, group in report["groups"].items() if is_scaled(name)}
     if report.get("failed"):

@@ -2,7 +2,7 @@
 
     python -m tests.apps.plan_measure
 
-prints the table of docs/planning.md: DeepSpeed on two gloo ranks, and Megatron-core on four.
+prints the table of docs/evidence/planning.md: DeepSpeed on two gloo ranks, and Megatron-core on four.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ FP16 = {"fp16": {"enabled": True}}
 CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     # changes; then level, name, part of what was found, part of the fix
     "unknown key": ({"mols": {"smaples": 8}}, "problem", "config.file", "unknown key", 'did you mean "samples"'),
-    "bad value": ({"mols": {"mode": "x"}}, "problem", "config.file", "mols.mode", "docs/deepspeed.md"),
+    "bad value": ({"mols": {"mode": "x"}}, "problem", "config.file", "mols.mode", "docs/config.md"),
     "misspelt top level": ({"zero_optimisation": {}}, "warning", "config.keys", "ignores it", "zero_optimization"),
     "batch": ({"train_batch_size": 7}, "problem", "config.values", "does not divide among 2", "correct"),
     "deepspeed refuses": ({"zero_optimization": {"stage": 9}}, "problem", "config.deepspeed", "stage", "correct"),

@@ -26,7 +26,7 @@ GRIDS = Cases(
     [name for name in megatron.GRIDS if "attention" not in name],
     full=["tp2 dp2", "pp2 dp2 recomputed", "pp2 dp2 plain fp32"],
 )
-"""The others of plan_measure.CASES and of megatron.GRIDS are in the table of docs/planning.md."""
+"""The others of plan_measure.CASES and of megatron.GRIDS are in the table of docs/evidence/planning.md."""
 
 
 @functools.cache

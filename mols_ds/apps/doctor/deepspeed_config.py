@@ -25,9 +25,7 @@ TRIED_STEPS = 64
 """Steps of a scheduler that are tried, to see whether it keeps the groups' own rates and the betas."""
 OWN_WARMUP = 0.10
 """Warm-up of train.py's own schedule, where the config names none (`mols_ds.training.batches` and METHOD: 10 %)."""
-KEYS_FIX = (
-    "correct the keys that are named; docs/deepspeed.md lists the section's, deepspeed.ai/docs/config-json the rest"
-)
+KEYS_FIX = "correct the keys that are named; docs/config.md lists the section's, deepspeed.ai/docs/config-json the rest"
 
 
 def check_config(
@@ -59,7 +57,7 @@ def check_config(
         findings.add("ok", "config.values", f"{path}: read, and accepted by DeepSpeed for {ranks} ranks")
     if section is None:
         found = 'no "mols" section: training is stock DeepSpeed'
-        findings.add("note", "config.mols", found, 'add "mols": {} for the defaults (docs/deepspeed.md)')
+        findings.add("note", "config.mols", found, 'add "mols": {} for the defaults (docs/config.md)')
     total, warmup = steps, None
     with findings.guard("config.scheduler"), silence():
         total, warmup = _scheduler(findings, config, section, steps)

@@ -66,39 +66,47 @@ def _requirements(findings: Findings, tried: Mapping[str, Tried]) -> None:
     try:
         lines = metadata.requires("mols-ds") or []
     except metadata.PackageNotFoundError:
-        findings.add("note", "requirements", "mols-ds is not installed, it runs from a folder", "pip install -e .")
+        found = "mols-ds is not installed, it runs from a folder"
+        findings.add("note", "requirements", found, "pip install -e . in that folder")
         return
     extras: dict[str, list[Requirement]] = {}
     for requirement in map(Requirement, lines):
         named = re.search(r"extra == ['\"](\w+)['\"]", str(requirement.marker or ""))
         extras.setdefault(named[1] if named else "", []).append(requirement)
-    for extra in sorted(set(extras) - {"dev"}):
+    for extra in sorted(set(extras) - {"dev", "docs"}):
         _extra(findings, extra, extras[extra], tried)
 
 
 def _extra(findings: Findings, extra: str, wanted: list[Requirement], tried: Mapping[str, Tried]) -> None:
     name = f"requirements.{extra or 'base'}"
-    install = "pip install --upgrade " + (f"'mols-ds[{extra}]'" if extra else "mols-ds")
-    there, missing, broken = [], [], []
+    there, missing, broken, again = [], [], [], []
     for requirement in wanted:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            missing.append(requirement.name)
+            missing.append(requirement)
             continue
         result = tried.get(_module(requirement.name))
         if not requirement.specifier.contains(version, prereleases=True):
             broken.append(f"{requirement.name} {version} is not {requirement.specifier}")
+            again.append(requirement)
         elif result is not None and not result.works:
             broken.append(f"{requirement.name} {version} cannot be imported ({result.error})")
+            again.append(requirement)
         else:
             there.append(f"{requirement.name} {version}")
     if broken:
-        findings.add("problem" if not extra else "warning", name, "; ".join(broken), install)
+        findings.add("problem" if not extra else "warning", name, "; ".join(broken), _install(again))
     if missing:
-        findings.add("note" if extra else "problem", name, f"not installed: {', '.join(missing)}", install)
+        found = f"not installed: {', '.join(requirement.name for requirement in missing)}"
+        findings.add("note" if extra else "problem", name, found, _install(missing))
     if not broken and not missing:
         findings.add("ok", name, ", ".join(there))
+
+
+def _install(wanted: list[Requirement]) -> str:
+    """The command for these packages. It names them, not an extra of mols-ds, which is not on PyPI."""
+    return "pip install --upgrade " + " ".join(f"'{package.name}{package.specifier}'" for package in wanted)
 
 
 # ------------------------------------------------------------------ engines
@@ -151,7 +159,9 @@ def _compatible(builder: OpBuilder) -> bool:
 
 def _megatron(findings: Findings, tried: Tried) -> None:
     if importlib.util.find_spec("megatron") is None:
-        findings.add("note", "megatron", "megatron-core is not installed", "if needed: pip install 'mols-ds[megatron]'")
+        findings.add(
+            "note", "megatron", "megatron-core is not installed", "if needed: pip install 'megatron-core>=0.16'"
+        )
         return
     if not tried.works:
         findings.add("problem", "megatron", f"megatron-core cannot be imported: {tried.error}", "reinstall it")

@@ -12,7 +12,7 @@ from mols_ds.errors import MolsError
 PROBE_SHARE = 1 / 3
 """Extra forward and backward passes, as a share of the run's, from which on the doctor warns. The paper's runs pay
 32 / 10,000 and less (arXiv 2605.05794, section 4)."""
-DEFAULT_FIX = "docs/deepspeed.md lists every key of the section with what is allowed"
+DEFAULT_FIX = "docs/config.md lists every key of the section with what is allowed"
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ def _window(findings: Findings, config: MolsConfig, schedule: Schedule, run: Run
             "config.mode",
             f'mode "{config.mode}" measures the training steps {schedule.start} to {end}, past the end of ramp or '
             f"warm-up (step {limit}): the weights move at the full rate while they are measured, which came out as the "
-            "worst arms in docs/results.md, and the ramp is put off",
+            "worst arms in docs/evidence/results.md, and the ramp is put off",
             f'"mode": "probe"; or a warm-up and ramp_end of at least {end} steps, or fewer samples',
         )
     else:
         found = f'mode "{config.mode}" measures steps {schedule.start} to {end} of {limit} of warm-up while they train'
-        findings.add("note", "config.mode", found, '"probe" is what docs/results.md finds best')
+        findings.add("note", "config.mode", found, '"probe" is what docs/evidence/results.md finds best')
 
 
 def _cost(findings: Findings, config: MolsConfig, run: RunFacts) -> None:

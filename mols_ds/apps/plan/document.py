@@ -10,7 +10,7 @@ SCHEMA = 1
 
 
 def document(job: Planned) -> JsonObject:
-    """The plan of a job. Sizes in bytes, times in seconds; every key is always there (docs/planning.md)."""
+    """The plan of a job. Sizes in bytes, times in seconds; every key is always there (docs/planning_model.md)."""
     footprints = job.footprints()
     number = job.heaviest()
     footprint = footprints[number]

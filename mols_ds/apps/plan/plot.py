@@ -22,7 +22,7 @@ def save(plan: JsonMapping, path: str) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MolsConfigError("--plot needs matplotlib: pip install 'mols-ds[report]'") from error
+        raise MolsConfigError("--plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     both = any(phase["host"] for phase in plan["phases"])

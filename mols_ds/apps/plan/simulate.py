@@ -1,6 +1,6 @@
 """Every rank of a large world walked on one machine: is each element counted exactly once, and are the shards even?
 
-    python -m mols_ds.plan.simulate --all                                     # the table of docs/planning.md
+    python -m mols_ds.plan.simulate --all                                # docs/evidence/simulated_ranks.md
     python -m mols_ds.plan.simulate configs/models/llama_7b.json --stage 3 --ranks 48
     python -m mols_ds.plan.simulate configs/megatron/llama_7b_tp2_pp2.yaml --ranks 64
     mols-ds plan ... --simulate                                               # the plan's own model, config and ranks

@@ -21,7 +21,7 @@ def render(plan: JsonMapping) -> str:
     try:
         from rich.console import Console
     except ImportError as error:
-        raise MolsConfigError("the tables need rich: pip install 'mols-ds[report]', or use --json") from error
+        raise MolsConfigError("the tables need rich: pip install rich, or use --json") from error
     out = io.StringIO()
     console = Console(file=out, width=WIDTH, force_terminal=False, highlight=False)
     for line in [_cluster(plan["cluster"]), *plan["run"]["summary"], _mols(plan["mols"])]:

@@ -75,7 +75,7 @@ def _draw(summary: Summary) -> tuple[dict[str, bytes], list[Picture]]:
         from mols_ds.apps.study.figures import draw
     except ImportError as error:
         warn_here(
-            f"the pictures of the report were not drawn ({error}); install it by: pip install 'mols-ds[report]'",
+            f"the pictures of the report were not drawn ({error}); pip install matplotlib",
             stacklevel=3,
         )
         return {}, []
