@@ -1,8 +1,9 @@
 """python -m tests.tools.mutants [WORD ...]: plant one bug at a time in what was merged, and see the tests fail.
 
 One or more mutants for each part that release 0.5 made one of two (the step protocol, the training loop, ranges of
-parameters, the split among replicas, the optimizer catalog) and for memory, NVMe, fp32's range and the guard. Each is planted in a copy of the tree, and the tests
-beside it must fail there. WORD: only mutants whose name has one of the words. Status 1 where a mutant survives.
+parameters, the split among replicas, the optimizer catalog) and for memory, NVMe, fp32's range and the guard. Each is
+planted in a copy of the tree, and the tests beside it must fail there. WORD: only mutants whose name has one of the
+words. Status 1 where a mutant survives.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ SPECS: dict[str, tuple[int, str, str, dict[str, Any]]] = {
     "3 probe fp32 offload": (3, "probe", "fp32", OFFLOAD),
     "2 moments fp32": (2, "moments", "fp32", {}),
 }
-QUICKER = ("0 probe fp32", "2 probe bf16", "3 probe fp32", "2 online fp32", "2 moments fp32")
+QUICKER = ("2 probe bf16", "3 probe fp32")
 CASES = Cases([(name,) for name in SPECS], full=lambda case: case[0] not in QUICKER)
 
 
@@ -90,7 +90,7 @@ def measured(name: str) -> dict[str, Any]:
 
 @functools.cache
 def results() -> Results:
-    return run_cases(measured, 1, CASES.wanted, timeout=300)
+    return run_cases(measured, 1, CASES.wanted, timeout=900)
 
 
 @CASES.parametrize(("name",))
