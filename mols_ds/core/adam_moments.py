@@ -11,8 +11,8 @@ from mols_ds.errors import MolsConfigError
 
 # Adam's moments do not tell the noise of an element whose m^2 is more than 256 times v - m^2, see `adam_moments`.
 MOMENTS_CUT = 2.0**-8
-PIECE = 1 << 21
-"""Elements that are read at a time: about 35 MiB of temporaries."""
+PIECE = 1 << 20
+"""Elements that are read at a time: about 25 MiB of temporaries."""
 
 
 def adam_moments(

@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from mols_ds.apps.plan import grid, zero
+from mols_ds.apps.plan import grid, scaling, zero
 from mols_ds.apps.plan.calibration import accumulators, sums_bytes
 from mols_ds.apps.plan.cluster import Cluster, gib
 from mols_ds.apps.plan.gpt import Gpt
 from mols_ds.apps.plan.live import gathered
 from mols_ds.apps.plan.model import load
 from mols_ds.apps.plan.optimizers import Weight, state_bytes
-from mols_ds.apps.plan.parts import ring
+from mols_ds.apps.plan.parts import Footprint, ring
 from mols_ds.cli import main
 from mols_ds.core.accumulators import Accumulators
+from mols_ds.core.layout import ElementLayout
+from mols_ds.core.lr_scaler import LRScaler, make_plan
+from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -296,3 +299,61 @@ def test_what_is_not_known_is_said(
 def test_the_length_of_the_run_must_be_known(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, _, err = plan(capsys, TINY, "--config", config(tmp_path), "--memory", "80GiB")
     assert status == 2 and "--steps" in err
+
+
+@pytest.mark.parametrize("rates", [{"qk": 0.25}, {"qk": 4.0}], ids=["slower", "faster"])
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("views", [False, True])
+@pytest.mark.parametrize("numel", [48 * 6, 48 * 200])
+def test_copies_of_a_scaled_step_are_bounds(numel: int, views: bool, columns: bool, rates: dict[str, float]) -> None:
+    """Against what a scaler holds of such a tensor; the bound is met by one of the two rates."""
+    layout = ElementLayout(1, ((32, "qk"), (16, "vo"))) if columns else ElementLayout(8, ((4, "qk"), (2, "vo")))
+    tensor = torch.nn.Parameter(torch.zeros(numel))
+    tensor.grad = torch.ones(numel)
+    optimizer = torch.optim.AdamW([tensor])
+    optimizer.step()
+    piece = make_plan(numel, [ShardRange("w", 0, 0, numel)], {"w": layout}, elementwise=views)
+    scaler = LRScaler(optimizer, {id(tensor): piece}, lambda: rates, elementwise=views, groups_only=True)
+    held: list[int] = []
+    optimizer.register_step_pre_hook(lambda *_: held.append(sum(delta.old.numel() for delta in scaler._deltas)))
+    optimizer.step()
+    most = scaling.held_of_tensor(layout, numel, "vo", views=views)
+    assert held[0] <= most and (rates["qk"] > 1 or held[0] == most)
+
+
+def test_copies_of_fused_projections(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two thirds of Megatron's linear_qkv under Transformer Engine's FusedAdam, cut over tensor and data ranks."""
+    path = str(ROOT / "configs/megatron/llama_7b_tp2_pp2.yaml")
+    made = json.loads(plan(capsys, "--config", path, "--memory", "80GiB", "--json")[1])
+    ranks = made["cluster"]["ranks"] // 4
+    assert made["mols"]["copies"] == pytest.approx(4 * 16 * 2 * 4096 * 4096 / 2 / ranks, rel=1e-6)
+
+
+def test_copies_are_of_the_step_and_of_its_place() -> None:
+    step = Footprint({"weights": 5}, {"backward": {"activations": 10}, "step": {"workspace": 2}}, 1, 1, copies=9)
+    assert step.peak() == ("backward", {"weights": 5, "activations": 10})
+    assert step.peak(scaled=True) == ("step", {"weights": 5, "workspace": 2, "copies": 9})
+    offloaded = Footprint({"weights": 5}, {"backward": {}}, 1, 1, copies=9)
+    assert offloaded.peak(scaled=True) == ("backward", {"weights": 5}) and not offloaded.steps_on_device
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stage", "offload", "held"),
+    [("AdamW", 2, "", False), ("Adam8bit", 2, "", True), ("Adam8bit", 2, "cpu", True), ("Adam8bit", 0, "", False)],
+)
+def test_copies_of_flat_shards(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, optimizer: str, stage: int, offload: str, held: bool
+) -> None:
+    """Of an optimizer that reads blocks of elements, all that may be scaled: all but `vo` and norms."""
+    zero_section: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 1000}
+    zero_section |= {"offload_optimizer": {"device": offload}} if offload else {}
+    path = config(tmp_path, optimizer={"type": optimizer, "params": {"lr": 1e-3}}, zero_optimization=zero_section)
+    arguments = (TINY, "--config", path, "--memory", "80GiB", "--sequence", "16", "--steps", "1000", "--json")
+    made = json.loads(plan(capsys, *arguments)[1])
+    elements = load(TINY).table.elements
+    scaled = sum(count for group, count in elements.items() if group not in ("vo", "other"))
+    scaled //= made["cluster"]["ranks"]
+    assert made["mols"]["copies"] == (4 * scaled if held else 0)
+    waiting, _, ramping = made["phases"]
+    if offload:
+        assert ramping["host"]["copies"] == 4 * scaled and "copies" not in waiting["host"]

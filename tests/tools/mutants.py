@@ -1,8 +1,9 @@
 """python -m tests.tools.mutants [WORD ...]: plant one bug at a time in what was merged, and see the tests fail.
 
-One or more mutants for each part that release 0.5 made one of two: the step protocol, the training loop, ranges of
-parameters, the split among replicas, the optimizer catalog. Each is planted in a copy of the tree, and the tests
-beside it must fail there. WORD: only mutants whose name has one of the words. Status 1 where a mutant survives.
+One or more mutants for each part that release 0.5 made one of two (the step protocol, the training loop, ranges of
+parameters, the split among replicas, the optimizer catalog) and for memory, NVMe, fp32's range and the guard. Each is
+planted in a copy of the tree, and the tests beside it must fail there. WORD: only mutants whose name has one of the
+words. Status 1 where a mutant survives.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ CATALOG, ZERO = "mols_ds/optim/catalog.py", "tests/engines/deepspeed"
 SCALER, DECAY_TESTS = "mols_ds/core/lr_scaler.py", ("tests/unit/test_weight_decay.py",)
 LOOP, RANGE_TESTS = ("tests/unit/test_trainer.py",), ("tests/unit/test_ranges.py",)
 FACTS = ("tests/unit/test_optimizer_facts.py",)
+PIECES, SHARDS = "mols_ds/core/pieces.py", "mols_ds/engines/deepspeed/shards.py"
+NVME, SMALL = (f"{ZERO}/test_nvme.py", "-k", "memory"), ("tests/unit/test_exponents.py",)
 
 MUTANTS = (
     Mutant(
@@ -180,7 +183,13 @@ MUTANTS = (
         "else view.clone()",
         DECAY_TESTS,
     ),
-    Mutant("decay: delta decays a weight without a gradient", SCALER, "or tensor.grad is None or", "or", DECAY_TESTS),
+    Mutant(
+        "decay: delta decays a weight without a gradient",
+        SCALER,
+        "or gradient_of(tensor) is None or",
+        "or",
+        DECAY_TESTS,
+    ),
     Mutant(
         "decay: a temporary group's decay is written back",
         SCALER,
@@ -205,7 +214,7 @@ MUTANTS = (
     Mutant(
         "decay: the step of a subclass is not looked at",
         "mols_ds/optim/traits.py",
-        "return decay if _unhooked(type(optimizer)) is _unhooked(cls) else None",
+        "return decay if _inherits(type(optimizer), cls) else None",
         "return decay",
         DECAY_TESTS,
     ),
@@ -250,6 +259,8 @@ MUTANTS = (
         "or state[key].numel() < tensor.numel()",
         "",
         ("tests/unit/test_adam_state.py",),
+    ),
+    Mutant(
         "optimizers: any unknown class counts as proportional to lr",
         "mols_ds/optim/step_trial.py",
         "    if error <= TOLERANCE:\n",
@@ -273,8 +284,8 @@ MUTANTS = (
     Mutant(
         "moments: a stale gradient of ZeRO-3 is read",
         "mols_ds/engines/deepspeed/engine.py",
-        "if self.controller.measuring and module.training:",
-        'if self.controller.measuring and self.config.mode != "moments" and module.training:',
+        "if self.controller.measuring and torch.is_grad_enabled():",
+        'if self.controller.measuring and self.config.mode != "moments" and torch.is_grad_enabled():',
         (f"{ZERO}/test_unused_parameters.py", "-k", "moments", "--tier", "all"),
     ),
     Mutant(
@@ -297,6 +308,111 @@ MUTANTS = (
         "        if controller.measuring and controller.samples:\n",
         "        if False:\n",
         (f"{ZERO}/test_unusual_use.py", "-k", "window"),
+    ),
+    Mutant(
+        "memory: a gradient is finite where its largest element is",
+        PIECES,
+        "here = (low - low) + (high - high)",
+        "here = high - high",
+        ("tests/unit/test_pieces.py", "-k", "finite"),
+    ),
+    Mutant(
+        "memory: a shard is made one tensor",
+        SHARDS,
+        "flat.grad if o.offload_optimizer else o.averaged_gradients[i])",
+        "flat.grad if o.offload_optimizer else torch.cat([g.reshape(-1) for g in o.averaged_gradients[i]]))",
+        (f"{ZERO}/test_memory.py", "-k", "3 and probe and fp32 and not offload"),
+    ),
+    Mutant(
+        "memory: a copy to the host is read before it is there",
+        "mols_ds/core/host_copies.py",
+        "                last[2]()\n                yield",
+        "                yield",
+        ("tests/unit/test_pieces.py", "-k", "host"),
+    ),
+    Mutant(
+        "memory: long segments are corrected by delta",
+        "mols_ds/core/lr_scaler.py",
+        "return not elementwise or layout.period < len(layout.pattern) * LONG_RUN",
+        "return True",
+        ("tests/unit/test_lr_scaler_memory.py",),
+    ),
+    Mutant(
+        "memory: the plan leaves the copies of a scaled step out",
+        "mols_ds/apps/plan/job.py",
+        'scaled = name == "ramping" or',
+        'scaled = name == "fixed" or',
+        ("tests/apps/test_plan.py", "-k", "copies"),
+    ),
+    Mutant(
+        "nvme: buffers are kept where the reader raises",
+        SHARDS,
+        """            yield from self.owned_parts(flat, flat.grad)
+        finally:
+            o._release_swap_buffers(i)
+""",
+        """            yield from self.owned_parts(flat, flat.grad)
+            o._release_swap_buffers(i)
+        finally:
+            pass
+""",
+        NVME,
+    ),
+    Mutant(
+        "nvme: a parameter that the batch does not use keeps its gradient",
+        SHARDS,
+        "if key not in o.norm_for_param_grads:",
+        "if False:",
+        NVME,
+    ),
+    Mutant(
+        "nvme: a discarded gradient is stepped with",
+        SHARDS,
+        "                self._forget_swapped(i, flat)\n",
+        "                pass\n",
+        NVME,
+    ),
+    Mutant(
+        "range: exponents are not undone",
+        "mols_ds/core/local_stats.py",
+        "m2, measured.count, exponent)",
+        "m2, measured.count)",
+        SMALL,
+    ),
+    Mutant(
+        "range: squares that were lost stay lost",
+        "mols_ds/core/accumulators.py",
+        "            torch.mul(mean, mean, out=m2).mul_(k * (k - 1))\n",
+        "            m2.mul_(4.0**exponent)\n",
+        SMALL,
+    ),
+    Mutant(
+        "range: exponents are not in the state",
+        "mols_ds/core/exponents.py",
+        "            exponents[index] = exponent\n",
+        "            pass\n",
+        SMALL,
+    ),
+    Mutant(
+        "range: moments that Adam has lost are read",
+        "mols_ds/core/adam_moments.py",
+        "lost.logical_or_(s2 < MOMENTS_CUT * mu2)",
+        "s2 < MOMENTS_CUT * mu2",
+        SMALL,
+    ),
+    Mutant(
+        "range: elements whose squares are lost are counted",
+        "mols_ds/core/group_stats.py",
+        "        s2.masked_fill_(s2 < samples * LOST, 0.0)\n",
+        "        pass\n",
+        SMALL,
+    ),
+    Mutant(
+        "guard: gradients that lie apart are not watched",
+        "mols_ds/core/step_guard.py",
+        "gradient = gradient_of(tensor)",
+        "gradient = tensor.grad",
+        ("tests/unit/test_step_guard.py", "tests/engines/megatron/test_step_guard.py"),
     ),
 )
 

@@ -69,11 +69,12 @@ def zeros() -> Iterator[Tensor]:
     return (piece for _, piece in zero_pieces(MANY))
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", ["one", "list", "zeros", "strided"])
 def test_neither_pass_makes_a_tensor_of_a_shards_size(how: str, dtype: torch.dtype) -> None:
-    """Of a list, `torch.cat` would make 4 bytes an element, `torch.isfinite` 5 to 7; here it is a chunk's scratch, 64
-    Ki elements of small pieces, and the sample blocks' 3 x 4 / 127 bytes."""
+    """Of a list, `torch.cat` would make 4 bytes an element, `torch.isfinite` 5 to 7; here a chunk's scratch, 64 Ki
+    elements of small pieces, and the sample blocks' 3 x 4 / 127 bytes."""
     whole = torch.randn(MANY).to(dtype)
     parts: dict[str, Callable[[], Any]] = {
         "one": lambda: [whole],

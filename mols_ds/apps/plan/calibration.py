@@ -8,6 +8,7 @@ import torch
 
 from mols_ds.core.accumulators import CPU_CHUNK, DEVICE_CHUNK, subsample
 from mols_ds.core.group_stats import GroupSums, noise_floor
+from mols_ds.core.host_copies import CHUNK_BYTES
 
 Device = Literal["cpu", "accelerator"]
 BLOCK = 8
@@ -27,13 +28,17 @@ class AccumulatorBytes(NamedTuple):
         return self.kept + self.scratch
 
 
-def accumulators(elements: int, device: Device, groups: int = 6, threads: int = 1) -> AccumulatorBytes:
+def accumulators(
+    elements: int, device: Device, groups: int = 6, threads: int = 1, *, crosses: bool = False
+) -> AccumulatorBytes:
     """Of a rank that measures `elements` elements (`mols_ds.core.accumulators`): fp32 mean and squared deviations, both
-    again and a group number for every 127th element, and the scratch of one pass."""
+    again and a group number for every 127th element, and the scratch of one pass; where gradients cross from the
+    accelerator to the host, also the buffers of `mols_ds.core.host_copies`."""
     sampled = subsample(0, elements)[2]
     index = sampled * (1 if groups <= 255 else 2)
     chunk = CPU_CHUNK * max(1, min(threads, 8) // 2) if device == "cpu" else DEVICE_CHUNK
-    return AccumulatorBytes(8 * elements + 8 * sampled + index, 4 * min(chunk, elements))
+    scratch = 4 * min(chunk, elements) + (2 * CHUNK_BYTES if crosses else 0)
+    return AccumulatorBytes(8 * elements + 8 * sampled + index, scratch)
 
 
 def sums_bytes(groups: tuple[str, ...], samples: int) -> int:

@@ -20,7 +20,7 @@ def document(job: Planned) -> JsonObject:
         "schema": SCHEMA,
         "cluster": job.cluster.model_dump() | {"ranks": job.ranks},
         "run": {"summary": job.summary(), "steps": job.steps, "batch": job.batch, "sequence": job.length},
-        "mols": _mols(job),
+        "mols": _mols(job, footprint.copies),
         "heaviest": footprint.name,
         "measured_elements": footprint.measured,
         "limits": {"device": job.cluster.limit, "host": job.cluster.host_limit, "nvme": job.cluster.nvme_limit},
@@ -63,7 +63,7 @@ def document(job: Planned) -> JsonObject:
     }
 
 
-def _mols(job: PlanJob) -> JsonObject:
+def _mols(job: PlanJob, copies: int) -> JsonObject:
     return {
         "enabled": job.mols is not None,
         "mode": job.mode if job.mols is not None else None,
@@ -72,6 +72,7 @@ def _mols(job: PlanJob) -> JsonObject:
         "calibrations": job.calibrations(),
         "accumulators": job.device,
         "groups": list(job.groups),
+        "copies": copies,
     }
 
 

@@ -15,7 +15,9 @@ from mols_ds.apps.plan import local
 from mols_ds.apps.plan.gpt import Gpt
 from mols_ds.apps.plan.optimizers import Weight, state_of_shard
 from mols_ds.apps.plan.parts import Bytes, Footprint, Message, Operation, up
+from mols_ds.apps.plan.scaling import held_of_tensor
 from mols_ds.core.json_types import JsonObject
+from mols_ds.core.layout import ElementLayout
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,22 @@ def footprint(plan: MegatronPlan, stage: int) -> Footprint:
         "step": {"gradients": converted, "workspace": 0},
     }
     return Footprint(resident, moments, owned, measured, name=f"a rank of pipeline stage {stage}")
+
+
+def held(plan: MegatronPlan, stage: int, reference: str) -> int:
+    """Elements that a scaled step holds at most: of fused projections, whose rows are of two groups.
+
+    Not stepped on views: Transformer Engine's FusedAdam, which a job on GPUs has, and the stand-in for it on the CPU.
+    """
+    gpt = plan.gpt
+    layout = ElementLayout(gpt.hidden, (((gpt.heads // gpt.kv + 1) * gpt.channels, "qk"), (gpt.channels, "vo")))
+    total = 0
+    for _, ranks, weights in buffers(plan, stage):
+        for weight in weights:
+            if weight.name.endswith("linear_qkv.weight"):
+                whole = held_of_tensor(layout, weight.numel, reference, views=False)
+                total += -(-whole // ranks) if plan.distributed else whole
+    return total
 
 
 def _activation_bytes(plan: MegatronPlan, stage: int) -> int:

@@ -14,8 +14,10 @@ from mols_ds.apps.plan.calibration import AccumulatorBytes, Device, accumulators
 from mols_ds.apps.plan.cluster import Cluster
 from mols_ds.apps.plan.model import Decoder
 from mols_ds.apps.plan.parts import PHASES, Bytes, Footprint, Message, add
+from mols_ds.apps.plan.scaling import COPY_BYTES, held_of_shard, held_of_tensor, steps_on_views
 from mols_ds.apps.plan.timing import Mode, Times, step_seconds, times
 from mols_ds.core.config import MIN_SAMPLES_CORRECTED, MolsConfig
+from mols_ds.core.layout import base_group
 from mols_ds.core.phases import resolve_schedule
 
 THREADS = 8
@@ -107,20 +109,33 @@ class PlanJob(ABC):
         """Nothing where no gradient is accumulated."""
         if self.mode not in ("probe", "online"):
             return AccumulatorBytes(0, 0)
-        return accumulators(footprint.measured, self.device, len(self.groups), THREADS)
+        crosses = self.device == "cpu" and self.cluster.device == "cuda" and "gradients" not in footprint.host
+        return accumulators(footprint.measured, self.device, len(self.groups), THREADS, crosses=crosses)
 
     def phases(self, footprint: Footprint) -> list[Phase]:
         """The phases of MoLS, or one of training without it."""
-        moment, device = footprint.peak()
         held = {"accumulators": self.accumulators(footprint).total}
         found = []
         for name in PHASES if self.mols is not None else ("training",):
             more: Bytes = held if name == "calibrating" else {}
             on_host = self.device == "cpu"
-            found.append(
-                Phase(name, moment, add(device, {} if on_host else more), add(footprint.host, more if on_host else {}))
-            )
+            scaled = name == "ramping" or (name == "calibrating" and self._scales_while_calibrating)
+            moment, device = footprint.peak(scaled=scaled)
+            copies = {"copies": footprint.copies} if scaled and not footprint.steps_on_device else {}
+            host = add(footprint.host, more if on_host else {}, copies)
+            found.append(Phase(name, moment, add(device, {} if on_host else more), host))
         return found
+
+    @property
+    def _scales_while_calibrating(self) -> bool:
+        """Whether the steps of a second calibration have the multipliers of the first."""
+        return self.mols is not None and self.mols.recalibrate is not None and self.mode in ("online", "moments")
+
+    @property
+    def reference(self) -> str:
+        """The group whose multiplier is 1; "" where it is not known before."""
+        known = self.mols is not None and self.mode != "fixed" and self.mols.reference != "max"
+        return base_group(self.mols.reference) if known and self.mols is not None else ""
 
     def heaviest(self) -> int:
         """Number of the footprint that needs most on the accelerator."""
@@ -185,7 +200,19 @@ class ZeroJob(PlanJob):
     def footprints(self) -> list[Footprint]:
         dtype = torch.float32 if self.zero.weight_bytes == 4 else torch.bfloat16
         activations = self.decoder.activations(self.zero.micro_batch, self.length, dtype)
-        return [zero.footprint(self.zero, self.decoder.weights, self.ranks, activations)]
+        found = zero.footprint(self.zero, self.decoder.weights, self.ranks, activations)
+        return [replace(found, copies=self._copies() if self.mols is not None else 0)]
+
+    def _copies(self) -> int:
+        """Bytes of `Footprint.copies`."""
+        z, weights, layouts = self.zero, self.decoder.weights, self.decoder.table.layouts
+        views = steps_on_views(z.optimizer)
+        if z.stage == 0:
+            return COPY_BYTES * sum(
+                held_of_tensor(layouts[w.name], w.numel, self.reference, views=views) for w in weights
+            )
+        share = -(-held_of_shard(weights, layouts, self.reference, views) // self.ranks)
+        return COPY_BYTES * (min(share, z.sub_group) if z.stage == 3 else share)
 
     def messages_of(self, footprint: int) -> list[Message]:
         layers = self.decoder.config.num_hidden_layers
@@ -276,7 +303,13 @@ class MegatronJob(PlanJob):
     fp8: bool
 
     def footprints(self) -> list[Footprint]:
-        return [grid.footprint(self.plan, stage) for stage in range(self.plan.gpt.pp)]
+        found = [grid.footprint(self.plan, stage) for stage in range(self.plan.gpt.pp)]
+        if self.mols is None:
+            return found
+        return [
+            replace(each, copies=COPY_BYTES * grid.held(self.plan, stage, self.reference))
+            for stage, each in enumerate(found)
+        ]
 
     def messages_of(self, footprint: int) -> list[Message]:
         return grid.messages(self.plan, footprint, self.cluster.accelerators)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-KINDS = ("weights", "gradients", "optimizer", "accumulators", "activations", "buffers", "workspace")
+KINDS = ("weights", "gradients", "optimizer", "accumulators", "activations", "buffers", "workspace", "copies")
 """buffers: buckets, gathered parameters, flattened copies. workspace: an estimate of what arithmetic takes for a
-moment: copies of the head's output around the loss, and of an optimizer that works on whole arrays."""
+moment: copies of the head's output around the loss, and of an optimizer that works on whole arrays. copies: of the
+weights that a scaled step corrects (`mols_ds.apps.plan.scaling`)."""
 PHASES = ("waiting", "calibrating", "ramping")
 """Phases of MoLS; "fixed" needs what "ramping" needs."""
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send and receive"]
@@ -26,6 +27,7 @@ class Footprint:
         host: in the host's memory, at all times or at the step's peak. nvme: bytes on NVMe.
         owned: elements that this rank's part of the optimizer steps, without padding.
         measured: elements whose statistics it keeps: of those that several ranks step, its part.
+        copies: bytes that a scaled step holds besides; on the host where the optimizer is there.
     """
 
     resident: Bytes
@@ -35,11 +37,20 @@ class Footprint:
     host: Bytes = field(default_factory=dict)
     nvme: int = 0
     name: str = "rank 0"
+    copies: int = 0
 
-    def peak(self) -> tuple[str, Bytes]:
-        """(the moment at which the accelerator holds most, kind -> bytes then)."""
-        name = max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
-        return name, add(self.resident, self.moments[name])
+    def peak(self, *, scaled: bool = False) -> tuple[str, Bytes]:
+        """(the moment at which the accelerator holds most, kind -> bytes then). scaled: the step has multipliers."""
+        moments = dict(self.moments)
+        if scaled and self.steps_on_device:
+            moments["step"] = add(moments["step"], {"copies": self.copies})
+        name = max(moments, key=lambda moment: sum(moments[moment].values()))
+        return name, add(self.resident, moments[name])
+
+    @property
+    def steps_on_device(self) -> bool:
+        """Whether the optimizer's step is on the accelerator; else its tensors are in the host's memory."""
+        return "step" in self.moments
 
 
 class Message(NamedTuple):

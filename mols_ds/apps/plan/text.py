@@ -44,10 +44,14 @@ def _mols(mols: JsonMapping) -> str:
     if not mols["enabled"]:
         return "no MoLS"
     if mols["mode"] == "fixed":
-        return "MoLS with fixed alphas: nothing is measured"
+        return "MoLS with fixed alphas: nothing is measured" + _copies(mols)
     where = "on the host" if mols["accumulators"] == "cpu" else "on the accelerator"
     held = f", accumulators {where}" if mols["mode"] != "moments" else ""
-    return f"MoLS: {mols['mode']}, {mols['samples']} samples from step {mols['start']}{held}"
+    return f"MoLS: {mols['mode']}, {mols['samples']} samples from step {mols['start']}{held}{_copies(mols)}"
+
+
+def _copies(mols: JsonMapping) -> str:
+    return f"; a scaled step holds copies of up to {size(mols['copies'])} of weights" if mols["copies"] else ""
 
 
 def _table(title: str, *columns: str) -> Table:
