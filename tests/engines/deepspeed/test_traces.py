@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.engines.deepspeed.engines import LR, OFFLOAD_ALL, config, engine_of
@@ -153,8 +153,41 @@ def loaded(dropout: float) -> list[list[int]]:
     return orders
 
 
+class Untidy(Tiny):
+    """Moves a parameter in its forward pass, and registers a buffer late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(TOKENS, 12, max_norm=0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] > 7:
+            self.register_buffer("late", tokens.float().mean())
+        return super().forward(tokens)
+
+
+def named() -> dict[str, list[str]]:
+    """The warnings of a run that is observed, of an untidy model, and of passes around the model's `forward`."""
+    found: dict[str, list[str]] = {}
+    for kind in ("observed", "untidy", "around"):
+        monitor = {"enabled": True, "output_path": "csv", "job_name": "probe"}
+        more = {"csv_monitor": monitor} if kind == "observed" else {}
+        model = Untidy() if kind == "untidy" else Tiny()
+        with caught() as warned:
+            engine = engine_of(
+                config(0, NO_EFFECT, micros=1, **more), model, torch.optim.SGD(model.parameters(), lr=0.1)
+            )
+            for iteration in range(START + SAMPLES + 1):
+                tokens = batch(300 if iteration > START else 0, iteration)
+                engine.backward(engine.module.forward(tokens) if kind == "around" else engine(tokens))
+                engine.step()
+            engine.destroy()
+        found[kind] = [text for text in warned if "probe" in text or "passes" in text]
+    return found
+
+
 def work(kind: str, *arguments: Any) -> Any:
-    return {"trained": trained, "loaded": loaded}[kind](*arguments)
+    return {"trained": trained, "loaded": loaded, "named": named}[kind](*arguments)
 
 
 @functools.cache
@@ -186,6 +219,7 @@ def test_a_checkpoint_inside_a_window_holds_the_state_before_it(way: str, name: 
         assert probed["window"] == [] and probed["probes"] == SAMPLES
 
 
+@pytest.mark.tier("all")
 def test_a_loader_goes_on_as_without_a_probe() -> None:
     """Epochs that begin inside a window have orders of their own; of a model that draws nothing, those of the loader
     alone. Setting the generator back at the end of the window repeated them."""
@@ -195,3 +229,13 @@ def test_a_loader_goes_on_as_without_a_probe() -> None:
     for quiet, drawing in zip(orders()["loaded", 0.0], orders()["loaded", 0.1], strict=True):
         assert quiet == alone
         assert len({tuple(order) for order in drawing}) == EPOCHS and drawing[0] == alone[0]
+
+
+@pytest.mark.tier("all")
+def test_what_is_not_given_back_is_named_once() -> None:
+    for found in run_cases(work, WORLD, [("named",)], timeout=60)["named",]:
+        assert len(found["observed"]) <= 1 and all("the monitor writes events" in text for text in found["observed"])
+        late, moved = found["untidy"]
+        assert "Untidy.late" in late and "moved 1 parameters (embed_tokens.weight)" in moved
+        (around,) = found["around"]
+        assert "no forward pass of the model itself was seen" in around
