@@ -86,7 +86,7 @@ def trained(way: str, name: str) -> dict[str, Any]:
     """STEPS updates, with a probe window or without; what is visible after each, and what the window moved."""
     engine = built(name, way)
     engine.module.train("eval" not in way)
-    result: dict[str, Any] = {"steps": []}
+    result: dict[str, Any] = {"steps": [], "batches": []}
     probes, before = 0, None
     with caught() as warned:
         while engine.global_steps < STEPS:
@@ -99,6 +99,7 @@ def trained(way: str, name: str) -> dict[str, Any]:
                     before = loaded | {"module .generator": before["module .generator"]}
                 iterate(engine, 300 + probes, "by hand" in way, broken=way == "broken" and probes == 0)
                 probes += 1
+                result["batches"] += differing(before, visible(engine), "module .generator")
                 if engine.mols.phase != "calibrating":
                     result["window"] = differing(before, visible(engine))
                 continue
@@ -206,7 +207,7 @@ def test_no_trace(way: str, name: str) -> None:
     for stock, probed in zip(runs()["trained", STOCK[way], name], runs()["trained", way, name], strict=True):
         assert [text for text in probed["warned"] if "window" in text] == []
         assert probed["probes"] == SAMPLES + (way == "broken")
-        assert probed["window"] == []
+        assert probed["batches"] == probed["window"] == []
         for step, (expected, seen) in enumerate(zip(stock["steps"], probed["steps"], strict=True)):
             assert differing(expected, seen) == [], step
 
