@@ -84,8 +84,8 @@ MUTANTS = (
     Mutant(
         "window: parameters that a pass moves are not named",
         WINDOW,
-        "if name in now and not torch.equal(now[name], before)",
-        "if name not in now",
+        "if name in before and not torch.equal(value, before[name])",
+        "if name not in before",
         GIVEN_BACK,
     ),
     Mutant(

@@ -194,11 +194,13 @@ def test_parameters_that_a_pass_moves_are_named(trainable: bool) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Embedding(9, 4, max_norm=0.1), nn.Linear(3, 3).bfloat16())
     model.requires_grad_(trainable)
     window = ProbeWindow(ModuleState([model]))
-    window.open_pass()
-    model[1](torch.tensor([2]))  # brings a row below max_norm in place
-    with torch.no_grad():
-        model[2].bias[1] += 1
-    window.close_pass()
+    for token in (2, 3):
+        window.open_pass()
+        model[1](torch.tensor([token]))  # brings a row below max_norm in place
+        with torch.no_grad():
+            model[2].bias[1] += 1
+        window.close_pass()
+        window.close_batch()
     assert window.restore() == ["1.weight", "2.bias"] and window.restore() == []
     window.open_pass()
     window.close_pass()
