@@ -138,6 +138,13 @@ MUTANTS = (
         (TRACES, "-k", "hand"),
     ),
     Mutant(
+        "window: generators of DeepSpeed's tracker stay",
+        "mols_ds/engines/deepspeed/probe_window.py",
+        '            rng_tracker().set_states(saved["tracker"])\n',
+        "            pass\n",
+        (TRACES, "-k", "no_trace and probed-3"),
+    ),
+    Mutant(
         "window: a loss scale that scales no loss falls",
         "mols_ds/engines/deepspeed/shards.py",
         '        """It does not scale the loss: a lower one makes no gradient finite."""\n        return False\n',
