@@ -59,7 +59,9 @@ class ProbeWindow:
         self._passes = 0  # that run now: a model may call itself
         self._at_end: torch.Tensor | None = None
         self._generators: list[torch.Tensor] = []
-        self._checksums: dict[str, torch.Tensor] = {}
+        self._checksums: dict[str, torch.Tensor] | None = (
+            None  # after the first batch: weights may arrive in its passes
+        )
         self._engine: Any = None
 
     # ------------------------------------------------------------------ what an adapter says
@@ -84,7 +86,6 @@ class ProbeWindow:
             self._open = True
             self._generators = [generator.get_state() for generator in self.modules.generators()]
             self._engine = self._begin()
-            self._checksums = self.modules.checksums()
         set_host_random(self._stream or self._outside)
 
     def close_pass(self) -> None:
@@ -99,13 +100,17 @@ class ProbeWindow:
 
     def close_batch(self) -> list[str]:
         """After a discarded batch, and before a checkpoint: give back what it moved. Returns buffers that stay."""
-        return self.modules.restore()
+        new = self.modules.restore()
+        if self._open and self._checksums is None:
+            self._checksums = self.modules.checksums()
+        return new
 
     def restore(self) -> list[str]:
         """At the end of the window: give back the rest. Returns the parameters that the window moved, which stay so."""
         self.close_batch()
-        now = self.modules.checksums() if self._checksums else {}
-        moved = [name for name, before in self._checksums.items() if name in now and not torch.equal(now[name], before)]
+        before = self._checksums or {}
+        now = self.modules.checksums() if before else {}
+        moved = [name for name, value in now.items() if name in before and not torch.equal(value, before[name])]
         if self._open:
             self._end(self._engine)
             for generator, state in zip(self.modules.generators(), self._generators, strict=False):
@@ -120,7 +125,7 @@ class ProbeWindow:
         self.modules.forget()
         self._open = False
         self._stream = self._at_end = self._engine = None
-        self._generators, self._checksums = [], {}
+        self._generators, self._checksums = [], None
 
     # ------------------------------------------------------------------ checkpoints
 

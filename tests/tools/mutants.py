@@ -38,6 +38,9 @@ LOOP, RANGE_TESTS = ("tests/unit/test_trainer.py",), ("tests/unit/test_ranges.py
 FACTS = ("tests/unit/test_optimizer_facts.py",)
 PIECES, SHARDS = "mols_ds/core/pieces.py", "mols_ds/engines/deepspeed/shards.py"
 NVME, SMALL = (f"{ZERO}/test_nvme.py", "-k", "memory"), ("tests/unit/test_exponents.py",)
+WINDOW, STATE = "mols_ds/core/probe_window.py", "mols_ds/core/module_state.py"
+GIVEN_BACK, TRACES = ("tests/unit/test_module_state.py",), f"{ZERO}/test_traces.py"
+MEGATRON_TRACES = "tests/engines/megatron/test_traces.py"
 
 MUTANTS = (
     Mutant(
@@ -60,6 +63,111 @@ MUTANTS = (
         "            self._close_window()\n",
         "            pass\n",
         (f"{ZERO}/test_probe.py",),
+    ),
+    Mutant(
+        "window: passes draw from the loader's generator",
+        WINDOW,
+        "            set_host_random(self._outside)\n",
+        "",
+        (TRACES, "-k", "loader"),
+    ),
+    Mutant(
+        "window: every pass draws the same numbers",
+        WINDOW,
+        "            self._stream = host_random()\n",
+        "",
+        GIVEN_BACK,
+    ),
+    Mutant(
+        "window: generators of modules stay where they are",
+        WINDOW,
+        "                generator.set_state(state)\n",
+        "                pass\n",
+        GIVEN_BACK,
+    ),
+    Mutant(
+        "window: parameters that a pass moves are not named",
+        WINDOW,
+        "if name in before and not torch.equal(value, before[name])",
+        "if name not in before",
+        GIVEN_BACK,
+    ),
+    Mutant(
+        "window: buffers stay as a batch left them",
+        SESSION,
+        "        new = sorted({*self.window.close_batch()} - self._stay)\n",
+        "        new: list[str] = []\n",
+        (TRACES, "-k", "no_trace and probed-0"),
+    ),
+    Mutant(
+        "window: a buffer that was replaced stays",
+        STATE,
+        "            module._buffers.update(buffers)\n",
+        "",
+        GIVEN_BACK,
+    ),
+    Mutant(
+        "window: a buffer that was changed in place stays",
+        STATE,
+        "                tensor.data.copy_(copy)\n",
+        "                pass\n",
+        GIVEN_BACK,
+    ),
+    Mutant(
+        "window: the length of a cache stays",
+        STATE,
+        "            here.update({name: value for name, value in plain.items() if _is_plain(here.get(name))})\n",
+        "",
+        (TRACES, "-k", "no_trace and probed-3"),
+    ),
+    Mutant(
+        "window: sums for logging stay",
+        STATE,
+        "            tracker.update(sums)\n",
+        "            pass\n",
+        GIVEN_BACK,
+    ),
+    Mutant(
+        "window: a checkpoint holds what half a batch moved",
+        "mols_ds/engines/deepspeed/checkpoint.py",
+        "        self.window.close_batch()  #",
+        "        #",
+        (TRACES, "-k", "checkpoint"),
+    ),
+    Mutant(
+        "window: micro_steps by the number of micro-batches",
+        "mols_ds/engines/deepspeed/engine.py",
+        "            self.engine.micro_steps = before - 1 if self.grid.counts_micro_steps else before\n",
+        "            self.engine.micro_steps -= self.engine.gradient_accumulation_steps()\n",
+        (TRACES, "-k", "hand"),
+    ),
+    Mutant(
+        "window: generators of DeepSpeed's tracker stay",
+        "mols_ds/engines/deepspeed/probe_window.py",
+        '            rng_tracker().set_states(saved["tracker"])\n',
+        "            pass\n",
+        (TRACES, "-k", "no_trace and probed-3"),
+    ),
+    Mutant(
+        "window: a loss scale that scales no loss falls",
+        "mols_ds/engines/deepspeed/shards.py",
+        '        """It does not scale the loss: a lower one makes no gradient finite."""\n        return False\n',
+        "        return super().lower_scale()\n",
+        (TRACES, "-k", "broken"),
+    ),
+    Mutant(
+        "window: Megatron's loss scale grows",
+        "megatron_patches/engine.py",
+        "                scaler.load_state_dict(state)\n",
+        "                pass\n",
+        (MEGATRON_TRACES, "-k", "fp16"),
+    ),
+    Mutant(
+        "window: Megatron's sums for logging are not found",
+        "megatron_patches/trackers.py",
+        "            found.append(value)\n",
+        "            pass\n",
+        (MEGATRON_TRACES,),
     ),
     Mutant(
         "session: moments are never closed",

@@ -131,7 +131,7 @@ class EngineCheckpoints:
         """`engine.load_checkpoint`, then the MoLS state; the returned client_state is without our key.
 
         - Same number of ranks: goes on bit for bit, in the middle of a calibration too. Torch's random state is the
-          caller's to restore, except the one that a probe window gives back at its end.
+          caller's to restore, except what a probe window draws from and gives back.
         - Another number (a universal checkpoint at stages 1-3): alphas and ramp go on; a half-done calibration starts
           over, except in mode "moments", whose only state is the optimizer's.
         - A checkpoint without MoLS state (from before it was switched on) loads too: the calibration starts where the

@@ -204,19 +204,24 @@ def probe(stage: int, dtype: str, probing: bool) -> list[dict[str, str]]:
     """Digests of this stage after each update, with dropout seeded by layer and number of forward passes."""
     section = {"samples": 4, "start": 1, "ramp_end": 3, "alpha_min": 1.0, "alpha_max": 1.0}
     engine = pipeline_engine(True, stage, dtype, section if probing else None, dropout=0.1)
+    module = engine.module
+    module.register_buffer("passes", torch.zeros(()))
+    module.register_forward_hook(lambda *_: setattr(module, "passes", module.passes + 1))
     torch.manual_seed(7)
     prints: list[dict[str, str]] = []
     windows = 0
     while engine.global_steps < 4:
-        before, step = snapshot(engine), engine.global_steps
+        before, step, passes = snapshot(engine), engine.global_steps, float(module.passes)
         window = probing and engine.mols.phase == "calibrating"
         engine.train_batch(data_iter=feed(500 + windows if window else step))
         windows += window
         if not window:
-            prints.append({**snapshot(engine), "forward passes": str(engine.module.micro_offset)})
+            counts = str((module.micro_offset, float(module.passes)))
+            prints.append({**snapshot(engine), "forward passes": counts})
+            assert float(module.passes) > passes
             continue
         after = snapshot(engine)
-        assert {key for key in before if before[key] != after[key]} <= {"random"}
+        assert [key for key in before if before[key] != after[key]] == [] and float(module.passes) == passes
     assert windows == (4 if probing else 0)
     engine.destroy()
     return prints

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.engines.deepspeed.engines import LR, OFFLOAD_ALL, config, engine_of
 from tests.engines.deepspeed.models import TOKENS, Tiny
-from tests.engines.deepspeed.traces import Traced, visible
+from tests.engines.deepspeed.traces import Traced, begin, visible
 from tests.helpers.digests import caught, differing
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.models import groups_of
@@ -36,6 +36,8 @@ ENGINES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "3": (3, "fp32", {}),
     "3 offload all": (3, "fp32", OFFLOAD_ALL),
 }
+AT_THE_END = ("module .generator", "tracker")
+"""Keys of `visible` that are given back at the end of the window, because each sample draws other numbers."""
 STOCK = {"probed": "stock", "broken": "stock", "by hand": "stock by hand", "in eval mode": "stock in eval mode"}
 SAME = [("probed", name) for name in ENGINES]
 SAME += [(way, name) for way in ("by hand", "in eval mode") for name in ("0", "2", "3")]
@@ -56,6 +58,7 @@ def batch(iteration: int, micro: int) -> Tensor:
 
 def built(name: str, way: str) -> Any:
     stage, precision, zero = ENGINES[name]
+    begin()
     torch.manual_seed(1)
     model = Traced()
     mols = None if way.startswith("stock") else NO_EFFECT
@@ -86,7 +89,7 @@ def trained(way: str, name: str) -> dict[str, Any]:
     """STEPS updates, with a probe window or without; what is visible after each, and what the window moved."""
     engine = built(name, way)
     engine.module.train("eval" not in way)
-    result: dict[str, Any] = {"steps": []}
+    result: dict[str, Any] = {"steps": [], "batches": []}
     probes, before = 0, None
     with caught() as warned:
         while engine.global_steps < STEPS:
@@ -96,9 +99,10 @@ def trained(way: str, name: str) -> dict[str, Any]:
                     engine = resumed(engine, name)
                     loaded = visible(engine)
                     result["loaded"] = [key for key in differing(before, loaded) if saved(engine, key)]
-                    before = loaded | {"module .generator": before["module .generator"]}
+                    before = loaded | {key: before[key] for key in AT_THE_END}
                 iterate(engine, 300 + probes, "by hand" in way, broken=way == "broken" and probes == 0)
                 probes += 1
+                result["batches"] += differing(before, visible(engine), *AT_THE_END)
                 if engine.mols.phase != "calibrating":
                     result["window"] = differing(before, visible(engine))
                 continue
@@ -153,8 +157,42 @@ def loaded(dropout: float) -> list[list[int]]:
     return orders
 
 
+class Untidy(Tiny):
+    """Moves a parameter in its forward pass, and registers a buffer late."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        self.momentum = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] > 7:
+            self.register_buffer("late", tokens.float().mean())
+        self.momentum.data *= 0.9
+        return super().forward(tokens)
+
+
+def named() -> dict[str, list[str]]:
+    """The warnings of a run that is observed, of an untidy model, and of passes around the model's `forward`."""
+    found: dict[str, list[str]] = {}
+    for kind in ("observed", "untidy", "around"):
+        monitor = {"enabled": True, "output_path": "csv", "job_name": "probe"}
+        more = {"csv_monitor": monitor} if kind == "observed" else {}
+        model = Untidy() if kind == "untidy" else Tiny()
+        with caught() as warned:
+            engine = engine_of(
+                config(0, NO_EFFECT, micros=1, **more), model, torch.optim.SGD(model.parameters(), lr=0.1)
+            )
+            for iteration in range(START + SAMPLES + 1):
+                tokens = batch(300 if iteration > START else 0, iteration)
+                engine.backward(engine.module.forward(tokens) if kind == "around" else engine(tokens))
+                engine.step()
+            engine.destroy()
+        found[kind] = [text for text in warned if "probe" in text or "passes" in text]
+    return found
+
+
 def work(kind: str, *arguments: Any) -> Any:
-    return {"trained": trained, "loaded": loaded}[kind](*arguments)
+    return {"trained": trained, "loaded": loaded, "named": named}[kind](*arguments)
 
 
 @functools.cache
@@ -173,7 +211,7 @@ def test_no_trace(way: str, name: str) -> None:
     for stock, probed in zip(runs()["trained", STOCK[way], name], runs()["trained", way, name], strict=True):
         assert [text for text in probed["warned"] if "window" in text] == []
         assert probed["probes"] == SAMPLES + (way == "broken")
-        assert probed["window"] == []
+        assert probed["batches"] == probed["window"] == []
         for step, (expected, seen) in enumerate(zip(stock["steps"], probed["steps"], strict=True)):
             assert differing(expected, seen) == [], step
 
@@ -186,6 +224,7 @@ def test_a_checkpoint_inside_a_window_holds_the_state_before_it(way: str, name: 
         assert probed["window"] == [] and probed["probes"] == SAMPLES
 
 
+@pytest.mark.tier("all")
 def test_a_loader_goes_on_as_without_a_probe() -> None:
     """Epochs that begin inside a window have orders of their own; of a model that draws nothing, those of the loader
     alone. Setting the generator back at the end of the window repeated them."""
@@ -195,3 +234,13 @@ def test_a_loader_goes_on_as_without_a_probe() -> None:
     for quiet, drawing in zip(orders()["loaded", 0.0], orders()["loaded", 0.1], strict=True):
         assert quiet == alone
         assert len({tuple(order) for order in drawing}) == EPOCHS and drawing[0] == alone[0]
+
+
+@pytest.mark.tier("all")
+def test_what_is_not_given_back_is_named_once() -> None:
+    for found in run_cases(work, WORLD, [("named",)], timeout=60)["named",]:
+        assert len(found["observed"]) <= 1 and all("the monitor writes events" in text for text in found["observed"])
+        late, moved = found["untidy"]
+        assert "Untidy.late" in late and "moved 1 parameters (momentum)" in moved
+        (around,) = found["around"]
+        assert "no forward pass of the model itself was seen" in around

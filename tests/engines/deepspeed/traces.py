@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
 from torch import Tensor, nn
 
 from tests.engines.deepspeed.models import Tiny
@@ -15,6 +16,8 @@ from tests.engines.deepspeed.state import snapshot
 from tests.helpers.digests import digest
 
 WIDTH = 12
+TRACKED = "model-parallel"
+"""A generator of DeepSpeed's tracker, which its activation checkpointing uses under model parallelism."""
 
 
 class Rotary(nn.Module):
@@ -62,6 +65,12 @@ class Codebook(nn.Module):
         return self.o_proj(x + self.mean.to(x.dtype) + self.vector.to(x.dtype)) / (1 + self.hits.max())
 
 
+def begin() -> None:
+    """Make the tracked generator anew."""
+    get_cuda_rng_tracker().reset()
+    get_cuda_rng_tracker().add(TRACKED, 9)
+
+
 class Traced(Tiny):
     """`Tiny` with dropout, BatchNorm, the two above, and layers left out by Python's and NumPy's random numbers."""
 
@@ -79,6 +88,8 @@ class Traced(Tiny):
             x = self.batch_norm(x.flatten(0, 1)).view_as(x) + self.frozen_norm(x.flatten(0, 1)).view_as(x)
         x = x + self.codebook(x)
         x = x * (1 + 0.1 * torch.rand((), generator=self.generator).to(x.dtype))
+        with get_cuda_rng_tracker().fork(TRACKED):
+            x = x * (1 + 0.1 * torch.rand(()).to(x.dtype))
         for layer in self.layers:
             if random.random() < 0.3 and np.random.rand() < 0.5:
                 x = x * 1.0  # a layer left out; its weights get gradients all the same
@@ -123,6 +134,7 @@ def visible(engine: Any) -> dict[str, str]:
         for name, value in vars(owner).items():
             if name not in STEP and not any(word in name for word in TIMES):
                 seen.update(plain(f"{where} {name}", value) if isinstance(value, PLAIN) else ())
+    seen["tracker"] = digest(get_cuda_rng_tracker().get_states()[TRACKED])
     seen["python's generator"] = digest(torch.tensor(random.getstate()[1]))
     seen["numpy's generator"] = digest(torch.from_numpy(np.random.get_state()[1].astype(np.int64)))
     return seen

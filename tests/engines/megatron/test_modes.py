@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tests.engines.megatron import building
 from tests.engines.megatron.building import Setup
 from tests.engines.megatron.grids import Plan, tiny
-from tests.engines.megatron.state import everything
+from tests.engines.megatron.state import everything, random_state
 from tests.helpers.digests import digest
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.tiers import Cases
@@ -78,7 +78,8 @@ def drop(setup: Setup, way: str) -> dict[str, Any]:
                 done = building.step(built, chain, scheduler, 300 + len(window))
                 assert not done.successful and done.grad_norm is None
                 window.append(everything(built, chain, scheduler))
-                drawn.append(mols.window.state_dict() and digest(mols.window.state_dict()["stream"][0]))
+                open_window = mols.window.state_dict()
+                drawn.append((random_state(), open_window and digest(open_window["stream"][0])))
                 continue
             assert building.step(built, chain, scheduler, iteration).successful
             iteration += 1
@@ -146,7 +147,7 @@ def test_a_probe_leaves_no_trace(grid: str) -> None:
         assert len(window) == PROBE.samples
         assert [key for key in before if before[key] != window[-1][key]] == []
         # the window drew random numbers of its own, other ones for each sample
-        assert probed["drawn"][-1] is None and len({*probed["drawn"]}) == PROBE.samples
+        assert probed["drawn"][-1] == (before["random"], None) and len({*probed["drawn"]}) == PROBE.samples
         assert len(stock["prints"]) == len(probed["prints"]) == PROBE.updates
         for update, (expected, seen) in enumerate(zip(stock["prints"], probed["prints"], strict=True)):
             assert [key for key in expected if expected[key] != seen.get(key)] == [], update
