@@ -1,4 +1,4 @@
-"""python -m tests.gpu.apex_adam OPTIMIZER PORT: MoLS on an engine whose Adam is apex's, against torch's AdamW on a twin.
+"""python -m tests.gpu.apex_adam OPTIMIZER PORT: MoLS with apex's Adam, against torch's AdamW on a twin.
 
 OPTIMIZER: "apex" (needs a CUDA device), or "torch", which checks this file itself anywhere. Prints one line of JSON:
 the largest differences of weights after STEPS steps, relative to the largest weight of each tensor.

@@ -22,9 +22,9 @@ from tests.gpu.apex_adam import check
 
 pytestmark = [pytest.mark.jobs, pytest.mark.slow, pytest.mark.tier("all")]
 RTOL = 1e-4
-"""Weights after 8 steps, relative to the largest of their tensor; with torch's AdamW on both sides
-(test_scripts.py) they are equal. apex's rounds a handful of operations a step, 6e-8 each, in another order; a thousand times that is room
-for what the differences do to later gradients. To be set from the first run."""
+"""Weights after 8 steps, relative to the largest of their tensor; with torch's AdamW on both sides they are equal
+(test_scripts.py). apex's rounds a handful of operations a step, 6e-8 each, in another order; a thousand times that is
+room for what such differences do to later gradients. To be set from the first run."""
 ALPHA_RTOL = 0.05
 """Fused products add into main_grad in fp32, the others round each micro-batch's gradient to bf16 first."""
 MODEL = {"num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 768, "num_attention_heads": 4}

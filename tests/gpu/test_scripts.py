@@ -1,4 +1,4 @@
-"""What the tests of this folder are made of, without a GPU: the comparison with a twin, and the reasons for skipping."""
+"""What this folder's tests are made of, without a GPU: the comparison with a twin, and the reasons for skipping."""
 
 from __future__ import annotations
 

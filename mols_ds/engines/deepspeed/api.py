@@ -93,9 +93,9 @@ def _read(config: Any) -> Config:
         there = Path(config).exists()
     except (OSError, TypeError, ValueError):  # a text that is longer than any name
         there = False
-    if there:
-        read_text(config, where)
-    elif str(config).endswith(".json"):
+    if there and not read_text(config, where).strip():
+        raise MolsConfigError(f"{where}: the file is empty")
+    if not there and str(config).endswith(".json"):
         raise MolsConfigError(f"{where}: no such file")
     try:
         content = read_config(config)
