@@ -237,11 +237,11 @@ MUTANTS = (
     Mutant("data: nested without end", JSON, "    for _ in range(DEEPEST):\n", "    while True:\n", PLAIN),
     Mutant("data: aliases multiply", JSON, "        if count > most:\n", "        if False:\n", PLAIN),
     Mutant(
-        "data: pipes are waited for",
+        "data: folders are read",
         FILES,
         "        if stat.S_ISREG(mode):\n",
-        "        if True:\n",
-        (*PLAIN, "-k", "pipe"),
+        "        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):\n",
+        PLAIN,
     ),
     Mutant(
         "rank 0: a warning of it alone is raised",
