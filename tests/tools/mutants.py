@@ -35,6 +35,7 @@ CATALOG, ZERO = "mols_ds/optim/catalog.py", "tests/engines/deepspeed"
 LOOP, RANGE_TESTS = ("tests/unit/test_trainer.py",), ("tests/unit/test_ranges.py",)
 FACTS = ("tests/unit/test_optimizer_facts.py",)
 FILES, JSON = "mols_ds/core/files.py", "mols_ds/core/json_text.py"
+DATA = "mols_ds/core/plain_data.py"
 SHARED, FOREIGN = ("tests/unit/test_shared_machine.py",), ("tests/unit/test_foreign_text.py",)
 PLAIN = ("tests/unit/test_plain_data.py",)
 
@@ -234,8 +235,8 @@ MUTANTS = (
         FOREIGN,
     ),
     Mutant("data: a key may stand twice", JSON, "    if len(content) < len(pairs):\n", "    if False:\n", PLAIN),
-    Mutant("data: nested without end", JSON, "    for _ in range(DEEPEST):\n", "    while True:\n", PLAIN),
-    Mutant("data: aliases multiply", JSON, "        if count > most:\n", "        if False:\n", PLAIN),
+    Mutant("data: nested without end", DATA, "    for _ in range(DEEPEST):\n", "    while True:\n", PLAIN),
+    Mutant("data: aliases multiply", DATA, "        if count > most:\n", "        if False:\n", PLAIN),
     Mutant(
         "data: folders are read",
         FILES,

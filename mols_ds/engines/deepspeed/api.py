@@ -14,7 +14,7 @@ import torch
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.files import read_text
 from mols_ds.core.handle import Handle
-from mols_ds.core.json_text import check_plain
+from mols_ds.core.plain_data import check_plain
 from mols_ds.engines.deepspeed.bind_optimizer import bind_optimizer
 from mols_ds.engines.deepspeed.compat import Config, Engine, read_config
 from mols_ds.engines.deepspeed.engine import EngineMols
