@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, Vali
 
 from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.core.layout import Granularity
-from mols_ds.core.plain_values import check_plain
+from mols_ds.core.plain_data import check_plain
 from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError
 
@@ -170,7 +170,7 @@ class MolsConfig(Documented):
             return section
         if not isinstance(section, Mapping):
             raise MolsConfigError(f'"mols": must be an object (a JSON section), got {type(section).__name__}')
-        check_plain(section, '"mols"')
+        check_plain({"mols": section}, 'the "mols" section')
         try:
             return cls.model_validate(dict(section))
         except ValidationError as error:

@@ -102,6 +102,6 @@ def read_text(path: str | os.PathLike[str], where: str) -> str:
     except UnicodeDecodeError as error:
         raise MolsConfigError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        raise MolsConfigError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise MolsConfigError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
     what = "it is a folder" if stat.S_ISDIR(mode) else "it is no regular file (a pipe or a device)"
     raise MolsConfigError(f"{where}: {what}; a file is needed")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -44,6 +45,10 @@ __all__ = [
 
 RULE_SECONDS = 5.0
 """Longest search of a user's rule in one parameter name; an ordinary one takes microseconds."""
+RULE_SECONDS_IN_ALL = 60.0
+"""Longest search of a rule in the names of a whole model."""
+LONGEST_PATTERN = 10_000
+"""Characters of a rule's pattern: Python takes seconds to compile longer ones."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|decoder_layers)\.(\d+)(?=\.|$)")
 _ANY_INDEX = re.compile(r"(?:^|\.)(?<!experts\.)(\d+)(?=\.|$)")
 
@@ -63,12 +68,17 @@ class _UserRule:
         if not pair or not all(isinstance(part, str) for part in rule):
             raise MolsConfigError(f'rules[{position}] is {rule!r}; a rule is ["regular expression", "group"]')
         self.pattern, self.group = rule
+        if len(self.pattern) > LONGEST_PATTERN:
+            raise MolsConfigError(
+                f"rules[{position}]: a pattern of {len(self.pattern):,} characters; {LONGEST_PATTERN:,} are allowed"
+            )
         try:
             re.compile(self.pattern)
             self.regex = regex.compile(self.pattern)
-        except (re.error, regex.error) as error:
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
+            why = "nested too deeply" if isinstance(error, RecursionError) else error
             raise MolsConfigError(
-                f"rules[{position}]: {self.pattern!r} is not a regular expression ({error}); correct the pattern"
+                f"rules[{position}]: {self.pattern[:200]!r} is not a regular expression ({why}); correct the pattern"
             ) from None
         if not self.group.isidentifier() or self.group == "max":
             raise MolsConfigError(
@@ -76,16 +86,24 @@ class _UserRule:
                 f"{', '.join(GROUPS)} or an own name of letters, digits and underscores (not 'max')"
             )
         self.matched = self.decided = False
+        self.left = RULE_SECONDS_IN_ALL
 
     def matches(self, names: Iterable[str]) -> bool:
-        """Raises MolsConfigError for a pattern that takes longer than RULE_SECONDS on one name."""
+        """Raises MolsConfigError for a pattern that takes longer than RULE_SECONDS on one name, or as long in all as
+        RULE_SECONDS_IN_ALL."""
+        began = time.monotonic()
+        limit = min(RULE_SECONDS, max(self.left, 0.001))
         try:
-            found = any(self.regex.search(name, timeout=RULE_SECONDS) for name in names)
+            found = any(self.regex.search(name, timeout=limit) for name in names)
         except TimeoutError:
+            what = f"{RULE_SECONDS:g} seconds on one parameter name"
+            if limit < RULE_SECONDS:
+                what = f"{RULE_SECONDS_IN_ALL:g} seconds on all parameter names"
             raise MolsConfigError(
-                f"rules: {self.pattern!r} takes more than {RULE_SECONDS:g} seconds on one parameter name (it repeats a "
-                "repetition, such as (a|aa)+); write it without"
+                f"rules: {self.pattern!r} takes more than {what} (it repeats a repetition, such as (a|aa)+); "
+                "write it without"
             ) from None
+        self.left -= time.monotonic() - began
         self.matched |= found
         return found
 

@@ -7,7 +7,7 @@ import os
 
 from mols_ds.core.files import read_text
 from mols_ds.core.json_types import JsonObject
-from mols_ds.core.plain_values import check_plain
+from mols_ds.core.plain_data import check_plain
 from mols_ds.errors import MolsConfigError, printable
 
 

@@ -100,6 +100,8 @@ def load_report(path: str | os.PathLike[str]) -> Report:
     file = Path(path)
     if file.is_dir():
         file = file / JSON_NAME
+    if not file.exists():
+        raise MolsConfigError(f"report {file} cannot be read (no such file); name a {JSON_NAME} or its folder")
     report = read_json(file, f"report {file}")
     problem = schema_problem(report) or not_finite(report)
     if problem:

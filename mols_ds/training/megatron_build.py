@@ -45,8 +45,8 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     if "RANK" not in os.environ:
         os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
+    check_kernel_caches()
     if not dist.is_initialized():
-        check_kernel_caches()
         patience = None if timeout is None else timedelta(seconds=timeout)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

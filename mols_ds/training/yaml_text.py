@@ -9,7 +9,7 @@ from collections.abc import Hashable
 import yaml
 
 from mols_ds.core.files import read_text
-from mols_ds.core.plain_values import check_plain
+from mols_ds.core.plain_data import check_plain
 from mols_ds.errors import MolsConfigError
 
 MERGED = "tag:yaml.org,2002:merge"

@@ -41,6 +41,10 @@ NVME, SMALL = (f"{ZERO}/test_nvme.py", "-k", "memory"), ("tests/unit/test_expone
 WINDOW, STATE = "mols_ds/core/probe_window.py", "mols_ds/core/module_state.py"
 GIVEN_BACK, TRACES = ("tests/unit/test_module_state.py",), f"{ZERO}/test_traces.py"
 MEGATRON_TRACES = "tests/engines/megatron/test_traces.py"
+FILES, JSON = "mols_ds/core/files.py", "mols_ds/core/json_text.py"
+DATA = "mols_ds/core/plain_data.py"
+SHARED, FOREIGN = ("tests/unit/test_shared_machine.py",), ("tests/unit/test_foreign_text.py",)
+PLAIN = ("tests/unit/test_plain_data.py",)
 
 MUTANTS = (
     Mutant(
@@ -200,8 +204,8 @@ MUTANTS = (
     Mutant(
         "loop: metrics are not rewound",
         TRAINER,
-        "            self.metrics.rewind(self.updates)\n",
-        "            pass\n",
+        'self.aside("metrics", partial(self.metrics.rewind, self.updates))',
+        "pass",
         LOOP,
     ),
     Mutant(
@@ -521,6 +525,130 @@ MUTANTS = (
         "gradient = gradient_of(tensor)",
         "gradient = tensor.grad",
         ("tests/unit/test_step_guard.py", "tests/engines/megatron/test_step_guard.py"),
+    ),
+    Mutant("shared: the name beside a file can be foreseen", FILES, "secrets.token_hex(8)", "os.getpid()", SHARED),
+    Mutant("shared: a file is added to through a link", FILES, " | os.O_NOFOLLOW | ", " | ", SHARED),
+    Mutant(
+        "shared: a checkpoint is written through a link",
+        FILES,
+        "        path.unlink()\n    shutil.rmtree(path, ignore_errors=True)\n    path.mkdir()\n",
+        "        pass\n    shutil.rmtree(path, ignore_errors=True)\n    path.mkdir(exist_ok=True)\n",
+        SHARED,
+    ),
+    Mutant(
+        "shared: somebody else's kernels are used",
+        "mols_ds/core/cache_folders.py",
+        "    if {linked.st_uid, found.st_uid} - {os.getuid(), 0}:\n",
+        "    if False:\n",
+        SHARED,
+    ),
+    Mutant(
+        "shared: the compiler's cache is not looked at",
+        "mols_ds/core/cache_folders.py",
+        "    if problem is not None:\n",
+        "    if False:\n",
+        SHARED,
+    ),
+    Mutant(
+        "shared: launch scripts take any cache",
+        "launch/common.sh",
+        "-perm /022 -o ",
+        "",
+        ("tests/apps/launch/test_files.py", "-k", "cache"),
+    ),
+    Mutant(
+        "locks: jobs of DeepSpeed do not look",
+        "mols_ds/training/ranks.py",
+        "    check_kernel_caches()\n",
+        "",
+        (f"{ZERO}/test_rank0.py", "-k", "lock"),
+    ),
+    Mutant(
+        "locks: jobs of Megatron do not look",
+        "mols_ds/training/megatron_build.py",
+        "    check_kernel_caches()\n",
+        "",
+        (f"{ZERO}/test_rank0.py", "-k", "lock"),
+    ),
+    Mutant(
+        "locks: the doctor does not look",
+        "mols_ds/apps/doctor/machine.py",
+        '        ("compile_locks", _compile_locks),\n',
+        "",
+        SHARED,
+    ),
+    Mutant(
+        "text: escapes reach the terminal",
+        "mols_ds/errors.py",
+        '    return _escaped(" ".join(str(text).split()))\n',
+        '    return " ".join(str(text).split())\n',
+        FOREIGN,
+    ),
+    Mutant(
+        "text: lines of a table are not made safe",
+        "mols_ds/errors.py",
+        "_escaped(line) for line in",
+        "line for line in",
+        FOREIGN,
+    ),
+    Mutant("data: a key may stand twice", JSON, "    if len(content) < len(pairs):\n", "    if False:\n", PLAIN),
+    Mutant("data: nested without end", DATA, "    for _ in range(DEEPEST):\n", "    while True:\n", PLAIN),
+    Mutant("data: aliases multiply", DATA, "        if count > most:\n", "        if False:\n", PLAIN),
+    Mutant(
+        "data: folders are read",
+        FILES,
+        "        if stat.S_ISREG(mode):\n",
+        "        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):\n",
+        PLAIN,
+    ),
+    Mutant(
+        "rank 0: a warning of it alone is raised",
+        "mols_ds/core/log.py",
+        "    except Exception:  # the warning itself, or what shows it\n",
+        "    except OSError:\n",
+        (f"{ZERO}/test_rank0.py", "-k", "warnings"),
+    ),
+    Mutant(
+        "rank 0: DeepSpeed's monitor ends it",
+        "mols_ds/training/deepspeed_backend.py",
+        "        monitor.write_events = write_events\n",
+        "",
+        (f"{ZERO}/test_rank0.py", "-k", "monitor"),
+    ),
+    Mutant(
+        "rank 0: metrics that cannot be begun end it",
+        TRAINER,
+        '            self.aside("metrics", self.metrics.clear)\n',
+        "            self.metrics.clear()\n",
+        LOOP,
+    ),
+    Mutant(
+        "reports: two engines share a folder",
+        "mols_ds/report/files.py",
+        "        while place in _TAKEN:\n",
+        "        while False:\n",
+        ("tests/unit/test_publish.py",),
+    ),
+    Mutant(
+        "reports: a detached engine keeps its folder",
+        "mols_ds/report/files.py",
+        "        _TAKEN.discard(self._folder or Path())\n",
+        "",
+        ("tests/unit/test_publish.py",),
+    ),
+    Mutant(
+        "signals: a second one kills a rank that ends",
+        "mols_ds/training/preemption.py",
+        "signal.SIG_IGN if ending else handler",
+        "handler",
+        SHARED,
+    ),
+    Mutant(
+        "rules: a slow one is tried on every name",
+        "mols_ds/core/groups.py",
+        "        self.left -= time.monotonic() - began\n",
+        "",
+        ("tests/unit/test_groups.py", "-k", "slow"),
     ),
 )
 

@@ -229,6 +229,8 @@ def test_order_groups() -> None:
         ([("attn", "qk.3")], r"'qk\.3' is not a group name"),
         ([("attn", "max")], r"'max' is not a group name"),
         ([("attn(", "qk")], r"rules\[0\].*'attn\(' is not a regular expression"),
+        ([("(" * 3000 + "a" + ")" * 3000, "qk")], r"rules\[0\].*is not a regular expression \(nested too deeply\)"),
+        ([("a" * 10_001, "qk")], r"rules\[0\]: a pattern of 10,001 characters"),
         ([("attn",)], r"rules\[0\]"),
         (["attn"], r"rules\[0\]"),
         ([("attn", 3)], r"rules\[0\]"),
@@ -318,3 +320,10 @@ def test_a_rule_that_runs_away_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     model.register_parameter("a" * 60 + "_b", nn.Parameter(torch.zeros(2, 2)))
     with pytest.raises(MolsConfigError, match=r"rules: '\^\(a\|aa\)\+\$' takes more than 0.2 seconds"):
         group_table(model, [["^(a|aa)+$", "mlp"]])
+
+
+def test_a_rule_that_is_slow_on_every_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mols_ds.core.groups.RULE_SECONDS_IN_ALL", 0.2)
+    model = nn.ModuleDict({f"block{n}" + "a" * 22: nn.Linear(2, 2) for n in range(400)})
+    with pytest.raises(MolsConfigError, match=r"takes more than 0.2 seconds on all parameter names"):
+        group_table(model, [("(a|aa)+$", "mlp"), ("block", "qk")])

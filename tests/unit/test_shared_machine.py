@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mols_ds.apps.doctor.findings import Findings
-from mols_ds.apps.doctor.machine import _kernel_caches
+from mols_ds.apps.doctor.machine import _kernel_caches, check_machine
 from mols_ds.core import cache_folders
 from mols_ds.core.cache_folders import cache_problems, foreign_problem, own_root, use_own_inductor_cache
 from mols_ds.core.files import append, empty_folder, make_once, write_whole
@@ -165,6 +165,13 @@ def test_jobs_and_the_doctor_look_at_the_caches(caches: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "getuid", lambda: 0)
     with pytest.warns(MolsWarning, match="triton"):
         check_kernel_caches()
+
+
+@pytest.mark.parametrize("name", ["compile_locks", "kernel_caches"])
+def test_the_doctor_looks_at_both(caches: Path, name: str) -> None:
+    findings = Findings()
+    check_machine(findings, caches, None)
+    assert name in [item.name for item in findings.items]
 
 
 def test_jobs_name_a_stale_lock(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:

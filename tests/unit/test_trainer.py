@@ -21,7 +21,8 @@ from mols_ds.core.phases import Phase
 from mols_ds.errors import MolsCheckpointError, MolsTrainingError, MolsWarning
 from mols_ds.training.batches import BatchShape, Stream
 from mols_ds.training.compare import run_arms
-from mols_ds.training.preemption import Preempted
+from mols_ds.training.preemption import SIGNALS, Preempted
+from mols_ds.training.progress import Progress
 from mols_ds.training.train_job import Outcome, StepResult, TrainBackend, TrainJob
 from mols_ds.training.trainer import METRICS, Metrics, Trainer, discards_updates, has_checkpoint, train
 
@@ -149,6 +150,15 @@ def job_of(out: Path, section: JsonObject | None = None, **changes: Any) -> Trai
     setup = Setup(section, before_update)
     job = TrainJob(setup=setup, batches=Numbered(), shape=SHAPE, rank=0, steps=STEPS, out=out, seed=1, shown=False)
     return replace(job, **changes)
+
+
+@pytest.fixture(autouse=True)
+def signals_are_put_back() -> Iterator[None]:
+    """A process that was preempted ignores further signals."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def setup_of(job: TrainJob) -> Setup:
@@ -413,3 +423,25 @@ def test_what_fails_beside_training_is_a_warning_once(tmp_path: Path, monkeypatc
         "metrics: not written (ValueError: no space); training goes on",
         "monitor: not written (ValueError: no space); training goes on",
     ]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_metrics_file_that_cannot_be_begun_is_a_warning(tmp_path: Path, resume: bool) -> None:
+    out = tmp_path / "out"
+    if resume:
+        train(job_of(out))
+        (out / METRICS).unlink()
+    (out / METRICS).mkdir(parents=True)
+    with pytest.warns(MolsWarning, match=r"metrics: not written \("):
+        outcome = train(job_of(out, resume=resume))
+    assert outcome.val_loss == train(job_of(tmp_path / "whole")).val_loss
+
+
+def test_a_progress_bar_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("gone")
+
+    monkeypatch.setattr(Progress, "update", fail)
+    monkeypatch.setattr(Progress, "close", fail)
+    with pytest.warns(MolsWarning, match=r"progress: not written \(OSError: gone\)"):
+        train(job_of(tmp_path))

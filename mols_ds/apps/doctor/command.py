@@ -59,7 +59,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         if value is not None and not Path(value).exists():
             raise MolsConfigError(f"--{name} {value}: no such file")
     if args.config is not None and not Path(args.config).is_file():
-        raise MolsConfigError(f"--config {args.config}: it is a folder, a file is needed")
+        raise MolsConfigError(f"--config {args.config}: a file is needed, and this is a folder, a pipe or a device")
     if args.world is None and os.environ.get("WORLD_SIZE", "").isdigit():
         args.world = int(os.environ["WORLD_SIZE"])
     for name in ("steps", "world"):

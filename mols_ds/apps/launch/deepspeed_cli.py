@@ -24,6 +24,7 @@ from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mols_ds.apps.launch.signals import IDLE_SECONDS, SENT, ranks_below, send
+from mols_ds.core.log import tell
 from mols_ds.engines.deepspeed import compat
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.training.cli_utils import USER_MISTAKE, Parser, print_line, shell_status
@@ -153,7 +154,7 @@ class _Job:
             self.remote(number), env=self.remote_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, check=False,
         )  # fmt: skip
-        print(done.stdout, end="", file=sys.stderr, flush=True)
+        tell(done.stdout.rstrip("\n"), sys.stderr)
         return SENT in done.stdout
 
     def remote(self, number: int) -> list[str]:

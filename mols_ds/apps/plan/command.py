@@ -15,7 +15,7 @@ from mols_ds.apps.plan.cluster import Cluster, gib, read_cluster
 from mols_ds.apps.plan.simulate import YAML, SimulatedJob, checked_table, zero_job
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.json_types import JsonMapping
-from mols_ds.errors import MolsConfigError
+from mols_ds.errors import MolsConfigError, printable_lines
 from mols_ds.training.cli_utils import FAILED
 
 if TYPE_CHECKING:
@@ -81,14 +81,14 @@ def plan(args: argparse.Namespace) -> int:
 
     _check(args)
     if args.simulate:
-        print(_simulation(args), file=sys.stderr if args.json else sys.stdout)
+        print(printable_lines(_simulation(args)), file=sys.stderr if args.json else sys.stdout)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         job = build(args)
         made = document(job)
     if args.plot:
         save(made, args.plot)
-    print(json.dumps(made, indent=2) if args.json else render(made))
+    print(json.dumps(made, indent=2) if args.json else printable_lines(render(made)))
     return 0 if made["fits"] else FAILED
 
 

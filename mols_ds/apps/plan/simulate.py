@@ -28,7 +28,7 @@ from pydantic import Field, ValidationError
 
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.validation import Frozen, validation_message
-from mols_ds.errors import MolsConfigError, MolsError
+from mols_ds.errors import MolsConfigError, MolsError, printable
 from mols_ds.training.cli_utils import FAILED, USER_MISTAKE, Parser, run_program
 
 PROGRAM = "simulate"
@@ -291,7 +291,7 @@ def _run(args: argparse.Namespace) -> int:
     results = []
     for job in _jobs(args):
         results += simulate(job)
-        print(f"{Path(job.source).stem}, {job.engine}, {job.ranks:,} ranks", file=sys.stderr)
+        print(f"{printable(Path(job.source).stem)}, {job.engine}, {job.ranks:,} ranks", file=sys.stderr)
     print(render(results))
     return 0 if all(result.holds for result in results) else FAILED
 

@@ -160,7 +160,7 @@ class Study(Frozen):
             raise ValueError(f'baseline: "{self.baseline}" is not one of the arms {", ".join(self.arms)}')
         for kind, names in (("models", self.models), ("arms", self.arms)):
             for name in names:
-                if not re.match(NAME, name):
+                if not re.fullmatch(NAME, name):
                     raise ValueError(f'{kind}: "{name}" is not a plain name (letters, digits, "_", ".", "+", "-")')
         for name, arm in self.arms.items():
             for model in arm.models or ():

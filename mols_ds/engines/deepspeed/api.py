@@ -14,7 +14,7 @@ import torch
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.files import read_text
 from mols_ds.core.handle import Handle
-from mols_ds.core.plain_values import check_plain
+from mols_ds.core.plain_data import check_plain
 from mols_ds.engines.deepspeed.bind_optimizer import bind_optimizer
 from mols_ds.engines.deepspeed.compat import Config, Engine, read_config
 from mols_ds.engines.deepspeed.engine import EngineMols
@@ -92,9 +92,9 @@ def _read(config: Any) -> Config:
         there = Path(config).exists()
     except (OSError, TypeError, ValueError):  # a text that is longer than any name
         there = False
-    if there:
-        read_text(config, where)
-    elif str(config).endswith(".json"):
+    if there and not read_text(config, where).strip():
+        raise MolsConfigError(f"{where}: the file is empty")
+    if not there and str(config).endswith(".json"):
         raise MolsConfigError(f"{where}: no such file")
     try:
         content = read_config(config)

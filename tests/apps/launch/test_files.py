@@ -61,6 +61,26 @@ def test_settings_are_exported_and_give_way(tmp_path: Path) -> None:
     assert (own["NCCL_DEBUG"], own["HF_HOME"], own["NCCL_SOCKET_IFNAME"]) == ("INFO", "/elsewhere", "ib0")
 
 
+@pytest.mark.parametrize("how", ["open", "link"])
+def test_a_cache_that_others_can_write_ends_the_script(tmp_path: Path, how: str) -> None:
+    if how == "open":
+        (tmp_path / "local").mkdir()
+        (tmp_path / "local").chmod(0o777)
+    else:
+        (tmp_path / "other").mkdir(mode=0o700)
+        (tmp_path / "local").symlink_to(tmp_path / "other")
+    script = f"source {shlex.quote(str(LAUNCH / 'common.sh'))}; echo started"
+    done = subprocess.run(["bash", "-c", script], env=variables(tmp_path), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"CACHE_LOCAL: {tmp_path}/local is not this user's alone" in done.stderr
+
+
+def test_a_cache_is_made_for_this_user_alone(tmp_path: Path) -> None:
+    found = settings(tmp_path)
+    for variable in ("CACHE_LOCAL", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR"):
+        assert Path(found[variable]).stat().st_mode & 0o777 == 0o700
+
+
 RESUMED = {
     "": False,
     "checkpoints/latest": True,

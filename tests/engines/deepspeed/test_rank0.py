@@ -20,9 +20,10 @@ import torch.distributed as dist
 
 from mols_ds.core.log import LOG
 from mols_ds.errors import MolsWarning
+from mols_ds.training.deepspeed_backend import DeepSpeedBackend
 from tests.engines.deepspeed.engines import config, engine_of
 from tests.engines.deepspeed.loops import iterate
-from tests.helpers.harness import Results, run_cases
+from tests.helpers.harness import Results, run_cases, run_ranks
 from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
@@ -130,6 +131,70 @@ FAULTS: dict[str, Callable[[], Fault]] = {
     "report_dir is a file": contextlib.nullcontext,
     "report_dir cannot be made": contextlib.nullcontext,
 }
+
+
+def monitored() -> tuple[int, int, list[str]]:
+    """A job's engine whose monitor fails on rank 0, where DeepSpeed calls it in its step: steps, calls, warnings."""
+    calls: list[object] = []
+
+    def fail(events: object) -> None:
+        calls.append(events)
+        raise OSError("no space left on device")
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        board = {"enabled": True, "output_path": folder, "job_name": "job"}
+        engine = engine_of(config(1, SECTION | {"report_dir": folder}, csv_monitor=board))
+        shape = types.SimpleNamespace(rank=dist.get_rank(), world=2)
+        job: Any = types.SimpleNamespace(shape=shape)
+        setup: Any = types.SimpleNamespace(task=None, config={})
+        if dist.get_rank() == 0:
+            engine.monitor.csv_monitor.write_events = fail
+        backend = DeepSpeedBackend(job, setup, engine)
+        for step in range(2):
+            iterate(engine, step)
+        backend.write_events({"loss": 1.0})
+    return engine.global_steps, len(calls), [str(w.message) for w in said if "monitor" in str(w.message)]
+
+
+@pytest.mark.tier("all")
+def test_deepspeeds_monitor_cannot_end_a_job() -> None:
+    (steps, calls, said), other = run_ranks(monitored, 2)
+    assert other == (2, 0, []) and steps == 2 and calls >= 3
+    assert said == ["monitor: not written (OSError: no space left on device); training goes on"]
+
+
+def locked() -> list[list[str]]:
+    """What both kinds of jobs say, on each rank, of a lock that a killed compilation left."""
+    from mols_ds.training import megatron_build, ranks
+
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        lock = Path(folder, "fused_adam", "lock")
+        lock.parent.mkdir()
+        lock.touch()
+        os.utime(lock, (0, 0))
+        kept = {name: os.environ.get(name) for name in ("TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+        os.environ.update(dict.fromkeys(kept, folder))
+        for start in (ranks.start_ranks, megatron_build.start_ranks):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                start()
+            found.append([str(w.message).replace(str(lock), "LOCK") for w in said if "lock" in str(w.message)])
+        for name, value in kept.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+    return found
+
+
+@pytest.mark.tier("all")
+def test_every_kind_of_job_names_a_stale_lock_once_a_node() -> None:
+    first, second = run_ranks(locked, 2)
+    assert second == [[], []] and [len(lines) for lines in first] == [1, 1]
+    assert all(line.startswith("LOCK: left by a compilation that was killed") for (line,) in first)
+
+
 CASES = Cases(
     [(stage, fault) for fault in FAULTS for stage in (1, 3)],
     quick=[(3, fault) for fault in ("warnings are errors", "a log handler fails", "the disk is full")],

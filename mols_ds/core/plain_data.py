@@ -1,8 +1,8 @@
-"""Plain values, as JSON and YAML have them: bounded, so that the rest of the code can walk through them."""
+"""Bounds of what users and other programs wrote, so that the rest of the code can walk through it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain, islice
 
 from mols_ds.errors import MolsConfigError
@@ -29,10 +29,8 @@ def check_plain(content: object, where: str, most: int = MOST) -> None:
     """
     level, count = [content], 1
     for _ in range(DEEPEST):
-        for value in level:
-            if isinstance(value, int) and value.bit_length() >= BITS:
-                place = f'{where[:-1]}.{_path(content, value)}"' if where.endswith('"') else where
-                raise MolsConfigError(f"{place}: a whole number of {value.bit_length() + 1} bits; {BITS} are allowed")
+        if any(map(_too_large, level)):
+            raise MolsConfigError(f'{where}: "{next(_places(content))}": a whole number of more than {BITS} bits')
         level = list(islice(chain.from_iterable(map(_inside, level)), most))
         count += len(level)
         if count > most:
@@ -42,17 +40,23 @@ def check_plain(content: object, where: str, most: int = MOST) -> None:
     raise MolsConfigError(f"{where}: nested too deeply, in more than {DEEPEST} levels")
 
 
-def _path(content: object, wanted: object) -> str:
-    """The keys under which a value stands, joined by points; "" where it stands in a list."""
-    for key, value in content.items() if isinstance(content, Mapping) else ():
-        if value is wanted:
-            return str(key)
-        if inner := _path(value, wanted):
-            return f"{key}.{inner}"
-    return ""
+def _too_large(value: object) -> bool:
+    return isinstance(value, int) and value.bit_length() >= BITS
 
 
 def _inside(value: object) -> Collection[object]:
     if isinstance(value, Mapping):
         return value.values()
     return value if isinstance(value, list | tuple) else ()
+
+
+def _places(content: object) -> Iterator[str]:
+    """The keys that lead to each number that is too large, such as "optimizer.params.lr", level by level."""
+    level = [("", content)]
+    while level:
+        yield from (place for place, value in level if _too_large(value))
+        level = [
+            (f"{place}.{key}" if place else str(key), item)
+            for place, value in level
+            for key, item in (value.items() if isinstance(value, Mapping) else enumerate(_inside(value)))
+        ]
