@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.engines.megatron import building
-from tests.engines.megatron.building import Built, Setup
+from tests.engines.megatron.building import Built, Setup, newest
 from tests.engines.megatron.grids import Plan, tiny
 from tests.engines.megatron.state import everything
 from tests.helpers.digests import caught, differing, digest
@@ -99,12 +99,26 @@ def runs() -> Results:
     return run_cases(trained, WORLD, CASES.wanted, timeout=60)
 
 
-@CASES.parametrize("name", GRIDS, reads=lambda name: [(name, "stock"), (name, "probed")])
-def test_no_trace(name: str) -> None:
-    for stock, probed in zip(runs()[name, "stock"], runs()[name, "probed"], strict=True):
+def check(stocks: list[Any], probes: list[Any]) -> None:
+    for stock, probed in zip(stocks, probes, strict=True):
         assert probed["moved"] == [[]] * PLAN.samples
         for update, (expected, seen) in enumerate(zip(stock["prints"], probed["prints"], strict=True)):
             assert differing(expected, seen) == [], update
+
+
+@CASES.parametrize("name", GRIDS, reads=lambda name: [(name, "stock"), (name, "probed")])
+def test_no_trace(name: str) -> None:
+    check(runs()[name, "stock"], runs()[name, "probed"])
+
+
+@pytest.mark.tier("all")
+@pytest.mark.skipif(newest() is None, reason="no newest megatron-core beside the installed one: make setup-dev")
+def test_no_trace_of_the_newest_release() -> None:
+    names = ("experts ep2 bf16", "predictions fp16")
+    cases = [(name, way) for name in names for way in ("stock", "probed")]
+    found = run_cases(trained, WORLD, cases, timeout=60, environment={"PYTHONPATH": str(newest())})
+    for name in names:
+        check(found[name, "stock"], found[name, "probed"])
 
 
 @CASES.reads(("experts dp2", "stock"))
