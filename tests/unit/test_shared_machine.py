@@ -218,9 +218,9 @@ def test_a_process_that_ends_for_a_signal_ignores_the_next() -> None:
     try:
         with pytest.raises(Preempted), StopRequest():
             raise Preempted("stopped")
+        assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
         for number in SIGNALS:
             os.kill(os.getpid(), number)
-        assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
