@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import stat
 import tempfile
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from mols_ds.core.compile_locks import extensions_root
 from mols_ds.errors import MolsConfigError
 
+BY_GROUP = "can be written by its group"
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -29,19 +32,38 @@ def own_root() -> Path:
 
 
 def foreign_problem(folder: Path) -> str | None:
-    """Why the kernels in `folder` may be somebody else's, or None; also where it is not there.
+    """Why the kernels in `folder` may be somebody else's, or None.
 
-    Root's are taken: an administrator builds them for all.
+    Root's are taken: an administrator builds them for all. Where the folder is not there yet, the one that it will be
+    made in decides; a common one such as /tmp, in which nobody can rename what others made (the sticky bit), will do.
     """
+    below = own_root() in folder.parents and foreign_problem(own_root())
+    if below:
+        return f"lies in {own_root()}, which {below}"
+    there = folder
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
     try:
-        linked, found = folder.lstat(), folder.stat()
+        linked, found = there.lstat(), there.stat()
     except OSError:
-        return None
+        return "cannot be looked at"
     if {linked.st_uid, found.st_uid} - {os.getuid(), 0}:
         return "belongs to another user"
-    if stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH):
+    common = there != folder and found.st_mode & stat.S_ISVTX
+    if found.st_mode & stat.S_IWOTH and not common:
         return "can be written by other users"
+    if found.st_mode & stat.S_IWGRP and not common and not _is_private(found.st_gid):
+        return BY_GROUP
     return None
+
+
+def _is_private(group: int) -> bool:
+    """Whether a group is this user's own, as many systems make one for each user (umask 002)."""
+    try:
+        user, found = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return False
+    return found.gr_name == user and set(found.gr_mem) <= {user}
 
 
 def cache_problems() -> list[tuple[str, str]]:

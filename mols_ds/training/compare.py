@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mols_ds.core.files import write_whole
 from mols_ds.core.log import Aside, tell
-from mols_ds.errors import printable
+from mols_ds.errors import MolsConfigError, printable
 from mols_ds.training.train_job import Outcome, TrainJob, TrainSetup
 from mols_ds.training.trainer import METRICS, has_checkpoint, read_lines, train
 
@@ -49,7 +49,10 @@ def run_arms(job: TrainJob, *, compare: bool) -> list[Path]:
         # An interrupted comparison may not have come to its second arm yet
         resume = job.resume and has_checkpoint(job.out / name)
         arm = replace(job, out=job.out / name, setup=setup, resume=resume)
-        arm.out.mkdir(exist_ok=True)
+        try:
+            arm.out.mkdir(exist_ok=True)
+        except OSError as error:
+            raise MolsConfigError(f"--out {job.out}: {arm.out}: {error.strerror or error}") from error
         outcomes[name] = train(arm)
     if job.rank == 0:
         Aside()("results", lambda: print_comparison(outcomes, job.out, job.setup.optimizer))

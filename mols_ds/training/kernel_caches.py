@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from mols_ds.core.cache_folders import cache_problems, use_own_inductor_cache
+from mols_ds.core.cache_folders import BY_GROUP, cache_problems, use_own_inductor_cache
 from mols_ds.core.compile_locks import lock_problem, stale_locks
 from mols_ds.core.log import warn_here
 from mols_ds.errors import MolsConfigError
@@ -13,13 +13,14 @@ from mols_ds.errors import MolsConfigError
 def check_kernel_caches() -> None:
     """Give torch's compiler a cache of this user's, and warn, once a node, of a lock that would be waited for.
 
-    Raises MolsConfigError where another user owns a cache, or could put kernels into it. In a container, whose user is
-    root, that is a warning: the caches there are often mounted from somebody's home.
+    Raises MolsConfigError where another user owns a cache, or everybody could put kernels into it. It is a warning
+    where its group could, and in a container, whose user is root: the caches there are often mounted from a home.
     """
     use_own_inductor_cache()
     problems = ["; ".join(problem) for problem in cache_problems()]
-    if problems and os.getuid() != 0:
-        raise MolsConfigError(problems[0])
+    refused = [problem for problem in problems if BY_GROUP not in problem]
+    if refused and os.getuid() != 0:
+        raise MolsConfigError(refused[0])
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     locks = lock_problem(stale_locks())

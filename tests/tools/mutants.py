@@ -543,6 +543,13 @@ MUTANTS = (
         SHARED,
     ),
     Mutant(
+        "shared: a cache is made in anybody's folder",
+        "mols_ds/core/cache_folders.py",
+        "    while not os.path.lexists(there) and there != there.parent:\n",
+        "    while False:\n",
+        SHARED,
+    ),
+    Mutant(
         "shared: the compiler's cache is not looked at",
         "mols_ds/core/cache_folders.py",
         "    if problem is not None:\n",

@@ -16,6 +16,7 @@ from mols_ds.core import cache_folders
 from mols_ds.core.cache_folders import cache_problems, foreign_problem, own_root, use_own_inductor_cache
 from mols_ds.core.files import append, empty_folder, make_once, write_whole
 from mols_ds.errors import MolsConfigError, MolsWarning
+from mols_ds.training import kernel_caches
 from mols_ds.training.checkpointer import Checkpointer
 from mols_ds.training.kernel_caches import check_kernel_caches
 from mols_ds.training.preemption import SIGNALS, Preempted, StopRequest
@@ -100,9 +101,13 @@ def test_whose_kernels_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert foreign_problem(folder) is None
     folder.mkdir(mode=0o700)
     assert foreign_problem(folder) is None
-    for mode in (0o720, 0o702, 0o1777):
+    for mode in (0o702, 0o1777):
         folder.chmod(mode)
         assert foreign_problem(folder) == "can be written by other users"
+    folder.chmod(0o770)
+    for private in (False, True):
+        monkeypatch.setattr(cache_folders, "_is_private", lambda group, private=private: private)
+        assert foreign_problem(folder) == (None if private else cache_folders.BY_GROUP)
     folder.chmod(0o755)
     uid = os.getuid()
     monkeypatch.setattr(cache_folders.os, "getuid", lambda: uid + 1)
@@ -110,6 +115,24 @@ def test_whose_kernels_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     if uid == 0:
         os.chown(folder, 4242, -1)
         assert foreign_problem(folder) == "belongs to another user"
+
+
+def test_whose_folder_a_cache_will_be_made_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "shared" / "new" / "kernels"
+    (tmp_path / "shared").mkdir(mode=0o755)
+    assert foreign_problem(place) is None
+    (tmp_path / "shared").chmod(0o1777)
+    assert foreign_problem(place) is None
+    (tmp_path / "shared").chmod(0o777)
+    assert foreign_problem(place) == "can be written by other users"
+    # An own folder in one that somebody else made first under this user's name
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (own_root() / "triton").mkdir(parents=True, mode=0o700)
+    own_root().chmod(0o777)
+    assert foreign_problem(own_root() / "triton") == f"lies in {own_root()}, which can be written by other users"
+    place.parents[1].chmod(0o755)
+    (tmp_path / "loop").symlink_to("loop")
+    assert foreign_problem(tmp_path / "loop") == "cannot be looked at"
 
 
 @pytest.fixture
@@ -162,9 +185,12 @@ def test_jobs_and_the_doctor_look_at_the_caches(caches: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "getuid", lambda: 4242)
     with pytest.raises(MolsConfigError, match="triton"):
         check_kernel_caches()
-    monkeypatch.setattr(os, "getuid", lambda: 0)
-    with pytest.warns(MolsWarning, match="triton"):
+    (caches / "triton").chmod(0o770)
+    monkeypatch.setattr(cache_folders, "cache_problems", lambda: [("triton " + cache_folders.BY_GROUP, "chmod")])
+    monkeypatch.setattr(kernel_caches, "cache_problems", cache_folders.cache_problems)
+    with pytest.warns(MolsWarning, match="triton can be written by its group; chmod"):
         check_kernel_caches()
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("name", ["compile_locks", "kernel_caches"])
@@ -192,9 +218,9 @@ def test_a_process_that_ends_for_a_signal_ignores_the_next() -> None:
     try:
         with pytest.raises(Preempted), StopRequest():
             raise Preempted("stopped")
+        assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
         for number in SIGNALS:
             os.kill(os.getpid(), number)
-        assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

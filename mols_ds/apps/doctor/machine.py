@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mols_ds.apps.doctor.findings import Findings
 from mols_ds.apps.doctor.imports import Tried
-from mols_ds.core.cache_folders import cache_problems
+from mols_ds.core.cache_folders import BY_GROUP, cache_problems
 from mols_ds.core.compile_locks import lock_problem, stale_locks
 
 LEAST_PYTHON = (3, 11)
@@ -132,7 +132,8 @@ def _kernel_caches(findings: Findings) -> None:
     if not problems:
         findings.add("ok", "kernel_caches", "the caches of compiled kernels are this user's alone")
     for problem in problems:
-        findings.add("problem" if os.getuid() != 0 else "warning", "kernel_caches", *problem)
+        refused = os.getuid() != 0 and BY_GROUP not in problem[0]
+        findings.add("problem" if refused else "warning", "kernel_caches", *problem)
 
 
 def _disk(findings: Findings, out: Path, elements: int | None) -> None:
