@@ -18,7 +18,15 @@ from mols_ds.errors import MolsConfigError
 
 Estimator = Literal["mean", "median", "pooled", "damping"]
 Mode = Literal["probe", "online", "moments"]
-StepOrShare = StrictInt | StrictFloat
+LARGEST_COUNT = 2**53
+"""Steps and samples beyond it are no exact floats."""
+Count = Annotated[StrictInt, Field(ge=1, le=LARGEST_COUNT)]
+Number = Annotated[float, Field(strict=True)]
+LOWEST, HIGHEST = 1e-12, 1e12
+"""Bounds of a multiplier: beyond them a rate is 0 or not finite in fp32."""
+Alpha = Annotated[Number, Field(ge=LOWEST, le=HIGHEST)]
+Name = Annotated[str, Field(strict=True, min_length=1)]
+StepOrShare = Annotated[StrictInt, Field(le=LARGEST_COUNT)] | StrictFloat
 
 PRESETS: dict[str, JsonObject] = {
     "robust": {},
@@ -47,7 +55,7 @@ class AccumulatorConfig(Frozen):
 class RecalibrateConfig(Frozen):
     """Measure again every `every` optimizer steps after the previous calibration."""
 
-    every: Annotated[StrictInt, Field(ge=1)]
+    every: Count
 
 
 class MolsConfig(Frozen):
@@ -59,26 +67,26 @@ class MolsConfig(Frozen):
     enabled: StrictBool = True
     preset: Literal["robust", "paper"] = "robust"
     start: StepOrShare = 0.01
-    samples: Annotated[StrictInt, Field(ge=2)] | Literal["auto"] = 32
-    max_samples: Annotated[StrictInt, Field(ge=16)] = 256
-    alpha_rtol: Annotated[float, Field(gt=0)] = 0.1
+    samples: Annotated[StrictInt, Field(ge=2, le=LARGEST_COUNT)] | Literal["auto"] = 32
+    max_samples: Annotated[StrictInt, Field(ge=16, le=LARGEST_COUNT)] = 256
+    alpha_rtol: Annotated[Number, Field(gt=0)] = 0.1
     mode: Mode = "probe"
     estimator: Estimator = "damping"
     noise_floor_correction: StrictBool = True
-    reference: str = "vo"
-    alpha_min: Annotated[float, Field(gt=0, le=1)] | None = 0.1
-    alpha_max: Annotated[float, Field(ge=1)] | None = 10.0
+    reference: Name = "vo"
+    alpha_min: Annotated[Alpha, Field(le=1)] | None = 0.1
+    alpha_max: Annotated[Alpha, Field(ge=1)] | None = 10.0
     ramp: Literal["linear", "cosine"] = "linear"
     ramp_end: StepOrShare | Literal["auto"] = 0.10
     granularity: Granularity = "type"
-    rules: tuple[tuple[str, str], ...] = ()
+    rules: tuple[tuple[Name, Name], ...] = ()
     accumulators: AccumulatorConfig = AccumulatorConfig()
     recalibrate: RecalibrateConfig | None = None
-    fixed_alphas: dict[str, float] | None = None
+    fixed_alphas: dict[str, Number] | None = None
     weight_decay: Literal["scaled", "unscaled"] = "scaled"
     """Whether multipliers act on decoupled weight decay too. `"unscaled"`: every group decays at the base rate."""
-    total_steps: Annotated[StrictInt, Field(ge=1)] | None = None
-    report_dir: str = "mols_report"
+    total_steps: Count | None = None
+    report_dir: Name = "mols_report"
 
     @model_validator(mode="before")
     @classmethod
@@ -107,8 +115,10 @@ class MolsConfig(Frozen):
         if self.mode == "moments" and self.samples == "auto":
             raise ValueError('samples: "auto" needs gradient samples; use mode "probe" or "online", or a number')
         for group, alpha in (self.fixed_alphas or {}).items():
-            if not (math.isfinite(alpha) and alpha > 0):
+            if not 0 < alpha < math.inf:
                 raise ValueError(f"fixed_alphas.{group}: must be a finite number > 0, got {alpha}")
+            if not LOWEST <= alpha <= HIGHEST:
+                raise ValueError(f"fixed_alphas.{group}: must be from {LOWEST:g} to {HIGHEST:g}, got {alpha}")
         if self.fixed_alphas is not None and not self.fixed_alphas:
             raise ValueError("fixed_alphas: is empty; name at least one group or set it to null")
         if self.fixed_alphas is not None and self.recalibrate is not None:
