@@ -1,6 +1,7 @@
 """The main job's command line: arguments, preparation, one or two arms, and what is printed at the end."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import tell
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
-from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_timeout, not_negative, positive
+from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_timeout, not_negative, positive, share
 from mols_ds.training.compare import run_arms
 from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import check_with_deepspeed, model_dtype, read_config, resolve
@@ -53,15 +54,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="stdlib", help="stdlib, a file, a folder, configs/data/*.json or a hub name")
     data.add_argument("--text-key", help="column of the text (default: text)")
-    data.add_argument("--eval-share", type=float, help="share of documents held out")
+    data.add_argument("--eval-share", type=share, help="share of documents held out")
     data.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: trained on the data)")
     data.add_argument("--vocab-size", type=positive, help="size of a trained tokenizer (default: the model's)")
     data.add_argument("--cache-dir", type=Path, help="tokenizers and tokens (default: cache beside --out)")
     args = parser.parse_args(argv)
     if args.config is None:
         raise MolsConfigError("no config: `deepspeed --config FILE train.py`, or give --deepspeed_config FILE")
-    if args.lr is not None and not args.lr > 0:
-        raise MolsConfigError(f"--lr {args.lr} is not above 0")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise MolsConfigError(f"--lr {args.lr} is not above 0 and finite")
     if args.model is None:
         args.model = str(Path(__file__).resolve().parents[2] / DEFAULT_MODEL)
     if args.out is None:

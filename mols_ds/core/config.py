@@ -19,7 +19,15 @@ from mols_ds.errors import MolsConfigError
 
 Estimator = Literal["mean", "median", "pooled", "damping"]
 Mode = Literal["probe", "online", "moments"]
-StepOrShare = StrictInt | StrictFloat
+LARGEST_COUNT = 2**53
+"""Steps and samples beyond it are no exact floats."""
+Count = Annotated[StrictInt, Field(ge=1, le=LARGEST_COUNT)]
+Number = Annotated[float, Field(strict=True)]
+LOWEST, HIGHEST = 1e-12, 1e12
+"""Bounds of a multiplier: beyond them a rate is 0 or not finite in fp32."""
+Alpha = Annotated[Number, Field(ge=LOWEST, le=HIGHEST)]
+Name = Annotated[str, Field(strict=True, min_length=1)]
+StepOrShare = Annotated[StrictInt, Field(le=LARGEST_COUNT)] | StrictFloat
 
 PRESETS: dict[str, JsonObject] = {
     "robust": {},
@@ -56,7 +64,7 @@ class AccumulatorConfig(Documented):
 class RecalibrateConfig(Documented):
     """Measure again, every so many optimizer steps after the end of the last calibration."""
 
-    every: Annotated[StrictInt, Field(ge=1)]
+    every: Count
     """Optimizer steps from the end of one calibration to the start of the next. The ramp then starts at the old
     multipliers."""
 
@@ -76,12 +84,12 @@ class MolsConfig(Documented):
     start: StepOrShare = 0.01
     """Where the calibration starts. A float in [0, 1] is a share of all steps, an integer is a step: `1.0` is the end
     of the run, `1` is its second step."""
-    samples: Annotated[StrictInt, Field(ge=2)] | Literal["auto"] = 32
+    samples: Annotated[StrictInt, Field(ge=2, le=LARGEST_COUNT)] | Literal["auto"] = 32
     """K, the number of gradient samples. At least 4 with `noise_floor_correction`. `"auto"`: until the 95 % interval of
     every alpha is within `alpha_rtol`; not for mode `moments`."""
-    max_samples: Annotated[StrictInt, Field(ge=16)] = 256
+    max_samples: Annotated[StrictInt, Field(ge=16, le=LARGEST_COUNT)] = 256
     """Where `"samples": "auto"` stops at the latest."""
-    alpha_rtol: Annotated[float, Field(gt=0)] = 0.1
+    alpha_rtol: Annotated[Number, Field(gt=0)] = 0.1
     """`"samples": "auto"` stops when half the 95 % interval of every alpha is at most this share of it."""
     mode: Mode = "probe"
     """Where the gradient samples come from, see [Modes](#modes). `moments` needs an optimizer with Adam's moments."""
@@ -89,12 +97,12 @@ class MolsConfig(Documented):
     """How the elements of a group become one number, see [Estimators](#estimators)."""
     noise_floor_correction: StrictBool = True
     """Subtract what pure noise would read, about 1/K. Needs K of 4 or more."""
-    reference: str = "vo"
+    reference: Name = "vo"
     """The group with multiplier 1. It must exist in the model. `"max"`: the scaled group with the largest value."""
-    alpha_min: Annotated[float, Field(gt=0, le=1)] | None = 0.1
+    alpha_min: Annotated[Alpha, Field(le=1)] | None = 0.1
     """Lower bound of the multipliers, `null` for none. A multiplier at its bound is a warning and is marked in the
     report."""
-    alpha_max: Annotated[float, Field(ge=1)] | None = 10.0
+    alpha_max: Annotated[Alpha, Field(ge=1)] | None = 10.0
     """Upper bound of the multipliers, `null` for none."""
     ramp: Literal["linear", "cosine"] = "linear"
     """How the multipliers go from 1 to alpha after the calibration."""
@@ -103,7 +111,7 @@ class MolsConfig(Documented):
     granularity: Granularity = "type"
     """`"type"`: one multiplier per module group. `"layer_type"`: one per module group and layer; the groups are `qk.0`,
     `qk.1`, ..."""
-    rules: tuple[tuple[str, str], ...] = ()
+    rules: tuple[tuple[Name, Name], ...] = ()
     """`[["regex", "group"], ...]`, searched in the full parameter name before the built-in rules. The first match wins.
     A rule that matches nothing is an error."""
     accumulators: AccumulatorConfig = AccumulatorConfig()
@@ -111,14 +119,14 @@ class MolsConfig(Documented):
     freed when the multipliers are set."""
     recalibrate: RecalibrateConfig | None = None
     """`{"every": 10000}`: measure again every 10000 steps. Not with `fixed_alphas`."""
-    fixed_alphas: dict[str, float] | None = None
+    fixed_alphas: dict[str, Number] | None = None
     """`{"embedding": 3.9}`: no calibration, these multipliers (1 for groups that are not named). The ramp still
     applies."""
     weight_decay: Literal["scaled", "unscaled"] = "scaled"
     """Whether multipliers act on decoupled weight decay too. `"unscaled"`: every group decays at the base rate."""
-    total_steps: Annotated[StrictInt, Field(ge=1)] | None = None
+    total_steps: Count | None = None
     """Optimizer steps of the run. Needed for a share where no scheduler tells the length."""
-    report_dir: str = "mols_report"
+    report_dir: Name = "mols_report"
     """Where rank 0 writes `mols_report.json` and `mols_report.png`."""
 
     @model_validator(mode="before")
@@ -150,8 +158,10 @@ class MolsConfig(Documented):
         if not self.report_dir or "\0" in self.report_dir:
             raise ValueError(f"report_dir: the name of a folder is needed, got {self.report_dir!r}")
         for group, alpha in (self.fixed_alphas or {}).items():
-            if not (math.isfinite(alpha) and alpha > 0):
+            if not 0 < alpha < math.inf:
                 raise ValueError(f"fixed_alphas.{group}: must be a finite number > 0, got {alpha}")
+            if not LOWEST <= alpha <= HIGHEST:
+                raise ValueError(f"fixed_alphas.{group}: must be from {LOWEST:g} to {HIGHEST:g}, got {alpha}")
         if self.fixed_alphas is not None and not self.fixed_alphas:
             raise ValueError("fixed_alphas: is empty; name at least one group or set it to null")
         if self.fixed_alphas is not None and self.recalibrate is not None:

@@ -25,6 +25,7 @@ from mols_ds.core.group_rules import canonical_name, config_value, text_config
 from mols_ds.core.groups import base_group, group_table
 from mols_ds.core.layout import ElementLayout
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
+from mols_ds.optim.limits import check_options
 from mols_ds.optim.param_blocks import Blocks
 from mols_ds.optim.param_shards import ParamShard
 from mols_ds.optim.sharded import Group, ShardedOptimizer, State, StateParts, update_moment
@@ -116,8 +117,7 @@ class ShardedAdamMini(ShardedOptimizer):
         weight_decay: float = 0.0,
         head_dim: int | None = None,
     ) -> None:
-        if head_dim is not None and head_dim < 1:
-            raise MolsConfigError(f"ShardedAdamMini: head_dim={head_dim!r} must be at least 1")
+        check_options("ShardedAdamMini", {"head_dim": head_dim})
         self.head_dim = head_dim
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 

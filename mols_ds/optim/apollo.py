@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from mols_ds.errors import MolsUnsupportedError
+from mols_ds.errors import MolsConfigError, MolsUnsupportedError
+from mols_ds.optim.limits import check_options
 from mols_ds.optim.settings import Settings
 
 ScaleType = Literal["channel", "tensor"]
@@ -60,22 +61,6 @@ def limit_growth(update: Tensor, previous: Tensor | None) -> tuple[Tensor, Tenso
     return update / factor, norm / factor
 
 
-def _check_group(group: Settings) -> None:
-    """Raise ValueError for a rate, eps, decay or beta that is no finite number in its range."""
-    wrong = [key for key in ("lr", "eps", "weight_decay") if not _is_within(group[key], math.inf)]
-    if len(group["betas"]) != 2 or not all(_is_within(beta, 1.0) for beta in group["betas"]):
-        wrong.append("betas")
-    if wrong:
-        given = ", ".join(f"{key}={group[key]!r}" for key in wrong)
-        raise ValueError(f"APOLLO: {given}; lr, eps and weight_decay are finite and >= 0, betas two numbers in [0, 1)")
-
-
-def _is_within(value: object, top: float) -> bool:
-    """Whether a number (also a tensor of one element) is in [0, top)."""
-    real = isinstance(value, int | float) or (isinstance(value, Tensor) and not value.is_complex())
-    return real and 0.0 <= float(value) < top  # type: ignore[arg-type]  # mypy does not follow `real`
-
-
 class Apollo(Optimizer):
     """APOLLO on the 2-D tensors of parameter groups with a "rank", Adam with decoupled weight decay on all else.
 
@@ -94,16 +79,15 @@ class Apollo(Optimizer):
     ) -> None:
         """Raises ValueError for a rate, a beta or eps out of range, or a group whose keys are wrong."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            _check_group(group)
-            if any(weight.is_complex() for weight in group["params"]):
-                raise ValueError("APOLLO has no rule for complex weights; leave them to another optimizer")
-            if "rank" not in group:
-                continue
-            if not isinstance(group["rank"], int) or group["rank"] < 1 or group["update_proj_gap"] < 1:
-                raise ValueError(f"rank {group['rank']!r} and update_proj_gap must be whole numbers >= 1")
-            if group["scale_type"] not in ("channel", "tensor"):
-                raise ValueError(f'scale_type is {group["scale_type"]!r}; allowed are "channel" and "tensor"')
+
+    def add_param_group(self, param_group: Settings) -> None:
+        """As torch's. Raises MolsConfigError, a ValueError, for a setting out of range, and for complex weights."""
+        check_options("APOLLO", {**self.defaults, **param_group})
+        if param_group.get("rank", 1) is None:
+            raise MolsConfigError("APOLLO: rank=None; give a whole number >= 1, or leave it out for Adam's group")
+        super().add_param_group(param_group)
+        if any(weight.is_complex() for weight in self.param_groups[-1]["params"]):
+            raise MolsConfigError("APOLLO has no rule for complex weights; leave them to another optimizer")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch: overloads

@@ -6,7 +6,6 @@ A name that stock DeepSpeed builds itself stays DeepSpeed's, unless the section 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import nn
 from mols_ds.core.groups import base_group, group_table, is_scaled
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
 from mols_ds.optim.catalog import OPTIMIZERS, Entry, find, known_to_deepspeed
+from mols_ds.optim.limits import setting_problem
 from mols_ds.optim.settings import EditedSection, ReadSettings, Section, Settings
 
 Source = Literal["library", "deepspeed"]
@@ -105,23 +105,11 @@ def settings_of(entry: Entry, params: ReadSettings) -> Settings:
 
 
 def _check_ranges(name: str, settings: ReadSettings) -> None:
-    """Raise MolsConfigError for an lr, eps, weight_decay or beta out of range. name: of the optimizer."""
-    for key in ("lr", "eps", "weight_decay"):
-        value = settings.get(key, 0.0)
-        if not _is_number(value) or not 0.0 <= value < math.inf:
-            raise MolsConfigError(f'"optimizer.params.{key}" of {name} is {value!r}: give a number >= 0')
-    for key, value in settings.items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, complex) or (isinstance(number, float) and not math.isfinite(number)):
-                raise MolsConfigError(f'"optimizer.params.{key}" of {name} is {value!r}: give finite numbers')
-    betas = settings.get("betas", ())
-    pair = isinstance(betas, tuple) and len(betas) == 2
-    if "betas" in settings and not (pair and all(_is_number(b) and 0.0 <= b < 1.0 for b in betas)):
-        raise MolsConfigError(f'"optimizer.params.betas" of {name} is {betas!r}: give two numbers in [0, 1)')
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Raise MolsConfigError for a setting whose value cannot be. name: of the optimizer."""
+    problem = setting_problem(settings)
+    if problem is not None:
+        key, allowed = problem
+        raise MolsConfigError(f'"optimizer.params.{key}" of {name} is {settings[key]!r}: give {allowed}')
 
 
 def _warn_of_shards(name: str, config: Section) -> None:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mols_ds.errors import MolsConfigError
 from mols_ds.optim.param_shards import ParamShard
 from mols_ds.optim.sharded import Group, ShardedOptimizer, State, StateParts, update_moment, update_square
 
@@ -60,8 +59,6 @@ class ShardedLamb(ShardedOptimizer):
         bias_correction: bool = False,
         clamp: float | None = 10.0,
     ) -> None:
-        if clamp is not None and not clamp > 0:
-            raise MolsConfigError(f"ShardedLamb: clamp={clamp!r} must be above 0, or None for no bound")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "bias_correction": bias_correction, "clamp": clamp})
 

@@ -28,6 +28,7 @@ from torch.optim.optimizer import ParamsT
 from mols_ds.core.log import warn_here
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.clustering import cluster, median_deviations, nearest
+from mols_ds.optim.limits import check_options
 from mols_ds.optim.param_shards import ParamShard
 from mols_ds.optim.sharded import Group, ShardedOptimizer, State, StateParts, update_moment, update_square
 
@@ -73,12 +74,9 @@ class SGG(ShardedOptimizer):
         beta3: float = 0.99,
         bounds: tuple[float, float] = (0.1, 10.0),
     ) -> None:
+        own = {"clusters": clusters, "interval": interval, "beta3": beta3, "bounds": bounds}
+        check_options("SGG", own)
         low, high = bounds
-        if not (1 <= clusters <= 255 and interval >= 1 and 0 <= beta3 < 1 and 0 < low <= 1 <= high):
-            raise MolsConfigError(
-                f"SGG: clusters={clusters}, interval={interval}, beta3={beta3}, bounds={bounds}; needed are clusters "
-                "from 1 to 255, interval >= 1, beta3 in [0, 1) and bounds around 1"
-            )
         self.clusters, self.interval, self.beta3, self.bounds = clusters, interval, beta3, (low, high)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 

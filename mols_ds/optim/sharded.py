@@ -23,9 +23,10 @@ from torch.optim.optimizer import ParamsT
 
 from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
+from mols_ds.optim.limits import check_options
 from mols_ds.optim.param_blocks import Blocks
 from mols_ds.optim.param_shards import ParamShard, Reduce, SharedSums
-from mols_ds.optim.settings import ReadSettings, Settings
+from mols_ds.optim.settings import Settings
 
 Group = Mapping[str, Any]
 State = dict[str, Any]
@@ -192,7 +193,10 @@ class ShardedOptimizer(Optimizer, ABC):
         )
 
     def add_param_group(self, param_group: Settings) -> None:
+        check_options(type(self).__name__, {**self.defaults, **param_group})
         super().add_param_group(param_group)
+        if any(parameter.is_complex() for parameter in self.param_groups[-1]["params"]):
+            raise MolsConfigError(f"{type(self).__name__} has no rule for complex weights; leave them to another one")
         self._whole.append([tuple(p.shape) for p in self.param_groups[-1]["params"]])  # type: ignore[misc]
 
     def __getstate__(self) -> State:
@@ -255,17 +259,6 @@ class ShardedOptimizer(Optimizer, ABC):
         for key, first in self._parts(tensor, self._find(tensor)).items():
             if key not in state:
                 state[key] = first()
-
-
-def check_options(name: str, options: ReadSettings) -> None:
-    """Raises MolsConfigError naming the optimizer and the option for rates below 0, betas outside [0, 1), ..."""
-    betas = options.get("betas", ())
-    wrong = [key for key in ("lr", "eps", "weight_decay") if not 0.0 <= float(options.get(key, 0.0)) < math.inf]
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        wrong.append("betas")
-    if wrong:
-        given = ", ".join(f"{key}={options[key]!r}" for key in wrong)
-        raise MolsConfigError(f"{name}: {given}; rates, eps and weight_decay are >= 0, betas two numbers in [0, 1)")
 
 
 def update_moment(average: Tensor, value: Tensor, beta: float) -> None:

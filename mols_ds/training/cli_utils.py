@@ -7,6 +7,7 @@ broken.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -18,6 +19,8 @@ FAILED = 1
 """The command ran, and its answer is no: a run failed, a check found a problem, a plan does not fit."""
 USER_MISTAKE = 2
 """A wrong argument, config, file or setting; one line on stderr says which."""
+LARGEST = 2**53
+"""Of a whole number: beyond it floats are not exact."""
 COMMAND_NOT_FOUND = 127
 """The command that was to be started is not there; the status that shells give."""
 
@@ -29,19 +32,54 @@ class Parser(argparse.ArgumentParser):
         raise MolsConfigError(f"{message} (see {self.prog} --help)")
 
 
+def _whole(text: str, least: int) -> int:
+    value = int(text)  # what is no number argparse names itself
+    if value < least:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]} is not at least {least}" if least else f"{text[:40]} is negative"
+        )
+    if value > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is above {LARGEST}")
+    return value
+
+
 def positive(text: str) -> int:
     """Argument type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+    return _whole(text, 1)
 
 
 def not_negative(text: str) -> int:
     """Argument type: a whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return _whole(text, 0)
+
+
+def integer(least: int) -> Callable[[str], int]:
+    """Argument type: a whole number of at least `least`, which argparse calls "int"."""
+
+    def convert(text: str) -> int:
+        return _whole(text, least)
+
+    convert.__name__ = "int"
+    return convert
+
+
+def above_zero(text: str) -> float:
+    """Argument type: a finite number above 0, as a rate or seconds."""
+    return _number(text, lambda value: 0 < value < math.inf, "a finite number above 0")
+
+
+def share(text: str) -> float:
+    """Argument type: a number in [0, 1)."""
+    return _number(text, lambda value: 0 <= value < 1, "in [0, 1)")
+
+
+def _number(text: str, fits: Callable[[float], bool], words: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid float value: {text[:40]!r}") from None
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not {words}")
     return value
 
 

@@ -34,6 +34,8 @@ class Mutant(NamedTuple):
 SESSION, TRAINER, RANGES = "mols_ds/core/session.py", "mols_ds/training/trainer.py", "mols_ds/core/ranges.py"
 CATALOG, ZERO = "mols_ds/optim/catalog.py", "tests/engines/deepspeed"
 SCALER, DECAY_TESTS = "mols_ds/core/lr_scaler.py", ("tests/unit/test_weight_decay.py",)
+RULES, RESUME_TESTS = "mols_ds/core/resume_rules.py", ("tests/unit/test_resume_rules.py",)
+OFF_TESTS, BAD_NUMBERS = (f"{ZERO}/test_changed_sections.py",), ("tests/unit/test_bad_numbers.py",)
 LOOP, RANGE_TESTS = ("tests/unit/test_trainer.py",), ("tests/unit/test_ranges.py",)
 FACTS = ("tests/unit/test_optimizer_facts.py",)
 PIECES, SHARDS = "mols_ds/core/pieces.py", "mols_ds/engines/deepspeed/shards.py"
@@ -656,6 +658,118 @@ MUTANTS = (
         "        self.left -= time.monotonic() - began\n",
         "",
         ("tests/unit/test_groups.py", "-k", "slow"),
+    ),
+    Mutant(
+        "resume: alphas of the checkpoint are said to follow this run",
+        RULES,
+        '"estimator": "alphas",',
+        '"estimator": "config",',
+        ("tests/engines/deepspeed/test_changed_sections.py", "-k", "changed-0"),
+    ),
+    Mutant(
+        "resume: a key that differs is not said",
+        RULES,
+        'if rule == "elsewhere" or key not in saved or saved[key] == now:',
+        'if rule == "elsewhere" or key not in saved or key == "ramp" or saved[key] == now:',
+        RESUME_TESTS,
+    ),
+    Mutant(
+        "resume: a calibration that is under way follows another start",
+        RULES,
+        'begun, over = phase != "waiting",',
+        'begun, over = phase in ("ramping", "fixed"),',
+        RESUME_TESTS,
+    ),
+    Mutant(
+        "resume: alphas of a finished calibration are said to change",
+        RULES,
+        'phase in ("ramping", "fixed")',
+        'phase == "fixed"',
+        RESUME_TESTS,
+    ),
+    Mutant(
+        "off: the state is lost on the next save",
+        "mols_ds/engines/deepspeed/off.py",
+        "kept = {} if self.kept is None else {KEY: self.kept}",
+        "kept: dict[str, Any] = {}",
+        (*OFF_TESTS, "-k", "2-disabled", "--tier", "quick"),
+    ),
+    Mutant(
+        "off: nothing is said",
+        "mols_ds/core/off.py",
+        "        warnings.warn(\n",
+        "        (lambda *a, **k: None)(\n",
+        (*OFF_TESTS, "-k", "2-disabled", "--tier", "quick"),
+    ),
+    Mutant(
+        "off: nothing is said when it is on again",
+        SESSION,
+        "if (said := on_again(saved, t)) is not None:",
+        "if False:",
+        (*OFF_TESTS, "-k", "2-disabled", "--tier", "quick"),
+    ),
+    Mutant(
+        "off: Megatron's updates without MoLS are not counted",
+        "megatron_patches/checkpoint.py",
+        "self.count_from(steps if SINCE not in saved else max(steps, self._updates()))",
+        "self.count_from(steps)",
+        ("tests/engines/megatron/test_changed_sections.py", "--tier", "quick"),
+    ),
+    Mutant(
+        "new weights: an unfrozen weight is not named",
+        "mols_ds/core/new_weights.py",
+        "        if still:\n",
+        "        if False:\n",
+        (f"{ZERO}/test_new_weights.py", "--tier", "quick"),
+    ),
+    Mutant(
+        "new weights: a weight without a plan is not noted",
+        SCALER,
+        "                    self._unknown.append(tensor)\n",
+        "",
+        (f"{ZERO}/test_new_weights.py", "--tier", "quick"),
+    ),
+    Mutant(
+        "shards: offload at ZeRO-1 and 2 keeps gradients of former batches",
+        "mols_ds/engines/deepspeed/shards.py",
+        "        if self.outer.micro_step_id < 0:\n",
+        "        if False:\n",
+        (f"{ZERO}/test_unused_parameters.py", "-k", "offload"),
+    ),
+    Mutant(
+        "numbers: true is a number",
+        "mols_ds/core/config.py",
+        "Field(strict=True)]\nLOWEST",
+        "Field()]\nLOWEST",
+        BAD_NUMBERS,
+    ),
+    Mutant(
+        "numbers: a multiplier may be as large as can be",
+        "mols_ds/core/config.py",
+        "if not LOWEST <= alpha <= HIGHEST:",
+        "if False:",
+        BAD_NUMBERS,
+    ),
+    Mutant(
+        "numbers: settings of an added group are not looked at",
+        "mols_ds/optim/sharded.py",
+        "        check_options(type(self).__name__, {**self.defaults, **param_group})\n",
+        "",
+        BAD_NUMBERS,
+    ),
+    Mutant(
+        "numbers: a bool is a setting",
+        "mols_ds/optim/limits.py",
+        "isinstance(value, bool) or not isinstance(value, int | float)",
+        "not isinstance(value, int | float)",
+        BAD_NUMBERS,
+    ),
+    Mutant(
+        "numbers: infinity is above zero",
+        "mols_ds/training/cli_utils.py",
+        "0 < value < math.inf",
+        "0 < value",
+        BAD_NUMBERS,
     ),
 )
 

@@ -13,7 +13,7 @@ from mols_ds.apps.doctor.imports import try_all
 from mols_ds.apps.doctor.machine import GLOO, NCCL, check_machine, check_torch
 from mols_ds.apps.doctor.packages import APEX, IMPORTS, check_packages
 from mols_ds.errors import MolsConfigError
-from mols_ds.training.cli_utils import Parser, run_program
+from mols_ds.training.cli_utils import Parser, integer, run_program
 
 PROGRAM = "mols-ds doctor"
 MEGATRON_SUFFIXES = (".yaml", ".yml")
@@ -25,8 +25,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", metavar="FILE", help="DeepSpeed config (JSON) or config of train_megatron.py (YAML)")
     add("--model", metavar="FILE", help="model file or checkpoint folder: rules, groups and memory are checked too")
-    add("--steps", type=int, metavar="N", help="optimizer steps of the run")
-    add("--world", type=int, metavar="N", help="ranks of the run (default: WORLD_SIZE, or what the config implies)")
+    add("--steps", type=integer(1), metavar="N", help="optimizer steps of the run")
+    add(
+        "--world",
+        type=integer(1),
+        metavar="N",
+        help="ranks of the run (default: WORLD_SIZE, or what the config implies)",
+    )
     add("--out", type=Path, default=Path("runs"), help="folder that the run writes to (default: %(default)s)")
     add("--json", action="store_true", help="findings as JSON")
     add("--strict", action="store_true", help="exit status 1 for warnings too")

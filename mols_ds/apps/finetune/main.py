@@ -26,7 +26,7 @@ from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import tell
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training.batches import BatchShape
-from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_timeout, not_negative, positive
+from mols_ds.training.cli_utils import USER_MISTAKE, Parser, above_zero, add_timeout, not_negative, positive, share
 from mols_ds.training.compare import run_arms
 from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import BATCH_KEYS, check_with_deepspeed, model_dtype, native_bf16, read_config, resolve
@@ -45,13 +45,6 @@ EPOCHS, BATCH, CUTOFF, RANK = 3, 16, 2048, 8
 """The paper's fine-tuning (table 11: 3 epochs, batch 16, cut-off 2048, rank 8 at 3B and 7B)."""
 RATES = {"full": 2e-5, "lora": 2e-4, "dora": 2e-4}
 """Base rates where neither the config nor --lr gives one: for adapters the paper's of its 1B model."""
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value < 1.0:
-        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
-    return value
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -98,8 +91,8 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 def _adapter_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("adapters").add_argument
     add("--lora-rank", type=positive, help=f"rank (default {RANK})")
-    add("--lora-alpha", type=float, help="scale of the adapters: alpha / rank (default: twice the rank)")
-    add("--lora-dropout", type=_share, help="dropout before the adapters (default 0)")
+    add("--lora-alpha", type=above_zero, help="scale of the adapters: alpha / rank (default: twice the rank)")
+    add("--lora-dropout", type=share, help="dropout before the adapters (default 0)")
     add("--lora-targets", help="names of layers, with commas (default: all linear layers but the output head)")
 
 
@@ -107,15 +100,15 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--data", help="JSONL, JSON or parquet file, a folder of them, configs/data/*.json or a hub name")
     add("--eval-data", help="held-out examples (default: a share of --data)")
-    add("--eval-share", type=float, default=0.05, help="share of --data held out (default %(default)s)")
+    add("--eval-share", type=share, default=0.05, help="share of --data held out (default %(default)s)")
     add("--cutoff", type=positive, help=f"tokens an example at most (default {CUTOFF}, or the model's positions)")
     add("--template", choices=["auto", "plain", "chat"], default="auto", help="how examples become text")
     add("--tokenizer", help="tokenizer folder or hub name (default: the model's)")
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    if args.lr is not None and not args.lr > 0:
-        raise MolsConfigError(f"--lr {args.lr} is not above 0")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise MolsConfigError(f"--lr {args.lr} is not above 0 and finite")
     if args.out is None:
         args.out = Path("runs") / f"{Path(args.model).name}-{args.method}"
     for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"):

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from mols_ds.errors import MolsConfigError, printable
-from mols_ds.training.cli_utils import Parser, run_program
+from mols_ds.training.cli_utils import Parser, above_zero, integer, run_program
 from mols_ds.training.rank_env import DEFAULT_PORT, adopt_rank_environment, rank_environment
 
 PROGRAM = "mols_ds.apps.launch.health"
@@ -167,15 +167,21 @@ def collective(mib: int, timeout: float) -> Check:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog=PROGRAM, description="Checks a node before a job.")
     add = parser.add_argument
-    add("--gpus", type=int, metavar="N", help="GPUs that must be there (default: those that nvidia-smi lists)")
-    add("--shm-gib", type=float, default=SHM_GIB, metavar="GIB", help="free in /dev/shm (default %(default)s)")
+    add("--gpus", type=integer(0), metavar="N", help="GPUs that must be there (default: those that nvidia-smi lists)")
+    add("--shm-gib", type=above_zero, default=SHM_GIB, metavar="GIB", help="free in /dev/shm (default %(default)s)")
     add(
         "--disk", action="append", metavar="PATH=GIB", type=_place,
         help=f"free for PATH, may be given several times (default: {DISK_GIB:g} for the run's $OUT)",
     )  # fmt: skip
     add("--collective", action="store_true", help="as one of the job's ranks, add up a tensor over all of them")
-    add("--mib", type=int, default=COLLECTIVE_MIB, help="size of that tensor (default %(default)s)")
-    add("--timeout", type=float, default=120.0, metavar="SECONDS", help="for the ranks to meet (default %(default)s)")
+    add("--mib", type=integer(1), default=COLLECTIVE_MIB, help="size of that tensor (default %(default)s)")
+    add(
+        "--timeout",
+        type=above_zero,
+        default=120.0,
+        metavar="SECONDS",
+        help="for the ranks to meet (default %(default)s)",
+    )
     args = parser.parse_args(argv)
     if args.disk is None:
         args.disk = [(Path(os.environ.get("OUT", ".")), DISK_GIB)]

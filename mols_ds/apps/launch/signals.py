@@ -29,7 +29,16 @@ import psutil  # type: ignore[import-untyped]
 from mols_ds.core.files import read_text
 from mols_ds.core.json_text import parse_json
 from mols_ds.errors import MolsConfigError, MolsError
-from mols_ds.training.cli_utils import COMMAND_NOT_FOUND, FAILED, Parser, print_line, run_program, shell_status
+from mols_ds.training.cli_utils import (
+    COMMAND_NOT_FOUND,
+    FAILED,
+    Parser,
+    above_zero,
+    integer,
+    print_line,
+    run_program,
+    shell_status,
+)
 from mols_ds.training.preemption import SIGNALS
 
 PROGRAM = "mols_ds.apps.launch.signals"
@@ -189,18 +198,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, dest="what")
     run = commands.add_parser("run", help="run a launcher; SIGTERM and SIGUSR1 go to its ranks")
     run.add_argument(
-        "--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS",
+        "--grace", type=above_zero, default=GRACE_SECONDS, metavar="SECONDS",
         help="time that ranks have to save and end (default %(default)s)",
     )  # fmt: skip
     run.add_argument("--out", type=Path, metavar="DIR", help="the run's --out, for --unfinished")
     run.add_argument(
-        "--unfinished", type=int, default=0, metavar="STATUS",
+        "--unfinished", type=integer(0), default=0, metavar="STATUS",
         help="exit status where all went well but the run in --out is not at its last step (default %(default)s)",
     )  # fmt: skip
     run.add_argument("command", nargs=argparse.REMAINDER, help="the launcher and its arguments")
     tell = commands.add_parser("send", help="send a signal to the ranks on this machine")
     tell.add_argument("signal", choices=[number.name for number in SIGNALS])
-    tell.add_argument("--port", type=int, required=True, help="the job's MASTER_PORT")
+    tell.add_argument("--port", type=integer(1), required=True, help="the job's MASTER_PORT")
     done = commands.add_parser("finished", help="whether a run came to its last step, as the exit status")
     done.add_argument("out", type=Path, help="the run's --out")
     args = parser.parse_args(argv)

@@ -29,7 +29,7 @@ from pydantic import Field, ValidationError
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError, MolsError, printable
-from mols_ds.training.cli_utils import FAILED, USER_MISTAKE, Parser, run_program
+from mols_ds.training.cli_utils import FAILED, USER_MISTAKE, Parser, integer, run_program
 
 PROGRAM = "simulate"
 YAML = (".yaml", ".yml")
@@ -259,7 +259,7 @@ def zero_job(model: str | None, config: str, ranks: int) -> SimulatedJob:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m mols_ds.plan.simulate", description=__doc__.splitlines()[0])
     parser.add_argument("source", nargs="?", help="model file (with --stage or --config) or Megatron config")
-    parser.add_argument("--ranks", type=int, default=8, metavar="N", help="(default %(default)s)")
+    parser.add_argument("--ranks", type=integer(1), default=8, metavar="N", help="(default %(default)s)")
     parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage, for a model file")
     parser.add_argument("--config", metavar="FILE", help="DeepSpeed config: its stage and how it cuts")
     parser.add_argument("--all", action="store_true", help="the whole table")

@@ -27,7 +27,7 @@ from mols_ds.core.files import write_whole
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import tell, versions
 from mols_ds.errors import MolsConfigError
-from mols_ds.training.cli_utils import FAILED, Parser, run_program
+from mols_ds.training.cli_utils import FAILED, Parser, integer, run_program
 
 if TYPE_CHECKING:
     from mols_ds.apps.study.workers import Failure, Task
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("study", metavar="STUDY.yaml", help="study file, such as studies/laptop.yaml")
     parser.add_argument("--out", type=Path, help="folder for results and report (default: runs/NAME of the study)")
-    parser.add_argument("--jobs", type=int, help=f"runs at a time here (default: cores, at most {MOST_JOBS})")
+    parser.add_argument("--jobs", type=integer(1), help=f"runs at a time here (default: cores, at most {MOST_JOBS})")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms, and the baseline")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="evaluation seeds, not the study's")
+    parser.add_argument("--seeds", nargs="+", type=integer(0), metavar="SEED", help="evaluation seeds, not the study's")
     parser.add_argument("--report-only", action="store_true", help="train nothing: write the report of what there is")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 

@@ -24,8 +24,8 @@ from mols_ds.training.yaml_text import read_yaml
 Value = int | float | str
 Values = tuple[tuple[str, Value], ...]
 """The tuned settings of a run, (name, value) sorted by name; ("lr", rate) is always among them."""
-Positive = Annotated[StrictInt, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
+Positive = Annotated[StrictInt, Field(ge=1, le=2**53)]
+Rate = Annotated[float, Field(strict=True, gt=0)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"
 
 
@@ -35,16 +35,16 @@ class StudyData(Frozen):
 
     source: str = "stdlib"
     text_key: str | None = None
-    eval_share: float | None = None
+    eval_share: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
     tokenizer: str | None = None
-    split_seed: int = 0
+    split_seed: StrictInt = 0
 
 
 class StudyBudget(Frozen):
     """How long a run is: optimizer steps or tokens."""
 
     steps: Positive | None = None
-    tokens: Annotated[float, Field(gt=0)] | None = None
+    tokens: Annotated[float, Field(strict=True, gt=0, le=2**53)] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> StudyBudget:
@@ -127,7 +127,7 @@ class Study(Frozen):
     pairs: tuple[tuple[str, str], ...] = ()
     arms: Annotated[dict[str, StudyArm], Field(min_length=1)]
     deepspeed: JsonObject = Field(default_factory=dict)
-    clip: float = 1.0
+    clip: Annotated[float, Field(strict=True, ge=0)] = 1.0
     evaluation: StudyEvaluation = StudyEvaluation()
     snr: StudySnr | None = None
     save_every: Annotated[StrictInt, Field(ge=0)] = 0
