@@ -39,6 +39,7 @@ from mols_ds.core.controller import Context, Controller
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
+from mols_ds.core.new_weights import NewWeights
 from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.session import Session, largest_holder
@@ -182,6 +183,8 @@ class MegatronMols(Session):
                 )
             )
             self._hooks.append(part.inner.register_step_post_hook(self._read_moments))
+        early = "unfreeze them before DistributedDataParallel and get_megatron_optimizer"
+        self.new_weights = NewWeights(model_chunks, self.scalers, include=early, train=early)
         first = next(((i, 0) for i, part in enumerate(self.shards.parts) if part.inner is not None), None)
         # A group of which this rank holds nothing has the rate of the first parameter group.
         holders = dict.fromkeys(table.elements, first) if first is not None else {}

@@ -193,6 +193,7 @@ class LRScaler:
         self.watching = False
         self.problem = ""
         self._guard: StepGuard | None = None
+        self._known, self._unknown = set(self.plans), list[Tensor]()
         self._saved_list: list[ParamGroup] | None = None
         self._saved: list[ParamGroup] | None = None
         self._derived: list[_Derived] = []
@@ -222,8 +223,21 @@ class LRScaler:
                 self.optimizer.state.pop(view, None)
         self._saved, self._saved_list, self._derived, self._slices = None, None, [], []
 
+    def take_unknown(self) -> list[Tensor]:
+        """Tensors that were stepped with a gradient and have no plan, each once: they get the base rate."""
+        taken, self._unknown = self._unknown, []
+        return taken
+
+    def _note_unknown(self) -> None:
+        for group in self.optimizer.param_groups:
+            for tensor in group["params"]:
+                if id(tensor) not in self._known and tensor.grad is not None:
+                    self._known.add(id(tensor))
+                    self._unknown.append(tensor)
+
     def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.restore()
+        self._note_unknown()
         multipliers = {g: m for g, m in self.multipliers().items() if m != 1.0}
         if not multipliers:
             return

@@ -26,6 +26,7 @@ from mols_ds.core.controller import Controller
 from mols_ds.core.group_stats import NoiseFloor
 from mols_ds.core.handle import Handle
 from mols_ds.core.lr_scaler import LRScaler
+from mols_ds.core.new_weights import NewWeights
 from mols_ds.core.off import on_again
 from mols_ds.core.pieces import zero_pieces
 from mols_ds.core.probe_window import ProbeWindow, weak_hook
@@ -49,11 +50,13 @@ class Session(Handle, ABC):
         source: this rank's gradients.
         scalers: one for each inner optimizer; they apply the multipliers around its step.
         window: what a probe window gives back.
+        new_weights: names weights that came after the attachment.
     """
 
     config: MolsConfig
     source: GradientSource
     window: ProbeWindow
+    new_weights: NewWeights
 
     def __init__(self, config: MolsConfig) -> None:
         self.config = config
@@ -141,6 +144,7 @@ class Session(Handle, ABC):
                 scaler.restore()
         if updated:
             controller.applied(t, base)
+            self.new_weights.look(lambda line: controller.warn(line, every_rank=True))
         if updated and guarded:
             self._check_stepped()
         self._close_step(updated, reads_moments)

@@ -20,6 +20,7 @@ from mols_ds.core.controller import Context, Controller
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
+from mols_ds.core.new_weights import NewWeights
 from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.session import Session, largest_holder
@@ -87,7 +88,6 @@ class EngineMols(Session):
             id(tensor): make_plan(size, ranges, table.layouts, elementwise=elementwise)
             for tensor, size, ranges in zip(shards.tensors, shards.sizes, shards.ranges, strict=True)
         }
-        self._known = set(plans)
         sample = shards.inner.register_step_pre_hook(self._on_inner_step)
         self.scaler = LRScaler(
             shards.inner,
@@ -100,6 +100,10 @@ class EngineMols(Session):
             unscaled_decay=unscaled_decay(shards.inner, self.config),
         )
         self.scalers.append(self.scaler)
+        reattach = "call engine.mols.detach() and mols_ds.attach(engine, ...) again"
+        early = "unfreeze them, and give them to the optimizer, before the engine is initialized"
+        own = shards.outer is shards.inner
+        self.new_weights = NewWeights([engine.module], self.scalers, include=reattach if own else early, train=early)
         self._hooks = [
             sample,
             shards.inner.register_step_post_hook(self._read_moments),
@@ -187,29 +191,8 @@ class EngineMols(Session):
     def _before_step(self) -> None:
         """Online samples of stage 0, whose gradients are clipped before the inner step and whose norm is not kept."""
         self._scale_before = self.shards.loss_scale()
-        self._say_what_is_not_scaled()
         if self.wants_sample and isinstance(self.shards, Replicated) and self._all_finite(self.shards):
             self.take_sample()
-
-    def _say_what_is_not_scaled(self) -> None:
-        """Warn of weights that a client optimizer of stage 0 steps and that were frozen, or not there, at attach.
-
-        At stages 1 to 3 and in 16 bits DeepSpeed steps copies that it made before, so that such weights never train.
-        """
-        if self.shards.outer is not self.shards.inner:
-            return
-        params = (p for group in self.shards.inner.param_groups for p in group["params"])
-        new = {id(p) for p in params if p.grad is not None and id(p) not in self._known}
-        if not new:
-            return
-        self._known |= new
-        names = [name for name, p in self.engine.module.named_parameters() if id(p) in new]
-        self.controller.warn(
-            f"{len(new)} weights train that were frozen or not in the optimizer when MoLS was attached "
-            f"({', '.join(names[:3]) or 'not of the model'}): they get the base rate and are not measured; call "
-            "engine.mols.detach() and mols_ds.attach(engine, ...) again to include them",
-            every_rank=True,
-        )
 
     def _all_finite(self, shards: Replicated) -> bool:
         """Whether every gradient is finite, the same on every rank: data-parallel replicas know it alone."""

@@ -54,8 +54,21 @@ class Stage12(ZeroShards):
                 gradient = shards if gradient is None else gradient
             yield from self.owned_parts(flat, gradient)
 
+    def begin(self) -> None:
+        if self.outer.micro_step_id < 0:
+            self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        """As at stage 3: with offload, a parameter that a batch does not use keeps the gradient of a former one."""
+        if self.outer.cpu_offload:
+            self.outer._wait_for_offload_copies()
+            for flat in self.tensors:
+                if flat.grad is not None:
+                    flat.grad.zero_()
+
     def discard(self) -> None:
         o = self.outer
+        self._forget_gradients()
         o.zero_grad(set_to_none=True)
         o.micro_step_id = -1
         o._release_preflattened_grad_buffers()

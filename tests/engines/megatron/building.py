@@ -145,8 +145,11 @@ def stop() -> None:
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
-def build(setup: Setup) -> Built:
-    """Build this rank's part of the model of `setup` with its weights; `start(setup)` has been called."""
+def build(setup: Setup, prepare: Callable[[Any], object] = lambda model: None) -> Built:
+    """Build this rank's part of the model of `setup` with its weights; `start(setup)` has been called.
+
+    prepare: called with each chunk before Megatron's DistributedDataParallel wraps it.
+    """
     from megatron.core import parallel_state
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -170,6 +173,7 @@ def build(setup: Setup) -> Built:
         )(**({"vp_stage": stage} if setup.vp else {}))
         if dtype is not torch.float32:
             model = Float16Module(config, model)
+        prepare(model)
         chunks.append(DistributedDataParallel(config, ddp_config, model, disable_bucketing=stage > 0))
     config.finalize_model_grads_func = finalize_model_grads
     if setup.overlap:
