@@ -42,6 +42,8 @@ class ZeroShards(ABC):
         self.inner = getattr(self.outer, "optimizer", self.outer)
         check_optimizer(self.outer)
         self.places = places
+        # DeepSpeed's shards have what was trainable when the engine was made; the group table, what is now.
+        self.frozen = {place.range.name for p, place in places.items() if not p.requires_grad}
         self.tensors: list[Tensor] = []
         self.sizes: list[int] = []
         self.ranges: list[list[ShardRange]] = []
@@ -61,7 +63,7 @@ class ZeroShards(ABC):
     def _add(self, tensor: Tensor, size: int, ranges: list[ShardRange]) -> None:
         self.tensors.append(tensor)
         self.sizes.append(size)
-        self.ranges.append([item for item in ranges if item.numel > 0])
+        self.ranges.append([item for item in ranges if item.numel > 0 and item.name not in self.frozen])
 
     @abstractmethod
     def _collect(self) -> None:
