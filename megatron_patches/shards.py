@@ -123,6 +123,7 @@ def collective_device() -> torch.device:
 
 
 def _shards(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
+    """Without the parameters that were frozen after the optimizer was made, which `local_parameters` leaves out too."""
     kind = type(outer).__name__
     if kind not in KINDS:
         raise MolsUnsupportedError(
@@ -134,7 +135,7 @@ def _shards(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]
         yield from _distributed(outer, by_parameter)
     elif kind == "FP32Optimizer":
         for index, group in enumerate(outer.optimizer.param_groups):
-            for parameter in group["params"]:
+            for parameter in filter(_trained, group["params"]):
                 local = _local(by_parameter, parameter)
                 yield Shard(local, parameter, local.range.at(0), index)
     else:
@@ -143,7 +144,7 @@ def _shards(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]
 
 def _distributed(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
     """Ranges of the bucket that this rank owns (optimizer/distrib_optimizer.py)."""
-    for parameter in outer.model_param_gbuf_map:
+    for parameter in filter(_trained, outer.model_param_gbuf_map):
         local = _local(by_parameter, parameter)
         where = outer._get_model_param_range_map(parameter)["param"]
         index, order = outer.model_param_group_index_map[parameter]
@@ -164,8 +165,14 @@ def _float16(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter
     ]
     for parameters, tensors in pairs:
         for parameter, tensor in zip(parameters, tensors, strict=True):
+            if not _trained(parameter):
+                continue
             local = _local(by_parameter, parameter)
             yield Shard(local, tensor, local.range.at(0), group_of[id(tensor)])
+
+
+def _trained(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad
 
 
 def _local(by_parameter: Mapping[int, LocalParameter], parameter: nn.Parameter) -> LocalParameter:

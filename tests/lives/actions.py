@@ -13,7 +13,7 @@ class Setting:
     """What a life is built with; all of it legal.
 
     clip: 0 = none. split: two parameter groups, matrices and vectors, instead of one. scheduled: a LambdaLR steps too.
-    section: the "mols" section at the start; None: attached later.
+    section: the "mols" section at the start; None: attached later. grid: of Megatron: tp, pp, distributed.
     """
 
     engine: str = "deepspeed"
@@ -32,12 +32,17 @@ class Setting:
     section: Section | None = None
     grid: Section = field(default_factory=dict)
 
+    @property
+    def replicas(self) -> int:
+        """Data-parallel ranks."""
+        return self.ranks // (self.grid.get("tp", 1) * self.grid.get("pp", 1))
+
 
 @dataclass(frozen=True)
 class Step:
     """One global batch, forward and backward, and the engine's step.
 
-    unused: layers whose MLP the batch leaves out; on these ranks (None: on all of them). bad: a rank whose loss is NaN.
+    unused: layers whose MLP the batch leaves out. on: data-parallel ranks that do; None: all. bad: one with a NaN loss.
     """
 
     unused: tuple[int, ...] = ()

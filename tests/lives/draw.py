@@ -21,6 +21,7 @@ from tests.lives.actions import (
     Step,
 )
 
+MEGATRON = {"engine": "megatron", "stage": -1, "split": True, "micros": 2}
 KINDS: tuple[dict[str, Any], ...] = (
     {"stage": 0},
     {"stage": 1},
@@ -28,16 +29,21 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"stage": 3},
     {"stage": 3, "offload": True},
     {"stage": 2, "offload": True},
+    {**MEGATRON, "ranks": 2, "grid": {"distributed": True}},
     {"stage": 0},
     {"stage": 1, "offload": True},
+    {**MEGATRON, "ranks": 2, "grid": {"tp": 2, "distributed": True}},
     {"stage": 3},
+    {**MEGATRON, "ranks": 3, "grid": {"distributed": False}},
     {"stage": 2},
+    {**MEGATRON, "ranks": 2, "grid": {"pp": 2, "distributed": False}},
 )
 ACTIONS = 16
 CHANGEABLE = (
     "alpha_max", "estimator", "reference", "mode", "samples", "ramp", "ramp_end", "recalibrate", "fixed_alphas", "start"
 )  # fmt: skip
 FREEZABLE = ("lm_head.weight", "layers.0.q_proj.weight", "layers.1.up_proj.weight")
+FREEZABLE_IN_MEGATRON = ("output_layer.weight", "decoder.layers.1.mlp.linear_fc2.weight")
 
 
 def draw(seed: int) -> Life:
@@ -51,23 +57,25 @@ class _Dealer:
 
     def __init__(self, seed: int) -> None:
         self.dice = dice = random.Random(seed)
+        kind = KINDS[seed % len(KINDS)]
+        megatron = kind.get("engine") == "megatron"
         self.precision = dice.choices(("fp32", "bf16", "fp16"), (6, 2, 2))[0]
-        self.optimizer = dice.choice(("adamw", "adamw", "adam", "sgd", "homemade"))
+        self.optimizer = dice.choice(("adamw", "adam") if megatron else ("adamw", "adamw", "adam", "sgd", "homemade"))
         self.moments = self.optimizer in ("adamw", "adam") and dice.random() < 0.5
         self.granularity = dice.choice(("type", "type", "layer_type"))
-        self.setting = Setting(
-            **KINDS[seed % len(KINDS)],
-            precision=self.precision,
-            ranks=dice.choices((1, 2, 3), (2, 5, 3))[0],
-            micros=dice.choice((1, 2, 3)),
-            clip=dice.choice((0.0, 0.5, 100.0)),
-            optimizer=self.optimizer,
-            lr=0.02 if self.optimizer == "sgd" else 0.01,
-            decay=dice.choice((0.0, 0.1, 1.0)),
-            split=dice.random() < 0.7,
-            scheduled=dice.random() < 0.4,
-            section=self.section() if dice.random() < 0.9 else None,
-        )
+        more: dict[str, Any] = {
+            "precision": self.precision,
+            "ranks": dice.choices((1, 2, 3), (2, 5, 3))[0],
+            "micros": dice.choice((1, 2, 3)),
+            "clip": dice.choice((0.0, 0.5, 100.0)),
+            "optimizer": self.optimizer,
+            "lr": 0.02 if self.optimizer == "sgd" else 0.01,
+            "decay": dice.choice((0.0, 0.1, 1.0)),
+            "split": dice.random() < 0.7,
+            "scheduled": dice.random() < 0.4,
+            "section": self.section() if dice.random() < 0.9 else None,
+        }
+        self.setting = Setting(**{**more, **kind})
 
     # ------------------------------------------------------------------ sections
 
@@ -141,7 +149,8 @@ class _Dealer:
                 actions.append(Evaluate())
             elif what < 0.72:
                 if not self.moments:
-                    actions.append(Freeze(dice.choice(FREEZABLE), dice.random() < 0.6))
+                    names = FREEZABLE if setting.engine == "deepspeed" else FREEZABLE_IN_MEGATRON
+                    actions.append(Freeze(dice.choice(names), dice.random() < 0.6))
             elif what < 0.80:
                 actions.append(Save(f"tag{tags % 3}"))
                 tags += 1
@@ -160,7 +169,7 @@ class _Dealer:
         return tuple(actions)
 
     def step(self) -> Step:
-        dice, ranks = self.dice, self.setting.ranks
+        dice, ranks = self.dice, self.setting.replicas
         unused = (dice.randrange(2),) if dice.random() < 0.25 else ()
         on = (dice.randrange(ranks),) if unused and dice.random() < 0.5 else None
         return Step(unused, on, dice.randrange(ranks) if dice.random() < 0.12 else None)

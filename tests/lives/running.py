@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tests.helpers.harness import RankError, run_cases
 from tests.lives.actions import Life
 from tests.lives.compare import differences
 from tests.lives.draw import draw
-from tests.lives.twin import tell
+from tests.lives.twin import Seen, tell
 
 SECONDS = 60.0  # of one life
 
@@ -19,17 +19,23 @@ def judge(lives: Sequence[Life]) -> dict[int, list[str]]:
     """Seed -> what is wrong with its life, empty = nothing; lives of equally many ranks share a launch."""
     told = {life.seed: tell(life) for life in lives}
     found: dict[int, list[str]] = {}
-    for ranks in sorted({life.setting.ranks for life in lives}):
-        from tests.lives.deepspeed_life import live
-
-        mine = [told[life.seed][0] for life in lives if life.setting.ranks == ranks]
-        results = run_cases(live, ranks, [(life,) for life in mine], timeout=SECONDS)
+    for engine, ranks in sorted({(life.setting.engine, life.setting.ranks) for life in lives}):
+        mine = [told[life.seed][0] for life in lives if (life.setting.engine, life.setting.ranks) == (engine, ranks)]
+        results = run_cases(_live(engine), ranks, [(life,) for life in mine], timeout=SECONDS)
         for life in mine:
             try:
                 found[life.seed] = differences(life, told[life.seed][1], results[life,])
             except RankError as error:
                 found[life.seed] = str(error).splitlines()
     return found
+
+
+def _live(engine: str) -> Callable[[Life], list[Seen]]:
+    if engine == "deepspeed":
+        from tests.lives.deepspeed_life import live
+    else:
+        from tests.lives.megatron_life import live
+    return live
 
 
 def story(life: Life, found: Sequence[str]) -> str:

@@ -32,7 +32,8 @@ from tests.lives.optimizer import BETAS, FP16_POWER, PlainOptimizer, Scale, clip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VECTOR_FACTOR = 2.0  # base rate of the vectors relative to the matrices', with two parameter groups
 BUFFERS_RESTORED = False  # a probe window gives buffers back: not yet
-GUARDED = 2
+UNFROZEN_NAMED = False  # on all stages, not at 0 in fp32 alone: not yet
+GUARDED = 2  # scaled steps in which an optimizer that leaves tensors out is noticed
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Seen:
     """What is to be seen after an action, of the twin or of the engine.
 
     random, buffers, evaluated: one for each rank. said: warnings in short (the twin), whole (the engine).
+    parts: in the place of weights, a rank's parts of them (Megatron).
     """
 
     steps: int
@@ -57,6 +59,7 @@ class Seen:
     evaluated: list[float] = field(default_factory=list)
     extra_micros: int = 0
     error: str = ""
+    parts: dict[str, Any] = field(default_factory=dict)
 
 
 def schedule(step: int) -> float:
@@ -95,7 +98,7 @@ class Twin:
         self.optimizer = PlainOptimizer(setting.optimizer, {n: p.detach().double() for n, p in named.items()}, decays)
         self.base = [setting.lr, setting.lr * VECTOR_FACTOR][: 2 if setting.split else 1]
         self.scheduled = 0
-        self.lrs = [lr * (schedule(0) if setting.scheduled else 1.0) for lr in self.base]
+        self.lrs = self._scheduled(0)
         self.steps = self.skipped = 0
         self.scale = Scale(setting.precision == "fp16", 2.0**FP16_POWER if setting.precision == "fp16" else 1.0)
         self.stale: dict[str, Tensor] = {}
@@ -104,6 +107,11 @@ class Twin:
         if self.wrapped:  # DeepSpeed's 16-bit wrapper of stage 0 takes a step with zeros, which the model does not see
             zeros = {name: torch.zeros(w.shape) for name, w in self.optimizer.weights.items()}
             self.optimizer.step(zeros, self._lr_by_name(), {})
+
+    @property
+    def _loss_scale(self) -> float:
+        """What losses are multiplied by; DeepSpeed scales none at stage 0."""
+        return 1.0 if self.setting.stage == 0 else self.scale.value
 
     @property
     def wrapped(self) -> bool:
@@ -129,6 +137,7 @@ class Twin:
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.mols = Mols(section, {name: group_of(name, layers) for name in trained})
         self.guarded = GUARDED
+        self.named: set[str] = set()
         self.mols.advance(self.steps)
 
     # ------------------------------------------------------------------ actions
@@ -162,6 +171,7 @@ class Twin:
         elif isinstance(action, Attach):
             if self.mols is not None:
                 return None
+            action = self._legal_attach(action)
             self._attach(action.section)
         elif isinstance(action, EditRate):
             self.lrs = [lr * action.factor for lr in self.lrs]
@@ -175,19 +185,18 @@ class Twin:
         discards = self.mols is not None and self.mols.discards
         if self.broken or (step.bad is not None and self.setting.stage == 0 and not self.wrapped and not discards):
             step = Step(step.unused, step.on)  # torch's own optimizer would step with NaN
-        if step.bad is not None and self._keeps_unchecked and not discards:
+        if step.bad is not None and self.setting.offload and not discards:
             frozen = not all(p.requires_grad for p in self.model.parameters())
             step = Step(step.unused, step.on, None if frozen else step.bad)
         return Step(bad=step.bad) if self._poisoned and not discards else step
 
-    @property
-    def _keeps_unchecked(self) -> bool:
-        """Whether DeepSpeed may step with a NaN of a former batch: what it keeps at stages 1 and 2 is not checked."""
-        return self.setting.offload and self.setting.stage < 3
+    def _legal_attach(self, attach: Attach) -> Attach:
+        return attach
 
     @property
     def _poisoned(self) -> bool:
-        return self._keeps_unchecked and not all(bool(torch.isfinite(g).all()) for g in self.stale.values())
+        """Whether DeepSpeed would step what a batch does not use with NaN, as what CPU offload keeps is not checked."""
+        return self.setting.offload and not all(bool(torch.isfinite(g).all()) for g in self.stale.values())
 
     def _can_load(self, load: Load) -> bool:
         """Whether the checkpoint is there and, where both sides have MoLS, of the same weights (else it is refused)."""
@@ -243,7 +252,7 @@ class Twin:
     def _gradient(self, step: Step) -> dict[str, Tensor]:
         """The mean over ranks and micro-batches, times the loss scale; without the parameters that got none."""
         setting, total = self.setting, dict[str, Tensor]()
-        scale = 1.0 if setting.stage == 0 else self.scale.value  # DeepSpeed scales no loss at stage 0
+        scale = self._loss_scale
         self._to_model()
         for rank in range(setting.ranks):
             torch.set_rng_state(self.random[rank])
@@ -290,7 +299,7 @@ class Twin:
 
     def _discard(self, mols: Mols, gradients: Mapping[str, Tensor], finite: bool) -> None:
         if finite:
-            mols.sample(self.steps, self._whole(gradients, 1.0 if self.setting.stage == 0 else self.scale.value))
+            mols.sample(self.steps, self._whole(gradients, self._loss_scale))
         elif not self.scale.lower():
             mols.sample(self.steps, None)
         self.stale = {}
@@ -306,25 +315,25 @@ class Twin:
         rates = {} if mols is None else mols.rates(self.steps)
         calibrating, mode = (False, "") if mols is None else (mols.phase == "calibrating", mols.section["mode"])
         gradients = self._stepped(found)
-        before = 1.0 if setting.stage == 0 else self.scale.value
-        updated = all(bool(torch.isfinite(g).all()) for g in gradients.values())
+        before = self._loss_scale
+        checked = found if setting.offload else gradients
+        updated = all(bool(torch.isfinite(g).all()) for g in checked.values())
         self.scale.update(not updated)
-        normed = found if setting.offload and setting.stage < 3 else gradients
-        divisor = clip_factor(normed, setting.clip, self.scale.value) if updated else 1.0
+        divisor = clip_factor(checked, setting.clip, self.scale.value) if updated else 1.0
         clipped = {name: g / divisor for name, g in gradients.items()}
         if self.keeps:
             self.stale = clipped if setting.offload else {**self.stale, **found}
         if updated:
             self.applied = dict(rates)
+            self._name_unfrozen()
             if rates and set(rates.values()) != {1.0}:
                 self.guarded -= self.guarded > 0
             by_name = {} if mols is None else {name: rates[group] for name, group in mols.groups.items()}
             self._update(clipped, by_name)
             if setting.scheduled:
                 self.scheduled += 1
-                self.lrs = [base * schedule(self.scheduled) for base in self.base]
-        self.skipped += not updated
-        self.steps += 1
+                self.lrs = self._scheduled(self.scheduled)
+        self._count(updated)
         if mols is None:
             return
         if calibrating and mode == "online":
@@ -332,6 +341,24 @@ class Twin:
         elif calibrating and mode == "moments":
             mols.moments(self.steps, self.optimizer.moments() if updated else None, BETAS)
         mols.advance(self.steps)
+
+    def _name_unfrozen(self) -> None:
+        """MoLS warns, once, of weights that train and were frozen when it was attached."""
+        said = UNFROZEN_NAMED or (self.setting.stage == 0 and not self.wrapped)
+        if self.mols is None or not said:
+            return
+        new = {n for n, p in self.model.named_parameters() if p.requires_grad} - set(self.mols.groups) - self.named
+        if new:
+            self.named |= new
+            self.mols.said.append("weights train that were frozen")
+
+    def _scheduled(self, step: int) -> list[float]:
+        """The base rates that the scheduler sets for a step."""
+        return [base * (schedule(step) if self.setting.scheduled else 1.0) for base in self.base]
+
+    def _count(self, updated: bool) -> None:
+        self.skipped += not updated
+        self.steps += 1
 
     def _stepped(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the optimizer is given. DeepSpeed gives zeros for a parameter without a gradient; what it keeps of a
@@ -383,10 +410,18 @@ class Twin:
             self.mols.resume(saved["mols"], self.steps)
 
 
+def twin_of(life: Life) -> Twin:
+    if life.setting.engine == "deepspeed":
+        return Twin(life)
+    from tests.lives.megatron_twin import MegatronTwin
+
+    return MegatronTwin(life)
+
+
 def tell(life: Life) -> tuple[Life, list[Seen]]:
     """The life with its actions made legal, and what is to be seen at its start and after each of them."""
     state = torch.get_rng_state()
-    twin = Twin(life)
+    twin = twin_of(life)
     actions: list[Action] = []
     seen = [twin._seen([], "")]
     for wish in life.actions:
