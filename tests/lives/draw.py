@@ -100,6 +100,8 @@ class _Dealer:
             "report_dir": "report",
         }
         section["ramp_end"] = section["start"] + dice.choice((1, 4, 8))
+        if self.optimizer == "adamw" and dice.random() < 0.25:
+            section["weight_decay"] = "unscaled"
         other = dice.random()
         if other < 0.2:
             section["fixed_alphas"] = self.fixed()

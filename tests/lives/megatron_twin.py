@@ -139,7 +139,7 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class MegatronScale(Scale):
-    """Megatron's dynamic scale: grows after so many good steps in a row. It follows the probe batches too."""
+    """Megatron's dynamic scale: grows after so many good steps in a row."""
 
     def update(self, overflow: bool) -> None:
         if not self.dynamic:
@@ -170,6 +170,9 @@ class MegatronTwin(Twin):
         self.scale = MegatronScale(half, FIRST_SCALE if half else 1.0)
         self.stale = {}
         self.broken = False
+
+    def _switch_off(self) -> None:
+        """Nothing of MoLS is on a Megatron run without a section."""
 
     def _scheduled(self, step: int) -> list[float]:
         return [lr * (min(1.0, 0.5 + 0.5 * step / WARMUP) if self.setting.scheduled else 1.0) for lr in self.base]
@@ -223,11 +226,11 @@ class MegatronTwin(Twin):
         return total
 
     def _discard(self, mols: Mols, gradients: Mapping[str, Tensor], finite: bool) -> None:
-        scale = self._loss_scale
-        self.scale.update(not finite)
-        mols.sample(self.steps, self._whole(gradients, scale) if finite else None)
+        mols.sample(self.steps, self._whole(gradients, self._loss_scale) if finite else None)
+        if not finite:
+            self.scale.update(True)
         if not mols.discards:
-            self.random, mols.window = mols.window[0], None
+            mols.window = None
         mols.advance(self.steps)
 
     def _stepped(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {  # of docs/deepspeed.md
     "granularity": "type",
     "recalibrate": None,
     "fixed_alphas": None,
+    "weight_decay": "scaled",
 }
 CUT = 1 / 256  # mode "moments": below this share of m^2 the noise is lost in rounding (docs/method.md)
 OF_THE_ALPHAS = ("samples", "mode", "estimator", "noise_floor_correction", "reference", "alpha_min", "alpha_max")
@@ -145,7 +146,7 @@ class Mols:
     old: dict[str, float] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
     given: bool = False  # the alphas came from fixed_alphas
-    window: Any = None  # what a probe window gives back at its end
+    window: Any = None  # where each rank's stream of random numbers of a probe window goes on
     said: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -274,7 +275,11 @@ class Mols:
             self.advance(t)
             return
         section, was = self.section, saved["section"]
-        self.__dict__.update({**copy.deepcopy(dict(saved)), "section": section})
+        kept = copy.deepcopy(dict(saved))
+        lost = kept.pop("lost", False) and section["mode"] != "moments"
+        if kept.pop("since", None) is not None:
+            self.said.append("MoLS was off from step")
+        self.__dict__.update({**kept, "section": section})
         self._say_changes(was)
         fixed = section["fixed_alphas"]
         if self.phase != "waiting" and fixed is None and self.given:
@@ -285,7 +290,7 @@ class Mols:
                 self.said.append("take the place of the checkpoint's alphas")
                 self._begin(t)
                 self._fix(t)
-        if self.phase == "calibrating" and self.counted and was["mode"] != section["mode"]:
+        if self.phase == "calibrating" and self.counted and (lost or was["mode"] != section["mode"]):
             self.said.append("cannot be continued")
             again, old = self.ended_at is not None, (self.ended_at, self.old)
             if again:
@@ -293,6 +298,8 @@ class Mols:
                 self.old = old[1]
             else:
                 self.phase, self.samples, self.counted, self.attempts, self.alphas = "waiting", [], 0, 0, {}
+            self.window = None
+        if self.phase != "calibrating":
             self.window = None
         self.advance(t)
 

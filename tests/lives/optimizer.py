@@ -36,8 +36,15 @@ class PlainOptimizer:
     decays: Mapping[str, float]
     states: dict[str, State] = field(default_factory=dict)
 
-    def step(self, gradients: Mapping[str, Tensor], lrs: Mapping[str, float], rates: Mapping[str, float]) -> None:
-        """One update of the parameters that have a gradient; lr x rate is the learning rate of each."""
+    def step(
+        self,
+        gradients: Mapping[str, Tensor],
+        lrs: Mapping[str, float],
+        rates: Mapping[str, float],
+        unscaled: bool = False,
+    ) -> None:
+        """One update of the parameters that have a gradient; lr x rate is the learning rate of each. `unscaled`: the
+        rate leaves decoupled decay alone."""
         for name, gradient in gradients.items():
             w, g = self.weights[name], gradient.double()
             lr, decay = lrs[name] * rates.get(name, 1.0), self.decays[name]
@@ -48,7 +55,7 @@ class PlainOptimizer:
             if self.kind in ("adam", "sgd"):
                 g = g + decay * w
             else:
-                w.mul_(1 - lr * decay)
+                w.mul_(1 - (lrs[name] if unscaled else lr) * decay)
             if self.kind == "sgd":
                 state.m.mul_(MOMENTUM).add_(g)
                 w.sub_(lr * state.m)

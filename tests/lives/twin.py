@@ -31,7 +31,6 @@ from tests.lives.optimizer import BETAS, FP16_POWER, PlainOptimizer, Scale, clip
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VECTOR_FACTOR = 2.0  # base rate of the vectors relative to the matrices', with two parameter groups
-BUFFERS_RESTORED = False  # a probe window gives buffers back: not yet
 UNFROZEN_NAMED = False  # on all stages, not at 0 in fp32 alone: not yet
 GUARDED = 2  # scaled steps in which an optimizer that leaves tensors out is noticed
 
@@ -77,10 +76,14 @@ class Twin:
         self.mols: Mols | None = None
         self.over = False
         self.applied: dict[str, float] = {}
+        self.said: list[str] = []
+        self.off, self.kept = False, (None, None)
         self._build()
         self._reseed()
         if self.setting.section is not None:
             self._attach(self.setting.section)
+        else:
+            self._switch_off()
 
     # ------------------------------------------------------------------ build
 
@@ -132,7 +135,12 @@ class Twin:
             torch.manual_seed(random_state(self.seed, self.starts, rank))
             self.random.append(torch.get_rng_state())
 
+    def _switch_off(self) -> None:
+        """`mols_ds.initialize` without a section: what a loaded checkpoint has of MoLS is kept for those saved here."""
+        self.off, self.kept = True, (None, None)
+
     def _attach(self, section: Section) -> None:
+        self.off = False
         layers = section.get("granularity") == "layer_type"
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.mols = Mols(section, {name: group_of(name, layers) for name in trained})
@@ -165,9 +173,9 @@ class Twin:
                 return None
             self._load(action)
         elif isinstance(action, Detach):
-            if self.mols is None or self.mols.window is not None:
+            if self.mols is None:
                 return None
-            self.mols = None
+            self.mols, self.off = None, False
         elif isinstance(action, Attach):
             if self.mols is not None:
                 return None
@@ -202,12 +210,19 @@ class Twin:
         """Whether the checkpoint is there and, where both sides have MoLS, of the same weights (else it is refused)."""
         if load.tag not in self.checkpoints:
             return False
-        saved = self.checkpoints[load.tag]["groups"]
+        if self.setting.stage == 3 and self.checkpoints[load.tag]["frozen"] != self._frozen_after(load):
+            return False  # DeepSpeed ends in a KeyError there
+        saved = self.checkpoints[load.tag]["mols"][1]
         frozen = (
             self.setting.frozen if load.fresh else [n for n in self.group if n not in getattr(self.mols, "groups", ())]
         )
         resumes = load.section is not None if load.fresh else self.mols is not None
         return not resumes or saved is None or set(saved) == set(self.group) - set(frozen)
+
+    def _frozen_after(self, load: Load) -> set[str]:
+        """Parameters that are frozen while a checkpoint is loaded."""
+        now = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+        return set(self.setting.frozen) if load.fresh else now
 
     def _would_be_caught(self) -> bool:
         mols = self.mols
@@ -215,7 +230,8 @@ class Twin:
 
     def _seen(self, evaluated: list[float], error: str) -> Seen:
         mols = self.mols
-        said = [] if mols is None else mols.said
+        said = self.said if mols is None else mols.said
+        self.said = []
         seen = Seen(
             self.steps, self.skipped, list(self.lrs), self.scale.value, [digest(state) for state in self.random],
             [dict(b) for b in self.buffers], {n: w.clone() for n, w in self.optimizer.weights.items()},
@@ -278,11 +294,9 @@ class Twin:
         mols = self.mols
         discards = mols is not None and mols.discards
         measured = mols is not None and mols.phase == "calibrating" and mols.section["mode"] == "online"
-        if mols is not None and discards and mols.window is None:
-            mols.window = (list(self.random), copy.deepcopy(self.buffers))
         if discards or measured:
             self.stale = {}
-        gradients = self._gradient(step)
+        gradients = self._probed_gradient(mols, step) if mols is not None and discards else self._gradient(step)
         finite = all(bool(torch.isfinite(g).all()) for g in gradients.values())
         if mols is not None and discards:
             self._discard(mols, gradients, finite)
@@ -293,6 +307,15 @@ class Twin:
         self._take(gradients)
         return ""
 
+    def _probed_gradient(self, mols: Mols, step: Step) -> dict[str, Tensor]:
+        """Of a batch that is discarded: it draws from the window's own stream, and gives buffers back."""
+        outside, buffers = list(self.random), copy.deepcopy(self.buffers)
+        self.random = list(mols.window or self.random)
+        gradients = self._gradient(step)
+        mols.window = list(self.random)
+        self.random, self.buffers = outside, buffers
+        return gradients
+
     def _whole(self, gradients: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
         """Every parameter's, 0 where there is none."""
         return {n: gradients.get(n, torch.zeros(w.shape)) / scale for n, w in self.optimizer.weights.items()}
@@ -300,13 +323,10 @@ class Twin:
     def _discard(self, mols: Mols, gradients: Mapping[str, Tensor], finite: bool) -> None:
         if finite:
             mols.sample(self.steps, self._whole(gradients, self._loss_scale))
-        elif not self.scale.lower():
+        elif self.setting.stage == 0 or not self.scale.lower():
             mols.sample(self.steps, None)
         self.stale = {}
         if not mols.discards:
-            self.random = mols.window[0]
-            if BUFFERS_RESTORED:
-                self.buffers = mols.window[1]
             mols.window = None
         mols.advance(self.steps)
 
@@ -373,7 +393,8 @@ class Twin:
         return missing | dict(found)
 
     def _update(self, gradients: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
-        self.optimizer.step(gradients, self._lr_by_name(), rates)
+        unscaled = self.mols is not None and self.mols.section["weight_decay"] == "unscaled"
+        self.optimizer.step(gradients, self._lr_by_name(), rates, unscaled)
         self.shown = {name: w.clone() for name, w in self.optimizer.weights.items()}
 
     def _lr_by_name(self) -> dict[str, float]:
@@ -388,11 +409,17 @@ class Twin:
                 "optimizer": self.optimizer.saved(),
                 "buffers": buffers,
                 "counters": (self.steps, self.skipped, self.scheduled, list(self.lrs), self.scale),
-                "mols": None if self.mols is None else self.mols.state(),
-                "groups": None if self.mols is None else list(self.mols.groups),
+                "mols": self._held(),
+                "frozen": {name for name, p in self.model.named_parameters() if not p.requires_grad},
                 "shown": self.shown,
             }
         )
+
+    def _held(self) -> tuple[Any, Any]:
+        """(state, weights) of MoLS that a checkpoint of this run holds."""
+        if self.mols is not None:
+            return self.mols.state(), list(self.mols.groups)
+        return self.kept if self.off else (None, None)
 
     def _load(self, load: Load) -> None:
         saved = copy.deepcopy(self.checkpoints[load.tag])
@@ -401,13 +428,21 @@ class Twin:
             self.mols = None
             if load.section is not None:
                 self._attach(load.section)
+            else:
+                self._switch_off()
         self.optimizer.load(saved["optimizer"])
         self.shown = saved["shown"]
         self.buffers = saved["buffers"]
         self.steps, self.skipped, self.scheduled, self.lrs, self.scale = saved["counters"]
         self._reseed()
+        state, groups = saved["mols"]
         if self.mols is not None:
-            self.mols.resume(saved["mols"], self.steps)
+            self.mols.resume(state, self.steps)
+        elif self.off:
+            self.kept = (None, None)
+            if state is not None:
+                self.kept = ({"since": self.steps, **state, "lost": True, "window": None}, groups)
+                self.said = ["was saved with MoLS"]
 
 
 def twin_of(life: Life) -> Twin:
