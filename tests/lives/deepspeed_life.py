@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +34,12 @@ from tests.lives.actions import (
     Step,
 )
 from tests.lives.model import batch, random_state, tiny
-from tests.lives.optimizer import BETAS, EPS, FP16_POWER, FP16_WINDOW, MOMENTUM
+from tests.lives.optimizer import FP16_POWER, FP16_WINDOW
 from tests.lives.twin import VECTOR_FACTOR, Seen, schedule
+from tests.lives.users_optimizers import optimizer_of
 
 SIZES = {"sub_group_size": 700, "stage3_param_persistence_threshold": 20}  # elements; several sub-groups
 NO_PLOT = "mols_report.png was not drawn"  # ranks of tests have no matplotlib
-
-
-class HomeMade(torch.optim.AdamW):
-    """A class that no catalog knows: it takes its own step, and the scaled ranges are corrected."""
-
-
-def optimizer_of(setting: Setting, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The user's optimizer."""
-    groups = list(groups)
-    if setting.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=MOMENTUM)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "homemade": HomeMade}[setting.optimizer]
-    return kind(groups, betas=BETAS, eps=EPS)
 
 
 def groups_of(model: nn.Module, setting: Setting) -> list[dict[str, Any]]:

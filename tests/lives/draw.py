@@ -53,15 +53,20 @@ def draw(seed: int) -> Life:
 
 
 class _Dealer:
-    """Deals settings, sections and actions. In a life with mode "moments" nothing is frozen."""
+    """Deals settings, sections and actions. Adam's moments, and a counter for a whole group, are twinned for weights
+    that train throughout: there nothing is frozen."""
 
     def __init__(self, seed: int) -> None:
         self.dice = dice = random.Random(seed)
         kind = KINDS[seed % len(KINDS)]
         megatron = kind.get("engine") == "megatron"
         self.precision = dice.choices(("fp32", "bf16", "fp16"), (6, 2, 2))[0]
-        self.optimizer = dice.choice(("adamw", "adam") if megatron else ("adamw", "adamw", "adam", "sgd", "homemade"))
+        names = ["adamw", "adam"] if megatron else ["adamw", "adamw", "adam", "sgd", "homemade"]
+        if kind["stage"] in (0, 1, 2):  # at stage 3 a step of each sub-group would count
+            names.append("grouped")
+        self.optimizer = dice.choice(names)
         self.moments = self.optimizer in ("adamw", "adam") and dice.random() < 0.5
+        self.freezes = not self.moments and self.optimizer != "grouped"
         self.granularity = dice.choice(("type", "type", "layer_type"))
         more: dict[str, Any] = {
             "precision": self.precision,
@@ -150,7 +155,7 @@ class _Dealer:
             elif what < 0.68:
                 actions.append(Evaluate())
             elif what < 0.72:
-                if not self.moments:
+                if self.freezes:
                     names = FREEZABLE if setting.engine == "deepspeed" else FREEZABLE_IN_MEGATRON
                     actions.append(Freeze(dice.choice(names), dice.random() < 0.6))
             elif what < 0.80:

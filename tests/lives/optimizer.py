@@ -26,7 +26,7 @@ class State:
 
 @dataclass
 class PlainOptimizer:
-    """AdamW ("adamw", "homemade"), Adam with L2 ("adam"), SGD with momentum ("sgd").
+    """AdamW ("adamw", "homemade", "grouped"), Adam with L2 ("adam"), SGD with momentum ("sgd").
 
     weights: float64 masters by name. decays: by name.
     """
