@@ -184,7 +184,9 @@ class MegatronMols(Session):
             )
             self._hooks.append(part.inner.register_step_post_hook(self._read_moments))
         early = "unfreeze them before DistributedDataParallel and get_megatron_optimizer"
-        self.new_weights = NewWeights(model_chunks, self.scalers, include=early, train=early)
+        again = "call mols.detach() and megatron_patches.attach(...) again"
+        held = self.shards.held_frozen
+        self.new_weights = NewWeights(model_chunks, self.scalers, include=early, train=early, held=held, again=again)
         first = next(((i, 0) for i, part in enumerate(self.shards.parts) if part.inner is not None), None)
         # A group of which this rank holds nothing has the rate of the first parameter group.
         holders = dict.fromkeys(table.elements, first) if first is not None else {}

@@ -66,6 +66,7 @@ class MegatronShards:
         parts: the chained optimizers, in their order.
         owned: (shard, range in its tensor) of the elements whose statistics this rank keeps, in the order of its
             accumulators.
+        held_frozen: parameters that are frozen now and of which the optimizer keeps a copy, which it steps.
         accumulated: the ranges of `owned` as they are in the accumulators.
 
     Raises:
@@ -80,6 +81,7 @@ class MegatronShards:
                 f"MoLS does not support {type(optimizer).__name__}: pass what get_megatron_optimizer returns "
                 "(a ChainedOptimizer; Megatron-FSDP gives none and is not supported)"
             )
+        self.held_frozen = [p for outer in chained for p in _copied(outer) if not _trained(p)]
         self.parts = [ChainedPart(outer, list(_shards(outer, by_parameter))) for outer in chained]
         self.owned: list[tuple[Shard, ShardRange]] = []
         for part in self.parts:
@@ -169,6 +171,13 @@ def _float16(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter
                 continue
             local = _local(by_parameter, parameter)
             yield Shard(local, tensor, local.range.at(0), group_of[id(tensor)])
+
+
+def _copied(outer: MegatronOptimizer) -> Iterable[nn.Parameter]:
+    """The parameters of which this optimizer steps copies; FP32Optimizer steps the parameters themselves."""
+    yield from getattr(outer, "model_param_gbuf_map", {})
+    for group in getattr(outer, "float16_groups", []):
+        yield from group
 
 
 def _trained(parameter: nn.Parameter) -> bool:

@@ -122,7 +122,7 @@ class _Dealer:
         """The section of a run that resumes; None: without MoLS."""
         if section is None:
             return None if self.dice.random() < 0.5 else self.section()
-        if self.dice.random() < 0.1:
+        if self.dice.random() < 0.15:
             return None
         changed, fresh = dict(section), self.section()
         for key in self.dice.sample(CHANGEABLE, self.dice.choice((0, 1, 2))):
@@ -156,24 +156,35 @@ class _Dealer:
                 actions.append(Evaluate())
             elif what < 0.72:
                 if self.freezes:
-                    names = FREEZABLE if setting.engine == "deepspeed" else FREEZABLE_IN_MEGATRON
-                    actions.append(Freeze(dice.choice(names), dice.random() < 0.6))
+                    actions.append(Freeze(self.freezable(), dice.random() < 0.6))
             elif what < 0.80:
                 actions.append(Save(f"tag{tags % 3}"))
                 tags += 1
             elif what < 0.88:
                 if tags:
                     fresh = dice.random() < 0.7
-                    section = self.changed(section) if fresh else section
+                    before, section = section, self.changed(section) if fresh else section
                     actions.append(Load(f"tag{dice.randrange(min(tags, 3))}", fresh, section))
+                    if fresh and section is None and before is not None:  # off, and on again
+                        section = before
+                        actions += [self.step(), Save("off"), self.step(), Load("off", True, section)]
             elif what < 0.94:
                 section = self.section(dice.choice((0, 4)))
-                actions += [Detach()] * (dice.random() < 0.8) + [self.step()] * dice.choice((0, 1)) + [Attach(section)]
+                again: list[Action] = [Detach()] * (dice.random() < 0.8)
+                again += [self.step()] * dice.choice((0, 1)) + [Attach(section)]
+                if self.freezes and dice.random() < 0.4:  # frozen when MoLS is attached, and trained later
+                    name = self.freezable()
+                    again = [Freeze(name), *again, self.step(), Freeze(name, False), self.step(), self.step()]
+                actions += again
             else:
                 actions.append(EditRate(dice.choice((0.5, 2.0))))
         if setting.stage == 0 and setting.precision == "fp32" and setting.split and setting.optimizer == "adamw":
-            actions += [BreakOptimizer(dice.randrange(setting.ranks)), Step()]
+            given = {**self.section(), "fixed_alphas": self.fixed(), "recalibrate": None, "start": 0, "ramp_end": 1}
+            actions += [Detach(), Attach(given), Step(), BreakOptimizer(dice.randrange(setting.ranks)), Step()]
         return tuple(actions)
+
+    def freezable(self) -> str:
+        return self.dice.choice(FREEZABLE if self.setting.engine == "deepspeed" else FREEZABLE_IN_MEGATRON)
 
     def step(self) -> Step:
         dice, ranks = self.dice, self.setting.replicas

@@ -31,7 +31,6 @@ from tests.lives.optimizer import BETAS, FP16_POWER, PlainOptimizer, Scale, clip
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VECTOR_FACTOR = 2.0  # base rate of the vectors relative to the matrices', with two parameter groups
-UNFROZEN_NAMED = False  # on all stages, not at 0 in fp32 alone: not yet
 GUARDED = 2  # scaled steps in which an optimizer that leaves tensors out is noticed
 
 
@@ -364,8 +363,7 @@ class Twin:
 
     def _name_unfrozen(self) -> None:
         """MoLS warns, once, of weights that train and were frozen when it was attached."""
-        said = UNFROZEN_NAMED or (self.setting.stage == 0 and not self.wrapped)
-        if self.mols is None or not said:
+        if self.mols is None:
             return
         new = {n for n, p in self.model.named_parameters() if p.requires_grad} - set(self.mols.groups) - self.named
         if new:

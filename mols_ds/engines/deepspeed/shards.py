@@ -74,7 +74,6 @@ class Stage12(ZeroShards):
         o.micro_step_id = -1
         o._release_preflattened_grad_buffers()
         if o.cpu_offload:
-            self._forget_gradients()
             o._offload_accumulated_param_ids = set()
             o.reset_cpu_buffers()
         else:

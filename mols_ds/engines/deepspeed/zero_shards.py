@@ -30,6 +30,7 @@ class ZeroShards(ABC):
             where ranks hold replicas; in the order of its accumulators.
         accumulated: the ranges of `owned` as they are in the accumulators.
         param_group: parameter name -> index of its group in `inner.param_groups`.
+        held_frozen: parameters that are frozen now and have a part in the shards of some rank all the same.
     """
 
     reads_before_clipping = False
@@ -49,6 +50,7 @@ class ZeroShards(ABC):
         self.ranges: list[list[ShardRange]] = []
         self.param_group: dict[str, int] = {}
         self._collect()
+        self.held_frozen = [p for p, place in places.items() if place.range.name in self.frozen & set(self.param_group)]
         self.owned = self._owned()
         self.accumulated = pack(item for _, item in self.owned)
         self._spans = {id(self.tensors[i]): spans for i, spans in spans_to_accumulators(self.owned).items()}
