@@ -51,12 +51,18 @@ class Shard:
 
 
 class ChainedPart:
-    """One of the chained optimizers with the shards of this rank."""
+    """One of the chained optimizers with the shards of this rank.
+
+    idle: what the inner optimizer steps for parameters that are frozen now.
+    """
 
     def __init__(self, outer: MegatronOptimizer, shards: list[Shard]) -> None:
         self.outer = outer
         self.inner = None if getattr(outer, "is_stub_optimizer", False) else outer.optimizer
         self.shards = shards
+        planned = {id(shard.tensor) for shard in shards}
+        groups = [] if self.inner is None else self.inner.param_groups
+        self.idle = [t for group in groups for t in group["params"] if id(t) not in planned]
 
 
 class MegatronShards:
@@ -66,7 +72,6 @@ class MegatronShards:
         parts: the chained optimizers, in their order.
         owned: (shard, range in its tensor) of the elements whose statistics this rank keeps, in the order of its
             accumulators.
-        held_frozen: parameters that are frozen now and of which the optimizer keeps a copy, which it steps.
         accumulated: the ranges of `owned` as they are in the accumulators.
 
     Raises:
@@ -81,7 +86,6 @@ class MegatronShards:
                 f"MoLS does not support {type(optimizer).__name__}: pass what get_megatron_optimizer returns "
                 "(a ChainedOptimizer; Megatron-FSDP gives none and is not supported)"
             )
-        self.held_frozen = [p for outer in chained for p in _copied(outer) if not _trained(p)]
         self.parts = [ChainedPart(outer, list(_shards(outer, by_parameter))) for outer in chained]
         self.owned: list[tuple[Shard, ShardRange]] = []
         for part in self.parts:
@@ -171,13 +175,6 @@ def _float16(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter
                 continue
             local = _local(by_parameter, parameter)
             yield Shard(local, tensor, local.range.at(0), group_of[id(tensor)])
-
-
-def _copied(outer: MegatronOptimizer) -> Iterable[nn.Parameter]:
-    """The parameters of which this optimizer steps copies; FP32Optimizer steps the parameters themselves."""
-    yield from getattr(outer, "model_param_gbuf_map", {})
-    for group in getattr(outer, "float16_groups", []):
-        yield from group
 
 
 def _trained(parameter: nn.Parameter) -> bool:
