@@ -169,7 +169,8 @@ class MegatronMols(Session):
         for number, part in enumerate(self.shards.parts):
             if part.inner is None:
                 continue
-            plans, elementwise = {}, is_elementwise(part.inner)
+            plans = {id(tensor): make_plan(tensor.numel(), [], table.layouts) for tensor in part.idle}
+            elementwise = is_elementwise(part.inner)
             for shard in part.shards:
                 item = shard.range
                 plans[id(shard.tensor)] = make_plan(item.numel, [item], table.layouts, elementwise=elementwise)
@@ -188,7 +189,10 @@ class MegatronMols(Session):
             )
             self._hooks.append(part.inner.register_step_post_hook(self._read_moments))
         early = "unfreeze them before DistributedDataParallel and get_megatron_optimizer"
-        self.new_weights = NewWeights(model_chunks, self.scalers, include=early, train=early)
+        again = "call mols.detach() and megatron_patches.attach(...) again"
+        params = (p for chunk in model_chunks for p in chunk.parameters())
+        held = [p for p in params if not p.requires_grad and hasattr(p, "main_grad")]  # in the buffers of DDP
+        self.new_weights = NewWeights(model_chunks, self.scalers, include=early, train=early, held=held, again=again)
         first = next(((i, 0) for i, part in enumerate(self.shards.parts) if part.inner is not None), None)
         # A group of which this rank holds nothing has the rate of the first parameter group.
         holders = dict.fromkeys(table.elements, first) if first is not None else {}

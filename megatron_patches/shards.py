@@ -51,12 +51,18 @@ class Shard:
 
 
 class ChainedPart:
-    """One of the chained optimizers with the shards of this rank."""
+    """One of the chained optimizers with the shards of this rank.
+
+    idle: what the inner optimizer steps for parameters that are frozen now.
+    """
 
     def __init__(self, outer: MegatronOptimizer, shards: list[Shard]) -> None:
         self.outer = outer
         self.inner = None if getattr(outer, "is_stub_optimizer", False) else outer.optimizer
         self.shards = shards
+        planned = {id(shard.tensor) for shard in shards}
+        groups = [] if self.inner is None else self.inner.param_groups
+        self.idle = [t for group in groups for t in group["params"] if id(t) not in planned]
 
 
 class MegatronShards:
@@ -123,6 +129,7 @@ def collective_device() -> torch.device:
 
 
 def _shards(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
+    """Without the parameters that were frozen after the optimizer was made, which `local_parameters` leaves out too."""
     kind = type(outer).__name__
     if kind not in KINDS:
         raise MolsUnsupportedError(
@@ -134,7 +141,7 @@ def _shards(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]
         yield from _distributed(outer, by_parameter)
     elif kind == "FP32Optimizer":
         for index, group in enumerate(outer.optimizer.param_groups):
-            for parameter in group["params"]:
+            for parameter in filter(_trained, group["params"]):
                 local = _local(by_parameter, parameter)
                 yield Shard(local, parameter, local.range.at(0), index)
     else:
@@ -143,7 +150,7 @@ def _shards(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]
 
 def _distributed(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
     """Ranges of the bucket that this rank owns (optimizer/distrib_optimizer.py)."""
-    for parameter in outer.model_param_gbuf_map:
+    for parameter in filter(_trained, outer.model_param_gbuf_map):
         local = _local(by_parameter, parameter)
         where = outer._get_model_param_range_map(parameter)["param"]
         index, order = outer.model_param_group_index_map[parameter]
@@ -164,8 +171,14 @@ def _float16(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter
     ]
     for parameters, tensors in pairs:
         for parameter, tensor in zip(parameters, tensors, strict=True):
+            if not _trained(parameter):
+                continue
             local = _local(by_parameter, parameter)
             yield Shard(local, tensor, local.range.at(0), group_of[id(tensor)])
+
+
+def _trained(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad
 
 
 def _local(by_parameter: Mapping[int, LocalParameter], parameter: nn.Parameter) -> LocalParameter:

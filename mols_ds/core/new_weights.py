@@ -19,10 +19,22 @@ class NewWeights:
         scalers: one for each inner optimizer; they note tensors that are stepped without a plan.
         include: what to do so that MoLS scales such a weight.
         train: what to do so that the engine steps an unfrozen weight at all.
+        held: parameters that are frozen now, and of which the engine has a part in its shards: it was built before.
+        again: what to do so that MoLS scales one of those.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], scalers: Sequence[LRScaler], *, include: str, train: str) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        scalers: Sequence[LRScaler],
+        *,
+        include: str,
+        train: str,
+        held: Iterable[Tensor] = (),
+        again: str = "",
+    ) -> None:
         self.modules, self.scalers, self.include, self.train = list(modules), scalers, include, train
+        self.again, self._held = again, {id(p) for p in held}
         self._frozen = {name: p for name, p in self._named() if not p.requires_grad}
 
     def look(self, say: Callable[[str], None]) -> None:
@@ -31,15 +43,15 @@ class NewWeights:
         if stepped:
             found = {id(tensor) for tensor in stepped}
             names = [name for name, p in self._named() if id(p) in found] or ["none of the model's"]
-            say(
-                f"{len(stepped)} weights train that were frozen or not in the optimizer when MoLS was attached "
-                f"({_listed(names)}): they get the base rate and are not measured; {self.include} to include them"
-            )
+            say(_trains(len(stepped), names, self.include))
         thawed = [name for name, p in self._frozen.items() if p.requires_grad]
+        held = [name for name in thawed if id(self._frozen[name]) in self._held]
+        if held:
+            say(_trains(len(held), held, self.again))
         if not thawed:
             return
         in_groups = {id(t) for s in self.scalers for group in s.optimizer.param_groups for t in group["params"]}
-        still = [name for name in thawed if id(self._frozen.pop(name)) not in in_groups]
+        still = [name for name in thawed if id(self._frozen.pop(name)) not in in_groups | self._held]
         if still:
             say(
                 f"{len(still)} weights were unfrozen after the engine was built ({_listed(still)}): no optimizer steps "
@@ -48,6 +60,13 @@ class NewWeights:
 
     def _named(self) -> Iterable[tuple[str, Tensor]]:
         return (named for module in self.modules for named in module.named_parameters())
+
+
+def _trains(count: int, names: Sequence[str], include: str) -> str:
+    return (
+        f"{count} weights train that were frozen or not in the optimizer when MoLS was attached ({_listed(names)}): "
+        f"they get the base rate and are not measured; {include} to include them"
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

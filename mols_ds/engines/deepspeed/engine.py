@@ -109,7 +109,14 @@ class EngineMols(Session):
         reattach = "call engine.mols.detach() and mols_ds.attach(engine, ...) again"
         early = "unfreeze them, and give them to the optimizer, before the engine is initialized"
         own = shards.outer is shards.inner
-        self.new_weights = NewWeights([engine.module], self.scalers, include=reattach if own else early, train=early)
+        self.new_weights = NewWeights(
+            [engine.module],
+            self.scalers,
+            include=reattach if own else early,
+            train=early,
+            held=shards.held_frozen,
+            again=reattach,
+        )
         self._hooks = [
             sample,
             shards.inner.register_step_post_hook(self._read_moments),

@@ -60,11 +60,12 @@ class Stage12(ZeroShards):
 
     def _forget_gradients(self) -> None:
         """As at stage 3: with offload, a parameter that a batch does not use keeps the gradient of a former one."""
-        if self.outer.cpu_offload:
-            self.outer._wait_for_offload_copies()
-            for flat in self.tensors:
-                if flat.grad is not None:
-                    flat.grad.zero_()
+        o = self.outer
+        if o.cpu_offload:
+            o._wait_for_offload_copies()
+            for gradient in (*(flat.grad for flat in self.tensors), *o.accumulated_grads_in_cpu.values()):
+                if gradient is not None:
+                    gradient.zero_()
 
     def discard(self) -> None:
         o = self.outer

@@ -30,6 +30,7 @@ class ZeroShards(ABC):
             where ranks hold replicas; in the order of its accumulators.
         accumulated: the ranges of `owned` as they are in the accumulators.
         param_group: parameter name -> index of its group in `inner.param_groups`.
+        held_frozen: parameters that are frozen now and have a part in the shards of some rank all the same.
     """
 
     reads_before_clipping = False
@@ -42,11 +43,14 @@ class ZeroShards(ABC):
         self.inner = getattr(self.outer, "optimizer", self.outer)
         check_optimizer(self.outer)
         self.places = places
+        # DeepSpeed's shards have what was trainable when the engine was made; the group table, what is now.
+        self.frozen = {place.range.name for p, place in places.items() if not p.requires_grad}
         self.tensors: list[Tensor] = []
         self.sizes: list[int] = []
         self.ranges: list[list[ShardRange]] = []
         self.param_group: dict[str, int] = {}
         self._collect()
+        self.held_frozen = [p for p, place in places.items() if place.range.name in self.frozen & set(self.param_group)]
         self.owned = self._owned()
         self.accumulated = pack(item for _, item in self.owned)
         self._spans = {id(self.tensors[i]): spans for i, spans in spans_to_accumulators(self.owned).items()}
@@ -61,7 +65,7 @@ class ZeroShards(ABC):
     def _add(self, tensor: Tensor, size: int, ranges: list[ShardRange]) -> None:
         self.tensors.append(tensor)
         self.sizes.append(size)
-        self.ranges.append([item for item in ranges if item.numel > 0])
+        self.ranges.append([item for item in ranges if item.numel > 0 and item.name not in self.frozen])
 
     @abstractmethod
     def _collect(self) -> None:

@@ -7,13 +7,16 @@ import copy
 import functools
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
 
+import mols_ds
 from tests.engines.deepspeed.engines import OFFLOAD, config, engine_of
 from tests.engines.deepspeed.loops import iterate
 from tests.engines.deepspeed.models import PlainLM
+from tests.engines.deepspeed.state import full_weights
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.models import batch
 
@@ -23,10 +26,7 @@ WORLD, SAMPLES, START, MICROS = 2, 8, 2, 2
 NAMES = ("up_proj.weight", "up_proj.bias", "down_proj.weight", "q_proj.weight")
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     **{f"{stage} {mode}": (stage, mode, {}) for stage in range(4) for mode in ("probe", "online")},
-    "3 probe offload": (3, "probe", OFFLOAD),
-    "3 online offload": (3, "online", OFFLOAD),
-    "2 probe offload": (2, "probe", OFFLOAD),
-    "2 online offload": (2, "online", OFFLOAD),
+    **{f"{stage} {mode} offload": (stage, mode, OFFLOAD) for stage in (1, 2, 3) for mode in ("probe", "online")},
 }
 FROZEN = [f"{name} frozen" for name in CASES]
 """The same, with parameters that are frozen when the first sample is taken, in the place of some that are not used."""
@@ -172,3 +172,26 @@ def test_a_loss_scale_that_is_too_high_comes_down_in_the_window(stage: int) -> N
 
 def test_stage_0_measures_all_samples() -> None:
     assert [seen["failed"] for seen in overflows()[0,]] == [None, None]
+
+
+def frozen_at_attach(stage: int) -> tuple[list[str], bool, bool]:
+    """`lm_head` is frozen after the engine was made and before MoLS is attached: groups, and what one step moves."""
+    torch.manual_seed(0)
+    model = PlainLM()
+    optimizer = torch.optim.SGD(list(model.parameters()), lr=0.1)
+    engine = engine_of(config(stage, micros=1), model, optimizer, initialize=deepspeed.initialize)
+    model.lm_head.weight.requires_grad_(False)
+    mols_ds.attach(engine, {"fixed_alphas": {"qk": 0.5}, "start": 0, "ramp_end": 0})
+    before = full_weights(engine)
+    iterate(engine, 0, 1)
+    after, groups = full_weights(engine), list(engine.mols.controller.groups)
+    engine.destroy()
+    moved = [not torch.equal(before[name], after[name]) for name in ("lm_head.weight", "q_proj.weight")]
+    return groups, moved[0], moved[1]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_weights_frozen_before_attach_are_left_out(stage: int) -> None:
+    """A KeyError at stages 1 to 3, whose shards hold them."""
+    for groups, head, qk in run_cases(frozen_at_attach, WORLD, [(stage,)], timeout=60)[stage,]:
+        assert "head" not in groups and not head and qk

@@ -1,0 +1,46 @@
+"""A weight that was frozen after the optimizer was made and before MoLS was attached is neither measured nor scaled."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from megatron_patches.cpu.emulation import cpu_megatron
+from tests.engines.megatron.building import Setup, attach, build, optimizer, start, step
+from tests.engines.megatron.weights import logical_names
+from tests.helpers.harness import Results, run_cases
+
+pytestmark = pytest.mark.distributed
+
+FROZEN = "output_layer.weight"
+KINDS = {
+    "FP32Optimizer": Setup(distributed=False, micro_batches=1),
+    "Float16OptimizerWithFloat16Params": Setup(distributed=False, micro_batches=1, dtype="bfloat16"),
+    "DistributedOptimizer": Setup(micro_batches=1),
+}
+
+
+def frozen_at_attach(kind: str) -> tuple[str, list[str], str]:
+    """Kind of the optimizer, module groups, and the phase after a step."""
+    setup = KINDS[kind]
+    with cpu_megatron():
+        start(setup)
+        built = build(setup)
+        chain, scheduler = optimizer(built, init_lr=1e-3)
+        logical_names(built.chunks[0], setup)[FROZEN].requires_grad_(False)
+        mols = attach(built, chain, scheduler, {"fixed_alphas": {"qk": 0.5}, "start": 0, "ramp_end": 4})
+        step(built, chain, scheduler, 0)
+        return type(chain.chained_optimizers[0]).__name__, list(mols.controller.groups), mols.phase
+
+
+@functools.cache
+def runs() -> Results:
+    return run_cases(frozen_at_attach, 1, [(kind,) for kind in KINDS])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_is_frozen_at_attach_is_left_out(kind: str) -> None:
+    """It was refused as one that no model chunk has."""
+    ((name, groups, phase),) = runs()[kind,]
+    assert name == kind and "head" not in groups and "qk" in groups and phase == "ramping"
