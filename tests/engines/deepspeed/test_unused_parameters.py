@@ -17,6 +17,7 @@ from tests.engines.deepspeed.engines import OFFLOAD, config, engine_of
 from tests.engines.deepspeed.loops import iterate
 from tests.engines.deepspeed.models import PlainLM
 from tests.engines.deepspeed.state import full_weights
+from tests.helpers.digests import caught
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.models import batch
 
@@ -174,8 +175,9 @@ def test_stage_0_measures_all_samples() -> None:
     assert [seen["failed"] for seen in overflows()[0,]] == [None, None]
 
 
-def frozen_at_attach(stage: int) -> tuple[list[str], bool, bool]:
-    """`lm_head` is frozen after the engine was made and before MoLS is attached: groups, and what one step moves."""
+def frozen_at_attach(stage: int) -> tuple[list[str], bool, bool, list[str]]:
+    """`lm_head` is frozen after the engine was made and before MoLS is attached: groups, what one step moves, and what
+    is said when it trains again."""
     torch.manual_seed(0)
     model = PlainLM()
     optimizer = torch.optim.SGD(list(model.parameters()), lr=0.1)
@@ -185,13 +187,19 @@ def frozen_at_attach(stage: int) -> tuple[list[str], bool, bool]:
     before = full_weights(engine)
     iterate(engine, 0, 1)
     after, groups = full_weights(engine), list(engine.mols.controller.groups)
+    model.lm_head.weight.requires_grad_(True)
+    with caught() as said:
+        iterate(engine, 1, 1)
+        iterate(engine, 2, 1)
     engine.destroy()
     moved = [not torch.equal(before[name], after[name]) for name in ("lm_head.weight", "q_proj.weight")]
-    return groups, moved[0], moved[1]
+    return groups, moved[0], moved[1], said
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_weights_frozen_before_attach_are_left_out(stage: int) -> None:
-    """A KeyError at stages 1 to 3, whose shards hold them."""
-    for groups, head, qk in run_cases(frozen_at_attach, WORLD, [(stage,)], timeout=60)[stage,]:
+    """A KeyError at stages 1 to 3, whose shards hold them; and they train at the base rate when they are unfrozen."""
+    for groups, head, qk, said in run_cases(frozen_at_attach, WORLD, [(stage,)], timeout=60)[stage,]:
         assert "head" not in groups and not head and qk
+        (line,) = said
+        assert line.startswith("1 weights train that were frozen") and "lm_head.weight" in line

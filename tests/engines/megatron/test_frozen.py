@@ -9,6 +9,7 @@ import pytest
 from megatron_patches.cpu.emulation import cpu_megatron
 from tests.engines.megatron.building import Setup, attach, build, optimizer, start, step
 from tests.engines.megatron.weights import logical_names
+from tests.helpers.digests import caught
 from tests.helpers.harness import Results, run_cases
 
 pytestmark = pytest.mark.distributed
@@ -21,17 +22,22 @@ KINDS = {
 }
 
 
-def frozen_at_attach(kind: str) -> tuple[str, list[str], str]:
-    """Kind of the optimizer, module groups, and the phase after a step."""
+def frozen_at_attach(kind: str) -> tuple[str, list[str], list[str], list[str]]:
+    """Kind of the optimizer, module groups, what is said in a step, and after the weight was unfrozen."""
     setup = KINDS[kind]
     with cpu_megatron():
         start(setup)
         built = build(setup)
         chain, scheduler = optimizer(built, init_lr=1e-3)
-        logical_names(built.chunks[0], setup)[FROZEN].requires_grad_(False)
+        weight = logical_names(built.chunks[0], setup)[FROZEN].requires_grad_(False)
         mols = attach(built, chain, scheduler, {"fixed_alphas": {"qk": 0.5}, "start": 0, "ramp_end": 4})
-        step(built, chain, scheduler, 0)
-        return type(chain.chained_optimizers[0]).__name__, list(mols.controller.groups), mols.phase
+        with caught() as frozen:
+            step(built, chain, scheduler, 0)
+        weight.requires_grad_(True)
+        with caught() as trained:
+            step(built, chain, scheduler, 1)
+            step(built, chain, scheduler, 2)
+        return type(chain.chained_optimizers[0]).__name__, list(mols.controller.groups), frozen, trained
 
 
 @functools.cache
@@ -41,6 +47,8 @@ def runs() -> Results:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_that_is_frozen_at_attach_is_left_out(kind: str) -> None:
-    """It was refused as one that no model chunk has."""
-    ((name, groups, phase),) = runs()[kind,]
-    assert name == kind and "head" not in groups and "qk" in groups and phase == "ramping"
+    """It was refused as one that no model chunk has. When it trains again, that is said."""
+    ((name, groups, frozen, trained),) = runs()[kind,]
+    assert name == kind and "head" not in groups and "qk" in groups and not frozen
+    (line,) = trained
+    assert line.startswith("1 weights train that were frozen") and FROZEN in line
