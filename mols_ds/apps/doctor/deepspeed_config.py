@@ -247,6 +247,8 @@ def _engine(findings: Findings, resolved: JsonMapping, section: MolsConfig) -> N
 
 
 def _stand_in(resolved: JsonMapping) -> SimpleNamespace:
+    from torch import nn
+
     zero = resolved.get("zero_optimization") or {}
     offload = zero.get("offload_optimizer") or {}
     stage = int(zero.get("stage") or 0)
@@ -257,6 +259,7 @@ def _stand_in(resolved: JsonMapping) -> SimpleNamespace:
     half = str((resolved.get("torch_autocast") or {}).get("dtype", "")).endswith("float16")
     return SimpleNamespace(
         optimizer=outer if stage else inner,
+        module=nn.Module(),
         config=dict(resolved),
         has_moe_layers=False,
         zenflow="zenflow" in zero,
