@@ -192,7 +192,7 @@ class Accumulators:
 
     @torch.no_grad()
     def _rescale(self, begin: int, end: int, exponent: int) -> None:
-        """Scale elements whose first gradient that is not zero was this sample's. Their M2 may be lost: make it anew.
+        """Scale elements whose first non-zero gradient was this sample's. Recompute their M2, which may be lost.
 
         The k-th sample is g, the others are 0: mean = g / k and M2 = g^2 (k - 1) / k = mean^2 k (k - 1).
         """

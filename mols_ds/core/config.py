@@ -127,7 +127,8 @@ class MolsConfig(Documented):
     total_steps: Count | None = None
     """Optimizer steps of the run. Needed for a share where no scheduler tells the length."""
     report_dir: Name = "mols_report"
-    """Where rank 0 writes `mols_report.json` and `mols_report.png`."""
+    """Where rank 0 writes `mols_report.json` and `mols_report.png`. A second engine of the process with the same folder
+    writes to `REPORT_DIR-2`, with a warning."""
 
     @model_validator(mode="before")
     @classmethod
