@@ -124,6 +124,16 @@ def test_pages_that_the_code_names_exist() -> None:
     assert {name for name in named if not (ROOT / name).is_file()} == set()
 
 
+def test_tests_that_the_pages_name_exist() -> None:
+    folders = {"deepspeed": "tests/engines/deepspeed", "megatron": "tests/engines/megatron"}
+    found = {named for page in PAGES for named in re.findall(r"`([\w/]+\.py)::(\w+)`", text_of(page))}
+    assert len(found) > 50
+    for file, name in found:
+        first, _, rest = file.partition("/")
+        path = ROOT / (file if first == "tests" else f"{folders.get(first, f'tests/{first}')}/{rest}")
+        assert path.is_file() and f"def {name}(" in path.read_text("utf-8"), f"{file}::{name}"
+
+
 # ---------------------------------------------------------------------- complete
 
 
