@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
-from pathlib import Path
+import os
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import deepspeed
@@ -13,14 +14,20 @@ import torch
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
+from mols_ds.core.log import say
 from mols_ds.engines.deepspeed.bind_optimizer import bind_optimizer
-from mols_ds.engines.deepspeed.compat import Config, Engine, read_config
+from mols_ds.engines.deepspeed.compat import INITIALIZE, Config, Engine, read_config
 from mols_ds.engines.deepspeed.engine import EngineMols
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
 from mols_ds.optim.build import Request, build, split_config
 
 Initialized = tuple[Any, Any, Any, Any]
 """What `deepspeed.initialize` returns: engine, optimizer, data loader, scheduler."""
+Initialize = Callable[..., Initialized]
+STOCK: Initialize = deepspeed.initialize
+"""DeepSpeed's own, as it was when `mols_ds.initialize` was first used. `deepspeed.initialize` may be ours later."""
+_under_way: ContextVar[bool] = ContextVar("mols_initialize_under_way", default=False)
+"""Whether a `deepspeed.initialize` of ours is being carried out: another one of ours below it hands through."""
 
 
 def attach(engine: Engine, config: Mapping[str, object] | MolsConfig) -> Handle:
@@ -56,12 +63,53 @@ def initialize(*args: Any, **kwargs: Any) -> Initialized:
         MolsConfigError, MolsUnsupportedError: as `attach` and `mols_ds.optim.build.split_config`; a wrong section is
             refused before the engine is built.
     """
-    arguments = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
-    config = _find_config(arguments)
-    section = None if config is None or config.get("mols") is None else MolsConfig.parse(config["mols"])
+    return initialize_over(STOCK, args, kwargs)
+
+
+def initialize_over(
+    below: Initialize,
+    args: tuple[Any, ...],
+    kwargs: Config,
+    *,
+    section: Mapping[str, object] | MolsConfig | None = None,
+    patched: bool = False,
+) -> Initialized:
+    """What `initialize` does, over any function with the arguments of `deepspeed.initialize`.
+
+    Args:
+        below: builds the engine: DeepSpeed's function, or somebody's replacement of it.
+        args, kwargs: what the caller gave.
+        section: a "mols" section in the place of the config's.
+        patched: the caller asked for `deepspeed.initialize`. Without a section, and for an engine that trains nothing
+            (a reference model), it gets what `below` gives and nothing else.
+    """
+    if _under_way.get():
+        return below(*args, **kwargs)
+    token = _under_way.set(True)
+    try:
+        return _initialize(below, args, kwargs, section, patched)
+    finally:
+        _under_way.reset(token)
+
+
+def _initialize(
+    below: Initialize,
+    args: tuple[Any, ...],
+    kwargs: Config,
+    given: Mapping[str, object] | MolsConfig | None,
+    patched: bool,
+) -> Initialized:
+    arguments = _arguments(below, args, kwargs)
+    config = _find_config(arguments, strict=not patched)
+    found = given if given is not None or config is None else config.get("mols")
+    if patched and found is None:
+        return below(*args, **kwargs)
+    section = None if found is None else MolsConfig.parse(found)
+    if patched and _trains_nothing(arguments, config):
+        say('MoLS: the "mols" section is left out for an engine without an optimizer, which trains nothing')
+        return below(*args, **kwargs)
     request = None if config is None else split_config(config)
-    results: Initialized
-    results = deepspeed.initialize(*args, **kwargs) if request is None else _initialize_ours(arguments, request)
+    results = below(*args, **kwargs) if request is None else _initialize_ours(below, arguments, request)
     bind_optimizer(results[0])
     if section is None or not section.enabled:
         results[0].mols = Handle()
@@ -70,22 +118,45 @@ def initialize(*args: Any, **kwargs: Any) -> Initialized:
     return results
 
 
-def _find_config(arguments: Config) -> Config | None:
-    """The config that these arguments name, read by DeepSpeed's own loader; None where there is none."""
+def _arguments(below: Initialize, args: tuple[Any, ...], kwargs: Config) -> Config:
+    """The arguments by name; a replacement that takes `*args, **kwargs` has those of DeepSpeed's function."""
+    signature = inspect.signature(below)
+    if "config" not in signature.parameters:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = inspect.Signature([inspect.Parameter(name, kind, default=None) for name in INITIALIZE])
+    return signature.bind(*args, **kwargs).arguments
+
+
+def _trains_nothing(arguments: Config, config: Config | None) -> bool:
+    return arguments.get("optimizer") is None and "optimizer" not in (config or {})
+
+
+def _find_config(arguments: Config, strict: bool) -> Config | None:
+    """The config that these arguments name, read by DeepSpeed's own loader; None where there is none.
+
+    Raises:
+        MolsConfigError: with `strict`, a file or text that cannot be read. Otherwise DeepSpeed refuses it.
+    """
     config = arguments.get("config") or arguments.get("config_params")
     if config is None:
         launched = arguments.get("args")
         config = getattr(launched, "deepspeed_config", None) or getattr(launched, "deepscale_config", None)
     if config is None:
         return None
-    if not isinstance(config, Mapping):
-        if not Path(config).is_file() and str(config).endswith(".json"):
+    if isinstance(config, Mapping):
+        return config
+    try:
+        # not Path.is_file: a base64 text is too long for the name of a file
+        if str(config).endswith(".json") and not os.path.isfile(config):
             raise MolsConfigError(f"DeepSpeed config {config}: no such file")
-        config = read_config(config)
-    return config
+        return read_config(config)
+    except (ValueError, OSError):
+        if strict:
+            raise
+        return None
 
 
-def _initialize_ours(arguments: Config, request: Request) -> Initialized:
+def _initialize_ours(below: Initialize, arguments: Config, request: Request) -> Initialized:
     """`deepspeed.initialize` with the optimizer of `request` as the client's, told which shards it steps."""
     if arguments.get("optimizer") is not None:
         raise MolsConfigError(
@@ -103,9 +174,7 @@ def _initialize_ours(arguments: Config, request: Request) -> Initialized:
             setattr(launched, name, None)
     stock = {k: v for k, v in arguments.items() if k not in ("config_params", "model_parameters")}
     options = [set(group) for group in optimizer.param_groups]
-    results: Initialized = deepspeed.initialize(
-        **{**stock, "args": launched, "optimizer": optimizer, "config": request.config}
-    )
+    results = below(**{**stock, "args": launched, "optimizer": optimizer, "config": request.config})
     _forget_empty_step(results[0], optimizer, options)
     return results
 
