@@ -31,6 +31,14 @@ from mols_ds.core.state_check import STATE_VERSION, check_saved
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 
 
+def window_of_own_loop(samples: int) -> str:
+    """What mode "probe" means for a loop whose count of updates and schedule the engine keeps."""
+    return (
+        f"the next {samples} steps of the training loop measure gradients and do not update; the count of updates and "
+        f"the schedule stand still (a loop that counts its own iterations trains {samples} updates fewer)"
+    )
+
+
 @dataclass
 class Context:
     """What the engine adapter knows and the controller needs.
@@ -43,6 +51,7 @@ class Context:
         versions: package versions for the report.
         log: prints one message once per job.
         publish: shows and writes a new report; called on rank 0 alone. None: nobody wants it.
+        announce: number of samples -> what a window of mode "probe" that begins now means for the training loop.
     """
 
     reduce: Callable[[Tensor], Tensor]
@@ -52,6 +61,7 @@ class Context:
     versions: dict[str, str]
     log: Callable[[str], None] = print
     publish: Callable[[Report], None] | None = None
+    announce: Callable[[int], str] = window_of_own_loop
 
 
 class Controller:
@@ -152,11 +162,7 @@ class Controller:
         if late:
             self.warn(f"step {t} is past mols.start (step {self.state.schedule.start}): the calibration begins now")
         if self.config.mode == "probe":
-            self.log(
-                f"MoLS: the next {self.state.window} steps of the training loop measure gradients and do not update; "
-                "the count of updates and the schedule stand still (a loop that counts its own iterations trains "
-                f"{self.state.window} updates fewer)"
-            )
+            self.log(f"MoLS: {self.context.announce(self.state.window)}")
 
     def _fix(self, t: int, fixed: Mapping[str, float]) -> None:
         """Set the alphas that the config gives, before step t; the ramp begins at the multipliers of now."""

@@ -17,7 +17,7 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.log import say
 from mols_ds.engines.deepspeed.bind_optimizer import bind_optimizer
 from mols_ds.engines.deepspeed.compat import INITIALIZE, Config, Engine, read_config
-from mols_ds.engines.deepspeed.engine import EngineMols
+from mols_ds.engines.deepspeed.engine import EngineMols, Loop
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
 from mols_ds.optim.build import Request, build, split_config
 
@@ -44,12 +44,28 @@ def attach(engine: Engine, config: Mapping[str, object] | MolsConfig) -> Handle:
         MolsConfigError: the section, a rule or a group name is wrong.
         MolsUnsupportedError: the engine, its optimizer or a setting of it cannot be supported; named, with the way out.
     """
-    section = MolsConfig.parse(config)
+    return attach_to(engine, MolsConfig.parse(config))
+
+
+def attach_to(engine: Engine, section: MolsConfig, loop: Loop = "own") -> Handle:
+    """`attach`, for the integrations, which know the loop."""
+    _check_is_engine(engine)
     if isinstance(getattr(engine, "mols", None), EngineMols):
         raise MolsError("this engine has MoLS already; call engine.mols.detach() first")
-    bind_optimizer(engine)
-    engine.mols = EngineMols(engine, section) if section.enabled else Handle()
+    bind_optimizer(engine, section.rules)
+    engine.mols = EngineMols(engine, section, loop) if section.enabled else Handle()
     return engine.mols  # type: ignore[no-any-return]
+
+
+def _check_is_engine(engine: object) -> None:
+    """Refuse what a callback or a user may take for the engine: a model, its DDP wrapper, a Trainer, an optimizer."""
+    if isinstance(engine, deepspeed.DeepSpeedEngine):
+        return
+    raise MolsConfigError(
+        f"mols_ds.attach: {type(engine).__name__} is not a DeepSpeed engine; pass what deepspeed.initialize returned "
+        "first (Trainer: trainer.model_wrapped, Accelerate: the model that prepare() returned, Lightning: "
+        "trainer.strategy.model)"
+    )
 
 
 def initialize(*args: Any, **kwargs: Any) -> Initialized:
@@ -73,6 +89,7 @@ def initialize_over(
     *,
     section: Mapping[str, object] | MolsConfig | None = None,
     patched: bool = False,
+    loop: Loop = "own",
 ) -> Initialized:
     """What `initialize` does, over any function with the arguments of `deepspeed.initialize`.
 
@@ -82,12 +99,13 @@ def initialize_over(
         section: a "mols" section in the place of the config's.
         patched: the caller asked for `deepspeed.initialize`. Without a section, and for an engine that trains nothing
             (a reference model), it gets what `below` gives and nothing else.
+        loop: who will call the engine's step.
     """
     if _under_way.get():
         return below(*args, **kwargs)
     token = _under_way.set(True)
     try:
-        return _initialize(below, args, kwargs, section, patched)
+        return _initialize(below, args, kwargs, section, patched, loop)
     finally:
         _under_way.reset(token)
 
@@ -98,6 +116,7 @@ def _initialize(
     kwargs: Config,
     given: Mapping[str, object] | MolsConfig | None,
     patched: bool,
+    loop: Loop,
 ) -> Initialized:
     arguments = _arguments(below, args, kwargs)
     config = _find_config(arguments, strict=not patched)
@@ -110,11 +129,11 @@ def _initialize(
         return below(*args, **kwargs)
     request = None if config is None else split_config(config)
     results = below(*args, **kwargs) if request is None else _initialize_ours(below, arguments, request)
-    bind_optimizer(results[0])
+    bind_optimizer(results[0], None if section is None else section.rules)
     if section is None or not section.enabled:
         results[0].mols = Handle()
     else:
-        attach(results[0], section)
+        attach_to(results[0], section, loop)
     return results
 
 

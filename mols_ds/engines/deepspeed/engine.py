@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.controller import Context, Controller
+from mols_ds.core.controller import Context, Controller, window_of_own_loop
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
@@ -32,6 +32,10 @@ from mols_ds.errors import MolsConfigError
 from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only
 from mols_ds.report.files import publisher
 
+Loop = Literal["own", "client", "extra"]
+"""Who calls `engine.step()`: the user's own loop; a client's, which asks the optimizer whether the step was skipped
+(`overflow`, read by Accelerate); an integration that feeds the samples of mode "probe" as extra batches."""
+
 
 class EngineMols(Session):
     """MoLS on one engine; `engine.mols`. Made by `attach`.
@@ -44,10 +48,12 @@ class EngineMols(Session):
 
     random: EngineWindow
 
-    def __init__(self, engine: Any, config: MolsConfig) -> None:
+    def __init__(self, engine: Any, config: MolsConfig, loop: Loop = "own") -> None:
         super().__init__(config)
         check_supported(engine, config)
         self.engine = engine
+        self.loop = loop
+        self._boundary = engine.micro_steps - engine.micro_steps % engine.gradient_accumulation_steps()
         self.grid = find_grid(engine)
         self.random = EngineWindow(self.grid)
         self.source = self.shards = find_shards(engine, self.grid)
@@ -120,6 +126,28 @@ class EngineMols(Session):
             versions=versions(self.grid.packages),
             log=say,
             publish=publisher(self.config.report_dir, say),
+            announce=self._announce,
+        )
+
+    def _announce(self, samples: int) -> str:
+        """What a probe window means for this loop; the schedule stands still only where the engine steps it, or where
+        the loop asks whether the step was skipped."""
+        if self.loop == "extra":
+            return (
+                f"gradients are measured on {samples} extra batches before the next update; updates, schedule and the "
+                "order of the training data are those of a run without MoLS"
+            )
+        if self.engine.lr_scheduler is not None:
+            return window_of_own_loop(samples)
+        schedule = f"a schedule that the loop steps itself runs on by {samples} steps meanwhile"
+        if self.loop == "client" and hasattr(self.engine.optimizer, "overflow"):
+            schedule = (
+                "a schedule that waits for optimizer_step_was_skipped (Trainer, Accelerate) stands still, another one "
+                f"runs on by {samples} steps meanwhile"
+            )
+        return (
+            f"the next {samples} steps of the training loop measure gradients and do not update; a loop that counts "
+            f"its own iterations trains {samples} updates fewer; {schedule}"
         )
 
     def _groups_of_lr(self, table: GroupTable) -> dict[str, int]:
@@ -161,6 +189,7 @@ class EngineMols(Session):
             return bool(self.engine.was_step_applied())
 
         self.take_step(stock)
+        self._boundary = self.engine.micro_steps + 1  # `engine.step` counts this micro-batch after us
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if self.controller.measuring and self.config.mode != "moments" and module.training:
@@ -171,8 +200,10 @@ class EngineMols(Session):
         return self.shards.lower_scale()
 
     def _after_discard(self) -> None:
-        if self.grid.counts_micro_steps:
-            self.engine.micro_steps -= self.engine.gradient_accumulation_steps()
+        if self.grid.counts_micro_steps:  # Accelerate calls `engine.step` at boundaries alone, other loops each time
+            self.engine.micro_steps = self._boundary - 1
+        if self.loop == "client" and hasattr(self.engine.optimizer, "overflow"):
+            self.engine.optimizer.overflow = True  # until the next step says otherwise
         self.engine.losses = None
 
     def _before_step(self) -> None:

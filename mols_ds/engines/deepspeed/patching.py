@@ -12,6 +12,7 @@ import deepspeed
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.engines.deepspeed.api import Initialize, Initialized, initialize, initialize_over
+from mols_ds.engines.deepspeed.engine import Loop
 
 _below: dict[Initialize, Initialize] = {}
 """Each function that was put in the place of `deepspeed.initialize` -> what was there before."""
@@ -42,7 +43,10 @@ def unpatch() -> None:
 
 @contextlib.contextmanager
 def patched_with(section: Mapping[str, object] | MolsConfig) -> Iterator[None]:
-    """`deepspeed.initialize` is ours inside, with this section in the place of the config's; `patch` or not."""
+    """`deepspeed.initialize` is ours inside, `patch` or not, with this section in the place of the config's.
+
+    For an integration that feeds the samples of mode "probe" as extra batches.
+    """
     token = _section.set(section)
     replaced = deepspeed.initialize
     ours = _put_over(replaced)
@@ -61,7 +65,8 @@ def _put_over(below: Initialize) -> Initialize:
         section = _section.get()
         if not _on and section is None:
             return below(*args, **kwargs)
-        return initialize_over(below, args, kwargs, section=section, patched=True)
+        loop: Loop = "client" if section is None else "extra"
+        return initialize_over(below, args, kwargs, section=section, patched=True, loop=loop)
 
     _below[initialize_patched] = below
     deepspeed.initialize = initialize_patched
