@@ -49,7 +49,7 @@ def attach(engine: Engine, config: Mapping[str, object] | MolsConfig) -> Handle:
 
 def attach_to(engine: Engine, section: MolsConfig, loop: Loop = "own") -> Handle:
     """`attach`, for the integrations, which know the loop."""
-    _check_is_engine(engine)
+    check_is_engine(engine)
     if isinstance(getattr(engine, "mols", None), EngineMols):
         raise MolsError("this engine has MoLS already; call engine.mols.detach() first")
     bind_optimizer(engine, section.rules)
@@ -57,7 +57,7 @@ def attach_to(engine: Engine, section: MolsConfig, loop: Loop = "own") -> Handle
     return engine.mols  # type: ignore[no-any-return]
 
 
-def _check_is_engine(engine: object) -> None:
+def check_is_engine(engine: object) -> None:
     """Refuse what a callback or a user may take for the engine: a model, its DDP wrapper, a Trainer, an optimizer."""
     if isinstance(engine, deepspeed.DeepSpeedEngine):
         return

@@ -185,6 +185,7 @@ class EngineMols(Session):
         """In the place of `engine._take_model_step`: measure, or step with the multipliers of this step."""
 
         def stock() -> bool:
+            self._say_skipped(False)
             self._take_model_step(lr_kwargs)
             return bool(self.engine.was_step_applied())
 
@@ -202,9 +203,13 @@ class EngineMols(Session):
     def _after_discard(self) -> None:
         if self.grid.counts_micro_steps:  # Accelerate calls `engine.step` at boundaries alone, other loops each time
             self.engine.micro_steps = self._boundary - 1
-        if self.loop == "client" and hasattr(self.engine.optimizer, "overflow"):
-            self.engine.optimizer.overflow = True  # until the next step says otherwise
+        self._say_skipped(True)
         self.engine.losses = None
+
+    def _say_skipped(self, skipped: bool) -> None:
+        """What Accelerate reads as `optimizer_step_was_skipped`; DeepSpeed's optimizers set it in their own steps."""
+        if self.loop == "client" and hasattr(self.engine.optimizer, "overflow"):
+            self.engine.optimizer.overflow = skipped
 
     def _before_step(self) -> None:
         """Online samples of stage 0, whose gradients are clipped before the inner step and whose norm is not kept."""
