@@ -11,11 +11,25 @@ LOG = logging.getLogger("mols_ds")
 
 
 def say(message: str) -> None:
-    """Log at INFO; where nobody has configured logging, print, so that the group table and the alphas are seen."""
-    if LOG.hasHandlers() or LOG.level != logging.NOTSET:
+    """Log at INFO where a handler takes it, else print: the group table and the alphas are seen.
+
+    `logging.basicConfig()` leaves the level at WARNING, which would drop them. Who sets a level on the logger "mols_ds"
+    itself has decided.
+    """
+    if LOG.level != logging.NOTSET or (LOG.isEnabledFor(logging.INFO) and _taken()):
         LOG.info(message)
     else:
         print(message, flush=True)
+
+
+def _taken() -> bool:
+    """Whether a handler of this logger, or of those above it, takes INFO."""
+    logger: logging.Logger | None = LOG
+    while logger is not None:
+        if any(handler.level <= logging.INFO for handler in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

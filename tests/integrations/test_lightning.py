@@ -146,11 +146,18 @@ def counts(stage: int) -> dict[str, Any]:
 
 
 def resume(stage: int, mode: str) -> dict[str, Any]:
+    """From each checkpoint: the stock run, one whose alphas are clamped to 1, and one as it is meant.
+
+    Lightning's own resumed runs under DeepSpeed are not bit for bit the uninterrupted ones (2.6.6, without MoLS), so
+    each is compared with the stock run that was resumed from the same step.
+    """
     more = ONLINE if mode == "online" else {}
-    whole = fit(stage, more, "whole", save=True)
-    steps = range(EPOCH, STEPS, EPOCH)
-    resumed = {step: fit(stage, more, f"from{step}", resume=f"whole/step={step}.ckpt") for step in steps}
-    return {"whole": whole, "resumed": resumed}
+    settings = {"stock": None, "clamped": more | CLAMPED, "mols": more}
+    found = {name: {"whole": fit(stage, mols, name, save=True)} for name, mols in settings.items()}
+    for name, mols in settings.items():
+        for step in range(EPOCH, STEPS, EPOCH):
+            found[name][step] = fit(stage, mols, f"{name}{step}", resume=f"{name}/step={step}.ckpt")
+    return found
 
 
 def patch(stage: int) -> dict[str, Any]:
@@ -233,13 +240,19 @@ RESUMED = [case for case in TABLE if case[1] == "resume"]
 
 @CASES.parametrize(("world", "kind", "stage", "mode"), RESUMED)
 def test_ckpt_path_keeps_the_alphas(world: int, kind: str, stage: int, mode: str) -> None:
-    """Checkpoints at the ends of epochs, where Lightning itself goes on with the same data."""
     for seen in runs(world)[kind, stage, mode]:
-        whole = seen["whole"]
-        assert [whole["rows"][step - 1][-1] for step in seen["resumed"]] == PHASES[mode]
-        for step, resumed in seen["resumed"].items():
-            for key in ("weights", "alphas", "multipliers", "lrs"):
-                assert resumed[key] == whole[key], (step, key)
+        whole = seen["mols"]["whole"]
+        phases = {row[0]: row[-1] for row in whole["rows"]}
+        assert [phases[step] for step in range(EPOCH, STEPS, EPOCH)] == PHASES[mode]
+        for step in range(EPOCH, STEPS, EPOCH):
+            assert seen["clamped"][step]["weights"] == seen["stock"][step]["weights"], step
+            resumed = seen["mols"][step]
+            # After a resume the engine's boundaries are one batch ahead of Lightning's, at which `Watch` looks
+            found = {row[0]: row[-1] for row in resumed["rows"] if row[0] != START}
+            assert found == {t: phases[t] for t in range(step + 1, STEPS + 1) if t != START}
+            if phases[step] in ("ramping", "fixed"):
+                assert resumed["alphas"] == whole["alphas"]
+                assert resumed["multipliers"] == whole["multipliers"]
 
 
 @CASES.reads((1, "patch", 2))

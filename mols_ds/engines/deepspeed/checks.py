@@ -1,4 +1,4 @@
-"""What cannot go with MoLS, refused by name with the way out; and what a scheduler tells about the run's length."""
+"""What cannot go with MoLS, refused by name with the way out."""
 
 from __future__ import annotations
 
@@ -109,21 +109,3 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
             'use "mode": "probe" or "online"',
         ),
     ]
-
-
-def scheduler_hints(scheduler: object) -> tuple[int | None, int | None]:
-    """(total steps, warm-up steps) as far as the learning-rate scheduler tells them.
-
-    Known: DeepSpeed's WarmupDecayLR and WarmupCosineLR, WarmupLR (warm-up only); torch's OneCycleLR and
-    CosineAnnealingLR; transformers' LambdaLR schedules, whose steps are keywords of the lambda.
-    """
-    if scheduler is None:
-        return None, None
-    total = getattr(scheduler, "total_num_steps", None) or getattr(scheduler, "total_steps", None)
-    total = total or getattr(scheduler, "T_max", None)
-    warmup = getattr(scheduler, "warmup_num_steps", None)
-    for function in getattr(scheduler, "lr_lambdas", None) or []:
-        keywords = getattr(function, "keywords", {})
-        total = total or keywords.get("num_training_steps")
-        warmup = warmup if warmup is not None else keywords.get("num_warmup_steps")
-    return (int(total) if total else None), (int(warmup) if warmup is not None else None)

@@ -56,6 +56,7 @@ class Engine(DocumentedEngine, Protocol):
     micro_steps: int
     losses: object
     lr_scheduler: Any
+    loaded_checkpoint_dp_world_size: int | None
     seq_data_parallel_group: Any
     mpu: Any
     mp_world_size: int

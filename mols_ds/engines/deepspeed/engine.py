@@ -1,7 +1,8 @@
 """MoLS on one DeepSpeed engine: the object behind `engine.mols`.
 
 Attaching puts torch step hooks on the inner optimizer (rates, online samples) and patches `_take_model_step`,
-`save_checkpoint` and `load_checkpoint` on the instance. No class and no module is patched; `detach()` undoes it all.
+`save_checkpoint` and `load_checkpoint` on the instance. `detach()` undoes it all. No class is patched, but that loads of
+engines without MoLS are looked at (loads.py).
 A proxy in the place of DeepSpeed's optimizer was seen to train silently wrong, so there is none.
 """
 
@@ -24,9 +25,11 @@ from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.engines.deepspeed.checkpoint import EngineCheckpoints
-from mols_ds.engines.deepspeed.checks import check_supported, scheduler_hints
+from mols_ds.engines.deepspeed.checks import check_supported
+from mols_ds.engines.deepspeed.loads import check_order
 from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.rng_state import EngineWindow
+from mols_ds.engines.deepspeed.scheduler_hints import scheduler_hints
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only
@@ -59,6 +62,7 @@ class EngineMols(Session):
         self.source = self.shards = find_shards(engine, self.grid)
         self._check_options()
         schedule = resolve_schedule(config, *scheduler_hints(engine.lr_scheduler))
+        late = check_order(engine, schedule, config.fixed_alphas is None)
         table = self.grid.table(config, self.shards.param_group)
         self._controller = Controller(config, table, self.shards.accumulated, schedule, self._context())
         self.check_counts()
@@ -66,6 +70,8 @@ class EngineMols(Session):
         self._scale_before = 1.0
         self._install(table)
         self.checkpoints = EngineCheckpoints(self, engine, self.grid, self.random)
+        if late is not None:
+            self.controller.warn(late)
         self.controller.advance(engine.global_steps)
 
     def detach(self) -> None:
