@@ -18,9 +18,9 @@ from accelerate.state import AcceleratorState
 from mols_ds.core.handle import Handle
 from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed.api import attach_to, check_is_engine
-from mols_ds.engines.deepspeed.scheduler_hints import scheduler_hints
 from mols_ds.errors import MolsConfigError
 from mols_ds.integrations.client import fill_section, log_values, one_section
+from mols_ds.optim.scheduler_hints import scheduler_hints
 
 __all__ = ["attach", "log_values"]
 

@@ -1,8 +1,8 @@
 """MoLS on one DeepSpeed engine: the object behind `engine.mols`.
 
 Attaching puts torch step hooks on the inner optimizer (rates, online samples) and patches `_take_model_step`,
-`save_checkpoint` and `load_checkpoint` on the instance. `detach()` undoes it all. No class is patched, but that loads of
-engines without MoLS are looked at (loads.py).
+`save_checkpoint` and `load_checkpoint` on the instance; `detach()` undoes it all. Classes and modules stay as they are,
+but that what other engines load is looked at (loads.py).
 A proxy in the place of DeepSpeed's optimizer was seen to train silently wrong, so there is none.
 """
 
@@ -29,9 +29,9 @@ from mols_ds.engines.deepspeed.checks import check_supported
 from mols_ds.engines.deepspeed.loads import check_order
 from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.rng_state import EngineWindow
-from mols_ds.engines.deepspeed.scheduler_hints import scheduler_hints
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsConfigError
+from mols_ds.optim.scheduler_hints import scheduler_hints
 from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only
 from mols_ds.report.files import publisher
 

@@ -70,7 +70,7 @@ def check_order(engine: Engine, schedule: Schedule, measures: bool) -> str | Non
         )
     if held is None:
         raise MolsCheckpointError(
-            f"this engine loaded a checkpoint of step {t} before MoLS was there to see whether it has MoLS state: {order}"
+            f"this engine loaded a checkpoint of step {t} before MoLS could see whether it has MoLS state: {order}"
         )
     if t == schedule.start:
         return None

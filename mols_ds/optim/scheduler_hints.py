@@ -14,9 +14,9 @@ Hints = tuple[int | None, int | None]
 def scheduler_hints(scheduler: object) -> Hints:
     """(total steps, warm-up steps) as far as the scheduler tells them.
 
-    Known: DeepSpeed's WarmupDecayLR and WarmupCosineLR, WarmupLR (warm-up only); torch's OneCycleLR, CosineAnnealingLR,
-    PolynomialLR, LinearLR (a warm-up where it rises), SequentialLR and ChainedScheduler of these; transformers' LambdaLR
-    schedules, whose steps are keywords of the lambda: `warmup_stable_decay` has three of them.
+    Known: DeepSpeed's WarmupDecayLR and WarmupCosineLR, WarmupLR (warm-up only); torch's OneCycleLR, PolynomialLR,
+    CosineAnnealingLR, LinearLR (a warm-up where it rises), SequentialLR and ChainedScheduler of these; transformers'
+    LambdaLR schedules, whose steps are keywords of the lambda: `warmup_stable_decay` has three of them.
     """
     if scheduler is None:
         return None, None
