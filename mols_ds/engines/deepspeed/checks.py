@@ -7,6 +7,7 @@ from mols_ds.engines.deepspeed import compat
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.catalog import class_facts
+from mols_ds.optim.scheduler_hints import scheduler_hints as scheduler_hints
 from mols_ds.optim.traits import has_adam_moments
 
 
