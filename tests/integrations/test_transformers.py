@@ -51,6 +51,8 @@ COUNTS: dict[str, Spec] = {
     "stage 0": Spec(stage=0, micros=2),
     "sft": Spec(trainer="sft", micros=2),
     "sft with LoRA, stage 3": Spec(trainer="sft", stage=3, lora=True),
+    "dpo": Spec(trainer="dpo"),
+    "dpo, stage 3": Spec(trainer="dpo", stage=3, micros=2),
 }
 ONLINE = {"mode": "online", "ramp_end": 11}
 RESUME: dict[str, tuple[Spec, dict[int, str]]] = {
@@ -60,7 +62,6 @@ RESUME: dict[str, tuple[Spec, dict[int, str]]] = {
     "online 3": (Spec(stage=3, mols=ONLINE), {2: "waiting", 6: "calibrating", 9: "ramping", 12: "fixed"}),
     "sft": (Spec(trainer="sft"), {START: "calibrating", 6: "ramping"}),
 }
-SFT = ("sft", "sft with LoRA, stage 3")
 
 
 def counts(name: str) -> dict[str, Any]:
@@ -141,6 +142,7 @@ IN_ALL = {
     (1, "counts", "sft"),
     (2, "counts", "stage 3, accumulation, epochs, evaluations"),
     (2, "counts", "sft with LoRA, stage 3"),
+    (1, "counts", "dpo, stage 3"),
     (1, "resume", "probe 2"),
     (1, "resume", "online 3"),
     (2, "resume", "probe 3"),
@@ -162,7 +164,7 @@ def runs(world: int) -> Results:
 
 
 def results(world: int, kind: str, name: str = "") -> list[Any]:
-    if name.startswith("sft"):
+    if name.startswith(("sft", "dpo")):
         missing = [library for library in ("trl", "peft") if importlib.util.find_spec(library) is None]
         if missing:
             pytest.skip(f"{', '.join(missing)} is not installed")

@@ -39,7 +39,7 @@ class Spec:
 
     Attributes:
         how: "stock", "callback" or "patch".
-        trainer: "trainer" or "sft".
+        trainer: "trainer", "sft" or "dpo".
         mols: keys of the "mols" section beside SECTION; None: no section.
         argument: the section is an argument of the callback, not in the config.
         arguments: of TrainingArguments.
@@ -135,8 +135,8 @@ def make(spec: Spec, watch: Watch, callback: MolsCallback | None) -> Any:
     }
     arguments = {**defaults, **spec.arguments, "output_dir": spec.out, "deepspeed": ds_config(spec)}
     callbacks = [watch] if callback is None else [watch, callback]
-    if spec.trainer == "sft":
-        return _sft(spec, arguments, callbacks)
+    if spec.trainer != "trainer":
+        return _trl(spec, arguments, callbacks)
     args = TrainingArguments(**arguments)
     set_seed(7)
     train, held_out = Examples(), Examples()
@@ -145,27 +145,33 @@ def make(spec: Spec, watch: Watch, callback: MolsCallback | None) -> Any:
     )
 
 
-def _sft(spec: Spec, arguments: dict[str, Any], callbacks: list[Any]) -> Any:
+def _trl(spec: Spec, arguments: dict[str, Any], callbacks: list[Any]) -> Any:
     from datasets import Dataset
     from peft import LoraConfig
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     words = ["[UNK]", "[PAD]", "</s>", *(f"w{i}" for i in range(125))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="</s>")
-    rows = [{"text": " ".join(words[3 + int(token) // 2] for token in row)} for row in Examples().rows]
+    texts = [" ".join(words[3 + int(token) // 2] for token in row) for row in Examples().rows]
+    shared = {"processing_class": fast, "callbacks": callbacks}
+    if spec.trainer == "dpo":
+        rows = [{"prompt": text[:8], "chosen": text[8:], "rejected": text[8:][::-1]} for text in texts]
+        preferences = DPOConfig(**arguments, max_length=24, gradient_checkpointing=False)
+        set_seed(7)
+        net, reference = model(), model()
+        return DPOTrainer(net, reference, args=preferences, train_dataset=Dataset.from_list(rows), **shared)
     args = SFTConfig(**arguments, max_length=16, gradient_checkpointing=False)
     set_seed(7)
     return SFTTrainer(
         model=model(),
         args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=fast,
+        train_dataset=Dataset.from_list([{"text": text} for text in texts]),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if spec.lora else None,
-        callbacks=callbacks,
+        **shared,
     )
 
 
