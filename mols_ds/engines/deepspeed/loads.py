@@ -7,6 +7,7 @@ DeepSpeed keeps nothing of a checkpoint but what it restores, so its `load_check
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,7 +33,8 @@ def watch_loads() -> None:
     @functools.wraps(stock)
     def load_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
         path, state = stock(engine, *args, **kwargs)
-        _held[engine] = isinstance(state, Mapping) and KEY in state
+        asked = inspect.signature(stock).bind(engine, *args, **kwargs).arguments
+        _held[engine] = isinstance(state, Mapping) and KEY in state and not asked.get("load_module_only")
         return path, state
 
     load_checkpoint.looked_at_by_mols = True  # type: ignore[attr-defined]
@@ -66,11 +68,11 @@ def check_order(engine: Engine, schedule: Schedule, measures: bool) -> str | Non
     held = _held.get(engine, None if engine.loaded_checkpoint_dp_world_size is not None else False)
     if held:
         raise MolsCheckpointError(
-            f"this engine loaded a checkpoint of step {t} with MoLS state, and MoLS was not there to take it: {order}"
+            f"this engine loaded a checkpoint with MoLS state, and MoLS was not there to take it: {order}"
         )
     if held is None:
         raise MolsCheckpointError(
-            f"this engine loaded a checkpoint of step {t} before MoLS could see whether it has MoLS state: {order}"
+            f"this engine loaded a checkpoint before MoLS could see whether it has MoLS state: {order}"
         )
     if t == schedule.start:
         return None

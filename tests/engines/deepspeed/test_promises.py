@@ -85,7 +85,12 @@ def order() -> dict[str, str]:
     note("ours", loaded("ours"))
     note("ours, start later", loaded("ours"), {**SECTION, "start": 50, "ramp_end": 60})
     note("ours, given alphas", loaded("ours"), {**SECTION, "fixed_alphas": {"qk": 0.5}})
-    note("ours, weights alone", loaded("ours", load_module_only=True))
+    weights = loaded("ours", load_module_only=True)
+    note("ours, weights alone", weights)
+    weights.mols.detach()
+    for step in range(3):
+        iterate(weights, step, 1)
+    note("weights alone, later", weights)
     note("stock", loaded("stock"))
     note("nobody looked", loaded("stock", watched=False))
     taken = engine_of(config(2, SECTION, micros=1))
@@ -144,11 +149,12 @@ def test_attach_comes_before_the_load() -> None:
     assert seen["in time"] == "waiting"
     assert "MoLS is attached at step 3, past mols.start (step 2). In a resumed run, attach MoLS before" in seen["late"]
     assert seen["stock"].startswith("calibrating | MoLS is attached at step 3")
-    assert seen["ours"].startswith("MolsCheckpointError: this engine loaded a checkpoint of step 3 with MoLS state")
+    assert seen["ours"].startswith("MolsCheckpointError: this engine loaded a checkpoint with MoLS state")
     assert "before MoLS could see whether it has MoLS state" in seen["nobody looked"]
     assert all(advice in seen[name] for name in ("ours", "nobody looked", "stock"))
     assert seen["ours, start later"] == seen["ours, weights alone"] == "waiting"
     assert seen["ours, given alphas"].startswith(("ramping", "fixed"))
+    assert seen["weights alone, later"].startswith("calibrating | MoLS is attached at step 3")
     assert seen["taken, detached"].startswith("calibrating | MoLS is attached at step 3")
 
 
