@@ -22,6 +22,8 @@ TRAIN = [
 FINETUNE = ["peft>=0.14"]
 REPORT = ["matplotlib>=3.8", "rich>=13.0"]
 MEGATRON = ["megatron-core>=0.16", "filelock>=3.13"]
+# The training loops of docs/clients.md, which are tested with their real classes
+CLIENTS = ["accelerate>=1.15", "trl>=1.16", "lightning>=2.6"]
 # What docs/optimizers.md takes from other projects.
 OPTIMIZERS = ["pytorch-optimizer>=4.0", "bitsandbytes>=0.45"]
 DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=1.0", "ruff>=0.6"]  # ruff formats the signatures
@@ -50,7 +52,7 @@ setup(
         "optimizers": OPTIMIZERS,
         "report": REPORT,
         "docs": DOCS,
-        "dev": [*TEST_TOOLS, *TRAIN, *REPORT, *MEGATRON, *OPTIMIZERS, "peft>=0.14"],
+        "dev": [*TEST_TOOLS, *TRAIN, *REPORT, *MEGATRON, *OPTIMIZERS, *CLIENTS, "peft>=0.14"],
     },
     # No script named `deepspeed` is installed: it would overwrite DeepSpeed's own. The shim is launch/deepspeed.
     entry_points={"console_scripts": ["mols-ds = mols_ds.cli:main"]},

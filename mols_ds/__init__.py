@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mols_ds.core.config import MolsConfig
     from mols_ds.core.groups import ElementLayout, GroupTable, group_table
     from mols_ds.engines.deepspeed.api import attach, initialize
+    from mols_ds.engines.deepspeed.patching import patch, unpatch
 
 __version__ = "0.4.0"
 __all__ = [
@@ -31,12 +32,15 @@ __all__ = [
     "attach",
     "group_table",
     "initialize",
+    "patch",
+    "unpatch",
 ]
 
 _PLACES = {
     "MolsConfig": "core.config",
     **dict.fromkeys(("ElementLayout", "GroupTable", "group_table"), "core.groups"),
     **dict.fromkeys(("attach", "initialize"), "engines.deepspeed.api"),
+    **dict.fromkeys(("patch", "unpatch"), "engines.deepspeed.patching"),
 }
 
 

@@ -134,11 +134,7 @@ class Controller:
         if late:
             self.warn(f"step {t} is past mols.start (step {self.state.schedule.start}): the calibration begins now")
         if self.config.mode == "probe":
-            self.log(
-                f"MoLS: the next {self.state.window} steps of the training loop measure gradients and do not update; "
-                "the count of updates and the schedule stand still (a loop that counts its own iterations trains "
-                f"{self.state.window} updates fewer)"
-            )
+            self.log(f"MoLS: {self.context.announce(self.state.window)}")
 
     def _fix(self, t: int, fixed: Mapping[str, float]) -> None:
         """Set the alphas that the config gives, before step t; the ramp begins at the multipliers of now."""

@@ -17,11 +17,12 @@ LOG = logging.getLogger("mols_ds")
 
 
 def say(message: str) -> None:
-    """Log at INFO; where nobody has configured logging, print, so that the group table and the alphas are seen.
+    """Log at INFO where a handler takes it, else print: the group table and the alphas are seen.
 
-    Never raises, like `tell`.
+    `logging.basicConfig()` leaves the level at WARNING, which would drop them. Who sets a level on the logger "mols_ds"
+    itself has decided. Never raises, like `tell`.
     """
-    if LOG.hasHandlers() or LOG.level != logging.NOTSET:
+    if LOG.level != logging.NOTSET or (LOG.isEnabledFor(logging.INFO) and _taken()):
         with contextlib.suppress(Exception):  # a handler of the user's
             LOG.info("%s", printable_lines(message))
     else:
@@ -77,6 +78,16 @@ def warn_here(message: str, stacklevel: int = 1) -> None:
         warnings.warn(message, MolsWarning, stacklevel=stacklevel + 1)
     except Exception:  # the warning itself, or what shows it
         tell(f"MolsWarning: {printable(message)}", sys.stderr)
+
+
+def _taken() -> bool:
+    """Whether a handler of this logger, or of those above it, takes INFO."""
+    logger: logging.Logger | None = LOG
+    while logger is not None:
+        if any(handler.level <= logging.INFO for handler in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

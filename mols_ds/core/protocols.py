@@ -41,6 +41,14 @@ class GradientSource(Protocol):
         ...
 
 
+def window_of_own_loop(samples: int) -> str:
+    """What mode "probe" means for a loop whose count of updates and schedule the engine keeps."""
+    return (
+        f"the next {samples} steps of the training loop measure gradients and do not update; the count of updates and "
+        f"the schedule stand still (a loop that counts its own iterations trains {samples} updates fewer)"
+    )
+
+
 @dataclass
 class Context:
     """What the engine adapter knows and the controller needs.
@@ -53,6 +61,7 @@ class Context:
         versions: package versions for the report.
         log: prints one message once per job.
         publish: shows and writes a new report; called on rank 0 alone. None: nobody wants it.
+        announce: number of samples -> what a window of mode "probe" that begins now means for the training loop.
     """
 
     reduce: Callable[[Tensor], Tensor]
@@ -62,3 +71,4 @@ class Context:
     versions: dict[str, str]
     log: Callable[[str], None] = print
     publish: Callable[[Report], None] | None = None
+    announce: Callable[[int], str] = window_of_own_loop

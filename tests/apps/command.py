@@ -58,7 +58,8 @@ def free_port() -> int:
 def run(*argv: str | Path, cwd: Path, timeout: float = TIME_LIMIT) -> Done:
     """Runs a command with this repository's launch/ and this Python's scripts first on PATH."""
     places = [str(ROOT / "launch"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    environment = {**os.environ, "PATH": os.pathsep.join(places), "PYTHONPATH": str(ROOT)}
+    packages = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = {**os.environ, "PATH": os.pathsep.join(places), "PYTHONPATH": packages}
     process = subprocess.Popen(
         [str(arg) for arg in argv],
         cwd=cwd,

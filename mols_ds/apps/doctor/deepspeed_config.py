@@ -136,7 +136,7 @@ def _scheduler(
             "is given to initialize",
         )
         return steps, warmup
-    from mols_ds.engines.deepspeed.checks import scheduler_hints
+    from mols_ds.optim.scheduler_hints import scheduler_hints
 
     lr_schedules = deepspeed_module("deepspeed.runtime.lr_schedules")
     name = str(named["type"])

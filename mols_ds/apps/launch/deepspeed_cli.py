@@ -2,7 +2,8 @@
 
 The launcher's parser takes `--config`, so that every other option means what it always means and a `--config` behind
 the script stays the script's. The file reaches the script as `--deepspeed --deepspeed_config FILE`: as arguments,
-because environment variables do not travel to other nodes.
+because environment variables do not travel to other nodes. Every rank runs the script by run_script.py (beside this
+file), which turns `mols_ds.patch()` on.
 
 SIGTERM and SIGUSR1 go to the ranks, wherever they are, so that they save a checkpoint and exit with 0 and the launcher
 with them; what DeepSpeed's launcher does by itself is in mols_ds/apps/launch/signals.py.
@@ -41,6 +42,7 @@ PROGRAM = "deepspeed"
 CONFIG_OPTIONS = ("--deepspeed_config", "--config")
 ROOT = str(Path(__file__).resolve().parents[3])
 RUNNER = "deepspeed.launcher.runner"
+RUN_SCRIPT = str(Path(__file__).with_name("run_script.py").resolve())
 UNMAPPED = ("OpenMPIRunner", "MVAPICHRunner", "SlurmRunner")
 """Runners of DeepSpeed (launcher/multinode_runner.py) that start the script itself and tell it no master address."""
 
@@ -68,6 +70,15 @@ def script_arguments(user_args: Sequence[str], config: str | None) -> list[str]:
         return list(user_args)
     extra = ["--deepspeed_config", os.path.abspath(config)]
     return [*user_args, *([] if "--deepspeed" in user_args else ["--deepspeed"]), *extra]
+
+
+def _run_patched(parsed: argparse.Namespace) -> None:
+    """Have the ranks run the user's script or module by RUN_SCRIPT. What `--no_python` starts cannot be reached."""
+    if parsed.no_python:
+        print_line(PROGRAM, "--no_python: MoLS is not turned on for the program; a script of it calls mols_ds.patch()")
+        return
+    parsed.user_args = [*(["-m"] if parsed.module else []), parsed.user_script, *parsed.user_args]
+    parsed.user_script, parsed.module = RUN_SCRIPT, False
 
 
 class _Job:
@@ -98,6 +109,7 @@ class _Job:
             if not parsed.module and not parsed.no_python and not os.path.isfile(parsed.user_script):
                 raise MolsConfigError(f"{parsed.user_script}: no such script")
             parsed.user_args = script_arguments(parsed.user_args, parsed.ds_config)
+            _run_patched(parsed)
             self.args = parsed
             return parsed
 

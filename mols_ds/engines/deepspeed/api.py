@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,22 @@ import torch
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.files import read_text
 from mols_ds.core.handle import Handle
+from mols_ds.core.log import say
 from mols_ds.core.plain_data import check_plain
 from mols_ds.engines.deepspeed.bind_optimizer import bind_optimizer
-from mols_ds.engines.deepspeed.compat import Config, Engine, read_config
-from mols_ds.engines.deepspeed.engine import EngineMols
+from mols_ds.engines.deepspeed.compat import INITIALIZE, Config, Engine, read_config
+from mols_ds.engines.deepspeed.engine import EngineMols, Loop
 from mols_ds.engines.deepspeed.off import EngineOff
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
 from mols_ds.optim.build import Request, build, split_config
 
 Initialized = tuple[Any, Any, Any, Any]
 """What `deepspeed.initialize` returns: engine, optimizer, data loader, scheduler."""
+Initialize = Callable[..., Initialized]
+STOCK: Initialize = deepspeed.initialize
+"""DeepSpeed's own, as it was when `mols_ds.initialize` was first used. `deepspeed.initialize` may be ours later."""
+_under_way: ContextVar[bool] = ContextVar("mols_initialize_under_way", default=False)
+"""Whether a `deepspeed.initialize` of ours is being carried out: another one of ours below it hands through."""
 
 
 def attach(engine: Engine, config: Mapping[str, object] | MolsConfig) -> Handle:
@@ -40,14 +47,30 @@ def attach(engine: Engine, config: Mapping[str, object] | MolsConfig) -> Handle:
         MolsConfigError: the section, a rule or a group name is wrong.
         MolsUnsupportedError: the engine, its optimizer or a setting of it cannot be supported; named, with the way out.
     """
-    section = MolsConfig.parse(config)
+    return attach_to(engine, MolsConfig.parse(config))
+
+
+def attach_to(engine: Engine, section: MolsConfig, loop: Loop = "own") -> Handle:
+    """`attach`, for the integrations, which know the loop."""
+    check_is_engine(engine)
     if isinstance(getattr(engine, "mols", None), EngineMols):
         raise MolsError("this engine has MoLS already; call engine.mols.detach() first")
     if isinstance(getattr(engine, "mols", None), EngineOff):
         engine.mols.detach()
-    bind_optimizer(engine)
-    engine.mols = EngineMols(engine, section) if section.enabled else EngineOff(engine)
+    bind_optimizer(engine, section.rules)
+    engine.mols = EngineMols(engine, section, loop) if section.enabled else EngineOff(engine)
     return engine.mols  # type: ignore[no-any-return]
+
+
+def check_is_engine(engine: object) -> None:
+    """Refuse what a callback or a user may take for the engine: a model, its DDP wrapper, a Trainer, an optimizer."""
+    if isinstance(engine, deepspeed.DeepSpeedEngine):
+        return
+    raise MolsConfigError(
+        f"mols_ds.attach: {type(engine).__name__} is not a DeepSpeed engine; pass what deepspeed.initialize returned "
+        "first (Trainer: trainer.model_wrapped, Accelerate: the model that prepare() returned, Lightning: "
+        "trainer.strategy.model)"
+    )
 
 
 def initialize(*args: Any, **kwargs: Any) -> Initialized:
@@ -61,18 +84,79 @@ def initialize(*args: Any, **kwargs: Any) -> Initialized:
         MolsConfigError, MolsUnsupportedError: as `attach` and `mols_ds.optim.build.split_config`; a wrong section is
             refused before the engine is built.
     """
-    arguments = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
-    config = _find_config(arguments)
-    section = None if config is None or config.get("mols") is None else MolsConfig.parse(config["mols"])
+    return initialize_over(STOCK, args, kwargs)
+
+
+def initialize_over(
+    below: Initialize,
+    args: tuple[Any, ...],
+    kwargs: Config,
+    *,
+    section: Mapping[str, object] | MolsConfig | None = None,
+    patched: bool = False,
+    loop: Loop = "own",
+) -> Initialized:
+    """What `initialize` does, over any function with the arguments of `deepspeed.initialize`.
+
+    Args:
+        below: builds the engine: DeepSpeed's function, or somebody's replacement of it.
+        args, kwargs: what the caller gave.
+        section: a "mols" section in the place of the config's.
+        patched: the caller asked for `deepspeed.initialize`. Without a section, and for an engine that trains nothing
+            (a reference model), it gets what `below` gives and nothing else.
+        loop: who will call the engine's step.
+    """
+    if _under_way.get():
+        return below(*args, **kwargs)
+    token = _under_way.set(True)
+    try:
+        return _initialize(below, args, kwargs, section, patched, loop)
+    finally:
+        _under_way.reset(token)
+
+
+def _initialize(
+    below: Initialize,
+    args: tuple[Any, ...],
+    kwargs: Config,
+    given: Mapping[str, object] | MolsConfig | None,
+    patched: bool,
+    loop: Loop,
+) -> Initialized:
+    arguments = _arguments(below, args, kwargs)
+    config = _find_config(arguments, strict=not patched)
+    found = given if given is not None or config is None else config.get("mols")
+    if patched and found is None:
+        return below(*args, **kwargs)
+    section = None if found is None else MolsConfig.parse(found)
+    if patched and _trains_nothing(arguments, config):
+        say('MoLS: the "mols" section is left out for an engine without an optimizer, which trains nothing')
+        return below(*args, **kwargs)
     request = None if config is None else split_config(config)
-    results: Initialized
-    results = deepspeed.initialize(*args, **kwargs) if request is None else _initialize_ours(arguments, request)
-    attach(results[0], section or MolsConfig(enabled=False))
+    results = below(*args, **kwargs) if request is None else _initialize_ours(below, arguments, request)
+    attach_to(results[0], section or MolsConfig(enabled=False), loop)
     return results
 
 
-def _find_config(arguments: Config) -> Config | None:
-    """The config that these arguments name, read by DeepSpeed's own loader; None where there is none."""
+def _arguments(below: Initialize, args: tuple[Any, ...], kwargs: Config) -> Config:
+    """The arguments by name; a replacement that takes `*args, **kwargs` has those of DeepSpeed's function."""
+    signature = inspect.signature(below)
+    if "config" not in signature.parameters:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = inspect.Signature([inspect.Parameter(name, kind, default=None) for name in INITIALIZE])
+    return signature.bind(*args, **kwargs).arguments
+
+
+def _trains_nothing(arguments: Config, config: Config | None) -> bool:
+    return arguments.get("optimizer") is None and "optimizer" not in (config or {})
+
+
+def _find_config(arguments: Config, strict: bool) -> Config | None:
+    """The config that these arguments name, read by DeepSpeed's own loader; None where there is none.
+
+    Raises:
+        MolsConfigError: with `strict`, a file or text that cannot be read. Otherwise DeepSpeed refuses it.
+    """
     config = arguments.get("config") or arguments.get("config_params")
     if config is None:
         launched = arguments.get("args")
@@ -82,7 +166,12 @@ def _find_config(arguments: Config) -> Config | None:
     if isinstance(config, Mapping):
         check_plain(config, "DeepSpeed config")
         return config
-    return _read(config)
+    try:
+        return _read(config)
+    except MolsConfigError:
+        if strict:
+            raise
+        return None
 
 
 def _read(config: Any) -> Config:
@@ -107,7 +196,7 @@ def _read(config: Any) -> Config:
     return content
 
 
-def _initialize_ours(arguments: Config, request: Request) -> Initialized:
+def _initialize_ours(below: Initialize, arguments: Config, request: Request) -> Initialized:
     """`deepspeed.initialize` with the optimizer of `request` as the client's, told which shards it steps."""
     if arguments.get("optimizer") is not None:
         raise MolsConfigError(
@@ -125,9 +214,7 @@ def _initialize_ours(arguments: Config, request: Request) -> Initialized:
             setattr(launched, name, None)
     stock = {k: v for k, v in arguments.items() if k not in ("config_params", "model_parameters")}
     options = [set(group) for group in optimizer.param_groups]
-    results: Initialized = deepspeed.initialize(
-        **{**stock, "args": launched, "optimizer": optimizer, "config": request.config}
-    )
+    results = below(**{**stock, "args": launched, "optimizer": optimizer, "config": request.config})
     _forget_empty_step(results[0], optimizer, options)
     return results
 

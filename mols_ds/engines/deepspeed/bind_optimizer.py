@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -20,8 +20,10 @@ Refusal = tuple[bool, str, str]
 """Whether it applies, what is not supported, the way out."""
 
 
-def bind_optimizer(engine: Engine) -> None:
+def bind_optimizer(engine: Engine, rules: Sequence[tuple[str, str]] | None = None) -> None:
     """Bind the engine's optimizer, if it is a `ShardedOptimizer`; other optimizers and engines are left alone.
+
+    `rules`: the user's group rules; by default those of the engine's config.
 
     Collective: every rank calls it, after `deepspeed.initialize` and before the first step. Again for an engine that is
     bound already, it does nothing.
@@ -42,8 +44,10 @@ def bind_optimizer(engine: Engine) -> None:
         return
     named = {name: parameter for parameter, name in engine.param_names.items() if name in shards.param_group}
     shapes = {name: local_shape(parameter) for name, parameter in named.items()}
-    section = engine.config.get("mols") if isinstance(engine.config, Mapping) else None
-    blocks = inner.model_blocks(engine.module, shapes, (section or {}).get("rules") or ())
+    if rules is None:
+        section = engine.config.get("mols") if isinstance(engine.config, Mapping) else None
+        rules = (section or {}).get("rules") or ()
+    blocks = inner.model_blocks(engine.module, shapes, rules)
     reduce = None if isinstance(shards, Replicated) else _reduction(engine)
     inner.bind(shards.tensors, shards.ranges, shapes, blocks, reduce)
 

@@ -24,6 +24,7 @@ from mols_ds.core.files import write_whole
 from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.engines.deepspeed import universal_checkpoint as universal
 from mols_ds.engines.deepspeed.compat import other_world_error
+from mols_ds.engines.deepspeed.loads import KEY, taken
 from mols_ds.engines.deepspeed.parallel.base import ParallelGrid
 from mols_ds.engines.deepspeed.probe_window import EngineWindow
 from mols_ds.errors import MolsCheckpointError, printable
@@ -31,7 +32,6 @@ from mols_ds.errors import MolsCheckpointError, printable
 if TYPE_CHECKING:
     from mols_ds.core.session import Session
 
-KEY = "mols"
 ID_BITS = 52  # a whole number that float64 holds exactly: the ranks agree on it by a float64 reduction
 
 
@@ -158,6 +158,7 @@ class EngineCheckpoints:
                 path, loaded = self._load(load_dir, tag, *args, **kwargs)
         except other_world_error() as error:  # of every rank: another number of ranks
             raise MolsCheckpointError(f"{error} To resume, {universal.convert(Path(str(place)))}") from error
+        taken(self.engine)
         if path is None:
             return path, loaded
         folder = Path(path) if Path(path).is_dir() else Path(path).parent

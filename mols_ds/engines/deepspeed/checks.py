@@ -1,4 +1,4 @@
-"""What cannot go with MoLS, refused by name with the way out; and what a scheduler tells about the run's length."""
+"""What cannot go with MoLS, refused by name with the way out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim import step_trial
 from mols_ds.optim.catalog import class_facts
+from mols_ds.optim.scheduler_hints import scheduler_hints as scheduler_hints
 from mols_ds.optim.traits import has_adam_moments, has_several_betas, unscaled_refusal
 
 
@@ -138,21 +139,3 @@ def seen_by(engine: Engine) -> list[str]:
         )
         if on
     ]
-
-
-def scheduler_hints(scheduler: object) -> tuple[int | None, int | None]:
-    """(total steps, warm-up steps) as far as the learning-rate scheduler tells them.
-
-    Known: DeepSpeed's WarmupDecayLR and WarmupCosineLR, WarmupLR (warm-up only); torch's OneCycleLR and
-    CosineAnnealingLR; transformers' LambdaLR schedules, whose steps are keywords of the lambda.
-    """
-    if scheduler is None:
-        return None, None
-    total = getattr(scheduler, "total_num_steps", None) or getattr(scheduler, "total_steps", None)
-    total = total or getattr(scheduler, "T_max", None)
-    warmup = getattr(scheduler, "warmup_num_steps", None)
-    for function in getattr(scheduler, "lr_lambdas", None) or []:
-        keywords = getattr(function, "keywords", {})
-        total = total or keywords.get("num_training_steps")
-        warmup = warmup if warmup is not None else keywords.get("num_warmup_steps")
-    return (int(total) if total else None), (int(warmup) if warmup is not None else None)

@@ -25,6 +25,13 @@ Config = Mapping[str, Any]
 """A DeepSpeed config as it was read, or the arguments of `deepspeed.initialize` by name."""
 
 
+INITIALIZE = (
+    *("args", "model", "optimizer", "model_parameters", "training_data", "lr_scheduler", "distributed_port", "mpu"),
+    *("dist_init_required", "collate_fn", "config", "mesh_param", "config_params"),
+)
+"""The arguments of `deepspeed.initialize` in order, for replacements of it that do not name them."""
+
+
 class DocumentedEngine(Protocol):
     """What every client of `deepspeed.initialize` uses of the engine (deepspeed.readthedocs.io), and `mols`."""
 
@@ -49,6 +56,7 @@ class Engine(DocumentedEngine, Protocol):
     micro_steps: int
     losses: object
     lr_scheduler: Any
+    loaded_checkpoint_dp_world_size: int | None
     seq_data_parallel_group: Any
     mpu: Any
     mp_world_size: int

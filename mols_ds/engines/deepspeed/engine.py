@@ -1,7 +1,8 @@
 """MoLS on one DeepSpeed engine: the object behind `engine.mols`.
 
 Attaching puts torch step hooks on the inner optimizer (rates, online samples) and patches `_take_model_step`,
-`save_checkpoint` and `load_checkpoint` on the instance. No class and no module is patched; `detach()` undoes it all.
+`save_checkpoint` and `load_checkpoint` on the instance; `detach()` undoes it all. Classes and modules stay as they are,
+but that what other engines load is looked at (loads.py).
 A proxy in the place of DeepSpeed's optimizer was seen to train silently wrong, so there is none.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -22,19 +23,25 @@ from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.new_weights import NewWeights
 from mols_ds.core.phases import resolve_schedule
-from mols_ds.core.protocols import Context
+from mols_ds.core.protocols import Context, window_of_own_loop
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.rank_checks import check_counts, check_section
 from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.engines.deepspeed.checkpoint import EngineCheckpoints
-from mols_ds.engines.deepspeed.checks import check_supported, scheduler_hints, seen_by
+from mols_ds.engines.deepspeed.checks import check_supported, seen_by
+from mols_ds.engines.deepspeed.loads import check_order
 from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.probe_window import EngineWindow
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsConfigError
+from mols_ds.optim.scheduler_hints import scheduler_hints
 from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only, unscaled_decay
 from mols_ds.report.files import Publisher
+
+Loop = Literal["own", "client", "extra"]
+"""Who calls `engine.step()`: the user's own loop; a client's, which asks the optimizer whether the step was skipped
+(`overflow`, read by Accelerate); an integration that feeds the samples of mode "probe" as extra batches."""
 
 
 class EngineMols(Session):
@@ -48,15 +55,17 @@ class EngineMols(Session):
 
     window: EngineWindow
 
-    def __init__(self, engine: Any, config: MolsConfig) -> None:
+    def __init__(self, engine: Any, config: MolsConfig, loop: Loop = "own") -> None:
         super().__init__(config)
         check_supported(engine, config)
         self.engine = engine
+        self.loop = loop
         self.grid = find_grid(engine)
         self.window = EngineWindow(engine, self.grid)
         self.source = self.shards = find_shards(engine, self.grid)
         self._check_options()
         schedule = resolve_schedule(config, *scheduler_hints(engine.lr_scheduler))
+        late = check_order(engine, schedule, config.fixed_alphas is None)
         table = self.grid.table(config, self.shards.param_group)
         self._controller = Controller(config, table, self.shards.accumulated, schedule, self._context())
         check_section(config, self.reduce)
@@ -68,6 +77,8 @@ class EngineMols(Session):
         seen = seen_by(engine) if config.mode == "probe" and config.fixed_alphas is None else []
         if seen:
             self.controller.warn(f'the batches that "mode": "probe" discards are seen: {"; ".join(seen)}')
+        if late is not None:
+            self.controller.warn(late)
         self.controller.advance(engine.global_steps)
 
     def detach(self) -> None:
@@ -145,6 +156,28 @@ class EngineMols(Session):
             versions=versions(self.grid.packages),
             log=say,
             publish=self._publisher,
+            announce=self._announce,
+        )
+
+    def _announce(self, samples: int) -> str:
+        """What a probe window means for this loop; the schedule stands still only where the engine steps it, or where
+        the loop asks whether the step was skipped."""
+        if self.loop == "extra":
+            return (
+                f"gradients are measured on {samples} extra batches before the next update; updates, schedule and the "
+                "order of the training data are those of a run without MoLS"
+            )
+        if self.engine.lr_scheduler is not None:
+            return window_of_own_loop(samples)
+        schedule = f"a schedule that the loop steps itself runs on by {samples} steps meanwhile"
+        if self.loop == "client" and hasattr(self.engine.optimizer, "overflow"):
+            schedule = (
+                "a schedule that waits for optimizer_step_was_skipped (Trainer, Accelerate) stands still, another one "
+                f"runs on by {samples} steps meanwhile"
+            )
+        return (
+            f"the next {samples} steps of the training loop measure gradients and do not update; a loop that counts "
+            f"its own iterations trains {samples} updates fewer; {schedule}"
         )
 
     def _groups_of_lr(self, table: GroupTable) -> dict[str, int]:
@@ -182,6 +215,7 @@ class EngineMols(Session):
         """In the place of `engine._take_model_step`: measure, or step with the multipliers of this step."""
 
         def stock() -> bool:
+            self._say_skipped(False)
             self._take_model_step(lr_kwargs)
             return bool(self.engine.was_step_applied())
 
@@ -199,7 +233,13 @@ class EngineMols(Session):
         before, self.window.micro_steps = self.window.micro_steps, None
         if before is not None:  # `engine.step` counts one after this, however many micro-batches there were
             self.engine.micro_steps = before - 1 if self.grid.counts_micro_steps else before
+        self._say_skipped(True)
         self.engine.losses = None
+
+    def _say_skipped(self, skipped: bool) -> None:
+        """What Accelerate reads as `optimizer_step_was_skipped`; DeepSpeed's optimizers set it in their own steps."""
+        if self.loop == "client" and hasattr(self.engine.optimizer, "overflow"):
+            self.engine.optimizer.overflow = skipped
 
     def _before_step(self) -> None:
         """Online samples of stage 0, whose gradients are clipped before the inner step and whose norm is not kept."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mols_ds.core.off import OffHandle
-from mols_ds.engines.deepspeed.checkpoint import KEY
 from mols_ds.engines.deepspeed.compat import Engine
+from mols_ds.engines.deepspeed.loads import KEY
 
 
 class EngineOff(OffHandle):

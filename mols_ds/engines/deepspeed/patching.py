@@ -1,0 +1,73 @@
+"""MoLS in the place of `deepspeed.initialize`, for programs that call it themselves: Trainer, Accelerate, Lightning."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import deepspeed
+
+from mols_ds.core.config import MolsConfig
+from mols_ds.engines.deepspeed.api import Initialize, Initialized, initialize, initialize_over
+from mols_ds.engines.deepspeed.engine import Loop
+
+_below: dict[Initialize, Initialize] = {}
+"""Each function that was put in the place of `deepspeed.initialize` -> what was there before."""
+_on = False
+_section: ContextVar[Mapping[str, object] | MolsConfig | None] = ContextVar("mols_section", default=None)
+
+
+def patch() -> None:
+    """From now on `deepspeed.initialize` with a "mols" section in its config is `mols_ds.initialize`.
+
+    Without a section it is bit for bit what it was. It nests: whoever replaced `deepspeed.initialize` before is called,
+    whoever replaces it later may call it. Twice is once. A module that imported the function by its name before
+    (`from deepspeed import initialize`) keeps the stock one.
+    """
+    global _on
+    _on = True
+    if deepspeed.initialize not in _below and deepspeed.initialize is not initialize:
+        _put_over(deepspeed.initialize)
+
+
+def unpatch() -> None:
+    """Undo `patch`, in any order with other replacements: one that lies over ours then reaches what lay below ours."""
+    global _on
+    _on = False
+    while deepspeed.initialize in _below:
+        deepspeed.initialize = _below.pop(deepspeed.initialize)
+
+
+@contextlib.contextmanager
+def patched_with(section: Mapping[str, object] | MolsConfig) -> Iterator[None]:
+    """`deepspeed.initialize` is ours inside, `patch` or not, with this section in the place of the config's.
+
+    For an integration that feeds the samples of mode "probe" as extra batches.
+    """
+    token = _section.set(section)
+    replaced = deepspeed.initialize
+    ours = _put_over(replaced)
+    try:
+        yield
+    finally:
+        _section.reset(token)
+        if deepspeed.initialize is ours:
+            deepspeed.initialize = replaced
+            del _below[ours]
+
+
+def _put_over(below: Initialize) -> Initialize:
+    @functools.wraps(below)
+    def initialize_patched(*args: Any, **kwargs: Any) -> Initialized:
+        section = _section.get()
+        if not _on and section is None:
+            return below(*args, **kwargs)
+        loop: Loop = "client" if section is None else "extra"
+        return initialize_over(below, args, kwargs, section=section, patched=True, loop=loop)
+
+    _below[initialize_patched] = below
+    deepspeed.initialize = initialize_patched
+    return initialize_patched

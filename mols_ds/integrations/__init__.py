@@ -1,0 +1,1 @@
+"""Other people's training loops: transformers and TRL, Accelerate, Lightning. Each imports its library itself."""

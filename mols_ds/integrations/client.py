@@ -1,0 +1,108 @@
+"""What the integrations share: keys for a client's logs, a section with its "auto" values filled, state put back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from mols_ds.core.config import MolsConfig
+from mols_ds.core.handle import Handle
+from mols_ds.errors import MolsConfigError
+
+AUTO = "auto"
+SMALL = 4096  # elements: a tensor of a client's own counters, not of its model
+ROWS = (("alpha", "alpha"), ("snr", "snr"), ("snr_low", "snr_low"), ("snr_high", "snr_high"))
+"""Kinds of keys in the logs -> keys of a group in the report."""
+
+
+def log_values(handle: Handle) -> dict[str, float]:
+    """What a client logs: `mols/KIND/GROUP` -> value.
+
+    Kinds: `multiplier` and `lr` (what the last step applied); after a calibration `alpha`, and `snr`, `snr_low` and
+    `snr_high` of the groups that were measured. Empty where MoLS is off.
+    """
+    found: dict[str, float] = {}
+    for group, multiplier in handle.multipliers.items():
+        found[f"mols/multiplier/{group}"] = multiplier
+    for group, lr in handle.applied_lrs.items():
+        found[f"mols/lr/{group}"] = lr
+    for group, row in handle.report().get("groups", {}).items():
+        values = {kind: row.get(key) for kind, key in ROWS}
+        found |= {f"mols/{kind}/{group}": float(value) for kind, value in values.items() if value is not None}
+    return found
+
+
+def one_section(argument: Mapping[str, Any] | None, config: Mapping[str, Any] | None, who: str) -> dict[str, Any]:
+    """The section, given as an argument or in the DeepSpeed config.
+
+    Raises:
+        MolsConfigError: there is none, or there are two that differ.
+    """
+    inside = None if config is None else config.get("mols")
+    if argument is None and inside is None:
+        raise MolsConfigError(f'{who}: no "mols" section; put one into the DeepSpeed config, or pass {who}(section)')
+    if argument is not None and inside is not None and dict(argument) != inside:
+        raise MolsConfigError(
+            f'{who}: two "mols" sections that differ, the argument and the DeepSpeed config\'s; drop one'
+        )
+    section = inside if argument is None else argument
+    if not isinstance(section, Mapping):
+        raise MolsConfigError(f'"mols": must be an object (a JSON section), got {type(section).__name__}')
+    return dict(section)
+
+
+def fill_section(section: Mapping[str, Any], total_steps: int | None, warmup_steps: int | None = None) -> MolsConfig:
+    """A section with what only the client knows: the number of steps, and the warm-up for `"ramp_end": "auto"`."""
+    filled = dict(section)
+    if filled.get("total_steps") in (None, AUTO):
+        filled["total_steps"] = total_steps
+    if filled.get("ramp_end") == AUTO and warmup_steps is not None:
+        filled["ramp_end"] = warmup_steps
+    return MolsConfig.parse(filled)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """What reading and computing a batch draws is put back: torch's state, the accelerator's, numpy's and Python's."""
+    accelerator = get_accelerator()
+    saved = torch.get_rng_state(), accelerator.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(saved[0])
+        accelerator.set_rng_state(saved[1])
+        np.random.set_state(saved[2])
+        random.setstate(saved[3])
+
+
+@contextlib.contextmanager
+def attributes_kept(owner: object) -> Iterator[None]:
+    """What the code inside assigns to attributes of `owner` is undone, and what it adds to its private containers of
+    numbers (`_metrics` of TRL's trainers): it works on copies of those."""
+    saved = dict(vars(owner))
+    for name, value in saved.items():
+        if name.startswith("_") and isinstance(value, (dict, list, set)) and _is_plain(value):
+            setattr(owner, name, copy.deepcopy(value))
+    try:
+        yield
+    finally:
+        for name in set(vars(owner)) - set(saved):
+            delattr(owner, name)
+        vars(owner).update(saved)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, (list, tuple, set)):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, torch.Tensor):
+        return value.numel() <= SMALL
+    return value is None or isinstance(value, (int, float, str))

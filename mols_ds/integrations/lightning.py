@@ -1,0 +1,161 @@
+"""MoLS in Lightning's Trainer with DeepSpeedStrategy.
+
+    trainer = L.Trainer(strategy=DeepSpeedStrategy(...), callbacks=[MolsCallback(SECTION)])
+    trainer.fit(module, ckpt_path=...)
+
+In mode "probe" the gradients are measured on extra batches before the step at which the calibration is due, so that
+updates, schedule and the order of the training data are those of a run without MoLS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities import CombinedLoader
+
+from mols_ds.core.handle import Handle
+from mols_ds.core.session import Session
+from mols_ds.engines.deepspeed.patching import patched_with
+from mols_ds.errors import MolsError, MolsUnsupportedError
+from mols_ds.integrations.client import fill_section, log_values, one_section, random_state_kept
+
+WHO = "MolsCallback"
+FIRST_EPOCH = 1_000_003  # of the extra batches: another order than that of any epoch that trains
+
+
+class MolsCallback(pl.Callback):  # type: ignore[misc]
+    """MoLS on the engine of Lightning's DeepSpeedStrategy.
+
+    The section's `total_steps` is `trainer.estimated_stepping_batches`, unless it is given. The module's logs get the
+    keys of `mols_ds.integrations.client.log_values`.
+    """
+
+    def __init__(self, section: Mapping[str, Any] | None = None) -> None:
+        """section: a "mols" section; by default that of the strategy's DeepSpeed config."""
+        super().__init__()
+        self.section = section
+        self.mols = Handle()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Have the strategy build its engine by ours; Lightning loads a checkpoint after that."""
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        if not isinstance(strategy, DeepSpeedStrategy):
+            raise MolsUnsupportedError(
+                f"{WHO}: the strategy is {type(strategy).__name__}; use Trainer(strategy=DeepSpeedStrategy(...))"
+            )
+        section = one_section(self.section, strategy.config, WHO)
+        build = strategy._setup_model_and_optimizer
+
+        def build_with_mols(*args: Any, **kwargs: Any) -> Any:
+            steps = trainer.estimated_stepping_batches
+            filled = fill_section(section, int(steps) if steps not in (-1, float("inf")) else None)
+            with patched_with(filled):
+                return build(*args, **kwargs)
+
+        strategy._setup_model_and_optimizer = build_with_mols
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse to train without MoLS."""
+        found = getattr(trainer.strategy.model, "mols", None)
+        if not isinstance(found, Handle):
+            raise MolsError(f"{WHO}: the strategy built its engine in its own way, without MoLS")
+        self.mols = found
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Give the strategy its own method back."""
+        vars(trainer.strategy).pop("_setup_model_and_optimizer", None)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """In mode "probe", when the calibration is due: measure all its samples on extra batches."""
+        mols, engine = self.mols, trainer.strategy.model
+        if not isinstance(mols, Session) or not mols.controller.discards_steps:
+            return
+        if engine.micro_steps % engine.gradient_accumulation_steps():
+            return
+        if not pl_module.automatic_optimization:
+            raise MolsUnsupportedError(
+                f'{WHO}: mode "probe" measures extra batches, which it cannot for a module with manual optimization; '
+                'use "mode": "online"'
+            )
+        with random_state_kept(), _silent(pl_module), _own_order(trainer) as loader:
+            self._measure(trainer, loader, batch_idx)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log what the last step applied, and the calibration."""
+        values = log_values(self.mols)
+        if values:
+            pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+
+    def _measure(self, trainer: Any, loader: CombinedLoader, batch_idx: int) -> None:
+        mols, engine = self.mols, trainer.strategy.model
+        assert isinstance(mols, Session)
+        batches: Iterator[Any] = iter(loader)
+        fresh = True
+        while mols.controller.discards_steps:
+            try:
+                batch, _, loader_idx = next(batches)
+            except StopIteration:
+                if fresh:
+                    raise MolsError(
+                        f'{WHO}: the training data gave no batch to measure; use "mode": "online"'
+                    ) from None
+                batches, fresh = iter(loader), True
+                continue
+            fresh = False
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=loader_idx)
+            batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=loader_idx)
+            kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
+            output = call._call_strategy_hook(trainer, "training_step", *kwargs.values())
+            loss = output["loss"] if isinstance(output, Mapping) else output
+            engine.backward(loss / trainer.accumulate_grad_batches)
+            engine.step()
+
+
+@contextlib.contextmanager
+def _silent(pl_module: Any) -> Iterator[None]:
+    """What `training_step` logs of an extra batch is dropped."""
+    own = vars(pl_module).get("log")
+    pl_module.log = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        if own is None:
+            del pl_module.log
+        else:
+            pl_module.log = own
+
+
+@contextlib.contextmanager
+def _own_order(trainer: Any) -> Iterator[CombinedLoader]:
+    """The training data in an order of its own; samplers and their generators are as they were afterwards."""
+    combined = CombinedLoader(trainer.train_dataloader, trainer.fit_loop._combined_loader._mode)
+    for loader in combined.flattened:
+        if getattr(loader, "persistent_workers", False):
+            raise MolsUnsupportedError(
+                f'{WHO}: mode "probe" reads extra batches from the training loader, which persistent_workers=True does '
+                'not allow: set it to False, or use "mode": "online"'
+            )
+    holders = [*combined.flattened, *(getattr(loader, "sampler", None) for loader in combined.flattened)]
+    found = [getattr(holder, "generator", None) for holder in holders]
+    generators = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
+    samplers: list[Any] = [h for h in holders if hasattr(h, "set_epoch") and hasattr(h, "epoch")]
+    epochs = [sampler.epoch for sampler in samplers]
+    for sampler in samplers:
+        sampler.set_epoch(FIRST_EPOCH + int(trainer.global_step))
+    try:
+        yield combined
+    finally:
+        for generator, state in generators:
+            generator.set_state(state)
+        for sampler, epoch in zip(samplers, epochs, strict=True):
+            sampler.set_epoch(epoch)

@@ -1,0 +1,100 @@
+"""A stock script that the shim starts has MoLS: `mols_ds/apps/launch/run_script.py`, by the real launcher and alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mols_ds.apps.launch.deepspeed_cli import RUN_SCRIPT
+from tests.apps.command import ROOT, SHIM, run
+
+SCRIPT = """
+import argparse, importlib.util, json, os, sys
+assert importlib.util.find_spec("deepspeed")  # as transformers.is_deepspeed_available looks for it
+late = "torch" not in sys.modules and "deepspeed" not in sys.modules
+import helper_beside_the_script
+import deepspeed, torch
+parser = argparse.ArgumentParser()
+parser.add_argument("--local_rank", type=int)
+deepspeed.add_config_arguments(parser)
+args = parser.parse_args()
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v_proj = torch.nn.Linear(8, 8)
+model = Model()
+engine, *_ = deepspeed.initialize(args=args, model=model, model_parameters=model.parameters())
+import __main__
+print("SEEN", json.dumps({
+    "phase": engine.mols.phase if hasattr(engine, "mols") else "stock", "late": late, "argv": sys.argv,
+    "main": __main__.Model is Model, "file": __file__, "rank": args.local_rank}))
+"""
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    "zero_optimization": {"stage": 1},
+    "mols": {"start": 1, "samples": 4, "ramp_end": 8},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A project of the user's: a script, a module beside it and a config."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "script.py").write_text(SCRIPT, "utf-8")
+    (project / "helper_beside_the_script.py").write_text("", "utf-8")
+    (tmp_path / "ds.json").write_text(json.dumps(CONFIG), "utf-8")
+    return tmp_path
+
+
+def seen_in(stdout: str) -> dict[str, Any]:
+    (line,) = [line for line in stdout.splitlines() if "SEEN " in line]
+    seen: dict[str, Any] = json.loads(line.partition("SEEN ")[2])
+    return seen
+
+
+def run_alone(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29499"}
+    environment = {**os.environ, **alone, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, RUN_SCRIPT, *argv]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.jobs
+def test_the_shim_turns_mols_on_for_a_stock_script(folder: Path) -> None:
+    done = run(SHIM, "--num_accelerators", "1", "--config", "ds.json", "project/script.py", cwd=folder)
+    assert done.status == 0, done.stderr
+    config = ["--deepspeed", "--deepspeed_config", str(folder / "ds.json")]
+    assert seen_in(done.stdout) == {
+        "phase": "waiting",
+        "late": True,
+        "argv": ["project/script.py", "--local_rank=0", *config],
+        "main": True,
+        "file": "project/script.py",
+        "rank": 0,
+    }
+
+
+@pytest.mark.jobs
+@pytest.mark.tier("all")
+def test_a_module_runs_as_python_runs_it(folder: Path) -> None:
+    more = ["--deepspeed_config", str(folder / "ds.json")]
+    done = run_alone("--local_rank=0", "-m", "script", *more, cwd=folder / "project")
+    assert done.returncode == 0, done.stderr
+    seen = seen_in(done.stdout)
+    assert seen["phase"] == "waiting" and seen["argv"][1:] == ["--local_rank=0", *more]
+    assert Path(seen["argv"][0]).name == "script.py"
+
+
+def test_a_script_without_deepspeed_loads_nothing(folder: Path) -> None:
+    script = "import sys; print(sorted({'torch', 'deepspeed', 'pydantic'} & set(sys.modules))); sys.exit(7)"
+    (folder / "other.py").write_text(script, "utf-8")
+    done = run_alone("other.py", cwd=folder)
+    assert (done.returncode, done.stdout) == (7, "[]\n")
