@@ -20,6 +20,7 @@ from megatron_patches.machine import RECIPES, Machine, probe_machine
 from mols_ds.core.config import Mode
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.optim.catalog import MEGATRON
+from mols_ds.optim.step_trial import class_refusal
 from mols_ds.optim.traits import has_adam_moments, has_several_betas, reads_groups_only, unscaled_refusal
 
 
@@ -358,6 +359,7 @@ def optimizer_refusals(
             "mode 'moments' with exp_avg_dtype or exp_avg_sq_dtype below fp32: the stored moments are scaled",
             'fp32 moments, or mode "probe" or "online"',
         ),
+        *(Refusal(True, *refusal) for one in inner if (refusal := class_refusal(one)) is not None),
         *(Refusal(True, *refusal) for one in inner if unscaled and (refusal := unscaled_refusal(one)) is not None),
     ]
 

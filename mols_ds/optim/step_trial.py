@@ -19,7 +19,7 @@ from mols_ds.core.layout import ElementLayout
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsWarning
-from mols_ds.optim.catalog import CLASSES, OptimizerClass
+from mols_ds.optim.catalog import CLASSES, OptimizerClass, class_facts
 from mols_ds.optim.traits import reads_groups_only
 
 STEPS = 8
@@ -34,6 +34,14 @@ WHOLE = ElementLayout.whole("all")
 def in_catalog(optimizer: Optimizer) -> bool:
     """Whether the catalog has this optimizer's class, or the class whose step it inherits."""
     return type(optimizer).__name__ in CLASSES or reads_groups_only(optimizer)
+
+
+def class_refusal(optimizer: Any) -> tuple[str, str] | None:
+    """(what MoLS does not support, what to do instead) of an inner optimizer: by the catalog, else by a trial."""
+    found = class_facts(optimizer).refusal(getattr(optimizer, "param_groups", []))
+    if found is None and isinstance(optimizer, Optimizer):
+        found = refusal(optimizer)
+    return found
 
 
 def refusal(optimizer: Optimizer) -> tuple[str, str] | None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.optim import Optimizer
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.engines.deepspeed import compat
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
-from mols_ds.optim import step_trial
 from mols_ds.optim.catalog import class_facts
 from mols_ds.optim.scheduler_hints import scheduler_hints as scheduler_hints
+from mols_ds.optim.step_trial import class_refusal
 from mols_ds.optim.traits import has_adam_moments, has_several_betas, unscaled_refusal
 
 
@@ -74,9 +73,7 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
     inner = getattr(outer, "optimizer", outer)
     wrapper, name = type(outer).__name__, type(inner).__name__
     facts = class_facts(inner)
-    refused = facts.refusal(getattr(inner, "param_groups", []))
-    if refused is None and isinstance(inner, Optimizer):
-        refused = step_trial.refusal(inner)
+    refused = class_refusal(inner)
     decay = unscaled_refusal(inner) if config.weight_decay == "unscaled" else None
     return [
         (

@@ -25,6 +25,18 @@ SETUPS = {
 }
 
 
+def counting(scaler: Any, held: list[int]) -> Any:
+    """`scaler._delta`, which adds to the last number of `held` the elements that it remembers."""
+    remember = scaler._delta
+
+    def delta(*arguments: Any) -> None:
+        known = len(scaler._deltas)
+        remember(*arguments)
+        held[-1] += sum(one.old.numel() for one in scaler._deltas[known:])
+
+    return delta
+
+
 def train(name: str, long_run: int) -> dict[str, Any]:
     """Weights after some steps, the elements that each scaled step held, and those of `linear_qkv` on this rank."""
     setup, lr_scaler.LONG_RUN = SETUPS[name], long_run
@@ -35,9 +47,8 @@ def train(name: str, long_run: int) -> dict[str, Any]:
         mols = building.attach(built, optimizer, scheduler, FIXED)
         held: list[int] = []
         for scaler in mols.scalers:
-            scaler.optimizer.register_step_pre_hook(
-                lambda *_, scaler=scaler: held.append(sum(delta.old.numel() for delta in scaler._deltas))
-            )
+            scaler.optimizer.register_step_pre_hook(lambda *_: held.append(0))  # before the scaler's own hook
+            scaler._delta = counting(scaler, held)
         for iteration in range(STEPS):
             building.step(built, optimizer, scheduler, iteration)
         shards = [shard for part in mols.shards.parts for shard in part.shards]

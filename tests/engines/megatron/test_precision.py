@@ -219,6 +219,7 @@ def ordinary() -> dict[str, Any]:
 
 def odd() -> dict[str, Any]:
     """What is refused: Megatron's own classes around a weight of four elements, with the config that asks for it."""
+    import pytorch_optimizer
     from megatron.core import optimizer as mo
     from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 
@@ -255,6 +256,7 @@ def odd() -> dict[str, Any]:
         "aware plain": applying(aware, fused=False),
         "aware moments": applying(aware, "moments", fused=False),
         "hybrid": applying(wrapped(hybrid)),
+        "own class": applying(wrapped(pytorch_optimizer.FTRL([weight], lr=0.1)), fused=False),
         "fsdp": applying(fsdp),
     }
 
@@ -297,6 +299,7 @@ def test_ordinary_optimizers_are_described_and_none_is_refused(
         ("layer-wise", "layer-wise"),
         ("graph", "optimizer_cuda_graph: false"),
         ("reuse probe", 'mode "online"'),
+        ("own class", "FTRL (its step is not proportional to lr"),
         ("reuse online", None),
         ("aware fused", "use_precision_aware_optimizer with fused"),
         ("aware plain", None),
