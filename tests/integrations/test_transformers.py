@@ -178,7 +178,9 @@ def without_phase(seen: dict[str, Any]) -> list[Any]:
 
 
 def losses(seen: dict[str, Any]) -> list[dict[str, float]]:
-    return [row for row in seen["log with mols"] if "loss" in row]
+    """Rows of the log, without the tokens that TRL counts from each start on."""
+    rows = [row for row in seen["log with mols"] if "loss" in row]
+    return [{key: value for key, value in row.items() if key != "num_tokens"} for row in rows]
 
 
 WORLDS = [(world, name) for world in (1, 2) for name in COUNTS]
