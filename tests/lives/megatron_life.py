@@ -160,6 +160,7 @@ class Run:
         checkpoints._unwrapped(self.built.chunks[0]).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.setting.scheduled:
+            self.scheduler.num_steps = 0  # a load adds to what it has counted
             self.scheduler.load_state_dict(state["opt_param_scheduler"])
         self._reseed()
 

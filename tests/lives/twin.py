@@ -338,7 +338,7 @@ class Twin:
         checked = found if setting.offload else gradients
         updated = all(bool(torch.isfinite(g).all()) for g in checked.values())
         self.scale.update(not updated)
-        divisor = clip_factor(checked, setting.clip, self.scale.value) if updated else 1.0
+        divisor = clip_factor(checked, setting.clip, self._divided_by(before)) if updated else 1.0
         clipped = {name: g / divisor for name, g in gradients.items()}
         if self.keeps:
             self.stale = clipped if setting.offload else {**self.stale, **found}
@@ -360,6 +360,10 @@ class Twin:
         elif calibrating and mode == "moments":
             mols.moments(self.steps, self.optimizer.moments() if updated else None, BETAS)
         mols.advance(self.steps)
+
+    def _divided_by(self, before: float) -> float:
+        """The scale that gradients are divided by in a step; DeepSpeed lets it grow first."""
+        return self.scale.value
 
     def _name_unfrozen(self) -> None:
         """MoLS warns, once, of weights that train and were frozen when it was attached."""
