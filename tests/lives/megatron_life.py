@@ -22,7 +22,7 @@ from tests.lives.actions import Action, Attach, Detach, EditRate, Freeze, Life, 
 from tests.lives.megatron_twin import FIRST_SCALE, WARMUP, setup_of
 from tests.lives.model import random_state
 from tests.lives.optimizer import BETAS, EPS, FP16_WINDOW
-from tests.lives.twin import Seen
+from tests.lives.seen import Seen
 
 NO_PLOT = "mols_report.png was not drawn"  # ranks of tests have no matplotlib
 
