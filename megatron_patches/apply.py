@@ -75,6 +75,7 @@ def _off(optimizer: Any) -> Handle:
     if not hasattr(optimizer, "chained_optimizers"):  # no ChainedOptimizer: there is nothing to attach to either
         return Handle()
     optimizer.mols = MegatronOff(optimizer)
+    _ours.add(optimizer)
     return optimizer.mols  # type: ignore[no-any-return]
 
 

@@ -30,10 +30,7 @@ GRIDS: dict[str, Setup] = {
     "predictions fp16": tiny(mtp=1, dtype="float16"),
     "pp2 fp16": tiny(pp=2, dtype="float16"),
 }
-CASES = Cases(
-    [(name, way) for name in GRIDS for way in ("stock", "probed")],
-    quick=[("experts dp2", "stock"), ("experts dp2", "probed")],
-)
+CASES = Cases([(name, way) for name in GRIDS for way in ("stock", "probed")])
 PLAIN = (bool, int, float, str, type(None))
 
 
