@@ -198,7 +198,7 @@ ROWS = (
         "mols_ds/core/phases.py",
         "        self.old = self.multipliers(t)\n",
         "        self.old = {}\n",
-        2,
+        24,
     ),
 )
 LIVES = tuple(
