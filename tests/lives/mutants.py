@@ -33,13 +33,6 @@ ROWS = (
         64,
     ),
     (
-        "a discarded step leaves its gradients",
-        SESSION,
-        "        self.source.discard()\n",
-        "",
-        2,
-    ),
-    (
         "a discarded step leaves its gradients at stage 0",
         SHARDS,
         "            self.engine.zero_grad()\n",
