@@ -53,7 +53,7 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
         if self.trainer is trainer:
             return self
         if self.trainer is not None:
-            raise MolsError(f"this {WHO} is bound to another trainer: make one for each")
+            raise MolsError(f"this {WHO} is bound to another trainer: each needs its own")
         if not trainer.is_deepspeed_enabled:
             raise MolsUnsupportedError(
                 f"{WHO}: this Trainer does not use DeepSpeed; give TrainingArguments(deepspeed=CONFIG)"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.lives.actions import Life
-from tests.lives.twin import Seen
+from tests.lives.seen import Seen
 
 # Relative errors. alphas: of each; "median" reads a histogram with bins of 1 % (half of it in the root), "moments" has
 # a cut at which an element of 200 may be on either side. weights: of the movement of each parameter since the start.

@@ -35,7 +35,8 @@ from tests.lives.actions import (
 )
 from tests.lives.model import batch, random_state, tiny
 from tests.lives.optimizer import FP16_POWER, FP16_WINDOW
-from tests.lives.twin import VECTOR_FACTOR, Seen, schedule
+from tests.lives.seen import Seen
+from tests.lives.twin import VECTOR_FACTOR, schedule
 from tests.lives.users_optimizers import optimizer_of
 
 SIZES = {"sub_group_size": 700, "stage3_param_persistence_threshold": 20}  # elements; several sub-groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -49,7 +50,23 @@ FREEZABLE_IN_MEGATRON = ("output_layer.weight", "decoder.layers.1.mlp.linear_fc2
 def draw(seed: int) -> Life:
     """The life of a seed."""
     dealer = _Dealer(seed)
+    if seed % 25 == 24:
+        return _measured_again(seed, dealer)
     return Life(seed, dealer.setting, dealer.actions())
+
+
+def _measured_again(seed: int, dealer: _Dealer) -> Life:
+    """Online windows one after the other: each begins at the multipliers of the one before."""
+    more = {
+        "mode": "online",
+        "start": 1,
+        "samples": 4,
+        "ramp_end": 6,
+        "recalibrate": {"every": 2},
+        "fixed_alphas": None,
+    }
+    setting = dataclasses.replace(dealer.setting, section={**dealer.section(), **more})
+    return Life(seed, setting, tuple(Step() for _ in range(16)))
 
 
 class _Dealer:

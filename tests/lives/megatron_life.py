@@ -22,7 +22,7 @@ from tests.lives.actions import Action, Attach, Detach, EditRate, Freeze, Life, 
 from tests.lives.megatron_twin import FIRST_SCALE, WARMUP, setup_of
 from tests.lives.model import random_state
 from tests.lives.optimizer import BETAS, EPS, FP16_WINDOW
-from tests.lives.twin import Seen
+from tests.lives.seen import Seen
 
 NO_PLOT = "mols_report.png was not drawn"  # ranks of tests have no matplotlib
 
@@ -160,6 +160,7 @@ class Run:
         checkpoints._unwrapped(self.built.chunks[0]).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.setting.scheduled:
+            self.scheduler.num_steps = 0  # a load adds to what it has counted
             self.scheduler.load_state_dict(state["opt_param_scheduler"])
         self._reseed()
 

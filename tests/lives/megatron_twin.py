@@ -18,7 +18,8 @@ from tests.engines.megatron.weights import logical
 from tests.lives.actions import Action, Attach, Evaluate, Save, Section, Setting, Step
 from tests.lives.method import Mols
 from tests.lives.optimizer import FP16_WINDOW, PlainOptimizer, Scale
-from tests.lives.twin import DTYPES, GUARDED, Seen, Twin
+from tests.lives.seen import Seen
+from tests.lives.twin import DTYPES, GUARDED, Twin
 
 FIRST_SCALE, WARMUP = 2.0**10, 4
 QKV = "self_attention.linear_qkv.weight"
@@ -235,6 +236,9 @@ class MegatronTwin(Twin):
 
     def _stepped(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._whole({}) | dict(found)
+
+    def _divided_by(self, before: float) -> float:
+        return before
 
     def _count(self, updated: bool) -> None:
         self.steps += updated

@@ -10,7 +10,8 @@ from tests.helpers.harness import RankError, run_cases
 from tests.lives.actions import Life
 from tests.lives.compare import differences
 from tests.lives.draw import draw
-from tests.lives.twin import Seen, tell
+from tests.lives.seen import Seen
+from tests.lives.telling import tell
 
 SECONDS = 60.0  # of one life
 

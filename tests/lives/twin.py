@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,36 +27,11 @@ from tests.lives.actions import (
 from tests.lives.method import Mols
 from tests.lives.model import batch, group_of, random_state, tiny
 from tests.lives.optimizer import BETAS, FP16_POWER, PlainOptimizer, Scale, clip_factor
+from tests.lives.seen import Seen
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VECTOR_FACTOR = 2.0  # base rate of the vectors relative to the matrices', with two parameter groups
 GUARDED = 2  # scaled steps in which an optimizer that leaves tensors out is noticed
-
-
-@dataclass
-class Seen:
-    """What is to be seen after an action, of the twin or of the engine.
-
-    random, buffers, evaluated: one for each rank. said: warnings in short (the twin), whole (the engine).
-    parts: in the place of weights, a rank's parts of them (Megatron).
-    """
-
-    steps: int
-    skipped: int
-    lrs: list[float]
-    scale: float
-    random: list[str]
-    buffers: list[dict[str, Tensor]]
-    weights: dict[str, Tensor]
-    phase: str = "off"
-    samples: int = 0
-    alphas: dict[str, float] = field(default_factory=dict)
-    rates: dict[str, float] = field(default_factory=dict)
-    said: list[list[str]] = field(default_factory=list)
-    evaluated: list[float] = field(default_factory=list)
-    extra_micros: int = 0
-    error: str = ""
-    parts: dict[str, Any] = field(default_factory=dict)
 
 
 def schedule(step: int) -> float:
@@ -338,7 +312,7 @@ class Twin:
         checked = found if setting.offload else gradients
         updated = all(bool(torch.isfinite(g).all()) for g in checked.values())
         self.scale.update(not updated)
-        divisor = clip_factor(checked, setting.clip, self.scale.value) if updated else 1.0
+        divisor = clip_factor(checked, setting.clip, self._divided_by(before)) if updated else 1.0
         clipped = {name: g / divisor for name, g in gradients.items()}
         if self.keeps:
             self.stale = clipped if setting.offload else {**self.stale, **found}
@@ -360,6 +334,10 @@ class Twin:
         elif calibrating and mode == "moments":
             mols.moments(self.steps, self.optimizer.moments() if updated else None, BETAS)
         mols.advance(self.steps)
+
+    def _divided_by(self, before: float) -> float:
+        """The scale that gradients are divided by in a step; DeepSpeed lets it grow first."""
+        return self.scale.value
 
     def _name_unfrozen(self) -> None:
         """MoLS warns, once, of weights that train and were frozen when it was attached."""
@@ -441,26 +419,3 @@ class Twin:
             if state is not None:
                 self.kept = ({"since": self.steps, **state, "lost": True, "window": None}, groups)
                 self.said = ["was saved with MoLS"]
-
-
-def twin_of(life: Life) -> Twin:
-    if life.setting.engine == "deepspeed":
-        return Twin(life)
-    from tests.lives.megatron_twin import MegatronTwin
-
-    return MegatronTwin(life)
-
-
-def tell(life: Life) -> tuple[Life, list[Seen]]:
-    """The life with its actions made legal, and what is to be seen at its start and after each of them."""
-    state = torch.get_rng_state()
-    twin = twin_of(life)
-    actions: list[Action] = []
-    seen = [twin._seen([], "")]
-    for wish in life.actions:
-        done = twin.play(wish)
-        if done is not None:
-            actions.append(done[0])
-            seen.append(done[1])
-    torch.set_rng_state(state)
-    return Life(life.seed, life.setting, tuple(actions)), seen
