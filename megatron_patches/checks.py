@@ -10,6 +10,7 @@ from megatron_patches import compat, precision
 from megatron_patches.compat import TransformerConfig
 from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
+from mols_ds.optim.step_trial import class_refusal
 
 
 def check_supported(optimizer: object, model_config: object, config: MolsConfig, *, fused: bool) -> None:
@@ -21,6 +22,14 @@ def check_supported(optimizer: object, model_config: object, config: MolsConfig,
     for applies, what, way_out in refusals:
         if applies:
             raise MolsUnsupportedError(f"MoLS does not support {what}: {way_out}")
+    check_classes(optimizer)
+
+
+def check_classes(optimizer: object) -> None:
+    """Raise `MolsUnsupportedError` for an inner optimizer whose step is not proportional to lr."""
+    for inner in precision.inner_optimizers(optimizer):
+        if (refused := class_refusal(inner)) is not None:
+            raise MolsUnsupportedError(f"MoLS does not support {refused[0]}: {refused[1]}")
 
 
 def find_config(model_chunks: Sequence[nn.Module]) -> TransformerConfig:

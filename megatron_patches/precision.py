@@ -20,7 +20,6 @@ from megatron_patches.machine import RECIPES, Machine, probe_machine
 from mols_ds.core.config import Mode
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.optim.catalog import MEGATRON
-from mols_ds.optim.step_trial import class_refusal
 from mols_ds.optim.traits import has_adam_moments, has_several_betas, reads_groups_only, unscaled_refusal
 
 
@@ -220,6 +219,11 @@ def _inner(optimizer: object) -> Iterator[Wrapper]:
         yield from getattr(optimizer, "chained_optimizers", [optimizer])
 
 
+def inner_optimizers(optimizer: object) -> list[torch.optim.Optimizer]:
+    """The optimizers that Megatron's own hold; a rank without parameters holds none."""
+    return [one.optimizer for one in _inner(optimizer) if getattr(one, "optimizer", None) is not None]
+
+
 def _model_parameters(one: Wrapper) -> Iterator[nn.Parameter]:
     """Model parameters of one Megatron optimizer, which carry `main_grad`."""
     yield from getattr(one, "model_param_gbuf_map", ())
@@ -280,7 +284,7 @@ def optimizer_refusals(
     # A chain keeps no config of its own where it is empty; its members' are one and the same object.
     found = [getattr(one, "config", None) for one in (optimizer, *every)]
     configs = [config for config in found if config is not None]
-    inner = [one.optimizer for one in every if getattr(one, "optimizer", None) is not None]
+    inner = inner_optimizers(optimizer)
     layouts = [getattr(one, "ddp_config", None) for one in every]
 
     def asks(name: str) -> bool:
@@ -359,7 +363,6 @@ def optimizer_refusals(
             "mode 'moments' with exp_avg_dtype or exp_avg_sq_dtype below fp32: the stored moments are scaled",
             'fp32 moments, or mode "probe" or "online"',
         ),
-        *(Refusal(True, *refusal) for one in inner if (refusal := class_refusal(one)) is not None),
         *(Refusal(True, *refusal) for one in inner if unscaled and (refusal := unscaled_refusal(one)) is not None),
     ]
 

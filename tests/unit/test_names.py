@@ -8,6 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("mols_ds", "megatron_patches")
+ONE_A_CLIENT = {"MolsCallback"}
+"""Each client's users import theirs by this name, from that client's module of `mols_ds.integrations`."""
 
 
 def classes() -> dict[str, list[str]]:
@@ -24,7 +26,7 @@ def classes() -> dict[str, list[str]]:
 def test_every_class_name_exists_once() -> None:
     found = classes()
     assert len(found) > 150 and "MolsConfig" in found  # the walk saw the product
-    twice = {name: places for name, places in found.items() if len(places) > 1}
+    twice = {name: places for name, places in found.items() if len(places) > 1 and name not in ONE_A_CLIENT}
     assert not twice, "give each thing a name of its own: " + "; ".join(f"{n} {p}" for n, p in twice.items())
 
 

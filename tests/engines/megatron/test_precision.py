@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_patches import machine as machines
+from megatron_patches.checks import check_classes
 from megatron_patches.machine import RECIPES, Machine
 from megatron_patches.precision import as_versions, check, describe, optimizer_refusals
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
@@ -199,6 +200,14 @@ def applying(optimizer: Any, mode: Any = "probe", fused: bool = True) -> list[st
     return [f"{r.what}; {r.way_out}" for r in optimizer_refusals(optimizer, mode, fused=fused) if r.applies]
 
 
+def class_problem(optimizer: Any) -> list[str]:
+    try:
+        check_classes(optimizer)
+    except MolsUnsupportedError as error:
+        return [str(error)]
+    return []
+
+
 def ordinary() -> dict[str, Any]:
     """What Megatron builds by itself."""
     from tests.engines.megatron import building
@@ -256,7 +265,7 @@ def odd() -> dict[str, Any]:
         "aware plain": applying(aware, fused=False),
         "aware moments": applying(aware, "moments", fused=False),
         "hybrid": applying(wrapped(hybrid)),
-        "own class": applying(wrapped(pytorch_optimizer.FTRL([weight], lr=0.1)), fused=False),
+        "own class": class_problem(wrapped(pytorch_optimizer.FTRL([weight], lr=0.1))),
         "fsdp": applying(fsdp),
     }
 
