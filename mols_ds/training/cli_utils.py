@@ -68,6 +68,11 @@ def above_zero(text: str) -> float:
     return _number(text, lambda value: 0 < value < math.inf, "a finite number above 0")
 
 
+def amount(text: str) -> float:
+    """Argument type: a finite number of 0 or more, as GiB that are asked for."""
+    return _number(text, lambda value: 0 <= value < math.inf, "a finite number of 0 or more")
+
+
 def share(text: str) -> float:
     """Argument type: a number in [0, 1)."""
     return _number(text, lambda value: 0 <= value < 1, "in [0, 1)")

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from mols_ds.errors import MolsConfigError, printable
-from mols_ds.training.cli_utils import Parser, above_zero, integer, run_program
+from mols_ds.training.cli_utils import Parser, above_zero, amount, integer, run_program
 from mols_ds.training.rank_env import DEFAULT_PORT, adopt_rank_environment, rank_environment
 
 PROGRAM = "mols_ds.apps.launch.health"
@@ -168,7 +168,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog=PROGRAM, description="Checks a node before a job.")
     add = parser.add_argument
     add("--gpus", type=integer(0), metavar="N", help="GPUs that must be there (default: those that nvidia-smi lists)")
-    add("--shm-gib", type=above_zero, default=SHM_GIB, metavar="GIB", help="free in /dev/shm (default %(default)s)")
+    add("--shm-gib", type=amount, default=SHM_GIB, metavar="GIB", help="free in /dev/shm (default %(default)s)")
     add(
         "--disk", action="append", metavar="PATH=GIB", type=_place,
         help=f"free for PATH, may be given several times (default: {DISK_GIB:g} for the run's $OUT)",
