@@ -72,6 +72,8 @@ def _differences(expected: Any, found: Any, where: str, rtol: float) -> Iterator
         for key, value in expected.items():
             if key not in found:
                 yield f"{where}.{key}: is missing"
+            elif key == "versions":  # those of the machine that runs, not of the one that wrote the fixture
+                yield from (f"{where}.{key}.{one}: is missing" for one in set(value) - set(found[key]))
             elif of_weight:
                 yield from _apart(value, found[key], f"{where}.{key}", rtol, scale=expected["norm"])
             else:

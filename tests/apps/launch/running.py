@@ -48,6 +48,9 @@ class Running:
             time.sleep(0.05)
 
 
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
+
+
 def variables(folder: Path, **more: str | Path) -> dict[str, str]:
     """The environment of a command: the CPU, launch/ and this Python first on PATH, caches and health checks that ask
     little of this machine."""
@@ -60,7 +63,9 @@ def variables(folder: Path, **more: str | Path) -> dict[str, str]:
         "CACHE_SHARED": str(folder / "shared"),
         "CACHE_LOCAL": str(folder / "local"),
     }
-    return {**os.environ, **RANK_ENVIRONMENT, **ours, **{name: str(value) for name, value in more.items()}}
+    # torch sets TORCHINDUCTOR_CACHE_DIR in this process where a test before has imported its compiler
+    outside = {name: value for name, value in os.environ.items() if name not in CACHES}
+    return {**outside, **RANK_ENVIRONMENT, **ours, **{name: str(value) for name, value in more.items()}}
 
 
 @contextlib.contextmanager

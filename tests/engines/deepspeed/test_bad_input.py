@@ -303,8 +303,9 @@ def fake_engine(outer: Any, **attributes: Any) -> Any:
     return SimpleNamespace(
         optimizer=outer,
         config={},
+        module=nn.Module(),
         managed_gradient_accumulation=lambda: True,
-        **(dict.fromkeys(set(ENGINE_NAMES) - {"optimizer", "managed_gradient_accumulation"}, 0) | attributes),
+        **(dict.fromkeys(set(ENGINE_NAMES) - {"optimizer", "module", "managed_gradient_accumulation"}, 0) | attributes),
     )
 
 

@@ -158,7 +158,7 @@ def engine(optimizer: torch.optim.Optimizer, stage: int) -> Any:
     """Just enough of an engine for check_supported."""
     stub = dict.fromkeys(set(ENGINE_NAMES) - {"optimizer"}, 0)
     stub |= {"zero_optimization": lambda: stage > 0, "managed_gradient_accumulation": lambda: True}
-    return SimpleNamespace(optimizer=optimizer, config={}, **stub)
+    return SimpleNamespace(optimizer=optimizer, config={}, **{**stub, "module": torch.nn.Module()})
 
 
 ON_TOP: list[tuple[str, dict[str, Any], int, str, str]] = [
