@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_patches.checkpoint import KEY, METHODS, SAMPLES, split_state, state_host
 from mols_ds.core.off import OffHandle
+from mols_ds.core.replaced_methods import ReplacedMethods
 
 
 class MegatronOff(OffHandle):
@@ -13,14 +14,14 @@ class MegatronOff(OffHandle):
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
-        self._stock = {name: getattr(optimizer, name) for name in METHODS}
-        for name in METHODS:
-            setattr(optimizer, name, getattr(self, f"_{name}"))
+        self._methods = ReplacedMethods(optimizer)
+        self._stock = {name: self._methods.set(name, getattr(self, f"_{name}")) for name in METHODS}
 
     def detach(self) -> None:
-        """Give the optimizer its own methods back; what was kept is forgotten."""
-        for name in (*METHODS, "mols"):
-            self.optimizer.__dict__.pop(name, None)
+        """Give the optimizer its own methods back; what was kept is forgotten. Again: nothing happens."""
+        self._methods.undo()
+        if self.optimizer.__dict__.get("mols") is self:
+            del self.optimizer.mols
 
     def _with_state(self, state: Any) -> Any:
         if self.kept is not None:

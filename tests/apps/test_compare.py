@@ -193,7 +193,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert done.status == 2 and done.stderr.count("\n") == 1 and "no such file" in done.stderr, done.stderr
     for arguments, said in (
         (["--arms", "sgd"], '--arms: "sgd" is not one of adam, mols'),
-        (["--jobs", "0"], "--jobs: at least 1"),
+        (["--jobs", "0"], "--jobs: 0 is not at least 1"),
     ):
         assert cli.main(["compare", str(SMOKE), *arguments]) == 2
         (line,) = capsys.readouterr().err.splitlines()

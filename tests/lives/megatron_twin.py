@@ -178,7 +178,7 @@ class MegatronTwin(Twin):
     def _scheduled(self, step: int) -> list[float]:
         return [lr * (min(1.0, 0.5 + 0.5 * step / WARMUP) if self.setting.scheduled else 1.0) for lr in self.base]
 
-    def _attach(self, section: Section) -> None:
+    def _attach(self, section: Section, steps: int) -> None:
         layers = section.get("granularity") == "layer_type"
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.mols = Mols(section, {name: megatron_group(name, layers) for name in trained})

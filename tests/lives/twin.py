@@ -54,7 +54,7 @@ class Twin:
         self._build()
         self._reseed()
         if self.setting.section is not None:
-            self._attach(self.setting.section)
+            self._attach(self.setting.section, 0)
         else:
             self._switch_off()
 
@@ -112,13 +112,16 @@ class Twin:
         """`mols_ds.initialize` without a section: what a loaded checkpoint has of MoLS is kept for those saved here."""
         self.off, self.kept = True, (None, None)
 
-    def _attach(self, section: Section) -> None:
+    def _attach(self, section: Section, steps: int) -> None:
+        """MoLS is attached after `steps` steps of the engine."""
         self.off = False
         layers = section.get("granularity") == "layer_type"
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.mols = Mols(section, {name: group_of(name, layers) for name in trained})
         self.guarded = GUARDED
         self.named: set[str] = set()
+        if self.setting.engine == "deepspeed" and steps > section["start"] and not section.get("fixed_alphas"):
+            self.mols.said.append("past mols.start")
         self.mols.advance(self.steps)
 
     # ------------------------------------------------------------------ actions
@@ -153,7 +156,7 @@ class Twin:
             if self.mols is not None:
                 return None
             action = self._legal_attach(action)
-            self._attach(action.section)
+            self._attach(action.section, self.steps)
         elif isinstance(action, EditRate):
             self.lrs = [lr * action.factor for lr in self.lrs]
         elif isinstance(action, BreakOptimizer):
@@ -403,7 +406,7 @@ class Twin:
             self._build()
             self.mols = None
             if load.section is not None:
-                self._attach(load.section)
+                self._attach(load.section, 0)
             else:
                 self._switch_off()
         self.optimizer.load(saved["optimizer"])

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mols_ds.core.off import OffHandle
+from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.engines.deepspeed.compat import Engine
-from mols_ds.engines.deepspeed.loads import KEY
+from mols_ds.engines.deepspeed.loads import KEY, taken
 
 
 class EngineOff(OffHandle):
@@ -16,12 +17,15 @@ class EngineOff(OffHandle):
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._save, self._load = engine.save_checkpoint, engine.load_checkpoint
-        engine.save_checkpoint, engine.load_checkpoint = self._save_with_state, self._load_state
+        self._methods = ReplacedMethods(engine)
+        self._save = self._methods.set("save_checkpoint", self._save_with_state)
+        self._load = self._methods.set("load_checkpoint", self._load_state)
 
     def detach(self) -> None:
-        """Give the engine its own methods back; what was kept is forgotten."""
-        del self.engine.save_checkpoint, self.engine.load_checkpoint, self.engine.mols
+        """Give the engine its own methods back; what was kept is forgotten. Again: nothing happens."""
+        self._methods.undo()
+        if getattr(self.engine, "mols", None) is self:
+            del self.engine.mols
 
     def _save_with_state(
         self, save_dir: Any, tag: Any = None, client_state: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any
@@ -32,6 +36,7 @@ class EngineOff(OffHandle):
     def _load_state(self, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         asked = inspect.signature(self._load).bind(load_dir, tag, *args, **kwargs).arguments
         path, loaded = self._load(load_dir, tag, *args, **kwargs)
+        taken(self.engine)  # and said by `keep`
         if path is None or asked.get("load_module_only"):
             return path, loaded
         client_state = dict(loaded or {})
