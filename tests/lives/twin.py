@@ -269,7 +269,7 @@ class Twin:
     def _step(self, step: Step) -> str:
         mols = self.mols
         discards = mols is not None and mols.discards
-        measured = mols is not None and mols.phase == "calibrating" and mols.section["mode"] == "online"
+        measured = mols is not None and mols.phase == "calibrating" and mols.section["mode"] != "probe"
         if discards or measured:
             self.stale = {}
         gradients = self._probed_gradient(mols, step) if mols is not None and discards else self._gradient(step)
