@@ -140,8 +140,6 @@ IN_ALL = {
     (1, "counts", "auto"),
     (1, "counts", "optimizer and scheduler of DeepSpeed"),
     (1, "counts", "stage 0"),
-    (1, "counts", "calibrates again"),
-    (1, "counts", "sft"),
     (2, "counts", "stage 3, accumulation, epochs, evaluations"),
     (2, "counts", "sft with LoRA, stage 3"),
     (1, "counts", "dpo, stage 3"),
