@@ -7,7 +7,7 @@ by name and by a real import.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -296,7 +296,6 @@ def optimizer_refusals(
     sharded = any(_is_a(one, "FullyShardedOptimizer") for one in (optimizer, *every)) or any(
         _is_a(parameter, "DTensor") for one in every for parameter in _model_parameters(one)
     )
-    low = [getattr(config, key, torch.float32) for config in configs for key in ("exp_avg_dtype", "exp_avg_sq_dtype")]
     return [
         Refusal(
             any(_is_a(one, "LayerWiseDistributedOptimizer") for one in (optimizer, *every))
@@ -348,6 +347,17 @@ def optimizer_refusals(
             "hidden in its state, so the weights cannot be corrected after its step",
             "use_precision_aware_optimizer: false, or Transformer Engine's FusedAdam",
         ),
+        *_moments_refusals(mode, inner, configs),
+        *(Refusal(True, *refusal) for one in inner if unscaled and (refusal := unscaled_refusal(one)) is not None),
+    ]
+
+
+def _moments_refusals(
+    mode: Mode | None, inner: Sequence[torch.optim.Optimizer], configs: Sequence[object]
+) -> list[Refusal]:
+    """What mode "moments" cannot read."""
+    low = [getattr(config, key, torch.float32) for config in configs for key in ("exp_avg_dtype", "exp_avg_sq_dtype")]
+    return [
         Refusal(
             mode == "moments" and not all(_has_adam_moments(one) for one in inner),
             "mode 'moments' with an optimizer that keeps no Adam moments",
@@ -363,7 +373,6 @@ def optimizer_refusals(
             "mode 'moments' with exp_avg_dtype or exp_avg_sq_dtype below fp32: the stored moments are scaled",
             'fp32 moments, or mode "probe" or "online"',
         ),
-        *(Refusal(True, *refusal) for one in inner if unscaled and (refusal := unscaled_refusal(one)) is not None),
     ]
 
 

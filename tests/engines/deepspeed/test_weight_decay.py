@@ -43,7 +43,14 @@ def train(stage: int, value: str, mode: str, variant: str) -> dict[str, Any]:
         if engine.global_steps > before:
             applied.append((number, dict(engine.mols.multipliers)))
     decays = sorted({group["weight_decay"] for group in engine.optimizer.param_groups})
-    result = {"weights": full_weights(engine), "applied": applied, "report": engine.mols.report(), "decays": decays}
+    plans = engine.mols.scaler.plans.values()
+    result = {
+        "weights": full_weights(engine),
+        "applied": applied,
+        "report": engine.mols.report(),
+        "decays": decays,
+        "several groups": any(len(plan.segments) > 1 or plan.interleaved for plan in plans),
+    }
     engine.destroy()
     return result
 
@@ -114,6 +121,7 @@ def test_weights_equal_per_element_adamw(kind: str, stage: int, value: str, mode
     other = oracle("scaled" if value == "unscaled" else "unscaled", applied)
     for outcome in found:
         errors = {name: float((outcome["weights"][name] - w).abs().max()) for name, w in truth.items()}
+        assert outcome["several groups"], "a tensor of several module groups on each rank, else nothing is cut"
         assert max(errors.values()) <= ATOL, max(errors.items(), key=lambda item: item[1])
         wrong = {name: float((outcome["weights"][name] - w).abs().max()) for name, w in other.items()}
         assert max(wrong.values()) > DIFFERENCE, "the two values differ far beyond the tolerance"
