@@ -167,7 +167,8 @@ class _Resolver:
 def _refusal(refused: Mapping[str, Sequence[_Refused]]) -> str:
     """One line that names every kind of parameter in no group, with the rules to paste."""
     unknown = [
-        f"{kind!r} of shape {list(found[0].shape)}{f' ({len(found)} of them)' if len(found) > 1 else ''}"
+        f"{(kind if len(found) > 1 else found[0].name)!r} of shape {list(found[0].shape)}"
+        f"{f' ({len(found)} of them)' if len(found) > 1 else ''}"
         for kind, found in refused.items()
         if found[0].reason is None
     ]
