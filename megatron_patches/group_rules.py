@@ -5,8 +5,7 @@ shard is a range of the logical parameter. Sources: megatron/core/transformer/at
 moe/experts.py, ssm/gated_delta_net of megatron-core 0.15 to 0.19.
 
 Decisions:
-- Biases are `other`, as everywhere in MoLS, with one exception: the bias of a *fused* projection of queries, keys and
-  values (linear_qkv, linear_kv, GatedDeltaNet's in_proj) follows the rows of its weight.
+- Biases are `other`, as everywhere in MoLS, those of fused projections (linear_qkv) too.
 - The latent rows of MLA's down projection feed keys and values at once and count as `vo`; the rotary rows feed the
   keys only and are `qk` (the same choice as for Hugging Face models, see `mols_ds.core.group_rules`).
 - The output gates of attention and of GatedDeltaNet (z) scale the values' path: `vo`. GatedDeltaNet's decay and write
@@ -179,20 +178,18 @@ def _rule(names: str, target: str | Fused, leaf: str = r"\.weight") -> Rule:
     return Rule(re.compile(rf"(?:^|\.)(?:{names}){leaf}$"), target)
 
 
-_BOTH = r"\.(?:weight|bias)"  # not layer_norm_weight, the norm inside Transformer Engine's fused linear layers
-
 MEGATRON_RULES: tuple[Rule, ...] = (
     # A Mamba mixer as a whole: it has an in_proj, an out_proj and convolutions of its own.
     Rule(re.compile(r"(?:^|\.)mixer\."), "other"),
-    # Fused projections, weight and bias.
-    _rule("linear_qkv", Fused(_linear_qkv), _BOTH),
-    _rule("linear_kv", Fused(_linear_kv), _BOTH),
-    _rule("linear_kv_down_proj", Fused(_mla_kv_down), _BOTH),
-    _rule("linear_kv_up_proj", Fused(_mla_kv_up), _BOTH),
-    _rule("linear_qkv_down_proj", Fused(_mla_qkv_down), _BOTH),
-    _rule(r"self_attention\.in_proj", Fused(_delta_net), _BOTH),
-    # All other biases; those of grouped experts are `bias0`, `bias1`... or one 2-D `bias`.
+    # Biases; those of grouped experts are `bias0`, `bias1`... or one 2-D `bias`.
     Rule(re.compile(r"(?:^|[._])bias\d*$"), "other"),
+    # Fused projections.
+    _rule("linear_qkv", Fused(_linear_qkv)),
+    _rule("linear_kv", Fused(_linear_kv)),
+    _rule("linear_kv_down_proj", Fused(_mla_kv_down)),
+    _rule("linear_kv_up_proj", Fused(_mla_kv_up)),
+    _rule("linear_qkv_down_proj", Fused(_mla_qkv_down)),
+    _rule(r"self_attention\.in_proj", Fused(_delta_net)),
     _rule(r"embedding\.(?:word|position|tokentype)_embeddings", "embedding"),
     _rule("output_layer", "head"),
     # Weights outside the paper's groups.

@@ -123,7 +123,8 @@ if MEGATRON < (0, 16):  # has no output gate yet
 def attention_rows(case: str, ranks: int) -> list[tuple[str, list[str], list[str]]]:
     """(parameter, row groups as autograd says, row groups as its layout says) of the rows of this rank.
 
-    Parameters: those that make queries, keys and values in the one layer of `FUSED[case]`, sharded over `ranks`
+    A bias moves the same rows as its weight, but is `other` here: the paper's groups are weight matrices. Parameters:
+    those that make queries, keys and values in the one layer of `FUSED[case]`, sharded over `ranks`
     tensor-parallel ranks, which have to be set up.
     """
     rank = dist.get_rank()
@@ -143,6 +144,7 @@ def attention_rows(case: str, ranks: int) -> list[tuple[str, list[str], list[str
     result = []
     for name, rows in measured.items():
         tagged = row_groups(layouts[prefix + name], logical[name])
+        rows = ["other"] * len(rows) if name.endswith(".bias") else rows
         result.append((name, rows, tagged[rank * len(rows) : (rank + 1) * len(rows)]))
     return result
 
