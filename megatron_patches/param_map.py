@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from megatron_patches.group_rules import tag_layouts
+from megatron_patches.group_rules import module_configs, tag_layouts
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.layout import ElementLayout
 from mols_ds.core.ranges import ParamRange
@@ -136,6 +136,15 @@ def local_parameters(model_chunks: Sequence[nn.Module], grid: ProcessGrid) -> li
     return found
 
 
+def configs_of(model_chunks: Sequence[nn.Module]) -> dict[str, dict[str, int]]:
+    """`module_configs` of this rank's chunks, under the names of the logical model's modules."""
+    found: dict[str, dict[str, int]] = {}
+    for chunk in model_chunks:
+        layers = _layer_numbers(chunk)
+        found |= {_number_layers(f"{name}.", layers).rstrip("."): c for name, c in module_configs(chunk).items()}
+    return found
+
+
 _SHARDED_UNMARKED = ".softmax_offset"
 """Learnable offsets of the softmax, one for each of this rank's heads: cut along dimension 0 and not marked as such
 (transformer/dot_product_attention.py)."""
@@ -253,8 +262,12 @@ def local_layout(local: LocalParameter, layouts: dict[str, ElementLayout]) -> El
 
 
 def logical_table(
-    shapes: dict[str, tuple[int, ...]], config: object, rules: Sequence[Sequence[str]], granularity: str
+    shapes: dict[str, tuple[int, ...]],
+    config: object,
+    rules: Sequence[Sequence[str]],
+    granularity: str,
+    modules: Mapping[str, object] | None = None,
 ) -> GroupTable:
     """The group table of the logical model from all ranks' names. Raises `MolsConfigError` as `tag_layouts`."""
-    layouts = tag_layouts(shapes, config, rules, granularity)  # type: ignore[arg-type]
+    layouts = tag_layouts(shapes, config, rules, granularity, modules)  # type: ignore[arg-type]
     return GroupTable(layouts, shapes)
