@@ -613,7 +613,7 @@ MUTANTS = (
     Mutant(
         "rank 0: a warning of it alone is raised",
         "mols_ds/core/log.py",
-        "    except Exception:  # the warning itself, or what shows it\n",
+        "    except Exception:  # the warning itself, or a hook that shows it\n",
         "    except OSError:\n",
         (f"{ZERO}/test_rank0.py", "-k", "warnings"),
     ),
