@@ -166,7 +166,7 @@ def test_deepspeeds_own_on_flat_shards(name: str, warned: bool) -> None:
             warnings.simplefilter("always")
             assert split_config({"optimizer": {"type": name}, "zero_optimization": {"stage": stage}}) is None
         said = [str(w.message) for w in seen if issubclass(w.category, MolsWarning)]
-        assert [f"DeepSpeed hands {name} flat shards at ZeRO stage 1" in line for line in said] == [True] * (
+        assert [f"DeepSpeed gives {name} flat shards at ZeRO stage 1" in line for line in said] == [True] * (
             warned and stage
         )
 
