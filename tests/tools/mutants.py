@@ -157,7 +157,7 @@ MUTANTS = (
     Mutant(
         "window: a loss scale that scales no loss falls",
         "mols_ds/engines/deepspeed/shards.py",
-        '        """It does not scale the loss: a lower one makes no gradient finite."""\n        return False\n',
+        '        """Return False: the loss has no scale to lower."""\n        return False\n',
         "        return super().lower_scale()\n",
         (TRACES, "-k", "broken"),
     ),

@@ -48,8 +48,8 @@ def test_each_class(facts: Facts) -> None:
         sharded = refusal(stand_in(facts.name, package, **proportional(facts.name)), 2)
         if facts.reads_tensors:
             assert sharded == (
-                f"{why} under ZeRO (it reads whole tensors and is given flat shards, which makes another optimizer of "
-                'it): set "zero_optimization.stage": 0, or name one that sums over the shards: Lamb, AdamMini or SGG '
+                f"{why} under ZeRO (it reads whole tensors and gets flat shards, which makes it another optimizer): "
+                'set "zero_optimization.stage": 0, or name one that sums over the shards: Lamb, AdamMini or SGG '
                 'with "source": "library"'
             )
         else:
