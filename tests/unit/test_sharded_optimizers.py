@@ -192,7 +192,7 @@ def test_wrong_options_are_named(cls: Any, options: dict[str, Any], message: str
 
 
 def test_adam_mini_says_what_it_does_not_know() -> None:
-    plain = nn.ModuleDict({"q_proj": nn.Linear(4, 4, bias=False)})
+    plain = nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": nn.Linear(4, 4, bias=False)})})
     optimizer = ShardedAdamMini(plain.parameters())
     with pytest.warns(MolsWarning, match="head_dim"):
         optimizer.bind_model(plain)
