@@ -19,7 +19,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev train train-megatron test test-all test-full test-rest lint format architecture \
-	pictures docs docs-config bench compare clean distclean
+	pictures docs docs-config docs-models bench compare clean distclean
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -106,6 +106,10 @@ pictures: architecture
 # The keys in docs/config.md, from mols_ds/core/config.py.
 docs-config: setup
 	$(BIN)/python docs/write_config.py
+
+# The tables in docs/models.md: every config class of the installed transformers, built without weights. A minute.
+docs-models: setup
+	$(BIN)/python docs/write_models.py
 
 $(VENV)/.stamp-docs: $(VENV)/.stamp-train
 	$(PIP) -e '.[train,report,docs]'
