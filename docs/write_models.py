@@ -85,7 +85,12 @@ NEEDED: dict[str, dict[str, Any]] = {  # what a config class needs beside its de
     "time_series_transformer": {"prediction_length": 4},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
-    "dots1": {"n_routed_experts": 8},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2},
 }
 
 
@@ -162,6 +167,8 @@ def built(model_type: str, name: str) -> nn.Module | str:
     for small in (True, False):
         try:
             config = configuration_auto.CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {}))
+            if model_type == "dbrx":
+                config.attn_config.rope_theta = 10000.0  # the class has no such field, and its model reads it
             with torch.device("meta"), no_init_weights(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model: Any = getattr(transformers, name)(shrunk(config) if small else config)

@@ -141,23 +141,25 @@ def per_head(name: str, features: int, config: object | None) -> Pattern:
     return _checked(name, features, 3 * heads * size, ((2 * size, "qk"), (size, "vo")))
 
 
+def _kv_heads(config: object | None) -> int | None:
+    """Number of key and value heads; None where the config does not say that queries are grouped."""
+    found = config_value(config_value(config, "attn_config"), "kv_n_heads")  # DBRX
+    found = config_value(config, "num_key_value_heads") if found is None else found
+    return None if found is None else whole(found, "num_key_value_heads")
+
+
 def grouped(name: str, features: int, config: object | None) -> Pattern:
     """[all q | all k | all v] with grouped queries: Phi-3, DBRX, EXAONE's vision tower."""
-    inner = config_value(config, "attn_config")  # DBRX
     heads, size = _heads(name, config)
-    found = config_value(config, "num_key_value_heads") or config_value(inner, "kv_n_heads") or heads
-    kv_heads = whole(found, "num_key_value_heads")
+    kv_heads = _kv_heads(config) or heads
     pattern = (((heads + kv_heads) * size, "qk"), (kv_heads * size, "vo"))
     return _checked(name, features, (heads + 2 * kv_heads) * size, pattern)
 
 
 def qkv(name: str, features: int, config: object | None) -> Pattern:
     """`qkv`, `Wqkv`: [q | k | v], with grouped queries where the config has them."""
-    kv_heads = config_value(config, "num_key_value_heads") or config_value(
-        config_value(config, "attn_config"), "kv_n_heads"
-    )
-    heads = config_value(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
-    if kv_heads is None or heads is None or whole(kv_heads, "num_key_value_heads") == whole(heads, "num_heads"):
+    kv_heads, heads = _kv_heads(config), config_value(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    if kv_heads is None or heads is None or kv_heads == whole(heads, "num_attention_heads"):
         return thirds(name, features, config)
     return grouped(name, features, config)
 

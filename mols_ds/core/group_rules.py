@@ -133,7 +133,7 @@ _OTHER: tuple[Rule, ...] = (
     # Biases first: some are 2-D (one row per expert).
     Rule(re.compile(r"(?:^|[._])bias(?:es)?(?:\d+|_[a-z]\w*)?$"), "other"),
     # A norm that is more than a vector (A.X K2's gated norm, adaptive norms).
-    _under(r"(?:\w+_)?(?:layer|rms|batch|group|ada)?_?norm(?:\d|_in|_out)?"),
+    _under(r"(?!norm_)(?:\w+_)?(?:layer|rms|batch|group|ada)?_?norm(?:\d|_in|_out)?"),  # not DBRX's norm_attn_norm
     # Routers and router MLPs.
     _under(r"(?:\w*_)?routers?"),
     _under(rf"(?:{_MLP})\.gate\.(?!weight$)\w+"),  # a gate that is a module of several layers
@@ -216,7 +216,14 @@ _EMBEDDINGS: tuple[Rule, ...] = (
 
 _CONVOLUTIONS = (
     _rule(r"subsampling\.layers\.\d+", "other"),
-    _under(r"convs\d?|convolutions?|conv_\w+|\w+_s?conv|\w+_convolution|short_conv\w*"),
+    # All that is inside a convolution, but for an attention or an MLP there (a backbone may be called conv_encoder).
+    Rule(
+        re.compile(
+            r"(?:^|\.)(?:convs\d?|convolutions?|conv_\w+|\w+_s?conv|\w+_convolution|short_conv\w*)"
+            r"\.(?!.*(?:attn|attention|mlp|ffn|embed\w*)\.)"
+        ),
+        "other",
+    ),
     _rule(r"\w*conv(?:olution)?s?(?:_?\d+d?\d*)?(?:_\w+)?|depthwise|pointwise", "other"),
 )
 

@@ -19,10 +19,15 @@ class CanonicalName(NamedTuple):
 
 _PREFIX = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+")
 _KINDS = (  # of peft 0.21: LoRA, DoRA, AdaLoRA, LoHa, LoKr, OFT, BOFT, IA3, VeRA and the others of its tuners
-    "adamss|boft|c3a|deft|delora|fourierft|frod|glora|gralora|hada|hira|hra|ia3|lily|lokr|lora|miss|oft|osf|peanut|"
-    "poly|psoft|pvera|randlora|road|shadow|shira|supertuning|tinylora|trainable_tokens|unilora|vblora|vera|waveft"
+    r"lora_(?:A|B|E|embedding_A|embedding_B|magnitude_vector)|adamss_[AB]|boft_[Rs]|c3a_kernel|deft_[PR]|"
+    r"delora_(?:A|B|lambda)|fourierft_spectrum|frod_lambda_(?:l|s_values)|glora_[ABC]|gralora_[AB](?:_general)?|"
+    r"hada_(?:w[12]_[ab]|t[12])|hira_(?:embedding_)?[AB]|hra_u|ia3_l|lily_(?:A|B|router)|lokr_(?:w[12](?:_[ab])?|t2)|"
+    r"miss_block|oft_(?:embedding_)?R|osf_svd_params|peanut_(?:A|B|encoders|decoders)|poly_(?:lora_[AB]|router)|psoft_R|"
+    r"p?vera_lambda_[bd]|randlora_(?:lambda|gamma)|road_(?:theta|alpha)|shadow_(?:down|up|update_transform|update_gate)|"
+    r"shira_weight|supertuning_(?:values|lora_[AB])|tinylora_v|trainable_tokens_delta|unilora_theta_d|"
+    r"vblora_(?:logits_[AB]|vector_bank)|waveft_spectrum"
 )
-_ADAPTER = re.compile(rf"^(?P<layer>.+?)\.(?P<kind>(?:{_KINDS})_\w+)\.[^.]+(?:\.(?:(?P<bias>bias|\d+\.bias)|[\w.]+))?$")
+_ADAPTER = re.compile(rf"^(?P<layer>.+?)\.(?P<kind>{_KINDS})\.[^.]+(?:\.(?:(?P<bias>bias|\d+\.bias)|[\w.]+))?$")
 _BIAS_ADAPTER = re.compile(r"^(?P<layer>.+?)\.beft_bias\.[^.]+$")
 _INNER = re.compile(
     r"\.(?:base_layer|_orig_mod|token_adapter|original_module|(?:modules_to_save|ln_tuning_layers)\.[^.]+)(?=\.|$)"

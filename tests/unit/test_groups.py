@@ -278,6 +278,12 @@ def test_a_vector_of_several_dimensions_is_other_and_a_matrix_is_refused() -> No
         build_layouts({"layers.0.scale": (1, 2, 8)}, None)
 
 
+def test_a_module_that_is_called_like_an_adapter_is_none() -> None:
+    name = "poly_encoder.layers.0.self_attn.q_proj.weight"
+    assert build_layouts({name: (8, 8)}, None) == {name: whole("qk")}
+    assert build_layouts({f"{name[:-7]}.lora_A.default.weight": (2, 8)}, None).popitem()[1] == whole("qk")
+
+
 def test_a_leaf_name_without_its_parent_decides_nothing() -> None:
     names = ("layers.0.odd.out_proj.weight", "layers.0.odd.gate_proj.weight", "layers.0.odd.dense.weight")
     with pytest.raises(MolsConfigError) as error:

@@ -252,6 +252,15 @@ FAMILIES: dict[str, str] = {
         vo: attn.out_proj
         mlp: ffn.up_proj ffn.down_proj
     """,
+    # one module holds norm and attention; queries are grouped: 16 heads of 128, one key and one value head
+    "dbrx": """
+        embedding: transformer.wte
+        head: lm_head
+        qk2176+vo128: norm_attn_norm.attn.Wqkv
+        vo: norm_attn_norm.attn.out_proj
+        mlp: ffn.experts.mlp.w1 ffn.experts.mlp.v1 ffn.experts.mlp.w2
+        other: ffn.router.layer
+    """,
     "xlnet": """
         embedding: transformer.word_embedding
         head: lm_loss
