@@ -169,7 +169,8 @@ _OTHER: tuple[Rule, ...] = (
         "other",
     ),
     # Hyper-connections, residual mixing and per-layer inputs (DeepSeek-V4, Gemma 3n, Gemma 4, Inkling).
-    _under(r"\w+_hc|hc_head|altup|laurel"),
+    _under(r"\w+_hc|hc_head|\w*hyper_connection\w*|altup|laurel"),
+    _rule(r"ple\.(?:key|value)_proj", "other"),
     _rule(r"per_layer_\w+|altup_\w+(?:\.\d+)?|(?:attention|mlp)_input\.query", "other"),
     # Dense layers before an output layer, poolers, projections of embeddings.
     _rule(r"out|out_mid", "other", inside="encoder", families=_GRANITE_SPEECH),
