@@ -165,7 +165,6 @@ runtime/pipe/module.py); its own bookkeeping, which a probe window does not touc
 ATTACHED: dict[str, tuple[str, ...]] = {
     "deepspeed.checkpoint.constants": tuple(CONSTANTS),
     "deepspeed.runtime.activation_checkpointing.checkpointing": ("get_cuda_rng_tracker",),
-    "deepspeed.runtime.tensor_parallel.init_utils": ("load_ds_config",),
     "deepspeed.runtime.zero.utils": ("ZeRORuntimeException",),
     "deepspeed.utils.bwc": ("bwc_tensor_model_parallel_rank", "bwc_tensor_model_parallel_world_size"),
 }
@@ -268,12 +267,6 @@ def _refusal(what: str) -> MolsUnsupportedError:
 
 
 # ------------------------------------------------------------------ names that are used in several places
-
-
-def read_config(path: object) -> Config:
-    """A DeepSpeed config from a file or a base64 text, read by DeepSpeed's own loader."""
-    config: Config = module("deepspeed.runtime.tensor_parallel.init_utils").load_ds_config(path)
-    return config
 
 
 def mpu_rank(mpu: object) -> int:
