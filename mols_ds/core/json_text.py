@@ -33,7 +33,7 @@ def parse_json(text: str, where: str, loads: Callable[..., object] = json.loads,
         content = loads(text, object_pairs_hook=(lambda pairs: _once(pairs, where)) if once else dict)
     except MolsConfigError:
         raise
-    except (ValueError, IndexError, RecursionError) as error:  # hjson raises IndexError where a text is cut off
+    except (ValueError, IndexError, OverflowError, RecursionError) as error:  # hjson: IndexError for a cut-off text
         what = "nested too deeply" if isinstance(error, RecursionError) else printable(error)
         raise MolsConfigError(f"{where}: not JSON: {what}") from error
     check_plain(content, where)

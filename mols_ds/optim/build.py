@@ -16,7 +16,7 @@ from torch import nn
 
 from mols_ds.core.groups import base_group, group_table, is_scaled
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
-from mols_ds.optim.catalog import OPTIMIZERS, Entry, find, known_to_deepspeed, refused_class
+from mols_ds.optim.catalog import CLASSES, OPTIMIZERS, Entry, find, known_to_deepspeed
 from mols_ds.optim.limits import setting_problem
 from mols_ds.optim.settings import EditedSection, ReadSettings, Section, Settings
 
@@ -88,7 +88,7 @@ def requested(section: Section) -> Entry | None:
 
 def unknown_name(where: str, name: str) -> MolsConfigError | MolsUnsupportedError:
     """The error for an optimizer that neither DeepSpeed nor the table builds: why MoLS refuses it, where it does."""
-    kind = refused_class(name)
+    kind = next((one for one in CLASSES.values() if one.refused and one.name.lower() == name.lower()), None)
     if kind is not None:
         return MolsUnsupportedError(f"MoLS does not support {kind.name} ({kind.refused}): {kind.instead}")
     return MolsConfigError(f"{where} is unknown; known are {', '.join(OPTIMIZERS)}, and torch.optim's")

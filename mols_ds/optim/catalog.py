@@ -382,11 +382,6 @@ def find(name: str) -> Entry | None:
     return entry if entry is not None and entry.factory else None
 
 
-def refused_class(name: str) -> OptimizerClass | None:
-    """The class of this name, in any spelling that `row_of` takes, if MoLS refuses it whatever its settings are."""
-    return next((kind for kind in CLASSES.values() if kind.refused and _plain(kind.name) == _plain(name)), None)
-
-
 def class_facts(optimizer: object) -> OptimizerClass:
     """Facts about an optimizer's class by its name. A class that is not in the table is assumed to read elements."""
     name = type(optimizer).__name__

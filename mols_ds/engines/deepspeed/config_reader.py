@@ -64,7 +64,23 @@ def _parse(text: str, where: str, once: bool) -> JsonObject:
     content = parse_json(text, where, hjson.loads, once=once)
     if not isinstance(content, dict):
         raise MolsConfigError(f"{where}: a JSON object is needed, not {type(content).__name__}")
+    if "mols" in content:
+        kept = hjson.loads(text, parse_float=_Written, object_pairs_hook=lambda pairs: {k: _float(v) for k, v in pairs})
+        content["mols"] = kept["mols"]
     return content
+
+
+class _Written(float):
+    """A number with a point or an exponent. hjson makes 1 of 1.0, where equal; in "mols" a share is not a step."""
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = float.__hash__
+
+
+def _float(value: object) -> object:
+    return float(value) if isinstance(value, _Written) else value
 
 
 def misspelt_section(config: Mapping[str, object]) -> str:
