@@ -41,6 +41,7 @@ __all__ = [
     "group_table",
     "is_scaled",
     "order_groups",
+    "parameter_kinds",
 ]
 
 RULE_SECONDS = 5.0
@@ -170,12 +171,35 @@ class _Resolver:
                 raise MolsConfigError(f"rule [{rule.pattern!r}, {rule.group!r}] {reason}")
 
 
+def _layer_match(name: str) -> re.Match[str] | None:
+    """Where a parameter's name has the number of its layer."""
+    return _LAYER.search(name) or _ANY_INDEX.search(name)
+
+
 def _layer_key(name: str) -> Callable[[str], str]:
     """group -> key of granularity "layer_type" for the parameter `name`."""
-    canonical = canonical_name(name).name
-    match = _LAYER.search(canonical) or _ANY_INDEX.search(canonical)
+    match = _layer_match(canonical_name(name).name)
     suffix = "" if match is None else f".{int(match[1])}"
     return lambda group: group + suffix if is_scaled(group) and group not in ("embedding", "head") else group
+
+
+def parameter_kinds(layouts: Mapping[str, ElementLayout]) -> dict[str, list[str]]:
+    """The parameters' names without their numbers -> their groups without layers; what a report keeps of the names.
+
+    The layer's number becomes `{layer}`, other numbers become `*`: `model.layers.{layer}.mlp.experts.*.w1.weight`.
+    Names that differ in numbers only and in groups (a user's rule for the first layer) stay as they are.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, layout in layouts.items():
+        layer = _layer_match(name)
+        kind = name if layer is None else f"{name[: layer.start(1)]}{{layer}}{name[layer.end(1) :]}"
+        kind = re.sub(r"(?:^|(?<=\.))\d+(?=\.|$)", "*", kind)
+        found.setdefault(kind, {})[name] = list(dict.fromkeys(map(base_group, layout.groups)))
+    kinds: dict[str, list[str]] = {}
+    for kind, names in found.items():
+        groups = list(names.values())
+        kinds |= {kind: groups[0]} if groups.count(groups[0]) == len(groups) else names
+    return kinds
 
 
 def _build(

@@ -9,8 +9,8 @@ The report is a plain dict, so that any tool can read the file without this pack
 
 Beside these, the controller writes "noise_floor_correction", "weight_decay" ("scaled" or "unscaled"),
 "skipped_samples", "alpha_low", "alpha_high" and "constant_share" (elements without noise, which no estimator counts)
-for each group, "mode": "fixed" where the alphas were given, and "failed": why, where a calibration gave none. Readers
-must do without them.
+for each group, "parameters" (see `groups.parameter_kinds`), "mode": "fixed" where the alphas were given, and "failed":
+why, where a calibration gave none. Readers must do without them.
 
 `snr` is what the chosen estimator gave (for `damping` that is the mean effective step d in [0, 1]); a value that is
 undefined, such as the SNR of a group in which nothing moved, is null. `document.py` builds
@@ -86,6 +86,7 @@ class Report(TypedDict):
     noise_floor_correction: NotRequired[bool]
     skipped_samples: NotRequired[int]
     weight_decay: NotRequired[str]
+    parameters: NotRequired[dict[str, list[str]]]
     failed: NotRequired[str]
 
 
@@ -105,6 +106,10 @@ def schema_problem(report: object) -> str | None:
             return f"{key!r} is {report[key]}, not a count"
     if not report["groups"]:
         return "'groups' is empty"
+    names = report.get("parameters", {})
+    lists = names.values() if isinstance(names, dict) else [None]
+    if not all(isinstance(groups, list) and all(isinstance(group, str) for group in groups) for groups in lists):
+        return "'parameters' does not give a list of groups for each name"
     problems = (_group_problem(name, group) for name, group in report["groups"].items())
     return next((problem for problem in problems if problem), None)
 
