@@ -256,6 +256,7 @@ def _refusal(what: str) -> MolsUnsupportedError:
 
 # ------------------------------------------------------------------ names that several places use
 
+
 def mpu_rank(mpu: object) -> int:
     """This process's rank within one data-parallel copy of the model."""
     return int(module("deepspeed.utils.bwc").bwc_tensor_model_parallel_rank(mpu))
