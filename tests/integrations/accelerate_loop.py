@@ -63,7 +63,7 @@ class Progress:
 
 
 class Loop:
-    """The usual objects; `how`: "attach", "patch" or "both"."""
+    """The usual objects; `how`: "attach", "patch", "both", or "config" (the section is there, and no MoLS)."""
 
     def __init__(self, run: Run, how: str) -> None:
         for state in (AcceleratorState, GradientState):
@@ -77,8 +77,9 @@ class Loop:
             "zero_optimization": zero_section(run.stage),
             "steps_per_print": 10**9,
         }
-        if how in ("patch", "both") and run.section is not None:
+        if how != "attach" and run.section is not None:
             config["mols"] = run.section
+        if how in ("patch", "both"):
             mols_ds.patch()
         self.run, self.tracker, self.progress = run, Tracker(), Progress()
         self.accelerator = Accelerator(
@@ -100,7 +101,8 @@ class Loop:
         if how in ("attach", "both") and run.section is not None:
             section = None if how == "both" else run.section
             attach(self.engine, section, scheduler=self.scheduler, optimizer=self.optimizer)
-        mols_ds.unpatch()
+        if how in ("patch", "both"):
+            mols_ds.unpatch()
         self.accelerator.register_for_checkpointing(self.progress)
         if run.resume is not None:
             self.accelerator.load_state(f"{run.saved}/{run.resume}")

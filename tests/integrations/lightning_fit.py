@@ -160,14 +160,15 @@ def logged(out: str) -> list[dict[str, Any]]:
 
 
 def train(run: Run, way: str = "argument") -> dict[str, Any]:
-    """`way`: "argument" or "config" (where the callback finds the section), or "patch" without a callback."""
+    """`way`: "argument" or "config" (where the callback finds the section), or "patch" or
+    "config alone" without a callback."""
     pl.seed_everything(3)
     config: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_optimization": zero_section(run.stage)}
     if run.section is not None and way != "argument":
         config["mols"] = run.section
     watch, world = Watch(), int(os.environ["WORLD_SIZE"])
     callbacks: list[Any] = [watch]
-    if run.section is not None and way != "patch":
+    if run.section is not None and way in ("argument", "config"):
         callbacks.append(MolsCallback(run.section if way == "argument" else None))
     keeper = None
     if run.save:

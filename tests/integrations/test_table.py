@@ -11,6 +11,7 @@ from tests.integrations.places import COLUMNS, PARTS, part_of
 from tests.integrations.runner import Case
 from tests.integrations.table import (
     BEGIN,
+    BESIDES,
     CASES,
     CELLS,
     END,
@@ -25,7 +26,7 @@ from tests.integrations.table import (
     rendered,
 )
 
-ROWS = [(*place, column) for place, column in product(PLACES, COLUMNS)]
+ROWS = [(*place, column) for place, column in product([*PLACES, *BESIDES], COLUMNS)]
 
 
 def reads(row: tuple[str, int, int, str]) -> list[Case]:

@@ -78,16 +78,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.trainer: Any = None
-        self.rows: list[Any] = []
-        self.saved: dict[str, Any] = {}
+        self.seen: dict[str, Any] = {"counts": [], "lrs": [], "phases": [], "saved": {}}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        engine = self.trainer.model_wrapped
-        lr = float(self.trainer.lr_scheduler.get_last_lr()[0])
-        self.rows.append((state.global_step, engine.global_steps, engine.micro_steps, lr, phase_of(engine)))
+        engine, seen = self.trainer.model_wrapped, self.seen
+        seen["counts"].append((state.global_step, engine.global_steps, engine.micro_steps))
+        seen["lrs"].append(float(self.trainer.lr_scheduler.get_last_lr()[0]))
+        seen["phases"].append(phase_of(engine))
         for part, update in SAVED.items():
             if update == state.global_step and hasattr(engine, "mols"):
-                self.saved[part] = saved_in(engine, update)
+                seen["saved"][part] = saved_in(engine, update)
 
 
 def make(spec: Spec, watch: Watch, callback: MolsCallback | None) -> Any:
@@ -171,25 +171,24 @@ def train(spec: Spec) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=spec.resume)
     finally:
         mols_ds.unpatch()
-    engine = trainer.model_wrapped
-    seen: dict[str, Any] = {
-        "rows": watch.rows,
-        "saved in": watch.saved,
+    same = {
         "log": history(trainer, ours=False),
-        "log with mols": history(trainer, ours=True),
-        "saved": sorted(path.name for path in Path(spec.out).glob("checkpoint*")),
+        "kept": sorted(path.name for path in Path(spec.out).glob("checkpoint*")),
         "best": Path(trainer.state.best_model_checkpoint or "").name,
         "flos": trainer.state.total_flos,
         "loaders": len(trainer.accelerator._dataloaders),
     }
-    if isinstance(trainer.train_dataset, Examples):
-        seen["read"] = trainer.train_dataset.read
-    return {**seen, **end_of(engine)}
+    read = trainer.train_dataset.read if isinstance(trainer.train_dataset, Examples) else []
+    rows = [row for row in history(trainer, ours=True) if "loss" in row]
+    logs = [{"update": row["step"], "lr": row["learning_rate"], **row} for row in rows]
+    for row in logs:
+        row.pop("num_tokens", None)  # TRL counts them from each start on
+    return {**watch.seen, "logs": logs, "same": same, "read": read, **end_of(trainer.model_wrapped)}
 
 
 EVALUATING: dict[str, Any] = {
     "max_steps": -1,
-    "num_train_epochs": 3,
+    "num_train_epochs": 2,
     "eval_strategy": "steps",
     "eval_steps": 3,
     "save_strategy": "steps",
@@ -200,28 +199,11 @@ EVALUATING: dict[str, Any] = {
 }
 
 
-def losses(seen: dict[str, Any]) -> list[dict[str, float]]:
-    """Rows of the log, without the tokens that TRL counts from each start on."""
-    rows = [row for row in seen["log with mols"] if "loss" in row]
-    return [{key: value for key, value in row.items() if key != "num_tokens"} for row in rows]
-
-
 def train_run(trainer: str, lora: bool, run: Run) -> dict[str, Any]:
     """A run of the table: accumulation, and epochs that end in its middle."""
-    arguments = {**EVALUATING, "num_train_epochs": 2} if run.evaluate else {}
+    arguments = EVALUATING if run.evaluate else {}
     if run.save:
         arguments = {"save_strategy": "steps", "save_steps": 2}
     resume = None if run.resume is None else f"{run.saved}/checkpoint-{SAVED[run.resume]}"
     how = "stock" if run.mols is None else "callback"
-    spec = Spec(how, trainer, run.stage, 2, run.mols, arguments=arguments, out=run.out, resume=resume, lora=lora)
-    found = train(spec)
-    rows = found["rows"]
-    return {
-        **found,
-        "counts": [row[:3] for row in rows],
-        "lrs": [row[3] for row in rows],
-        "phases": [row[4] for row in rows],
-        "logs": [{"update": row["step"], "lr": row["learning_rate"], **row} for row in losses(found)],
-        "saved": found["saved in"],
-        "same": {key: found[key] for key in ("log", "saved", "best", "flos", "loaders")},
-    }
+    return train(Spec(how, trainer, run.stage, 2, run.mols, arguments=arguments, out=run.out, resume=resume, lora=lora))
