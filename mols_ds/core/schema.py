@@ -9,7 +9,8 @@ The report is a plain dict: any tool can read the file without this package.
 
 The controller adds "noise_floor_correction", "weight_decay" ("scaled" or "unscaled"), "skipped_samples", and for each
 group "alpha_low", "alpha_high" and "constant_share" (elements without noise, which no estimator counts). "mode" is
-"fixed" for given alphas. "parameters": see `groups.parameter_kinds`. "failed" is the reason of a failed calibration. Readers must work without these keys.
+"fixed" for given alphas. "parameters": see `groups.parameter_kinds`. "failed" is the reason of a failed calibration.
+Readers must work without these keys.
 
 `snr` is the value of the chosen estimator (for `damping` the mean effective step d in [0, 1]). An undefined value is
 null, such as the SNR of a group in which nothing moved. `document.py` builds reports; `mols_ds.report` writes and

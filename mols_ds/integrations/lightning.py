@@ -24,7 +24,7 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed.patching import patched_with
 from mols_ds.errors import MolsError, MolsUnsupportedError
-from mols_ds.integrations.client import fill_section, log_values, one_section, random_state_kept
+from mols_ds.integrations.client import attributes_kept, fill_section, log_values, one_section, random_state_kept
 
 WHO = "MolsCallback"
 FIRST_EPOCH = 1_000_003  # of the extra batches: another order than that of any epoch that trains
@@ -137,7 +137,7 @@ def _silent(pl_module: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_order(trainer: Any) -> Iterator[CombinedLoader]:
-    """The training data in an order of its own; samplers and their generators are as they were afterwards."""
+    """The training data in an order of its own; loaders, samplers and generators are as they were afterwards."""
     combined = CombinedLoader(trainer.train_dataloader, trainer.fit_loop._combined_loader._mode)
     for loader in combined.flattened:
         if getattr(loader, "persistent_workers", False):
@@ -153,7 +153,10 @@ def _own_order(trainer: Any) -> Iterator[CombinedLoader]:
     for sampler in samplers:
         sampler.set_epoch(FIRST_EPOCH + int(trainer.global_step))
     try:
-        yield combined
+        with contextlib.ExitStack() as stack:
+            for loader in combined.flattened:  # a loader that can be resumed knows its last iterator
+                stack.enter_context(attributes_kept(loader))
+            yield combined
     finally:
         for generator, state in generators:
             generator.set_state(state)

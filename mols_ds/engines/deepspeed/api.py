@@ -155,6 +155,14 @@ def _warn(text: str) -> None:
     warnings.warn(text, MolsWarning, stacklevel=4)
 
 
+def is_left_out(arguments: Config) -> bool:
+    """Whether an engine that is built with these arguments of `deepspeed.initialize`, and not by ours, would leave out
+    a "mols" section that is on."""
+    config = None if _under_way.get() else _find_config(arguments, strict=False)
+    section = None if config is None else config.get("mols")
+    return section is not None and not _trains_nothing(arguments, config) and MolsConfig.parse(section).enabled
+
+
 def _arguments(below: Initialize, args: tuple[Any, ...], kwargs: Config) -> Config:
     """The arguments by name; a replacement that takes `*args, **kwargs` has those of DeepSpeed's function."""
     signature = inspect.signature(below)
