@@ -9,15 +9,19 @@ Decisions:
 - The latent rows of MLA's down projection feed keys and values at once and count as `vo`; the rotary rows feed the
   keys only and are `qk` (the same choice as for Hugging Face models, see `mols_ds.core.group_rules`).
 - The output gates of attention and of GatedDeltaNet (z) scale the values' path: `vo`. GatedDeltaNet's decay and write
-  strength (alpha, beta), convolution and all of a Mamba mixer are `other`.
+  strength (alpha, beta), its convolution and all of a Mamba mixer, of a router and of an indexer are `other`.
 - What the paper's groups do not name is `other`, that is measured and not scaled: routers, the gate of shared experts,
   the projection that mixes hidden state and embedding in multi-token prediction (eh_proj), the indexer of DeepSeek's
   sparse attention (it learns from a loss of its own), T5's relative position bias, BERT's transform before the output
-  layer, its pooler and its binary head. A user's rule can name another group for each.
+  layer and its pooler. A user's rule can name another group for each.
+- Towers of other modalities, and what connects them, have groups of their own: see `mols_ds.core.group_rules.TOWERS`.
+  What no rule knows of a tower (convolutions, modules of transformers) is `other`.
+- Rows of a fused projection are those of the config of its module: a tower and a layer of a heterogeneous model have
+  their own.
 
 Two projections are stored in *local* order: each tensor-parallel rank holds a block of every part, so the logical
 parameter repeats the blocks tensor_model_parallel_size times (read from the config): GatedDeltaNet's in_proj and the
-fused down projection of MLA. No rule covers LoRA adapters of Megatron-Bridge or vision towers.
+fused down projection of MLA. Adapters of Megatron-Bridge take the group of what they adapt (`canonical_name`).
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from mols_ds.core.group_rules import Fused, Pattern, Rule, config_value, strip_wrappers
+from mols_ds.core.group_rules import Fused, Pattern, Rule, config_value, strip_wrappers, tower_of
 from mols_ds.core.groups import Granularity, GroupTable, build_layouts
 from mols_ds.core.layout import ElementLayout
 from mols_ds.errors import MolsConfigError
@@ -85,12 +89,18 @@ class _Configs:
         self.model, self.modules = model, modules
 
     def of(self, name: str) -> object | None:
-        """The config of the module that holds parameter `name`."""
+        """The config of the module that holds parameter `name`. Raises MolsConfigError for a tower without its own."""
         module = strip_wrappers(name)
+        tower = tower_of(module)
         while module:
             module = module.rpartition(".")[0]
             if module in self.modules:
                 return self.modules[module]
+        if tower is not None:
+            raise MolsConfigError(
+                f"parameter {name!r} is in a tower ({tower}) of its own config, which was not given: pass "
+                "`modules` (module name -> its config) or add a rule for this parameter"
+            )
         per_layer, match = getattr(self.model, "get_config_for_layer", None), _DECODER_LAYER.search(name)
         if match is None or not callable(per_layer):
             return self.model
@@ -238,8 +248,8 @@ def _rule(names: str, target: str | RowPattern, leaf: str = r"\.weight") -> Rule
 
 
 MEGATRON_RULES: tuple[Rule, ...] = (
-    # A Mamba mixer as a whole: it has an in_proj, an out_proj and convolutions of its own.
-    Rule(re.compile(r"(?:^|\.)mixer\."), "other"),
+    # As a whole: a Mamba mixer has an in_proj, an out_proj and convolutions of its own.
+    Rule(re.compile(r"(?:^|\.)(?:\w*mixer|indexer|router)\."), "other"),
     # Biases; those of grouped experts are `bias0`, `bias1`... or one 2-D `bias`.
     Rule(re.compile(r"(?:^|[._])bias\d*$"), "other"),
     # Fused projections.
@@ -250,15 +260,14 @@ MEGATRON_RULES: tuple[Rule, ...] = (
     _rule("linear_qkv_down_proj", _mla_qkv_down),
     _rule(r"self_attention\.in_proj", _delta_net),
     _rule(r"embedding\.(?:word|position|tokentype)_embeddings", "embedding"),
-    _rule("output_layer", "head"),
+    _rule("output_layer|binary_head", "head"),
     # Weights outside the paper's groups.
-    _rule(r"router|eh_proj|conv1d|relative_attention_bias", "other"),
+    _rule(r"eh_proj|conv1d|relative_attention_bias", "other"),
     _rule("shared_experts", "other", r"\.gate_weight"),
-    _rule(r"indexer\.linear_\w+", "other"),
-    _rule(r"lm_head\.dense|pooler\.dense|binary_head", "other"),
-    # Separate projections: cross-attention, MLA, GatedDeltaNet.
-    _rule("linear_q|linear_q_proj|linear_q_down_proj|linear_q_up_proj", "qk"),
-    _rule(r"linear_proj|self_attention\.out_proj", "vo"),
+    _rule(r"lm_head\.dense|pooler\.dense", "other"),
+    # Separate projections: cross-attention, MLA, GatedDeltaNet, adapters of linear_qkv.
+    _rule(r"linear_[qk]|linear_q_proj|linear_q_down_proj|linear_q_up_proj", "qk"),
+    _rule(r"linear_v|linear_proj|self_attention\.out_proj", "vo"),
     # Dense, shared and routed MLPs. Grouped experts: weight0, weight1... or one `weight` (linear_fc1 of Transformer
     # Engine), weight1 and weight2 (GroupedMLP, up to 0.16).
     _rule("linear_fc1|linear_fc2", "mlp", r"\.weight\d*"),
@@ -342,11 +351,11 @@ def tag_table(
         raise MolsConfigError(
             f"tag_table takes a whole model, not {len(chunks)} chunks of one; build the model without pipelining"
         )
-    modules = module_configs(chunks[0])
+    modules: dict[str, object] = {**module_configs(chunks[0])}
     if config is None:
         config = _find_config(chunks[0])
     else:
-        modules.pop("", None)
+        modules[""] = config
     for key in _PARALLEL_SIZES:
         if int(config_value(config, key) or 1) > 1:
             raise MolsConfigError(

@@ -306,20 +306,23 @@ TOWERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
             r"multi_modal_projector|mm_projector|projector|connector|aligner|\w+_aligner|\w+_connector|"
             r"resampler_model|qformer|query_tokens|language_projection|image_to_text_projection|"
             r"vision_projection|visual_projection|text_projection|audio_projection|merger|vision_adapter|"
-            r"encoder_projector|embedding_proj_layer|high_res_vision_(?:neck|proj|alpha)",
+            r"encoder_projector|embedding_proj_layer|high_res_vision_(?:neck|proj|alpha)|sound_projection|"
+            r"embed_(?:vision|audio)|modality_submodules\.\w+\.(?:in|out)put_projections",
         ),
         (
             "vision",
             r"vision_tower|vision_model|visual|vision_encoder|image_tower|video_tower|video_model|image_encoder|"
             r"image_model|img_processor|high_res_vision_model|vqmodel|visual_\w+|generation_\w+|"
-            r"image_encoder|embed_tokens_extend\.image_embed|vision_embed_tokens|patch_embed|image_newline",
+            r"image_encoder|embed_tokens_extend\.image_embed|vision_embed_tokens|patch_embed|image_newline|"
+            r"modality_submodules\.(?:images?|videos?|vision)",
         ),
         (
             "audio",
             r"audio_tower|audio_model|audio_encoder|speech_encoder|speech_encoder_model|codec_model|depth_decoder|"
             r"\w+_tokenizer_encoder|talker|token2wav|diffusion_head|flow_head|vocoder|audio_lm_head|"
-            r"embed_tokens_extend\.audio_embed",
+            r"embed_tokens_extend\.audio_embed|sound_model|modality_submodules\.(?:audios?|sounds?|speech)",
         ),
+        ("modality", r"modality_submodules\.\w+"),  # of another name, in Megatron's MIMO
         ("protein", r"protein_encoder"),
     )
 )

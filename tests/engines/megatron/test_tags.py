@@ -18,8 +18,8 @@ from tests.engines.megatron.tag_models import (
     MLA,
     SMALL,
     attention_rows,
-    make_config,
     make_gpt,
+    make_t5,
     one_rank,
     row_groups,
     rows_by_autograd,
@@ -69,20 +69,7 @@ def test_a_tensor_parallel_shard_is_a_range_of_the_logical_rows(case: str, two_r
 
 @pytest.mark.skipif(MEGATRON < (0, 16), reason="the vanilla T5 spec of 0.15 needs Transformer Engine")
 def test_cross_attention_rows_and_names_of_t5() -> None:
-    from megatron.core.models.T5 import t5_spec
-    from megatron.core.models.T5.t5_model import T5Model
-
-    config = make_config(**SMALL, kv_channels=10, gated_linear_unit=False, add_bias_linear=True)
-    model = T5Model(
-        config,
-        config,
-        t5_spec.get_t5_encoder_with_local_block_spec(1),
-        t5_spec.get_t5_decoder_with_local_block_spec(1),
-        vocab_size=32,
-        max_sequence_length=16,
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="relative",
-    )
+    model = make_t5(kv_channels=10, add_bias_linear=True)
     table = tag_table(model)
     attention: Any = model.get_submodule("decoder.layers.0.cross_attention")
     hidden, other = torch.randn(3, 2, 24), torch.randn(5, 2, 24)
