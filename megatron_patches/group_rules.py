@@ -27,13 +27,14 @@ fused down projection of MLA. Adapters of Megatron-Bridge take the group of what
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
 from mols_ds.core.group_rules import Fused, Pattern, Rule, config_value, strip_wrappers, tower_of
 from mols_ds.core.groups import Granularity, GroupTable, build_layouts
 from mols_ds.core.layout import ElementLayout
+from mols_ds.core.param_names import kind_of
 from mols_ds.errors import MolsConfigError
 
 __all__ = ["MEGATRON_RULES", "tag_layouts", "tag_table"]
@@ -260,6 +261,8 @@ MEGATRON_RULES: tuple[Rule, ...] = (
     _rule("linear_qkv_down_proj", _mla_qkv_down),
     _rule(r"self_attention\.in_proj", _delta_net),
     _rule(r"embedding\.(?:word|position|tokentype)_embeddings", "embedding"),
+    # Patches, positions and frames of a vision tower.
+    _rule(r"conv1|patch_embed\.proj|pos_embed|position_embeddings|(?:video_)?embedder", "embedding", r"(?:\.weight)?"),
     _rule("output_layer|binary_head", "head"),
     # Weights outside the paper's groups.
     _rule(r"eh_proj|conv1d|relative_attention_bias", "other"),
@@ -296,6 +299,7 @@ def tag_layouts(
     rules: Sequence[Sequence[str]] | None = None,
     granularity: Granularity = "type",
     modules: Mapping[str, object] | None = None,
+    frozen: Iterable[str] = (),
 ) -> dict[str, ElementLayout]:
     """The layout of each logical parameter of a Megatron-core model.
 
@@ -307,6 +311,7 @@ def tag_layouts(
         granularity: "type", or "layer_type", which numbers the decoder's layers from 0 ("qk.3") and the layers of
             multi-token prediction after them ("qk.<num_layers>" is the first), as DeepSeek-V3's checkpoints do.
         modules: module name -> its config, for modules whose config is not the model's (see `module_configs`).
+        frozen: names of parameters that are not trained; they too tell whether a tower is beside a language model.
 
     Returns:
         Logical name -> layout, in the order of `shapes`.
@@ -315,7 +320,9 @@ def tag_layouts(
         MolsConfigError: as `mols_ds.core.groups.build_layouts`, and where the rows of a fused projection are not those
             of the config (naming the parameter and both numbers).
     """
-    layouts = build_layouts(shapes, _Configs(config, modules or {}), rules, granularity, presets=MEGATRON_RULES)
+    names = [*shapes, *frozen]
+    configs = _Configs(config, modules or {})
+    layouts = build_layouts(shapes, configs, rules, granularity, presets=MEGATRON_RULES, names=names)
     if granularity == "layer_type":
         for name, layout in layouts.items():
             if match := _MTP_LAYER.search(strip_wrappers(name)):
@@ -363,7 +370,14 @@ def tag_table(
                 "build the model with size 1 (the meta device will do)"
             )
     shapes = {name: tuple(p.shape) for name, p in chunks[0].named_parameters() if p.requires_grad}
-    return GroupTable(tag_layouts(shapes, config, rules, granularity, modules), shapes)
+    layouts = tag_layouts(shapes, config, rules, granularity, modules, frozen_names(chunks[0]))
+    return GroupTable(layouts, shapes)
+
+
+def frozen_names(model: nn.Module) -> list[str]:
+    """The first name of each kind (layer and expert numbers apart) of parameter that is not trained."""
+    names = (strip_wrappers(name) for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    return list({kind_of(name): name for name in names}.values())
 
 
 def _find_config(model: nn.Module) -> object | None:

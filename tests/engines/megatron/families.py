@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_patches.collective_checks import merge_shapes, together
 from megatron_patches.cpu.emulation import cpu_megatron
-from megatron_patches.param_map import configs_of, current_grid, local_layout, local_parameters, logical_table
+from megatron_patches.param_map import LogicalModel, configs_of, current_grid, local_layout, local_parameters
 from mols_ds.core.groups import group_table
 from tests.engines.megatron.hybrids import DELTA_NET, MAMBA, make_hybrid
 from tests.engines.megatron.tag_models import make_gpt
@@ -250,7 +250,7 @@ def counted_here(name: str) -> dict[str, Any]:
         chunks = [megatron_model(name, ranks)]
         found = local_parameters(chunks, current_grid())
         told = together(lambda: {local.name: local.shape for local in found if local.names_it})
-        table = logical_table(merge_shapes(told), None, (), "type", configs_of(chunks))
+        table = LogicalModel(merge_shapes(told), configs_of(chunks)).table(None, (), "type")
         mine: Counter[str] = Counter()
         for local in found:
             if local.counted:

@@ -71,6 +71,7 @@ def bert_of_transformers() -> nn.Module:
 
 
 @pytest.mark.distributed
+@pytest.mark.tier("all")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=needs_newest if name in HYBRID else ()) for name in FAMILIES]
 )

@@ -14,6 +14,7 @@ from tests.helpers.harness import run_cases
 
 pytestmark = [
     pytest.mark.distributed,
+    pytest.mark.tier("all"),
     pytest.mark.skipif(newest() is None, reason="no newest megatron-core: make setup-dev"),
 ]
 SETTINGS: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 4, "ffn_hidden_size": 40}
