@@ -72,11 +72,10 @@ class _Resolver:
     ) -> None:
         """names: those of all parameters, also frozen ones. They tell whether a tower is beside a model or is it."""
         self.config = config
-        self.rules = [
-            UserRule(position, rule, [tower for tower, _ in TOWERS]) for position, rule in enumerate(rules or ())
-        ]
+        towers = list(dict.fromkeys(tower for tower, _, _ in TOWERS))
+        self.rules = [UserRule(position, rule, towers) for position, rule in enumerate(rules or ())]
         self.presets = presets
-        outside = (canonical for name in names if not tower_of(canonical := canonical_name(name).name))
+        outside = (canonical for name in names if not tower_of(canonical := canonical_name(name).name, config))
         self.has_towers = any(_BLOCK.search(name) for name in outside)
         self.refused: dict[str, list[_Refused]] = {}
 
@@ -129,7 +128,7 @@ class _Resolver:
         return embedding or found[0]
 
     def _tower(self, name: str) -> str | None:
-        return tower_of(canonical_name(name).name) if self.has_towers else None
+        return tower_of(canonical_name(name).name, self.config) if self.has_towers else None
 
     def _in_tower(self, name: str, layout: ElementLayout) -> ElementLayout:
         tower = self._tower(name)
