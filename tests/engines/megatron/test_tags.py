@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -124,6 +125,33 @@ def test_names_that_no_model_on_the_cpu_has() -> None:
     for name in shapes.keys() - {f"{attention}in_proj.weight"}:
         expected = "vo" if name in vo else "mlp" if name in mlp else "other"
         assert groups[name] == (expected,), name
+
+
+ROWS = 2 * (["qk"] * 18 + ["vo"] * 6)  # two query groups of [2 queries | key | value], heads of 6
+ADAPTERS: dict[str, tuple[tuple[int, ...], list[str]]] = {  # name in a layer -> shape, groups of the rows
+    "self_attention.linear_qkv.to_wrap.weight": ((48, 24), ROWS),
+    "self_attention.linear_qkv.adapter.linear_in.weight": ((8, 24), ["vo"] * 8),  # feeds queries, keys and values
+    "self_attention.linear_qkv.adapter.linear_out.weight": ((48, 8), ROWS),
+    "self_attention.linear_qkv.adapter.weight_magnitude": ((48,), ROWS),
+    "self_attention.linear_qkv.adapters.1.linear_out.weight": ((48, 8), ROWS),  # one of several
+    "self_attention.linear_qkv.adapter.adapter_q.linear_in.weight": ((8, 24), ["qk"] * 8),  # canonical LoRA
+    "self_attention.linear_qkv.adapter.adapter_k.linear_out.weight": ((12, 8), ["qk"] * 12),
+    "self_attention.linear_qkv.adapter.adapter_v.linear_in.weight": ((8, 24), ["vo"] * 8),
+    "self_attention.linear_proj.adapter.linear_in.weight": ((8, 24), ["vo"] * 8),
+    "mlp.linear_fc1.adapter.adapter_gate.linear_out.weight": ((40, 8), ["mlp"] * 40),
+    "mlp.experts.linear_fc2.adapter.linear_in.weight": ((4, 8, 40), ["mlp"] * 4),
+    "mlp.router.adapter.linear_out.weight": ((4, 8), ["other"] * 4),
+    "mixer.in_proj.adapter.linear_out.weight": ((50, 8), ["other"] * 50),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_of_megatron_bridge_follow_what_they_adapt(name: str) -> None:
+    """Names and shapes are those of Megatron-Bridge's sources (bridge/peft); it needs Transformer Engine to run."""
+    shape, rows = ADAPTERS[name]
+    full = f"decoder.layers.0.{name}"
+    layout = tag_layouts({full: shape}, {**SMALL, "num_query_groups": 2})[full]
+    assert row_groups(layout, (shape[0], math.prod(shape[1:]))) == rows
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
