@@ -32,6 +32,7 @@ from mols_ds.errors import MolsConfigError
 __all__ = [
     "PRESETS",
     "TOWERS",
+    "TOWER_NAMES",
     "CanonicalName",
     "Fused",
     "Pattern",
@@ -188,7 +189,7 @@ _OTHER: tuple[Rule, ...] = (
 
 _EMBEDDINGS: tuple[Rule, ...] = (
     _rule(
-        r"wte|wpe|tok_emb|pos_emb|token_emb|pos_embed|(?:embed|word_embed|tokens_embed|positions_embed)(?:_\w+)?|"
+        r"wte|wpe|tok_emb|pos_emb|token_emb|pos_embed|(?:embed|word_embed|tokens_embed|positions_embed)(?!_out)(?:_\w+)?|"
         r"\w*embeddings?(?:_\w*\d)?|\w*_emb|HashBucketCodepointEmbedder_\d|\w+_embeddings\.\d+|shared|embed_tokens\w*|embed_positions\w*|position_embeds?_layer",
         "embedding",
     ),
@@ -368,6 +369,7 @@ TOWERS: tuple[tuple[str, re.Pattern[str], tuple[str, ...]], ...] = tuple(
 """(name of a tower of another modality, or of what connects towers; the modules it is made of; model_types it is one
 in, all without any). The groups of a tower carry its name (`vision.qk`) and are measured, not scaled, unless a rule
 asks for it."""
+TOWER_NAMES = tuple(dict.fromkeys(tower for tower, _, _ in TOWERS))
 
 
 def tower_of(name: str, config: object | None = None) -> str | None:

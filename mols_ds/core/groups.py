@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import nn
 
 from mols_ds.core.group_layouts import LayoutError, layer_config, tower_config
-from mols_ds.core.group_rules import PRESETS, TOWERS, Rule, canonical_name, config_value, strip_wrappers, tower_of
+from mols_ds.core.group_rules import PRESETS, TOWER_NAMES, Rule, canonical_name, config_value, strip_wrappers, tower_of
 from mols_ds.core.layout import GROUPS, SCALED_GROUPS, ElementLayout, Granularity, base_group, is_scaled
 from mols_ds.core.param_names import kind_of, kind_pattern, layer_number
 from mols_ds.core.user_rules import AS_WEIGHT, UserRule, tower_group
@@ -72,8 +72,7 @@ class _Resolver:
     ) -> None:
         """names: those of all parameters, also frozen ones. They tell whether a tower is beside a model or is it."""
         self.config = config
-        towers = list(dict.fromkeys(tower for tower, _, _ in TOWERS))
-        self.rules = [UserRule(position, rule, towers) for position, rule in enumerate(rules or ())]
+        self.rules = [UserRule(position, rule, TOWER_NAMES) for position, rule in enumerate(rules or ())]
         self.presets = presets
         outside = (canonical for name in names if not tower_of(canonical := canonical_name(name).name, config))
         self.has_towers = any(_BLOCK.search(name) for name in outside)
@@ -180,7 +179,7 @@ def _refusal(refused: Mapping[str, Sequence[_Refused]]) -> str:
     )
 
 
-def _layer_key(name: str) -> Callable[[str], str]:
+def layer_key(name: str) -> Callable[[str], str]:
     """group -> key of granularity "layer_type" for the parameter `name`."""
     number = layer_number(canonical_name(name).name)
     suffix = "" if number is None else f".{number}"
@@ -205,7 +204,7 @@ def _build(
         resolved = resolver.resolve(aliases, tuple(int(size) for size in shape))
         if resolved is not None:
             name, layout = resolved
-            layouts[aliases[0]] = layout.relabel(_layer_key(name)) if granularity == "layer_type" else layout
+            layouts[aliases[0]] = layout.relabel(layer_key(name)) if granularity == "layer_type" else layout
     resolver.finish()
     return layouts
 

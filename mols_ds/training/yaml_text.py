@@ -28,7 +28,7 @@ class _Once(yaml.SafeLoader):
         known: set[Hashable] = set()
         for key in filter(lambda key: isinstance(key, Hashable), keys):
             if key in known:
-                raise MolsConfigError(f"key {key!r} stands there twice")
+                raise MolsConfigError(f"key {key!r} is there twice")
             known.add(key)
         return super().construct_mapping(node, deep)
 

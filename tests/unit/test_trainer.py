@@ -420,8 +420,8 @@ def test_what_fails_beside_training_is_a_warning_once(tmp_path: Path, monkeypatc
         outcome = train(job_of(tmp_path / "failing"))
     assert outcome.val_loss == whole.val_loss
     assert sorted(str(warning.message) for warning in said) == [
-        "metrics: not written (ValueError: no space); training goes on",
-        "monitor: not written (ValueError: no space); training goes on",
+        "metrics: not written (ValueError: no space); training continues",
+        "monitor: not written (ValueError: no space); training continues",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The two ways in: `initialize` in the place of `deepspeed.initialize`, and `attach` for an engine that exists."""
+"""Entry points: `initialize` instead of `deepspeed.initialize`, and `attach` for an existing engine."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
 from mols_ds.optim.build import Request, build, split_config
 
 Initialized = tuple[Any, Any, Any, Any]
-"""What `deepspeed.initialize` returns: engine, optimizer, data loader, scheduler."""
+"""Result of `deepspeed.initialize`: engine, optimizer, data loader, scheduler."""
 Initialize = Callable[..., Initialized]
 STOCK: Initialize = deepspeed.initialize
-"""DeepSpeed's own, as it was when `mols_ds.initialize` was first used. `deepspeed.initialize` may be ours later."""
+"""DeepSpeed's function at the first use of `mols_ds.initialize`. `deepspeed.initialize` may be ours later."""
 _under_way: ContextVar[bool] = ContextVar("mols_initialize_under_way", default=False)
-"""Whether a `deepspeed.initialize` of ours is being carried out: another one of ours below it hands through."""
+"""Whether one of our `deepspeed.initialize` functions runs now: a nested one then only calls the next."""
 
 
 def attach(engine: Engine, config: Mapping[str, object] | MolsConfig) -> Handle:
-    """Put MoLS on a DeepSpeed engine that exists already. Collective: every rank calls it at the same point.
+    """Attach MoLS to an existing DeepSpeed engine. Collective: every rank calls it at the same point.
 
     Args:
-        engine: what `deepspeed.initialize` returned; ZeRO stage 0-3, before or after any number of steps.
+        engine: result of `deepspeed.initialize`; ZeRO stage 0-3, before or after any number of steps.
         config: a "mols" section (dict) or a `MolsConfig`.
 
     Returns:
-        The object that is also `engine.mols`; its `detach()` makes the engine stock again.
+        The handle, also at `engine.mols`. Its `detach()` makes the engine stock again.
 
     Raises:
-        MolsConfigError: the section, a rule or a group name is wrong.
-        MolsUnsupportedError: the engine, its optimizer or a setting of it cannot be supported; named, with the way out.
+        MolsConfigError: a wrong section, rule or group name.
+        MolsUnsupportedError: an unsupported engine, optimizer or setting; the message names it and what to do.
     """
     return attach_to(engine, MolsConfig.parse(config))
 
 
 def attach_to(engine: Engine, section: MolsConfig, loop: Loop = "own") -> Handle:
-    """`attach`, for the integrations, which know the loop."""
+    """`attach` for integrations, which know who calls the engine's step."""
     check_is_engine(engine)
     if isinstance(getattr(engine, "mols", None), EngineMols):
         raise MolsError("this engine has MoLS already; call engine.mols.detach() first")
@@ -63,7 +63,7 @@ def attach_to(engine: Engine, section: MolsConfig, loop: Loop = "own") -> Handle
 
 
 def check_is_engine(engine: object) -> None:
-    """Refuse what a callback or a user may take for the engine: a model, its DDP wrapper, a Trainer, an optimizer."""
+    """Refuse objects that are often taken for the engine: a model, its DDP wrapper, a Trainer, an optimizer."""
     if isinstance(engine, deepspeed.DeepSpeedEngine):
         return
     raise MolsConfigError(
@@ -74,15 +74,15 @@ def check_is_engine(engine: object) -> None:
 
 
 def initialize(*args: Any, **kwargs: Any) -> Initialized:
-    """`deepspeed.initialize` with the "mols" section of the DeepSpeed config and with optimizers by name.
+    """Run `deepspeed.initialize` with the "mols" section of the DeepSpeed config, and with optimizers by name.
 
-    Same arguments and same four results (deepspeed/__init__.py). An "optimizer" section whose "type" DeepSpeed does not
-    know, or with `"source": "library"`, is built from `mols_ds.optim`. Without such a one and without a "mols" section
-    (or with `"enabled": false`), the result is bit for bit that of `deepspeed.initialize`.
+    Same arguments and results as DeepSpeed's function (deepspeed/__init__.py). `mols_ds.optim` builds an "optimizer"
+    whose "type" DeepSpeed does not know, or with `"source": "library"`. With neither such a section nor a "mols"
+    section (or with `"enabled": false`), the result is bit for bit that of `deepspeed.initialize`.
 
     Raises:
-        MolsConfigError, MolsUnsupportedError: as `attach` and `mols_ds.optim.build.split_config`; a wrong section is
-            refused before the engine is built.
+        MolsConfigError, MolsUnsupportedError: as `attach` and `mols_ds.optim.build.split_config`. A wrong section is an
+            error before the engine is built.
     """
     return initialize_over(STOCK, args, kwargs)
 
@@ -96,15 +96,15 @@ def initialize_over(
     patched: bool = False,
     loop: Loop = "own",
 ) -> Initialized:
-    """What `initialize` does, over any function with the arguments of `deepspeed.initialize`.
+    """Run `initialize` over any function with the arguments of `deepspeed.initialize`.
 
     Args:
-        below: builds the engine: DeepSpeed's function, or somebody's replacement of it.
-        args, kwargs: what the caller gave.
-        section: a "mols" section in the place of the config's.
-        patched: the caller asked for `deepspeed.initialize`. Without a section, and for an engine that trains nothing
-            (a reference model), it gets what `below` gives and nothing else.
-        loop: who will call the engine's step.
+        below: builds the engine: DeepSpeed's function, or another replacement of it.
+        args, kwargs: of the caller.
+        section: a "mols" section that overrides the config's.
+        patched: the caller used `deepspeed.initialize`. Then an engine without a section, or without training (a
+            reference model), is the unchanged result of `below`.
+        loop: caller of the engine's step.
     """
     if _under_way.get():
         return below(*args, **kwargs)

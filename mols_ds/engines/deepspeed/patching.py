@@ -1,4 +1,4 @@
-"""MoLS in the place of `deepspeed.initialize`, for programs that call it themselves: Trainer, Accelerate, Lightning."""
+"""Replace `deepspeed.initialize`, for programs that call it themselves: Trainer, Accelerate, Lightning."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mols_ds.engines.deepspeed.api import Initialize, Initialized, initialize, i
 from mols_ds.engines.deepspeed.engine import Loop
 
 _below: dict[Initialize, Initialize] = {}
-"""Each function that was put in the place of `deepspeed.initialize` -> what was there before."""
+"""Each replacement of `deepspeed.initialize` -> the function before it."""
 _on = False
 _section: ContextVar[Mapping[str, object] | MolsConfig | None] = ContextVar("mols_section", default=None)
 
 
 def patch() -> None:
-    """From now on `deepspeed.initialize` with a "mols" section in its config is `mols_ds.initialize`.
+    """Replace `deepspeed.initialize`: with a "mols" section in its config it is `mols_ds.initialize`.
 
-    Without a section it is bit for bit what it was. It nests: whoever replaced `deepspeed.initialize` before is called,
-    whoever replaces it later may call it. Twice is once. A module that imported the function by its name before
+    Without a section the result is bit for bit the same as before. Replacements nest: ours calls an earlier one, and a
+    later one may call ours. A second call does nothing. A module that has imported the function by name
     (`from deepspeed import initialize`) keeps the stock one.
     """
     global _on
@@ -34,7 +34,7 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Undo `patch`, in any order with other replacements: one that lies over ours then reaches what lay below ours."""
+    """Undo `patch`, in any order with other replacements: a later one then calls the function below ours."""
     global _on
     _on = False
     while deepspeed.initialize in _below:
@@ -43,9 +43,9 @@ def unpatch() -> None:
 
 @contextlib.contextmanager
 def patched_with(section: Mapping[str, object] | MolsConfig) -> Iterator[None]:
-    """`deepspeed.initialize` is ours inside, `patch` or not, with this section in the place of the config's.
+    """Replace `deepspeed.initialize` within the context, with this section instead of the config's.
 
-    For an integration that feeds the samples of mode "probe" as extra batches.
+    For an integration that feeds extra batches for the samples of mode "probe".
     """
     token = _section.set(section)
     replaced = deepspeed.initialize

@@ -1,7 +1,7 @@
-"""The DeepSpeed engine with a Megatron-core model: tensor and data parallelism, ZeRO stages 0 to 3.
+"""A DeepSpeed engine with a Megatron-core model: tensor and data parallelism, ZeRO stages 0 to 3.
 
-Which logical parameter a local one is a part of, and which group each element belongs to, is the knowledge of
-`megatron_patches`. This module is imported for a model of Megatron-core's modules only.
+`megatron_patches` maps local parameters to logical ones and elements to groups. This module is imported only for a
+model with Megatron-core modules.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MegatronGrid(ParallelGrid):
     """Tensor and data parallelism of a Megatron-core model.
 
     Raises:
-        MolsUnsupportedError: a grid or setting whose gradients DeepSpeed does not reduce as Megatron does, by name.
+        MolsUnsupportedError: a grid or setting whose gradients DeepSpeed does not reduce as Megatron does; named.
     """
 
     packages = ("deepspeed", "megatron-core")
@@ -59,7 +59,7 @@ class MegatronGrid(ParallelGrid):
         self.places |= {local.parameter: Place(local.range, local.counted) for local in self.locals}
 
     def begin_window(self) -> None:
-        """Megatron keeps a random state of its own for dropout inside tensor-parallel regions."""
+        """Save the RNG state that Megatron keeps for dropout inside tensor-parallel regions."""
         self.window = {"tracker": tracker_states()}
 
     def end_window(self) -> None:
@@ -83,7 +83,7 @@ def _config_of(model: nn.Module) -> object | None:
 
 
 def _check(engine: Engine, processes: ProcessGrid, config: object | None) -> None:
-    """Each entry: whether it applies, what is not supported, the way out."""
+    """Refuse unsupported settings. Each entry: (whether it applies, what is not supported, what to do)."""
     tensor = processes.tensor > 1
     summed = [
         name
@@ -108,7 +108,7 @@ def _check(engine: Engine, processes: ProcessGrid, config: object | None) -> Non
         ),
         (
             tensor_parallel_size(engine) != processes.tensor,
-            f"a model that is cut over {processes.tensor} tensor-parallel ranks in an engine that does not know it",
+            f"a model split over {processes.tensor} tensor-parallel ranks in an engine that does not know it",
             "pass mpu=megatron_patches.mpu.DeepSpeedMpu() to initialize",
         ),
         (
