@@ -260,6 +260,7 @@ class Session(Handle, ABC):
 
     # ------------------------------------------------------------------ mode "moments"
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _read_moments(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook of an inner optimizer: add Adam's moments while their state is at hand (NVMe).
 

@@ -251,6 +251,7 @@ class EngineMols(Session):
         """Whether every gradient is finite, the same on every rank: data-parallel replicas know it alone."""
         return self.agree(shards.finite()) if self.grid.model_parallel else shards.finite()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_inner_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Online samples of stages 1-3: the fp32 shard gradients, with clipping and a changed loss scale undone.
 
