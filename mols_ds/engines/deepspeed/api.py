@@ -156,9 +156,11 @@ def _warn(text: str) -> None:
 
 
 def is_left_out(arguments: Config) -> bool:
-    """Whether an engine that is built with these arguments of `deepspeed.initialize`, and not by ours, would leave out
-    a "mols" section that is on."""
-    config = None if _under_way.get() else _find_config(arguments, strict=False)
+    """Return whether stock `deepspeed.initialize` with these arguments would ignore a "mols" section that is on."""
+    try:
+        config = None if _under_way.get() else _find_config(arguments)
+    except MolsConfigError:  # DeepSpeed refuses what cannot be read
+        return False
     section = None if config is None else config.get("mols")
     return section is not None and not _trains_nothing(arguments, config) and MolsConfig.parse(section).enabled
 
