@@ -26,6 +26,7 @@ from megatron_patches.compat import GradScaler
 from megatron_patches.param_map import (
     LocalParameter,
     ProcessGrid,
+    configs_of,
     current_grid,
     local_layout,
     local_parameters,
@@ -79,14 +80,16 @@ class MegatronMols(Session):
             self.grid = current_grid()
             locals_.extend(local_parameters(model_chunks, self.grid))
             names = {local.name: local.shape for local in locals_ if local.names_it}
-            return [names, optimizer_steps(optimizer)]
+            return [names, optimizer_steps(optimizer), configs_of(model_chunks)]
 
         told = together(collect)
         shapes = merge_shapes([rank[0] for rank in told])
+        # This rank's own last: where ranks contradict, the checksums of their layouts differ.
+        modules = {name: config for rank in told for name, config in rank[2].items()} | configs_of(model_chunks)
         self._updates = max(int(rank[1]) for rank in told)
 
         def build() -> list[Any]:
-            self._build(model_chunks, locals_, shapes, scheduler_hints(scheduler, samples_per_step))
+            self._build(model_chunks, locals_, shapes, modules, scheduler_hints(scheduler, samples_per_step))
             schedule, layouts = self.controller.state.schedule, self.controller.table.layouts
             return [repr(schedule), zlib.crc32(repr(sorted(layouts.items())).encode())]
 
@@ -129,13 +132,14 @@ class MegatronMols(Session):
         model_chunks: Sequence[nn.Module],
         locals_: Sequence[LocalParameter],
         shapes: Shapes,
+        modules: dict[str, dict[str, int]],
         hints: tuple[int | None, int | None],
     ) -> None:
         """What this rank builds by itself; whatever it raises, the other ranks raise too."""
         optimizer, config = self.optimizer, self.config
         check_locals(locals_, shapes)
         self.model_config = find_config(model_chunks)
-        table = logical_table(shapes, self.model_config, config.rules, config.granularity)
+        table = logical_table(shapes, self.model_config, config.rules, config.granularity, modules)
         fused = any(len(local_layout(local, table.layouts).groups) > 1 for local in locals_)
         check_supported(optimizer, self.model_config, config, fused=fused)
         self.source = self.shards = MegatronShards(optimizer, locals_, self.grid)

@@ -1,6 +1,7 @@
 """Shared by training programs: join the ranks, check a run, print warnings and errors once."""
 
 import argparse
+import atexit
 import os
 import sys
 import time
@@ -65,7 +66,17 @@ def run_command(program: str, command: Callable[[], None]) -> int:
             time.sleep(PATIENCE_SECONDS)
         print_line(f"{program} (rank {rank})" if rank != 0 else program, error)
         return status_of(error)
+    atexit.register(leave_ranks)
     return 0
+
+
+def leave_ranks() -> None:
+    """Destroys the process group, if there is one: a thread of gloo that is not joined may abort the exit (SIGABRT).
+
+    Not after an error: the threads may be in a collective that another rank never joins.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def quiet() -> None:

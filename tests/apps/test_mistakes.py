@@ -12,8 +12,8 @@ import pytest
 
 from mols_ds import cli
 from mols_ds.apps.launch import deepspeed_cli, health, signals
-from mols_ds.apps.plan import simulate
 from mols_ds.apps.study import command as study
+from tests.tools.simulate import command as simulate
 
 Main = Callable[[list[str]], int]
 WRONG: dict[str, tuple[Main, list[str], str]] = {

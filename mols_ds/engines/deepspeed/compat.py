@@ -137,8 +137,6 @@ OPTIMIZER_FLAGS = (
     *("loss_scale_config", "loss_scaler", "_update_scale"),
 )
 """Names of these classes that are read with a default, or that exist only with some settings."""
-SIMULATED = ("round_robin_bit16_groups", "round_robin_bit16_padding", "get_partition_info")
-"""Names of DeepSpeedZeroOptimizer (runtime/zero/stage_1_and_2.py) for the simulation of `mols-ds plan`."""
 
 STATE, WHOLE, VERSION = "optimizer_state_dict", "param", "ds_version"
 """Keys in the files of universal checkpoints."""
@@ -186,12 +184,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "deepspeed.runtime.constants": (),
     "deepspeed.runtime.lr_schedules": ("VALID_LR_SCHEDULES",),
     # plan
-    "deepspeed.comm.comm": ("cdb",),
-    "deepspeed.comm.torch": ("TorchBackend", "build_shm_op"),
     "deepspeed.runtime.zero.config": ("DeepSpeedZeroConfig",),
-    "deepspeed.runtime.zero.stage3": ("DeepSpeedZeroOptimizer_Stage3",),
-    "deepspeed.runtime.zero.stage_1_and_2": ("DeepSpeedZeroOptimizer",),
-    "deepspeed.utils.timer": ("NoopTimer",),
 }
 """Module -> names that the programs use, checked when a program needs the module."""
 
@@ -243,11 +236,6 @@ def check_optimizer(outer: object) -> None:
         for parameter in (parameter for group in getattr(outer, groups) for parameter in group):
             _require(f"a parameter of {where}", parameter, names)
             break
-
-
-def check_simulated(outer: object) -> None:
-    """Check that a DeepSpeedZeroOptimizer has the names for the simulation of `mols-ds plan`. Raises as `check`."""
-    _require(f"{type(outer).__name__} (runtime/zero/stage_1_and_2.py)", outer, SIMULATED)
 
 
 def _require(where: str, owner: object, names: tuple[str, ...]) -> None:

@@ -34,6 +34,7 @@ import __main__
 print("SEEN", json.dumps({
     "phase": engine.mols.phase if hasattr(engine, "mols") else "stock", "late": late, "argv": sys.argv,
     "main": __main__.Model is Model, "file": __file__, "rank": args.local_rank}))
+torch.distributed.destroy_process_group()
 """
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,

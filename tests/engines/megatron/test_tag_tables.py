@@ -196,9 +196,9 @@ def test_bert() -> None:
     assert tag_table(model).elements == {
         "embedding": (32 + 16 + 2) * 24,
         "head": 32 * 24,
-        "qk": 2 * (24 * 24 + 24),
-        "vo": (24 * 24 + 24) + 24 * 24,
+        "qk": 2 * 24 * 24,
+        "vo": 2 * 24 * 24,
         "mlp": 2 * 24 * 40,
-        # biases of linear_proj, fc1, fc2; two norms, last norm; LM head: dense, norm, output bias; pooler; binary head
-        "other": 24 + 40 + 24 + 2 * 24 + 24 + (24 * 24 + 24) + 24 + 32 + (24 * 24 + 24) + (2 * 24 + 2),
+        # biases of qkv, linear_proj, fc1, fc2; two norms, last norm; LM head: dense, norm, output bias; pooler; binary
+        "other": 72 + 24 + 40 + 24 + 2 * 24 + 24 + (24 * 24 + 24) + 24 + 32 + (24 * 24 + 24) + (2 * 24 + 2),
     }

@@ -87,8 +87,8 @@ def test_cross_attention_rows_and_names_of_t5() -> None:
     attention: Any = model.get_submodule("decoder.layers.0.cross_attention")
     hidden, other = torch.randn(3, 2, 24), torch.randn(5, 2, 24)
     tensors = attention.get_query_key_value_tensors(hidden, other)
-    parameters = {f"linear_kv.{leaf}": attention.get_parameter(f"linear_kv.{leaf}") for leaf in ("weight", "bias")}
-    parameters["linear_q.weight"] = attention.get_parameter("linear_q.weight")
+    names = ("linear_q.weight", "linear_kv.weight")
+    parameters = {name: attention.get_parameter(name) for name in names}
     measured = rows_by_autograd(parameters, dict(zip(("query", "key", "value"), tensors, strict=True)))
     for name, rows in measured.items():
         full = f"decoder.layers.0.cross_attention.{name}"
@@ -97,7 +97,8 @@ def test_cross_attention_rows_and_names_of_t5() -> None:
     assert whole["lm_head.output_layer.weight"] == ("head",)
     assert whole["embedding.word_embeddings.weight"] == ("embedding",)
     assert whole["decoder.layers.0.cross_attention.linear_proj.weight"] == ("vo",)
-    assert whole["decoder.layers.0.cross_attention.linear_q.bias"] == ("other",)
+    for linear in ("linear_q", "linear_kv"):
+        assert whole[f"decoder.layers.0.cross_attention.{linear}.bias"] == ("other",)
     assert whole["encoder_relative_pos_emb.relative_attention_bias.weight"] == ("other",)
 
 

@@ -80,7 +80,8 @@ class AutoTpGrid(ParallelGrid):
 
     def _full_table(self, config: MolsConfig) -> GroupTable:
         model_config = config_of(self.engine.module)
-        layouts = build_layouts(self.shapes, model_config, config.rules, config.granularity)
+        names = self.engine.param_names.values()
+        layouts = build_layouts(self.shapes, model_config, config.rules, config.granularity, names=names)
         for name, layout in layouts.items():
             if len(layout.groups) > 1 and name not in self._by_rows:
                 raise MolsUnsupportedError(

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 from megatron_patches.param_map import LocalParameter, ProcessGrid, shape_of
-from mols_ds.apps.plan.simulate_meta import fake_world, on_meta
+from mols_ds.apps.plan.local import fake_world
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsUnsupportedError
+from tests.tools.simulate.meta import on_meta
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
