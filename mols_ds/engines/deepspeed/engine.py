@@ -51,7 +51,7 @@ class EngineMols(Session):
     In mode "probe", during the calibration, `engine.step()` at an accumulation boundary measures the gradient of the
     last batch and does not update. It uses the next K global batches of the user's loop (K = samples). Weights,
     buffers, optimizer state, scheduler, `global_steps`, `micro_steps` and the random numbers of dropout end as if those
-    batches had never run (docs/method.md, "What a probe gives back").
+    batches had never run (docs/method.md, "What a probe restores").
     """
 
     window: EngineWindow
