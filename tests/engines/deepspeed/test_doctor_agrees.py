@@ -59,9 +59,10 @@ def refusals() -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.tier("all")
+@pytest.mark.timeout(900)
+@pytest.mark.tier("full")
 def test_the_doctor_refuses_what_initialize_refuses() -> None:
-    (found,) = run_ranks(refusals, 1)
+    (found,) = run_ranks(refusals, 1, timeout=600)
     differ = {
         key: both
         for key, both in found.items()
