@@ -20,7 +20,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev train train-megatron test test-all test-full test-rest lint format architecture \
-	pictures docs docs-config clients-table bench compare clean distclean
+	pictures examples docs docs-config clients-table bench compare clean distclean
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -103,6 +103,10 @@ pictures: architecture
 	cp runs/pictures/compare.png runs/pictures/mols/mols_report/mols_report.png docs/img/
 	$(RUN_PATH) mols-ds plan configs/models/llama_7b.json --config configs/ds_7b_zero3.json \
 		--cluster configs/clusters/h100_8x80.yaml --nodes 4 --sequence 1024 --steps 150000 --plot docs/img/plan.png
+
+# docs/examples/: runs each example and writes its page.
+examples: setup-dev
+	$(RUN_PATH) $(CPU_ENV) python docs/write_examples.py $(ARGS)
 
 # The keys in docs/config.md, from mols_ds/core/config.py.
 docs-config: setup

@@ -18,6 +18,7 @@ from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import check_with_deepspeed, model_dtype, read_config, resolve
 from mols_ds.training.models import build_model, load_model_config, zero_init
 from mols_ds.training.ranks import check_run, quiet, run_command, start_ranks
+from mols_ds.training.shipped import shipped_root
 from mols_ds.training.sources import DataSpec, check_hub
 from mols_ds.training.task import NextTokens
 from mols_ds.training.tokens import Tokenizer, prepare
@@ -64,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise MolsConfigError(f"--lr {args.lr} is not above 0 and finite")
     if args.model is None:
-        args.model = str(Path(__file__).resolve().parents[2] / DEFAULT_MODEL)
+        args.model = str(shipped_root() / DEFAULT_MODEL)
     if args.out is None:
         args.out = Path("runs") / Path(args.model).stem
     if args.cache_dir is None:
