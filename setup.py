@@ -46,7 +46,15 @@ setup(
     packages=find_packages(include=["mols_ds", "mols_ds.*", "megatron_patches", "megatron_patches.*"]),
     package_data={"mols_ds": ["py.typed", "apps/study/templates/*"], "megatron_patches": ["py.typed"]},
     # torch is deliberately not pinned: its build has to match the machine's accelerator.
-    install_requires=["torch>=2.4", "deepspeed>=0.19", "psutil>=5.9", "pydantic>=2.0", "PyYAML>=6.0", "regex>=2024.4"],
+    install_requires=[
+        "torch>=2.4",
+        "deepspeed>=0.19",
+        "hjson>=3.1",
+        "psutil>=5.9",
+        "pydantic>=2.0",
+        "PyYAML>=6.0",
+        "regex>=2024.4",
+    ],
     extras_require={
         "train": TRAIN,
         "megatron": MEGATRON,

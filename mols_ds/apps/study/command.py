@@ -228,12 +228,13 @@ def _launched(study: Study, store: Store) -> list[Failure]:
 
 
 def _leave() -> None:
-    """All ranks end together: one that exits while another still trains or writes makes the launcher end the job, and
-    gloo's threads abort a process that ends without saying goodbye."""
+    """All ranks end together: one that exits while another still trains or writes makes the launcher end the job."""
     import torch.distributed
 
+    from mols_ds.training.ranks import leave_ranks
+
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_ranks()
 
 
 # ---------------------------------------------------------------------- the report
