@@ -177,7 +177,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
         *("OpenMPIRunner", "MVAPICHRunner", "SlurmRunner"),
     ),
     # doctor
-    "deepspeed.git_version_info": ("installed_ops",),
+    "deepspeed.env_report": ("ALL_OPS", "installed_ops", "nvcc_version", "probe_is_compatible"),
     "deepspeed.ops.op_builder.all_ops": ("ALL_OPS",),
     "deepspeed.runtime.activation_checkpointing.config": (),
     "deepspeed.runtime.constants": (),
