@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,42 @@ def attributes_kept(owner: object) -> Iterator[None]:
         for name in set(vars(owner)) - set(saved):
             delattr(owner, name)
         vars(owner).update(saved)
+
+
+@contextlib.contextmanager
+def loader_kept(loader: object) -> Iterator[None]:
+    """Iterators that the code inside makes leave no trace in a loader: its attributes, those of its samplers, and the
+    state of their generators are put back."""
+    holders: dict[int, object] = {}
+    found = [loader]
+    while found:
+        holder = found.pop()
+        if hasattr(holder, "__dict__") and id(holder) not in holders:
+            holders[id(holder)] = holder
+            found += [getattr(holder, name, None) for name in ("sampler", "batch_sampler", "base_dataloader")]
+    states = [state for holder in holders.values() for value in vars(holder).values() for state in _random_state(value)]
+    try:
+        with contextlib.ExitStack() as stack:
+            for holder in holders.values():
+                stack.enter_context(attributes_kept(holder))
+            yield
+    finally:
+        for put_back, state in states:
+            put_back(state)
+
+
+def _random_state(value: object) -> list[tuple[Callable[[Any], object], Any]]:
+    """(function that puts it back, state) of a generator; nothing of anything else."""
+    if isinstance(value, torch.Generator):
+        return [(value.set_state, value.get_state())]
+    if isinstance(value, random.Random):
+        return [(value.setstate, value.getstate())]
+    if isinstance(value, np.random.RandomState):
+        return [(value.set_state, value.get_state())]
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return [(functools.partial(setattr, bits, "state"), bits.state)]
+    return []
 
 
 def _is_plain(value: object) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import CombinedLoader
@@ -24,7 +24,7 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed.patching import patched_with
 from mols_ds.errors import MolsError, MolsUnsupportedError
-from mols_ds.integrations.client import attributes_kept, fill_section, log_values, one_section, random_state_kept
+from mols_ds.integrations.client import fill_section, loader_kept, log_values, one_section, random_state_kept
 
 WHO = "MolsCallback"
 FIRST_EPOCH = 1_000_003  # of the extra batches: an order that no training epoch has
@@ -145,20 +145,8 @@ def _own_order(trainer: Any) -> Iterator[CombinedLoader]:
                 f'{WHO}: mode "probe" reads extra batches from the training loader, which persistent_workers=True does '
                 'not allow: set it to False, or use "mode": "online"'
             )
-    holders = [*combined.flattened, *(getattr(loader, "sampler", None) for loader in combined.flattened)]
-    found = [getattr(holder, "generator", None) for holder in holders]
-    generators = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
-    samplers: list[Any] = [h for h in holders if hasattr(h, "set_epoch") and hasattr(h, "epoch")]
-    epochs = [sampler.epoch for sampler in samplers]
-    for sampler in samplers:
-        sampler.set_epoch(FIRST_EPOCH + int(trainer.global_step))
-    try:
-        with contextlib.ExitStack() as stack:
-            for loader in combined.flattened:  # a loader that can be resumed knows its last iterator
-                stack.enter_context(attributes_kept(loader))
-            yield combined
-    finally:
-        for generator, state in generators:
-            generator.set_state(state)
-        for sampler, epoch in zip(samplers, epochs, strict=True):
-            sampler.set_epoch(epoch)
+    with contextlib.ExitStack() as stack:
+        for loader in combined.flattened:
+            stack.enter_context(loader_kept(loader))
+            _set_sampler_epoch(loader, FIRST_EPOCH + int(trainer.global_step))
+        yield combined

@@ -21,7 +21,14 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed.patching import patched_with
 from mols_ds.errors import MolsError, MolsUnsupportedError
-from mols_ds.integrations.client import attributes_kept, fill_section, log_values, one_section, random_state_kept
+from mols_ds.integrations.client import (
+    attributes_kept,
+    fill_section,
+    loader_kept,
+    log_values,
+    one_section,
+    random_state_kept,
+)
 
 WHO = "MolsCallback"
 FIRST_EPOCH = 1_000_003  # of the extra batches: an order that no training epoch has
@@ -138,7 +145,8 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
                 'return a new one, or use "mode": "online"'
             )
         try:
-            yield loader
+            with loader_kept(loader):  # a sampler of the user's may be shared with the loader that trains
+                yield loader
         finally:
             accelerator._dataloaders[:], state.dataloader_references = known, references
             state._set_sync_gradients(sync)

@@ -29,6 +29,8 @@ Initialized = tuple[Any, Any, Any, Any]
 Initialize = Callable[..., Initialized]
 STOCK: Initialize = deepspeed.initialize
 """DeepSpeed's function at the first use of `mols_ds.initialize`. `deepspeed.initialize` may be ours later."""
+sections_used = 0
+"""How many engines of this process got a "mols" section."""
 _under_way: ContextVar[bool] = ContextVar("mols_initialize_under_way", default=False)
 """Whether one of our `deepspeed.initialize` functions runs now: a nested one then only calls the next."""
 
@@ -59,6 +61,8 @@ def attach_to(engine: Engine, section: MolsConfig, loop: Loop = "own") -> Handle
         engine.mols.detach()
     bind_optimizer(engine, section.rules)
     engine.mols = EngineMols(engine, section, loop) if section.enabled else EngineOff(engine)
+    global sections_used
+    sections_used += section.enabled
     return engine.mols  # type: ignore[no-any-return]
 
 
