@@ -60,7 +60,7 @@ class MegatronMols(Session):
     computed, does not update and returns `(False, None, None)`: to the loop it is one of Megatron's own skipped
     iterations (as after an fp16 overflow), for which it does not step the scheduler. Weights, buffers (expert biases of
     routers too), optimizer state and the random numbers of dropout end the window as if those batches had never been
-    run (docs/method.md, "What a probe gives back").
+    run (docs/method.md, "What a probe restores").
     """
 
     window: MegatronWindow

@@ -63,9 +63,14 @@ def canonical_name(name: str) -> CanonicalName:
     return CanonicalName(_INNER.sub("", f"{match['layer']}.bias" if match else stripped), None)
 
 
+def layer_match(name: str) -> re.Match[str] | None:
+    """The match whose first group is the number of the layer in a parameter's name; None outside of layers."""
+    return _LAYER.search(name) or _ANY_INDEX.search(name)
+
+
 def layer_number(name: str) -> int | None:
     """The number of the layer that a canonical name is in; None outside of layers."""
-    match = _LAYER.search(name) or _ANY_INDEX.search(name)
+    match = layer_match(name)
     return None if match is None else int(match[1])
 
 
