@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mols_ds.core.groups import ElementLayout
+from mols_ds.core.layout import ElementLayout
 from mols_ds.core.pieces import gradient_of
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.state_slices import Sliced, align_counters, copied, sliceable, slices_of, write_back

@@ -242,6 +242,23 @@ def test_rows_that_do_not_add_up_name_the_parameter(
     assert name in str(error.value)
 
 
+def test_a_refusal_names_every_kind_with_rules_that_settle_it() -> None:
+    shapes = {f"decoder.layers.{n}.self_attention.{name}.weight": (8, 8) for n in range(3) for name in ("odd", "rare")}
+    shapes |= {f"decoder.layers.1.mlp.experts.local_experts.{n}.surprise.weight": (8, 8) for n in range(12)}
+    shapes |= {QKV: (70, 24), QKV.replace("7", "8"): (70, 24)}
+    with pytest.raises(MolsConfigError) as error:
+        tag_layouts(shapes, SMALL)
+    message = str(error.value)
+    for kind in ("self_attention.odd", "self_attention.rare", "local_experts.N.surprise", "70 rows"):
+        assert kind in message
+    assert "\n" not in message
+    block = re.search(r'"rules": (\[\[.*?\]\])', message)
+    assert block is not None
+    rules = json.loads(block[1])
+    assert len(rules) == 4
+    assert {layout.groups for layout in tag_layouts(shapes, SMALL, rules).values()} == {("other",)}
+
+
 def test_tag_table_refuses_pieces_of_a_model() -> None:
     model = make_gpt(**SMALL)
     with pytest.raises(MolsConfigError, match="not 2 chunks"):
