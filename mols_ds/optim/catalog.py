@@ -33,6 +33,8 @@ TORCH, DEEPSPEED, APEX, COLLECTED = "torch.optim", "deepspeed.ops", "apex.optimi
 ENGINE, EIGHT_BIT = "transformer_engine", "bitsandbytes"
 OURS, EMULATED = "mols_ds.optim", "megatron_patches.cpu"
 """Prefixes of modules, as `elementwise_in` and `groups_only_in` take them."""
+PACKAGES = {name.split(".")[0] for name in (TORCH, DEEPSPEED, APEX, COLLECTED, ENGINE, EIGHT_BIT, OURS, EMULATED)}
+"""Whose classes the catalog's names are taken to mean."""
 PARALLEL_LISTS = ("param_groups_master",)
 """Attributes in which an optimizer keeps one entry for each parameter group, made once, and zips the two in its step.
 
