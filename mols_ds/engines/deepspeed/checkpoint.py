@@ -9,7 +9,6 @@ without them. Each save draws a number for both parts, so that a side file of an
 from __future__ import annotations
 
 import contextlib
-import inspect
 import secrets
 import zipfile
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from deepspeed.utils import logger
 from mols_ds.core.files import write_whole
 from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.engines.deepspeed import universal_checkpoint as universal
-from mols_ds.engines.deepspeed.compat import other_world_error
+from mols_ds.engines.deepspeed.compat import load_options, other_world_error
 from mols_ds.engines.deepspeed.loads import KEY, taken
 from mols_ds.engines.deepspeed.parallel.base import ParallelGrid
 from mols_ds.engines.deepspeed.probe_window import EngineWindow
@@ -142,9 +141,8 @@ class EngineCheckpoints:
                 after DeepSpeed has loaded its part.
             MolsUnsupportedError: a universal checkpoint with round_robin_gradients in this or the saving run.
         """
-        asked = inspect.signature(self._load).bind(load_dir, tag, *args, **kwargs)
-        asked.apply_defaults()
-        with_optimizer = bool(asked.arguments["load_optimizer_states"]) and not asked.arguments["load_module_only"]
+        asked = load_options(load_dir, tag, *args, **kwargs)
+        with_optimizer = bool(asked["load_optimizer_states"]) and not asked["load_module_only"]
         place = universal.folder_of(self.engine, load_dir, tag)
         universal.refuse(self.engine, place, with_optimizer)
         moved = bool(self.engine.load_universal_checkpoint())
@@ -166,7 +164,7 @@ class EngineCheckpoints:
         saved = client_state.pop(KEY, None)
         if moved and (said := universal.left_alone(self.engine)):
             self.mols.controller.warn(said)
-        if asked.arguments["load_module_only"]:
+        if asked["load_module_only"]:
             self._loaded_weights_alone()
             return path, client_state
         if moved and with_optimizer and (said := universal.repair(self.engine, folder, options)):

@@ -30,6 +30,16 @@ INITIALIZE = (
     *("dist_init_required", "collate_fn", "config", "mesh_param", "config_params"),
 )
 """Arguments of `deepspeed.initialize` in order, for replacements that do not name them."""
+LOAD_CHECKPOINT: Config = {
+    "load_dir": None,
+    "tag": None,
+    "load_module_strict": True,
+    "load_optimizer_states": True,
+    "load_lr_scheduler_states": True,
+    "load_module_only": False,
+    "custom_load_fn": None,
+}
+"""The arguments of `engine.load_checkpoint` in order, with defaults, for replacements that do not name them."""
 
 
 class DocumentedEngine(Protocol):
@@ -255,6 +265,11 @@ def _refusal(what: str) -> MolsUnsupportedError:
 
 
 # ------------------------------------------------------------------ names that several places use
+
+
+def load_options(*args: Any, **kwargs: Any) -> Config:
+    """What these arguments of `engine.load_checkpoint` ask for, by name, and what a replacement takes besides."""
+    return {**LOAD_CHECKPOINT, **dict(zip(LOAD_CHECKPOINT, args, strict=False)), **kwargs}
 
 
 def mpu_rank(mpu: object) -> int:
