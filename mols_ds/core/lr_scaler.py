@@ -233,12 +233,12 @@ class LRScaler:
                 self.optimizer.state.pop(view, None)
         self._saved, self._saved_list, self._derived, self._slices = None, None, [], []
 
-    def take_unknown(self) -> list[Tensor]:
+    def take_unplanned(self) -> list[Tensor]:
         """Return the tensors stepped with a gradient but without a plan, each once. They keep the base rate."""
         taken, self._unknown = self._unknown, []
         return taken
 
-    def _note_unknown(self) -> None:
+    def _note_unplanned(self) -> None:
         for group in self.optimizer.param_groups:
             for tensor in group["params"]:
                 if id(tensor) not in self._known and tensor.grad is not None:
@@ -247,7 +247,7 @@ class LRScaler:
 
     def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.restore()
-        self._note_unknown()
+        self._note_unplanned()
         multipliers = {g: m for g, m in self.multipliers().items() if m != 1.0}
         if not multipliers:
             return

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mols_ds.core.files import write_whole
-from mols_ds.core.log import Aside, tell
+from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import MolsConfigError, printable
 from mols_ds.training.train_job import Outcome, TrainJob, TrainSetup
 from mols_ds.training.trainer import METRICS, has_checkpoint, read_lines, train
@@ -42,7 +42,7 @@ def run_arms(job: TrainJob, *, compare: bool) -> list[Path]:
     if not compare:
         outcome = train(job)
         if job.rank == 0:
-            Aside()("results", lambda: print_outcome(outcome, job.out))
+            GuardedWriter()("results", lambda: print_outcome(outcome, job.out))
         return [job.out]
     outcomes = {}
     for name, setup in split_arms(job.setup, job.out).items():
@@ -55,7 +55,7 @@ def run_arms(job: TrainJob, *, compare: bool) -> list[Path]:
             raise MolsConfigError(f"--out {job.out}: {arm.out}: {error.strerror or error}") from error
         outcomes[name] = train(arm)
     if job.rank == 0:
-        Aside()("results", lambda: print_comparison(outcomes, job.out, job.setup.optimizer))
+        GuardedWriter()("results", lambda: print_comparison(outcomes, job.out, job.setup.optimizer))
     return [job.out / name for name in outcomes]
 
 
@@ -122,7 +122,7 @@ def read_curve(path: Path, key: str) -> tuple[list[int], list[float]]:
 def _plot(outcomes: dict[str, Outcome], out: Path, names: dict[str, str]) -> Path | None:
     """Plot training loss (smoothed) and held-out loss of both arms to compare.png. None if plotting fails."""
     path = out / "compare.png"
-    return path if Aside()(path.name, lambda: _draw(outcomes, out, names, path)) else None
+    return path if GuardedWriter()(path.name, lambda: _draw(outcomes, out, names, path)) else None
 
 
 def _draw(outcomes: dict[str, Outcome], out: Path, names: dict[str, str], path: Path) -> None:

@@ -13,7 +13,13 @@ import torch
 
 from mols_ds import MolsConfigError
 from mols_ds.core.handle import Handle
-from mols_ds.integrations.client import attributes_kept, fill_section, log_values, one_section, random_state_kept
+from mols_ds.integrations.client import (
+    fill_section,
+    log_values,
+    preserved_attributes,
+    preserved_rng_state,
+    resolve_section,
+)
 
 
 class Measured(Handle):
@@ -58,7 +64,7 @@ def test_keys_of_the_logs() -> None:
     ],
 )
 def test_one_section(argument: Any, config: Any, expected: Any) -> None:
-    assert one_section(argument, config, "here") == expected
+    assert resolve_section(argument, config, "here") == expected
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,7 @@ def test_one_section(argument: Any, config: Any, expected: Any) -> None:
 )
 def test_sections_that_are_refused(argument: Any, config: Any, said: str) -> None:
     with pytest.raises(MolsConfigError, match=said):
-        one_section(argument, config, "here")
+        resolve_section(argument, config, "here")
 
 
 def test_auto_is_filled_and_numbers_of_the_user_stay() -> None:
@@ -91,7 +97,7 @@ def test_random_state_is_put_back() -> None:
     def draws() -> tuple[float, float, float]:
         return float(torch.rand(())), float(np.random.rand()), random.random()
 
-    with random_state_kept():
+    with preserved_rng_state():
         inside = draws()
     assert draws() == inside
 
@@ -100,7 +106,7 @@ def test_attributes_are_put_back_and_containers_of_others_keep_their_identity() 
     metrics: Any = {"train": defaultdict(list)}
     data, model = [torch.zeros(9999)], torch.nn.Linear(2, 2)
     owner = SimpleNamespace(_metrics=metrics, _tokens=3, _data=data, model=model)
-    with attributes_kept(owner):
+    with preserved_attributes(owner):
         owner._metrics["train"]["loss"].append(1.0)
         owner._tokens += 5
         owner.new = True

@@ -29,7 +29,7 @@ Initialized = tuple[Any, Any, Any, Any]
 Initialize = Callable[..., Initialized]
 STOCK: Initialize = deepspeed.initialize
 """DeepSpeed's function at the first use of `mols_ds.initialize`. `deepspeed.initialize` may be ours later."""
-_under_way: ContextVar[bool] = ContextVar("mols_initialize_under_way", default=False)
+_initializing: ContextVar[bool] = ContextVar("mols_initialize_under_way", default=False)
 """Whether one of our `deepspeed.initialize` functions runs now: a nested one then only calls the next."""
 
 
@@ -106,13 +106,13 @@ def initialize_over(
             reference model), is the unchanged result of `below`.
         loop: caller of the engine's step.
     """
-    if _under_way.get():
+    if _initializing.get():
         return below(*args, **kwargs)
-    token = _under_way.set(True)
+    token = _initializing.set(True)
     try:
         return _initialize(below, args, kwargs, section, patched, loop)
     finally:
-        _under_way.reset(token)
+        _initializing.reset(token)
 
 
 def _initialize(

@@ -280,7 +280,7 @@ def other_world_error() -> type[Exception]:
     return error
 
 
-def held_part(parameter: nn.Parameter) -> Tensor | None:
+def local_part(parameter: nn.Parameter) -> Tensor | None:
     """Return the tensor that this rank has of a parameter, its part at ZeRO stage 3; None if it is on NVMe."""
     part: Tensor = getattr(parameter, "ds_tensor", parameter)
     size = getattr(parameter, "partition_numel", parameter.numel)()
@@ -301,6 +301,6 @@ def rng_tracker() -> RngTracker:
     return tracker
 
 
-def leave_out_shm_kernel() -> None:
+def skip_shm_kernel() -> None:
     """Keep DeepSpeed from compiling its shared-memory all-reduce (a minute before the first step): gloo is enough."""
     module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
