@@ -133,12 +133,12 @@ class _Derived(NamedTuple):
     """A parameter group, the temporary group that gives its new values, and that group's values before the step."""
 
     group: ParamGroup
-    told: ParamGroup
+    source: ParamGroup
     made: ParamGroup
 
     def write_back(self) -> None:
         """Copy values that the step changed back to the group. A tensor changed in place stays the same object."""
-        for key, value in self.told.items():
+        for key, value in self.source.items():
             if key in ("lr", "params") or (key == "weight_decay" and value is self.made.get(key)):
                 continue
             old, in_place = self.group.get(key), value is self.made.get(key)

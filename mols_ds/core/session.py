@@ -325,8 +325,8 @@ class Session(Handle, ABC):
         """
         controller = self.controller
         controller.load_state_dict(saved)
-        if (said := reenabled_warning(saved, t)) is not None:
-            controller.warn(said, every_rank=True)
+        if (warning := reenabled_warning(saved, t)) is not None:
+            controller.warn(warning, every_rank=True)
         kept, applied = changed(saved.get("section"), self.config, controller.phase)
         for line in kept:
             controller.warn(line, every_rank=True)

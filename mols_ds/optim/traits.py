@@ -93,7 +93,7 @@ def _decay_problem(optimizer: object, group: Mapping[str, Any]) -> str:
     if facts is None or _settings_by_index(optimizer):
         return "it is not known to subtract lr x weight_decay x w in every step"
     if not facts.decoupled or (facts.flag and not group.get(facts.flag, getattr(optimizer, facts.flag, False))):
-        return "its decay is added to the gradient, so it cannot be told from the update"
+        return "its decay is added to the gradient, so it cannot be separated from the update"
     return ""
 
 

@@ -704,7 +704,7 @@ MUTANTS = (
     Mutant(
         "off: nothing is said when it is on again",
         SESSION,
-        "if (said := reenabled_warning(saved, t)) is not None:",
+        "if (warning := reenabled_warning(saved, t)) is not None:",
         "if False:",
         (*OFF_TESTS, "-k", "2-disabled", "--tier", "quick"),
     ),

@@ -139,7 +139,7 @@ def _initialize(
 
 
 def _arguments(below: Initialize, args: tuple[Any, ...], kwargs: Config) -> Config:
-    """The arguments by name; a replacement that takes `*args, **kwargs` has those of DeepSpeed's function."""
+    """Return the arguments by name; those of DeepSpeed's function for a replacement with `*args, **kwargs`."""
     signature = inspect.signature(below)
     if "config" not in signature.parameters:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -152,10 +152,10 @@ def _trains_nothing(arguments: Config, config: Config | None) -> bool:
 
 
 def _find_config(arguments: Config, strict: bool) -> Config | None:
-    """The config that these arguments name, read by DeepSpeed's own loader; None where there is none.
+    """Read the config of these arguments with DeepSpeed's own loader; None if there is none.
 
     Raises:
-        MolsConfigError: with `strict`, a file or text that cannot be read. Otherwise DeepSpeed refuses it.
+        MolsConfigError: with `strict`, for a file or text that cannot be read. Without, DeepSpeed raises later.
     """
     config = arguments.get("config") or arguments.get("config_params")
     if config is None:
@@ -175,11 +175,11 @@ def _find_config(arguments: Config, strict: bool) -> Config | None:
 
 
 def _read(config: Any) -> Config:
-    """The content of a config file, or of a base64 text, as DeepSpeed reads it. Raises MolsConfigError."""
+    """Read a config file or a base64 text as DeepSpeed does. Raises MolsConfigError."""
     where = f"DeepSpeed config {str(config)[:200]}"
     try:
         there = Path(config).exists()
-    except (OSError, TypeError, ValueError):  # a text that is longer than any name
+    except (OSError, TypeError, ValueError):  # a text longer than any file name
         there = False
     if there and not read_text(config, where).strip():
         raise MolsConfigError(f"{where}: the file is empty")
@@ -197,15 +197,15 @@ def _read(config: Any) -> Config:
 
 
 def _initialize_ours(below: Initialize, arguments: Config, request: Request) -> Initialized:
-    """`deepspeed.initialize` with the optimizer of `request` as the client's, told which shards it steps."""
+    """Run `deepspeed.initialize` with the optimizer of `request` as the client's, and bind it to its shards."""
     if arguments.get("optimizer") is not None:
         raise MolsConfigError(
             f'two optimizers: the config\'s "optimizer" ({request.entry.name}) and the argument `optimizer`; drop one'
         )
     if request.entry.reads == "tensors" and arguments.get("mpu") is not None:
         raise MolsUnsupportedError(
-            f"optimizer {request.entry.name} works on whole tensors, and the argument `mpu` says that ranks hold parts "
-            "of them: use an optimizer that works element by element"
+            f"optimizer {request.entry.name} works on whole tensors, but with the argument `mpu` ranks have parts "
+            "of them: use an elementwise optimizer"
         )
     optimizer = build(request, arguments["model"], arguments.get("model_parameters"))
     launched = copy.copy(arguments.get("args"))  # DeepSpeed refuses a config in two places
@@ -220,11 +220,11 @@ def _initialize_ours(below: Initialize, arguments: Config, request: Request) -> 
 
 
 def _forget_empty_step(engine: Engine, optimizer: torch.optim.Optimizer, options: list[set[str]]) -> None:
-    """Undo the step with zero gradients that DeepSpeed's 16-bit wrapper of stage 0 takes in its constructor.
+    """Undo the step with zero gradients in the constructor of DeepSpeed's 16-bit wrapper of stage 0.
 
     (runtime/fp16/unfused_optimizer.py, initialize_optimizer_states.) It would decay the weights and count as the first
-    gradient, of which some optimizers make a basis (GaLore, SOAP) or a rate for each tensor (SGD-SaI) for long.
-    `options`: the keys of each parameter group before.
+    gradient, from which some optimizers compute a basis (GaLore, SOAP) or a rate per tensor (SGD-SaI).
+    options: keys of each parameter group before.
     """
     outer = engine.optimizer
     if type(outer).__name__ != "FP16_UnfusedOptimizer":

@@ -164,13 +164,13 @@ class EngineCheckpoints:
         if moved and universal.was_round_robin(client_state):
             raise universal.round_robin_error("the run that saved it")
         saved = client_state.pop(KEY, None)
-        if moved and (said := universal.unrestored_warning(self.engine)):
-            self.mols.controller.warn(said)
+        if moved and (warning := universal.unrestored_warning(self.engine)):
+            self.mols.controller.warn(warning)
         if asked.arguments["load_module_only"]:
             self._loaded_weights_alone()
             return path, client_state
-        if moved and with_optimizer and (said := universal.repair(self.engine, folder, options)):
-            self.mols.controller.warn(said)
+        if moved and with_optimizer and (warning := universal.repair(self.engine, folder, options)):
+            self.mols.controller.warn(warning)
         self._restore(folder, saved, with_optimizer)
         return path, client_state
 

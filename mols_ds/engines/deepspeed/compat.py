@@ -36,7 +36,7 @@ class DocumentedEngine(Protocol):
     """The engine's interface for clients of `deepspeed.initialize` (deepspeed.readthedocs.io), and `mols`."""
 
     mols: Any  # set by MoLS
-    module: Any  # the model: nn.Module, or PipelineModule with names of its own
+    module: Any  # the model: nn.Module, or PipelineModule with its own names
     optimizer: Any  # one of OPTIMIZERS, or a torch optimizer at stage 0
     config: Any  # argument of `initialize`: a path or a mapping
     save_checkpoint: Callable[..., bool]

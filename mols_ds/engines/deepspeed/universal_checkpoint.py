@@ -92,12 +92,12 @@ def _refuse_stage(stage: int, folder: Path, with_optimizer: bool) -> None:
     saved, here = _stages(folder, stage), "0" if stage == 0 else family_of_stage(stage)
     if saved is None or saved == here:
         return
-    said = f"{folder} was saved at ZeRO stage {saved}, this run is at {stage}"
+    differs = f"{folder} was saved at ZeRO stage {saved}, this run is at {stage}"
     if "0" not in (saved, here):
-        raise MolsCheckpointError(f"{said}: {conversion_hint(folder)}")
+        raise MolsCheckpointError(f"{differs}: {conversion_hint(folder)}")
     if with_optimizer or "3" in (saved, here):
         raise MolsCheckpointError(
-            f"{said}, and DeepSpeed converts nothing between stages 3 and 0, and only weights between 0 and 1 or 2 "
+            f"{differs}, and DeepSpeed converts nothing between stages 3 and 0, and only weights between 0 and 1 or 2 "
             "(load_checkpoint(..., load_module_only=True)): resume at the same stage"
         )
 
