@@ -24,7 +24,13 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed.patching import patched_with
 from mols_ds.errors import MolsError, MolsUnsupportedError
-from mols_ds.integrations.client import fill_section, log_values, preserved_rng_state, resolve_section
+from mols_ds.integrations.client import (
+    fill_section,
+    log_values,
+    preserved_attributes,
+    preserved_rng_state,
+    resolve_section,
+)
 
 WHO = "MolsCallback"
 FIRST_EPOCH = 1_000_003  # of the extra batches: an order that no training epoch has
@@ -137,7 +143,7 @@ def _muted_logs(pl_module: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _separate_loader(trainer: Any) -> Iterator[CombinedLoader]:
-    """Yield the training data in another order. Restores samplers and their generators afterwards."""
+    """Yield the training data in another order. Restores loaders, samplers and their generators afterwards."""
     combined = CombinedLoader(trainer.train_dataloader, trainer.fit_loop._combined_loader._mode)
     for loader in combined.flattened:
         if getattr(loader, "persistent_workers", False):
@@ -153,7 +159,10 @@ def _separate_loader(trainer: Any) -> Iterator[CombinedLoader]:
     for sampler in samplers:
         sampler.set_epoch(FIRST_EPOCH + int(trainer.global_step))
     try:
-        yield combined
+        with contextlib.ExitStack() as stack:
+            for loader in combined.flattened:  # a loader that can be resumed knows its last iterator
+                stack.enter_context(preserved_attributes(loader))
+            yield combined
     finally:
         for generator, state in generators:
             generator.set_state(state)

@@ -252,6 +252,7 @@ class EngineMols(Session):
         """Whether every gradient is finite, the same on every rank; one rank of data-parallel replicas knows it."""
         return self.agree(shards.finite()) if self.grid.model_parallel else shards.finite()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_inner_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Take online samples at stages 1-3 from the fp32 shard gradients; undoes clipping and a changed loss scale.
 
