@@ -40,7 +40,7 @@ def log_values(handle: Handle) -> dict[str, float]:
     return found
 
 
-def one_section(argument: Mapping[str, Any] | None, config: Mapping[str, Any] | None, who: str) -> dict[str, Any]:
+def resolve_section(argument: Mapping[str, Any] | None, config: Mapping[str, Any] | None, who: str) -> dict[str, Any]:
     """Return the section from the argument or the DeepSpeed config.
 
     Args:
@@ -75,7 +75,7 @@ def fill_section(section: Mapping[str, Any], total_steps: int | None, warmup_ste
 
 
 @contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
+def preserved_rng_state() -> Iterator[None]:
     """Restore the RNG state of torch, the accelerator, numpy and Python after reading and computing a batch."""
     accelerator = get_accelerator()
     saved = torch.get_rng_state(), accelerator.get_rng_state(), np.random.get_state(), random.getstate()
@@ -89,7 +89,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def attributes_kept(owner: object) -> Iterator[None]:
+def preserved_attributes(owner: object) -> Iterator[None]:
     """Undo assignments to attributes of `owner`, and additions to its private containers of numbers (`_metrics` of
     TRL's trainers), which are replaced by copies within the context."""
     saved = dict(vars(owner))
@@ -105,7 +105,7 @@ def attributes_kept(owner: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def loader_kept(loader: object) -> Iterator[None]:
+def preserved_loader(loader: object) -> Iterator[None]:
     """Iterators that the code inside makes leave no trace in a loader: its attributes, those of its samplers, and the
     state of their generators are put back."""
     holders: dict[int, object] = {}
@@ -119,7 +119,7 @@ def loader_kept(loader: object) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as stack:
             for holder in holders.values():
-                stack.enter_context(attributes_kept(holder))
+                stack.enter_context(preserved_attributes(holder))
             yield
     finally:
         for put_back, state in states:

@@ -86,11 +86,11 @@ def _say_left_out(arguments: Sequence[str]) -> None:
     api = sys.modules.get("mols_ds.engines.deepspeed.api")
     if (api is not None and api.sections_used) or "mols" not in Path(given[0]).read_text("utf-8"):
         return
-    from mols_ds.engines.deepspeed.compat import read_config
+    from mols_ds.engines.deepspeed.config_reader import read_config
     from mols_ds.training.cli_utils import print_line
 
     section = read_config(given[0]).get("mols")
-    if section is not None and section.get("enabled", True):
+    if isinstance(section, dict) and section.get("enabled", True):
         print_line(
             ENGINE, f'the "mols" section of {given[0]} was left out: the script gave it to no deepspeed.initialize'
         )

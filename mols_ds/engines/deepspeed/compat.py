@@ -46,7 +46,7 @@ class DocumentedEngine(Protocol):
     """The engine's interface for clients of `deepspeed.initialize` (deepspeed.readthedocs.io), and `mols`."""
 
     mols: Any  # set by MoLS
-    module: Any  # the model: nn.Module, or PipelineModule with names of its own
+    module: Any  # the model: nn.Module, or PipelineModule with its own names
     optimizer: Any  # one of OPTIMIZERS, or a torch optimizer at stage 0
     config: Any  # argument of `initialize`: a path or a mapping
     save_checkpoint: Callable[..., bool]
@@ -288,7 +288,7 @@ def other_world_error() -> type[Exception]:
     return error
 
 
-def held_part(parameter: nn.Parameter) -> Tensor | None:
+def local_part(parameter: nn.Parameter) -> Tensor | None:
     """Return the tensor that this rank has of a parameter, its part at ZeRO stage 3; None if it is on NVMe."""
     part: Tensor = getattr(parameter, "ds_tensor", parameter)
     size = getattr(parameter, "partition_numel", parameter.numel)()
@@ -309,6 +309,6 @@ def rng_tracker() -> RngTracker:
     return tracker
 
 
-def leave_out_shm_kernel() -> None:
+def skip_shm_kernel() -> None:
     """Keep DeepSpeed from compiling its shared-memory all-reduce (a minute before the first step): gloo is enough."""
     module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False

@@ -26,7 +26,7 @@ _held: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
 def watch_loads() -> None:
     """Wrap `load_checkpoint` to see what engines load. A second call does nothing."""
     stock = deepspeed.DeepSpeedEngine.load_checkpoint
-    if hasattr(stock, "looked_at_by_mols"):
+    if hasattr(stock, "watched_by_mols"):
         return
 
     @functools.wraps(stock)
@@ -37,11 +37,11 @@ def watch_loads() -> None:
         _held[engine] = isinstance(state, Mapping) and KEY in state and not alone
         return result
 
-    load_checkpoint.looked_at_by_mols = True  # type: ignore[attr-defined]
+    load_checkpoint.watched_by_mols = True  # type: ignore[attr-defined]
     deepspeed.DeepSpeedEngine.load_checkpoint = load_checkpoint
 
 
-def taken(engine: Engine) -> None:
+def mark_loaded(engine: Engine) -> None:
     """Record that MoLS was attached when the engine loaded its checkpoint."""
     _held[engine] = False
 

@@ -8,7 +8,7 @@ from typing import Any
 from mols_ds.core.off import OffHandle
 from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.engines.deepspeed.compat import Engine, load_options
-from mols_ds.engines.deepspeed.loads import KEY, taken
+from mols_ds.engines.deepspeed.loads import KEY, mark_loaded
 
 
 class EngineOff(OffHandle):
@@ -34,7 +34,7 @@ class EngineOff(OffHandle):
 
     def _load_state(self, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         path, loaded = self._load(load_dir, tag, *args, **kwargs)
-        taken(self.engine)  # `keep` warns
+        mark_loaded(self.engine)  # `keep` warns
         if path is None or load_options(load_dir, tag, *args, **kwargs)["load_module_only"]:
             return path, loaded
         client_state = dict(loaded or {})
