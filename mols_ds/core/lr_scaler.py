@@ -1,8 +1,8 @@
 """Apply a learning-rate multiplier per module group around an optimizer's step.
 
-Between torch's step hooks the optimizer has temporary parameter groups with lr x multiplier. Afterwards it has
-its own groups: schedulers, logging and checkpoints see the base rate and the stock layout, and nothing compounds.
-`torch.compile(optimizer.step)` leaves the hooks out of its graphs: traced, they would not put the groups back.
+Between torch's step hooks the optimizer has temporary parameter groups with lr x multiplier. Afterwards it has its own
+groups: schedulers, logging and checkpoints see the base rate and the stock layout, and nothing compounds.
+`torch.compile(optimizer.step)` does not trace the hooks: traced, they would not restore the groups.
 
 A tensor with elements of several groups (a ZeRO flat shard, a fused projection) is stepped in one of two ways:
 - **views**: contiguous segments of equal multiplier become views of the weight, the gradient and the optimizer state.
@@ -57,10 +57,7 @@ class Segment(NamedTuple):
 
 
 class InterleavedSegment(NamedTuple):
-    """A segment with several groups: elements [start, ...) of a parameter with this layout.
-
-    Delta corrects the elements whose multiplier is not the largest.
-    """
+    """Elements [start, ...) of a parameter with several groups. Delta corrects those without the largest multiplier."""
 
     segment: Segment
     start: int

@@ -4,8 +4,7 @@
     online   take the step and measure its gradient
     moments  take the step and read Adam's moments after the last step of the window
 
-Each engine adapter has a subclass of `Session`. It passes the engine's own step to `take_step`, and provides the
-gradients (`source`) and the rate scalers (`scalers`).
+An engine adapter subclasses `Session` and passes the engine's own step to `take_step`.
 """
 
 from __future__ import annotations
@@ -103,8 +102,7 @@ class Session(Handle, ABC):
     def _lower_scale(self) -> bool:
         """Lower a dynamic loss scale after a non-finite gradient, as a skipped step of the engine does.
 
-        Returns:
-            Whether it was lowered, the same on every rank. Then the batch does not count as an attempt.
+        Returns whether it was lowered, the same on every rank. Then the batch does not count as an attempt.
         """
         return False
 
@@ -392,9 +390,7 @@ def _moments_of(optimizer: Optimizer, tensor: Tensor) -> Mapping[str, Any]:
 def largest_holder(layout_counts: Iterable[tuple[Key, Mapping[str, int]]], groups: Iterable[str]) -> dict[str, Key]:
     """Return module group -> the parameter group with most of its elements; absent if it has none.
 
-    Args:
-        layout_counts: (parameter group, elements of each module group) per parameter.
-        groups: the module groups.
+    `layout_counts`: (parameter group, elements of each module group) per parameter.
     """
     held: dict[str, dict[Key, int]] = {group: {} for group in groups}
     for key, counts in layout_counts:
