@@ -335,7 +335,7 @@ MUTANTS = (
     Mutant(
         "decay: DeepSpeed's adapter scales it",
         "mols_ds/engines/deepspeed/engine.py",
-        "unscaled_decay=unscaled_decay(shards.inner, self.config)",
+        "unscaled_decay=unscaled_decay(shards.inner, self.config.weight_decay)",
         "unscaled_decay=None",
         (f"{ZERO}/test_weight_decay.py", "-k", "0 and unscaled and fixed", "--tier", "quick"),
     ),
@@ -349,7 +349,7 @@ MUTANTS = (
     Mutant(
         "decay: Megatron's adapter scales it",
         "megatron_patches/engine.py",
-        "unscaled_decay=unscaled_decay(part.inner, self.config)",
+        "unscaled_decay=unscaled_decay(part.inner, self.config.weight_decay)",
         "unscaled_decay=None",
         ("tests/engines/megatron/test_weight_decay.py", "--tier", "quick"),
     ),

@@ -115,7 +115,7 @@ class EngineMols(Session):
             shared_counter=has_shared_counter(shards.inner),
             groups_only=reads_groups_only(shards.inner),
             parallel_list=parallel_list(shards.inner),
-            unscaled_decay=unscaled_decay(shards.inner, self.config),
+            unscaled_decay=unscaled_decay(shards.inner, self.config.weight_decay),
         )
         self.scalers.append(self.scaler)
         reattach = "call engine.mols.detach() and mols_ds.attach(engine, ...) again"
