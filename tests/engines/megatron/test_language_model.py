@@ -88,9 +88,11 @@ def outputs() -> dict[str, str]:
             "stock": stock.run(),
             "readme": readme.run(),
             "whole": probing.run(),
-            "stopped": probing.run("--save", "saved", stop=STOPPED),
+            "stopped": probing.run("--save", "saved", "--save-interval", "1000", stop=STOPPED),
             "resumed": probing.run("--load", "saved"),
-            "torch stopped": probing.run("--save", "torch", "--ckpt-format", "torch", stop=STOPPED),
+            "torch stopped": probing.run(
+                "--save", "torch", "--save-interval", "1000", "--ckpt-format", "torch", stop=STOPPED
+            ),
             "torch resumed": probing.run("--load", "torch", "--ckpt-format", "torch"),
         }
     return found
