@@ -18,6 +18,7 @@ from tests.helpers.pages import blocks
 CHECKOUT = os.environ.get("MEGATRON_LM", "")
 RELEASE = "0.16.1"
 ITERATIONS, START, SAMPLES, STOPPED = 20, 3, 6, 6
+PLANNED = 400
 PROBE = f'{{"start": {START}, "samples": {SAMPLES}, "ramp_end": 12, "report_dir": "mols_report"}}'
 ITERATION = re.compile(r"iteration +(\d+)/ +\d+ \|.*?\| (learning rate: .*)")
 MAIN = 'if __name__ == "__main__":\n'
@@ -66,9 +67,10 @@ class Checkout:
         (folder / "pretrain_gpt.py").write_text(script.replace(MAIN, MAIN + lines), "utf-8")
         self.folder = folder
 
-    def run(self, *more: str) -> str:
-        """The command with more arguments. Returns what it printed."""
+    def run(self, *more: str, stop: int = ITERATIONS) -> str:
+        """The first `stop` iterations of a longer run, in which README's 32 samples fit. Returns what it printed."""
         words = [word.replace("Megatron-LM/", f"{self.folder}/") for word in command()]
+        words += ["--train-iters", str(PLANNED), "--exit-interval", str(stop)]
         done = run(*words, *more, cwd=self.folder.parent, timeout=300)
         assert done.status == 0, f"{more}: {done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         return done.stdout + done.stderr
@@ -82,14 +84,15 @@ def outputs() -> dict[str, str]:
         probe = re.sub(r"apply\(\{.*\}\)", f"apply({PROBE})", snippet())
         stock, readme = Checkout(folder / "stock", ""), Checkout(folder / "readme", snippet())
         probing = Checkout(folder / "probe", probe)
-        saving = ("--save-interval", "1000", "--exit-interval", str(STOPPED))
         found = {
             "stock": stock.run(),
             "readme": readme.run(),
             "whole": probing.run(),
-            "stopped": probing.run("--save", "saved", *saving),
+            "stopped": probing.run("--save", "saved", "--save-interval", "1000", stop=STOPPED),
             "resumed": probing.run("--load", "saved"),
-            "torch stopped": probing.run("--save", "torch", "--ckpt-format", "torch", *saving),
+            "torch stopped": probing.run(
+                "--save", "torch", "--save-interval", "1000", "--ckpt-format", "torch", stop=STOPPED
+            ),
             "torch resumed": probing.run("--load", "torch", "--ckpt-format", "torch"),
         }
     return found
@@ -102,7 +105,7 @@ def printed(name: str) -> dict[int, str]:
 
 @needs_checkout
 def test_readmes_lines_measure_and_leave_the_run_as_it_was() -> None:
-    """32 samples are not there within 20 iterations: nothing is scaled, and every line is that of stock Megatron-LM."""
+    """32 samples are not there after 20 iterations: nothing is scaled, and every line is that of stock Megatron-LM."""
     assert list(printed("stock")) == list(range(1, ITERATIONS + 1))
     assert printed("readme") == printed("stock")
     assert "MoLS module groups" in outputs()["readme"] and "MoLS" not in outputs()["stock"]
