@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_patches import machine as machines
-from megatron_patches.checks import check_classes
+from megatron_patches.checks import check_classes, decay_refusal
 from megatron_patches.machine import RECIPES, Machine
 from megatron_patches.precision import as_versions, check, describe, optimizer_refusals
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
@@ -197,7 +197,8 @@ def optimizers() -> dict[str, Any]:
 
 
 def applying(optimizer: Any, mode: Any = "probe", fused: bool = True) -> list[str]:
-    return [f"{r.what}; {r.way_out}" for r in optimizer_refusals(optimizer, mode, fused=fused) if r.applies]
+    refusals = [*optimizer_refusals(optimizer, mode, fused=fused), decay_refusal(optimizer, mode)]
+    return [f"{r.what}; {r.way_out}" for r in refusals if r.applies]
 
 
 def class_problem(optimizer: Any) -> list[str]:
