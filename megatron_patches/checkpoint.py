@@ -312,6 +312,6 @@ class MegatronCheckpoints:
     def _load_window(self, saved: Any) -> None:
         """What this rank gives back at the end of the window; of 0.4.0: a `RandomState`."""
         if saved is not None and "torch" in saved:
-            self.window.load_former(saved["torch"], saved)
+            self.window.load_0_4_0(saved["torch"], saved)
         else:
             self.window.load_state_dict(saved)

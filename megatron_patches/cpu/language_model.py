@@ -130,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("script", help="pretrain_gpt.py of a checkout of Megatron-LM")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     args = parser.parse_args(argv)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-LM insists, and here it means nothing
     try:
         run_script(args.script, args.arguments, fused_adam=args.fused_adam)
     except MolsConfigError as error:

@@ -8,7 +8,7 @@ from typing import Literal, NotRequired, TypedDict, cast
 import torch
 from torch import Tensor
 
-from mols_ds.core.exponents import MOST, UNDECIDED, Exponents
+from mols_ds.core.exponents import MAX_EXPONENT, UNDECIDED, Exponents
 from mols_ds.core.group_stats import BLOCK_COLUMNS, block_table
 from mols_ds.core.host_copies import HostCopies
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
@@ -378,6 +378,6 @@ def _checked(state: object, mine: AccumulatorsState) -> AccumulatorsState:
     exponents = theirs.get("exponents", mine["exponents"])
     if not isinstance(exponents, Tensor) or _kind(exponents) != _kind(mine["exponents"]):
         raise MolsCheckpointError(f"the accumulators' 'exponents' are not {_kind(mine['exponents'])}")
-    if not bool(((exponents.abs() <= MOST) | (exponents == UNDECIDED)).all()):
-        raise MolsCheckpointError(f"the accumulators' 'exponents' are not in -{MOST} to {MOST}")
+    if not bool(((exponents.abs() <= MAX_EXPONENT) | (exponents == UNDECIDED)).all()):
+        raise MolsCheckpointError(f"the accumulators' 'exponents' are not in -{MAX_EXPONENT} to {MAX_EXPONENT}")
     return theirs

@@ -111,7 +111,7 @@ class MolsConfig(Documented):
     """`"type"`: one multiplier per module group. `"layer_type"`: one per module group and layer; the groups are `qk.0`,
     `qk.1`, ..."""
     rules: tuple[tuple[Name, Name], ...] = ()
-    """`[["regex", "group"], ...]`, searched in the full parameter name before the built-in rules. The first match wins.
+    """`[["regex", "group"], ...]`, searched in the full parameter name before the built-in rules. First match applies.
     A rule that matches nothing is an error."""
     accumulators: AccumulatorConfig = AccumulatorConfig()
     """Where the running mean and M2 of the gradients are held during a calibration: 8 bytes per owned element. They are
@@ -124,7 +124,7 @@ class MolsConfig(Documented):
     weight_decay: Literal["scaled", "unscaled"] = "scaled"
     """Whether multipliers act on decoupled weight decay too. `"unscaled"`: every group decays at the base rate."""
     total_steps: Count | None = None
-    """Optimizer steps of the run. Needed for a share where no scheduler tells the length."""
+    """Optimizer steps of the run. Needed for a share if no scheduler gives the length."""
     report_dir: Name = "mols_report"
     """Where rank 0 writes `mols_report.json` and `mols_report.png`. A second engine of the process with the same folder
     writes to `REPORT_DIR-2`, with a warning."""

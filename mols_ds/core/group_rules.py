@@ -294,6 +294,12 @@ _MLPS: tuple[Rule, ...] = (
         "mlp",
         inside=_LAYER_ITSELF,
     ),
+    # What connects towers: two linear layers, under many names.
+    _rule(
+        r"(?:\w*_)?linear_?(?:fc)?[12]?|mlp\.\d+|fc[12]|proj|(?:down|up|gate)_proj",
+        "mlp",
+        inside=r"(?:\w*_)?(?:projector|connector|aligner|mergers?(?:_list)?|modality_projection|adapter)(?:\.\d+)?",
+    ),
     _rule(r"gate_up_proj_adapter_list\.\d+\.\d+", "mlp", inside=_MLP),  # Zamba2's adapters of shared layers
     _rule(r"adapter_modules\.\w+\.dense[12]", "mlp"),  # X-MOD
     _rule(_MLP, "mlp"),

@@ -1,8 +1,8 @@
 """Apply a learning-rate multiplier per module group around an optimizer's step.
 
-Between torch's step hooks the optimizer has temporary parameter groups with lr x multiplier. Afterwards it has
-its own groups: schedulers, logging and checkpoints see the base rate and the stock layout, and nothing compounds.
-`torch.compile(optimizer.step)` leaves the hooks out of its graphs: traced, they would not put the groups back.
+Between torch's step hooks the optimizer has temporary parameter groups with lr x multiplier. Afterwards it has its own
+groups: schedulers, logging and checkpoints see the base rate and the stock layout, and nothing compounds.
+`torch.compile(optimizer.step)` does not trace the hooks: traced, they would not restore the groups.
 
 A tensor with elements of several groups (a ZeRO flat shard, a fused projection) is stepped in one of two ways:
 - **views**: contiguous segments of equal multiplier become views of the weight, the gradient and the optimizer state.
@@ -57,10 +57,7 @@ class Segment(NamedTuple):
 
 
 class InterleavedSegment(NamedTuple):
-    """A segment with several groups: elements [start, ...) of a parameter with this layout.
-
-    Delta corrects the elements whose multiplier is not the largest.
-    """
+    """Elements [start, ...) of a parameter with several groups. Delta corrects those without the largest multiplier."""
 
     segment: Segment
     start: int
@@ -134,12 +131,12 @@ class _Derived(NamedTuple):
     """A parameter group, the temporary group that gives its new values, and that group's values before the step."""
 
     group: ParamGroup
-    told: ParamGroup
+    source: ParamGroup
     made: ParamGroup
 
     def write_back(self) -> None:
         """Copy values that the step changed back to the group. A tensor changed in place stays the same object."""
-        for key, value in self.told.items():
+        for key, value in self.source.items():
             if key in ("lr", "params") or (key == "weight_decay" and value is self.made.get(key)):
                 continue
             old, in_place = self.group.get(key), value is self.made.get(key)
@@ -234,12 +231,12 @@ class LRScaler:
                 self.optimizer.state.pop(view, None)
         self._saved, self._saved_list, self._derived, self._slices = None, None, [], []
 
-    def take_unknown(self) -> list[Tensor]:
+    def take_unplanned(self) -> list[Tensor]:
         """Return the tensors stepped with a gradient but without a plan, each once. They keep the base rate."""
         taken, self._unknown = self._unknown, []
         return taken
 
-    def _note_unknown(self) -> None:
+    def _note_unplanned(self) -> None:
         for group in self.optimizer.param_groups:
             for tensor in group["params"]:
                 if id(tensor) not in self._known and tensor.grad is not None:
@@ -249,7 +246,7 @@ class LRScaler:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.restore()
-        self._note_unknown()
+        self._note_unplanned()
         multipliers = {g: m for g, m in self.multipliers().items() if m != 1.0}
         if not multipliers:
             return

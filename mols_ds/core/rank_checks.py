@@ -28,8 +28,8 @@ def check_section(config: MolsConfig, reduce: Reduce) -> None:
     Raises:
         MolsError: on every rank.
     """
-    said = {key: value for key, value in section_of(config).items() if key != "report_dir"}
-    number = zlib.crc32(repr(sorted(said.items())).encode())
+    compared = {key: value for key, value in section_of(config).items() if key != "report_dir"}
+    number = zlib.crc32(repr(sorted(compared.items())).encode())
     mark = torch.tensor(list(number.to_bytes(4, "big")), dtype=torch.float64)
     ranks, *sums = reduce(torch.cat([torch.ones(1, dtype=torch.float64), mark, mark.square()])).tolist()
     # n * sum(b^2) = (sum b)^2 only if all n values are equal; integers below 2^53, so this is exact

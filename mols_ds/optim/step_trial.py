@@ -19,7 +19,7 @@ from mols_ds.core.layout import ElementLayout
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsWarning
-from mols_ds.optim.catalog import CLASSES, OptimizerClass, class_facts
+from mols_ds.optim.catalog import CLASSES, PACKAGES, OptimizerClass, class_facts
 from mols_ds.optim.traits import adds_decay, reads_groups_only
 
 STEPS = 8
@@ -32,8 +32,12 @@ WHOLE = ElementLayout.whole("all")
 
 
 def in_catalog(optimizer: Optimizer) -> bool:
-    """Whether the catalog has this optimizer's class, or the class whose step it inherits."""
-    return type(optimizer).__name__ in CLASSES or reads_groups_only(optimizer)
+    """Whether the catalog has this optimizer's class, or the class whose step it inherits.
+
+    A name alone is not enough: anybody may call a class AdamW.
+    """
+    named = type(optimizer).__name__ in CLASSES and type(optimizer).__module__.split(".")[0] in PACKAGES
+    return named or reads_groups_only(optimizer)
 
 
 def class_refusal(optimizer: Any) -> tuple[str, str] | None:

@@ -127,7 +127,7 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
     ]
 
 
-def seen_by(engine: Engine) -> list[str]:
+def batch_observers(engine: Engine) -> list[str]:
     """List DeepSpeed's features that see the discarded batches of a probe window on this engine."""
     return [
         what

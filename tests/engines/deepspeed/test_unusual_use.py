@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import mols_ds
+from mols_ds.engines.deepspeed import loads
 from mols_ds.errors import MolsError, MolsUnsupportedError, MolsWarning
 from tests.engines.deepspeed.engines import config, engine_of
 from tests.engines.deepspeed.loops import iterate
@@ -208,6 +210,70 @@ def wrapped(before: bool) -> list[str]:
 @pytest.mark.parametrize("before", [True, False])
 def test_wrappers_of_others_stay(before: bool) -> None:
     assert run_ranks(wrapped, 1, before) == [["attached", "detached"]]
+
+
+LOADS = ("plain", "own argument", "subclass", "class")
+
+
+def loaded(how: str, enabled: bool) -> tuple[list[Any], int]:
+    """What loads give through somebody's replacement of `load_checkpoint`, and how often that was called."""
+    kind, calls = deepspeed.DeepSpeedEngine, []
+    stock = kind.load_checkpoint
+
+    @functools.wraps(stock)
+    def own(self: Any, *args: Any, note: str = "", **kwargs: Any) -> Any:
+        calls.append(note)
+        return stock(self, *args, **kwargs)
+
+    def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if how == "subclass":
+            patch.setattr(deepspeed, "DeepSpeedEngine", type("Mine", (kind,), {"load_checkpoint": plain}))
+        elif how == "class":
+            patch.setattr(kind, "load_checkpoint", own)
+        engine = engine_of(config(1, None), PlainLM(), initialize=deepspeed.initialize)
+        if how in ("plain", "own argument"):
+            engine.load_checkpoint = functools.partial(plain if how == "plain" else own, engine)
+        mols = mols_ds.attach(engine, {**SECTION, "start": 9, "enabled": enabled})
+        more = {"note": "a"} if how in ("own argument", "class") else {}
+        found = []
+        with tempfile.TemporaryDirectory() as folder:
+            iterate(engine, 0)
+            engine.save_checkpoint(folder, tag="a", client_state={"mine": 7})
+            iterate(engine, 1)
+            for options in ({"load_module_only": True}, {"load_optimizer_states": False}, {}):
+                path, state = engine.load_checkpoint(folder, "a", **options, **more)
+                found.append((path is not None, state["mine"], "mols" in state, engine.global_steps))
+        mols.detach()
+    return found, len(calls)
+
+
+@pytest.mark.parametrize("how", LOADS)
+@pytest.mark.parametrize("enabled", [True, False])
+def test_loads_through_a_replacement_of_others(how: str, enabled: bool) -> None:
+    (((weights, without, all_), calls),) = run_ranks(loaded, 1, how, enabled)
+    assert weights == (True, 7, False, 2)
+    assert without == all_ == (True, 7, False, 1)
+    assert calls == 3
+
+
+def test_what_a_replacement_of_others_returns_is_passed_on() -> None:
+    """For engines that have no MoLS: their `load_checkpoint` is watched on the class."""
+    (found,) = run_ranks(other_result, 1)
+    assert found == [None, "only a path"]
+
+
+def other_result() -> list[Any]:
+    kind = deepspeed.DeepSpeedEngine
+    found = []
+    for result in (None, "only a path"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kind, "load_checkpoint", lambda self, *args, _result=result, **kwargs: _result)
+            loads.watch_loads()
+            found.append(kind.load_checkpoint(engine_of(config(0, None), PlainLM(), initialize=deepspeed.initialize)))
+    return found
 
 
 def other_section() -> str:
