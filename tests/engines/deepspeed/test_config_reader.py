@@ -81,7 +81,7 @@ def test_it_reads_what_deepspeed_reads(tmp_path: Path, name: str, coded: bool) -
 
 def test_a_key_that_stands_twice_is_refused_in_a_file_and_the_last_one_counts_in_base64(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(TEXTS["twice"], "utf-8")
-    with pytest.raises(MolsConfigError, match="key 'c' stands there twice"):
+    with pytest.raises(MolsConfigError, match="key 'c' is there twice"):
         read_config(str(tmp_path / "ds.json"))
     assert read_config(base64.urlsafe_b64encode(TEXTS["twice"].encode()).decode())["b"] == {"c": 2}
 
@@ -158,7 +158,7 @@ EVERYWHERE = {
     "torch_autocast": {"enabled": "auto"},
     "tensorboard": {"enabled": "auto"},
 }
-"""Keys for which somebody might write "auto", at ZeRO stage 3."""
+"""Keys that may be "auto", at ZeRO stage 3."""
 
 
 def test_what_a_trainer_and_accelerate_fill() -> None:
@@ -210,7 +210,7 @@ KEYS = [key for key in auto_keys(EVERYWHERE) if refused_by_deepspeed(key) or key
 
 
 def with_deepspeed_alone() -> dict[str, str]:
-    """What comes of each "auto" where nobody has filled it in: the error's type, or "built". One rank."""
+    """Result of each unfilled "auto": the error's type, or "built". One rank."""
     seen = {}
     for key in KEYS:
         model = model_of()
