@@ -16,7 +16,7 @@ import pytest
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 import mols_ds
-from mols_ds.core.plain_data import DEEPEST
+from mols_ds.core.plain_data import MAX_DEPTH
 from mols_ds.engines.deepspeed.auto_values import (
     ACCELERATE,
     DEFAULTED,
@@ -95,7 +95,7 @@ def test_a_share_of_all_steps_stays_one(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("deep", [DEEPEST + 1, 100_000])
+@pytest.mark.parametrize("deep", [MAX_DEPTH + 1, 100_000])
 def test_deep_nesting_is_one_line(tmp_path: Path, deep: int) -> None:
     text = '{"a": ' + "[" * deep + "]" * deep + "}"
     (tmp_path / "ds.json").write_text(text, "utf-8")
@@ -302,5 +302,5 @@ def test_no_section_is_left_out_silently() -> None:
         assert (
             "MoLS is off: the DeepSpeed config has no section \"mols\", but a key 'mosl'" in seen[f"misspelt {patched}"]
         )
-    assert seen["large False"].startswith('MolsConfigError: DeepSpeed config: "seed": a whole number of more than')
+    assert seen["large False"].startswith('MolsConfigError: DeepSpeed config: "seed": an integer of more than')
     assert seen["large True"].startswith("stock | MoLS is off: DeepSpeed takes this config, and MoLS cannot read it")
