@@ -100,10 +100,8 @@ class Session(Handle, ABC):
         """Run before the engine's own step; mode "online" may take its sample here."""
 
     def _lower_scale(self) -> bool:
-        """Lower a dynamic loss scale after a non-finite gradient, as a skipped step of the engine does.
-
-        Returns whether it was lowered, the same on every rank. Then the batch does not count as an attempt.
-        """
+        """Lower a dynamic loss scale after a non-finite gradient, as a skipped step of the engine does. Returns whether
+        it was lowered, the same on every rank: then the batch does not count as an attempt."""
         return False
 
     def _after_discard(self, usable: bool) -> None:
@@ -121,8 +119,7 @@ class Session(Handle, ABC):
             Whether `stock` was called.
 
         Raises:
-            MolsError: on every rank; in one of the first scaled steps the optimizer left out a tensor or stepped it
-                twice.
+            MolsError: on every rank, if the optimizer left out a tensor or stepped it twice (first scaled steps only).
         """
         controller = self.controller
         if controller.discards_steps:

@@ -79,7 +79,7 @@ def test_mode_moments_with_other_betas_in_a_group() -> None:
 
 
 class Coupled(torch.optim.Optimizer):
-    """Adam without bias correction of somebody else's, which adds weight decay to the gradient."""
+    """A foreign Adam without bias correction that adds weight decay to the gradient."""
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: Any = (0.9, 0.95), weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
@@ -106,7 +106,7 @@ DECAYS = {
 
 
 def decayed() -> dict[str, str]:
-    """What attach says to each optimizer in mode "moments"."""
+    """Message of attach for each optimizer in mode "moments"."""
     said = {}
     for name, (kind, settings) in DECAYS.items():
         try:
@@ -125,7 +125,7 @@ def test_mode_moments_with_decay_that_is_added_to_the_gradient() -> None:
 
 
 def cycled(moves: bool) -> str:
-    """What a calibration in mode "moments" says to betas that a schedule moves, or moved long before."""
+    """Message of a calibration in mode "moments" for betas that a schedule changes, or changed long before."""
     engine = engine_of(config(1, {**SECTION, "mode": "moments", "start": 2}, micros=1), PlainLM(), two_rates)
     inner = engine.optimizer.optimizer
     try:
@@ -289,7 +289,7 @@ def test_a_section_that_differs_between_ranks() -> None:
 
 
 def weights_alone() -> tuple[int, int, list[str]]:
-    """Samples before and after `load_module_only` in a window, and what was said."""
+    """Samples before and after `load_module_only` in a window, and the messages."""
     engine = engine_of(config(2, SECTION, micros=1), PlainLM())
     with tempfile.TemporaryDirectory() as folder:
         iterate(engine, 0, 1)

@@ -1,4 +1,4 @@
-"""What is asked of a machine and refused; what a run reads. The machine is handed in: there is no GPU here."""
+"""Requirements on a machine, and refusals. The machine is an argument: there is no GPU here."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_what_the_statistics_read_is_stated(settings: dict[str, Any], words: str
 
 
 def optimizers() -> dict[str, Any]:
-    """Runs on one rank: what is found of real optimizers, by name of the case."""
+    """Runs on one rank: results for real optimizers, by name of the case."""
     from megatron_patches.cpu.emulation import cpu_megatron
 
     with cpu_megatron():
