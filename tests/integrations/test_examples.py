@@ -12,7 +12,6 @@ import pytest
 
 from tests.apps.command import ROOT, Done, run
 
-
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "tiny.py")
 NEEDS = {"sft.py": ("trl", "peft"), "accelerate_loop.py": ("accelerate",), "lightning_module.py": ("lightning",)}
