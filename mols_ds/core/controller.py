@@ -17,6 +17,7 @@ from typing import Any, cast
 from mols_ds.core import estimators
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.document import build_report, measured_rows, unmeasured_rows
+from mols_ds.core.former_groups import advice
 from mols_ds.core.group_stats import GroupSums
 from mols_ds.core.groups import GroupTable, base_group, format_group_table, is_scaled
 from mols_ds.core.local_stats import LocalStats
@@ -322,6 +323,7 @@ class Controller:
     def _new_report(self, t: int, reference: str, rows: dict[str, ReportGroup]) -> Report:
         return build_report(
             self.config,
+            self.table,
             rows,
             step=t,
             samples=self.state.samples,
@@ -346,13 +348,21 @@ class Controller:
             "report": self.report(),
         }
 
+    def check_saved(self, saved: object) -> None:
+        """Raise `MolsCheckpointError` unless `saved` is a `state_dict` of these module groups."""
+
+        def advise(groups: Mapping[str, object]) -> str:
+            return advice(self.table, self.config.rules, groups)
+
+        check_saved(saved, self.table.elements, self.state.state_dict(), advise)
+
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Load phase, alphas and report.
 
         Raises:
             MolsCheckpointError: not a MoLS state, another version, or other groups. Nothing is changed then.
         """
-        check_saved(saved, self.table.elements, self.state.state_dict())
+        self.check_saved(saved)
         self.elements.free()
         self.state.load_state_dict(copy.deepcopy(dict(saved["state"])))
         self._report = cast(Report, copy.deepcopy(dict(saved["report"]))) if saved["report"] else None

@@ -227,7 +227,10 @@ def _delta_net(name: str, config: object | None) -> tuple[int, int, int]:
 
 def mla_kv_a(name: str, features: int, config: object | None) -> Pattern:
     """DeepSeek MLA, down projection: the latent (keys and values) is `vo`, the rotary part of the key is `qk`."""
-    rank, rope = need(name, config, "kv_lora_rank"), need(name, config, "qk_rope_head_dim")
+    rank = need(name, config, "kv_lora_rank")
+    if features == rank:  # a layer without rotary positions
+        return ((rank, "vo"),)
+    rope = need(name, config, "qk_rope_head_dim")
     return _checked(name, features, rank + rope, ((rank, "vo"), (rope, "qk")))
 
 
@@ -235,6 +238,9 @@ def mla_kv_b(name: str, features: int, config: object | None) -> Pattern:
     """DeepSeek MLA, up projection: head by head [key without rotary part | value]."""
     heads = need(name, config, "num_attention_heads")
     key, value = need(name, config, "qk_nope_head_dim"), need(name, config, "v_head_dim")
+    rope = config_value(config, "qk_rope_head_dim") or 0
+    if features == heads * (key + rope + value):  # a layer without rotary positions, whose keys have the same size
+        key += rope
     return _checked(name, features, heads * (key + value), ((key, "qk"), (value, "vo")))
 
 

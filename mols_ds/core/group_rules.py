@@ -32,6 +32,7 @@ from mols_ds.errors import MolsConfigError
 __all__ = [
     "PRESETS",
     "TOWERS",
+    "TOWER_NAMES",
     "CanonicalName",
     "Fused",
     "Pattern",
@@ -121,10 +122,12 @@ _ATTENTION = (
     r"\w*_self_attn))*"
 )
 _MLP = (
-    r"(?:\w*_)?(?:mlps?|moe|feed_?forward|ffns?|ff\d?|experts?|DenseReluDense|PositionwiseFeedForward)"
+    r"(?:\w*_)?(?:mlps?|moe|feed_?forward\d?|ffns?|ff\d?|experts?|DenseReluDense|PositionwiseFeedForward)"
     r"(?:_block|_layer|_in|_out|_macaron)?(?:\.(?:experts?|shared_experts?|expert_\d+|dense|ffn|mlp|w_in|net|ff|\d+))*"
 )
-_LAYER_ITSELF = r"(?:layers?|layer|h|blocks?|stack|model|encoder|decoder|block|transformer|\w*_layers)\.\d+"
+_LAYER_ITSELF = r"\d+"  # layers.3 and the like; a PipelineModule numbers its layers
+
+_GRANITE_SPEECH = ("granite_speech", "granite_speech_plus", "granite_speech5_ctc", "granite_speech5_encoder")
 
 _OTHER: tuple[Rule, ...] = (
     # Biases first: some are 2-D (one row per expert).
@@ -136,6 +139,7 @@ _OTHER: tuple[Rule, ...] = (
     _under(rf"(?:{_MLP})\.gate\.(?!weight$)\w+"),  # a gate that is a module of several layers
     _rule(r"router|\w*_router|shared_expert_gate|shared_gate|wg|expert_gate|router_weights?", "other"),
     Rule(re.compile(r"(?:^|\.)gate(?:\.weight)?$"), "other", _is_router),
+    _rule(r"mlp\.gate", "other", families=("inkling_text",)),  # it has rows for the shared experts too
     # Indexers of sparse attention; DeepSeek-V4's pooling of keys and values.
     _under(r"(?:\w*_)?indexer|scorer"),
     _rule(r"compressor\.(?:gate_proj|position_bias)", "other"),
@@ -168,19 +172,25 @@ _OTHER: tuple[Rule, ...] = (
     _under(r"\w+_hc|hc_head|altup|laurel"),
     _rule(r"per_layer_\w+|altup_\w+(?:\.\d+)?|(?:attention|mlp)_input\.query", "other"),
     # Dense layers before an output layer, poolers, projections of embeddings.
+    _rule(r"out|out_mid", "other", inside="encoder", families=_GRANITE_SPEECH),
+    _rule(
+        r"downsample\.reduction|upsample\.projection|\w*sequence_reduction|gru_rel_pos_linear|classifier\.linear_hidden|(?:head|projection_head)\.linear[12]|xpath_unitseq2_inner|inner2emb",
+        "other",
+    ),
+    _rule(r"dense", "other", families=("eurobert",)),
     _under(r"pooler|\w+_pooler|transform|sequence_summary|\w+_summary"),
     _rule(
         r"(?:lm_head|classifier|classification_head|head|cls\.predictions|predictions|generator_predictions|"
         r"projection_head)\.dense(?:_\d)?|pooler|pre_classifier|vocab_transform|embeddings_project|"
-        r"embedding_hidden_mapping_in|embedding_transformation|map_inputs_layer|patch_embedding_projection|eh_proj",
+        r"embedding_hidden_mapping_in|embedding_transformation|map_inputs_layer|patch_embedding_projection|entity_embedding_dense|embedding_projection|embeddings\.projection|eh_proj",
         "other",
     ),
 )
 
 _EMBEDDINGS: tuple[Rule, ...] = (
     _rule(
-        r"wte|wpe|tok_emb|pos_emb|token_emb|pos_embed|(?:embed|word_embed|tokens_embed|positions_embed)(?:_\w+)?|"
-        r"\w*embeddings?(?:_\w*\d)?|shared|embed_tokens\w*|embed_positions\w*|position_embeds?_layer",
+        r"wte|wpe|tok_emb|pos_emb|token_emb|pos_embed|(?:embed|word_embed|tokens_embed|positions_embed)(?!_out)(?:_\w+)?|"
+        r"\w*embeddings?(?:_\w*\d)?|\w*_emb|HashBucketCodepointEmbedder_\d|\w+_embeddings\.\d+|shared|embed_tokens\w*|embed_positions\w*|position_embeds?_layer",
         "embedding",
     ),
     _rule(r"\w+_embed|\w+_embedder", "embedding", inside=r"(?:\w*_)?embeddings?"),
@@ -191,11 +201,18 @@ _EMBEDDINGS: tuple[Rule, ...] = (
         inside=r"(?:\w*_)?(?:patch_embed(?:dings?|der|ding)?|embed_patches)(?:\.\d+)?",
     ),
     _rule(r"patch_conv|patch_embed|patch_projection|embeddings\.proj|vision_embed_tokens", "embedding"),
+    _rule(
+        r"feature_projection(?:\.projection)?|subsampler\.dense_\d|embeddings\.register_tokens|subsampling\.linear|input_embeds_layers?(?:\.\d+)?|embeddings\.latents|"
+        r"position_embeddings\.weights\.\d|patch_embeddings\.(?:up|down)_proj",
+        "embedding",
+    ),
+    _rule(r"input_linear", "embedding", inside="encoder", families=_GRANITE_SPEECH),
     _rule(r"w", "embedding", inside="transformer", families=("ctrl",)),
     _rule(r"prompt_encoder\.[^.]+\.\w*embedding", "embedding"),  # peft's prompt tuning
 )
 
 _CONVOLUTIONS = (
+    _rule(r"subsampling\.layers\.\d+", "other"),
     _under(r"convs\d?|convolutions?|conv_\w+|\w+_s?conv|\w+_convolution|short_conv\w*"),
     _rule(r"\w*conv(?:olution)?s?(?:_?\d+d?\d*)?(?:_\w+)?|depthwise|pointwise", "other"),
 )
@@ -208,11 +225,13 @@ _HEADS: tuple[Rule, ...] = (
     ),
     _rule(r"(?:\w*\.)?(?:predictions|entity_predictions|lm_head|head)\.decoder|pred_layer\.proj|lm_heads\.\d+", "head"),
     _rule(
-        r"(?:classifier|classification_head|cls_head|score)(?:\.(?:out_proj|summary|\d+|linear|classifier))?|"
+        r"(?:classifier|classification_head|cls_head|score)(?:\.(?:out_proj|summary|\d+|linear|linear_out|classifier))?|"
         r"cls\.seq_relationship|distillation_classifier|cls_classifier|logits_proj",
         "head",
     ),
     Rule(re.compile(r"^(?:model\.)?(?:output|head|decoder)\.weight$"), "head"),
+    _rule(r"lm_head\.out_proj", "head"),
+    _rule(r"proj", "head", families=("jev",)),
 )
 
 # The order of the rows of a fused query, key and value, by the config's model_type.
@@ -233,7 +252,7 @@ _FUSED: tuple[Rule, ...] = (
     _rule("query_key_value", Fused(fused.by_family(_QUERY_KEY_VALUE))),
     _rule("qkv_proj", Fused(fused.by_family(_QKV_PROJ))),
     _rule("qkv|Wqkv", Fused(fused.qkv), inside=_ATTENTION),
-    _rule("att_proj", Fused(fused.thirds), inside=_ATTENTION, families=("semantic", "coarse_acoustics")),
+    _rule("att_proj", Fused(fused.thirds), inside=_ATTENTION, families=("bark",)),
     _rule("in_proj", Fused(fused.per_head), inside=_ATTENTION, families=("deberta",)),
     _rule("in_proj_weight", Fused(fused.thirds)),
     _rule("kv_a_proj_with_mqa", Fused(fused.mla_kv_a)),
@@ -256,41 +275,51 @@ _MLPS: tuple[Rule, ...] = (
         r"gate_proj|up_proj|down_proj|gate_up_proj|c_fc|c_proj|fc1|fc2|fc_in|fc_out|dense_h_to_4h|dense_4h_to_h|"
         r"w[123]|w_[01]|w_out|wi(?:_\d)?|wo|Wi|Wo|lin[12]|linear_?[12]|dense_?[12]|layer_[12]|input_linear|"
         r"output_linear|in_proj|out_proj|proj_up|proj_down|proj_up_gate|intermediate(?:_dense)?|output(?:_dense)?|"
-        r"(?:intermediate|output)\.dense|fc[12]_latent_proj|linear_fc[12]|key|value|receptance|v1|\d+",
+        r"(?:intermediate|output)\.dense|pre_expert_proj|post_expert_proj|proj_(?:in|out)|fc[12]_latent_proj|linear_fc[12]|key|value|receptance|v1|\d+",
         "mlp",
         inside=_MLP,
     ),
-    _rule(r"fc1|fc2|linear1|linear2", "mlp", inside=_LAYER_ITSELF),  # BART, torch's TransformerEncoderLayer
     _rule(
-        r"(?:intermediate|output|intermediate_query|output_query|layout_intermediate|layout_output|ffn|ffn_output)"
+        r"fc1|fc2|fc_in|fc_out|linear1|linear2", "mlp", inside=_LAYER_ITSELF
+    ),  # BART, torch's TransformerEncoderLayer
+    _rule(
+        r"(?:intermediate|output|intermediate_query|output_query|layout_intermediate|layout_output|ffn|ffn_output|"
+        r"output\.bottleneck|bottleneck\.input)"
         r"(?:\.dense)?",
         "mlp",
-        inside=rf"{_LAYER_ITSELF}|albert_layers\.\d+",
+        inside=_LAYER_ITSELF,
     ),  # BERT
     _rule(
         r"dense_h_to_4h|dense_4h_to_h|c_fc|gate_up_proj|up_proj|down_proj|gate_proj|w1|w2|w3",
         "mlp",
         inside=_LAYER_ITSELF,
     ),
+    _rule(r"gate_up_proj_adapter_list\.\d+\.\d+", "mlp", inside=_MLP),  # Zamba2's adapters of shared layers
+    _rule(r"adapter_modules\.\w+\.dense[12]", "mlp"),  # X-MOD
     _rule(_MLP, "mlp"),
 )
 
 _ATTENTIONS: tuple[Rule, ...] = (
     _rule(
         r"(?:q_proj|k_proj|q_a_proj|q_b_proj|q_attn|wq|wk|wq_[ab]|Wq|Wk|query|key|q_lin|k_lin|query_proj|key_proj|"
-        r"project_[qk]|to_q|to_k|to_query|to_key|[qk]_head|(?:query|key)_global|projection_(?:query|key)|linear_[qk]|"
+        r"project_[qk]|to_q|to_k|to_query|to_key|[qk]_head|(?:query|key)_global|layout_(?:query|key)|projection_(?:query|key)|linear_[qk]|"
         r"query_key|[we]2[we]_query|q|k)(?:\.linear)?",
         "qk",
         inside=_ATTENTION,
     ),
     _rule(
         r"(?:v_proj|o_proj|out_proj|wv|wo|Wv|Wo|value|c_proj|dense|proj|output|v_lin|out_lin|value_proj|project_v|"
-        r"attention_out|to_v|to_out|to_value|v_head|post_proj|value_global|projection_value|linear_v|linear_out|"
+        r"attention_out|to_v|to_out|to_value|v_head|post_proj|value_global|layout_value|layout_output\.dense|"
+        r"output_projection\.(?:o_proj|gate_proj)|projection_value|linear_v|linear_out|"
         r"o_a_proj|o_b_proj|v_proj_current|v_proj_delayed|projection|projection_layer|final_proj|v|o|"
         r"gate_proj|g_proj|g_a_proj|g_b_proj|output_gate|in_proj_z|to_out\.\d)(?:\.linear)?",
         "vo",
         inside=_ATTENTION,
     ),
+    _rule(r"linear_[qk]_adapter_list\.\d+\.\d+", "qk", inside=_ATTENTION),
+    _rule(r"linear_v_adapter_list\.\d+\.\d+", "vo", inside=_ATTENTION),
+    _rule(r"query|key_\w+", "qk", inside="adapter", families=("evolla",)),
+    _rule(r"value_\w+|out_proj", "vo", inside="adapter", families=("evolla",)),
     _rule(r"q_proj|k_proj", "qk", inside=r"self_attn\.qkv_proj|temporal_block|" + _LAYER_ITSELF),
     _rule(r"v_proj|o_proj", "vo", inside=r"temporal_block|" + _LAYER_ITSELF),
 )
@@ -298,35 +327,53 @@ _ATTENTIONS: tuple[Rule, ...] = (
 PRESETS: tuple[Rule, ...] = (*_OTHER, *_EMBEDDINGS, *_CONVOLUTIONS, *_HEADS, *_FUSED, *_MLPS, *_ATTENTIONS)
 """First match wins."""
 
-TOWERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (tower, re.compile(rf"^(?:model\.|thinker\.|vlm\.|git\.)*(?:{names})(?=\.|$)"))
-    for tower, names in (
+_FRONT = r"^(?:model\.|thinker\.|vlm\.|git\.)*"
+
+TOWERS: tuple[tuple[str, re.Pattern[str], tuple[str, ...]], ...] = tuple(
+    (tower, re.compile(rf"{_FRONT}(?:{names})(?=\.|$)"), families)
+    for tower, names, families in (
+        ("vision", r"encoder", ("vision-encoder-decoder", "pp_formulanet", "pix2struct")),
+        ("audio", r"encoder", ("speech-encoder-decoder", "granite_speech", "granite_speech_plus")),
         (
             "projector",
-            r"multi_modal_projector|mm_projector|projector|connector|aligner|\w+_aligner|\w+_connector|"
-            r"resampler_model|qformer|query_tokens|language_projection|image_to_text_projection|"
-            r"vision_projection|visual_projection|text_projection|audio_projection|merger|vision_adapter|"
-            r"encoder_projector|embedding_proj_layer|high_res_vision_(?:neck|proj|alpha)",
+            r"(?:encoder\.)?multi_modal_projector|mm_projector|projector|connector|aligner|\w+_aligner|"
+            r"\w+_connector|resampler_model|qformer|query_tokens|language_projection|enc_to_dec_proj|"
+            r"image_to_text_projection|vision_projection|visual_projection|text_projection|audio_projection|"
+            r"merger|vision_adapter|encoder_projector|embedding_proj_layer|high_res_vision_(?:neck|proj|alpha)",
+            (),
         ),
         (
             "vision",
-            r"vision_tower|vision_model|visual|vision_encoder|image_tower|video_tower|video_model|image_encoder|"
-            r"image_model|img_processor|high_res_vision_model|vqmodel|visual_\w+|generation_\w+|"
-            r"image_encoder|embed_tokens_extend\.image_embed|vision_embed_tokens|patch_embed|image_newline",
+            r"(?:encoder\.)?vision_tower|vision_model|visual|vision_encoder|image_tower|video_tower|video_model|"
+            r"image_encoder|image_model|img_processor|high_res_vision_model|vqmodel|visual_\w+|generation_\w+|"
+            r"embed_tokens_extend\.image_embed|vision_embed_tokens|patch_embed|image_newline",
+            (),
         ),
         (
             "audio",
-            r"audio_tower|audio_model|audio_encoder|speech_encoder|speech_encoder_model|codec_model|depth_decoder|"
+            r"audio_tower|audio_model|audio_encoder|speech_encoder(?:_model)?|codec_model|depth_decoder|"
             r"\w+_tokenizer_encoder|talker|token2wav|diffusion_head|flow_head|vocoder|audio_lm_head|"
-            r"embed_tokens_extend\.audio_embed",
+            r"embed_tokens_extend\.audio_embed|word_timestamp_\w+|audio_prompt_proj|audio_latent_proj|eos_head|"
+            r"loss_weighting|num_speakers_\w+|duration_delta_proj",
+            (),
         ),
-        ("protein", r"protein_encoder"),
+        ("protein", r"protein_encoder", ()),
+        ("action", r"dit|embed_action_time|action_out_proj", ("pi0",)),
+        # Megatron-core's LLaVA and MIMO, Megatron-Bridge; "modality" is a submodule of MIMO with another name.
+        ("projector", r"sound_projection|embed_(?:vision|audio)|modality_submodules\.\w+\.\w+put_projections", ()),
+        ("vision", r"modality_submodules\.(?:images?|videos?|vision)", ()),
+        ("audio", r"sound_model|modality_submodules\.(?:audios?|sounds?|speech)", ()),
+        ("modality", r"modality_submodules\.\w+", ()),
     )
 )
-"""Name of a tower of another modality, or of what connects towers -> the modules it is made of. The groups of a tower
-carry its name (`vision.qk`) and are measured, not scaled, unless a rule asks for it."""
+"""(name of a tower of another modality, or of what connects towers; the modules it is made of; model_types it is one
+in, all without any). The groups of a tower carry its name (`vision.qk`) and are measured, not scaled, unless a rule
+asks for it."""
+TOWER_NAMES = tuple(dict.fromkeys(tower for tower, _, _ in TOWERS))
 
 
-def tower_of(name: str) -> str | None:
+def tower_of(name: str, config: object | None = None) -> str | None:
     """The tower that a canonical name is in; None for the model itself."""
-    return next((tower for tower, regex in TOWERS if regex.search(name)), None)
+    family = str(config_value(config, "model_type"))
+    found = (tower for tower, regex, families in TOWERS if (not families or family in families) and regex.search(name))
+    return next(found, None)

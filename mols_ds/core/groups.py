@@ -16,9 +16,9 @@ from typing import NamedTuple
 from torch import nn
 
 from mols_ds.core.group_layouts import LayoutError, layer_config, tower_config
-from mols_ds.core.group_rules import PRESETS, TOWERS, Rule, canonical_name, config_value, strip_wrappers, tower_of
+from mols_ds.core.group_rules import PRESETS, TOWER_NAMES, Rule, canonical_name, config_value, strip_wrappers, tower_of
 from mols_ds.core.layout import GROUPS, SCALED_GROUPS, ElementLayout, Granularity, base_group, is_scaled
-from mols_ds.core.param_names import kind_of, kind_pattern, layer_number
+from mols_ds.core.param_names import kind_of, kind_pattern, layer_match, layer_number
 from mols_ds.core.user_rules import AS_WEIGHT, UserRule, tower_group
 from mols_ds.errors import MolsConfigError
 
@@ -35,6 +35,7 @@ __all__ = [
     "group_table",
     "is_scaled",
     "order_groups",
+    "parameter_kinds",
 ]
 
 _BLOCK = re.compile(r"(?:^|\.)\w*(?:layers?|h|blocks?)\.\d+\.")
@@ -72,11 +73,9 @@ class _Resolver:
     ) -> None:
         """names: those of all parameters, also frozen ones. They tell whether a tower is beside a model or is it."""
         self.config = config
-        self.rules = [
-            UserRule(position, rule, [tower for tower, _ in TOWERS]) for position, rule in enumerate(rules or ())
-        ]
+        self.rules = [UserRule(position, rule, TOWER_NAMES) for position, rule in enumerate(rules or ())]
         self.presets = presets
-        outside = (canonical for name in names if not tower_of(canonical := canonical_name(name).name))
+        outside = (canonical for name in names if not tower_of(canonical := canonical_name(name).name, config))
         self.has_towers = any(_BLOCK.search(name) for name in outside)
         self.refused: dict[str, list[_Refused]] = {}
 
@@ -129,7 +128,7 @@ class _Resolver:
         return embedding or found[0]
 
     def _tower(self, name: str) -> str | None:
-        return tower_of(canonical_name(name).name) if self.has_towers else None
+        return tower_of(canonical_name(name).name, self.config) if self.has_towers else None
 
     def _in_tower(self, name: str, layout: ElementLayout) -> ElementLayout:
         tower = self._tower(name)
@@ -167,7 +166,8 @@ class _Resolver:
 def _refusal(refused: Mapping[str, Sequence[_Refused]]) -> str:
     """One line that names every kind of parameter in no group, with the rules to paste."""
     unknown = [
-        f"{kind!r} of shape {list(found[0].shape)}{f' ({len(found)} of them)' if len(found) > 1 else ''}"
+        f"{(kind if len(found) > 1 else found[0].name)!r} of shape {list(found[0].shape)}"
+        f"{f' ({len(found)} of them)' if len(found) > 1 else ''}"
         for kind, found in refused.items()
         if found[0].reason is None
     ]
@@ -180,11 +180,30 @@ def _refusal(refused: Mapping[str, Sequence[_Refused]]) -> str:
     )
 
 
-def _layer_key(name: str) -> Callable[[str], str]:
+def layer_key(name: str) -> Callable[[str], str]:
     """group -> key of granularity "layer_type" for the parameter `name`."""
     number = layer_number(canonical_name(name).name)
     suffix = "" if number is None else f".{number}"
     return lambda group: group + suffix if is_scaled(group) and group not in ("embedding", "head") else group
+
+
+def parameter_kinds(layouts: Mapping[str, ElementLayout]) -> dict[str, list[str]]:
+    """The parameters' names without their numbers -> their groups without layers; what a report keeps of the names.
+
+    The layer's number becomes `{layer}`, other numbers become `*`: `model.layers.{layer}.mlp.experts.*.w1.weight`.
+    Names that differ in numbers only and in groups (a user's rule for the first layer) stay as they are.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, layout in layouts.items():
+        layer = layer_match(name)
+        kind = name if layer is None else f"{name[: layer.start(1)]}{{layer}}{name[layer.end(1) :]}"
+        kind = re.sub(r"(?:^|(?<=\.))\d+(?=\.|$)", "*", kind)
+        found.setdefault(kind, {})[name] = list(dict.fromkeys(map(base_group, layout.groups)))
+    kinds: dict[str, list[str]] = {}
+    for kind, names in found.items():
+        groups = list(names.values())
+        kinds |= {kind: groups[0]} if groups.count(groups[0]) == len(groups) else names
+    return kinds
 
 
 def _build(
@@ -205,7 +224,7 @@ def _build(
         resolved = resolver.resolve(aliases, tuple(int(size) for size in shape))
         if resolved is not None:
             name, layout = resolved
-            layouts[aliases[0]] = layout.relabel(_layer_key(name)) if granularity == "layer_type" else layout
+            layouts[aliases[0]] = layout.relabel(layer_key(name)) if granularity == "layer_type" else layout
     resolver.finish()
     return layouts
 

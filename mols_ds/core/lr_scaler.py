@@ -2,6 +2,7 @@
 
 Between torch's step hooks the optimizer has temporary parameter groups with lr x multiplier. Afterwards it has
 its own groups: schedulers, logging and checkpoints see the base rate and the stock layout, and nothing compounds.
+`torch.compile(optimizer.step)` leaves the hooks out of its graphs: traced, they would not put the groups back.
 
 A tensor with elements of several groups (a ZeRO flat shard, a fused projection) is stepped in one of two ways:
 - **views**: contiguous segments of equal multiplier become views of the weight, the gradient and the optimizer state.
@@ -245,6 +246,7 @@ class LRScaler:
                     self._known.add(id(tensor))
                     self._unknown.append(tensor)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.restore()
         self._note_unknown()
@@ -381,6 +383,7 @@ class LRScaler:
         """The optimizer's own parameter groups, also while it has temporary ones."""
         return self.optimizer.param_groups if self._saved is None else self._saved
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         with torch.no_grad():
             for derived in self._derived:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from mols_ds.core.adam_moments import adam_moments, moment_pieces
+from mols_ds.core.adam_moments import SteadyBetas, adam_moments, moment_pieces
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Controller
 from mols_ds.core.forward_hook import ForwardHook
@@ -63,6 +63,7 @@ class Session(Handle, ABC):
         self.scalers: list[LRScaler] = []
         self._sampling = self._sampled = self._stepping = False
         self._step_number = 0
+        self._betas = SteadyBetas()
         self._to_guard = GUARDED_STEPS
         self._stay: set[str] = set()
         self._went_around = False
@@ -261,13 +262,18 @@ class Session(Handle, ABC):
 
     # ------------------------------------------------------------------ mode "moments"
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _read_moments(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook of an inner optimizer: add Adam's moments while their state is in memory (NVMe).
 
         Runs only in a step that ends the window, not in dummy steps that allocate state before a load (Megatron).
         """
-        if not (self._stepping and self.controller.reads_moments_next):
+        if not self._stepping or self.config.measures != "moments":
             return
+        self._betas.see(optimizer.param_groups, self._step_number)
+        if not self.controller.reads_moments_next:
+            return
+        self._betas.check(self._step_number)
         for group in optimizer.param_groups:
             for tensor in group["params"]:
                 for number, item in self.owned_in(tensor):

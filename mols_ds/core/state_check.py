@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -36,7 +36,9 @@ class _State(BaseModel):
     alphas: Alphas
 
 
-def check_saved(saved: object, elements: Mapping[str, int], state_keys: Iterable[str]) -> None:
+def check_saved(
+    saved: object, elements: Mapping[str, int], state_keys: Iterable[str], advise: Callable[[Mapping[str, object]], str]
+) -> None:
     """Check that `saved` is a `Controller.state_dict` with these module groups.
 
     Args:
@@ -61,7 +63,7 @@ def check_saved(saved: object, elements: Mapping[str, int], state_keys: Iterable
     if dict(saved["groups"]) != dict(elements):
         raise MolsCheckpointError(
             f"the checkpoint's module groups {dict(saved['groups'])} are not this model's {dict(elements)}; "
-            "use the model, mols.rules and mols.granularity of the run that saved it"
+            f"{advise(saved['groups'])}"
         )
     _check_values(saved["state"], saved["report"], elements)
 

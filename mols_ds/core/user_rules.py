@@ -76,7 +76,7 @@ class UserRule:
         new = self.group if self.group.isidentifier() and self.group != "max" else "NAME"
         examples = ", ".join(f"{name}.qk" for name in towers)
         raise MolsConfigError(
-            f"{where} ({self.pattern!r}): {self.target!r} is not a group name; {hint}known are {', '.join(GROUPS)}, "
+            f"{where} ({self.pattern!r}): {self.target!r} is not a group name; {hint}allowed are {', '.join(GROUPS)}, "
             f'other_NAME and those of towers ({examples}, ...); a group of your own is asked for by "{NEW}{new}" '
             "(letters, digits and underscores, not max)"
         )

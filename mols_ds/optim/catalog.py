@@ -260,7 +260,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("RMSprop", state=per_element(4), classes=(_elementwise("RMSprop", TORCH, decays=_COUPLED),)),
     Entry("SGD", state=state_bytes.sgd, megatron="sgd",
           classes=(_elementwise("SGD", TORCH, decays=_COUPLED),
-                   _elementwise("FusedSGD", APEX, decays=(Decay((APEX,), decoupled=False),)))),
+                   _elementwise("FusedSGD", APEX, ENGINE, decays=(Decay((APEX, ENGINE), decoupled=False),)))),
     Entry("Adadelta", classes=(_elementwise("Adadelta", TORCH, decays=_COUPLED),)),
     Entry("Lion", "pytorch-optimizer", "pytorch_optimizer:Lion",
           {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}, state=per_element(4),

@@ -20,7 +20,7 @@ from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsWarning
 from mols_ds.optim.catalog import CLASSES, OptimizerClass, class_facts
-from mols_ds.optim.traits import reads_groups_only
+from mols_ds.optim.traits import adds_decay, reads_groups_only
 
 STEPS = 8
 RATE = 1e-3
@@ -69,6 +69,28 @@ def refusal(optimizer: Optimizer) -> tuple[str, str] | None:
         f"differed by {error:.2g} of their way from those of lr x {MULTIPLIER:g})",
         OptimizerClass(name=name).instead,
     )
+
+
+def decay_in_moments(optimizer: Any) -> bool:
+    """Whether weight decay is added to the gradients that Adam's moments are made of.
+
+    By the catalog; a small copy of a class that it does not know takes a step with gradients of zero. False where that
+    cannot be tried.
+    """
+    decaying = [group for group in getattr(optimizer, "param_groups", []) if group.get("weight_decay")]
+    added = [adds_decay(optimizer, group) for group in decaying]
+    if None not in added:
+        return any(added)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            weights = _weights(optimizer, torch.float32)
+            small = _small_copy(optimizer, weights, RATE)
+            for weight in _flatten(weights):
+                weight.grad = torch.zeros_like(weight)
+            small.step()
+            return any(bool(small.state[w]["exp_avg"].any()) for w in _flatten(weights))
+    except Exception:  # a constructor or a step of somebody else's class, called without what it may need
+        return False
 
 
 def _distance(optimizer: Optimizer) -> float | None:

@@ -131,7 +131,7 @@ def test_a_section_is_never_silently_ignored() -> None:
         "MolsError: MolsCallback does not know its trainer: call callback.bind(trainer) before trainer.train()"
     )
     assert 'no "mols" section' in seen["no section"]
-    assert 'two "mols" sections that differ' in seen["two sections"]
+    assert 'the "mols" sections of the argument and of the DeepSpeed config differ' in seen["two sections"]
     assert 'unknown key; did you mean "samples"' in seen["wrong key"]
     assert seen["off"] == "trained"
     assert "bound to another trainer" in seen["two trainers"]

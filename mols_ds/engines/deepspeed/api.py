@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.files import read_text
 from mols_ds.core.handle import Handle
 from mols_ds.core.log import say
-from mols_ds.core.plain_data import check_plain
+from mols_ds.engines.deepspeed.auto_values import check_no_auto
 from mols_ds.engines.deepspeed.bind_optimizer import bind_optimizer
-from mols_ds.engines.deepspeed.compat import INITIALIZE, Config, Engine, read_config
+from mols_ds.engines.deepspeed.compat import INITIALIZE, Config, Engine
+from mols_ds.engines.deepspeed.config_reader import misspelt_section, read_config
 from mols_ds.engines.deepspeed.engine import EngineMols, Loop
 from mols_ds.engines.deepspeed.off import EngineOff
-from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
+from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning
 from mols_ds.optim.build import Request, build, split_config
 
 Initialized = tuple[Any, Any, Any, Any]
@@ -128,8 +128,17 @@ def _initialize(
     loop: Loop,
 ) -> Initialized:
     arguments = _arguments(below, args, kwargs)
-    config = _find_config(arguments, strict=not patched)
+    try:
+        config = _find_config(arguments)
+    except MolsConfigError as error:
+        if not patched or given is not None:
+            raise
+        results = below(*args, **kwargs)  # DeepSpeed refuses what cannot be read, in its own words
+        _warn(f"MoLS is off: DeepSpeed takes this config, and MoLS cannot read it: {error}")
+        return results
     found = given if given is not None or config is None else config.get("mols")
+    if found is None and config is not None and (key := misspelt_section(config)):
+        _warn(f'MoLS is off: the DeepSpeed config has no section "mols", but a key {key!r}; did you mean "mols"?')
     if patched and found is None:
         return below(*args, **kwargs)
     section = None if found is None else MolsConfig.parse(found)
@@ -137,15 +146,25 @@ def _initialize(
         say('MoLS: the "mols" section is left out for an engine without an optimizer, which trains nothing')
         return below(*args, **kwargs)
     request = None if config is None else split_config(config)
+    if config is not None and (section is not None or request is not None):
+        read = config if request is None else request.config
+        unread = ("optimizer",) if arguments.get("optimizer") is not None else ()  # the client's takes its place
+        check_no_auto({key: value for key, value in read.items() if key not in unread})
     results = below(*args, **kwargs) if request is None else _initialize_ours(below, arguments, request)
     attach_to(results[0], section or MolsConfig(enabled=False), loop)
     return results
 
 
+def _warn(text: str) -> None:
+    warnings.warn(text, MolsWarning, stacklevel=4)
+
+
 def is_left_out(arguments: Config) -> bool:
-    """Whether an engine that is built with these arguments of `deepspeed.initialize`, and not by ours, would leave out
-    a "mols" section that is on."""
-    config = None if _under_way.get() else _find_config(arguments, strict=False)
+    """Return whether stock `deepspeed.initialize` with these arguments would ignore a "mols" section that is on."""
+    try:
+        config = None if _under_way.get() else _find_config(arguments)
+    except MolsConfigError:  # DeepSpeed refuses what cannot be read
+        return False
     section = None if config is None else config.get("mols")
     return section is not None and not _trains_nothing(arguments, config) and MolsConfig.parse(section).enabled
 
@@ -163,49 +182,13 @@ def _trains_nothing(arguments: Config, config: Config | None) -> bool:
     return arguments.get("optimizer") is None and "optimizer" not in (config or {})
 
 
-def _find_config(arguments: Config, strict: bool) -> Config | None:
-    """The config that these arguments name, read by DeepSpeed's own loader; None where there is none.
-
-    Raises:
-        MolsConfigError: with `strict`, a file or text that cannot be read. Otherwise DeepSpeed refuses it.
-    """
+def _find_config(arguments: Config) -> Config | None:
+    """The config that these arguments name; None where there is none. Raises MolsConfigError as `read_config`."""
     config = arguments.get("config") or arguments.get("config_params")
     if config is None:
         launched = arguments.get("args")
         config = getattr(launched, "deepspeed_config", None) or getattr(launched, "deepscale_config", None)
-    if config is None:
-        return None
-    if isinstance(config, Mapping):
-        check_plain(config, "DeepSpeed config")
-        return config
-    try:
-        return _read(config)
-    except MolsConfigError:
-        if strict:
-            raise
-        return None
-
-
-def _read(config: Any) -> Config:
-    """The content of a config file, or of a base64 text, as DeepSpeed reads it. Raises MolsConfigError."""
-    where = f"DeepSpeed config {str(config)[:200]}"
-    try:
-        there = Path(config).exists()
-    except (OSError, TypeError, ValueError):  # a text that is longer than any name
-        there = False
-    if there and not read_text(config, where).strip():
-        raise MolsConfigError(f"{where}: the file is empty")
-    if not there and str(config).endswith(".json"):
-        raise MolsConfigError(f"{where}: no such file")
-    try:
-        content = read_config(config)
-    except (ValueError, TypeError, AttributeError, RecursionError, AssertionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise MolsConfigError(f"{where}: cannot be read: {what}") from error
-    if not isinstance(content, Mapping):
-        raise MolsConfigError(f"{where}: a JSON object is needed, not {type(content).__name__}")
-    check_plain(content, where)
-    return content
+    return None if config is None else read_config(config)
 
 
 def _initialize_ours(below: Initialize, arguments: Config, request: Request) -> Initialized:

@@ -10,7 +10,7 @@ from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.catalog import class_facts
 from mols_ds.optim.scheduler_hints import scheduler_hints as scheduler_hints
-from mols_ds.optim.step_trial import class_refusal
+from mols_ds.optim.step_trial import class_refusal, decay_in_moments
 from mols_ds.optim.traits import has_adam_moments, has_several_betas, unscaled_refusal
 
 
@@ -118,6 +118,11 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
             config.measures == "moments" and has_several_betas(inner),
             'mode "moments" with different betas in the parameter groups',
             'use "mode": "probe" or "online"',
+        ),
+        (
+            config.measures == "moments" and decay_in_moments(inner),
+            f'mode "moments" with the weight_decay of {name}, which is added to the gradient and so is in its moments',
+            'use AdamW, weight_decay 0, or "mode": "probe" or "online"',
         ),
     ]
 

@@ -163,7 +163,6 @@ probe window does not restore them."""
 ATTACHED: dict[str, tuple[str, ...]] = {
     "deepspeed.checkpoint.constants": tuple(CONSTANTS),
     "deepspeed.runtime.activation_checkpointing.checkpointing": ("get_cuda_rng_tracker",),
-    "deepspeed.runtime.tensor_parallel.init_utils": ("load_ds_config",),
     "deepspeed.runtime.zero.utils": ("ZeRORuntimeException",),
     "deepspeed.utils.bwc": ("bwc_tensor_model_parallel_rank", "bwc_tensor_model_parallel_world_size"),
 }
@@ -256,12 +255,6 @@ def _refusal(what: str) -> MolsUnsupportedError:
 
 
 # ------------------------------------------------------------------ names that several places use
-
-
-def read_config(path: object) -> Config:
-    """Read a DeepSpeed config from a file or a base64 text, with DeepSpeed's own loader."""
-    config: Config = module("deepspeed.runtime.tensor_parallel.init_utils").load_ds_config(path)
-    return config
 
 
 def mpu_rank(mpu: object) -> int:

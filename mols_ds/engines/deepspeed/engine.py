@@ -51,7 +51,7 @@ class EngineMols(Session):
     In mode "probe", during the calibration, `engine.step()` at an accumulation boundary measures the gradient of the
     last batch and does not update. It uses the next K global batches of the user's loop (K = samples). Weights,
     buffers, optimizer state, scheduler, `global_steps`, `micro_steps` and the random numbers of dropout end as if those
-    batches had never run (docs/method.md, "What a probe gives back").
+    batches had never run (docs/method.md, "What a probe restores").
     """
 
     window: EngineWindow
@@ -252,6 +252,7 @@ class EngineMols(Session):
         """Whether every gradient is finite, the same on every rank; one rank of data-parallel replicas knows it."""
         return self.agree(shards.finite()) if self.grid.model_parallel else shards.finite()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_inner_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Take online samples at stages 1-3 from the fp32 shard gradients; undoes clipping and a changed loss scale.
 

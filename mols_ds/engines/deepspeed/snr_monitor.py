@@ -17,6 +17,7 @@ from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.shards import find_shards
 from mols_ds.errors import MolsUnsupportedError
+from mols_ds.optim.step_trial import decay_in_moments
 
 ESTIMATORS: tuple[Estimator, ...] = ("mean", "median", "pooled", "damping")
 
@@ -103,6 +104,11 @@ class SnrWatch:
         if bad.item():
             raise MolsUnsupportedError(
                 f"SNR curves cannot be read: {type(inner).__name__} has no exp_avg and exp_avg_sq in memory here"
+            )
+        if decay_in_moments(inner):
+            raise MolsUnsupportedError(
+                f"SNR curves cannot be read: {type(inner).__name__} adds weight decay to the gradient, so its moments "
+                "are those of both: use AdamW or weight_decay 0"
             )
         table = self._grid.table(MolsConfig(), self._shards.param_group)
         owned = self._shards.accumulated

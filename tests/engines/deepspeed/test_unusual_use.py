@@ -76,6 +76,78 @@ def test_mode_moments_with_other_betas_in_a_group() -> None:
     assert 'mode "moments" with different betas in the parameter groups' in said
 
 
+class Coupled(torch.optim.Optimizer):
+    """Adam without bias correction of somebody else's, which adds weight decay to the gradient."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: Any = (0.9, 0.95), weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                gradient, state = p.grad + group["weight_decay"] * p, self.state[p]
+                mean = state.setdefault("exp_avg", torch.zeros_like(p)).lerp_(gradient, 1 - group["betas"][0])
+                square = state.setdefault("exp_avg_sq", torch.zeros_like(p)).lerp_(gradient**2, 1 - group["betas"][1])
+                p.sub_(group["lr"] * mean / (square.sqrt() + 1e-8))
+
+
+DECAYS = {
+    "Adam": (torch.optim.Adam, {"weight_decay": 0.1}),
+    "Adam, 0": (torch.optim.Adam, {"weight_decay": 0.0}),
+    "Adam, decoupled": (torch.optim.Adam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "AdamW": (torch.optim.AdamW, {"weight_decay": 0.1}),
+    "NAdam": (torch.optim.NAdam, {"weight_decay": 0.1}),
+    "own": (Coupled, {"weight_decay": 0.1}),
+    "own, 0": (Coupled, {"weight_decay": 0.0}),
+}
+
+
+def decayed() -> dict[str, str]:
+    """What attach says to each optimizer in mode "moments"."""
+    said = {}
+    for name, (kind, settings) in DECAYS.items():
+        try:
+            engine_of(config(0, {**SECTION, "mode": "moments"}), PlainLM(), lambda p, k=kind, s=settings: k(p, **s))
+            said[name] = ""
+        except MolsUnsupportedError as error:
+            said[name] = str(error)
+    return said
+
+
+def test_mode_moments_with_decay_that_is_added_to_the_gradient() -> None:
+    (said,) = run_ranks(decayed, 1)
+    for name, line in said.items():
+        refused_ = 'mode "moments" with the weight_decay of' in line
+        assert refused_ if name in ("Adam", "NAdam", "own") else line == "", (name, line)
+
+
+def cycled(moves: bool) -> str:
+    """What a calibration in mode "moments" says to betas that a schedule moves, or moved long before."""
+    engine = engine_of(config(1, {**SECTION, "mode": "moments", "start": 2}, micros=1), PlainLM(), two_rates)
+    inner = engine.optimizer.optimizer
+    try:
+        for iteration in range(8):
+            if moves or iteration == 0:
+                for group in inner.param_groups:
+                    group["betas"] = (0.5 + 0.05 * iteration, 0.6)
+            iterate(engine, iteration, 1)
+    except MolsUnsupportedError as error:
+        return str(error)
+    return str(engine.mols.phase)
+
+
+def two_rates(parameters: Any) -> torch.optim.Optimizer:
+    first, *others = parameters
+    return torch.optim.AdamW([{"params": [first]}, {"params": others, "lr": 1e-4}])
+
+
+def test_mode_moments_with_betas_that_move() -> None:
+    assert run_ranks(cycled, 2, False) == ["ramping"] * 2
+    for said in run_ranks(cycled, 2, True):
+        assert 'mode "moments" with betas that change' in said
+
+
 def test_sparse_embeddings() -> None:
     (said,) = run_ranks(refused, 1, "probe", None, True)
     assert "sparse gradients (an embedding with sparse=True)" in said

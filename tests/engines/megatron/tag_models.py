@@ -80,6 +80,37 @@ def make_gpt(
     return model
 
 
+def make_t5(**settings: Any) -> nn.Module:
+    """A T5Model of the vanilla spec, one layer each, with an output layer of its own."""
+    from megatron.core.models.T5 import t5_spec
+    from megatron.core.models.T5.t5_model import T5Model
+
+    config = make_config(**SMALL, gated_linear_unit=False, **settings)
+    model = T5Model(
+        config,
+        config,
+        t5_spec.get_t5_encoder_with_local_block_spec(1),
+        t5_spec.get_t5_decoder_with_local_block_spec(1),
+        vocab_size=32,
+        max_sequence_length=16,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="relative",
+    )
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def make_bert() -> nn.Module:
+    """A BertModel of the vanilla spec with one layer and its binary head."""
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+    from megatron.core.models.bert.bert_model import BertModel
+
+    config = make_config(**SMALL, gated_linear_unit=False, add_bias_linear=True)
+    model = BertModel(config, 2, bert_layer_local_spec, vocab_size=32, max_sequence_length=16)
+    assert isinstance(model, nn.Module)
+    return model
+
+
 def shapes_of(model: nn.Module) -> Shapes:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 

@@ -244,14 +244,16 @@ def checked_table(job: SimulatedJob) -> str:
 
 def zero_job(model: str | None, config: str, ranks: int) -> SimulatedJob:
     """The job of a model file under the ZeRO stage and the `OPTIONS` of a DeepSpeed config. Raises MolsConfigError."""
+    from mols_ds.optim.build import section_of, zero_stage
     from mols_ds.training.ds_config import AUTO, read_config
     from tests.tools.simulate.zero_world import OPTIONS
 
     if model is None:
         raise MolsConfigError("a DeepSpeed config does not hold the model: name a model file")
-    zero = read_config(config).get("zero_optimization", {})
+    content = read_config(config)
+    zero = section_of(content, "zero_optimization")
     options = {key: zero[key] for key in OPTIONS if zero.get(key, AUTO) != AUTO}
-    return SimulatedJob(source=model, ranks=ranks, stage=int(zero.get("stage", 0)), options=options)
+    return SimulatedJob(source=model, ranks=ranks, stage=zero_stage(content), options=options)
 
 
 # ------------------------------------------------------------------ the command
