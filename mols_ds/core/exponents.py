@@ -71,7 +71,7 @@ class Exponents:
 
     def state(self) -> Tensor:
         """One int16 a range: its exponent, or `UNDECIDED`."""
-        exponents = torch.zeros(max(0, len(self.edges) - 1), dtype=torch.int16)
+        exponents = torch.zeros(max(0, len(self.edges) - 1), dtype=torch.int16, device="cpu")
         for index, exponent in self._of.items():
             exponents[index] = exponent
         exponents[self.undecided] = UNDECIDED

@@ -44,7 +44,7 @@ class HostCopies:
 
 def pinned(size: int, device: torch.device) -> Tensor:
     """`size` bytes of the host's memory, page-locked where copies from this device need that to be asynchronous."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
 
 
 def copy_async(source: Tensor, target: Tensor) -> Callable[[], object]:

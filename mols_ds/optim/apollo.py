@@ -35,8 +35,8 @@ def projection(shape: tuple[int, int], rank: int, seed: int, device: torch.devic
     The numbers are drawn on the CPU from `seed`: every rank and every device has the same.
     """
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randn(rank, min(shape), generator=generator, dtype=torch.float32) / math.sqrt(rank)
-    return numbers.to(device=device, dtype=dtype)
+    numbers = torch.randn(rank, min(shape), generator=generator, dtype=torch.float32, device="cpu")
+    return (numbers / math.sqrt(rank)).to(device=device, dtype=dtype)
 
 
 def project(gradient: Tensor, matrix: Tensor) -> Tensor:
