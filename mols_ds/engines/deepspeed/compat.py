@@ -93,7 +93,7 @@ class PipelineEngine(Engine, Protocol):
 
 
 ENGINE_NAMES = tuple(Engine.__annotations__)
-ENGINE_FLAGS = ("has_moe_layers", "torch_autocast_z0_gradscaler", "zenflow")
+ENGINE_FLAGS = ("has_moe_layers", "torch_autocast_z0_gradscaler", "zenflow", "is_deepcompile_enabled")
 """Names of runtime/engine.py that say that a feature is on; without the name there is no such feature."""
 GRID_NAMES = ("get_slice_parallel_world_size", "get_pipe_parallel_world_size", "get_pipe_parallel_group")
 """Of `PipelineEngine.grid` (runtime/pipe/topology.py). Beside them, `micro_offset` of PipelineModule

@@ -155,6 +155,17 @@ def test_sparse_embeddings() -> None:
     assert "sparse gradients (an embedding with sparse=True)" in said
 
 
+def compiled() -> str:
+    with pytest.raises(MolsUnsupportedError) as error:
+        engine_of({**config(1, SECTION), "compile": {"deepcompile": True}}, PlainLM())
+    return str(error.value)
+
+
+def test_deepcompile_is_refused_by_name() -> None:
+    (said,) = run_ranks(compiled, 1)
+    assert said.startswith("MoLS does not support DeepCompile")
+
+
 def hooked(stage: int) -> list[float]:
     """Rates after each step, where a step pre-hook that was registered after attach halves them."""
     fixed = {"fixed_alphas": {"embedding": 3.0}, "start": 0, "ramp_end": 0}
