@@ -4,6 +4,7 @@
 # make test-full   with the exhaustive tables, before a release (half an hour); tests/README.md has the tiers
 # make train-megatron   the same training on Megatron-core, tensor x pipeline parallel
 # make compare  studies/laptop.yaml: Adam and MoLS tuned alike, over seeds, with a report (an hour or two)
+# make clients-table   every client of docs/clients.md against its run without MoLS, and the table in that page
 # make docs     the pages of docs/ and the API reference as HTML, in build/docs
 # Variables: PYTHON (3.11+), NPROC, ACCELERATOR (cpu, cuda, ...), ARGS (more flags for train.py or pytest), PIP_FLAGS.
 
@@ -19,7 +20,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev train train-megatron test test-all test-full test-rest lint format architecture \
-	pictures docs docs-config bench compare clean distclean
+	pictures docs docs-config clients-table bench compare clean distclean
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -106,6 +107,10 @@ pictures: architecture
 # The keys in docs/config.md, from mols_ds/core/config.py.
 docs-config: setup
 	$(BIN)/python docs/write_config.py
+
+# The table in docs/clients.md: real clients on gloo, a quarter of an hour.
+clients-table: setup-dev
+	$(RUN_PATH) $(CPU_ENV) python -m tests.integrations.table
 
 $(VENV)/.stamp-docs: $(VENV)/.stamp-train
 	$(PIP) -e '.[train,report,docs]'

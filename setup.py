@@ -18,6 +18,9 @@ TRAIN = [
     "rich>=13.0",
     "tensorboard>=2.16",
     "matplotlib>=3.8",
+    "scipy>=1.13",
+    "jinja2>=3.1",
+    "markdown-it-py>=3.0",
 ]
 FINETUNE = ["peft>=0.14"]
 REPORT = ["matplotlib>=3.8", "rich>=13.0"]
@@ -41,9 +44,17 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["mols_ds", "mols_ds.*", "megatron_patches", "megatron_patches.*"]),
-    package_data={"mols_ds": ["py.typed"], "megatron_patches": ["py.typed"]},
+    package_data={"mols_ds": ["py.typed", "apps/study/templates/*"], "megatron_patches": ["py.typed"]},
     # torch is deliberately not pinned: its build has to match the machine's accelerator.
-    install_requires=["torch>=2.4", "deepspeed>=0.19", "psutil>=5.9", "pydantic>=2.0", "PyYAML>=6.0", "regex>=2024.4"],
+    install_requires=[
+        "torch>=2.4",
+        "deepspeed>=0.19",
+        "hjson>=3.1",
+        "psutil>=5.9",
+        "pydantic>=2.0",
+        "PyYAML>=6.0",
+        "regex>=2024.4",
+    ],
     extras_require={
         "train": TRAIN,
         "megatron": MEGATRON,

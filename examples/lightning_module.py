@@ -50,3 +50,4 @@ if __name__ == "__main__":
     )
     trainer.fit(Module(), torch.utils.data.DataLoader(sequences(), batch_size=4))
     show(mols.mols)
+    torch.distributed.destroy_process_group()  # or a thread of gloo may abort the exit

@@ -21,7 +21,7 @@ from torch import distributed as dist
 from megatron_patches.probe_window import MegatronWindow
 from megatron_patches.schedule import optimizer_steps
 from mols_ds.core.replaced_methods import ReplacedMethods
-from mols_ds.core.state_check import SINCE, check_saved
+from mols_ds.core.state_check import SINCE
 from mols_ds.errors import MolsCheckpointError
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class MegatronCheckpoints:
     def _checked(self, saved: Any) -> Any:
         saved = self._same_groups(saved)
         controller = self.mols.controller
-        check_saved(saved, controller.table.elements, controller.state.state_dict())
+        controller.check_saved(saved)
         for key, kind in (("steps", int), ("mode", str)):
             if not isinstance(saved.get(key), kind):
                 raise MolsCheckpointError(f"the MoLS state of this checkpoint has no usable {key}: {saved.get(key)!r}")
@@ -284,14 +284,20 @@ class MegatronCheckpoints:
         problem = None
         if samples is None:
             of, world = saved.get("samples_of"), dist.get_world_size()
-            problem = (
-                "MoLS was off in between"
-                if SINCE in saved
-                else f"it was saved by {of} ranks, these are {world}"
-                if of is not None and of != world
-                else "its accumulators were not asked for: call mols.resume_from(checkpoint_dir) before "
-                "optimizer.sharded_state_dict(..., is_loading=True), or use megatron_patches.apply()"
-            )
+            if SINCE in saved:
+                problem = "MoLS was off in between"
+            elif of is None:
+                problem = (
+                    "its accumulators are not in it, because it was saved by optimizer.state_dict() (Megatron-LM: "
+                    "--ckpt-format torch), which holds what all ranks have alike: save as torch_dist"
+                )
+            elif of != world:
+                problem = f"it was saved by {of} ranks, these are {world}"
+            else:
+                problem = (
+                    "its accumulators were not asked for: call mols.resume_from(checkpoint_dir) before "
+                    "optimizer.sharded_state_dict(..., is_loading=True), or use megatron_patches.apply()"
+                )
         else:
             try:
                 self._load_window(samples["random"])

@@ -47,6 +47,7 @@ def _run(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     from mols_ds.apps.plan.command import add_arguments as add_plan
     from mols_ds.apps.study.command import add_arguments
+    from mols_ds.report.export import FRAMEWORKS
 
     parser = Parser(prog="mols-ds", description="MoLS: module-wise learning rates from the gradients' SNR.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -68,7 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="the content of a mols_report.json")
     report.add_argument("report", help="mols_report.json or its folder")
     report.add_argument("--fixed-alphas", action="store_true", help='its alphas as keys of a "mols" section, in JSON')
-    report.add_argument("--model", metavar="FILE", help="the model that will use them, to be checked against")
+    report.add_argument(
+        "--to", metavar="FRAMEWORK", choices=FRAMEWORKS, help=f"its alphas as configuration of {', '.join(FRAMEWORKS)}"
+    )
+    report.add_argument("--model", metavar="FILE", help="the model that will use them: checked against, its names used")
     report.set_defaults(text=report_text)
     return parser
 
@@ -78,11 +82,27 @@ def report_text(args: argparse.Namespace) -> str:
     from mols_ds.report.files import load_report
     from mols_ds.report.table import format_report
 
+    if args.to is not None:
+        return export_text(load_report(args.report), args.to, args.model)
     if args.fixed_alphas:
         return fixed_alphas_text(load_report(args.report), args.model)
     if args.model is not None:
-        raise MolsConfigError("--model: only with --fixed-alphas")
+        raise MolsConfigError("--model: only with --to or --fixed-alphas")
     return format_report(load_report(args.report))
+
+
+def export_text(report: Report, framework: str, model: str | None) -> str:
+    """The alphas of `report` as configuration of `framework`, by the names of `model` (file or checkpoint folder)."""
+    from mols_ds.core.groups import group_table, parameter_kinds
+    from mols_ds.report.export import export
+    from mols_ds.report.fixed_alphas import fixed_alphas, granularity_of
+    from mols_ds.training.models import meta_model
+
+    if model is None:
+        return export(report, framework)
+    table = group_table(meta_model(model), None, granularity_of(report))
+    fixed_alphas(report, list(table.elements))
+    return export(report, framework, parameter_kinds(table.layouts))
 
 
 def fixed_alphas_text(report: Report, model: str | None) -> str:

@@ -3,8 +3,8 @@
     trainer = L.Trainer(strategy=DeepSpeedStrategy(...), callbacks=[MolsCallback(SECTION)])
     trainer.fit(module, ckpt_path=...)
 
-In mode "probe" the gradients are measured on extra batches before the step at which the calibration is due, so that
-updates, schedule and the order of the training data are those of a run without MoLS.
+In mode "probe", extra batches measure the gradients before the step at which the calibration is due. So updates,
+schedule and the order of the training data are those of a run without MoLS.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed.patching import patched_with
 from mols_ds.errors import MolsError, MolsUnsupportedError
-from mols_ds.integrations.client import fill_section, log_values, one_section, random_state_kept
+from mols_ds.integrations.client import attributes_kept, fill_section, log_values, one_section, random_state_kept
 
 WHO = "MolsCallback"
-FIRST_EPOCH = 1_000_003  # of the extra batches: another order than that of any epoch that trains
+FIRST_EPOCH = 1_000_003  # of the extra batches: an order that no training epoch has
 
 
 class MolsCallback(pl.Callback):  # type: ignore[misc]
     """MoLS on the engine of Lightning's DeepSpeedStrategy.
 
-    The section's `total_steps` is `trainer.estimated_stepping_batches`, unless it is given. The module's logs get the
-    keys of `mols_ds.integrations.client.log_values`.
+    Unless given, `total_steps` is `trainer.estimated_stepping_batches`. The module's logs get the keys of
+    `mols_ds.integrations.client.log_values`.
     """
 
     def __init__(self, section: Mapping[str, Any] | None = None) -> None:
-        """section: a "mols" section; by default that of the strategy's DeepSpeed config."""
+        """section: a "mols" section; None: that of the strategy's DeepSpeed config."""
         super().__init__()
         self.section = section
         self.mols = Handle()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Have the strategy build its engine by ours; Lightning loads a checkpoint after that."""
+        """Make the strategy build its engine with MoLS. Lightning loads a checkpoint after that."""
         if stage != "fit":
             return
         strategy = trainer.strategy
@@ -64,18 +64,18 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
         strategy._setup_model_and_optimizer = build_with_mols
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse to train without MoLS."""
+        """Raise if the engine has no MoLS."""
         found = getattr(trainer.strategy.model, "mols", None)
         if not isinstance(found, Handle):
             raise MolsError(f"{WHO}: the strategy built its engine in its own way, without MoLS")
         self.mols = found
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Give the strategy its own method back."""
+        """Restore the strategy's own method."""
         vars(trainer.strategy).pop("_setup_model_and_optimizer", None)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """In mode "probe", when the calibration is due: measure all its samples on extra batches."""
+        """Measure all samples on extra batches when the calibration is due (mode "probe")."""
         mols, engine = self.mols, trainer.strategy.model
         if not isinstance(mols, Session) or not mols.controller.discards_steps:
             return
@@ -83,14 +83,14 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
             return
         if not pl_module.automatic_optimization:
             raise MolsUnsupportedError(
-                f'{WHO}: mode "probe" measures extra batches, which it cannot for a module with manual optimization; '
+                f'{WHO}: mode "probe" measures extra batches and does not support manual optimization; '
                 'use "mode": "online"'
             )
         with random_state_kept(), _silent(pl_module), _own_order(trainer) as loader:
             self._measure(trainer, loader, batch_idx)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what the last step applied, and the calibration."""
+        """Log the last step's multipliers and rates, and the calibration."""
         values = log_values(self.mols)
         if values:
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
@@ -123,7 +123,7 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def _silent(pl_module: Any) -> Iterator[None]:
-    """What `training_step` logs of an extra batch is dropped."""
+    """Drop what `training_step` logs for an extra batch."""
     own = vars(pl_module).get("log")
     pl_module.log = lambda *args, **kwargs: None
     try:
@@ -137,7 +137,7 @@ def _silent(pl_module: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_order(trainer: Any) -> Iterator[CombinedLoader]:
-    """The training data in an order of its own; samplers and their generators are as they were afterwards."""
+    """Yield the training data in another order. Restores loaders, samplers and their generators afterwards."""
     combined = CombinedLoader(trainer.train_dataloader, trainer.fit_loop._combined_loader._mode)
     for loader in combined.flattened:
         if getattr(loader, "persistent_workers", False):
@@ -153,7 +153,10 @@ def _own_order(trainer: Any) -> Iterator[CombinedLoader]:
     for sampler in samplers:
         sampler.set_epoch(FIRST_EPOCH + int(trainer.global_step))
     try:
-        yield combined
+        with contextlib.ExitStack() as stack:
+            for loader in combined.flattened:  # a loader that can be resumed knows its last iterator
+                stack.enter_context(attributes_kept(loader))
+            yield combined
     finally:
         for generator, state in generators:
             generator.set_state(state)

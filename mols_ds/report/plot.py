@@ -12,6 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from mols_ds.core.layout import base_group
 from mols_ds.core.schema import Number, Report, ReportGroup
 from mols_ds.report.table import MAX_ROWS, group_cells, headline, statistic_name
 
@@ -131,10 +132,11 @@ def _lines(axes: Axes, groups: Mapping[str, ReportGroup], key: Number, label: st
     """One line for each kind of group over the layer index; kinds without layers are a dashed level."""
     series: dict[str, list[tuple[int, float]]] = {}
     for name, group in groups.items():
-        kind, _, layer = name.partition(".")
+        kind = base_group(name)
+        layer = name.removeprefix(kind).removeprefix(".")
         value = group[key]
         if value is not None and value > 0:
-            series.setdefault(kind, []).append((int(layer) if layer.isdigit() else -1, value))
+            series.setdefault(kind, []).append((int(layer) if layer else -1, value))
     for kind, points in series.items():
         if points[0][0] < 0:
             axes.axhline(points[0][1], color=colour_of(kind), linestyle="--", linewidth=1.4, label=kind)

@@ -18,13 +18,13 @@ from mols_ds.apps.doctor import command as doctor
 from mols_ds.apps.doctor.findings import Findings
 from mols_ds.apps.finetune import main as finetune
 from mols_ds.apps.launch import health, signals
-from mols_ds.apps.plan import simulate
 from mols_ds.apps.study.spec import load_study
 from mols_ds.apps.train_megatron import main as train_megatron
 from mols_ds.core.schema import Report
 from mols_ds.report.table import format_report
 from tests.helpers.harness import run_ranks
 from tests.helpers.pages import PAGES, ROOT, Block, blocks, commands, spans
+from tests.tools.simulate import command as simulate
 
 Parse = Callable[[Sequence[str]], argparse.Namespace]
 

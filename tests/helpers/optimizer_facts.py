@@ -70,7 +70,7 @@ FusedAdagrad        | apex            |        |         | adam      |
 FusedAdam           | deepspeed apex  | shared |         | adam      |
 FusedLamb           |                 |        | tensors | adam      |
 FusedLion           | deepspeed       | shared |         |           |
-FusedSGD            | apex            |        |         | adam      |
+FusedSGD            | apex transformer_engine |        |         | adam      |
 GaLore              |                 |        | tensors |           |
 GaLoreAdamW         |                 |        | tensors |           |
 GSAM                |                 |        |         | adam      | two steps

@@ -66,7 +66,11 @@ def test_one_section(argument: Any, config: Any, expected: Any) -> None:
     [
         (None, {}, 'here: no "mols" section'),
         (None, None, 'here: no "mols" section'),
-        ({"start": 1}, {"mols": {"start": 2}}, 'two "mols" sections that differ'),
+        (
+            {"start": 1},
+            {"mols": {"start": 2}},
+            'the "mols" sections of the argument and of the DeepSpeed config differ',
+        ),
         (None, {"mols": "on"}, "must be an object"),
     ],
 )

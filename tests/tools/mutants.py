@@ -157,7 +157,7 @@ MUTANTS = (
     Mutant(
         "window: a loss scale that scales no loss falls",
         "mols_ds/engines/deepspeed/shards.py",
-        '        """It does not scale the loss: a lower one makes no gradient finite."""\n        return False\n',
+        '        """Return False: the loss has no scale to lower."""\n        return False\n',
         "        return super().lower_scale()\n",
         (TRACES, "-k", "broken"),
     ),
@@ -613,7 +613,7 @@ MUTANTS = (
     Mutant(
         "rank 0: a warning of it alone is raised",
         "mols_ds/core/log.py",
-        "    except Exception:  # the warning itself, or what shows it\n",
+        "    except Exception:  # the warning itself, or a hook that shows it\n",
         "    except OSError:\n",
         (f"{ZERO}/test_rank0.py", "-k", "warnings"),
     ),

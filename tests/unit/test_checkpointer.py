@@ -62,7 +62,7 @@ def flip(path: Path) -> None:
     ("harm", "what"),
     [
         (lambda place: flip(place / "model.pt"), "model.pt is corrupt"),
-        (lambda place: (place / "ranks" / "0.pt").write_bytes(b"weig"), "has 4 bytes and not 18"),
+        (lambda place: (place / "ranks" / "0.pt").write_bytes(b"weig"), "has 4 bytes instead of 18"),
         (lambda place: (place / "ranks" / "0.pt").unlink(), "ranks/0.pt is missing"),
         (lambda place: (place / MANIFEST).write_text("{"), "manifest.json cannot be read"),
         (lambda place: (place / MANIFEST).write_text("[]"), "manifest.json cannot be read"),
@@ -74,7 +74,7 @@ def test_a_broken_one_is_named_and_passed_over(
     checkpointer: Checkpointer, harm: Callable[[Path], None], what: str
 ) -> None:
     harm(checkpointer.folder / "step10")
-    with pytest.warns(MolsWarning, match=f"step10 is broken.*{what}.*going back to step4"):
+    with pytest.warns(MolsWarning, match=f"step10 is broken.*{what}.*using step4"):
         assert checkpointer.newest() == "step4"
 
 

@@ -164,6 +164,7 @@ def test_real_classes(name: str) -> None:
         ("FusedLion", "deepspeed", {}, True),
         ("DeepSpeedCPULion", "deepspeed", {}, True),
         ("FusedSGD", "apex", {}, False),
+        ("FusedSGD", "transformer_engine", {}, False),
         ("AdamW8bit", "bitsandbytes", {}, True),
         ("Sophia", "elsewhere", {}, False),
     ],

@@ -1,57 +1,57 @@
-"""The two ways in: `initialize` in the place of `deepspeed.initialize`, and `attach` for an engine that exists."""
+"""Entry points: `initialize` instead of `deepspeed.initialize`, and `attach` for an existing engine."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.files import read_text
 from mols_ds.core.handle import Handle
 from mols_ds.core.log import say
-from mols_ds.core.plain_data import check_plain
+from mols_ds.engines.deepspeed.auto_values import check_no_auto
 from mols_ds.engines.deepspeed.bind_optimizer import bind_optimizer
-from mols_ds.engines.deepspeed.compat import INITIALIZE, Config, Engine, read_config
+from mols_ds.engines.deepspeed.compat import INITIALIZE, Config, Engine
+from mols_ds.engines.deepspeed.config_reader import misspelt_section, read_config
 from mols_ds.engines.deepspeed.engine import EngineMols, Loop
 from mols_ds.engines.deepspeed.off import EngineOff
-from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
+from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning
 from mols_ds.optim.build import Request, build, split_config
 
 Initialized = tuple[Any, Any, Any, Any]
-"""What `deepspeed.initialize` returns: engine, optimizer, data loader, scheduler."""
+"""Result of `deepspeed.initialize`: engine, optimizer, data loader, scheduler."""
 Initialize = Callable[..., Initialized]
 STOCK: Initialize = deepspeed.initialize
-"""DeepSpeed's own, as it was when `mols_ds.initialize` was first used. `deepspeed.initialize` may be ours later."""
+"""DeepSpeed's function at the first use of `mols_ds.initialize`. `deepspeed.initialize` may be ours later."""
 _under_way: ContextVar[bool] = ContextVar("mols_initialize_under_way", default=False)
-"""Whether a `deepspeed.initialize` of ours is being carried out: another one of ours below it hands through."""
+"""Whether one of our `deepspeed.initialize` functions runs now: a nested one then only calls the next."""
 
 
 def attach(engine: Engine, config: Mapping[str, object] | MolsConfig) -> Handle:
-    """Put MoLS on a DeepSpeed engine that exists already. Collective: every rank calls it at the same point.
+    """Attach MoLS to an existing DeepSpeed engine. Collective: every rank calls it at the same point.
 
     Args:
-        engine: what `deepspeed.initialize` returned; ZeRO stage 0-3, before or after any number of steps.
+        engine: result of `deepspeed.initialize`; ZeRO stage 0-3, before or after any number of steps.
         config: a "mols" section (dict) or a `MolsConfig`.
 
     Returns:
-        The object that is also `engine.mols`; its `detach()` makes the engine stock again.
+        The handle, also at `engine.mols`. Its `detach()` makes the engine stock again.
 
     Raises:
-        MolsConfigError: the section, a rule or a group name is wrong.
-        MolsUnsupportedError: the engine, its optimizer or a setting of it cannot be supported; named, with the way out.
+        MolsConfigError: a wrong section, rule or group name.
+        MolsUnsupportedError: an unsupported engine, optimizer or setting; the message names it and what to do.
     """
     return attach_to(engine, MolsConfig.parse(config))
 
 
 def attach_to(engine: Engine, section: MolsConfig, loop: Loop = "own") -> Handle:
-    """`attach`, for the integrations, which know the loop."""
+    """`attach` for integrations, which know who calls the engine's step."""
     check_is_engine(engine)
     if isinstance(getattr(engine, "mols", None), EngineMols):
         raise MolsError("this engine has MoLS already; call engine.mols.detach() first")
@@ -63,7 +63,7 @@ def attach_to(engine: Engine, section: MolsConfig, loop: Loop = "own") -> Handle
 
 
 def check_is_engine(engine: object) -> None:
-    """Refuse what a callback or a user may take for the engine: a model, its DDP wrapper, a Trainer, an optimizer."""
+    """Refuse objects that are often taken for the engine: a model, its DDP wrapper, a Trainer, an optimizer."""
     if isinstance(engine, deepspeed.DeepSpeedEngine):
         return
     raise MolsConfigError(
@@ -74,15 +74,15 @@ def check_is_engine(engine: object) -> None:
 
 
 def initialize(*args: Any, **kwargs: Any) -> Initialized:
-    """`deepspeed.initialize` with the "mols" section of the DeepSpeed config and with optimizers by name.
+    """Run `deepspeed.initialize` with the "mols" section of the DeepSpeed config, and with optimizers by name.
 
-    Same arguments and same four results (deepspeed/__init__.py). An "optimizer" section whose "type" DeepSpeed does not
-    know, or with `"source": "library"`, is built from `mols_ds.optim`. Without such a one and without a "mols" section
-    (or with `"enabled": false`), the result is bit for bit that of `deepspeed.initialize`.
+    Same arguments and results as DeepSpeed's function (deepspeed/__init__.py). `mols_ds.optim` builds an "optimizer"
+    whose "type" DeepSpeed does not know, or with `"source": "library"`. With neither such a section nor a "mols"
+    section (or with `"enabled": false`), the result is bit for bit that of `deepspeed.initialize`.
 
     Raises:
-        MolsConfigError, MolsUnsupportedError: as `attach` and `mols_ds.optim.build.split_config`; a wrong section is
-            refused before the engine is built.
+        MolsConfigError, MolsUnsupportedError: as `attach` and `mols_ds.optim.build.split_config`. A wrong section is an
+            error before the engine is built.
     """
     return initialize_over(STOCK, args, kwargs)
 
@@ -96,15 +96,15 @@ def initialize_over(
     patched: bool = False,
     loop: Loop = "own",
 ) -> Initialized:
-    """What `initialize` does, over any function with the arguments of `deepspeed.initialize`.
+    """Run `initialize` over any function with the arguments of `deepspeed.initialize`.
 
     Args:
-        below: builds the engine: DeepSpeed's function, or somebody's replacement of it.
-        args, kwargs: what the caller gave.
-        section: a "mols" section in the place of the config's.
-        patched: the caller asked for `deepspeed.initialize`. Without a section, and for an engine that trains nothing
-            (a reference model), it gets what `below` gives and nothing else.
-        loop: who will call the engine's step.
+        below: builds the engine: DeepSpeed's function, or another replacement of it.
+        args, kwargs: of the caller.
+        section: a "mols" section that overrides the config's.
+        patched: the caller used `deepspeed.initialize`. Then an engine without a section, or without training (a
+            reference model), is the unchanged result of `below`.
+        loop: caller of the engine's step.
     """
     if _under_way.get():
         return below(*args, **kwargs)
@@ -124,8 +124,17 @@ def _initialize(
     loop: Loop,
 ) -> Initialized:
     arguments = _arguments(below, args, kwargs)
-    config = _find_config(arguments, strict=not patched)
+    try:
+        config = _find_config(arguments)
+    except MolsConfigError as error:
+        if not patched or given is not None:
+            raise
+        results = below(*args, **kwargs)  # DeepSpeed refuses what cannot be read, in its own words
+        _warn(f"MoLS is off: DeepSpeed takes this config, and MoLS cannot read it: {error}")
+        return results
     found = given if given is not None or config is None else config.get("mols")
+    if found is None and config is not None and (key := misspelt_section(config)):
+        _warn(f'MoLS is off: the DeepSpeed config has no section "mols", but a key {key!r}; did you mean "mols"?')
     if patched and found is None:
         return below(*args, **kwargs)
     section = None if found is None else MolsConfig.parse(found)
@@ -133,9 +142,27 @@ def _initialize(
         say('MoLS: the "mols" section is left out for an engine without an optimizer, which trains nothing')
         return below(*args, **kwargs)
     request = None if config is None else split_config(config)
+    if config is not None and (section is not None or request is not None):
+        read = config if request is None else request.config
+        unread = ("optimizer",) if arguments.get("optimizer") is not None else ()  # the client's takes its place
+        check_no_auto({key: value for key, value in read.items() if key not in unread})
     results = below(*args, **kwargs) if request is None else _initialize_ours(below, arguments, request)
     attach_to(results[0], section or MolsConfig(enabled=False), loop)
     return results
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, MolsWarning, stacklevel=4)
+
+
+def is_left_out(arguments: Config) -> bool:
+    """Return whether stock `deepspeed.initialize` with these arguments would ignore a "mols" section that is on."""
+    try:
+        config = None if _under_way.get() else _find_config(arguments)
+    except MolsConfigError:  # DeepSpeed refuses what cannot be read
+        return False
+    section = None if config is None else config.get("mols")
+    return section is not None and not _trains_nothing(arguments, config) and MolsConfig.parse(section).enabled
 
 
 def _arguments(below: Initialize, args: tuple[Any, ...], kwargs: Config) -> Config:
@@ -151,49 +178,13 @@ def _trains_nothing(arguments: Config, config: Config | None) -> bool:
     return arguments.get("optimizer") is None and "optimizer" not in (config or {})
 
 
-def _find_config(arguments: Config, strict: bool) -> Config | None:
-    """The config that these arguments name, read by DeepSpeed's own loader; None where there is none.
-
-    Raises:
-        MolsConfigError: with `strict`, a file or text that cannot be read. Otherwise DeepSpeed refuses it.
-    """
+def _find_config(arguments: Config) -> Config | None:
+    """The config that these arguments name; None where there is none. Raises MolsConfigError as `read_config`."""
     config = arguments.get("config") or arguments.get("config_params")
     if config is None:
         launched = arguments.get("args")
         config = getattr(launched, "deepspeed_config", None) or getattr(launched, "deepscale_config", None)
-    if config is None:
-        return None
-    if isinstance(config, Mapping):
-        check_plain(config, "DeepSpeed config")
-        return config
-    try:
-        return _read(config)
-    except MolsConfigError:
-        if strict:
-            raise
-        return None
-
-
-def _read(config: Any) -> Config:
-    """The content of a config file, or of a base64 text, as DeepSpeed reads it. Raises MolsConfigError."""
-    where = f"DeepSpeed config {str(config)[:200]}"
-    try:
-        there = Path(config).exists()
-    except (OSError, TypeError, ValueError):  # a text that is longer than any name
-        there = False
-    if there and not read_text(config, where).strip():
-        raise MolsConfigError(f"{where}: the file is empty")
-    if not there and str(config).endswith(".json"):
-        raise MolsConfigError(f"{where}: no such file")
-    try:
-        content = read_config(config)
-    except (ValueError, TypeError, AttributeError, RecursionError, AssertionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise MolsConfigError(f"{where}: cannot be read: {what}") from error
-    if not isinstance(content, Mapping):
-        raise MolsConfigError(f"{where}: a JSON object is needed, not {type(content).__name__}")
-    check_plain(content, where)
-    return content
+    return None if config is None else read_config(config)
 
 
 def _initialize_ours(below: Initialize, arguments: Config, request: Request) -> Initialized:

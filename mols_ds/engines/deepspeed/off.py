@@ -1,4 +1,4 @@
-"""A DeepSpeed engine with MoLS off: a stock engine, whose checkpoints keep the state of MoLS that it has loaded."""
+"""A DeepSpeed engine with MoLS off: a stock engine whose checkpoints keep a loaded MoLS state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mols_ds.engines.deepspeed.loads import KEY, taken
 
 
 class EngineOff(OffHandle):
-    """Patches `save_checkpoint` and `load_checkpoint` of one engine instance until `detach()`."""
+    """Replace `save_checkpoint` and `load_checkpoint` of one engine instance until `detach()`."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -21,7 +21,7 @@ class EngineOff(OffHandle):
         self._load = self._methods.set("load_checkpoint", self._load_state)
 
     def detach(self) -> None:
-        """Give the engine its own methods back; what was kept is forgotten. Again: nothing happens."""
+        """Restore the engine's own methods and drop the kept state. A second call does nothing."""
         self._methods.undo()
         if getattr(self.engine, "mols", None) is self:
             del self.engine.mols
@@ -34,12 +34,12 @@ class EngineOff(OffHandle):
 
     def _load_state(self, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         path, loaded = self._load(load_dir, tag, *args, **kwargs)
-        taken(self.engine)  # and said by `keep`
+        taken(self.engine)  # `keep` warns
         if path is None or load_options(load_dir, tag, *args, **kwargs)["load_module_only"]:
             return path, loaded
         client_state = dict(loaded or {})
         saved = client_state.pop(KEY, None)
-        if isinstance(saved, Mapping):  # accumulators are in files of the checkpoint that was loaded
+        if isinstance(saved, Mapping):  # the accumulators are in the loaded checkpoint's files
             saved = {**saved, "side": None}
         self.keep(saved, int(self.engine.global_steps))
         return path, client_state

@@ -1,4 +1,4 @@
-"""What a probe window gives back on a DeepSpeed engine: see `mols_ds.core.probe_window`."""
+"""State that a probe window restores on a DeepSpeed engine; see `mols_ds.core.probe_window`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mols_ds.engines.deepspeed.parallel.base import ParallelGrid
 
 
 class EngineWindow(ProbeWindow):
-    """Also the accelerator's generator, those of DeepSpeed's tracker, and what the parallel grid counts.
+    """Also restores the accelerator's generator, those of DeepSpeed's tracker, and counters of the parallel grid.
 
     Attributes:
-        micro_steps: the engine's count before the batch that runs now; None between batches.
+        micro_steps: the engine's count before the current batch; None between batches.
     """
 
     def __init__(self, engine: Engine, grid: ParallelGrid) -> None:
@@ -32,7 +32,7 @@ class EngineWindow(ProbeWindow):
     def _begin(self) -> Any:
         self.grid.begin_window()
         accelerator = get_accelerator()
-        on_host = accelerator.device_name() == "cpu"  # that is the generator of the host, whose draws stay
+        on_host = accelerator.device_name() == "cpu"  # then it is the host's generator, whose draws stay
         return {
             "accelerator": None if on_host else accelerator.get_rng_state(),
             "tracker": copied(rng_tracker().get_states()),

@@ -70,7 +70,6 @@ def test_every_module_has_its_names(name: str) -> None:
     [
         ("runtime/engine.py", (*compat.ENGINE_NAMES, *compat.ENGINE_FLAGS)),
         ("runtime/pipe/topology.py", compat.GRID_NAMES),
-        ("runtime/zero/stage_1_and_2.py", compat.SIMULATED),
         *((row.file, row.names) for row in compat.OPTIMIZERS.values()),
     ],
 )

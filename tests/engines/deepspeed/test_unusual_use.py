@@ -75,7 +75,7 @@ def two_betas(parameters: Any) -> torch.optim.Optimizer:
 
 def test_mode_moments_with_other_betas_in_a_group() -> None:
     (said,) = run_ranks(refused, 1, "moments", two_betas, False)
-    assert 'mode "moments" with other betas in one parameter group' in said
+    assert 'mode "moments" with different betas in the parameter groups' in said
 
 
 class Coupled(torch.optim.Optimizer):
