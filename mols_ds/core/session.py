@@ -292,7 +292,7 @@ class Session(Handle, ABC):
         if self.controller.elements.has_squares:
             return
         if noise_weight is None:
-            zero = torch.zeros(1)
+            zero = torch.zeros(1, device="cpu")
             noise_weight = adam_moments(zero, zero, *self.adam_settings(self._step_number))[2]
         self.controller.elements.open_squares(NoiseFloor(1.0, noise_weight))
 
@@ -304,7 +304,7 @@ class Session(Handle, ABC):
 
     def agree(self, ok: bool) -> bool:
         """Whether `ok` is True on every rank: one all-reduce of 8 bytes."""
-        return int(self.reduce(torch.tensor([0.0 if ok else 1.0], dtype=torch.float64)).item()) == 0
+        return int(self.reduce(torch.tensor([0.0 if ok else 1.0], dtype=torch.float64, device="cpu")).item()) == 0
 
     # ------------------------------------------------------------------ after loading a checkpoint
 

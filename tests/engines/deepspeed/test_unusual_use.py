@@ -155,6 +155,17 @@ def test_sparse_embeddings() -> None:
     assert "sparse gradients (an embedding with sparse=True)" in said
 
 
+def compiled() -> str:
+    with pytest.raises(MolsUnsupportedError) as error:
+        engine_of({**config(1, SECTION), "compile": {"deepcompile": True}}, PlainLM())
+    return str(error.value)
+
+
+def test_deepcompile_is_refused_by_name() -> None:
+    (said,) = run_ranks(compiled, 1)
+    assert said.startswith("MoLS does not support DeepCompile")
+
+
 def hooked(stage: int) -> list[float]:
     """Rates after each step, where a step pre-hook that was registered after attach halves them."""
     fixed = {"fixed_alphas": {"embedding": 3.0}, "start": 0, "ramp_end": 0}
@@ -274,6 +285,35 @@ def other_result() -> list[Any]:
             loads.watch_loads()
             found.append(kind.load_checkpoint(engine_of(config(0, None), PlainLM(), initialize=deepspeed.initialize)))
     return found
+
+
+def elsewhere(mode: str, device: str) -> tuple[dict[str, float], str, int]:
+    """Alphas, phase and samples of a run whose calls into MoLS are made with a default device, after it is resumed."""
+    torch.manual_seed(0)
+    engine = engine_of(
+        config(0, None, micros=1), PlainLM(), lambda p: torch.optim.SGD(p, lr=0.1), initialize=deepspeed.initialize
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.device(device):
+            mols = mols_ds.attach(engine, {**SECTION, "mode": mode, "samples": "auto", "max_samples": 16})
+        for iteration in range(20):
+            loss = engine(batch(iteration, 0, 0), batch(iteration, 0, 0)).loss
+            engine.backward(loss)
+            with torch.device(device):
+                engine.step()
+                if iteration == 4:
+                    engine.save_checkpoint(folder, tag="a")
+        alphas = mols.alphas
+        with torch.device(device):
+            engine.load_checkpoint(folder, "a")
+    return alphas, mols.phase, mols.samples
+
+
+@pytest.mark.parametrize("mode", ["probe", "online"])
+def test_a_default_device_of_the_users(mode: str) -> None:
+    """What MoLS adds up on the host stays there: the device "meta" keeps no numbers at all."""
+    (ours,), (stock,) = run_ranks(elsewhere, 1, mode, "meta"), run_ranks(elsewhere, 1, mode, "cpu")
+    assert ours == stock and ours[0] and ours[1:] == ("calibrating", 4)
 
 
 def other_section() -> str:
