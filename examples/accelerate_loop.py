@@ -42,3 +42,4 @@ while updates < UPDATES:
         if updates == UPDATES:
             break
 show(mols)
+accelerator.end_training()  # destroys the process group: without it a thread of gloo may abort the exit

@@ -50,3 +50,4 @@ trainer = SFTTrainer(
 callback = MolsCallback(SECTION).bind(trainer)  # <- MoLS
 trainer.train()
 show(callback.mols)
+torch.distributed.destroy_process_group()  # or a thread of gloo may abort the exit

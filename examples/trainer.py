@@ -36,3 +36,4 @@ trainer = Trainer(model=model(), args=arguments, train_dataset=sequences())
 callback = MolsCallback().bind(trainer)  # <- MoLS
 trainer.train()
 show(callback.mols)
+torch.distributed.destroy_process_group()  # or a thread of gloo may abort the exit

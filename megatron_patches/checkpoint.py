@@ -21,7 +21,7 @@ from torch import distributed as dist
 from megatron_patches.probe_window import MegatronWindow
 from megatron_patches.schedule import optimizer_steps
 from mols_ds.core.replaced_methods import ReplacedMethods
-from mols_ds.core.state_check import SINCE, check_saved
+from mols_ds.core.state_check import SINCE
 from mols_ds.errors import MolsCheckpointError
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class MegatronCheckpoints:
     def _checked(self, saved: Any) -> Any:
         saved = self._same_groups(saved)
         controller = self.mols.controller
-        check_saved(saved, controller.table.elements, controller.state.state_dict())
+        controller.check_saved(saved)
         for key, kind in (("steps", int), ("mode", str)):
             if not isinstance(saved.get(key), kind):
                 raise MolsCheckpointError(f"the MoLS state of this checkpoint has no usable {key}: {saved.get(key)!r}")
@@ -312,6 +312,6 @@ class MegatronCheckpoints:
     def _load_window(self, saved: Any) -> None:
         """What this rank gives back at the end of the window; of 0.4.0: a `RandomState`."""
         if saved is not None and "torch" in saved:
-            self.window.load_former(saved["torch"], saved)
+            self.window.load_0_4_0(saved["torch"], saved)
         else:
             self.window.load_state_dict(saved)

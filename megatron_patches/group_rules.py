@@ -5,38 +5,62 @@ shard is a range of the logical parameter. Sources: megatron/core/transformer/at
 moe/experts.py, ssm/gated_delta_net of megatron-core 0.15 to 0.19.
 
 Decisions:
-- Biases are `other`, as everywhere in MoLS, with one exception: the bias of a *fused* projection of queries, keys and
-  values (linear_qkv, linear_kv, GatedDeltaNet's in_proj) follows the rows of its weight.
+- Biases are `other`, as everywhere in MoLS, those of fused projections (linear_qkv) too.
 - The latent rows of MLA's down projection feed keys and values at once and count as `vo`; the rotary rows feed the
   keys only and are `qk` (the same choice as for Hugging Face models, see `mols_ds.core.group_rules`).
 - The output gates of attention and of GatedDeltaNet (z) scale the values' path: `vo`. GatedDeltaNet's decay and write
-  strength (alpha, beta), convolution and all of a Mamba mixer are `other`.
+  strength (alpha, beta), its convolution and all of a Mamba mixer, of a router and of an indexer are `other`.
 - What the paper's groups do not name is `other`, that is measured and not scaled: routers, the gate of shared experts,
   the projection that mixes hidden state and embedding in multi-token prediction (eh_proj), the indexer of DeepSeek's
   sparse attention (it learns from a loss of its own), T5's relative position bias, BERT's transform before the output
-  layer, its pooler and its binary head. A user's rule can name another group for each.
+  layer and its pooler. A user's rule can name another group for each.
+- Towers of other modalities, and what connects them, have groups of their own: see `mols_ds.core.group_rules.TOWERS`.
+  What no rule knows of a tower (convolutions, modules of transformers) is `other`.
+- Rows of a fused projection are those of the config of its module: a tower and a layer of a heterogeneous model have
+  their own.
 
 Two projections are stored in *local* order: each tensor-parallel rank holds a block of every part, so the logical
 parameter repeats the blocks tensor_model_parallel_size times (read from the config): GatedDeltaNet's in_proj and the
-fused down projection of MLA. No rule covers LoRA adapters of Megatron-Bridge or vision towers.
+fused down projection of MLA. Adapters of Megatron-Bridge take the group of what they adapt (`canonical_name`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from mols_ds.core.group_rules import Fused, Pattern, Rule, config_value, strip_wrappers
+from mols_ds.core.group_rules import Fused, Pattern, Rule, config_value, strip_wrappers, tower_of
 from mols_ds.core.groups import Granularity, GroupTable, build_layouts
 from mols_ds.core.layout import ElementLayout
+from mols_ds.core.param_names import kind_of
 from mols_ds.errors import MolsConfigError
 
 __all__ = ["MEGATRON_RULES", "tag_layouts", "tag_table"]
 
+RowPattern = Callable[[str, int, object | None], Pattern]
 _MTP_LAYER = re.compile(r"(?:^|\.)mtp\.layers\.(\d+)\.")
 _DECODER_LAYER = re.compile(r"(?:^|\.)decoder\.layers\.(\d+)\.")
+CONFIG_KEYS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "attention_output_gate",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "linear_key_head_dim",
+    "linear_num_key_heads",
+    "linear_value_head_dim",
+    "linear_num_value_heads",
+    "tensor_model_parallel_size",
+)
+"""What the rows of fused projections are read from, in a TransformerConfig."""
 _PARALLEL_SIZES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -59,14 +83,51 @@ def _need(name: str, config: object | None, key: str) -> int:
     return int(value)
 
 
-def _layer_config(name: str, config: object | None) -> object | None:
-    """The config of this parameter's layer: heterogeneous models give each decoder layer its own."""
-    match = _DECODER_LAYER.search(name)
-    per_layer = getattr(config, "get_config_for_layer", None)
-    if match is None or not callable(per_layer):
-        return config
-    layer_config: object = per_layer(int(match[1]) + 1)  # Megatron counts layers from 1
-    return layer_config
+class _Configs:
+    """The model's config and those of its modules: towers and the layers of a heterogeneous model have their own."""
+
+    def __init__(self, model: object | None, modules: Mapping[str, object]) -> None:
+        self.model, self.modules = model, modules
+
+    def of(self, name: str) -> object | None:
+        """The config of the module that holds parameter `name`. Raises MolsConfigError for a tower without its own."""
+        module = strip_wrappers(name)
+        tower = tower_of(module)
+        while module:
+            module = module.rpartition(".")[0]
+            if module in self.modules:
+                return self.modules[module]
+        if tower is not None:
+            raise MolsConfigError(
+                f"parameter {name!r} is in a tower ({tower}) of its own config, which was not given: pass "
+                "`modules` (module name -> its config) or add a rule for this parameter"
+            )
+        per_layer, match = getattr(self.model, "get_config_for_layer", None), _DECODER_LAYER.search(name)
+        if match is None or not callable(per_layer):
+            return self.model
+        layer_config: object = per_layer(int(match[1]) + 1)  # Megatron counts layers from 1
+        return layer_config
+
+
+def module_configs(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Of each module whose config differs from that of the module around it, what fused projections read from it.
+
+    Returns:
+        Module name without wrapper prefixes, "" for the model itself -> CONFIG_KEYS that its config has -> value.
+    """
+    found: dict[str, dict[str, int]] = {}
+    around: dict[str, dict[str, int] | None] = {}
+    for raw, module in model.named_modules():
+        name = strip_wrappers(raw + ".").rstrip(".")
+        parent = around.get(name.rpartition(".")[0]) if name else None
+        config = getattr(module, "config", None)
+        mine = parent
+        if config_value(config, "num_attention_heads") is not None:
+            mine = {key: value for key in CONFIG_KEYS if isinstance(value := config_value(config, key), int)}
+        around[name] = mine
+        if mine is not None and mine != parent:
+            found[name] = mine
+    return found
 
 
 def _tensor_parallel(name: str, config: object | None, **parts: int) -> int:
@@ -104,7 +165,6 @@ def _checked(name: str, rows: int, periods: int, pattern: Pattern, formula: str)
 
 def _linear_qkv(name: str, rows: int, config: object | None) -> Pattern:
     """SelfAttention.linear_qkv: per query group [its queries | (their output gates) | key | value]."""
-    config = _layer_config(name, config)
     heads, size = _need(name, config, "num_attention_heads"), _head_size(name, config)
     groups = heads if config_value(config, "num_query_groups") is None else _need(name, config, "num_query_groups")
     if heads % groups:
@@ -174,35 +234,43 @@ def _delta_net(name: str, rows: int, config: object | None) -> Pattern:
 # -------------------------------------------------------------------------------------------------- the ordered rules
 
 
-def _rule(names: str, target: str | Fused, leaf: str = r"\.weight") -> Rule:
+def _fused(pattern: RowPattern) -> Fused:
+    """Rows that `pattern` divides by the config of the parameter's module."""
+
+    def rows_of(name: str, rows: int, config: object | None) -> Pattern:
+        return pattern(name, rows, config.of(name) if isinstance(config, _Configs) else config)
+
+    return Fused(rows_of)
+
+
+def _rule(names: str, target: str | RowPattern, leaf: str = r"\.weight") -> Rule:
     """A rule on the last components of a name."""
-    return Rule(re.compile(rf"(?:^|\.)(?:{names}){leaf}$"), target)
+    return Rule(re.compile(rf"(?:^|\.)(?:{names}){leaf}$"), target if isinstance(target, str) else _fused(target))
 
-
-_BOTH = r"\.(?:weight|bias)"  # not layer_norm_weight, the norm inside Transformer Engine's fused linear layers
 
 MEGATRON_RULES: tuple[Rule, ...] = (
-    # A Mamba mixer as a whole: it has an in_proj, an out_proj and convolutions of its own.
-    Rule(re.compile(r"(?:^|\.)mixer\."), "other"),
-    # Fused projections, weight and bias.
-    _rule("linear_qkv", Fused(_linear_qkv), _BOTH),
-    _rule("linear_kv", Fused(_linear_kv), _BOTH),
-    _rule("linear_kv_down_proj", Fused(_mla_kv_down), _BOTH),
-    _rule("linear_kv_up_proj", Fused(_mla_kv_up), _BOTH),
-    _rule("linear_qkv_down_proj", Fused(_mla_qkv_down), _BOTH),
-    _rule(r"self_attention\.in_proj", Fused(_delta_net), _BOTH),
-    # All other biases; those of grouped experts are `bias0`, `bias1`... or one 2-D `bias`.
+    # As a whole: a Mamba mixer has an in_proj, an out_proj and convolutions of its own.
+    Rule(re.compile(r"(?:^|\.)(?:\w*mixer|indexer|router)\."), "other"),
+    # Biases; those of grouped experts are `bias0`, `bias1`... or one 2-D `bias`.
     Rule(re.compile(r"(?:^|[._])bias\d*$"), "other"),
+    # Fused projections.
+    _rule("linear_qkv", _linear_qkv),
+    _rule("linear_kv", _linear_kv),
+    _rule("linear_kv_down_proj", _mla_kv_down),
+    _rule("linear_kv_up_proj", _mla_kv_up),
+    _rule("linear_qkv_down_proj", _mla_qkv_down),
+    _rule(r"self_attention\.in_proj", _delta_net),
     _rule(r"embedding\.(?:word|position|tokentype)_embeddings", "embedding"),
-    _rule("output_layer", "head"),
+    # Patches, positions and frames of a vision tower.
+    _rule(r"conv1|patch_embed\.proj|pos_embed|position_embeddings|(?:video_)?embedder", "embedding", r"(?:\.weight)?"),
+    _rule("output_layer|binary_head", "head"),
     # Weights outside the paper's groups.
-    _rule(r"router|eh_proj|conv1d|relative_attention_bias", "other"),
+    _rule(r"eh_proj|conv1d|relative_attention_bias", "other"),
     _rule("shared_experts", "other", r"\.gate_weight"),
-    _rule(r"indexer\.linear_\w+", "other"),
-    _rule(r"lm_head\.dense|pooler\.dense|binary_head", "other"),
-    # Separate projections: cross-attention, MLA, GatedDeltaNet.
-    _rule("linear_q|linear_q_proj|linear_q_down_proj|linear_q_up_proj", "qk"),
-    _rule(r"linear_proj|self_attention\.out_proj", "vo"),
+    _rule(r"lm_head\.dense|pooler\.dense", "other"),
+    # Separate projections: cross-attention, MLA, GatedDeltaNet, adapters of linear_qkv.
+    _rule(r"linear_[qk]|linear_q_proj|linear_q_down_proj|linear_q_up_proj", "qk"),
+    _rule(r"linear_v|linear_proj|self_attention\.out_proj", "vo"),
     # Dense, shared and routed MLPs. Grouped experts: weight0, weight1... or one `weight` (linear_fc1 of Transformer
     # Engine), weight1 and weight2 (GroupedMLP, up to 0.16).
     _rule("linear_fc1|linear_fc2", "mlp", r"\.weight\d*"),
@@ -230,6 +298,8 @@ def tag_layouts(
     config: object | None,
     rules: Sequence[Sequence[str]] | None = None,
     granularity: Granularity = "type",
+    modules: Mapping[str, object] | None = None,
+    frozen: Iterable[str] = (),
 ) -> dict[str, ElementLayout]:
     """The layout of each logical parameter of a Megatron-core model.
 
@@ -240,6 +310,8 @@ def tag_layouts(
         rules: the user's (regular expression, group), tried before MEGATRON_RULES.
         granularity: "type", or "layer_type", which numbers the decoder's layers from 0 ("qk.3") and the layers of
             multi-token prediction after them ("qk.<num_layers>" is the first), as DeepSeek-V3's checkpoints do.
+        modules: module name -> its config, for modules whose config is not the model's (see `module_configs`).
+        frozen: names of parameters that are not trained; they too tell whether a tower is beside a language model.
 
     Returns:
         Logical name -> layout, in the order of `shapes`.
@@ -248,7 +320,9 @@ def tag_layouts(
         MolsConfigError: as `mols_ds.core.groups.build_layouts`, and where the rows of a fused projection are not those
             of the config (naming the parameter and both numbers).
     """
-    layouts = build_layouts(shapes, config, rules, granularity, presets=MEGATRON_RULES)
+    names = [*shapes, *frozen]
+    configs = _Configs(config, modules or {})
+    layouts = build_layouts(shapes, configs, rules, granularity, presets=MEGATRON_RULES, names=names)
     if granularity == "layer_type":
         for name, layout in layouts.items():
             if match := _MTP_LAYER.search(strip_wrappers(name)):
@@ -284,8 +358,11 @@ def tag_table(
         raise MolsConfigError(
             f"tag_table takes a whole model, not {len(chunks)} chunks of one; build the model without pipelining"
         )
+    modules: dict[str, object] = {**module_configs(chunks[0])}
     if config is None:
         config = _find_config(chunks[0])
+    else:
+        modules[""] = config
     for key in _PARALLEL_SIZES:
         if int(config_value(config, key) or 1) > 1:
             raise MolsConfigError(
@@ -293,7 +370,14 @@ def tag_table(
                 "build the model with size 1 (the meta device will do)"
             )
     shapes = {name: tuple(p.shape) for name, p in chunks[0].named_parameters() if p.requires_grad}
-    return GroupTable(tag_layouts(shapes, config, rules, granularity), shapes)
+    layouts = tag_layouts(shapes, config, rules, granularity, modules, frozen_names(chunks[0]))
+    return GroupTable(layouts, shapes)
+
+
+def frozen_names(model: nn.Module) -> list[str]:
+    """The first name of each kind (layer and expert numbers apart) of parameter that is not trained."""
+    names = (strip_wrappers(name) for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    return list({kind_of(name): name for name in names}.values())
 
 
 def _find_config(model: nn.Module) -> object | None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from megatron_patches.group_rules import tag_layouts
+from megatron_patches.group_rules import module_configs, tag_layouts
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.layout import ElementLayout
 from mols_ds.core.ranges import ParamRange
@@ -103,6 +103,9 @@ _LOCAL_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)")
 _TE_EXPERT = re.compile(r"(?<=\.experts\.)(?P<linear>linear_fc\d)\.(?P<leaf>weight|bias)(?P<index>\d+)$")
 _GROUPED = re.compile(r"\.experts\.(?:weight[12]|linear_fc\d\.(?:weight|bias))$")
 """All experts of a rank in one tensor: GroupedMLP, and Transformer Engine's with one grouped weight."""
+_GROUPED_ADAPTER = re.compile(r"\.experts\.linear_fc\d\.adapter\.")
+"""Megatron-Bridge's LoRA of grouped experts: 3-D weights of a rank's own experts, or 2-D ones that all experts share
+(bridge/peft/utils.py, GroupedExpertLinearAdapter and ParallelLinearAdapter)."""
 _EXPERT = re.compile(r"\.experts\.")
 
 
@@ -136,6 +139,15 @@ def local_parameters(model_chunks: Sequence[nn.Module], grid: ProcessGrid) -> li
     return found
 
 
+def configs_of(model_chunks: Sequence[nn.Module]) -> dict[str, dict[str, int]]:
+    """`module_configs` of this rank's chunks, under the names of the logical model's modules."""
+    found: dict[str, dict[str, int]] = {}
+    for chunk in model_chunks:
+        layers = _layer_numbers(chunk)
+        found |= {_number_layers(f"{name}.", layers).rstrip("."): c for name, c in module_configs(chunk).items()}
+    return found
+
+
 _SHARDED_UNMARKED = ".softmax_offset"
 """Learnable offsets of the softmax, one for each of this rank's heads: cut along dimension 0 and not marked as such
 (transformer/dot_product_attention.py)."""
@@ -149,22 +161,32 @@ def _local(
     over_experts = expert or of_expert  # without expert parallelism experts are in the dense buffers, but cut the same
     size, rank = (grid.expert_tensor, grid.expert_tensor_rank) if over_experts else (grid.tensor, grid.tensor_rank)
     marked = bool(getattr(parameter, "tensor_model_parallel", False)) and not _duplicated(owner, of_expert)
-    sharded = marked or name.endswith(_SHARDED_UNMARKED)
+    sharded = marked or name.endswith(_SHARDED_UNMARKED) or _cut_magnitude(owner, name)
     shape = list(shape_of(parameter))
+    adapter = _GROUPED_ADAPTER.search(name)
+    grouped = bool(_GROUPED.search(name)) or (adapter is not None and len(shape) == 3)
     start = 0
     if sharded and size > 1:
         dim = int(getattr(parameter, "partition_dim", 0)) if marked else 0
         start = rank * math.prod(shape) if dim == 0 else 0
         shape[dim] *= size
-    if _GROUPED.search(name):
+    if grouped:
         shape[0] *= grid.expert
     copy = _copy_of_embedding(parameter, name, model)
     counted = not copy and (sharded or rank == 0)
+    if adapter is not None and not grouped:  # one adapter of all experts: each expert-parallel rank holds it
+        counted = counted and grid.expert_rank == 0
     replica = grid.expert_data_rank if expert else grid.data_rank
     logical = copy or _number_experts(_number_layers(name, layers), parameter, owner, grid)
-    names_it = counted and rank == 0 and replica == 0 and not (_GROUPED.search(name) and grid.expert_rank)
+    names_it = counted and rank == 0 and replica == 0 and not (grouped and grid.expert_rank)
     elements = ParamRange(logical, start, math.prod(shape_of(parameter)))
     return LocalParameter(parameter, elements, tuple(shape), counted, expert, names_it)
+
+
+def _cut_magnitude(owner: nn.Module, name: str) -> bool:
+    """Megatron-Bridge's DoRA magnitude of a column-parallel linear is cut as its rows are, and not marked as such
+    (bridge/peft/dora_layers.py)."""
+    return name.endswith(".weight_magnitude") and not getattr(owner, "input_is_parallel", True)
 
 
 def _duplicated(owner: nn.Module, of_expert: bool) -> bool:
@@ -252,9 +274,21 @@ def local_layout(local: LocalParameter, layouts: dict[str, ElementLayout]) -> El
     return layout
 
 
-def logical_table(
-    shapes: dict[str, tuple[int, ...]], config: object, rules: Sequence[Sequence[str]], granularity: str
-) -> GroupTable:
-    """The group table of the logical model from all ranks' names. Raises `MolsConfigError` as `tag_layouts`."""
-    layouts = tag_layouts(shapes, config, rules, granularity)  # type: ignore[arg-type]
-    return GroupTable(layouts, shapes)
+@dataclass(frozen=True)
+class LogicalModel:
+    """What one rank would hold without parallelism, from what all ranks told.
+
+    Attributes:
+        shapes: name -> unsharded shape of the trainable parameters.
+        modules: as `configs_of`.
+        frozen: names of parameters that are not trained, one of each kind.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    modules: Mapping[str, object] = field(default_factory=dict)
+    frozen: Sequence[str] = ()
+
+    def table(self, config: object, rules: Sequence[Sequence[str]], granularity: str) -> GroupTable:
+        """The group table. Raises `MolsConfigError` as `tag_layouts`."""
+        layouts = tag_layouts(self.shapes, config, rules, granularity, self.modules, self.frozen)  # type: ignore[arg-type]
+        return GroupTable(layouts, self.shapes)

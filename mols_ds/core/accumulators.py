@@ -8,25 +8,26 @@ from typing import Literal, NotRequired, TypedDict, cast
 import torch
 from torch import Tensor
 
-from mols_ds.core.exponents import MOST, UNDECIDED, Exponents
+from mols_ds.core.exponents import MAX_EXPONENT, UNDECIDED, Exponents
 from mols_ds.core.group_stats import BLOCK_COLUMNS, block_table
 from mols_ds.core.host_copies import HostCopies
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
 
-STRIDE = 127  # prime, so that it shares no period with the rows of a matrix; 9 / 127 byte an element is 0.9 % of 8
-# Elements a pass on the CPU: the 4 MiB of its 4 arrays stay in the last-level cache between the operations, and the
-# calls themselves cost a few per cent. From 32k to 256k the rate rose from 0.82 to 1.1 of a copy's, then no more.
+STRIDE = 127  # prime: no common period with the rows of a matrix; adds 9 / 127 bytes an element, 0.9 % of 8
+# Elements per chunk on the CPU: its 4 arrays of 1 MiB fit the last-level cache. Measured: from 32k to 256k elements
+# the rate rose from 0.82 to 1.1 times a copy's, then no more.
 CPU_CHUNK = 1 << 18
-SMALL, GATHERED = 1 << 14, 1 << 16  # elements: a smaller piece waits for its neighbours, about so many together
+SMALL, GATHERED = 1 << 14, 1 << 16  # elements: pieces up to SMALL are joined until GATHERED elements are together
 DEVICE_CHUNK = 1 << 24  # elements: on an accelerator a few large kernels, and 64 MiB of scratch
 ACCUMULATORS = (torch.float32, torch.float64)
 
 
 def subsample(offset: int, numel: int) -> tuple[int, int, int]:
-    """Which of the elements [offset, offset + numel) feed the sample blocks: those at multiples of STRIDE.
+    """Select the elements of [offset, offset + numel) that feed the sample blocks: multiples of STRIDE.
 
-    Returns (first, index, count): relative to `offset` they are first, first + STRIDE, ...; in the block arrays they
-    start at index.
+    Returns:
+        (first, index, count): the elements first, first + STRIDE, ... relative to `offset`; their first index in the
+        block arrays; their number.
     """
     first = -offset % STRIDE
     count = max(0, -(-(numel - first) // STRIDE))
@@ -34,7 +35,7 @@ def subsample(offset: int, numel: int) -> tuple[int, int, int]:
 
 
 def welford(mean: Tensor, m2: Tensor, value: Tensor, k: int, scratch: Tensor | None = None) -> None:
-    """Fold the k-th value (1-based) into mean and m2, in place. `scratch` may be `value` itself, which is then lost."""
+    """Update mean and m2 in place with the k-th value (1-based). `scratch` may be `value`, which is overwritten."""
     if k == 1:
         mean.copy_(value)
         m2.zero_()
@@ -45,7 +46,7 @@ def welford(mean: Tensor, m2: Tensor, value: Tensor, k: int, scratch: Tensor | N
 
 
 class AccumulatorsState(TypedDict):
-    """What a checkpoint holds of `Accumulators`: its tensors, and the numbers that say what they are of."""
+    """State of `Accumulators` in a checkpoint: its tensors and their sizes."""
 
     numel: int
     count: int
@@ -63,21 +64,22 @@ SIZES: tuple[Literal["numel", "block_length"], ...] = ("numel", "block_length")
 
 
 class Accumulators:
-    """Mean and M2 = sum_k (g_k - mean)^2 of each of `numel` elements, over gradient samples that arrive one by one.
+    """Accumulate mean and M2 = sum_k (g_k - mean)^2 of `numel` elements over gradient samples (Welford's method).
 
-    Welford's update for sample k of an element: d = g - mean; mean += d / k; M2 += d^2 (k-1)/k, which equals the usual
-    d * (g - new mean) and cannot make M2 fall. Elements that are zero in every sample keep mean = M2 = 0 exactly, and
-    elements of one value in all samples keep M2 = 0 exactly. All arithmetic has the accumulators' dtype (fp32): 16-bit
-    gradients are converted first. Ranges of very small or large gradients are kept times a power of two (`Exponents`):
-    mean then holds 2^e times, M2 4^e times the truth. Elements that are smaller than the largest of their range by
-    more than that helps have no square: they read "constant" (`group_stats.COLUMNS`).
+    Update for sample k: d = g - mean; mean += d / k; M2 += d^2 (k-1)/k. This equals the usual d * (g - new mean), and
+    M2 never falls. An element that is zero in every sample keeps mean = M2 = 0 exactly; a constant element keeps
+    M2 = 0 exactly. Arithmetic is in the accumulators' dtype (fp32); 16-bit gradients are converted first.
 
-    Every STRIDE-th element also feeds a second pair of accumulators, over blocks of `block_length` consecutive samples
-    only; a finished block leaves its per-group sums (`group_stats.block_table`) in `block_sums` and starts over. The
-    spread of these is what intervals are made of. In all, the accumulators take 8.07 bytes an element.
+    Ranges of very small or large gradients are scaled by a power of two (`Exponents`): mean then holds 2^e times the
+    true value, M2 4^e times. An element far below the largest of its range still loses its square to underflow and
+    counts as "constant" (`group_stats.COLUMNS`).
+
+    Every STRIDE-th element also feeds a second pair of accumulators, over blocks of `block_length` samples. A finished
+    block appends its per-group sums (`group_stats.block_table`) to `block_sums` and starts over. The intervals come
+    from the spread between blocks. All accumulators together take 8.07 bytes an element.
 
     Attributes:
-        mean, m2: 1-D of `numel` elements on `device`; the variance is m2 / (count - 1), left to the reader of a chunk.
+        mean, m2: 1-D, `numel` elements on `device`. The variance is m2 / (count - 1); readers compute it per chunk.
         count: number of finished samples.
         block_sums: one float64 (n_groups, len(BLOCK_COLUMNS)) CPU tensor per finished block.
     """
@@ -93,17 +95,21 @@ class Accumulators:
         block_length: int = 8,
         edges: Sequence[int] = (),
     ) -> None:
-        """Zeroed accumulators.
+        """Create accumulators of zeros.
 
         Args:
             numel: elements that this rank owns; may be 0.
-            device: where the accumulators live; gradients may come from another device.
+            device: of the accumulators; gradients may come from another device.
             dtype: float32, or float64 for reference computations.
-            group_index: uint8 or int16, 1-D of ceil(numel / STRIDE) elements: the group row of elements 0, STRIDE, ...
+            group_index: uint8 or int16, 1-D, ceil(numel / STRIDE) elements: the group row of elements 0, STRIDE, ...
                 None: no sample blocks, hence no intervals.
             n_groups: rows of the block sums.
-            block_length: samples a block, at least 4 (the noise-floor correction of a block needs that many).
-            edges: of the ranges that have exponents of their own (`Exponents`); () = every exponent is 0.
+            block_length: samples per block, at least 4 for the noise-floor correction.
+            edges: ranges that have their own exponents (`Exponents`); () = every exponent is 0.
+
+        Raises:
+            MolsConfigError: a 16-bit dtype, or a block that is too short.
+            MolsError: a `group_index` of another dtype or shape.
         """
         if dtype not in ACCUMULATORS:
             raise MolsConfigError(f"accumulators.dtype={dtype}: 16-bit accumulators lose the variance; use float32")
@@ -112,7 +118,7 @@ class Accumulators:
         self.numel, self.device, self.dtype = numel, torch.device(device), dtype
         self.block_length, self.n_groups = block_length, n_groups
         self.mean, self.m2 = self._zeros(numel), self._zeros(numel)
-        self.device = self.mean.device  # "cuda" has become "cuda:0", as the gradients' device reads
+        self.device = self.mean.device  # "cuda" became "cuda:0", so that it equals the gradients' device
         self.count = 0
         self.exponents = Exponents(edges)
         self.block_sums: list[Tensor] = []
@@ -128,7 +134,7 @@ class Accumulators:
         self._chunk = CPU_CHUNK * max(1, threads // 2) if self.device.type == "cpu" else DEVICE_CHUNK
         self._scratch: Tensor | None = None
         self._copies = HostCopies()
-        self._small: list[Tensor] = []  # fp32 copies of neighbours that are too small to be worth a pass each
+        self._small: list[Tensor] = []  # fp32 copies of small adjacent pieces, accumulated together
         self._small_offset = self._small_numel = 0
         self._pieces: list[tuple[int, int]] | None = None
         self._freed = False
@@ -142,15 +148,18 @@ class Accumulators:
 
     @torch.no_grad()
     def update(self, offset: int, grad: Tensor, scale: float = 1.0) -> None:
-        """Feed elements [offset, offset + grad.numel()) of the open sample with grad * scale.
+        """Accumulate grad * scale into elements [offset, offset + grad.numel()) of the open sample.
+
+        Check for non-finite gradients before the first update of a sample: an update cannot be undone.
 
         Args:
-            grad: 1-D, any float dtype, stride and device; not modified. From another device it is copied first, in
-                chunks (`HostCopies`); it may change as soon as this returns.
-            scale: for example 1 / loss scale. The product is rounded to the accumulators' dtype once.
+            offset: first element.
+            grad: 1-D, any float dtype, stride and device; not modified. From another device it is copied in chunks
+                (`HostCopies`). It may change as soon as this returns.
+            scale: for example 1 / loss scale. The product is rounded once, to the accumulators' dtype.
 
-        Non-finite gradients are the caller's to refuse before the first update of a sample: they cannot be taken back.
-        Raises `MolsError` where no sample is open or the piece does not fit.
+        Raises:
+            MolsError: no open sample, or a piece that does not fit.
         """
         if self._pieces is None:
             raise MolsError("update() without an open gradient sample: call open() first")
@@ -192,9 +201,9 @@ class Accumulators:
 
     @torch.no_grad()
     def _rescale(self, begin: int, end: int, exponent: int) -> None:
-        """Scale elements whose first non-zero gradient was this sample's. Recompute their M2, which may be lost.
+        """Scale a range whose first non-zero gradient is this sample's. Recompute its M2, which fp32 may have lost.
 
-        The k-th sample is g, the others are 0: mean = g / k and M2 = g^2 (k - 1) / k = mean^2 k (k - 1).
+        The k-th sample is g, the earlier ones are 0: mean = g / k, M2 = g^2 (k - 1) / k = mean^2 k (k - 1).
         """
         pairs = [(self.mean[begin:end], self.m2[begin:end], self.count)]
         if self._group_index is not None:
@@ -206,7 +215,7 @@ class Accumulators:
             torch.mul(mean, mean, out=m2).mul_(k * (k - 1))
 
     def _block_table(self, group_index: Tensor) -> Tensor:
-        """The sums of the finished block."""
+        """Compute the per-group sums of the finished block."""
         tables = []
         for begin, end, exponent in self.exponents.parts(0, self.numel):
             _, at, count = subsample(begin, end - begin)
@@ -215,14 +224,14 @@ class Accumulators:
         return tables[0] if len(tables) == 1 else torch.stack(tables).sum(0)
 
     def abort(self) -> None:
-        """Drop the open sample. Raises `MolsError` if it was updated: accumulators hold no copy to go back to."""
+        """Discard the open sample. Raises `MolsError` after an update: accumulators cannot undo it."""
         if self._pieces:
             raise MolsError("an updated gradient sample cannot be dropped: check it before its first update")
         self._pieces = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all accumulators, the sample blocks' and their group index included, one chunk's scratch not."""
+        """Bytes of all accumulators, sample blocks and group index; without the scratch buffer."""
         tensors = [self.mean, self.m2, self._block_mean, self._block_m2]
         if self._group_index is not None:
             tensors.append(self._group_index)
@@ -237,10 +246,10 @@ class Accumulators:
         self._freed = True
 
     def state_dict(self) -> AccumulatorsState:
-        """Tensors (the accumulators themselves, not copies) and ints. Raises `MolsError` inside a sample."""
+        """Return the accumulators (not copies) and their sizes. Raises `MolsError` inside a sample."""
         self._alive()
         if self._pieces is not None:
-            raise MolsError("the state cannot be taken inside of a gradient sample: close() or abort() it first")
+            raise MolsError("state_dict() inside a gradient sample: call close() or abort() first")
         none = torch.zeros(0, self.n_groups, len(BLOCK_COLUMNS), dtype=torch.float64)
         return {
             "numel": self.numel,
@@ -255,7 +264,7 @@ class Accumulators:
         }
 
     def load_state_dict(self, state: object) -> None:
-        """Take over a state of equally made accumulators bit for bit; `MolsCheckpointError` if it does not fit."""
+        """Copy a `state_dict` bit for bit. Raises `MolsCheckpointError` where sizes, dtypes or groups differ."""
         self._alive()
         mine = self.state_dict()
         theirs = _checked(state, mine)
@@ -267,7 +276,7 @@ class Accumulators:
         self.block_sums = [table.clone() for table in blocks.cpu()]
         if "exponents" in theirs:
             self.exponents.load(theirs["exponents"])
-        else:  # of release 0.4.0
+        else:  # release 0.4.0
             self.exponents.load_nothing(self.mean, self.m2)
         self.count = theirs["count"]
 
@@ -279,9 +288,9 @@ class Accumulators:
             raise MolsError("the accumulators were freed after their calibration")
 
     def _gather(self, offset: int, grad: Tensor, scale: float) -> None:
-        """Accumulate a piece, or keep a copy of a small one until its neighbours fill a pass: the calls cost more.
+        """Accumulate a piece. Join small pieces first: their kernel launches would cost more than the arithmetic.
 
-        An element's arithmetic does not depend on the piece that it comes in, so neither do the results.
+        The arithmetic of an element does not depend on its piece, so results do not change.
         """
         numel = grad.numel()
         if self._small and (offset != self._small_offset + self._small_numel or numel > SMALL):
@@ -298,13 +307,13 @@ class Accumulators:
             self._flush()
 
     def _flush(self) -> None:
-        """Accumulate the small pieces that were kept."""
+        """Accumulate the pending small pieces."""
         if self._small:
             small, self._small, self._small_numel = self._small, [], 0
             self._accumulate(self._small_offset, torch.cat(small) if len(small) > 1 else small[0], 1.0)
 
     def _accumulate(self, offset: int, grad: Tensor, scale: float) -> None:
-        """One Welford step of one piece on the accumulators' device."""
+        """Run one Welford step on a piece that is on the accumulators' device."""
         numel = grad.numel()
         if self._group_index is not None:
             for begin in range(0, numel, DEVICE_CHUNK):
@@ -316,20 +325,20 @@ class Accumulators:
             self._accumulate_part(begin, part, scale * 2.0**exponent, self._scratch)
 
     def _accumulate_part(self, offset: int, grad: Tensor, scale: float, buffer: Tensor) -> None:
-        """The same of elements that have one exponent, which is in `scale`."""
+        """Run one Welford step on elements with one common exponent, which `scale` includes."""
         for at in range(0, grad.numel(), self._chunk):
             chunk = grad[at : at + self._chunk]
             begin, end = offset + at, offset + at + chunk.numel()
             mean, m2 = self.mean[begin:end], self.m2[begin:end]
             scratch = buffer[: chunk.numel()]
-            if chunk.dtype != self.dtype:  # converted first: a product in 16 bits would be rounded to 16 bits
+            if chunk.dtype != self.dtype:  # convert first: a 16-bit product would be rounded to 16 bits
                 chunk = scratch.copy_(chunk)
             if scale != 1.0:
                 chunk = torch.mul(chunk, scale, out=scratch)
             welford(mean, m2, chunk, self.count + 1, scratch)
 
     def _accumulate_block(self, offset: int, grad: Tensor, scale: float) -> None:
-        """The same of the elements that feed the sample blocks."""
+        """Run one Welford step on the elements that feed the sample blocks."""
         for begin, end, exponent in self.exponents.parts(offset, grad.numel()):
             first, at, count = subsample(begin, end - begin)
             if count:
@@ -344,10 +353,10 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _checked(state: object, mine: AccumulatorsState) -> AccumulatorsState:
-    """`state` where it is one of accumulators made like `mine`. Raises `MolsCheckpointError`."""
+    """Return `state` if its sizes, dtypes and groups equal those of `mine`. Raises `MolsCheckpointError`."""
     if not isinstance(state, Mapping):
         raise MolsCheckpointError(f"the state of the accumulators is a {type(state).__name__}")
-    missing = [key for key in mine if key not in state and key != "exponents"]  # which release 0.4.0 has not
+    missing = [key for key in mine if key not in state and key != "exponents"]  # release 0.4.0 has no exponents
     if missing:
         raise MolsCheckpointError(f"the state of the accumulators lacks {', '.join(missing)}")
     for number in (*SIZES, "count"):
@@ -369,6 +378,6 @@ def _checked(state: object, mine: AccumulatorsState) -> AccumulatorsState:
     exponents = theirs.get("exponents", mine["exponents"])
     if not isinstance(exponents, Tensor) or _kind(exponents) != _kind(mine["exponents"]):
         raise MolsCheckpointError(f"the accumulators' 'exponents' are not {_kind(mine['exponents'])}")
-    if not bool(((exponents.abs() <= MOST) | (exponents == UNDECIDED)).all()):
-        raise MolsCheckpointError(f"the accumulators' 'exponents' are not in -{MOST} to {MOST}")
+    if not bool(((exponents.abs() <= MAX_EXPONENT) | (exponents == UNDECIDED)).all()):
+        raise MolsCheckpointError(f"the accumulators' 'exponents' are not in -{MAX_EXPONENT} to {MAX_EXPONENT}")
     return theirs

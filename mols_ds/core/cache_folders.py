@@ -1,4 +1,4 @@
-"""Folders of compiled kernels, whose code runs as this user: nobody else may own them or write to them."""
+"""Check the owner of kernel caches. Compiled kernels run as this user, so nobody else may own or write the folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def kernel_caches() -> dict[str, Path]:
-    """Variable -> the folder that torch and Triton use now."""
+    """Environment variable -> cache folder that torch and Triton use now."""
     triton = Path(os.environ.get("TRITON_HOME") or "~").expanduser() / ".triton"
     return {
         "TORCH_EXTENSIONS_DIR": extensions_root(),
@@ -27,26 +27,26 @@ def kernel_caches() -> dict[str, Path]:
 
 
 def own_root() -> Path:
-    """This user's folder on this node's own disk, as launch/caches.env names it."""
+    """This user's folder on the node's local disk; launch/caches.env uses the same name."""
     return Path(tempfile.gettempdir()) / f"mols-{os.getuid()}"
 
 
 def foreign_problem(folder: Path) -> str | None:
-    """Why the kernels in `folder` may be somebody else's, or None.
+    """Say why another user could have written kernels in `folder`, or return None.
 
-    Root's are taken: an administrator builds them for all. Where the folder is not there yet, the one that it will be
-    made in decides; a common one such as /tmp, in which nobody can rename what others made (the sticky bit), will do.
+    Accepts folders of root: an administrator builds kernels for everybody. Checks the nearest existing parent where
+    `folder` does not exist. A shared parent such as /tmp is fine: its sticky bit keeps others from renaming folders.
     """
     below = own_root() in folder.parents and foreign_problem(own_root())
     if below:
-        return f"lies in {own_root()}, which {below}"
+        return f"is in {own_root()}, which {below}"
     there = folder
     while not os.path.lexists(there) and there != there.parent:
         there = there.parent
     try:
         linked, found = there.lstat(), there.stat()
     except OSError:
-        return "cannot be looked at"
+        return "cannot be read"
     if {linked.st_uid, found.st_uid} - {os.getuid(), 0}:
         return "belongs to another user"
     common = there != folder and found.st_mode & stat.S_ISVTX
@@ -58,7 +58,7 @@ def foreign_problem(folder: Path) -> str | None:
 
 
 def _is_private(group: int) -> bool:
-    """Whether a group is this user's own, as many systems make one for each user (umask 002)."""
+    """Whether a group holds this user alone. Many systems create such a group for each user (umask 002)."""
     try:
         user, found = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(group)
     except KeyError:
@@ -67,7 +67,7 @@ def _is_private(group: int) -> bool:
 
 
 def cache_problems() -> list[tuple[str, str]]:
-    """(what is found, what to do) of each cache of kernels that may hold somebody else's."""
+    """List (problem, remedy) of each kernel cache that another user could have written."""
     return [
         (
             f"{variable}: {folder} {problem}, and its kernels run as this user",
@@ -79,11 +79,12 @@ def cache_problems() -> list[tuple[str, str]]:
 
 
 def use_own_inductor_cache() -> None:
-    """Set TORCHINDUCTOR_CACHE_DIR, where it is not set, to a folder that is this user's alone.
+    """Set TORCHINDUCTOR_CACHE_DIR, if it is not set, to a folder that only this user can write.
 
-    torch's own default is a name in the common temporary folder that anybody can make first (torchinductor_USER).
+    torch's default (torchinductor_USER in the shared temporary folder) can be created by anybody.
 
-    Raises MolsConfigError where somebody else has made the folder.
+    Raises:
+        MolsConfigError: another user created the folder.
     """
     if os.environ.get(INDUCTOR):
         return

@@ -1,4 +1,4 @@
-"""Locks that a killed compilation leaves in torch's cache of extensions: every later process waits for them."""
+"""Find stale locks in torch's extension cache. A killed compilation leaves one; every later process waits for it."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ import os
 import time
 from pathlib import Path
 
-LONGEST = 1800.0
-"""Seconds after which a lock is taken for stale: the largest of DeepSpeed's kernels compile in some minutes."""
+STALE_SECONDS = 1800.0
+"""Age in seconds from which a lock counts as stale. DeepSpeed's largest kernels compile in some minutes."""
 
 
 def extensions_root() -> Path:
-    """torch's cache of extensions: TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions.
-
-    (torch/utils/cpp_extension.py, file_baton.py.)
-    """
+    """torch's extension cache: TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions (torch/utils/cpp_extension.py)."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return Path(given) if given else cache / "torch_extensions"
 
 
-def stale_locks(root: Path | None = None, *, older: float = LONGEST) -> list[Path]:
-    """The lock files that are older than a compilation takes, oldest first.
+def stale_locks(root: Path | None = None, *, older: float = STALE_SECONDS) -> list[Path]:
+    """List lock files older than a compilation can take, oldest first.
 
     Args:
-        root: the cache; None is torch's.
-        older: seconds.
+        root: the cache; None: torch's.
+        older: age in seconds.
     """
     root = root or extensions_root()
     found: list[tuple[float, Path]] = []
@@ -33,7 +30,7 @@ def stale_locks(root: Path | None = None, *, older: float = LONGEST) -> list[Pat
         for path in root.glob(pattern):
             try:
                 since = path.stat().st_mtime
-            except OSError:  # its compilation has just ended
+            except OSError:  # the compilation has just ended
                 continue
             if time.time() - since > older:
                 found.append((since, path))
@@ -41,9 +38,9 @@ def stale_locks(root: Path | None = None, *, older: float = LONGEST) -> list[Pat
 
 
 def lock_problem(locks: list[Path]) -> tuple[str, str] | None:
-    """(what is found, what to do) of `stale_locks`; None without any."""
+    """Return (problem, remedy) for the result of `stale_locks`, None if it is empty."""
     if not locks:
         return None
     names = ", ".join(map(str, locks))
-    found = f"{names}: left by a compilation that was killed; a process that needs this kernel waits for ever"
-    return found, f"remove it where nothing is compiled now: rm {' '.join(map(str, locks))}"
+    found = f"{names}: left by a killed compilation; every process that needs this kernel waits forever"
+    return found, f"if no process compiles now, remove: rm {' '.join(map(str, locks))}"

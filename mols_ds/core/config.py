@@ -1,6 +1,6 @@
-"""The "mols" section of a DeepSpeed config: typed, frozen, validated on construction, unknown keys refused.
+"""The "mols" section of a DeepSpeed config: typed, frozen, validated on construction. An unknown key is an error.
 
-Every default and every description of a key is here and nowhere else.
+The only source of defaults and key descriptions; docs/config.md is generated from it (`make docs-config`).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from mols_ds.errors import MolsConfigError
 Estimator = Literal["mean", "median", "pooled", "damping"]
 Mode = Literal["probe", "online", "moments"]
 LARGEST_COUNT = 2**53
-"""Steps and samples beyond it are no exact floats."""
+"""Larger counts are not exact as float64."""
 Count = Annotated[StrictInt, Field(ge=1, le=LARGEST_COUNT)]
 Number = Annotated[float, Field(strict=True)]
 LOWEST, HIGHEST = 1e-12, 1e12
-"""Bounds of a multiplier: beyond them a rate is 0 or not finite in fp32."""
+"""Bounds of a multiplier. Outside them the fp32 learning rate is 0 or not finite."""
 Alpha = Annotated[Number, Field(ge=LOWEST, le=HIGHEST)]
 Name = Annotated[str, Field(strict=True, min_length=1)]
 StepOrShare = Annotated[StrictInt, Field(le=LARGEST_COUNT)] | StrictFloat
 
 PRESETS: dict[str, JsonObject] = {
     "robust": {},
-    # The paper to the letter: average of SNR_i (sec. 3.2), no correction, no bounds, the largest SNR as reference.
+    # The paper as written: average of SNR_i (sec. 3.2), no correction, no bounds, the largest SNR is the reference.
     "paper": {
         "estimator": "mean",
         "noise_floor_correction": False,
@@ -43,17 +43,17 @@ PRESETS: dict[str, JsonObject] = {
     },
 }
 MIN_SAMPLES_CORRECTED = 4
-"""The correction divides by K - 3 degrees of freedom (METHOD: noncentral F), so it needs K > 3."""
+"""The correction divides by K - 3 degrees of freedom (noncentral F), so it needs K > 3."""
 
 
 class Documented(Frozen):
-    """A section whose fields are described by the docstrings under them."""
+    """A config section. The docstring under each field is its description."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class AccumulatorConfig(Documented):
-    """Where the statistics are held during a calibration."""
+    """Where a calibration keeps its statistics."""
 
     device: Literal["cpu", "accelerator"] = "cpu"
     """`"cpu"`: host memory; no GPU memory is used. `"accelerator"`: the memory of the gradients' device."""
@@ -62,7 +62,7 @@ class AccumulatorConfig(Documented):
 
 
 class RecalibrateConfig(Documented):
-    """Measure again, every so many optimizer steps after the end of the last calibration."""
+    """Calibrate again after a fixed number of optimizer steps."""
 
     every: Count
     """Optimizer steps from the end of one calibration to the start of the next. The ramp then starts at the old
@@ -70,11 +70,10 @@ class RecalibrateConfig(Documented):
 
 
 class MolsConfig(Documented):
-    """The "mols" section. A float `start` / `ramp_end` is a share of all steps, an integer is a step.
+    """The "mols" section. In `start` and `ramp_end` a float is a share of all steps, an integer is a step.
 
-    The docstring under a field is its description in docs/config.md (`make docs-config`).
-
-    Raises `MolsConfigError` through `parse`; the message names the key, the value and what is allowed.
+    The docstring under a field is its description in docs/config.md. `parse` raises `MolsConfigError`; the message
+    names the key, the value and what is allowed.
     """
 
     enabled: StrictBool = True
@@ -112,7 +111,7 @@ class MolsConfig(Documented):
     """`"type"`: one multiplier per module group. `"layer_type"`: one per module group and layer; the groups are `qk.0`,
     `qk.1`, ..."""
     rules: tuple[tuple[Name, Name], ...] = ()
-    """`[["regex", "group"], ...]`, searched in the full parameter name before the built-in rules. The first match wins.
+    """`[["regex", "group"], ...]`, searched in the full parameter name before the built-in rules. First match applies.
     A rule that matches nothing is an error."""
     accumulators: AccumulatorConfig = AccumulatorConfig()
     """Where the running mean and M2 of the gradients are held during a calibration: 8 bytes per owned element. They are
@@ -125,7 +124,7 @@ class MolsConfig(Documented):
     weight_decay: Literal["scaled", "unscaled"] = "scaled"
     """Whether multipliers act on decoupled weight decay too. `"unscaled"`: every group decays at the base rate."""
     total_steps: Count | None = None
-    """Optimizer steps of the run. Needed for a share where no scheduler tells the length."""
+    """Optimizer steps of the run. Needed for a share if no scheduler gives the length."""
     report_dir: Name = "mols_report"
     """Where rank 0 writes `mols_report.json` and `mols_report.png`. A second engine of the process with the same folder
     writes to `REPORT_DIR-2`, with a warning."""
@@ -148,7 +147,7 @@ class MolsConfig(Documented):
             if isinstance(value, int) and value < 0:
                 raise ValueError(f"{key}: a step must be >= 0, got {value}")
         if type(self.start) is type(self.ramp_end) and self.start > self.ramp_end:
-            raise ValueError(f"start ({self.start}) lies after ramp_end ({self.ramp_end}); the ramp must end later")
+            raise ValueError(f"start ({self.start}) is after ramp_end ({self.ramp_end}); the ramp must end later")
         if isinstance(self.samples, int) and self.noise_floor_correction and self.samples < MIN_SAMPLES_CORRECTED:
             raise ValueError(
                 f"samples: {self.samples} is too few for noise_floor_correction (needs K >= {MIN_SAMPLES_CORRECTED}); "
@@ -157,26 +156,33 @@ class MolsConfig(Documented):
         if self.mode == "moments" and self.samples == "auto":
             raise ValueError('samples: "auto" needs gradient samples; use mode "probe" or "online", or a number')
         if not self.report_dir or "\0" in self.report_dir:
-            raise ValueError(f"report_dir: the name of a folder is needed, got {self.report_dir!r}")
+            raise ValueError(f"report_dir: must be the name of a folder, got {self.report_dir!r}")
         for group, alpha in (self.fixed_alphas or {}).items():
             if not 0 < alpha < math.inf:
                 raise ValueError(f"fixed_alphas.{group}: must be a finite number > 0, got {alpha}")
             if not LOWEST <= alpha <= HIGHEST:
                 raise ValueError(f"fixed_alphas.{group}: must be from {LOWEST:g} to {HIGHEST:g}, got {alpha}")
         if self.fixed_alphas is not None and not self.fixed_alphas:
-            raise ValueError("fixed_alphas: is empty; name at least one group or set it to null")
+            raise ValueError("fixed_alphas: is empty; name at least one group or use null")
         if self.fixed_alphas is not None and self.recalibrate is not None:
             raise ValueError("recalibrate: cannot go with fixed_alphas (nothing is ever calibrated); drop one of them")
         return self
 
     @property
     def measures(self) -> Mode | None:
-        """The mode in which gradients are measured; None where the alphas are given."""
+        """The calibration mode; None with `fixed_alphas`."""
         return None if self.fixed_alphas is not None else self.mode
 
     @classmethod
     def parse(cls, section: JsonMapping | MolsConfig) -> MolsConfig:
-        """Validate a section. Raises `MolsConfigError` with one line that names every wrong key."""
+        """Validate a section.
+
+        Args:
+            section: the "mols" section as a mapping, or a config that is returned unchanged.
+
+        Raises:
+            MolsConfigError: one line that names every wrong key.
+        """
         if isinstance(section, MolsConfig):
             return section
         if not isinstance(section, Mapping):

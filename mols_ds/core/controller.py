@@ -1,7 +1,7 @@
-"""What `engine.mols` is: joins groups, moments, sums, alphas and the phases. Knows no engine.
+"""Engine-independent MoLS state: groups, accumulators, alphas and phases.
 
-An engine adapter tells it which elements this rank owns, feeds it gradient samples between `open_sample` and
-`close_sample`, calls `advance` after each optimizer step, and asks `rates(t)` for the multipliers of step t.
+An engine adapter passes the ranges that this rank owns, feeds gradient samples to `elements`, calls `advance` after
+each optimizer step, and reads the multipliers of step t from `rates(t)`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, cast
 from mols_ds.core import estimators
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.document import build_report, measured_rows, unmeasured_rows
+from mols_ds.core.former_groups import advice
 from mols_ds.core.group_stats import GroupSums
 from mols_ds.core.groups import GroupTable, base_group, format_group_table, is_scaled
 from mols_ds.core.local_stats import LocalStats
@@ -29,11 +30,18 @@ from mols_ds.core.state_check import STATE_VERSION, check_saved
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 
 CONSTANT_SHARE = 0.1
-"""A group of which this share or more has no noise is named in a warning."""
+"""A group is named in a warning when at least this share of its elements has no measurable noise."""
 
 
 class Controller:
-    """The MoLS state of one engine. The same calls in the same order on every rank give identical bits everywhere.
+    """The MoLS state of one engine. The same calls in the same order on every rank give identical bits on every rank.
+
+    Args:
+        config: the "mols" section.
+        table: module groups and their layouts, the same on every rank.
+        owned: element ranges that this rank owns.
+        schedule: start and ramp end in optimizer steps.
+        context: rank, device, reduction and output of the engine.
 
     Raises:
         MolsConfigError: the reference group or a group of `fixed_alphas` does not exist in this model.
@@ -74,12 +82,12 @@ class Controller:
 
     @property
     def phase(self) -> Phase:
-        """Phase of the step that comes next."""
+        """Phase of the next step."""
         return self.state.phase
 
     @property
     def alphas(self) -> dict[str, float]:
-        """group -> multiplier after the ramp; empty before they exist."""
+        """group -> multiplier after the ramp; empty before the first calibration ends."""
         return dict(self.state.alphas)
 
     @property
@@ -89,23 +97,23 @@ class Controller:
 
     @property
     def accumulator_bytes(self) -> int:
-        """Bytes of the streaming accumulators that this rank holds now; 0 outside a calibration."""
+        """Bytes of this rank's accumulators now; 0 outside a calibration."""
         return self.elements.accumulators.nbytes if self.elements.accumulators is not None else 0
 
     def report(self) -> dict[str, Any]:
-        """The content of mols_report.json (see docs/report.md); empty before the alphas exist."""
+        """The content of mols_report.json as a dict (docs/report.md); empty before the first calibration ends."""
         return json.loads(json.dumps(self._report)) if self._report else {}
 
     # ------------------------------------------------------------------ steps
 
     def log(self, message: str) -> None:
-        """Print once per job."""
+        """Log on rank 0."""
         if self.context.rank == 0:
-            with contextlib.suppress(Exception):  # a closed pipe, a handler of the user's: the other ranks go on
+            with contextlib.suppress(Exception):  # a failing log handler must not stop rank 0: the other ranks go on
                 self.context.log(message)
 
     def warn(self, message: str, *, every_rank: bool = False) -> None:
-        """Warn once per job, as a `MolsWarning`; with `every_rank` on each rank, for what its caller should notice."""
+        """Issue a `MolsWarning` on rank 0; with `every_rank` on every rank, where each caller should see it."""
         if every_rank:
             warnings.warn(message, MolsWarning, stacklevel=3)
         elif self.context.rank == 0:
@@ -113,16 +121,16 @@ class Controller:
 
     @property
     def measuring(self) -> bool:
-        """Whether the next step's gradients are a sample."""
+        """Whether the next step is a gradient sample."""
         return self.state.phase == "calibrating"
 
     @property
     def discards_steps(self) -> bool:
-        """Whether the next `engine.step()` measures only and does not update (mode "probe")."""
+        """Whether the next `engine.step()` only measures and does not update (mode "probe")."""
         return self.measuring and self.config.mode == "probe"
 
     def advance(self, t: int) -> None:
-        """Called before step t (at attach, after each step, after a load): moves the phase on."""
+        """Move to the phase of step t. Call before step t: at attach, after each step, after a load."""
         self.state.advance(t)
         if not self.state.due(t):
             return
@@ -137,49 +145,52 @@ class Controller:
             self.log(f"MoLS: {self.context.announce(self.state.window)}")
 
     def _fix(self, t: int, fixed: Mapping[str, float]) -> None:
-        """Set the alphas that the config gives, before step t; the ramp begins at the multipliers of now."""
+        """Set the alphas of `fixed_alphas` before step t. The ramp starts at the current multipliers."""
         self.state.begin(t)
         alphas = {g: fixed.get(g, 1.0) for g in self.groups}
         self._report = self._new_report(t, self.config.reference, unmeasured_rows(self.table, alphas))
         self._finish(t, alphas)
 
     def follow_config(self, t: int) -> None:
-        """After a load: `fixed_alphas` of this run's config win over what the checkpoint has, and that is said."""
+        """Apply this run's `fixed_alphas` after a load. They override the checkpoint; warns when they differ."""
         fixed, came_fixed = self.config.fixed_alphas, self._report is not None and self._report["mode"] == "fixed"
         if self.state.phase == "waiting" or (fixed is None and not came_fixed):
             return
         if fixed is None:
             self.warn(
-                "the alphas of this checkpoint were given by mols.fixed_alphas and go on, although this run's config "
-                "would measure them; load a checkpoint from before, or load with load_module_only, to measure"
+                "the alphas of this checkpoint come from mols.fixed_alphas and stay, although this run's config has "
+                "none; to measure, load an earlier checkpoint or load with load_module_only"
             )
         elif self.measuring or self.alphas != {g: fixed.get(g, 1.0) for g in self.groups}:
-            self.warn("mols.fixed_alphas of this run's config take the place of the checkpoint's alphas or calibration")
+            self.warn("mols.fixed_alphas of this run's config override the checkpoint's alphas or calibration")
             self._fix(t, fixed)
 
     def rates(self, t: int) -> dict[str, float]:
-        """group -> multiplier for step t, every group named."""
+        """Multiplier of every group for step t."""
         current = self.state.multipliers(t)
         return {group: current.get(group, 1.0) for group in self.groups}
 
     def applied(self, t: int, base_lrs: Mapping[str, float]) -> None:
-        """Remember what step t applied; `base_lrs` is the scheduler's rate per group."""
+        """Record the rates that step t applied. `base_lrs`: the scheduler's learning rate per group."""
         self.multipliers = self.rates(t)
         self.applied_lrs = {g: lr * self.multipliers[g] for g, lr in base_lrs.items()}
 
     # ------------------------------------------------------------------ samples
 
     def close_sample(self, t: int, *, usable: bool) -> None:
-        """End one attempted sample; `t` is the step that comes next. All ranks pass the same `usable`.
+        """End one gradient sample.
 
-        An unusable sample must never have been opened: a non-finite gradient would stay in the accumulators.
+        Args:
+            t: the next step.
+            usable: the same on all ranks. An unusable sample was never opened: a non-finite gradient would stay in the
+                accumulators.
         """
         if usable:
             self.elements.close()
         self.count(t, usable=usable)
 
     def count(self, t: int, *, usable: bool) -> None:
-        """Count an attempt and end the calibration when it was the last (mode "moments" counts steps alone)."""
+        """Count a sample and end the calibration after the last one. Mode "moments" only counts."""
         self.state.count(usable)
         if not usable:
             self.warn(
@@ -192,17 +203,17 @@ class Controller:
                 t, f"only {self.state.samples} of {self.state.attempts} gradient samples were finite; check the loss"
             )
         elif self.config.mode == "moments":
-            return  # the moments are read after this step: `close_moments`
+            return  # `close_moments` reads the moments after this step
         elif outcome == "complete" or (outcome == "no" and usable and self.state.check_due() and self._precise()):
             self.end_calibration(t, self._reduced(self.elements.gradient_sums()))
 
     def _reduced(self, sums: GroupSums) -> GroupSums:
-        """The sums of all ranks: the one all-reduce of a calibration."""
+        """Sum over all ranks: the one all-reduce of a calibration."""
         sums.load_packed(self.context.reduce(sums.pack()))
         return sums
 
     def _precise(self) -> bool:
-        """samples="auto": whether every alpha's 95 % interval lies within alpha_rtol of it (one small all-reduce)."""
+        """Whether the 95 % interval of every alpha is within alpha_rtol (samples="auto"). One small all-reduce."""
         try:
             _, found = self._compute(self._reduced(self.elements.gradient_sums()), self.config.noise_floor_correction)
         except MolsError:
@@ -212,11 +223,11 @@ class Controller:
 
     @property
     def reads_moments_next(self) -> bool:
-        """Mode "moments": whether the step that comes next is the last of the window, whose state is read."""
+        """Whether the next step is the last of a "moments" window: its optimizer state is read."""
         return self.measuring and self.config.mode == "moments" and self.state.samples + 1 >= self.state.window
 
     def close_moments(self, t: int) -> None:
-        """Mode "moments": end the calibration from the collected sums of all ranks."""
+        """End a "moments" calibration with the sums of all ranks."""
         self.end_calibration(t, self._reduced(self.elements.take_squares()))
 
     # ------------------------------------------------------------------ alphas
@@ -233,11 +244,10 @@ class Controller:
         )
 
     def _alphas(self, sums: GroupSums) -> tuple[bool, str, dict[str, estimators.Alpha]]:
-        """(whether the noise floor was corrected, reference, alphas).
+        """Return (whether the noise floor was corrected, reference, alphas).
 
-        The correction subtracts what noise reads on average. Where the whole reference group lies below that (small
-        batches, few samples), no ratio can be formed; the uncorrected values still order the groups and lie close to
-        each other there, so they are the fallback.
+        The correction subtracts the average reading of pure noise. If the whole reference group is below that (small
+        batches, few samples), no ratio exists. Falls back to the uncorrected values: they still order the groups.
         """
         corrected = self.config.noise_floor_correction
         try:
@@ -250,12 +260,12 @@ class Controller:
             found = self._compute(sums, False)
             self.warn(
                 f"{error}; the alphas come from the uncorrected {self.config.estimator} instead. "
-                "More samples or larger batches would lift the signal above the noise floor"
+                "Use more samples or larger batches to lift the signal above the noise floor"
             )
             return False, *found
 
     def end_calibration(self, t: int, sums: GroupSums) -> None:
-        """Alphas from global sums; the accumulators are freed, the report written, the ramp begun at step t."""
+        """Compute the alphas from global sums, free the accumulators, write the report, start the ramp at step t."""
         try:
             corrected, reference, found = self._alphas(sums)
         except MolsConfigError:
@@ -275,19 +285,19 @@ class Controller:
             without = rows[group]["constant_share"] or 0.0
             if without >= CONSTANT_SHARE:
                 self.warn(
-                    f'{without:.0%} of the elements of group "{group}" have no noise that can be '
-                    "measured and are left out: the same gradient in all samples, or gradients so small (below 1e-21, "
-                    'in mode "moments" below 3e-18) that fp32 loses their squares; scale the loss up'
+                    f'{without:.0%} of the elements of group "{group}" have no measurable noise and are left out: '
+                    "the same gradient in all samples, or gradients so small (below 1e-21, "
+                    'in mode "moments" below 3e-18) that fp32 loses their squares; increase the loss scale'
                 )
             if rows[group]["never_moved_share"] == 1.0:
                 self.warn(f'no element of group "{group}" had a gradient in any sample; its alpha stays 1')
         self._finish(t, {group: alpha.alpha for group, alpha in found.items()})
 
     def give_up(self, t: int, why: str) -> None:
-        """Go on with the multipliers as they were (1 the first time), loudly."""
+        """End a failed calibration with a warning. Keeps the former multipliers (1 the first time)."""
         keep = {group: self.state.old.get(group, 1.0) for group in self.groups}
         former = "the former alphas" if self.state.old else "alpha = 1 for every group"
-        self.warn(f"the calibration failed at step {t}: {why}. Training goes on with {former}")
+        self.warn(f"the calibration failed at step {t}: {why}. Training continues with {former}")
         self._report = self._new_report(t, self.config.reference, unmeasured_rows(self.table, keep))
         self._report["failed"] = why
         self._finish(t, keep)
@@ -302,8 +312,7 @@ class Controller:
         self._publish()
 
     def _publish(self) -> None:
-        """Hand the new report to rank 0's `publish`. What fails there is a warning: the other ranks go on, and an
-        exception would leave them waiting."""
+        """Publish the new report on rank 0. Warns on failure: an exception would leave the other ranks waiting."""
         if self.context.rank != 0 or self.context.publish is None or self._report is None:
             return
         try:
@@ -314,6 +323,7 @@ class Controller:
     def _new_report(self, t: int, reference: str, rows: dict[str, ReportGroup]) -> Report:
         return build_report(
             self.config,
+            self.table,
             rows,
             step=t,
             samples=self.state.samples,
@@ -326,10 +336,10 @@ class Controller:
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint carries, identical on every rank. Accumulators go into side files (`elements.state_dict`).
+        """Return the checkpoint state, the same on every rank. Accumulators go into side files (`elements.state_dict`).
 
-        Deliberately not in it: the config and the schedule (the resumed run's own count), `multipliers` and
-        `applied_lrs` (facts of the last step).
+        Not saved: the config, the schedule (a resumed run has its own), and `multipliers` and `applied_lrs` of the last
+        step.
         """
         return {
             "version": STATE_VERSION,
@@ -338,22 +348,34 @@ class Controller:
             "report": self.report(),
         }
 
+    def check_saved(self, saved: object) -> None:
+        """Raise `MolsCheckpointError` unless `saved` is a `state_dict` of these module groups."""
+
+        def advise(groups: Mapping[str, object]) -> str:
+            return advice(self.table, self.config.rules, groups)
+
+        check_saved(saved, self.table.elements, self.state.state_dict(), advise)
+
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take over phase, alphas and report.
+        """Load phase, alphas and report.
 
         Raises:
-            MolsCheckpointError: not a MoLS state, another version, or other groups than this model's; nothing is
-                changed then.
+            MolsCheckpointError: not a MoLS state, another version, or other groups. Nothing is changed then.
         """
-        check_saved(saved, self.table.elements, self.state.state_dict())
+        self.check_saved(saved)
         self.elements.free()
         self.state.load_state_dict(copy.deepcopy(dict(saved["state"])))
         self._report = cast(Report, copy.deepcopy(dict(saved["report"]))) if saved["report"] else None
 
     def restart(self, t: int, why: str, *, forget: bool = False) -> None:
-        """Drop a half-done calibration, or with `forget` all there was, and begin anew at or after step t.
+        """Discard a partial calibration and start again at or after step t.
 
-        A recalibration begins anew with the multipliers that it had; everything else where the schedule says.
+        A recalibration restarts at step t and keeps its multipliers. Anything else restarts as the schedule says.
+
+        Args:
+            t: the next step.
+            why: the warning.
+            forget: discard finished calibrations too.
         """
         self.elements.free()
         self.warn(why)

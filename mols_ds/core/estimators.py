@@ -1,6 +1,6 @@
-"""From summed statistics to signal-to-noise ratios, 95 % intervals and learning-rate multipliers.
+"""Compute signal-to-noise ratios, 95 % intervals and learning-rate multipliers from summed statistics.
 
-Pure functions of `GroupSums`: fed the same sums, every rank computes the same bits.
+Pure functions of `GroupSums`: the same sums give the same bits on every rank.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _T95 = (
 
 
 class Alpha(NamedTuple):
-    """A group's multiplier, whether a bound cut it, and its 95 % interval (NaN where unknown)."""
+    """A group's multiplier, whether a bound limits it, and its 95 % interval (NaN if unknown)."""
 
     alpha: float
     clamped: bool
@@ -38,9 +38,9 @@ class Alpha(NamedTuple):
 
 
 def estimate(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[str, float]:
-    """Every group's SNR_m, or for "damping" its mean effective signal step d_m in [0, 1]; NaN where no element counts.
+    """Compute SNR_m of every group, or for "damping" its mean effective signal step d_m in [0, 1].
 
-    shrink and floor are `sums.floor`: (K-3)/(K-1) and 1/K for K samples. N is the number of elements with s_i^2 > 0.
+    N is the number of elements with s_i^2 > 0. shrink and floor are `sums.floor`: (K-3)/(K-1) and 1/K for K samples.
 
       mean     (1/N) sum SNR_i                               corrected: shrink * mean - floor
       median   of SNR_i, exact to a bin of at most 1 %       corrected: shrink * median - floor (monotone in each SNR_i)
@@ -48,12 +48,20 @@ def estimate(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[st
       damping  (1/N) sum |mu_i| / sqrt(mu_i^2 + s_i^2)       corrected: (1/N) sum sqrt(c_i / (1 + c_i))
                                                              with c_i = max(0, shrink * SNR_i - floor)
 
-    Corrected `mean` and `pooled` are unbiased for Gaussian noise. Corrected `median` is not (the median of a skewed
-    distribution lies below its mean: pure noise reads -0.5/K), and corrected `damping` has the bias of the clamp.
-    Warns (`MolsWarning`) about elements whose statistics overflowed or are NaN: they are left out.
+    Corrected `mean` and `pooled` are unbiased for Gaussian noise. Corrected `median` is biased: the median of a skewed
+    distribution is below its mean (pure noise reads -0.5/K). Corrected `damping` has the bias of the clamp.
+    Elements with overflowed or NaN statistics are left out, with a `MolsWarning`.
+
+    Args:
+        sums: of all ranks.
+        estimator: one of `ESTIMATORS`.
+        correction: subtract the noise floor.
+
+    Returns:
+        group -> value; NaN for a group with N = 0.
 
     Raises:
-        MolsConfigError: an unknown estimator, or a correction of K <= 3 samples.
+        MolsConfigError: an unknown estimator, or a correction with K <= 3 samples.
     """
     if estimator not in ESTIMATORS:
         raise MolsConfigError(f"estimator={estimator!r} is not known: use one of {', '.join(ESTIMATORS)}")
@@ -79,25 +87,27 @@ def estimate(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[st
 
 
 def intervals(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[str, tuple[float, float]]:
-    """95 % intervals of `estimate`, from the spread between sample blocks; (NaN, NaN) with fewer than 2 blocks.
+    """Compute 95 % intervals of `estimate` from the spread between sample blocks.
 
-    Elements of one sample are correlated, so the number of elements says nothing about the error: samples are what is
-    independent. Each of the B blocks of L consecutive samples gives the estimator's value on every 127th element. The
-    half width is t(0.975, B - 1) * spread / sqrt(B), where the spread is
+    Elements of one sample are correlated; samples are independent. So the error comes from B blocks of L consecutive
+    samples, each with the estimator's value on every 127th element. The half width is
+    t(0.975, B - 1) * spread / sqrt(B), where spread is the standard deviation of
 
-      mean, pooled  of the blocks' plain values, relative to their mean. It is applied to what L samples would read,
-                    SNR + 1/L: that was seen to vary, while a corrected SNR may be near 0.
-      median        of the logarithm of the geometric mean, since blocks keep no histogram: noise that the elements
-                    share moves both by the same factor. Applied as a factor on SNR + 1/L.
-      damping       of the blocks' values, absolute (corrected with L's own floor where K's is): the error of |mu_i|/s_i
+      mean, pooled  the blocks' plain values, relative to their mean. Applied to SNR + 1/L, the expected reading of L
+                    samples: that value varies, while a corrected SNR may be near 0.
+      median        the logarithm of the blocks' geometric mean (blocks have no histogram): shared noise moves both by
+                    the same factor. Applied as a factor on SNR + 1/L.
+      damping       the blocks' values, absolute (corrected with the floor of L if K's is): |mu_i|/s_i has an error that
                     falls as 1/sqrt(K) for signal and noise alike.
 
-    They are rather too wide than too narrow. On synthetic gradients with K = 32, B = 4 and 12,700 elements, up to 81 %
-    of whose variance was common to all, they held the estimator's long-run value (its expectation for K samples) in
-    93 to 100 % of the runs, with half widths of 1 to 8 times 1.96 standard deviations where noise is shared, and more
-    where it is not: t(0.975, 3) is 3.2, a subsample has more element noise, and in pure noise the true error falls as
-    1/K, this one as 1/sqrt(K L). They cover sampling error (and in mode "online" the drift within the window), not the
-    bias named in `estimate`.
+    Intervals are conservative. Measured on synthetic gradients (K = 32, B = 4, 12,700 elements, up to 81 % of the
+    variance shared): 93 to 100 % of the intervals held the estimator's expectation for K samples. Half widths were 1 to
+    8 times 1.96 standard deviations with shared noise, and more without: t(0.975, 3) is 3.2, a subsample has more
+    element noise, and in pure noise the true error falls as 1/K, this one as 1/sqrt(K L). Intervals cover sampling
+    error (in mode "online" also drift within the window), not the bias of `estimate`.
+
+    Returns:
+        group -> (low, high); (NaN, NaN) with fewer than 2 blocks.
     """
     value = estimate(sums, estimator, correction)
     result = {group: (math.nan, math.nan) for group in sums.groups}
@@ -117,7 +127,7 @@ def intervals(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[s
             down, up = -math.expm1(-error), math.expm1(min(error, 700.0))
         else:
             middle = float(spread.mean())
-            down = up = error / middle if middle > 0 else 0.0  # 0 only where every mean is exactly 0, without spread
+            down = up = error / middle if middle > 0 else 0.0  # 0 only if every mean is exactly 0
         result[group] = (value[group] - level * down * unit, value[group] + level * up * unit)
     return result
 
@@ -131,21 +141,25 @@ def compute_alphas(
     alpha_min: float | None,
     alpha_max: float | None,
 ) -> tuple[str, dict[str, Alpha]]:
-    """The resolved reference and every group's multiplier: sqrt(SNR_ref / SNR_m), for "damping" d_ref / d_m (eq. 4).
+    """Compute every group's multiplier: sqrt(SNR_ref / SNR_m), or d_ref / d_m for "damping" (eq. 4 of the paper).
+
+    Alpha is 1 for the reference, for groups that are not scaled (`other`) and for groups with no counted element. A
+    value <= 0 means no signal above the noise floor and gives alpha_max, clamped.
 
     Args:
-        reference: a group of `sums.groups`; or a group type whose layers are groups ("vo" for "vo.0", "vo.1", ...):
-            their union is the reference; or "max": the scaled group with the largest value.
-        alpha_min, alpha_max: bounds of all but the reference, or None. Hitting one sets `clamped`.
+        sums: of all ranks.
+        estimator, correction: as in `estimate`.
+        reference: a group of `sums.groups`; or a group type whose layers are groups ("vo" for "vo.0", "vo.1", ...),
+            which means their union; or "max", the scaled group with the largest value.
+        alpha_min, alpha_max: bounds for all groups but the reference, or None.
 
-    The reference, groups that are not scaled (`other`) and groups without a counted element have alpha 1. A value <= 0,
-    no signal above the noise floor, gives alpha_max, clamped. `low` and `high` are of the multiplier after the bounds,
-    from the `intervals` of both groups taken as independent (batch noise that they share makes that too wide, not too
-    narrow); NaN where there are no intervals.
+    Returns:
+        (reference, group -> `Alpha`). `low` and `high` apply after the bounds. They treat both groups' `intervals` as
+        independent; shared batch noise makes that too wide, not too narrow.
 
     Raises:
         MolsConfigError: the reference has no elements; the message names the groups that exist.
-        MolsError: the reference's value is <= 0 or undefined, or a group's value is <= 0 and there is no alpha_max.
+        MolsError: the reference's value is <= 0 or NaN, or a group's value is <= 0 without alpha_max.
     """
     values, bounds = estimate(sums, estimator, correction), intervals(sums, estimator, correction)
     name = _largest(values) if reference == "max" else reference
@@ -175,9 +189,9 @@ def compute_alphas(
 
 
 def histogram_median(histogram: Tensor) -> float:
-    """The median (mean of the two middle values) of what a 1-D histogram of `N_BINS` bins counted, by interpolation.
+    """Compute the median (mean of the two middle values) of a 1-D histogram with `N_BINS` bins, by interpolation.
 
-    In the two open bins it is their finite edge, 9e-10 or 1e9. NaN for an empty histogram.
+    The two open bins give their finite edge, 9e-10 or 1e9. NaN for an empty histogram.
     """
     cumulative = histogram.cumsum(0)
     total = int(cumulative[-1])
@@ -208,7 +222,7 @@ def _floor(sums: GroupSums, correction: bool) -> tuple[float, float]:
 
 
 def _level(value: float, sums: GroupSums, estimator: Estimator, correction: bool) -> tuple[float, float]:
-    """What a relative error applies to, corrected SNR + 1/L, and what one unit of corrected SNR is in `value`."""
+    """Return (corrected SNR + 1/L, which a relative error applies to; one unit of corrected SNR in `value`)."""
     shrink, floor = sums.floor
     unit = 1.0 if correction or estimator == "pooled" or shrink <= 0 else 1.0 / shrink
     corrected = value if correction else value / unit - floor
@@ -216,7 +230,7 @@ def _level(value: float, sums: GroupSums, estimator: Estimator, correction: bool
 
 
 def _block_values(table: Tensor, estimator: Estimator, correction: bool) -> Tensor:
-    """The value of each block, (B,), from its sums (B, len(BLOCK_COLUMNS)); for "median" the mean logarithm."""
+    """Return the value of each block, (B,), from (B, len(BLOCK_COLUMNS)) sums; for "median" the mean logarithm."""
     if estimator == "pooled":
         return table[:, BLOCK_COLUMN["mu2"]] / table[:, BLOCK_COLUMN["s2"]]
     damping = "damping_corrected" if correction else "damping"
@@ -227,9 +241,9 @@ def _block_values(table: Tensor, estimator: Estimator, correction: bool) -> Tens
 def _ratio(
     values: Mapping[str, float], bounds: Mapping[str, tuple[float, float]], reference: str, group: str, power: float
 ) -> tuple[float, float, float]:
-    """(value_ref / value_m) ** power and its 95 % interval, the logarithms' errors added in quadrature.
+    """Return (value_ref / value_m) ** power and its 95 % interval; adds the errors of the logarithms in quadrature.
 
-    Infinite where value_m <= 0, and an end is 0 or infinite where an interval reaches 0.
+    Infinite for value_m <= 0. An end is 0 or infinite where an interval reaches 0.
     """
     low, high = bounds[group]
     ref_low, ref_high = bounds[reference]
@@ -237,7 +251,7 @@ def _ratio(
     raw = (ref / value) ** power if value > 0 else math.inf
     if math.isnan(low) or math.isnan(ref_low):
         return raw, math.nan, math.nan
-    # Without signal the multiplier's low end is all that is known: the one of the interval's high end.
+    # No signal: only a lower end is known, from the high end of the group's interval.
     base = raw if value > 0 else (ref / high) ** power if high > 0 else math.inf
     below = math.hypot(_log(ref, ref_low), _log(high, value) if value > 0 else 0.0)
     above = math.hypot(_log(ref_high, ref), _log(value, low) if value > 0 else math.inf)
@@ -245,7 +259,7 @@ def _ratio(
 
 
 def _log(top: float, bottom: float) -> float:
-    """log(top / bottom) of top > 0; infinite where bottom <= 0."""
+    """log(top / bottom) for top > 0; infinite for bottom <= 0."""
     return math.log(top / bottom) if bottom > 0 else math.inf
 
 
@@ -254,7 +268,7 @@ def _exp(value: float) -> float:
 
 
 def _ranked(histogram: Tensor, cumulative: Tensor, rank: int) -> float:
-    """The value of the element at 0-based `rank` in ascending order, by geometric interpolation inside its bin."""
+    """Return the element at 0-based `rank` in ascending order, interpolated geometrically inside its bin."""
     index = int(torch.searchsorted(cumulative, torch.tensor(float(rank), dtype=cumulative.dtype), right=True))
     if index == 0:
         return bin_edge(0)

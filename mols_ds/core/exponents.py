@@ -1,9 +1,9 @@
-"""Powers of two that keep the squares of small and large gradients inside of fp32's range.
+"""Scale small and large gradients by powers of two, so that their squares stay in fp32's range.
 
-fp32 has no square of a number below 2.6e-23, rounds those of numbers below 1e-19, and none above 1.8e19 is finite. So
-accumulators keep a range of elements (a parameter) whose first gradient is beyond `ORDINARY` times a power of two that
-brings its largest element near 1. Multiplication by a power of two is exact: no result changes where nothing
-underflows.
+In fp32 the square of a number below 2.6e-23 is 0, below 1e-19 it is rounded coarsely, and above 1.8e19 it is infinite.
+If the first gradient of a range of elements (a parameter) is outside `UNSCALED`, accumulators hold the range times the
+power of two that brings its largest element near 1. That multiplication is exact: results change only where squares
+would underflow or overflow.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-ORDINARY = (2.0**-40, 2.0**40)
-"""Largest magnitudes of a range that is kept as it is: its squares have 2^46 to either side, and more."""
-MOST = 100
-"""The largest exponent: 2^127 is fp32's last power of two."""
+UNSCALED = (2.0**-40, 2.0**40)
+"""Largest magnitudes of a range without scaling: its squares are 2^46 or more inside fp32's range."""
+MAX_EXPONENT = 100
+"""Largest exponent: fp32's largest power of two is 2^127."""
 UNDECIDED = -(2**15)
 """In a saved state: every gradient of this range was zero so far."""
 
 
 class Exponents:
-    """Exponent of each range of the accumulators, decided at its first gradient that is not zero.
+    """Exponent of each range of the accumulators, decided at its first non-zero gradient.
 
     Args:
-        edges: where the ranges begin, ascending from 0, and the number of all elements.
+        edges: starts of the ranges, ascending from 0, then the number of all elements.
     """
 
     def __init__(self, edges: Sequence[int]) -> None:
@@ -36,7 +36,7 @@ class Exponents:
         self._of: dict[int, int] = {}
 
     def parts(self, offset: int, numel: int) -> Iterator[tuple[int, int, int]]:
-        """(begin, end, exponent) of elements [offset, offset + numel), cut where the exponent changes."""
+        """Yield (begin, end, exponent) of elements [offset, offset + numel), split where the exponent changes."""
         end = offset + numel
         if not self._of:
             yield offset, end, 0
@@ -51,9 +51,13 @@ class Exponents:
             begin, index = stop, index + 1
 
     def decide(self, mean: Tensor) -> list[tuple[int, int, int]]:
-        """Decide the ranges whose mean is not zero any more. Returns (begin, end, exponent) of those that are scaled.
+        """Decide the ranges whose mean is no longer zero.
 
-        mean: of all elements, before it is scaled; every undecided range was zero before this sample.
+        Args:
+            mean: of all elements, before scaling. Every undecided range was zero before this sample.
+
+        Returns:
+            (begin, end, exponent) of the ranges that are scaled.
         """
         waiting = [i for i in self.undecided if self.edges[i] < self.edges[i + 1]]
         if not waiting:
@@ -64,13 +68,13 @@ class Exponents:
         for index, largest in zip(waiting, torch.stack(ends).abs().amax(1).tolist(), strict=True):
             if largest == 0.0:
                 self.undecided.append(index)
-            elif math.isfinite(largest) and not ORDINARY[0] <= largest <= ORDINARY[1]:
-                self._of[index] = max(-MOST, min(MOST, -math.frexp(largest)[1]))
+            elif math.isfinite(largest) and not UNSCALED[0] <= largest <= UNSCALED[1]:
+                self._of[index] = max(-MAX_EXPONENT, min(MAX_EXPONENT, -math.frexp(largest)[1]))
                 found.append((self.edges[index], self.edges[index + 1], self._of[index]))
         return found
 
     def state(self) -> Tensor:
-        """One int16 a range: its exponent, or `UNDECIDED`."""
+        """Return one int16 per range: its exponent, or `UNDECIDED`."""
         exponents = torch.zeros(max(0, len(self.edges) - 1), dtype=torch.int16)
         for index, exponent in self._of.items():
             exponents[index] = exponent
@@ -78,14 +82,14 @@ class Exponents:
         return exponents
 
     def load(self, exponents: Tensor) -> None:
-        """Take over a `state` of equal ranges."""
+        """Load a `state` with the same ranges."""
         every = enumerate(exponents.tolist())
         of = {index: exponent for index, exponent in every if exponent != 0}
         self.undecided = [index for index, exponent in of.items() if exponent == UNDECIDED]
         self._of = {index: exponent for index, exponent in of.items() if exponent != UNDECIDED}
 
     def load_nothing(self, mean: Tensor, m2: Tensor) -> None:
-        """Take over a state of a release without exponents: what moved so far is kept as it is."""
+        """Load a state of a release without exponents. Ranges that have moved stay unscaled."""
         self._of, edges = {}, self.edges
         self.undecided = [
             i for i in range(max(0, len(edges) - 1))

@@ -1,6 +1,6 @@
-"""Files on machines that several users share: written whole or not at all, and never through a link of somebody else.
+"""Write files on machines that several users share: atomically, and never through another user's link.
 
-A name that is made beside a file is random and made new (O_EXCL): nobody can have put a link there.
+A temporary name is random and created with O_EXCL, so nobody can plant a link there.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from mols_ds.errors import MolsConfigError
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
-    """Put `content` (text, bytes, or a function that fills the file it is given) at `path` in one move.
+    """Write `content` (text, bytes, or a function that fills the file) to `path` atomically.
 
-    A reader sees the old file or the new one, also after a power cut. A link at `path` is replaced, not followed.
-    Nothing is left behind where writing fails.
+    A reader sees the old file or the new one, even after a power cut. Replaces a link at `path`. Leaves no temporary
+    file after an error.
 
-    Raises OSError, and whatever the function raises.
+    Raises:
+        OSError: or any exception of the function.
     """
     beside = name_beside(path)
     os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -37,9 +38,10 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], object]) -> 
 
 
 def append(path: Path, text: str) -> None:
-    """Add `text` to the end of a file, which is made if need be.
+    """Append text to a file. Creates it if needed.
 
-    Raises OSError, also where `path` is a link or no regular file (a pipe without a reader would be waited for).
+    Raises:
+        OSError: also where `path` is a link or not a regular file (opening a pipe without a reader would block).
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     with open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
@@ -49,15 +51,12 @@ def append(path: Path, text: str) -> None:
 
 
 def name_beside(path: Path) -> Path:
-    """A name in the folder of `path` that nobody can foresee; `.NAME.*.tmp`."""
+    """Return an unpredictable name in the folder of `path`: `.NAME.*.tmp`."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def empty_folder(path: Path) -> None:
-    """Make an empty folder at `path`, in the place of whatever is there. A link is removed, not followed.
-
-    Raises OSError.
-    """
+    """Make an empty folder at `path`, replacing what exists. Removes a link, does not follow it. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink() or path.is_file():
         path.unlink()
@@ -66,8 +65,8 @@ def empty_folder(path: Path) -> None:
 
 
 def make_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Have `build` fill an empty folder, then move it to `folder`. Call it under a lock: removes what a killed process
-    left of an earlier try. Raises OSError, and whatever `build` raises."""
+    """Let `build` fill a new folder, then rename it to `folder`. Call it under a lock: it removes leftovers of a killed
+    process. Raises OSError, or any exception of `build`."""
     for left in folder.parent.glob(f".{folder.name}.*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
     beside = name_beside(folder)
@@ -77,7 +76,7 @@ def make_once(folder: Path, build: Callable[[Path], None]) -> None:
 
 
 def synchronize(path: Path) -> None:
-    """Have the system bring a file's, or a folder's, content to the disk."""
+    """Flush a file or a folder to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,14 +85,14 @@ def synchronize(path: Path) -> None:
 
 
 def read_text(path: str | os.PathLike[str], where: str) -> str:
-    """The text of a regular file.
+    """Read a regular UTF-8 text file.
 
     Args:
         path: the file.
-        where: what it is to the user, such as "config ds.json"; begins the message.
+        where: its name for the user, such as "config ds.json"; the message starts with it.
 
     Raises:
-        MolsConfigError: it is missing, a folder, a pipe or a device, cannot be read, or is not UTF-8.
+        MolsConfigError: missing, a folder, a pipe or a device, unreadable, or not UTF-8.
     """
     try:
         mode = os.stat(path).st_mode
@@ -103,5 +102,5 @@ def read_text(path: str | os.PathLike[str], where: str) -> str:
         raise MolsConfigError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise MolsConfigError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
-    what = "it is a folder" if stat.S_ISDIR(mode) else "it is no regular file (a pipe or a device)"
+    what = "it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file (a pipe or a device)"
     raise MolsConfigError(f"{where}: {what}; a file is needed")

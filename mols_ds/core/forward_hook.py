@@ -1,4 +1,4 @@
-"""A forward hook that does not travel with copies of the module."""
+"""A forward hook that copies of the module do not keep."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 
 class ForwardHook:
-    """Calls a bound method at each pass of the module; keeps its object neither alive nor, in a copy, reachable.
+    """Call a bound method at each forward pass of a module, through a weak reference.
 
-    `copy.deepcopy(module)` (an EMA, a reference model) would follow a bound method into the engine and its process
-    groups. What it gets is a hook that does nothing. The method's object is not held, since Megatron's DDP is never
-    collected (its hooks hold it through C++). torch.compile leaves the call out of its graphs.
+    `copy.deepcopy(module)` (an EMA, a reference model) would otherwise copy the engine and its process groups; the
+    copy gets a hook that does nothing. The reference is weak because Megatron's DDP is never collected: its hooks hold
+    it through C++. torch.compile leaves the call out of its graphs.
     """
 
     def __init__(self, method: Callable[..., None] | None) -> None:

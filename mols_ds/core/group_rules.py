@@ -1,38 +1,59 @@
-"""Ordered name rules and fused layouts of the model families of transformers 5.x (and plain nanoGPT-like models).
+"""The table of module groups: which weight of a transformers model (or a plain nanoGPT-like one) is in which group.
 
-A rule is tried on the canonical name of a parameter (wrapper prefixes and adapters taken off, see `canonical_name`);
-the first rule that matches decides. What no rule names is `other` if it is 1-D (norms, biases) and an error if it is
-a weight matrix. Biases are `other` also where their weight is `qk` or `vo`: the paper's groups are weight matrices.
+A rule is tried on the whole path of a parameter, its module's parents included (wrapper prefixes and adapters taken
+off, see `canonical_name`); the first rule that matches decides. What no rule names is `other` if it is a vector (norms,
+biases) and refused if it is a weight matrix: a leaf name alone, such as `out_proj`, says nothing.
 
-Decisions on weights that feed the keys and the values at once: they count as `vo`. That is the latent part of MLA's
-`kv_a_proj_with_mqa`, and `lora_A` of a fused QKV projection. Both carry the gradient of the value path, which is the
-larger one while attention is still flat.
+To add a family: one entry below, in the part that it belongs to, and one row in tests/engines/transformers/
+placements.py. `_rule(names, target)` looks at the last components of the path, `inside=` at the modules before them;
+`_under(names)` takes all that is inside a module; `families=` restricts an entry to a config's model_type.
+
+Decisions: biases are `other` also where their weight is `qk` or `vo`: the paper's groups are weight matrices. Output
+gates of attention scale the values' path: `vo`. Linear attention (GatedDeltaNet, KDA, lightning attention) has queries,
+keys and values; its decay and write strength are `other`. What the paper's groups do not name is `other`, that is
+measured and not scaled: state-space mixers (Mamba, RG-LRU, mLSTM, RWKV's time mixing, gated short convolutions) as a
+whole, convolutions, routers, the indexers of sparse attention (they learn from a loss of their own), relative
+positions, hyper-connections, the dense layer before an output layer, poolers.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+from mols_ds.core import group_layouts as fused
+from mols_ds.core.group_layouts import LayoutError, Pattern, PatternOf, config_value, text_config, whole
 from mols_ds.core.layout import ElementLayout
+from mols_ds.core.param_names import CanonicalName, canonical_name, strip_wrappers
 from mols_ds.errors import MolsConfigError
 
-Pattern = tuple[tuple[int, str], ...]
-"""(number of output features, group), in order; repeats over the output features of the parameter."""
+__all__ = [
+    "PRESETS",
+    "TOWERS",
+    "TOWER_NAMES",
+    "CanonicalName",
+    "Fused",
+    "Pattern",
+    "Rule",
+    "canonical_name",
+    "config_value",
+    "strip_wrappers",
+    "text_config",
+    "tower_of",
+]
 
 
 class Fused(NamedTuple):
     """The layout of a parameter whose output features belong to several groups.
 
-    pattern: (parameter name, number of output features, model config or None) -> pattern; raises MolsConfigError
-    when the config lacks what it needs or the features do not add up.
+    pattern: which output features are in which group, see `group_layouts`.
     long_axis: the output features are the longer of two dimensions (`Conv1D` stores them last, `nn.Linear` first);
     False: they are always dimension 0.
     """
 
-    pattern: Callable[[str, int, object | None], Pattern]
+    pattern: PatternOf
     long_axis: bool = False
 
     def layout(self, name: str, shape: tuple[int, ...], config: object | None, adapter: bool = False) -> ElementLayout:
@@ -40,7 +61,10 @@ class Fused(NamedTuple):
         if not shape:
             raise MolsConfigError(f"parameter {name!r} is a scalar, but its name says a fused projection; add a rule")
         axis = 1 if self.long_axis and not adapter and len(shape) == 2 and shape[1] > shape[0] else 0
-        pattern = self.pattern(name, shape[axis], config)
+        try:
+            pattern = self.pattern(name, shape[axis], config)
+        except LayoutError as error:
+            raise MolsConfigError(str(error)) from None
         inner = math.prod(shape[axis + 1 :])
         lengths = [length for length, _ in pattern]
         if inner == 0 or min(lengths) < 1 or shape[axis] % sum(lengths):
@@ -58,236 +82,304 @@ class Rule(NamedTuple):
     applies: Callable[[tuple[int, ...], object | None], bool] | None = None
 
 
-# ---------------------------------------------------------------------------------------------------- config access
+# ------------------------------------------------------------------------------------------------ how entries are made
 
 
-def config_value(config: object | None, *keys: str) -> Any:
-    """The first of `keys` that the config (object or mapping) has and that is not None, else None."""
-    for key in keys:
-        value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
-        if value is not None:
-            return value
-    return None
+def _rule(
+    names: str,
+    target: str | Fused,
+    applies: Callable[[tuple[int, ...], object | None], bool] | None = None,
+    *,
+    inside: str = "",
+    families: Sequence[str] = (),
+) -> Rule:
+    """A rule on the last components of the path, right behind the module `inside`; `x` or `x.weight`."""
+    before = rf"(?:^|\.)(?:{inside})\." if inside else r"(?:^|\.)"
+    return Rule(re.compile(rf"{before}(?:{names})(?:\.weight)?$"), target, _of(families) if families else applies)
 
 
-def text_config(config: object | None) -> object | None:
-    """The language model's part of a multi-modal config, else the config itself."""
-    inner = config_value(config, "text_config")
-    return config if inner is None else inner
+def _under(names: str, target: str = "other", *, families: Sequence[str] = ()) -> Rule:
+    """A rule on all that is inside a module of one of these names."""
+    return Rule(re.compile(rf"(?:^|\.)(?:{names})\."), target, _of(families) if families else None)
 
 
-def _need(name: str, config: object | None, *keys: str) -> int:
-    """An integer of the model's config; MolsConfigError naming the parameter and the key when it is not there."""
-    value = config_value(config, *keys)
-    if value is None:
-        state = "no model config was given" if config is None else f"the model's config has no {' / '.join(keys)}"
-        raise MolsConfigError(
-            f"parameter {name!r} is a fused projection whose layout needs {keys[0]!r}, but {state}; "
-            "give the model's config or add a rule for this parameter"
-        )
-    number = _whole(value, *keys)
-    if number < 1:
-        raise MolsConfigError(
-            f"parameter {name!r} is a fused projection, but the model's config says {keys[0]}={value!r}; "
-            "correct it or add a rule for this parameter"
-        )
-    return number
-
-
-def _whole(value: Any, *keys: str) -> int:
-    """The value of a config key as an integer; MolsConfigError naming the key where it is no number."""
-    try:
-        return int(value)
-    except (TypeError, ValueError, OverflowError):
-        raise MolsConfigError(
-            f"the model's config says {' / '.join(keys)}={value!r}, which is not a whole number; correct it"
-        ) from None
-
-
-def _checked(name: str, features: int, expected: int, pattern: Pattern) -> Pattern:
-    if features != expected:
-        raise MolsConfigError(
-            f"parameter {name!r} has {features} output features where the model's config says {expected}; "
-            "give the config of this model or add a rule for this parameter"
-        )
-    return pattern
-
-
-def _heads(name: str, config: object | None) -> tuple[int, int]:
-    """(number of attention heads, features of one head)."""
-    heads = _need(name, config, "num_attention_heads", "n_head")
-    explicit = config_value(config, "head_dim")
-    return heads, _whole(explicit, "head_dim") if explicit else _need(name, config, "hidden_size", "n_embd") // heads
-
-
-# ------------------------------------------------------------------------------------------------- fused projections
-
-
-def _thirds(name: str, features: int, config: object | None) -> Pattern:
-    """[q | k | v] one after the other, equal sizes: GPT-2's c_attn, nanoGPT, torch's MultiheadAttention."""
-    parts = 2 if "crossattention." in name else 3  # GPT-2's cross attention: [k | v], the query is q_attn
-    if features % parts:
-        raise MolsConfigError(
-            f"parameter {name!r} has {features} output features, which {parts} does not divide; add a rule for it"
-        )
-    size = features // parts
-    return ((parts - 1) * size, "qk"), (size, "vo")
-
-
-def _per_head(name: str, features: int, config: object | None) -> Pattern:
-    """[q | k | v] head by head: GPT-NeoX, BLOOM, the first Falcon."""
-    heads, size = _heads(name, config)
-    return _checked(name, features, 3 * heads * size, ((2 * size, "qk"), (size, "vo")))
-
-
-def _c_attn(name: str, features: int, config: object | None) -> Pattern:
-    if config_value(config, "model_type") != "gpt_bigcode":
-        return _thirds(name, features, config)
-    if not config_value(config, "multi_query"):
-        return _per_head(name, features, config)
-    heads, size = _heads(name, config)
-    return _checked(name, features, (heads + 2) * size, (((heads + 1) * size, "qk"), (size, "vo")))
-
-
-def _falcon(name: str, features: int, config: object | None) -> Pattern:
-    """Falcon: per key-value group [q.. | k | v] (new architecture), all q then k, v (multi-query), or per head."""
-    heads, size = _heads(name, config)
-    if config_value(config, "new_decoder_architecture"):
-        kv_heads = _need(name, config, "num_kv_heads")
-        queries = heads // kv_heads
-        pattern = (((queries + 1) * size, "qk"), (size, "vo"))
-        return _checked(name, features, kv_heads * (queries + 2) * size, pattern)
-    if config_value(config, "multi_query"):
-        return _checked(name, features, (heads + 2) * size, (((heads + 1) * size, "qk"), (size, "vo")))
-    return _per_head(name, features, config)
-
-
-def _phi3(name: str, features: int, config: object | None) -> Pattern:
-    """[all q | all k | all v] with grouped queries."""
-    heads, size = _heads(name, config)
-    kv_heads = _whole(config_value(config, "num_key_value_heads") or heads, "num_key_value_heads")
-    pattern = (((heads + kv_heads) * size, "qk"), (kv_heads * size, "vo"))
-    return _checked(name, features, (heads + 2 * kv_heads) * size, pattern)
-
-
-def _by_family(families: Mapping[str, Callable[[str, int, object | None], Pattern]]) -> Fused:
-    """A name that stands for different orders in different families: the config's model_type must be a known one."""
-
-    def pattern(name: str, features: int, config: object | None) -> Pattern:
-        family = families.get(str(config_value(config, "model_type")))
-        if family is None:
-            state = (
-                "no model config was given"
-                if config is None
-                else "the config's model_type is " + repr(config_value(config, "model_type"))
-            )
-            raise MolsConfigError(
-                f"parameter {name!r} is a fused projection whose order is known for model_type {', '.join(families)} "
-                f"only, but {state}; give the model's config or add a rule for this parameter"
-            )
-        return family(name, features, config)
-
-    return Fused(pattern)
-
-
-def _mla_kv_a(name: str, features: int, config: object | None) -> Pattern:
-    """DeepSeek MLA, down projection: the latent (keys and values) is `vo`, the rotary part of the key is `qk`."""
-    rank, rope = _need(name, config, "kv_lora_rank"), _need(name, config, "qk_rope_head_dim")
-    return _checked(name, features, rank + rope, ((rank, "vo"), (rope, "qk")))
-
-
-def _mla_kv_b(name: str, features: int, config: object | None) -> Pattern:
-    """DeepSeek MLA, up projection: head by head [key without rotary part | value]."""
-    heads = _need(name, config, "num_attention_heads")
-    key, value = _need(name, config, "qk_nope_head_dim"), _need(name, config, "v_head_dim")
-    return _checked(name, features, heads * (key + value), ((key, "qk"), (value, "vo")))
+def _of(families: Sequence[str]) -> Callable[[tuple[int, ...], object | None], bool]:
+    return lambda shape, config: config_value(config, "model_type") in families
 
 
 def _is_router(shape: tuple[int, ...], config: object | None) -> bool:
     """A weight called `gate` is a router only if it has one row per expert; it may be the gate of a gated MLP."""
-    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
     experts = config_value(config, *keys)
-    return experts is not None and len(shape) == 2 and shape[0] == _whole(experts, *keys)
+    counts = experts if isinstance(experts, list | tuple) else [experts]
+    return len(shape) == 2 and any(count is not None and shape[0] == whole(count, *keys) for count in counts)
 
 
-# -------------------------------------------------------------------------------------------------- the ordered rules
+# Modules, as parents in the path. An attention may hold its projections in a module of its own.
+_ATTENTION = (
+    r"(?:\w*_)?(?:(?:self|cross|co|x|enc|inter|intra|temporal|spatial|window)?_?attn|\w*attentions?|\w*Attention|self_att)"
+    r"(?:_layers?|_block)?(?:_?\d+)?(?:\.(?:self|attention|attn|output|self_attention|multihead_attn|\d+|qkv_proj|"
+    r"\w*_self_attn))*"
+)
+_MLP = (
+    r"(?:\w*_)?(?:mlps?|moe|feed_?forward\d?|ffns?|ff\d?|experts?|DenseReluDense|PositionwiseFeedForward)"
+    r"(?:_block|_layer|_in|_out|_macaron)?(?:\.(?:experts?|shared_experts?|expert_\d+|dense|ffn|mlp|w_in|net|ff|\d+))*"
+)
+_LAYER_ITSELF = r"\d+"  # layers.3 and the like; a PipelineModule numbers its layers
 
+_GRANITE_SPEECH = ("granite_speech", "granite_speech_plus", "granite_speech5_ctc", "granite_speech5_encoder")
 
-def _rule(names: str, target: str | Fused, applies: Callable[..., bool] | None = None) -> Rule:
-    """A rule on the last components of the name; the parameter may be called `x` or `x.weight`."""
-    return Rule(re.compile(rf"(?:^|\.)(?:{names})(?:\.weight)?$"), target, applies)
-
-
-_QUERY_KEY_VALUE = {
-    "gpt_neox": _per_head,
-    "gpt_neox_japanese": _per_head,
-    "persimmon": _per_head,
-    "bloom": _per_head,
-    "falcon": _falcon,
-}
-_QKV_PROJ = {"phi3": _phi3, "phi4_multimodal": _phi3}
-
-PRESETS: tuple[Rule, ...] = (
+_OTHER: tuple[Rule, ...] = (
     # Biases first: some are 2-D (one row per expert).
-    Rule(re.compile(r"(?:^|[._])bias$"), "other"),
+    Rule(re.compile(r"(?:^|[._])bias(?:es)?(?:\d+|_[a-z]\w*)?$"), "other"),
+    # A norm that is more than a vector (A.X K2's gated norm, adaptive norms).
+    _under(r"(?:\w+_)?(?:layer|rms|batch|group|ada)?_?norm(?:\d|_in|_out)?"),
+    # Routers and router MLPs.
+    _under(r"(?:\w*_)?routers?"),
+    _under(rf"(?:{_MLP})\.gate\.(?!weight$)\w+"),  # a gate that is a module of several layers
+    _rule(r"router|\w*_router|shared_expert_gate|shared_gate|wg|expert_gate|router_weights?", "other"),
+    Rule(re.compile(r"(?:^|\.)gate(?:\.weight)?$"), "other", _is_router),
+    _rule(r"mlp\.gate", "other", families=("inkling_text",)),  # it has rows for the shared experts too
+    # Indexers of sparse attention; DeepSeek-V4's pooling of keys and values.
+    _under(r"(?:\w*_)?indexer|scorer"),
+    _rule(r"compressor\.(?:gate_proj|position_bias)", "other"),
+    # Nemotron-H calls each kind of layer `mixer`: the attention and MLP layers are told by their weights' names.
+    _rule(r"q_proj|k_proj", "qk", inside="mixer"),
+    _rule(r"v_proj|o_proj", "vo", inside="mixer"),
+    _rule(r"(?:experts\.|shared_experts\.)?(?:up_proj|down_proj|gate_proj|gate_up_proj)", "mlp", inside="mixer"),
+    _rule(r"fc[12]_latent_proj", "mlp", inside="mixer"),
+    # State-space and recurrent mixers as a whole, and short convolutions that mix.
+    _under(r"mamba\w*|mixer|ssm|ssm_\w+|rg_lru|mlstm_layer|slstm_layer|lstm|\w+_lstm|gru|rnn|conv|conv_module"),
+    _rule(r"linear_x|linear_y|linear_out|conv_1d", "other", inside="temporal_block"),  # RecurrentGemma's RG-LRU block
+    _rule(r"\w+", "other", inside="attention", families=("rwkv",)),
+    _rule(r"time_mix_\w+", "other"),
+    _rule(r"linear", "other", inside=r"layers\.\d+", families=("zamba", "zamba2")),
+    # Decay, write strength and forget gates of linear attention.
+    _under(r"forget_gate"),
     _rule(
-        "wte|wpe|embed_tokens|embed_in|embed_positions|word_embeddings|position_embeddings|tok_embeddings|"
-        "token_embeddings?|position_embeddings?|tok_emb|pos_emb|token_emb|embeddings?",
+        r"a_proj|b_proj|f_proj|f_a_proj|f_b_proj|in_proj_a|in_proj_b|in_proj_ba|dt_proj|A_log|A|D",
+        "other",
+        inside=_ATTENTION,
+    ),
+    # Relative positions and the biases of attention's logits.
+    _rule(
+        r"\w*relative_(?:attention|pos|position|logits|k)\w*(?:\.\w+)?|rel_(?:pos|logits|embed|l2|attn_embed)\w*(?:\.\w+)?|"
+        r"emb_rel_[kv]|r|r_proj|r_kernel|linear_pos|seg_embed|pe_k|distance_embedding|pos_(?:key_|query_|q_)?proj|"
+        r"\w*position_bias\w*(?:\.\w+)*|sink_proj|\w*l2_clip\.scale",
+        "other",
+    ),
+    # Hyper-connections, residual mixing and per-layer inputs (DeepSeek-V4, Gemma 3n, Gemma 4, Inkling).
+    _under(r"\w+_hc|hc_head|altup|laurel"),
+    _rule(r"per_layer_\w+|altup_\w+(?:\.\d+)?|(?:attention|mlp)_input\.query", "other"),
+    # Dense layers before an output layer, poolers, projections of embeddings.
+    _rule(r"out|out_mid", "other", inside="encoder", families=_GRANITE_SPEECH),
+    _rule(
+        r"downsample\.reduction|upsample\.projection|\w*sequence_reduction|gru_rel_pos_linear|classifier\.linear_hidden|(?:head|projection_head)\.linear[12]|xpath_unitseq2_inner|inner2emb",
+        "other",
+    ),
+    _rule(r"dense", "other", families=("eurobert",)),
+    _under(r"pooler|\w+_pooler|transform|sequence_summary|\w+_summary"),
+    _rule(
+        r"(?:lm_head|classifier|classification_head|head|cls\.predictions|predictions|generator_predictions|"
+        r"projection_head)\.dense(?:_\d)?|pooler|pre_classifier|vocab_transform|embeddings_project|"
+        r"embedding_hidden_mapping_in|embedding_transformation|map_inputs_layer|patch_embedding_projection|entity_embedding_dense|embedding_projection|embeddings\.projection|eh_proj",
+        "other",
+    ),
+)
+
+_EMBEDDINGS: tuple[Rule, ...] = (
+    _rule(
+        r"wte|wpe|tok_emb|pos_emb|token_emb|pos_embed|(?:embed|word_embed|tokens_embed|positions_embed)(?!_out)(?:_\w+)?|"
+        r"\w*embeddings?(?:_\w*\d)?|\w*_emb|HashBucketCodepointEmbedder_\d|\w+_embeddings\.\d+|shared|embed_tokens\w*|embed_positions\w*|position_embeds?_layer",
         "embedding",
     ),
-    _rule("lm_head|embed_out|output_layer", "head"),
-    Rule(re.compile(r"^(?:model\.)?(?:output|head)\.weight$"), "head"),
-    # Routers.
-    _rule("router|router\\.\\w+|shared_expert_gate|wg", "other"),
-    _rule("gate", "other", _is_router),
-    # Fused projections.
-    _rule("c_attn", Fused(_c_attn, long_axis=True)),
-    _rule("query_key_value", _by_family(_QUERY_KEY_VALUE)),
-    _rule("qkv_proj", _by_family(_QKV_PROJ)),
-    _rule("kv_a_proj_with_mqa", Fused(_mla_kv_a)),
-    _rule("kv_b_proj", Fused(_mla_kv_b)),
-    _rule("in_proj_weight", Fused(_thirds)),
-    # Separate projections.
-    _rule("q_proj|k_proj|q_a_proj|q_b_proj|q_attn|wq|wk", "qk"),
-    _rule("v_proj|o_proj|out_proj|wv|wo", "vo"),
-    _rule(r"\w*(?:attn|attention)\.(?:query|key)", "qk"),
-    _rule(r"\w*(?:attn|attention)\.(?:value|c_proj|dense|proj)", "vo"),
-    # MLPs and experts (3-D `experts.gate_up_proj` and `experts.down_proj` since transformers 5).
-    _rule("gate_proj|up_proj|down_proj|gate_up_proj|c_fc|fc1|fc2|fc_in|fc_out|dense_h_to_4h|dense_4h_to_h", "mlp"),
-    _rule(r"w1|w2|w3|linear1|linear2|mlp\.c_proj|experts", "mlp"),
+    _rule(r"\w+_embed|\w+_embedder", "embedding", inside=r"(?:\w*_)?embeddings?"),
+    # Patches of an image, frames of a sound.
+    _rule(
+        r"proj|projection|patch_embeddings?|patch_projection|convolution|input_proj",
+        "embedding",
+        inside=r"(?:\w*_)?(?:patch_embed(?:dings?|der|ding)?|embed_patches)(?:\.\d+)?",
+    ),
+    _rule(r"patch_conv|patch_embed|patch_projection|embeddings\.proj|vision_embed_tokens", "embedding"),
+    _rule(
+        r"feature_projection(?:\.projection)?|subsampler\.dense_\d|embeddings\.register_tokens|subsampling\.linear|input_embeds_layers?(?:\.\d+)?|embeddings\.latents|"
+        r"position_embeddings\.weights\.\d|patch_embeddings\.(?:up|down)_proj",
+        "embedding",
+    ),
+    _rule(r"input_linear", "embedding", inside="encoder", families=_GRANITE_SPEECH),
+    _rule(r"w", "embedding", inside="transformer", families=("ctrl",)),
+    _rule(r"prompt_encoder\.[^.]+\.\w*embedding", "embedding"),  # peft's prompt tuning
 )
+
+_CONVOLUTIONS = (
+    _rule(r"subsampling\.layers\.\d+", "other"),
+    _under(r"convs\d?|convolutions?|conv_\w+|\w+_s?conv|\w+_convolution|short_conv\w*"),
+    _rule(r"\w*conv(?:olution)?s?(?:_?\d+d?\d*)?(?:_\w+)?|depthwise|pointwise", "other"),
+)
+
+_HEADS: tuple[Rule, ...] = (
+    _rule(
+        r"lm_head|embed_out|output_layer|output_projection|generator_lm_head|lm_loss|vocab_projector|ctc_head|"
+        r"codec_head|proj_out|logits_dense|unembedding_projection|qa_outputs|score|summary|v_head",
+        "head",
+    ),
+    _rule(r"(?:\w*\.)?(?:predictions|entity_predictions|lm_head|head)\.decoder|pred_layer\.proj|lm_heads\.\d+", "head"),
+    _rule(
+        r"(?:classifier|classification_head|cls_head|score)(?:\.(?:out_proj|summary|\d+|linear|linear_out|classifier))?|"
+        r"cls\.seq_relationship|distillation_classifier|cls_classifier|logits_proj",
+        "head",
+    ),
+    Rule(re.compile(r"^(?:model\.)?(?:output|head|decoder)\.weight$"), "head"),
+    _rule(r"lm_head\.out_proj", "head"),
+    _rule(r"proj", "head", families=("jev",)),
+)
+
+# The order of the rows of a fused query, key and value, by the config's model_type.
+_QUERY_KEY_VALUE = dict.fromkeys(("gpt_neox", "gpt_neox_japanese", "persimmon", "bloom"), fused.per_head)
+_QUERY_KEY_VALUE |= {"falcon": fused.falcon}
+_QKV_PROJ = {
+    "phi3": fused.grouped,
+    "phi4_multimodal": fused.grouped,
+    "minimax": fused.per_head,
+    "codegen": fused.codegen,
+}
+_QUERY_AND_GATE = ["qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp"]
+_QUERY_AND_GATE += ["qwen4_exp_text", "jev"]
+
+_FUSED: tuple[Rule, ...] = (
+    _rule("c_attn", Fused(fused.halves, long_axis=True), inside="crossattention"),  # GPT-2: the query is q_attn
+    _rule("c_attn", Fused(fused.c_attn, long_axis=True)),
+    _rule("query_key_value", Fused(fused.by_family(_QUERY_KEY_VALUE))),
+    _rule("qkv_proj", Fused(fused.by_family(_QKV_PROJ))),
+    _rule("qkv|Wqkv", Fused(fused.qkv), inside=_ATTENTION),
+    _rule("att_proj", Fused(fused.thirds), inside=_ATTENTION, families=("bark",)),
+    _rule("in_proj", Fused(fused.per_head), inside=_ATTENTION, families=("deberta",)),
+    _rule("in_proj_weight", Fused(fused.thirds)),
+    _rule("kv_a_proj_with_mqa", Fused(fused.mla_kv_a)),
+    _rule("kv_b_proj", Fused(fused.mla_kv_b)),
+    _rule("q_gate_proj", Fused(fused.mla_query_gate), inside=_ATTENTION, families=("axk2",)),
+    _rule("kv_proj|compressor.kv_proj", "vo", inside=_ATTENTION, families=("deepseek_v4",)),
+    _rule("kv_proj", Fused(fused.halves), inside=_ATTENTION, families=("jetmoe",)),
+    _rule("to_kv", Fused(fused.halves), inside=_ATTENTION),
+    _rule("q_proj", Fused(fused.query_gate), inside="self_attn", families=_QUERY_AND_GATE),
+    _rule("in_proj_qkvz", Fused(fused.delta_net_qkvz), inside="linear_attn"),
+    _rule("in_proj_qkv", Fused(fused.delta_net_qkv), inside="linear_attn"),
+)
+
+_MLPS: tuple[Rule, ...] = (
+    # JetMoe's mixture of attention heads: the experts of a self_attention are query and output projections.
+    _rule("input_linear", "qk", inside=r"self_attention\.experts", families=("jetmoe",)),
+    _rule("output_linear", "vo", inside=r"self_attention\.experts", families=("jetmoe",)),
+    # Experts are 3-D `experts.gate_up_proj` and `experts.down_proj` since transformers 5.
+    _rule(
+        r"gate_proj|up_proj|down_proj|gate_up_proj|c_fc|c_proj|fc1|fc2|fc_in|fc_out|dense_h_to_4h|dense_4h_to_h|"
+        r"w[123]|w_[01]|w_out|wi(?:_\d)?|wo|Wi|Wo|lin[12]|linear_?[12]|dense_?[12]|layer_[12]|input_linear|"
+        r"output_linear|in_proj|out_proj|proj_up|proj_down|proj_up_gate|intermediate(?:_dense)?|output(?:_dense)?|"
+        r"(?:intermediate|output)\.dense|pre_expert_proj|post_expert_proj|proj_(?:in|out)|fc[12]_latent_proj|linear_fc[12]|key|value|receptance|v1|\d+",
+        "mlp",
+        inside=_MLP,
+    ),
+    _rule(
+        r"fc1|fc2|fc_in|fc_out|linear1|linear2", "mlp", inside=_LAYER_ITSELF
+    ),  # BART, torch's TransformerEncoderLayer
+    _rule(
+        r"(?:intermediate|output|intermediate_query|output_query|layout_intermediate|layout_output|ffn|ffn_output|"
+        r"output\.bottleneck|bottleneck\.input)"
+        r"(?:\.dense)?",
+        "mlp",
+        inside=_LAYER_ITSELF,
+    ),  # BERT
+    _rule(
+        r"dense_h_to_4h|dense_4h_to_h|c_fc|gate_up_proj|up_proj|down_proj|gate_proj|w1|w2|w3",
+        "mlp",
+        inside=_LAYER_ITSELF,
+    ),
+    # What connects towers: two linear layers, under many names.
+    _rule(
+        r"(?:\w*_)?linear_?(?:fc)?[12]?|mlp\.\d+|fc[12]|proj|(?:down|up|gate)_proj",
+        "mlp",
+        inside=r"(?:\w*_)?(?:projector|connector|aligner|mergers?(?:_list)?|modality_projection|adapter)(?:\.\d+)?",
+    ),
+    _rule(r"gate_up_proj_adapter_list\.\d+\.\d+", "mlp", inside=_MLP),  # Zamba2's adapters of shared layers
+    _rule(r"adapter_modules\.\w+\.dense[12]", "mlp"),  # X-MOD
+    _rule(_MLP, "mlp"),
+)
+
+_ATTENTIONS: tuple[Rule, ...] = (
+    _rule(
+        r"(?:q_proj|k_proj|q_a_proj|q_b_proj|q_attn|wq|wk|wq_[ab]|Wq|Wk|query|key|q_lin|k_lin|query_proj|key_proj|"
+        r"project_[qk]|to_q|to_k|to_query|to_key|[qk]_head|(?:query|key)_global|layout_(?:query|key)|projection_(?:query|key)|linear_[qk]|"
+        r"query_key|[we]2[we]_query|q|k)(?:\.linear)?",
+        "qk",
+        inside=_ATTENTION,
+    ),
+    _rule(
+        r"(?:v_proj|o_proj|out_proj|wv|wo|Wv|Wo|value|c_proj|dense|proj|output|v_lin|out_lin|value_proj|project_v|"
+        r"attention_out|to_v|to_out|to_value|v_head|post_proj|value_global|layout_value|layout_output\.dense|"
+        r"output_projection\.(?:o_proj|gate_proj)|projection_value|linear_v|linear_out|"
+        r"o_a_proj|o_b_proj|v_proj_current|v_proj_delayed|projection|projection_layer|final_proj|v|o|"
+        r"gate_proj|g_proj|g_a_proj|g_b_proj|output_gate|in_proj_z|to_out\.\d)(?:\.linear)?",
+        "vo",
+        inside=_ATTENTION,
+    ),
+    _rule(r"linear_[qk]_adapter_list\.\d+\.\d+", "qk", inside=_ATTENTION),
+    _rule(r"linear_v_adapter_list\.\d+\.\d+", "vo", inside=_ATTENTION),
+    _rule(r"query|key_\w+", "qk", inside="adapter", families=("evolla",)),
+    _rule(r"value_\w+|out_proj", "vo", inside="adapter", families=("evolla",)),
+    _rule(r"q_proj|k_proj", "qk", inside=r"self_attn\.qkv_proj|temporal_block|" + _LAYER_ITSELF),
+    _rule(r"v_proj|o_proj", "vo", inside=r"temporal_block|" + _LAYER_ITSELF),
+)
+
+PRESETS: tuple[Rule, ...] = (*_OTHER, *_EMBEDDINGS, *_CONVOLUTIONS, *_HEADS, *_FUSED, *_MLPS, *_ATTENTIONS)
 """First match wins."""
 
+_FRONT = r"^(?:model\.|thinker\.|vlm\.|git\.)*"
 
-# ------------------------------------------------------------------------------------------- wrappers and adapters
-
-
-class CanonicalName(NamedTuple):
-    """name: the layer's own parameter name. adapter: None, "rows" (dimension 0 is the layer's output) or "shared"."""
-
-    name: str
-    adapter: str | None
-
-
-_PREFIX = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+")
-_ADAPTER = re.compile(
-    r"^(?P<layer>.+)\.(?P<kind>lora_A|lora_B|lora_E|lora_magnitude_vector|lora_embedding_A|lora_embedding_B|"
-    r"trainable_tokens_delta)\.[^.]+(?:\.(?P<leaf>weight|bias))?$"
+TOWERS: tuple[tuple[str, re.Pattern[str], tuple[str, ...]], ...] = tuple(
+    (tower, re.compile(rf"{_FRONT}(?:{names})(?=\.|$)"), families)
+    for tower, names, families in (
+        ("vision", r"encoder", ("vision-encoder-decoder", "pp_formulanet", "pix2struct")),
+        ("audio", r"encoder", ("speech-encoder-decoder", "granite_speech", "granite_speech_plus")),
+        (
+            "projector",
+            r"(?:encoder\.)?multi_modal_projector|mm_projector|projector|connector|aligner|\w+_aligner|"
+            r"\w+_connector|resampler_model|qformer|query_tokens|language_projection|enc_to_dec_proj|"
+            r"image_to_text_projection|vision_projection|visual_projection|text_projection|audio_projection|"
+            r"merger|vision_adapter|encoder_projector|embedding_proj_layer|high_res_vision_(?:neck|proj|alpha)",
+            (),
+        ),
+        (
+            "vision",
+            r"(?:encoder\.)?vision_tower|vision_model|visual|vision_encoder|image_tower|video_tower|video_model|"
+            r"image_encoder|image_model|img_processor|high_res_vision_model|vqmodel|visual_\w+|generation_\w+|"
+            r"embed_tokens_extend\.image_embed|vision_embed_tokens|patch_embed|image_newline",
+            (),
+        ),
+        (
+            "audio",
+            r"audio_tower|audio_model|audio_encoder|speech_encoder(?:_model)?|codec_model|depth_decoder|"
+            r"\w+_tokenizer_encoder|talker|token2wav|diffusion_head|flow_head|vocoder|audio_lm_head|"
+            r"embed_tokens_extend\.audio_embed|word_timestamp_\w+|audio_prompt_proj|audio_latent_proj|eos_head|"
+            r"loss_weighting|num_speakers_\w+|duration_delta_proj",
+            (),
+        ),
+        ("protein", r"protein_encoder", ()),
+        ("action", r"dit|embed_action_time|action_out_proj", ("pi0",)),
+        # Megatron-core's LLaVA and MIMO, Megatron-Bridge; "modality" is a submodule of MIMO with another name.
+        ("projector", r"sound_projection|embed_(?:vision|audio)|modality_submodules\.\w+\.\w+put_projections", ()),
+        ("vision", r"modality_submodules\.(?:images?|videos?|vision)", ()),
+        ("audio", r"sound_model|modality_submodules\.(?:audios?|sounds?|speech)", ()),
+        ("modality", r"modality_submodules\.\w+", ()),
+    )
 )
-_INNER = re.compile(r"\.(?:base_layer|_orig_mod|token_adapter|original_module|modules_to_save\.[^.]+)(?=\.|$)")
+"""(name of a tower of another modality, or of what connects towers; the modules it is made of; model_types it is one
+in, all without any). The groups of a tower carry its name (`vision.qk`) and are measured, not scaled, unless a rule
+asks for it."""
+TOWER_NAMES = tuple(dict.fromkeys(tower for tower, _, _ in TOWERS))
 
 
-def strip_wrappers(name: str) -> str:
-    """The name without the prefixes of DeepSpeed and DDP (`module.`), torch.compile and peft (`base_model.model.`)."""
-    return _PREFIX.sub("", name)
-
-
-def canonical_name(name: str) -> CanonicalName:
-    """The name that the rules are tried on: an adapter takes the group of the layer that it adapts (peft's LoRA, DoRA,
-    AdaLoRA, trainable tokens, modules_to_save)."""
-    stripped = strip_wrappers(name)
-    match = _ADAPTER.match(stripped)
-    if match is None:
-        return CanonicalName(_INNER.sub("", stripped), None)
-    kind = "rows" if match["kind"] in ("lora_B", "lora_magnitude_vector") else "shared"
-    return CanonicalName(f"{_INNER.sub('', match['layer'])}.{match['leaf'] or 'weight'}", kind)
+def tower_of(name: str, config: object | None = None) -> str | None:
+    """The tower that a canonical name is in; None for the model itself."""
+    family = str(config_value(config, "model_type"))
+    found = (tower for tower, regex, families in TOWERS if (not families or family in families) and regex.search(name))
+    return next(found, None)

@@ -1,10 +1,9 @@
-"""Per-group sums of per-element gradient statistics: what one small SUM all-reduce makes global.
+"""Per-group sums of per-element gradient statistics, made global by one small SUM all-reduce.
 
-Names follow arXiv 2605.05794: per element i, mu_i is the mean and s_i^2 the variance of its K gradient samples,
-SNR_i = mu_i^2 / s_i^2, and d_i = |mu_i| / sqrt(mu_i^2 + s_i^2) is the effective signal step of the paper's eq. 4.
-"Ratio" is the plain SNR_i, as measured. All sums are float64. Every column, histogram bin and block is additive over
-disjoint pieces of the element space, so the result does not depend on how many ranks the elements are spread over
-(counts and bins exactly, the other sums up to float64 rounding).
+Names follow arXiv 2605.05794. For element i, mu_i is the mean and s_i^2 the variance of its K gradient samples,
+SNR_i = mu_i^2 / s_i^2, and d_i = |mu_i| / sqrt(mu_i^2 + s_i^2) is the effective signal step of eq. 4. "Ratio" is the
+uncorrected SNR_i. All sums are float64 and additive over disjoint elements, so the result does not depend on the
+number of ranks (counts and bins exactly, other sums up to float64 rounding).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from mols_ds.core.layout import ElementLayout
 from mols_ds.errors import MolsConfigError, MolsError
 
 COLUMNS = (
-    "count",  # elements with s^2 > 0: the only ones that enter an estimator
+    "count",  # elements with s^2 > 0: only these enter an estimator
     "snr",
     "snr_squared",
     "mu2",
@@ -27,8 +26,8 @@ COLUMNS = (
     "damping",
     "damping_corrected",
     "never_moved",  # s^2 == 0 and mu == 0
-    "constant",  # s^2 == 0 and mu != 0 (also where the fp32 square is lost in underflow): excluded from the estimators
-    "moved_once",  # exactly one of the K samples was not zero; these are a part of "count"
+    "constant",  # s^2 == 0 and mu != 0, also where the fp32 square underflowed: not in the estimators
+    "moved_once",  # exactly one of K samples is non-zero; included in "count"
     "total",
 )
 COLUMN = {name: index for index, name in enumerate(COLUMNS)}
@@ -40,28 +39,30 @@ BINS_PER_OCTAVE = 70  # 2 ** (1 / 70) = 1.00995: the relative width of a bin, at
 OCTAVES = 30  # the bins cover SNR_i from 2 ** -30 (9e-10) to 2 ** 30 (1e9), with one bin below and one above
 N_EDGES = 2 * OCTAVES * BINS_PER_OCTAVE + 1
 N_BINS = N_EDGES + 1
-LOG_ERROR = 1e-6  # bins: far above the rounding of 70 * (log2 + 30), 1e-12, and far below a bin
+LOG_ERROR = 1e-6  # bins: far above the rounding of 70 * (log2 + 30), which is 1e-12, and far below one bin
 
-# K * ratio of an element that one sample moved is 1 up to fp32 rounding: off by at most 9e-7 for K = 32, 9e-6 for
-# K = 2,048. Of the others, at most 2e-5 times the density of F(1, K-1) at 1 (0.24), one in 200,000, is taken for one.
+# For an element that moved in one sample, K * ratio is 1 up to fp32 rounding: 9e-7 for K = 32, 9e-6 for K = 2,048.
+# Of the other elements at most one in 200,000 is mistaken for one: 2e-5 times the density of F(1, K-1) at 1, 0.24.
 MOVED_ONCE_RTOL = 1e-5
 BLOCK_CHUNK = 1 << 17  # subsampled elements, of 17 M: about 25 MiB of float64 temporaries
-LOST = 2.0**-140  # of a sample's square: below, fp32's rounding is not small any more, see `_variance`
+LOST = 2.0**-140  # of a sample's square: below, fp32 rounds too coarsely, see `_variance`
 CHUNK = 65536  # elements: the float64 temporaries of one chunk stay in the last-level cache
 
 
 class NoiseFloor(NamedTuple):
-    """The correction of the plain ratio's bias: corrected SNR_i = shrink * ratio_i - floor."""
+    """Correction of the plain ratio's bias: corrected SNR_i = shrink * ratio_i - floor."""
 
     shrink: float
     floor: float
 
 
 def noise_floor(samples: int) -> NoiseFloor:
-    """The noise floor of K samples: ((K-3)/(K-1), 1/K), because K * ratio is noncentral-F(1, K-1) for Gaussian noise.
+    """Return the noise floor of K samples: ((K-3)/(K-1), 1/K). For Gaussian noise K * ratio is noncentral F(1, K-1).
 
-    Its expectation exists for K > 3 only. For K <= 3 shrink is 0, which `estimators` refuses to correct with.
-    Raises `MolsConfigError` for K < 1.
+    The expectation exists only for K > 3. For K <= 3 shrink is 0, and `estimators` refuses to correct.
+
+    Raises:
+        MolsConfigError: K < 1.
     """
     if samples < 1:
         raise MolsConfigError(f"samples={samples}: at least 1 gradient sample is needed for a noise floor")
@@ -69,26 +70,30 @@ def noise_floor(samples: int) -> NoiseFloor:
 
 
 def bin_edge(position: float) -> float:
-    """Edge number `position` (a fraction lies inside a bin, geometrically): 2 ** ((position + 1/2) / 70 - 30).
+    """Return edge number `position`: 2 ** ((position + 1/2) / 70 - 30). A fraction is inside a bin, geometrically.
 
-    Half a bin off the powers of two, because an element that moved in exactly one of K samples reads exactly 1/K: were
-    that an edge, rounding would decide its bin and the median would depend on the number of ranks.
+    Edges avoid powers of two by half a bin: an element that moved in one of K samples reads exactly 1/K. At an edge,
+    rounding would choose its bin, and the median would depend on the number of ranks.
     """
     return float(2.0 ** ((position + 0.5) / BINS_PER_OCTAVE - OCTAVES))
 
 
 def bin_edges() -> Tensor:
-    """The `N_EDGES` edges, float64 on the CPU: bin j holds edges[j-1] <= SNR_i < edges[j]. Same bits on every rank."""
+    """The `N_EDGES` edges, float64 on the CPU. Bin j holds edges[j-1] <= SNR_i < edges[j]. Same bits on every rank."""
     return torch.tensor([bin_edge(j) for j in range(N_EDGES)], dtype=torch.float64)
 
 
 def find_bins(ratio: Tensor) -> Tensor:
-    """The histogram's bin of each ratio, as `torch.bucketize(ratio, bin_edges(), right=True)` gives it, in a seventh.
+    """Return the bin of each ratio. Equals `torch.bucketize(ratio, bin_edges(), right=True)` in a seventh of its time.
 
-    A logarithm alone will not do: its last bit can depend on an element's place in a vector, hence an element's bin on
-    the number of ranks. It gives a bin that is right or one too low; a comparison with that bin's upper edge decides.
+    The last bit of a logarithm can depend on an element's place in a vector, and so on the number of ranks. So the
+    logarithm gives the right bin or one too low, and a comparison with that bin's upper edge decides.
 
-    ratio: 1-D float64 >= 0 without NaN, any device; infinity is in the last bin. Returns int64 of that shape.
+    Args:
+        ratio: 1-D float64 >= 0 without NaN, any device. Infinity is in the last bin.
+
+    Returns:
+        int64 of that shape.
     """
     position = ratio.log2().add_(OCTAVES).mul_(BINS_PER_OCTAVE).add_(0.5 - LOG_ERROR)
     bins = position.clamp_(0, N_EDGES).to(torch.int64)
@@ -99,12 +104,12 @@ class GroupSums:
     """Additive statistics of module groups.
 
     Attributes:
-        groups: the group keys, in the row order of every tensor here; the same on every rank.
-        floor: the noise floor that the corrected columns were made with.
+        groups: group names, in the row order of every tensor here; the same on every rank.
+        floor: noise floor of the corrected columns.
         table: float64 (G, len(COLUMNS)) on the CPU.
-        histogram: float64 (G, N_BINS) on the CPU: integer counts of the ratio SNR_i in logarithmic bins.
-        blocks: float64 (B, G, len(BLOCK_COLUMNS)) on the CPU, one table (`block_table`) per sample block.
-        block_length: consecutive samples a block.
+        histogram: float64 (G, N_BINS) on the CPU: counts of the ratio SNR_i in logarithmic bins.
+        blocks: float64 (B, G, len(BLOCK_COLUMNS)) on the CPU, one `block_table` per sample block.
+        block_length: samples per block.
     """
 
     def __init__(
@@ -116,7 +121,7 @@ class GroupSums:
         blocks: Tensor,
         block_length: int,
     ) -> None:
-        """Take over existing tensors; `zeros` makes new ones. Raises `MolsError` for a group listed twice."""
+        """Use existing tensors; `zeros` creates new ones. Raises `MolsError` for a duplicate group."""
         self.groups = tuple(groups)
         self.floor = floor
         self.table = table
@@ -129,7 +134,7 @@ class GroupSums:
 
     @classmethod
     def zeros(cls, groups: Sequence[str], floor: NoiseFloor, n_blocks: int = 0, block_length: int = 8) -> GroupSums:
-        """Empty sums for these groups and `n_blocks` blocks of `block_length` samples."""
+        """Create sums of zero for these groups and `n_blocks` blocks of `block_length` samples."""
         size, f64 = len(groups), torch.float64
         return cls(
             groups,
@@ -144,10 +149,11 @@ class GroupSums:
         """Add the elements of one group.
 
         Args:
+            group: one of `groups`.
             mean: mu_i, a float view with 1 or 2 dimensions, any stride, any device.
-            m2: of mean's shape, the sum of squared deviations (`Accumulators.m2`), **not** the variance m2 / (K - 1).
+            m2: shape of mean; the sum of squared deviations (`Accumulators.m2`), **not** the variance m2 / (K - 1).
             samples: K.
-            exponent: e where mean is 2^e times, m2 4^e times the truth.
+            exponent: e; mean holds 2^e times and m2 4^e times the true value.
 
         Raises:
             MolsConfigError: K < 2.
@@ -161,9 +167,9 @@ class GroupSums:
             self._accumulate(row, mu * mu, _variance(m2_c, samples, exponent), samples)
 
     def add_squares(self, group: str, mu2: Tensor, s2: Tensor) -> None:
-        """Add the elements of one group given as squares: plain mu_i^2 (noise included) and s_i^2, shapes as in `add`.
+        """Add elements given as squares: plain mu_i^2 (noise included) and s_i^2, shapes as in `add`.
 
-        For mode "moments" (`adam_moments`). Moved-once elements cannot be told from these and count as 0.
+        For mode "moments" (`adam_moments`). Squares cannot show moved-once elements; that count stays 0.
         """
         row = self._check(group, mu2, s2)
         for mu2_c, s2_c in _chunks(mu2, s2):
@@ -172,25 +178,25 @@ class GroupSums:
     def add_range(
         self, layout: ElementLayout, start: int, mean: Tensor, m2: Tensor, samples: int, exponent: int = 0
     ) -> None:
-        """Add elements [start, start + mean.numel()) of a layout; the tensors are 1-D, otherwise as in `add`."""
+        """Add elements [start, start + mean.numel()) of a layout. mean and m2 are 1-D; otherwise as `add`."""
         for (group, of_mean), (_, of_m2) in zip(layout.views(mean, start), layout.views(m2, start), strict=True):
             self.add(group, of_mean, of_m2, samples, exponent)
 
     def add_blocks(self, block_sums: Sequence[Tensor]) -> None:
-        """Add one rank's `Accumulators.block_sums`. Raises `MolsError` unless there are as many as this has blocks."""
+        """Add one rank's `Accumulators.block_sums`. Raises `MolsError` for another number of blocks."""
         if len(block_sums) != self.blocks.shape[0]:
-            raise MolsError(f"{len(block_sums)} sample blocks were added to sums of {self.blocks.shape[0]} blocks")
+            raise MolsError(f"cannot add {len(block_sums)} sample blocks to sums of {self.blocks.shape[0]} blocks")
         for mine, other in zip(self.blocks, block_sums, strict=True):
             mine += other
 
     def merge(self, other: GroupSums) -> None:
-        """Add the sums of a disjoint set of elements. Raises `MolsError` unless groups, floor and blocks are equal."""
+        """Add the sums of other elements. Raises `MolsError` if groups, floor or blocks differ."""
         if (self.groups, self.floor, self.block_length) != (other.groups, other.floor, other.block_length):
             raise MolsError("sums of different groups, noise floors or block lengths cannot be merged")
         self.load_packed(self.pack() + other.pack())
 
     def combined(self, members: Sequence[str], name: str) -> GroupSums:
-        """The sums of the union of some groups, as sums of one group called `name`."""
+        """Return the sums of the union of some groups, as one group called `name`."""
         rows = [self._row[member] for member in members]
         return GroupSums(
             (name,),
@@ -202,11 +208,11 @@ class GroupSums:
         )
 
     def pack(self) -> Tensor:
-        """Everything additive as one 1-D float64 CPU tensor for one SUM all-reduce: 213 kB for 6 groups, 32 blocks."""
+        """Flatten all sums into one 1-D float64 CPU tensor for a SUM all-reduce: 213 kB for 6 groups and 32 blocks."""
         return torch.cat([self.table.flatten(), self.histogram.flatten(), self.blocks.flatten()])
 
     def load_packed(self, packed: Tensor) -> None:
-        """Take over what `pack` gave and an all-reduce summed. Raises `MolsError` where the size does not fit."""
+        """Copy back a reduced `pack`. Raises `MolsError` for another size."""
         sizes = [self.table.numel(), self.histogram.numel(), self.blocks.numel()]
         if packed.numel() != sum(sizes):
             raise MolsError(f"packed sums have {packed.numel()} numbers, these groups and blocks need {sum(sizes)}")
@@ -215,12 +221,12 @@ class GroupSums:
             mine.copy_(piece.reshape(mine.shape))
 
     def column(self, name: str) -> dict[str, float]:
-        """One column of the table by its name in `COLUMNS`, per group."""
+        """One column of the table, per group. `name`: one of `COLUMNS`."""
         values = self.table[:, COLUMN[name]].tolist()
         return dict(zip(self.groups, values, strict=True))
 
     def not_finite(self) -> dict[str, float]:
-        """Per group the number of elements whose statistics overflowed or are NaN. They are in no estimator."""
+        """Number of elements per group with overflowed or NaN statistics. No estimator counts them."""
         seen = sum(self.table[:, COLUMN[name]] for name in ("count", "never_moved", "constant"))
         return dict(zip(self.groups, (self.table[:, COLUMN["total"]] - seen).tolist(), strict=True))
 
@@ -234,7 +240,7 @@ class GroupSums:
 
     @torch.no_grad()
     def _accumulate(self, row: int, mu2: Tensor, s2: Tensor, samples: int | None) -> None:
-        """Add one chunk of 1-D float64 (mu_i^2, s_i^2) to a row."""
+        """Add one chunk of 1-D float64 mu_i^2 and s_i^2 to a row."""
         total = mu2.numel()
         counted = (s2 > 0) & torch.isfinite(s2) & torch.isfinite(mu2)
         still = s2 == 0
@@ -261,17 +267,21 @@ class GroupSums:
 def block_table(
     mean: Tensor, m2: Tensor, samples: int, group_index: Tensor, n_groups: int, exponent: int = 0
 ) -> Tensor:
-    """Per-group sums of one sample block over the subsampled elements: float64 (n_groups, len(BLOCK_COLUMNS)), CPU.
+    """Sum one sample block over the subsampled elements.
 
     Args:
-        mean, m2: 1-D, the block's own mean and sum of squared deviations of the subsampled elements.
-        samples: the block's length L, at least 4; "damping_corrected" uses the noise floor of L samples.
+        mean, m2: 1-D; mean and sum of squared deviations of the subsampled elements within the block.
+        samples: block length L, at least 4; "damping_corrected" uses the noise floor of L samples.
         group_index: integer, 1-D of the same length: each element's row.
+        n_groups: rows of the result.
         exponent: as in `GroupSums.add`.
+
+    Returns:
+        float64 (n_groups, len(BLOCK_COLUMNS)) on the CPU.
     """
     table = torch.zeros(n_groups, len(BLOCK_COLUMNS), dtype=torch.float64, device=mean.device)
     floor = noise_floor(samples)
-    # In pieces: at once, the temporaries would be an eighth of the accumulators of all elements.
+    # In chunks: for all elements at once, the temporaries would take an eighth of the accumulators' memory.
     pieces = (torch.split(whole, BLOCK_CHUNK) for whole in (mean, m2, group_index))
     for mean_c, m2_c, index in zip(*pieces, strict=True):
         mu, s2 = _unscaled(mean_c, exponent), _variance(m2_c, samples, exponent)
@@ -280,7 +290,7 @@ def block_table(
         mu2 = mu * mu
         ratio = mu2 / s2
         damping, corrected = _dampings(mu2, s2, ratio, floor)
-        # mu = 0 with s^2 > 0 has no logarithm: the histogram's lowest edge stands for it.
+        # mu = 0 with s^2 > 0 has no logarithm: use the histogram's lowest edge.
         logs = ratio.clamp(min=2.0**-OCTAVES).log()
         values = torch.stack([torch.ones_like(ratio), ratio, mu2, s2, damping, corrected, logs], dim=1)
         table.index_add_(0, index, values)
@@ -294,10 +304,10 @@ def _unscaled(mean: Tensor, exponent: int) -> Tensor:
 
 
 def _variance(m2: Tensor, samples: int, exponent: int) -> Tensor:
-    """s_i^2, float64, of 4^exponent times the sums of squared deviations; 0 where fp32 has lost the squares.
+    """s_i^2 in float64, from 4^exponent times the sum of squared deviations; 0 where fp32 lost the squares.
 
-    Below its normal range fp32 rounds each square to a multiple of 2^-149: K of them are known to 0.1 % from K 2^-140
-    on.
+    Below its normal range fp32 rounds each square to a multiple of 2^-149. K squares are accurate to 0.1 % from
+    K 2^-140 on.
     """
     s2 = m2.to(torch.float64)
     if m2.dtype == torch.float32:
@@ -315,14 +325,14 @@ _UPPER_EDGES: dict[torch.device, Tensor] = {}
 
 
 def _upper_edges(device: torch.device) -> Tensor:
-    """Upper edge of every bin; of the last one NaN, which nothing compares with."""
+    """Upper edge of every bin; NaN for the last one, so that every comparison is false."""
     if device not in _UPPER_EDGES:
         _UPPER_EDGES[device] = torch.cat([bin_edges(), torch.full((1,), torch.nan, dtype=torch.float64)]).to(device)
     return _UPPER_EDGES[device]
 
 
 def _chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """1-D pieces of at most CHUNK elements of two equally shaped 1-D or 2-D views, in a fixed order."""
+    """Yield 1-D chunks of at most CHUNK elements from two 1-D or 2-D views of equal shape, in a fixed order."""
     if first.dim() == 1:
         for start in range(0, first.numel(), CHUNK):
             yield first[start : start + CHUNK], second[start : start + CHUNK]

@@ -1,31 +1,25 @@
 """Module groups: ordered name rules over a model's parameters, and the table of what they give.
 
-Groups are those of the paper (arXiv 2605.05794): embedding, head, qk, vo, mlp; all else is `other`. A user's rule can
-name further groups (identifiers); those whose name is `other` or starts with `other_` are measured but not scaled.
+Groups are those of the paper (arXiv 2605.05794): embedding, head, qk, vo, mlp; all else is `other`. The groups of a
+tower of another modality carry its name (`vision.qk`) and are measured, not scaled. A user's rule can ask for further
+groups (identifiers); those whose name is `other` or starts with `other_` are measured but not scaled.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import regex  # type: ignore[import-untyped]
 from torch import nn
 
-from mols_ds.core.group_rules import (
-    PRESETS,
-    CanonicalName,
-    Fused,
-    Rule,
-    canonical_name,
-    config_value,
-    strip_wrappers,
-    text_config,
-)
+from mols_ds.core.group_layouts import LayoutError, layer_config, tower_config
+from mols_ds.core.group_rules import PRESETS, TOWER_NAMES, Rule, canonical_name, config_value, strip_wrappers, tower_of
 from mols_ds.core.layout import GROUPS, SCALED_GROUPS, ElementLayout, Granularity, base_group, is_scaled
+from mols_ds.core.param_names import kind_of, kind_pattern, layer_match, layer_number
+from mols_ds.core.user_rules import AS_WEIGHT, UserRule, tower_group
 from mols_ds.errors import MolsConfigError
 
 __all__ = [
@@ -41,88 +35,56 @@ __all__ = [
     "group_table",
     "is_scaled",
     "order_groups",
+    "parameter_kinds",
 ]
 
-RULE_SECONDS = 5.0
-"""Longest search of a user's rule in one parameter name; an ordinary one takes microseconds."""
-RULE_SECONDS_IN_ALL = 60.0
-"""Longest search of a rule in the names of a whole model."""
-LONGEST_PATTERN = 10_000
-"""Characters of a rule's pattern: Python takes seconds to compile longer ones."""
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|decoder_layers)\.(\d+)(?=\.|$)")
-_ANY_INDEX = re.compile(r"(?:^|\.)(?<!experts\.)(\d+)(?=\.|$)")
+_BLOCK = re.compile(r"(?:^|\.)\w*(?:layers?|h|blocks?)\.\d+\.")
 
 
 def order_groups(keys: Iterable[str]) -> list[str]:
-    """Distinct keys ordered as GROUPS, then custom groups in order of appearance; layers of one group by index."""
+    """Distinct keys ordered as GROUPS, then others in order of appearance; layers of one group by index."""
     distinct = list(dict.fromkeys(keys))
     bases = list(dict.fromkeys([*GROUPS, *(base_group(key) for key in distinct)]))
-    return sorted(distinct, key=lambda key: (bases.index(base_group(key)), int(key.partition(".")[2] or -1)))
+
+    def place(key: str) -> tuple[int, int]:
+        base = base_group(key)
+        return bases.index(base), -1 if base == key else int(key.rpartition(".")[2])
+
+    return sorted(distinct, key=place)
 
 
-class _UserRule:
-    """A validated rule of the user, which remembers whether it matched and whether it decided."""
+class _Refused(NamedTuple):
+    """Parameters of one kind that are in no group. reason: what is wrong with them, None where no rule names them."""
 
-    def __init__(self, position: int, rule: Sequence[str]) -> None:
-        pair = isinstance(rule, Sequence) and not isinstance(rule, str) and len(rule) == 2
-        if not pair or not all(isinstance(part, str) for part in rule):
-            raise MolsConfigError(f'rules[{position}] is {rule!r}; a rule is ["regular expression", "group"]')
-        self.pattern, self.group = rule
-        if len(self.pattern) > LONGEST_PATTERN:
-            raise MolsConfigError(
-                f"rules[{position}]: a pattern of {len(self.pattern):,} characters; {LONGEST_PATTERN:,} are allowed"
-            )
-        try:
-            re.compile(self.pattern)
-            self.regex = regex.compile(self.pattern)
-        except (re.error, regex.error, RecursionError, OverflowError) as error:
-            why = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise MolsConfigError(
-                f"rules[{position}]: {self.pattern[:200]!r} is not a regular expression ({why}); correct the pattern"
-            ) from None
-        if not self.group.isidentifier() or self.group == "max":
-            raise MolsConfigError(
-                f"rules[{position}] ({self.pattern!r}): {self.group!r} is not a group name; allowed are "
-                f"{', '.join(GROUPS)} or an own name of letters, digits and underscores (not 'max')"
-            )
-        self.matched = self.decided = False
-        self.left = RULE_SECONDS_IN_ALL
-
-    def matches(self, names: Iterable[str]) -> bool:
-        """Raises MolsConfigError for a pattern that takes longer than RULE_SECONDS on one name, or as long in all as
-        RULE_SECONDS_IN_ALL."""
-        began = time.monotonic()
-        limit = min(RULE_SECONDS, max(self.left, 0.001))
-        try:
-            found = any(self.regex.search(name, timeout=limit) for name in names)
-        except TimeoutError:
-            what = f"{RULE_SECONDS:g} seconds on one parameter name"
-            if limit < RULE_SECONDS:
-                what = f"{RULE_SECONDS_IN_ALL:g} seconds on all parameter names"
-            raise MolsConfigError(
-                f"rules: {self.pattern!r} takes more than {what} (it repeats a repetition, such as (a|aa)+); "
-                "write it without"
-            ) from None
-        self.left -= time.monotonic() - began
-        self.matched |= found
-        return found
+    name: str
+    shape: tuple[int, ...]
+    reason: str | None
 
 
 class _Resolver:
-    """Finds the layout of each parameter: user rules, then presets, then the default for 1-D parameters."""
+    """Finds the layout of each parameter: user rules, then presets, then the default for vectors."""
 
-    def __init__(self, config: object | None, rules: Sequence[Sequence[str]] | None, presets: Sequence[Rule]) -> None:
-        self.config = text_config(config)
-        self.rules = [_UserRule(position, rule) for position, rule in enumerate(rules or ())]
+    def __init__(
+        self,
+        config: object | None,
+        rules: Sequence[Sequence[str]] | None,
+        presets: Sequence[Rule],
+        names: Iterable[str],
+    ) -> None:
+        """names: those of all parameters, also frozen ones. They tell whether a tower is beside a model or is it."""
+        self.config = config
+        self.rules = [UserRule(position, rule, TOWER_NAMES) for position, rule in enumerate(rules or ())]
         self.presets = presets
-        self.unmatched: list[str] = []
+        outside = (canonical for name in names if not tower_of(canonical := canonical_name(name).name, config))
+        self.has_towers = any(_BLOCK.search(name) for name in outside)
+        self.refused: dict[str, list[_Refused]] = {}
 
     def resolve(self, aliases: Sequence[str], shape: tuple[int, ...]) -> tuple[str, ElementLayout] | None:
-        """(the alias that decided, layout); None, and the name noted, for a weight that no rule matches.
+        """(the alias that decided, layout); None, and the reason noted, for a weight that is in no group.
 
         aliases: all names of one parameter (tied weights). With tied embeddings the name of the embedding decides.
         """
-        winner: tuple[str, _UserRule] | None = None
+        winner: tuple[str, UserRule] | None = None
         # Every rule is tried on, so that a shadowed rule is told from one that matches nothing.
         for rule in self.rules:
             for name in aliases:
@@ -130,52 +92,118 @@ class _Resolver:
                     winner = (name, rule)
         if winner is not None:
             winner[1].decided = True
-            return winner[0], ElementLayout.whole(winner[1].group)
-        found = [(name, layout) for name in aliases if (layout := self._preset(name, shape)) is not None]
-        if not found:
-            self.unmatched.append(f"{aliases[0]!r} of shape {list(shape)}")
+            if not winner[1].follows_table and winner[1].group != AS_WEIGHT:
+                return winner[0], ElementLayout.whole(winner[1].group)
+        try:
+            found = self._by_table(aliases, shape, winner)
+        except (MolsConfigError, LayoutError) as error:
+            self._refuse(aliases[0], shape, str(error))
             return None
-        return next((entry for entry in found if entry[1].groups == ("embedding",)), found[0])
+        if found is None:
+            self._refuse(aliases[0], shape, None)
+        return found
+
+    def _by_table(
+        self, aliases: Sequence[str], shape: tuple[int, ...], winner: tuple[str, UserRule] | None
+    ) -> tuple[str, ElementLayout] | None:
+        names = aliases
+        if winner is not None:
+            names = [winner[0]]
+            if winner[1].group == AS_WEIGHT:
+                names, shape = [re.sub(r"bias(\d*)$", r"weight\1", winner[0])], (*shape, 1)
+        found = [(name, layout) for name in names if (layout := self._preset(name, shape)) is not None]
+        if winner is not None and winner[1].follows_table:
+            return next(((name, winner[1].apply(layout)) for name, layout in found), None)
+        found = [(name, self._in_tower(name, layout)) for name, layout in found]
+        if not found:
+            # What the table does not know of a tower is not scaled, as all of it
+            known = next((name for name in names if self._tower(name) is not None), None)
+            return None if known is None or winner is not None else (known, ElementLayout.whole("other"))
+        embedding = next((entry for entry in found if entry[1].groups == ("embedding",)), None)
+        if embedding is None and len({layout for _, layout in found}) > 1:
+            groups = dict.fromkeys(group for _, layout in found for group in layout.groups)
+            raise MolsConfigError(
+                f"parameter {found[0][0]!r} is shared by modules of several groups ({', '.join(groups)}); add a rule"
+            )
+        return embedding or found[0]
+
+    def _tower(self, name: str) -> str | None:
+        return tower_of(canonical_name(name).name, self.config) if self.has_towers else None
+
+    def _in_tower(self, name: str, layout: ElementLayout) -> ElementLayout:
+        tower = self._tower(name)
+        return layout if tower is None else layout.relabel(lambda group: tower_group(tower, group))
 
     def _preset(self, name: str, shape: tuple[int, ...]) -> ElementLayout | None:
         canonical = canonical_name(name)
+        config = layer_config(tower_config(self.config, self._tower(name)), layer_number(canonical.name))
         for rule in self.presets:
-            if not rule.regex.search(canonical.name) or (rule.applies and not rule.applies(shape, self.config)):
+            if not rule.regex.search(canonical.name) or (rule.applies and not rule.applies(shape, config)):
                 continue
             if isinstance(rule.target, str):
-                return ElementLayout.whole(rule.target)
-            return self._fused(rule.target, name, canonical, shape)
-        return ElementLayout.whole("other") if len(shape) < 2 else None
+                return ElementLayout.whole(rule.target if len(shape) > 1 or canonical.adapter else "other")
+            if canonical.adapter == "shared":  # lora_A feeds queries, keys and values at once: see group_layouts
+                return ElementLayout.whole("vo")
+            if canonical.adapter == "mixed":
+                raise MolsConfigError(
+                    f"parameter {name!r} adapts a fused projection and follows none of its rows; add a rule"
+                )
+            return rule.target.layout(name, shape, config, adapter=canonical.adapter == "rows")
+        vector = math.prod(shape) == max(shape, default=1) and not canonical.name.endswith("weight")
+        return ElementLayout.whole("other") if len(shape) < 2 or vector else None
 
-    def _fused(self, fused: Fused, name: str, canonical: CanonicalName, shape: tuple[int, ...]) -> ElementLayout:
-        if canonical.adapter == "shared":  # lora_A feeds queries, keys and values at once: see presets
-            return ElementLayout.whole("vo")
-        return fused.layout(name, shape, self.config, adapter=canonical.adapter == "rows")
+    def _refuse(self, name: str, shape: tuple[int, ...], reason: str | None) -> None:
+        self.refused.setdefault(kind_of(name), []).append(_Refused(name, shape, reason))
 
     def finish(self) -> None:
-        """Raises MolsConfigError for weights that no rule matches and for user rules that decide nothing."""
-        if self.unmatched:
-            more = f" (and {len(self.unmatched) - 1} more weights)" if len(self.unmatched) > 1 else ""
-            raise MolsConfigError(
-                f'no rule matches parameter {self.unmatched[0]}{more}; add ["regular expression", "group"] to "rules", '
-                f"with a group of {', '.join(GROUPS)}"
-            )
+        """Raises MolsConfigError for weights that are in no group and for user rules that decide nothing."""
+        if self.refused:
+            raise MolsConfigError(_refusal(self.refused))
         for rule in self.rules:
-            if not rule.decided:
-                reason = (
-                    "matches only parameters that earlier rules took; move it before them or drop it"
-                    if rule.matched
-                    else "matches no trainable parameter; correct the pattern or drop the rule"
-                )
-                raise MolsConfigError(f"rule [{rule.pattern!r}, {rule.group!r}] {reason}")
+            rule.check_decided()
 
 
-def _layer_key(name: str) -> Callable[[str], str]:
+def _refusal(refused: Mapping[str, Sequence[_Refused]]) -> str:
+    """One line that names every kind of parameter in no group, with the rules to paste."""
+    unknown = [
+        f"{(kind if len(found) > 1 else found[0].name)!r} of shape {list(found[0].shape)}"
+        f"{f' ({len(found)} of them)' if len(found) > 1 else ''}"
+        for kind, found in refused.items()
+        if found[0].reason is None
+    ]
+    reasons = [found[0].reason for found in refused.values() if found[0].reason is not None]
+    parts = [f"no rule matches {', '.join(unknown)}"] if unknown else []
+    rules = json.dumps([[kind_pattern(found[0].name), "other"] for found in refused.values()])
+    return (
+        f'{"; ".join([*parts, *reasons])}; to go on without scaling them: "rules": {rules} (other: measured, not '
+        f"scaled; or give them one of {', '.join(SCALED_GROUPS)})"
+    )
+
+
+def layer_key(name: str) -> Callable[[str], str]:
     """group -> key of granularity "layer_type" for the parameter `name`."""
-    canonical = canonical_name(name).name
-    match = _LAYER.search(canonical) or _ANY_INDEX.search(canonical)
-    suffix = "" if match is None else f".{int(match[1])}"
+    number = layer_number(canonical_name(name).name)
+    suffix = "" if number is None else f".{number}"
     return lambda group: group + suffix if is_scaled(group) and group not in ("embedding", "head") else group
+
+
+def parameter_kinds(layouts: Mapping[str, ElementLayout]) -> dict[str, list[str]]:
+    """The parameters' names without their numbers -> their groups without layers; what a report keeps of the names.
+
+    The layer's number becomes `{layer}`, other numbers become `*`: `model.layers.{layer}.mlp.experts.*.w1.weight`.
+    Names that differ in numbers only and in groups (a user's rule for the first layer) stay as they are.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, layout in layouts.items():
+        layer = layer_match(name)
+        kind = name if layer is None else f"{name[: layer.start(1)]}{{layer}}{name[layer.end(1) :]}"
+        kind = re.sub(r"(?:^|(?<=\.))\d+(?=\.|$)", "*", kind)
+        found.setdefault(kind, {})[name] = list(dict.fromkeys(map(base_group, layout.groups)))
+    kinds: dict[str, list[str]] = {}
+    for kind, names in found.items():
+        groups = list(names.values())
+        kinds |= {kind: groups[0]} if groups.count(groups[0]) == len(groups) else names
+    return kinds
 
 
 def _build(
@@ -184,17 +212,19 @@ def _build(
     rules: Sequence[Sequence[str]] | None,
     granularity: str,
     presets: Sequence[Rule],
+    names: Iterable[str] | None = None,
 ) -> dict[str, ElementLayout]:
     """Layouts under the first name of each parameter; `parameters`: all names of a parameter -> its shape."""
     if granularity not in ("type", "layer_type"):
         raise MolsConfigError(f"granularity is {granularity!r}; allowed are 'type' and 'layer_type'")
-    resolver = _Resolver(model_config, rules, presets)
+    every = [name for aliases in parameters for name in aliases] if names is None else names
+    resolver = _Resolver(model_config, rules, presets, every)
     layouts: dict[str, ElementLayout] = {}
     for aliases, shape in parameters.items():
         resolved = resolver.resolve(aliases, tuple(int(size) for size in shape))
         if resolved is not None:
             name, layout = resolved
-            layouts[aliases[0]] = layout.relabel(_layer_key(name)) if granularity == "layer_type" else layout
+            layouts[aliases[0]] = layout.relabel(layer_key(name)) if granularity == "layer_type" else layout
     resolver.finish()
     return layouts
 
@@ -206,6 +236,7 @@ def build_layouts(
     granularity: Granularity = "type",
     *,
     presets: Sequence[Rule] = PRESETS,
+    names: Iterable[str] | None = None,
 ) -> dict[str, ElementLayout]:
     """The layout of each trainable parameter: which module group each of its elements belongs to.
 
@@ -217,6 +248,8 @@ def build_layouts(
         granularity: "type", or "layer_type", which appends the layer's index to the group ("qk.3"). Embedding, head,
             unscaled groups and parameters outside layers keep the plain name.
         presets: the built-in rules.
+        names: those of all parameters, also frozen ones; None: those of `shapes`. A model's towers of other modalities
+            are told by them.
 
     Returns:
         Parameter name -> layout, in the order of `shapes`.
@@ -225,7 +258,7 @@ def build_layouts(
         MolsConfigError: a weight (2-D or more) that no rule matches, a user rule that decides nothing, a bad pattern or
             group name, a fused parameter whose config is missing or does not fit, an unknown granularity.
     """
-    return _build({(name,): shape for name, shape in shapes.items()}, model_config, rules, granularity, presets)
+    return _build({(name,): shape for name, shape in shapes.items()}, model_config, rules, granularity, presets, names)
 
 
 class GroupRow(NamedTuple):
@@ -284,7 +317,9 @@ def group_table(
     """
     names: dict[int, list[str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    every: list[str] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        every.append(name)
         if not parameter.requires_grad:
             continue
         aliases = names.setdefault(id(parameter), [])
@@ -292,7 +327,7 @@ def group_table(
         if len(aliases) == 1:
             shapes[name] = tuple(int(size) for size in getattr(parameter, "ds_shape", parameter.shape))
     parameters = {tuple(aliases): shapes[aliases[0]] for aliases in names.values()}
-    return GroupTable(_build(parameters, _find_config(model), rules, granularity, PRESETS), shapes)
+    return GroupTable(_build(parameters, _find_config(model), rules, granularity, PRESETS, every), shapes)
 
 
 def _find_config(model: nn.Module) -> object | None:

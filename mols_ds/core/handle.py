@@ -1,4 +1,4 @@
-"""What users hold: `engine.mols`, `optimizer.mols`. One class for every engine, MoLS switched off included."""
+"""The handle of users: `engine.mols`, `optimizer.mols`. One class for every engine, also with MoLS off."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ if TYPE_CHECKING:
 
 
 class Handle:
-    """Reads the state of MoLS. As it is made here, MoLS is off (`"enabled": false`): the engine is exactly stock.
+    """Read the state of MoLS. This base class is the handle with MoLS off (`"enabled": false`): the engine is stock.
 
-    The sessions of the engines (`mols_ds.core.session.Session`) are handles with a controller behind them.
+    `mols_ds.core.session.Session` is the handle of an engine with MoLS.
     """
 
     _controller: Controller | None = None
 
     @property
     def phase(self) -> Phase:
-        """ "waiting", "calibrating", "ramping" or "fixed": the phase of the next step. "disabled" where MoLS is off."""
+        """Phase of the next step: "waiting", "calibrating", "ramping" or "fixed"; "disabled" if MoLS is off."""
         return "disabled" if self._controller is None else self._controller.phase
 
     @property
     def alphas(self) -> dict[str, float]:
-        """Module group -> multiplier after the ramp, the same on all ranks. Empty before the calibration has ended."""
+        """Module group -> multiplier after the ramp, the same on all ranks. Empty before the first calibration ends."""
         return {} if self._controller is None else self._controller.alphas
 
     @property
     def multipliers(self) -> dict[str, float]:
-        """Module group -> multiplier that the last optimizer step applied. Empty before the first step."""
+        """Module group -> multiplier of the last optimizer step. Empty before the first step."""
         return {} if self._controller is None else dict(self._controller.multipliers)
 
     @property
     def applied_lrs(self) -> dict[str, float]:
         """Module group -> learning rate of the last step.
 
-        Where a module group spans several parameter groups (weight decay or not), it is the rate of the one that holds
-        most of its elements, as far as this rank knows.
+        If a module group spans several parameter groups (weight decay or not), this is the rate of the parameter group
+        with most of its elements on this rank.
         """
         return {} if self._controller is None else dict(self._controller.applied_lrs)
 
@@ -49,20 +49,20 @@ class Handle:
 
     @property
     def accumulator_bytes(self) -> int:
-        """Bytes that this rank's accumulators take now; 0 outside a calibration."""
+        """Bytes of this rank's accumulators now; 0 outside a calibration."""
         return 0 if self._controller is None else self._controller.accumulator_bytes
 
     @property
     def steps(self) -> int:
-        """Optimizer steps so far, as "mols.start" and "mols.ramp_end" count them; 0 where MoLS is off."""
+        """Optimizer steps so far, as `start` and `ramp_end` count them; 0 if MoLS is off."""
         return 0
 
     def report(self) -> dict[str, Any]:
-        """The content of mols_report.json as a dict; empty before the alphas exist."""
+        """The content of mols_report.json as a dict; empty before the first calibration ends."""
         return {} if self._controller is None else self._controller.report()
 
     def resume_from(self, checkpoint_dir: str) -> None:
-        """Ask the next load for the accumulators of a half-done calibration. Only Megatron's needs to be asked."""
+        """Make the next load read the accumulators of a partial calibration. Only Megatron needs this call."""
 
     def detach(self) -> None:
-        """Undo the attachment: the engine steps as a stock one from here on."""
+        """Detach MoLS: from now on the engine runs as a stock one."""

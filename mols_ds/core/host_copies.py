@@ -1,4 +1,4 @@
-"""Copies of device tensors in the host's memory, chunk by chunk."""
+"""Copy device tensors to host memory, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 16 * 2**20
-"""Of one copy. Two of them are under way: the next chunk is copied while the last one is used."""
+"""Bytes per copy. Two buffers: the next chunk is copied while the previous one is used."""
 
 
 class HostCopies:
-    """Copies through two buffers that are kept: pinned and asynchronous where the tensor is on CUDA."""
+    """Copy through two reused buffers: pinned and asynchronous for CUDA tensors."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
 
     def chunks(self, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(offset, copy on the CPU) of a 1-D tensor. A copy lasts until the next is asked for.
+        """Yield (offset, copy on the CPU) of a 1-D tensor. A copy is valid until the next one is yielded.
 
-        Has waited for every copy when it ends, so that the tensor may change then.
+        All copies are complete when the iteration ends: the tensor may change then.
         """
         step = CHUNK_BYTES // tensor.element_size()
         last: tuple[int, Tensor, Callable[[], object]] | None = None
@@ -35,7 +35,7 @@ class HostCopies:
             yield last[:2]
 
     def _begin(self, chunk: Tensor, which: int) -> tuple[Tensor, Callable[[], object]]:
-        """(the copy, what waits for it)."""
+        """Return (copy, function that waits for it)."""
         if not self._buffers:
             self._buffers = [pinned(CHUNK_BYTES, chunk.device) for _ in range(2)]
         copy = self._buffers[which].view(chunk.dtype)[: chunk.numel()]
@@ -43,12 +43,12 @@ class HostCopies:
 
 
 def pinned(size: int, device: torch.device) -> Tensor:
-    """`size` bytes of the host's memory, page-locked where copies from this device need that to be asynchronous."""
+    """Allocate `size` bytes of host memory: page-locked for CUDA devices, where asynchronous copies need it."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def copy_async(source: Tensor, target: Tensor) -> Callable[[], object]:
-    """Begin a copy to the host. Returns what waits for it."""
+    """Start a copy to the host. Returns a function that waits for it."""
     if source.device.type != "cuda":
         target.copy_(source)
         return lambda: None

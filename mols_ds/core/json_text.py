@@ -1,4 +1,4 @@
-"""JSON that users and other programs wrote, as plain values that the rest of the code can walk through."""
+"""Read JSON of users and other programs as bounded plain values."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from mols_ds.errors import MolsConfigError, printable
 
 
 def read_json(path: str | os.PathLike[str], where: str) -> object:
-    """The content of a JSON file. Raises MolsConfigError, in one line that begins with `where`."""
+    """Read a JSON file. Raises MolsConfigError: one line that starts with `where`."""
     return parse_json(read_text(path, where), where)
 
 
 def parse_json(text: str, where: str, loads: Callable[..., object] = json.loads, *, once: bool = True) -> object:
-    """JSON text as plain values.
+    """Parse JSON text.
 
     Args:
         text: JSON, or what `loads` reads.
         where: begins the message.
         loads: `json.loads`, or that of a module with the same arguments.
-        once: refuse a key that stands there twice; otherwise the last one counts.
+        once: refuse a duplicate key; otherwise the last one counts.
 
     Raises:
-        MolsConfigError: not JSON, a key stands there twice, or `check_plain`; one line that begins with `where`.
+        MolsConfigError: not JSON, a duplicate key, or a limit of `check_plain`; one line that starts with `where`.
     """
     try:
         content = loads(text, object_pairs_hook=(lambda pairs: _once(pairs, where)) if once else dict)
@@ -44,5 +44,5 @@ def _once(pairs: list[tuple[str, object]], where: str) -> JsonObject:
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise MolsConfigError(f"{where}: key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+        raise MolsConfigError(f"{where}: key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
     return content

@@ -1,4 +1,4 @@
-"""Names for plain values as JSON and YAML files hold them."""
+"""Type names for plain values of JSON and YAML files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 JsonObject = dict[str, Any]
-"""A JSON object that may be changed: a config, a "mols" section, a report, a result file."""
+"""A mutable JSON object: a config, a "mols" section, a report, a result file."""
 JsonMapping = Mapping[str, Any]
-"""A JSON object that is only read."""
+"""A read-only JSON object."""

@@ -23,14 +23,16 @@ Granularity = Literal["type", "layer_type"]
 
 
 def base_group(key: str) -> str:
-    """The group of a key: "qk.3" (granularity "layer_type") -> "qk"; a plain group is itself."""
-    return key.partition(".")[0]
+    """The group of a key: "qk.3" (granularity "layer_type") -> "qk"; a plain group and "vision.qk" are themselves."""
+    base, _, last = key.rpartition(".")
+    return base if base and last.isdigit() else key
 
 
 def is_scaled(key: str) -> bool:
-    """Whether the learning rate of this group is scaled: all but `other` and groups that start with `other_`."""
+    """Whether the learning rate of this group is scaled: all but `other`, groups that start with `other_`, and those of
+    towers ("vision.qk")."""
     base = base_group(key)
-    return base != "other" and not base.startswith("other_")
+    return base != "other" and not base.startswith("other_") and "." not in base
 
 
 @dataclass(frozen=True, slots=True)

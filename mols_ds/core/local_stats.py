@@ -1,4 +1,4 @@
-"""The elements that one rank measures, their accumulators while a calibration runs, and their group sums."""
+"""The statistics of one rank: owned elements, accumulators during a calibration, group sums."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mols_ds.errors import MolsCheckpointError
 
 
 def group_index(owned: Sequence[ShardRange], layouts: Mapping[str, ElementLayout], groups: Sequence[str]) -> Tensor:
-    """Group number of every STRIDE-th owned element, for the between-sample blocks; 1-D uint8 (int16 past 255)."""
+    """Return the group number of every STRIDE-th owned element, for the sample blocks; 1-D uint8 (int16 past 255)."""
     number = {group: i for i, group in enumerate(groups)}
     dtype = torch.uint8 if len(groups) <= 255 else torch.int16
     size = sum(item.numel for item in owned)
@@ -39,9 +39,9 @@ def group_index(owned: Sequence[ShardRange], layouts: Mapping[str, ElementLayout
 
 
 class SavedStats(TypedDict):
-    """One rank's part of a half-done calibration, as checkpoints hold it.
+    """One rank's part of a partial calibration in a checkpoint.
 
-    owned: `ShardRange`s in the accumulators, as plain tuples. moments: `Accumulators.state_dict()`.
+    owned: `ShardRange`s of the accumulators, as plain tuples. moments: `Accumulators.state_dict()`.
     """
 
     owned: list[tuple[str, int, int, int]]
@@ -49,11 +49,11 @@ class SavedStats(TypedDict):
 
 
 class LocalStats:
-    """The elements that this rank owns, and their statistics; holds no tensor outside a calibration.
+    """The elements that this rank owns, and their statistics. Holds no tensor outside a calibration.
 
     Attributes:
-        ranges: of the owned elements in the accumulators, in the order of their offsets, without gaps.
-        accumulators: between the first sample and `free`, else None.
+        ranges: owned elements in the accumulators, ordered by offset, without gaps.
+        accumulators: None before the first sample and after `free`.
     """
 
     def __init__(
@@ -77,29 +77,29 @@ class LocalStats:
         return Accumulators(self.numel, device=self.device, group_index=index, n_groups=len(self.groups), edges=edges)
 
     def open(self) -> None:
-        """Begin one gradient sample; allocates the accumulators at the first one."""
+        """Begin a gradient sample. Allocates the accumulators for the first one."""
         if self.accumulators is None:
             self.accumulators = self._new()
         self.accumulators.open()
 
     def add(self, offset: int, gradient: Tensor, scale: float) -> None:
-        """Gradient of elements [offset, offset + numel) of the open sample, 1-D of any float dtype, times `scale`."""
+        """Add gradient * scale for elements [offset, offset + numel) of the open sample; 1-D, any float dtype."""
         assert self.accumulators is not None, "add outside open and close"
         self.accumulators.update(offset, gradient, scale)
 
     def close(self) -> None:
-        """End the open sample; every owned element must have been added exactly once."""
+        """End the open sample. Every owned element must have been added exactly once."""
         assert self.accumulators is not None, "close without open"
         self.accumulators.close()
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the accumulators."""
         if self.accumulators is not None:
             self.accumulators.free()
         self.accumulators = self._squares = None
 
     def segments(self) -> list[tuple[ElementLayout, int, int, int]]:
-        """(layout, start, offset, numel) of the owned elements; neighbours of one and the same group are merged."""
+        """(layout, start, offset, numel) of the owned elements; adjacent ranges of one group are merged."""
         merged: list[tuple[ElementLayout, int, int, int]] = []
         for item in self.ranges:
             layout = self.layouts[item.name]
@@ -113,7 +113,7 @@ class LocalStats:
         return merged
 
     def gradient_sums(self) -> GroupSums:
-        """This rank's group sums of the samples taken so far."""
+        """Return this rank's group sums of the samples so far."""
         measured = self.accumulators
         assert measured is not None
         blocks = measured.block_sums
@@ -125,19 +125,19 @@ class LocalStats:
         sums.add_blocks(blocks)
         return sums
 
-    # ------------------------------------------------------------------ mode "moments": Adam's own, no accumulators
+    # ------------------------------------------------------------------ mode "moments": Adam's state, no accumulators
 
     @property
     def has_squares(self) -> bool:
-        """Whether group sums of Adam's moments are being collected."""
+        """Whether sums of Adam's moments are open."""
         return self._squares is not None
 
     def open_squares(self, floor: NoiseFloor) -> None:
-        """Begin to collect group sums of Adam's moments."""
+        """Start group sums of Adam's moments."""
         self._squares = GroupSums.zeros(self.groups, floor)
 
     def add_squares(self, index: int, mu2: Tensor, s2: Tensor, at: int = 0) -> None:
-        """Plain mu_i^2 and s_i^2 of elements of range `index` from its `at`-th on, 1-D."""
+        """Add plain mu_i^2 and s_i^2 (1-D) of range `index`, from its element `at` on."""
         assert self._squares is not None
         item = self.ranges[index]
         layout = self.layouts[item.name]
@@ -147,25 +147,24 @@ class LocalStats:
             self._squares.add_squares(group, mean, spread)
 
     def take_squares(self) -> GroupSums:
-        """The collected sums of this rank; nothing is kept."""
+        """Return this rank's sums of Adam's moments and drop them here."""
         assert self._squares is not None
         sums, self._squares = self._squares, None
         return sums
 
-    # ------------------------------------------------------------------ state of a half-done calibration
+    # ------------------------------------------------------------------ state of a partial calibration
 
     def state_dict(self) -> SavedStats | None:
-        """This rank's accumulators and the ranges that they are of, as plain tuples; None without accumulators."""
+        """Return this rank's accumulators and their ranges as plain tuples; None without accumulators."""
         if self.accumulators is None:
             return None
         owned = [(name, start, offset, numel) for name, start, offset, numel in self.ranges]
         return SavedStats(owned=owned, moments=self.accumulators.state_dict())
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Put the accumulators back. Raises `MolsCheckpointError` where this rank owns other elements or what was saved
-        is no state of accumulators."""
+        """Load accumulators. Raises `MolsCheckpointError` for another state, or where this rank owns other elements."""
         if not isinstance(saved, Mapping) or not {"owned", "moments"} <= set(saved):
-            raise MolsCheckpointError("what was saved is no state of accumulators")
+            raise MolsCheckpointError("the saved state is not a state of accumulators")
         ranges = [saved["owned"]] if not isinstance(saved["owned"], Sequence) else saved["owned"]
         if [tuple(item) if isinstance(item, Sequence) else item for item in ranges] != self.ranges:
             raise MolsCheckpointError("the saved accumulators belong to other elements than this rank owns")

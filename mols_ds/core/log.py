@@ -1,4 +1,4 @@
-"""What both engines' adapters print and write down about the run. Engine-free."""
+"""Print messages of both engines' adapters; list package versions."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ LOG = logging.getLogger("mols_ds")
 
 
 def say(message: str) -> None:
-    """Log at INFO where a handler takes it, else print: the group table and the alphas are seen.
+    """Log at INFO if a handler accepts it, else print: users must see the group table and the alphas.
 
-    `logging.basicConfig()` leaves the level at WARNING, which would drop them. Who sets a level on the logger "mols_ds"
-    itself has decided. Never raises, like `tell`.
+    `logging.basicConfig()` leaves the level at WARNING, which would drop them. A level set on the logger "mols_ds" is
+    respected. Never raises, like `tell`.
     """
     if LOG.level != logging.NOTSET or (LOG.isEnabledFor(logging.INFO) and _taken()):
-        with contextlib.suppress(Exception):  # a handler of the user's
+        with contextlib.suppress(Exception):  # a user's handler may raise
             LOG.info("%s", printable_lines(message))
     else:
         tell(message)
 
 
 def tell(message: str, file: TextIO | None = None) -> None:
-    """Print lines at once; foreign text in them is made safe.
+    """Print lines at once and escape control characters.
 
-    Never raises: what one rank prints must not end it while the others wait (a closed pipe, a full disk).
+    Never raises (closed pipe, full disk): the other ranks would wait for this one.
 
     Args:
-        message: one line or several.
-        file: where to; stdout.
+        message: one or more lines.
+        file: the stream; None: stdout.
     """
     with contextlib.suppress(Exception):
         file = file or sys.stdout
@@ -44,31 +44,31 @@ def tell(message: str, file: TextIO | None = None) -> None:
         print(printable_lines(message).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
-class Aside:
-    """Calls what one rank writes beside training. What fails there is a warning, once for each thing: an exception
-    would leave the other ranks waiting in their next collective."""
+class GuardedWriter:
+    """Run writes of one rank beside training. Turns a failure into one warning per item: an exception would leave the
+    other ranks waiting in their next collective."""
 
     def __init__(self) -> None:
         self._failed: set[str] = set()
 
     def __call__(self, what: str, write: Callable[[], object]) -> bool:
-        """Whether `write` has written `what`, which the warning names."""
+        """Call `write`. Returns whether it succeeded; the warning names `what`."""
         try:
             write()
         except Exception as error:
             if what not in self._failed:
                 self._failed.add(what)
                 line = f"{type(error).__name__}: {error}"
-                warn_here(f"{what}: not written ({line}); training goes on", stacklevel=3)
+                warn_here(f"{what}: not written ({line}); training continues", stacklevel=3)
             return False
         return True
 
 
 def warn_here(message: str, stacklevel: int = 1) -> None:
-    """Warn as a `MolsWarning` on this rank alone. Never raises.
+    """Issue a `MolsWarning` on this rank alone. Never raises.
 
-    Where Python turns warnings into errors (-W error, PYTHONWARNINGS), the message is printed on stderr instead: the
-    other ranks, which do not warn, would wait for this one in their next collective.
+    If Python turns warnings into errors (-W error, PYTHONWARNINGS), prints on stderr instead: the other ranks do not
+    warn and would wait for this one in their next collective.
 
     Args:
         message: one line.
@@ -76,12 +76,12 @@ def warn_here(message: str, stacklevel: int = 1) -> None:
     """
     try:
         warnings.warn(message, MolsWarning, stacklevel=stacklevel + 1)
-    except Exception:  # the warning itself, or what shows it
+    except Exception:  # the warning itself, or a hook that shows it
         tell(f"MolsWarning: {printable(message)}", sys.stderr)
 
 
 def _taken() -> bool:
-    """Whether a handler of this logger, or of those above it, takes INFO."""
+    """Whether a handler of this logger or of a parent accepts INFO."""
     logger: logging.Logger | None = LOG
     while logger is not None:
         if any(handler.level <= logging.INFO for handler in logger.handlers):
@@ -91,7 +91,7 @@ def _taken() -> bool:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of what the numbers depend on, as far as it is installed."""
+    """Return the versions of Python, torch, this package and `packages`, if installed."""
     found = {"python": platform.python_version()}
     for package in ("mols-ds", "torch", *packages):
         try:

@@ -1,19 +1,20 @@
-"""Applies a learning-rate multiplier per module group around an optimizer's step.
+"""Apply a learning-rate multiplier per module group around an optimizer's step.
 
-Between torch's step hooks the optimizer sees temporary parameter groups with lr x multiplier; afterwards everything is
-put back, so that schedulers, logging and checkpoints see the base rate and the stock layout, and nothing can compound.
+Between torch's step hooks the optimizer has temporary parameter groups with lr x multiplier. Afterwards it has its own
+groups: schedulers, logging and checkpoints see the base rate and the stock layout, and nothing compounds.
+`torch.compile(optimizer.step)` does not trace the hooks: traced, they would not restore the groups.
 
-A tensor whose elements belong to several groups (a ZeRO flat shard, a fused projection) is stepped in one of two ways:
+A tensor with elements of several groups (a ZeRO flat shard, a fused projection) is stepped in one of two ways:
 - **views**: contiguous segments of equal multiplier become views of the weight, the gradient and the optimizer state.
-  No copy and no extra pass; bit for bit what an optimizer over separate tensors does. For elementwise optimizers only.
-- **delta**: a range is stepped with its largest multiplier `lead`, then w = w_old + (s / lead) * (w_new - w_old) on
-  the other ranges, with a transient copy of just those. Exact for every update that is proportional to lr (decoupled
-  weight decay included). For interleaved ranges (GPT-2's columns) and optimizers that look at whole tensors.
+  No copy, no extra pass, bit for bit equal to an optimizer over separate tensors. For elementwise optimizers only.
+- **delta**: a range is stepped with its largest multiplier `lead`. Then w = w_old + (s / lead) * (w_new - w_old) on its
+  other parts, from a temporary copy of just those. Exact for every update proportional to lr (decoupled weight decay
+  included). For interleaved ranges (GPT-2's columns) and optimizers that use whole tensors.
 
-An optimizer that is not known to find its tensors in `param_groups` alone never sees temporary groups: it takes its own
-step at the base rate, and every scaled range is corrected by delta with lead = 1. That costs a transient copy of them.
+An optimizer that may find tensors outside `param_groups` never gets temporary groups. It steps at the base rate, and
+delta with lead = 1 corrects every scaled range, from a temporary copy of all of them.
 
-Decoupled weight decay is lr x weight_decay x w, so it is multiplied too. Where it has to stay that of the base rate, a
+Decoupled weight decay is lr x weight_decay x w, so the multiplier scales it too. To keep the decay of the base rate, a
 temporary group has weight_decay / multiplier, and delta mixes the new weights with w_old (1 - lr x weight_decay).
 """
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mols_ds.core.groups import ElementLayout
+from mols_ds.core.layout import ElementLayout
 from mols_ds.core.pieces import gradient_of
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.state_slices import Sliced, align_counters, copied, sliceable, slices_of, write_back
@@ -35,31 +36,28 @@ from mols_ds.core.step_guard import StepGuard
 
 ParamGroup = dict[str, Any]
 MAX_SEGMENTS = 16
-"""A range with more segments than this is interleaved: views would be many and small, delta is cheaper."""
+"""A range with more segments is interleaved: delta is cheaper than many small views."""
 LONG_RUN = 1 << 18
-"""Elements. Where the optimizer may be stepped on views, segments that are this long on average stay views, however
-many they are: a copy of them would be large (Megatron's fused projections of models of 7B and more)."""
+"""Elements. Segments with at least this mean length become views (if the optimizer allows views), however many there
+are: a copy would be large (fused projections of Megatron models of 7B and more)."""
 
 
 class Segment(NamedTuple):
-    """Elements [lo, hi) of an inner tensor, with the groups in them: one, none (padding), or several (interleaved)."""
+    """Elements [lo, hi) of an inner tensor and their groups: one, none (padding), or several (interleaved)."""
 
     lo: int
     hi: int
     groups: tuple[str, ...]
 
     def rate(self, multipliers: Mapping[str, float]) -> float:
-        """What the range is stepped with: of several groups the largest, so that delta never magnifies rounding."""
+        """Multiplier of the step. The largest of several groups, so that delta never amplifies rounding."""
         if len(self.groups) == 1:
             return multipliers.get(self.groups[0], 1.0)
         return max((multipliers.get(group, 1.0) for group in self.groups), default=1.0)
 
 
 class InterleavedSegment(NamedTuple):
-    """A segment of several groups: elements [start, ...) of a parameter of this layout.
-
-    Those whose rate is not the largest are corrected by delta.
-    """
+    """Elements [start, ...) of a parameter with several groups. Delta corrects those without the largest multiplier."""
 
     segment: Segment
     start: int
@@ -68,7 +66,7 @@ class InterleavedSegment(NamedTuple):
 
 @dataclass(slots=True)
 class SegmentPlan:
-    """How one inner tensor is stepped: the segments cover it without gap or overlap."""
+    """How to step one inner tensor. The segments cover it without gap or overlap."""
 
     segments: list[Segment]
     interleaved: list[InterleavedSegment]
@@ -80,9 +78,10 @@ class SegmentPlan:
 def make_plan(
     numel: int, ranges: Iterable[ShardRange], layouts: Mapping[str, ElementLayout], *, elementwise: bool = False
 ) -> SegmentPlan:
-    """Cut a tensor of `numel` elements; what no range covers is padding and keeps the base rate.
+    """Cut a tensor of `numel` elements into segments. Elements in no range are padding and keep the base rate.
 
-    elementwise: whether its optimizer may be stepped on views, so that long segments are never interleaved.
+    Args:
+        elementwise: the optimizer may step views, so long segments are never interleaved.
     """
     segments: list[Segment] = []
     interleaved: list[InterleavedSegment] = []
@@ -111,16 +110,16 @@ def make_plan(
 
 
 def is_interleaved(layout: ElementLayout, numel: int, *, elementwise: bool) -> bool:
-    """Whether `numel` elements of a parameter are corrected by delta, group by group, and not cut into views."""
+    """Whether delta corrects `numel` elements of a parameter group by group, instead of views."""
     if len(layout.groups) == 1 or numel <= layout.period * MAX_SEGMENTS // 2:
         return False
     return not elementwise or layout.period < len(layout.pattern) * LONG_RUN
 
 
 class _Delta(NamedTuple):
-    """A range that is set to (1 - scale) x `old` + scale x what the step made of it.
+    """A range to set to (1 - scale) x `old` + scale x (its weights after the step).
 
-    old: the weights before the step, decayed at the base rate where the decay is not scaled.
+    old: weights before the step, decayed at the base rate where decay is not scaled.
     """
 
     view: Tensor
@@ -129,15 +128,15 @@ class _Delta(NamedTuple):
 
 
 class _Derived(NamedTuple):
-    """A parameter group, the temporary one that tells what its values become, and that one as it was made."""
+    """A parameter group, the temporary group that gives its new values, and that group's values before the step."""
 
     group: ParamGroup
-    told: ParamGroup
+    source: ParamGroup
     made: ParamGroup
 
     def write_back(self) -> None:
-        """Give the group, once, the values after the step. A tensor that was changed in place stays the same object."""
-        for key, value in self.told.items():
+        """Copy values that the step changed back to the group. A tensor changed in place stays the same object."""
+        for key, value in self.source.items():
             if key in ("lr", "params") or (key == "weight_decay" and value is self.made.get(key)):
                 continue
             old, in_place = self.group.get(key), value is self.made.get(key)
@@ -148,26 +147,25 @@ class _Derived(NamedTuple):
 
 
 class LRScaler:
-    """Scales the rates of `optimizer` by module group through its step hooks, from construction until `remove()`.
+    """Scale the learning rates of `optimizer` by module group, through step hooks, until `remove()`.
 
     Args:
-        optimizer: the inner optimizer, whose `.step()` the engine calls once or once per parameter group or sub-group.
-        plans: `id(tensor)` -> `SegmentPlan` of every tensor that the optimizer may be handed.
-        multipliers: called at each inner step; group -> multiplier (1 where absent).
-        elementwise: whether an element's update reads that element's weight, gradient and state only, so that the
-            optimizer may be stepped on views.
-        shared_counter: whether the optimizer counts a step on the last tensor of a list only, as DeepSpeed's fused ones
-            do (ops/adam/fused_adam.py).
-        groups_only: whether the optimizer's step finds its tensors in `param_groups` alone, so that it may see
-            temporary groups. Not given: as `elementwise`.
-        parallel_list: attribute that the optimizer zips with `param_groups`, an entry {"params": [None, ...]} for each
-            group; it is replaced for the step. "" = there is none.
-        unscaled_decay: None: weight decay is multiplied as the rate is. Else it stays that of the base rate, and this
-            is called before each scaled step; it raises where that cannot be (`mols_ds.optim.traits.check_unscaled`).
+        optimizer: the inner optimizer. The engine calls its `.step()` once, or once per parameter group or sub-group.
+        plans: `id(tensor)` -> `SegmentPlan`, for every tensor that the optimizer may get.
+        multipliers: called at each inner step; returns group -> multiplier (1 if absent).
+        elementwise: the update of an element reads only its own weight, gradient and state, so views may be stepped.
+        shared_counter: the optimizer counts a step only on the last tensor of a list, as DeepSpeed's fused ones do
+            (ops/adam/fused_adam.py).
+        groups_only: the step finds its tensors in `param_groups` alone, so it may get temporary groups. None: as
+            `elementwise`.
+        parallel_list: attribute that the optimizer zips with `param_groups`, with an entry {"params": [None, ...]} per
+            group; replaced during the step. "": none.
+        unscaled_decay: None: weight decay is scaled like the rate. Else it stays at the base rate, and this function
+            runs before each scaled step; it raises where that is impossible (`mols_ds.optim.traits.check_unscaled`).
 
     Attributes:
-        watching: whether scaled steps are compared before and after (see `StepGuard`).
-        problem: what the first such step that went wrong did, in words; "" = none.
+        watching: compare scaled steps before and after (`StepGuard`).
+        problem: message of the first wrong step; "": none.
     """
 
     def __init__(
@@ -205,15 +203,15 @@ class LRScaler:
         ]
 
     def remove(self) -> None:
-        """Take the hooks away; the optimizer is stock again."""
+        """Remove the hooks: the optimizer is stock again."""
         self.restore()
         for hook in self._hooks:
             hook.remove()
 
     def keep_order(self) -> None:
-        """Of all step hooks, be the last before the step and the first after it, whenever others were registered.
+        """Make our hooks the last before the step and the first after it, whatever hooks were registered since.
 
-        Hooks of the user's then see their own parameter groups with the base rate, and weights that are final.
+        User hooks then see their own parameter groups with the base rate, and final weights.
         """
         for hook, last in zip(self._hooks, (True, False), strict=True):
             hooks: Any = hook.hooks_dict_ref()
@@ -221,7 +219,7 @@ class LRScaler:
                 hooks.move_to_end(hook.id, last=last)
 
     def restore(self) -> None:
-        """Put the user's parameter groups back, also after a step that raised half-way."""
+        """Restore the user's parameter groups, also after a step that raised."""
         self._deltas, self._guard = [], None
         if self._saved is None:
             return
@@ -233,21 +231,22 @@ class LRScaler:
                 self.optimizer.state.pop(view, None)
         self._saved, self._saved_list, self._derived, self._slices = None, None, [], []
 
-    def take_unknown(self) -> list[Tensor]:
-        """Tensors that were stepped with a gradient and have no plan, each once: they get the base rate."""
+    def take_unplanned(self) -> list[Tensor]:
+        """Return the tensors stepped with a gradient but without a plan, each once. They keep the base rate."""
         taken, self._unknown = self._unknown, []
         return taken
 
-    def _note_unknown(self) -> None:
+    def _note_unplanned(self) -> None:
         for group in self.optimizer.param_groups:
             for tensor in group["params"]:
                 if id(tensor) not in self._known and tensor.grad is not None:
                     self._known.add(id(tensor))
                     self._unknown.append(tensor)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.restore()
-        self._note_unknown()
+        self._note_unplanned()
         multipliers = {g: m for g, m in self.multipliers().items() if m != 1.0}
         if not multipliers:
             return
@@ -262,7 +261,7 @@ class LRScaler:
                 self._guard = StepGuard(optimizer, self._own_groups)
 
     def _regroup(self, multipliers: Mapping[str, float]) -> None:
-        """Put temporary groups in the place of the optimizer's, one for each rate."""
+        """Replace the optimizer's groups by temporary ones, one per rate."""
         optimizer, saved = self.optimizer, self.optimizer.param_groups
         groups: list[ParamGroup] = []
         if self.shared_counter:
@@ -280,7 +279,7 @@ class LRScaler:
             setattr(optimizer, self.parallel_list, [{"params": [None] * len(group["params"])} for group in groups])
 
     def _remember(self, multipliers: Mapping[str, float]) -> None:
-        """Leave the optimizer's groups as they are, and remember the weights of every range that is scaled."""
+        """Keep the optimizer's groups and copy the weights of every scaled range."""
         for group in self.optimizer.param_groups:
             for tensor in group["params"]:
                 plan = self.plans.get(id(tensor))
@@ -290,7 +289,7 @@ class LRScaler:
     def _correct(
         self, tensor: Tensor, plan: SegmentPlan, multipliers: Mapping[str, float], decay: float | Tensor | None
     ) -> None:
-        """Remember the weights of every range of a tensor that is scaled; it is stepped at the base rate. Each once."""
+        """Copy the weights of every scaled range of a tensor that is stepped at the base rate."""
         if len(plan.segments) == 1 and not plan.interleaved:
             self._delta(tensor.detach(), plan.segments[0].rate(multipliers), decay)
             return
@@ -303,7 +302,7 @@ class LRScaler:
                 self._delta(view, multipliers.get(name, 1.0), decay)
 
     def _derive(self, group: ParamGroup, by_rate: Mapping[float, list[Tensor]]) -> list[ParamGroup]:
-        """Temporary groups of one group, each with copies of what a step may change in place (a counter, a list)."""
+        """Make temporary groups of one group. Copies values that a step may change in place (counters, lists)."""
         if not by_rate or set(by_rate) == {1.0}:
             return [group]
         kept = {key: value for key, value in group.items() if key != "params"}
@@ -314,16 +313,16 @@ class LRScaler:
         if self.unscaled_decay is not None and _decays(group):
             for rate, one in zip(by_rate, derived, strict=True):
                 one["weight_decay"] = group["weight_decay"] / rate
-        # An optimizer may count in groups with a gradient only: such a one tells what the group's values become.
+        # An optimizer may count only in groups with a gradient: take the group's new values from such a group.
         stepped = (one for one in derived if any(gradient_of(part) is not None for part in one["params"]))
-        told = next(stepped, derived[0])
-        self._derived.append(_Derived(group, told, dict(told)))
+        source = next(stepped, derived[0])
+        self._derived.append(_Derived(group, source, dict(source)))
         return derived
 
     def _cut(self, tensor: Tensor, group: ParamGroup, multipliers: Mapping[str, float]) -> list[tuple[float, Tensor]]:
-        """The (multiplier, tensor or view) pairs that stand in for `tensor` of this parameter group in this step."""
+        """Return (multiplier, tensor or view) pairs that replace `tensor` of this parameter group in this step."""
         plan = self.plans.get(id(tensor))
-        if plan is None or not plan.segments:  # not ours, or no element
+        if plan is None or not plan.segments:  # not a model tensor, or empty
             return [(1.0, tensor)]
         if len(plan.segments) == 1 and not plan.interleaved:
             return [(plan.segments[0].rate(multipliers), tensor)]
@@ -351,7 +350,7 @@ class LRScaler:
             self._deltas.append(_Delta(view, old, scale))
 
     def _base_decay(self, tensor: Tensor, group: ParamGroup) -> float | Tensor | None:
-        """What the step takes off each weight at the base rate, as a share; None where decay is scaled or is none."""
+        """Share of each weight that the step removes at the base rate; None if decay is scaled or absent."""
         if self.unscaled_decay is None or gradient_of(tensor) is None or not _decays(group):
             return None
         return group["lr"] * group["weight_decay"]  # type: ignore[no-any-return]
@@ -359,7 +358,7 @@ class LRScaler:
     def _views(
         self, tensor: Tensor, flat: Tensor, runs: Sequence[tuple[int, int, float]]
     ) -> list[tuple[float, Tensor]] | None:
-        """Views with sliced gradient and state, or None where this optimizer or its state cannot be sliced."""
+        """Return views with sliced gradient and state, or None if this optimizer or its state cannot be sliced."""
         state = self.optimizer.state.get(tensor)
         if not (self.elementwise and state and tensor.grad is not None and tensor.is_contiguous()):
             return None
@@ -378,9 +377,10 @@ class LRScaler:
 
     @property
     def _own_groups(self) -> list[ParamGroup]:
-        """The optimizer's own parameter groups, also while it sees temporary ones."""
+        """The optimizer's own parameter groups, also while it has temporary ones."""
         return self.optimizer.param_groups if self._saved is None else self._saved
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         with torch.no_grad():
             for derived in self._derived:

@@ -1,4 +1,4 @@
-"""Weights that were unfrozen, or given to the optimizer, after MoLS was attached: they are named, once."""
+"""Warn once about weights that were unfrozen, or added to the optimizer, after MoLS was attached."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ SHOWN = 3
 
 
 class NewWeights:
-    """Looks for such weights after each step.
+    """Check for such weights after each step.
 
     Args:
         modules: the model, or its chunks.
-        scalers: one for each inner optimizer; they note tensors that are stepped without a plan.
-        include: what to do so that MoLS scales such a weight.
-        train: what to do so that the engine steps an unfrozen weight at all.
-        held: parameters that are frozen now, and of which the engine has a part in its shards: it was built before.
-        again: what to do so that MoLS scales one of those.
+        scalers: one per inner optimizer; they note tensors stepped without a plan.
+        include: advice to let MoLS scale such a weight.
+        train: advice to let the engine step an unfrozen weight at all.
+        held: frozen parameters with a part in the engine's shards.
+        again: advice to let MoLS scale one of those.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class NewWeights:
         self.again, self._held = again, {id(p) for p in held}
         self._frozen = {name: p for name, p in self._named() if not p.requires_grad}
 
-    def look(self, say: Callable[[str], None]) -> None:
-        """After a step. No communication; a few microseconds where there is nothing to say."""
-        stepped = [tensor for scaler in self.scalers for tensor in scaler.take_unknown()]
+    def check(self, say: Callable[[str], None]) -> None:
+        """Check after a step. No communication; takes a few microseconds if nothing changed."""
+        stepped = [tensor for scaler in self.scalers for tensor in scaler.take_unplanned()]
         if stepped:
             found = {id(tensor) for tensor in stepped}
             names = [name for name, p in self._named() if id(p) in found] or ["none of the model's"]

@@ -1,4 +1,4 @@
-"""MoLS that is switched off: what a loaded checkpoint holds of it is said, and kept for the checkpoints of this run."""
+"""MoLS switched off: warn about the MoLS state of a loaded checkpoint, and save it again in later checkpoints."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from mols_ds.errors import MolsWarning
 
 
 class OffHandle(Handle):
-    """`"enabled": false`, or no "mols" section. The engine trains as a stock one.
+    """Handle for `"enabled": false` or a config without a "mols" section. The engine trains as a stock one.
 
     Attributes:
-        kept: the state of MoLS in the checkpoint that was loaded, which goes into those that this run saves; None where
-            there is none.
+        kept: MoLS state of the loaded checkpoint, which this run saves again; None without one.
     """
 
     kept: dict[str, Any] | None = None
 
     def keep(self, saved: object, t: int) -> None:
-        """After a load at step t: keep what the checkpoint has under "mols", and say that multipliers are dropped."""
+        """Keep the checkpoint's state under "mols" after a load at step t. Warns that multipliers are off."""
         self.kept = None
         if not (isinstance(saved, Mapping) and isinstance(saved.get("state"), Mapping)):
             return
@@ -31,7 +30,7 @@ class OffHandle(Handle):
         warnings.warn(
             f"this checkpoint was saved with MoLS (phase {state.get('phase')}, alphas "
             f"{state.get('alphas') or 'not set'}), which is off in this run: every group trains at the base rate from "
-            f'step {t} on. The state is kept in the checkpoints of this run; "enabled": true takes it up again',
+            f'step {t} on. The checkpoints of this run keep the state; "enabled": true uses it again',
             MolsWarning,
             stacklevel=3,
         )

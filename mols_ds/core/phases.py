@@ -1,7 +1,6 @@
-"""The phases waiting -> calibrating -> ramping -> fixed as a pure state machine: no tensors, no engine.
+"""State machine of the phases waiting -> calibrating -> ramping -> fixed. Pure: no tensors, no engine.
 
-`t` is everywhere the number of optimizer steps taken so far (DeepSpeed's `global_steps`), i.e. the 0-based index of the
-step that comes next.
+`t` is always the number of optimizer steps so far (DeepSpeed's `global_steps`): the 0-based index of the next step.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from mols_ds.errors import MolsConfigError
 
 Phase = Literal["waiting", "calibrating", "ramping", "fixed", "disabled"]
 FIRST_AUTO_CHECK = 16
-"""samples="auto" first looks at the intervals after this many samples, then each time the count has doubled."""
+"""With samples="auto", check the intervals after this many samples, then whenever the count has doubled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """When things happen, in optimizer steps: calibration from `start`, ramp over by `ramp_end`."""
+    """Calibration start and ramp end, in optimizer steps."""
 
     start: int
     ramp_end: int
     shape: Literal["linear", "cosine"] = "linear"
     remarks: tuple[str, ...] = ()
-    """What of the section will not happen within the run, a line each."""
+    """Warnings: parts of the section that do not fit into the run."""
 
     def fraction(self, t: int, begin: int, end: int) -> float:
-        """f(t) of METHOD.md: 0 at `begin`, 1 from `end` on, between them linear or (1 - cos(pi x)) / 2."""
+        """f(t) of METHOD.md: 0 at `begin`, 1 from `end` on; linear, or (1 - cos(pi x)) / 2, between them."""
         if t >= end:
             return 1.0
         if t <= begin:
@@ -40,15 +39,16 @@ class Schedule:
 
 
 def resolve_schedule(config: MolsConfig, total_steps: int | None, warmup_steps: int | None) -> Schedule:
-    """Turn shares and "auto" into steps.
+    """Convert shares and "auto" to steps.
 
     Args:
-        total_steps: from the scheduler, where it tells; the section's own `total_steps` wins.
-        warmup_steps: from the scheduler, for `"ramp_end": "auto"`.
+        config: the "mols" section.
+        total_steps: length of the run by the scheduler, or None. The section's `total_steps` overrides it.
+        warmup_steps: warm-up of the scheduler, or None; for `"ramp_end": "auto"`.
 
     Raises:
         MolsConfigError: a share without a known number of steps, "auto" without a known warm-up, start after ramp_end,
-            more samples than there are steps (modes "online" and "moments").
+            or more samples than steps (modes "online" and "moments").
     """
     total = config.total_steps or total_steps
 
@@ -57,7 +57,7 @@ def resolve_schedule(config: MolsConfig, total_steps: int | None, warmup_steps: 
             return value
         if total is None:
             raise MolsConfigError(
-                f'"mols.{key}": {value} is a share of all steps, but no scheduler tells how many there are; '
+                f'"mols.{key}": {value} is a share of all steps, but no scheduler gives their number; '
                 f'set "mols.total_steps", or give "mols.{key}" as a step (an integer)'
             )
         return round(value * total)
@@ -66,7 +66,7 @@ def resolve_schedule(config: MolsConfig, total_steps: int | None, warmup_steps: 
     if config.ramp_end == "auto":
         if warmup_steps is None:
             raise MolsConfigError(
-                '"mols.ramp_end": "auto" reads the scheduler\'s warm-up, but this scheduler does not tell one; '
+                '"mols.ramp_end": "auto" reads the scheduler\'s warm-up, but this scheduler has none; '
                 "give a share or a step"
             )
         ramp_end = warmup_steps
@@ -74,10 +74,10 @@ def resolve_schedule(config: MolsConfig, total_steps: int | None, warmup_steps: 
         ramp_end = steps("ramp_end", config.ramp_end)
     if start > ramp_end or (start == ramp_end and total is not None and start >= total):
         raise MolsConfigError(
-            f'"mols.start": step {start} lies after "mols.ramp_end" (step {ramp_end}); start earlier or ramp longer'
+            f'"mols.start": step {start} is after "mols.ramp_end" (step {ramp_end}); start earlier or ramp longer'
         )
     if total is not None and start >= total:
-        raise MolsConfigError(f'"mols.start": step {start} lies past the last of {total} steps; nothing would happen')
+        raise MolsConfigError(f'"mols.start": step {start} is past the last of {total} steps; start earlier')
     if total is None:
         return Schedule(start, ramp_end, config.ramp)
     _check_window(config, start, total)
@@ -85,7 +85,7 @@ def resolve_schedule(config: MolsConfig, total_steps: int | None, warmup_steps: 
 
 
 def _check_window(config: MolsConfig, start: int, total: int) -> None:
-    """Raise MolsConfigError where the calibration cannot end within the run. Mode "probe" takes no steps of it."""
+    """Raise MolsConfigError if the calibration does not fit into the run. Mode "probe" needs no steps."""
     if config.mode == "probe" or config.fixed_alphas is not None:
         return
     least = f'{FIRST_AUTO_CHECK} ("auto")' if config.samples == "auto" else str(config.samples)
@@ -99,7 +99,7 @@ def _check_window(config: MolsConfig, start: int, total: int) -> None:
 def _remarks(config: MolsConfig, start: int, ramp_end: int, total: int) -> Iterator[str]:
     if ramp_end > total:
         yield (
-            f'"mols.ramp_end": step {ramp_end} lies after the last of {total} steps: the multipliers never reach the '
+            f'"mols.ramp_end": step {ramp_end} is after the last of {total} steps: the multipliers never reach the '
             "alphas; ramp shorter"
         )
     if config.recalibrate is not None and config.fixed_alphas is None and start + config.recalibrate.every >= total:
@@ -111,15 +111,15 @@ def _remarks(config: MolsConfig, start: int, ramp_end: int, total: int) -> Itera
 
 @dataclass
 class Calibration:
-    """Counts samples and says in which phase step t lies. Every rank runs an identical copy.
+    """Count samples and return the phase of step t. Every rank has an identical copy.
 
     Attributes:
-        samples: usable gradient samples taken in the current calibration.
-        attempts: samples tried, the left-out ones included.
-        begun_at, ended_at: steps of the current or last calibration, None before it.
-        ramp_until: step at which the current ramp is over.
-        old: multipliers at the end of the calibration (1 where absent), where the ramp begins.
-        alphas: multipliers at which it ends; empty before they exist.
+        samples: usable gradient samples of the current calibration.
+        attempts: samples tried, including unusable ones.
+        begun_at, ended_at: first and last step of the current or last calibration; None before it.
+        ramp_until: last step of the current ramp.
+        old: multipliers at the start of the ramp (1 if absent).
+        alphas: multipliers at the end of the ramp; empty before the first calibration ends.
     """
 
     schedule: Schedule
@@ -138,11 +138,11 @@ class Calibration:
 
     @property
     def window(self) -> int:
-        """Usable samples after which the calibration ends at the latest."""
+        """Maximum of usable samples of a calibration."""
         return self.max_samples if self.wanted == "auto" else self.wanted
 
     def due(self, t: int) -> bool:
-        """Whether a calibration should begin now, before step t."""
+        """Whether a calibration starts before step t."""
         if self.phase == "waiting":
             return t >= self.schedule.start
         if self.phase == "fixed" and self.every is not None and self.ended_at is not None:
@@ -150,24 +150,24 @@ class Calibration:
         return False
 
     def begin(self, t: int) -> None:
-        """Open a calibration before step t; the multipliers of a former one stay as they are meanwhile."""
+        """Start a calibration before step t. Multipliers of an earlier one stay during it."""
         self.old = self.multipliers(t)
         self.phase, self.begun_at = "calibrating", t
         self.samples = self.attempts = self.skipped = 0
 
     def count(self, usable: bool) -> None:
-        """Count one attempted sample; `usable` must be the same on every rank."""
+        """Count one sample; `usable` must be the same on every rank."""
         self.attempts += 1
         self.samples += usable
         self.skipped += not usable
 
     def check_due(self) -> bool:
-        """Whether the intervals should be looked at now (samples="auto" only)."""
+        """Whether to check the intervals now (samples="auto")."""
         n = self.samples
         return self.wanted == "auto" and n >= FIRST_AUTO_CHECK and (n & (n - 1)) == 0
 
     def exhausted(self) -> Literal["no", "complete", "failed"]:
-        """Complete with all samples; failed after `window` attempts without any, or 2 x `window` attempts in all."""
+        """ "complete" with all samples; "failed" after `window` attempts without any, or 2 x `window` attempts."""
         if self.samples >= self.window:
             return "complete"
         if self.attempts >= self.window and self.samples == 0:
@@ -177,7 +177,8 @@ class Calibration:
     def end(self, t: int, alphas: dict[str, float]) -> bool:
         """Set the alphas before step t and start the ramp.
 
-        Returns False where the ramp had to be moved because the planned end of it is already past.
+        Returns:
+            False if the planned end of the ramp is past and was moved.
         """
         planned = self.schedule.ramp_end
         in_time = planned >= t
@@ -189,12 +190,12 @@ class Calibration:
         return in_time
 
     def advance(self, t: int) -> None:
-        """Move from ramping to fixed when the ramp is over before step t."""
+        """Change from ramping to fixed when the ramp has ended before step t."""
         if self.phase == "ramping" and t >= self.ramp_until:
             self.phase = "fixed"
 
     def multipliers(self, t: int) -> dict[str, float]:
-        """lr_m(t) / lr(t) for step t: old + (alpha - old) * f(t); METHOD.md's 1 + (alpha - 1) f(t) the first time."""
+        """lr_m(t) / lr(t) of step t: old + (alpha - old) * f(t). METHOD.md's 1 + (alpha - 1) f(t) the first time."""
         if self.phase in ("waiting", "disabled"):
             return {}
         if self.phase == "calibrating" or self.ended_at is None:
@@ -204,13 +205,13 @@ class Calibration:
         return {g: alpha if f == 1.0 else old[g] + (alpha - old[g]) * f for g, alpha in self.alphas.items()}
 
     def state_dict(self) -> dict[str, object]:
-        """Everything but the schedule and the limits, which the config of the resumed run gives anew."""
+        """Return all fields but the schedule and the limits, which come from the config of the resumed run."""
         state = asdict(self)
         for key in ("schedule", "wanted", "max_samples", "every"):
             del state[key]
         return state
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Inverse of `state_dict`; unknown keys raise KeyError."""
+        """Load a `state_dict`. Unknown keys raise KeyError."""
         for key in self.state_dict():
             setattr(self, key, state[key])

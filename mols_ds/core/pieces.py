@@ -1,6 +1,6 @@
-"""Gradients in pieces: flat parts of tensors and of lists of tensors without a copy, and one pass that sees NaN.
+"""Read gradients in 1-D pieces without copying a shard, and check for NaN in one pass.
 
-A shard may be as large as the memory that is left beside it, so nothing here makes a tensor of a shard's size.
+A shard may be as large as the free memory, so no function here allocates a tensor of its size.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ import torch
 from torch import Tensor
 
 PIECE_BYTES = 64 * 2**20
-"""No copy of a part of a gradient is larger."""
+"""Largest copy of a part of a gradient."""
 ZEROS = 1 << 20
-"""Elements of the zeros that stand in for the gradient of a parameter without one."""
+"""Elements of the zero tensor for parameters without a gradient."""
 
 Parts = Generator[tuple[int, Tensor], None, None]
-"""(offset, 1-D gradient); closed by its reader, so that buffers are given back where the reader raises."""
+"""(offset, 1-D gradient) pairs. Readers close the generator, so that buffers are freed when they raise."""
 
 
 def gradient_of(tensor: Tensor) -> Tensor | None:
-    """The gradient that an optimizer's step reads of this tensor.
+    """Return the gradient that an optimizer's step reads of this tensor.
 
-    Under Megatron-core's precision-aware optimizer, Transformer Engine's FusedAdam reads it from `decoupled_grad`
-    (core/optimizer/distrib_optimizer.py): its type may be another than the tensor's.
+    With Megatron-core's precision-aware optimizer, Transformer Engine's FusedAdam reads `decoupled_grad`
+    (core/optimizer/distrib_optimizer.py). Its dtype may differ from the tensor's.
     """
     gradient: Tensor | None = getattr(tensor, "decoupled_grad", None)
     return tensor.grad if gradient is None else gradient
 
 
 def flat_pieces(tensor: Tensor, start: int, numel: int) -> Iterator[Tensor]:
-    """Elements [start, start + numel) of a tensor in row-major order, as 1-D pieces.
+    """Yield elements [start, start + numel) of a tensor in row-major order, as 1-D pieces.
 
     Args:
         tensor: any shape, dtype, stride and device.
 
     Yields:
-        One view of a contiguous tensor; else copies of at most `PIECE_BYTES`.
+        One view of a contiguous tensor, else copies of at most `PIECE_BYTES`.
     """
     if numel == 0:
         return
@@ -58,14 +58,14 @@ def flat_pieces(tensor: Tensor, start: int, numel: int) -> Iterator[Tensor]:
 
 
 class FlatList:
-    """Tensors as one flat tensor, without the copy that `torch.cat` makes."""
+    """A list of tensors as one flat tensor, without the copy of `torch.cat`."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
         self.starts = [0, *accumulate(tensor.numel() for tensor in tensors)]
 
     def pieces(self, start: int, numel: int) -> Iterator[tuple[int, Tensor]]:
-        """(offset from `start`, 1-D piece) of elements [start, start + numel), in order."""
+        """Yield (offset from `start`, 1-D piece) of elements [start, start + numel), in order."""
         at, end = start, start + numel
         index = bisect_right(self.starts, start) - 1
         while at < end:
@@ -77,7 +77,7 @@ class FlatList:
 
 
 def zero_pieces(numel: int, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
-    """(offset, 1-D fp32 zeros) of a gradient that is zero: one small tensor, again and again."""
+    """Yield (offset, 1-D fp32 zeros) for a zero gradient, from one small tensor."""
     zeros = torch.zeros(min(numel, ZEROS), device=device)
     for at in range(0, numel, ZEROS):
         yield at, zeros[: numel - at]
@@ -85,10 +85,10 @@ def zero_pieces(numel: int, device: torch.device | str = "cpu") -> Iterator[tupl
 
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every element is finite. Reads each element once, keeps nothing of an element's size.
+    """Whether every element is finite. Reads each element once; allocates nothing of that size.
 
-    The least and the largest element are NaN where one element is (`torch.aminmax`), and x - x is 0 for finite x
-    only. One number a device is added up; it is read at the end, so that devices are waited for once.
+    `torch.aminmax` returns NaN if any element is NaN, and x - x is 0 only for finite x. Adds one number per device and
+    reads it at the end: one synchronization per device.
     """
     found: dict[torch.device, Tensor] = {}
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Bounds of what users and other programs wrote, so that the rest of the code can walk through it."""
+"""Limits for values of users and other programs, so that code can recurse through them."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ from itertools import chain, islice
 
 from mols_ds.errors import MolsConfigError
 
-DEEPEST = 100
-"""Levels of objects and lists. Python's own limit, 1,000 calls, is met later, by whatever walks through them."""
-MOST = 10_000_000
-"""Values, each counted as often as it is met."""
-BITS = 64
-"""Of a whole number, with its sign."""
+MAX_DEPTH = 100
+"""Nesting levels. Python's own limit is 1,000 calls."""
+MAX_VALUES = 10_000_000
+"""Number of values; aliases count each time."""
+MAX_BITS = 64
+"""Bits of an integer, with its sign."""
 
 
-def check_plain(content: object, where: str, most: int = MOST) -> None:
-    """Check that functions that call themselves can walk through values, and that machines can count to the numbers.
+def check_plain(content: object, where: str, most: int = MAX_VALUES) -> None:
+    """Check depth, number and integer size of plain values.
 
     Args:
-        content: dicts, lists and what they hold.
-        where: begins the message.
-        most: values.
+        content: dicts, lists and their values.
+        where: the message starts with it.
+        most: largest number of values.
 
     Raises:
-        MolsConfigError: nested deeper than DEEPEST (or in itself), more than `most` values, or a whole number of more
-            than BITS bits; one line.
+        MolsConfigError: nested deeper than MAX_DEPTH (or cyclic), more than `most` values, or an integer of more than
+            MAX_BITS bits; one line.
     """
     level, count = [content], 1
-    for _ in range(DEEPEST):
+    for _ in range(MAX_DEPTH):
         if any(map(_too_large, level)):
-            raise MolsConfigError(f'{where}: "{next(_places(content))}": a whole number of more than {BITS} bits')
+            raise MolsConfigError(f'{where}: "{next(_places(content))}": an integer of more than {MAX_BITS} bits')
         level = list(islice(chain.from_iterable(map(_inside, level)), most))
         count += len(level)
         if count > most:
-            raise MolsConfigError(f"{where}: more than {most:,} values, where an alias counts as what it stands for")
+            raise MolsConfigError(f"{where}: more than {most:,} values (an alias counts as all its values)")
         if not level:
             return
-    raise MolsConfigError(f"{where}: nested too deeply, in more than {DEEPEST} levels")
+    raise MolsConfigError(f"{where}: nested too deeply, in more than {MAX_DEPTH} levels")
 
 
 def _too_large(value: object) -> bool:
-    return isinstance(value, int) and value.bit_length() >= BITS
+    return isinstance(value, int) and value.bit_length() >= MAX_BITS
 
 
 def _inside(value: object) -> Collection[object]:
@@ -51,7 +51,7 @@ def _inside(value: object) -> Collection[object]:
 
 
 def _places(content: object) -> Iterator[str]:
-    """The keys that lead to each number that is too large, such as "optimizer.params.lr", level by level."""
+    """Yield the path of each integer that is too large, such as "optimizer.params.lr"."""
     level = [("", content)]
     while level:
         yield from (place for place, value in level if _too_large(value))

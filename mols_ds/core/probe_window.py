@@ -1,4 +1,4 @@
-"""What a probe window gives back, so that it leaves no trace in the run."""
+"""Restore the state that a probe window changes, so that it leaves no trace in the run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from mols_ds.core.module_state import ModuleState
 
 HostRandom = tuple[Any, ...]
-"""The state of torch's CPU generator (uint8), of Python's, and of NumPy's (None where NumPy was never imported)."""
+"""State of torch's CPU generator (uint8), Python's, and NumPy's (None if NumPy was never imported)."""
 
 
 def host_random() -> HostRandom:
-    """The state of the generators of this process that need no accelerator. Plain numbers and a tensor."""
+    """Return the state of this process's CPU generators as plain numbers and a tensor."""
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return torch.get_rng_state(), random.getstate(), None
@@ -25,7 +25,7 @@ def host_random() -> HostRandom:
 
 
 def set_host_random(state: HostRandom) -> None:
-    """Set the generators as `host_random` found them."""
+    """Set the CPU generators to a state of `host_random`."""
     torch.set_rng_state(state[0])
     random.setstate(state[1])
     numpy = sys.modules.get("numpy")
@@ -34,48 +34,48 @@ def set_host_random(state: HostRandom) -> None:
 
 
 class ProbeWindow:
-    """Three kinds of traces, each given back in its own way.
+    """Restore three kinds of state, each in its own way.
 
-    - Random numbers on the host. The forward passes of the window draw from a stream of its own, which begins where
-      the generators are. What others draw meanwhile stays drawn: a loader that begins an epoch inside the window
-      would repeat its order if the generator were set back.
-    - What a batch moves in the modules: given back after each batch. So all samples are taken at one state, and a
-      checkpoint inside the window holds the state from before it.
-    - What the engine advances (`_begin`, `_end`): the accelerator's generators, counters; and generators that modules
-      hold. Given back at the end of the window, because the samples need different numbers.
+    - CPU generators. Forward passes of the window draw from a separate stream that starts at the generators' state.
+      Draws of other code in the meantime stay: a data loader that starts an epoch inside the window would otherwise
+      repeat its order.
+    - Module state that a batch changes: restored after each batch. So all samples see one state, and a checkpoint
+      inside the window has the state from before it.
+    - Engine state (`_begin`, `_end`): the accelerator's generators, counters, and generators of modules. Restored at
+      the end of the window, because the samples need different random numbers.
 
-    An adapter subclasses it, one class an engine.
+    Each engine adapter has a subclass.
 
     Attributes:
-        passed: whether a forward pass of the batch that runs now was seen.
+        passed: whether the current batch had a forward pass.
     """
 
     def __init__(self, modules: ModuleState) -> None:
         self.modules = modules
         self.passed = False
         self._open = False
-        self._stream: HostRandom | None = None  # where the next pass of the window begins to draw
-        self._outside: HostRandom | None = None  # the generators while a pass runs
-        self._passes = 0  # that run now: a model may call itself
+        self._stream: HostRandom | None = None  # state for the next pass of the window
+        self._outside: HostRandom | None = None  # state outside the pass that runs now
+        self._passes = 0  # nested passes that run now: a model may call itself
         self._at_end: torch.Tensor | None = None
         self._generators: list[torch.Tensor] = []
         self._checksums: dict[str, torch.Tensor] | None = (
-            None  # after the first batch: weights may arrive in its passes
+            None  # taken after the first batch: weights may arrive in its passes
         )
         self._engine: Any = None
 
-    # ------------------------------------------------------------------ what an adapter says
+    # ------------------------------------------------------------------ for subclasses
 
     def _begin(self) -> Any:
-        """What `_end` needs, as tensors, numbers and containers of them."""
+        """Return the engine state to restore, as tensors, numbers and containers of them."""
 
     def _end(self, saved: Any) -> None:
-        """Give back what `_begin` saw."""
+        """Restore the result of `_begin`."""
 
     # ------------------------------------------------------------------ a window
 
     def open_pass(self) -> None:
-        """Before a forward pass of the window."""
+        """Call before a forward pass of the window."""
         self._passes += 1
         self.passed = True
         if self._passes > 1:
@@ -89,7 +89,7 @@ class ProbeWindow:
         set_host_random(self._stream or self._outside)
 
     def close_pass(self) -> None:
-        """After a forward pass, also one that raised; does nothing without `open_pass`."""
+        """Call after a forward pass, even if it raised. Does nothing without `open_pass`."""
         if self._passes == 0:
             return
         self._passes -= 1
@@ -99,14 +99,14 @@ class ProbeWindow:
             self._outside = None
 
     def close_batch(self) -> list[str]:
-        """After a discarded batch, and before a checkpoint: give back what it moved. Returns buffers that stay."""
+        """Restore module state after a discarded batch, and before a checkpoint. Returns new buffers, which stay."""
         new = self.modules.restore()
         if self._open and self._checksums is None:
             self._checksums = self.modules.checksums()
         return new
 
     def restore(self) -> list[str]:
-        """At the end of the window: give back the rest. Returns the parameters that the window moved, which stay so."""
+        """End the window and restore the rest. Returns the parameters that the window changed; they stay changed."""
         self.close_batch()
         before = self._checksums or {}
         now = self.modules.checksums() if before else {}
@@ -121,7 +121,7 @@ class ProbeWindow:
         return moved
 
     def forget(self) -> None:
-        """Drop what is kept."""
+        """Drop all copies."""
         self.modules.forget()
         self._open = False
         self._stream = self._at_end = self._engine = None
@@ -130,27 +130,27 @@ class ProbeWindow:
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What a checkpoint inside a window holds of it, on this rank; None outside."""
+        """Return this rank's state inside a window for a checkpoint; None outside."""
         if not self._open:
             return None
         kept = {"stream": self._stream, "generators": self._generators, "at_end": self._at_end}
         return {**kept, "engine": self._engine}
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
-        """Go on inside the window whose state was saved. Copies, so that a mapped file can be closed."""
+        """Continue inside the saved window. Copies tensors, so that a memory-mapped file can be closed."""
         self.forget()
         if saved is not None:
             self._open = True
             self._stream, self._generators = copied(saved["stream"]), copied(saved["generators"])
             self._at_end, self._engine = copied(saved["at_end"]), copied(saved["engine"])
 
-    def load_former(self, cpu: torch.Tensor, engine: Any) -> None:
-        """The same from a checkpoint of 0.4.0: passes drew from the CPU generator, which is set to `cpu` at the end."""
+    def load_0_4_0(self, cpu: torch.Tensor, engine: Any) -> None:
+        """Load a window of release 0.4.0: its passes drew from the CPU generator, which is set to `cpu` at the end."""
         self.load_state_dict({"stream": None, "generators": [], "at_end": cpu, "engine": engine})
 
 
 def copied(value: Any) -> Any:
-    """A container with copies of its tensors."""
+    """Copy a container and its tensors."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, Mapping):

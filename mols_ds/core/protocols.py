@@ -1,4 +1,4 @@
-"""What the step protocol needs from an engine, as small interfaces."""
+"""Interfaces between the step protocol and an engine."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from mols_ds.core.schema import Report
 
 
 class GradientSource(Protocol):
-    """The reduced gradient of the elements that this rank owns, at an accumulation boundary.
+    """Read this rank's reduced gradients at an accumulation boundary.
 
-    "Owned" elements are disjoint over the ranks of the statistics and together the whole model. No method communicates
-    gradient elements.
+    "Owned" elements are disjoint over the ranks that reduce statistics; together they are the whole model. No method
+    communicates gradient elements.
     """
 
     def read(self) -> Parts:
-        """Yield (offset among the owned elements, 1-D gradient), each owned element once, times `loss_scale()`."""
+        """Yield (offset in the owned elements, 1-D gradient times `loss_scale()`), each owned element once."""
         ...
 
     def loss_scale(self) -> float:
-        """Factor that the gradients of `read` carry."""
+        """Factor in the gradients of `read`."""
         ...
 
     def finite(self) -> bool:
-        """Whether the gradient that this rank reads is finite."""
+        """Whether this rank's gradient is finite."""
         ...
 
     def reduce(self, values: Tensor) -> Tensor:
-        """SUM over the ranks whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
+        """SUM over the ranks with disjoint owned elements. 1-D float64 in, CPU float64 out."""
         ...
 
     def discard(self) -> None:
@@ -42,26 +42,26 @@ class GradientSource(Protocol):
 
 
 def window_of_own_loop(samples: int) -> str:
-    """What mode "probe" means for a loop whose count of updates and schedule the engine keeps."""
+    """Describe a probe window to a loop whose update count and schedule the engine keeps."""
     return (
-        f"the next {samples} steps of the training loop measure gradients and do not update; the count of updates and "
-        f"the schedule stand still (a loop that counts its own iterations trains {samples} updates fewer)"
+        f"the next {samples} steps of the training loop measure gradients and do not update; the update count and "
+        f"the schedule do not advance (a loop that counts its own iterations trains {samples} updates fewer)"
     )
 
 
 @dataclass
 class Context:
-    """What the engine adapter knows and the controller needs.
+    """Facts of the engine for the controller.
 
     Attributes:
-        reduce: SUM over exactly the ranks whose owned elements are disjoint; float64 CPU tensor in, the sums out.
-        device: where the accumulators live.
+        reduce: SUM over the ranks with disjoint owned elements; float64 CPU tensor in, the sums out.
+        device: of the accumulators.
         rank: 0 publishes the report.
         world: sizes for the report: data, tensor, pipeline, expert.
         versions: package versions for the report.
-        log: prints one message once per job.
-        publish: shows and writes a new report; called on rank 0 alone. None: nobody wants it.
-        announce: number of samples -> what a window of mode "probe" that begins now means for the training loop.
+        log: logs one message; called on rank 0 alone.
+        publish: shows and writes a new report; called on rank 0 alone. None: no report.
+        announce: number of samples -> the effect of a probe window on the training loop, in words.
     """
 
     reduce: Callable[[Tensor], Tensor]

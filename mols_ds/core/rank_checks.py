@@ -1,4 +1,4 @@
-"""What the ranks compare when MoLS attaches: each hears of a difference, so that none is left waiting."""
+"""Compare the ranks when MoLS attaches. Every rank raises on a difference, so none is left waiting."""
 
 from __future__ import annotations
 
@@ -19,32 +19,36 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def check_section(config: MolsConfig, reduce: Reduce) -> None:
-    """Check that all ranks have the same section, its `report_dir` apart. One reduction of 72 bytes.
+    """Check that the section is the same on all ranks, except for `report_dir`. One reduction of 72 bytes.
+
+    Args:
+        config: of this rank.
+        reduce: see `Reduce`.
 
     Raises:
         MolsError: on every rank.
     """
-    said = {key: value for key, value in section_of(config).items() if key != "report_dir"}
-    number = zlib.crc32(repr(sorted(said.items())).encode())
+    compared = {key: value for key, value in section_of(config).items() if key != "report_dir"}
+    number = zlib.crc32(repr(sorted(compared.items())).encode())
     mark = torch.tensor(list(number.to_bytes(4, "big")), dtype=torch.float64)
     ranks, *sums = reduce(torch.cat([torch.ones(1, dtype=torch.float64), mark, mark.square()])).tolist()
-    # n * sum(b^2) = (sum b)^2 only where all n values are equal; whole numbers below 2^53, so this is exact
+    # n * sum(b^2) = (sum b)^2 only if all n values are equal; integers below 2^53, so this is exact
     if any(ranks * squares != total * total for total, squares in zip(sums[:4], sums[4:], strict=True)):
         raise MolsError(
-            'the "mols" section is not the same on every rank (an old config on one machine?): give all the same'
+            'the "mols" section is not the same on every rank (an old config on one machine?): use one config on all'
         )
 
 
 def check_counts(table: GroupTable, owned: Iterable[ShardRange], reduce: Reduce) -> None:
-    """Check that every element of the logical model is owned by exactly one rank. One small reduction.
+    """Check that exactly one rank owns each element of the logical model. One small reduction.
 
     Args:
         table: of the whole model.
-        owned: the ranges of this rank.
+        owned: ranges of this rank.
         reduce: see `Reduce`.
 
     Raises:
-        MolsError: on every rank, naming the group and both numbers.
+        MolsError: on every rank, with the group and both numbers.
     """
     mine = dict.fromkeys(table.elements, 0)
     for item in owned:
@@ -55,6 +59,5 @@ def check_counts(table: GroupTable, owned: Iterable[ShardRange], reduce: Reduce)
         if int(count) != table.elements[group]:
             raise MolsError(
                 f'group "{group}" has {table.elements[group]} elements in the whole model, but the ranks together '
-                f"own {int(count)}: they do not hold the parts of one model, each once (were all of them given the "
-                "same model config, and all of their part of it?)"
+                f"own {int(count)}: give all ranks the same model config, and give MoLS all model parts of each rank"
             )

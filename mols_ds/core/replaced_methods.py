@@ -1,4 +1,4 @@
-"""Methods of one object that are replaced for a while; wrappers of others, put on before or after, stay."""
+"""Replace methods of one object for a while. Wrappers that others add before or after stay."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Method = Callable[..., Any]
 
 
 class ReplacedMethods:
-    """Methods of the instance `owner` that are replaced until `undo()`. No class is touched."""
+    """Replace methods of the instance `owner` until `undo()`. Changes no class."""
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
@@ -19,7 +19,7 @@ class ReplacedMethods:
         self._replaced: list[tuple[str, Method, object]] = []
 
     def set(self, name: str, method: Method) -> Method:
-        """Put `method` in the place of `owner.name`. Returns what was there, to be called by it."""
+        """Replace `owner.name` by `method`. Returns the former method, for `method` to call."""
         stock: Method = getattr(self._owner, name)
 
         @functools.wraps(stock)
@@ -31,7 +31,7 @@ class ReplacedMethods:
         return stock
 
     def undo(self) -> None:
-        """Put back what was there. A wrapper that was put on ours since stays, and calls what was there."""
+        """Restore the former methods. A wrapper that was added around ours stays and calls the former method."""
         self._active = False
         for name, call, before in reversed(self._replaced):
             if vars(self._owner).get(name) is not call:

@@ -1,4 +1,4 @@
-"""Who wins where a run resumes with other settings than the checkpoint was saved with: one table, said key by key."""
+"""Decide, for each key of the "mols" section, whether the config or the checkpoint applies when a run resumes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mols_ds.core.state_check import SINCE
 Rule = Literal["config", "begun", "alphas", "elsewhere"]
 
 RULES: dict[str, Rule] = {
-    "enabled": "elsewhere",  # off: the state is kept and said (`mols_ds.core.off`)
-    "preset": "elsewhere",  # its keys are compared
+    "enabled": "elsewhere",  # if false, `mols_ds.core.off` warns and keeps the state
+    "preset": "elsewhere",  # compared through its keys
     "start": "begun",
     "samples": "alphas",
     "max_samples": "alphas",
     "alpha_rtol": "alphas",
-    "mode": "alphas",  # a half-done calibration of another mode starts over, which is said there
+    "mode": "alphas",  # `Session.resume` restarts a partial calibration of another mode, with a warning
     "estimator": "alphas",
     "noise_floor_correction": "alphas",
     "reference": "alphas",
@@ -27,36 +27,36 @@ RULES: dict[str, Rule] = {
     "alpha_max": "alphas",
     "ramp": "config",
     "ramp_end": "alphas",
-    "granularity": "elsewhere",  # other module groups are refused (`state_check`)
+    "granularity": "elsewhere",  # `state_check` refuses other module groups
     "rules": "elsewhere",  # the same
     "accumulators": "config",
     "recalibrate": "config",
-    "fixed_alphas": "elsewhere",  # the config wins, which `Controller.follow_config` says
+    "fixed_alphas": "elsewhere",  # the config applies; `Controller.follow_config` warns
     "weight_decay": "config",
     "total_steps": "config",
     "report_dir": "config",
 }
-"""Key of the "mols" section -> who wins at resume.
+"""Key of the "mols" section -> what applies when a run resumes.
 
-config: this run's config. begun: the checkpoint once the calibration has begun. alphas: the checkpoint once there are
-alphas, until a recalibration. elsewhere: nothing to say here."""
+config: this run's config. begun: the checkpoint, if its calibration has started. alphas: the checkpoint, if it has
+alphas, until a recalibration. elsewhere: other code handles it."""
 
 
 def section_of(config: MolsConfig) -> JsonObject:
-    """The section as plain JSON values, every key named: what a checkpoint holds of it."""
+    """Return the section as plain JSON values with every key, for a checkpoint."""
     return config.model_dump(mode="json")
 
 
 def changed(saved: object, config: MolsConfig, phase: Phase) -> tuple[list[str], list[str]]:
-    """What to say of settings that differ from a checkpoint's.
+    """Describe the settings that differ from the checkpoint's.
 
     Args:
-        saved: what `section_of` gave when the checkpoint was saved; None in checkpoints of 0.4.0 and before.
+        saved: `section_of` at the time of saving; None in checkpoints of 0.4.0 and before.
         config: of this run.
         phase: of the checkpoint.
 
     Returns:
-        (lines for the keys of which the checkpoint wins, lines for those of which this run's config wins).
+        (lines for keys where the checkpoint applies, lines for keys where this run's config applies).
     """
     kept: list[str] = []
     applied: list[str] = []
@@ -68,24 +68,24 @@ def changed(saved: object, config: MolsConfig, phase: Phase) -> tuple[list[str],
         rule = RULES[key]
         if rule == "elsewhere" or key not in saved or saved[key] == now:
             continue
-        if given and rule != "config":  # nothing is measured: `Controller.follow_config` says what applies
+        if given and rule != "config":  # `Controller.follow_config` warns
             continue
         differs = f"mols.{key} is {now!r} and was {saved[key]!r} when the checkpoint was saved"
         if rule == "alphas" and over:
-            kept.append(f"{differs}: the checkpoint's alphas stay as they are, until a recalibration")
+            kept.append(f"{differs}: the checkpoint's alphas stay until a recalibration")
         elif rule == "begun" and begun:
-            kept.append(f"{differs}: the calibration of the checkpoint has begun already, so it changes nothing")
+            kept.append(f"{differs}: no effect, the calibration of the checkpoint has started")
         else:
             applied.append(f"{differs}: this run's value applies")
     return kept, applied
 
 
-def on_again(saved: Mapping[str, Any], t: int) -> str | None:
-    """What to say of a state that was kept in a run with MoLS off and is loaded at step t; None for any other state."""
+def reenabled_warning(saved: Mapping[str, Any], t: int) -> str | None:
+    """Return a warning for a state that a run with MoLS off kept and that is loaded at step t; None for others."""
     since = saved.get(SINCE)
     if since is None:
         return None
     return (
-        f"MoLS was off from step {since} to step {t}, and is on again: what it had at step {since} goes on, so that "
-        "multipliers jump from 1 to where the schedule puts them at this step"
+        f"MoLS was off from step {since} to step {t} and is on again with its state of step {since}: "
+        "multipliers jump from 1 to their scheduled values at this step"
     )

@@ -1,20 +1,20 @@
-"""The schema of the calibration report, the content of `mols_report.json`, and its check.
+"""Schema of the calibration report (`mols_report.json`), and its check.
 
-The report is a plain dict, so that any tool can read the file without this package:
+The report is a plain dict: any tool can read the file without this package.
 
     {"schema": 1, "step": int, "samples": int, "mode": str, "estimator": str, "reference": str,
      "groups": {name: {"elements": int, "snr", "snr_mean", "snr_median", "snr_pooled", "damping", "snr_low", "snr_high",
                        "alpha", "never_moved_share", "moved_once_share": float or null, "clamped": bool}},
      "world": {...}, "versions": {...}}
 
-Beside these, the controller writes "noise_floor_correction", "weight_decay" ("scaled" or "unscaled"),
-"skipped_samples", "alpha_low", "alpha_high" and "constant_share" (elements without noise, which no estimator counts)
-for each group, "mode": "fixed" where the alphas were given, and "failed": why, where a calibration gave none. Readers
-must do without them.
+The controller adds "noise_floor_correction", "weight_decay" ("scaled" or "unscaled"), "skipped_samples", and for each
+group "alpha_low", "alpha_high" and "constant_share" (elements without noise, which no estimator counts). "mode" is
+"fixed" for given alphas. "parameters": see `groups.parameter_kinds`. "failed" is the reason of a failed calibration.
+Readers must work without these keys.
 
-`snr` is what the chosen estimator gave (for `damping` that is the mean effective step d in [0, 1]); a value that is
-undefined, such as the SNR of a group in which nothing moved, is null. `document.py` builds
-reports; `mols_ds.report` writes and renders them.
+`snr` is the value of the chosen estimator (for `damping` the mean effective step d in [0, 1]). An undefined value is
+null, such as the SNR of a group in which nothing moved. `document.py` builds reports; `mols_ds.report` writes and
+renders them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Number = Literal[
     "never_moved_share",
     "moved_once_share",
 ]
-"""A key of a group whose value is a number, or null where it is undefined."""
+"""Keys of a group with a number, or null if undefined."""
 
 NUMBERS: tuple[Number, ...] = get_args(Number)
 _TOP_KEYS: dict[str, tuple[type, ...]] = {
@@ -86,11 +86,12 @@ class Report(TypedDict):
     noise_floor_correction: NotRequired[bool]
     skipped_samples: NotRequired[int]
     weight_decay: NotRequired[str]
+    parameters: NotRequired[dict[str, list[str]]]
     failed: NotRequired[str]
 
 
 def schema_problem(report: object) -> str | None:
-    """The first thing that breaks the schema, as a phrase, or None."""
+    """Return the first violation of the schema as a phrase, or None."""
     if not isinstance(report, dict):
         return f"the top level is a {type(report).__name__}, not an object"
     for key, kinds in _TOP_KEYS.items():
@@ -105,6 +106,10 @@ def schema_problem(report: object) -> str | None:
             return f"{key!r} is {report[key]}, not a count"
     if not report["groups"]:
         return "'groups' is empty"
+    names = report.get("parameters", {})
+    lists = names.values() if isinstance(names, dict) else [None]
+    if not all(isinstance(groups, list) and all(isinstance(group, str) for group in groups) for groups in lists):
+        return "'parameters' does not give a list of groups for each name"
     problems = (_group_problem(name, group) for name, group in report["groups"].items())
     return next((problem for problem in problems if problem), None)
 
@@ -131,9 +136,9 @@ def _group_problem(name: str, group: object) -> str | None:
 
 
 def not_finite(value: object, place: str = "") -> str | None:
-    """The first number of plain JSON data that is not finite, as a phrase with the keys that lead to it, or None.
+    """Return the path and value of the first number that is not finite, as a phrase, or None.
 
-    A report in memory may hold such numbers (an SNR without noise is infinite); the file has null in their place.
+    A report in memory may have such numbers (an SNR without noise is infinite); the file has null instead.
     """
     if isinstance(value, dict):
         found = (not_finite(item, f"{place}[{key!r}]" if place else str(key)) for key, item in value.items())

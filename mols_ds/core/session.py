@@ -1,11 +1,10 @@
-"""The step protocol: what one call of the optimizer's step does under MoLS, the same on every engine.
+"""The step protocol: what one call of the optimizer's step does under MoLS, the same for every engine.
 
     probe    measure the gradient at the boundary and discard the step, K times
-    online   take the step, and measure its gradient on the way
-    moments  take the step, and read Adam's moments after the last step of the window
+    online   take the step and measure its gradient
+    moments  take the step and read Adam's moments after the last step of the window
 
-An adapter subclasses `Session`, one class an engine. It hands the engine's own step to `take_step` and says how
-gradients are read and summed over ranks (`source`) and where the rates are applied (`scalers`).
+An engine adapter subclasses `Session` and passes the engine's own step to `take_step`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from mols_ds.core.adam_moments import adam_moments, moment_pieces
+from mols_ds.core.adam_moments import SteadyBetas, adam_moments, moment_pieces
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Controller
 from mols_ds.core.forward_hook import ForwardHook
@@ -32,25 +31,25 @@ from mols_ds.core.pieces import zero_pieces
 from mols_ds.core.probe_window import ProbeWindow
 from mols_ds.core.protocols import GradientSource
 from mols_ds.core.ranges import ShardRange
-from mols_ds.core.resume_rules import changed, on_again, section_of
+from mols_ds.core.resume_rules import changed, reenabled_warning, section_of
 from mols_ds.errors import MolsError, MolsUnsupportedError
 
 Key = TypeVar("Key")
 GUARDED_STEPS = 2
-"""So many scaled steps are watched: one that creates optimizer state, and one that finds it there."""
+"""Number of scaled steps to watch: one that creates optimizer state, one that finds it."""
 
 
 class Session(Handle, ABC):
-    """MoLS on one optimizer: the handle, and the protocol of its steps.
+    """MoLS on one optimizer: the handle of users, and the step protocol.
 
-    Every rank makes the same calls in the same order. A rank that owns no element joins every reduction.
+    Every rank makes the same calls in the same order. A rank without elements joins every reduction.
 
     Attributes:
         config: the "mols" section.
         source: this rank's gradients.
-        scalers: one for each inner optimizer; they apply the multipliers around its step.
-        window: what a probe window gives back.
-        new_weights: names weights that came after the attachment.
+        scalers: one per inner optimizer; they apply the multipliers around its step.
+        window: state to restore after a probe window.
+        new_weights: warns about weights added after attaching.
     """
 
     config: MolsConfig
@@ -63,9 +62,10 @@ class Session(Handle, ABC):
         self.scalers: list[LRScaler] = []
         self._sampling = self._sampled = self._stepping = False
         self._step_number = 0
-        self._to_guard = GUARDED_STEPS
-        self._stay: set[str] = set()
-        self._went_around = False
+        self._betas = SteadyBetas()
+        self._steps_to_guard = GUARDED_STEPS
+        self._kept_buffers: set[str] = set()
+        self._warned_no_forward = False
 
     @property
     def controller(self) -> Controller:
@@ -73,46 +73,46 @@ class Session(Handle, ABC):
         assert self._controller is not None, "the adapter makes the controller when it attaches"
         return self._controller
 
-    # ------------------------------------------------------------------ what an adapter says
+    # ------------------------------------------------------------------ for subclasses
 
     @property
     @abstractmethod
     def steps(self) -> int:
-        """Optimizer steps so far, as "mols.start" and "mols.ramp_end" count them."""
+        """Optimizer steps so far, as `start` and `ramp_end` count them."""
 
     @abstractmethod
     def base_lrs(self) -> dict[str, float]:
-        """Module group -> the rate that the scheduler has set, as far as this rank knows."""
+        """Module group -> learning rate that the scheduler set, from this rank's parameter groups."""
 
     @abstractmethod
     def owned_in(self, tensor: Tensor) -> Sequence[tuple[int, ShardRange]]:
-        """(number of the owned range, where it is in the tensor) of the owned ranges in an inner tensor."""
+        """(number of the owned range, its place in the tensor) for the owned ranges of an inner tensor."""
 
     @abstractmethod
     def adam_settings(self, step: int) -> tuple[int, float, float]:
-        """(Adam's step, beta1, beta2) of a rank that owns nothing of an inner step; `step`: by this session's count."""
+        """(Adam's step, beta1, beta2) for a rank whose shard is empty. `step`: count of this session."""
 
     def _prepare_probe(self) -> bool:
-        """Make the gradient of a discarded step readable. Returns whether the engine found it finite on this rank."""
+        """Make the gradient of a discarded step readable. Returns whether it is finite by the engine on this rank."""
         return True
 
     def _before_step(self) -> None:
-        """Called before the engine's own step; mode "online" may take its sample here."""
+        """Run before the engine's own step; mode "online" may take its sample here."""
 
     def _lower_scale(self) -> bool:
-        """Lower a dynamic loss scale after a gradient that is not finite, as the engine's skipped step does.
+        """Lower a dynamic loss scale after a non-finite gradient, as a skipped step of the engine does.
 
-        Returns whether it could be lowered, the same on every rank: then the batch does not count as an attempt.
+        Returns whether it was lowered, the same on every rank. Then the batch does not count as an attempt.
         """
         return False
 
     def _after_discard(self, usable: bool) -> None:
-        """Called after a discarded step: put back what the engine counted. `usable`: the gradient was finite."""
+        """Restore the engine's counters after a discarded step. `usable`: the gradient was finite."""
 
     # ------------------------------------------------------------------ one step
 
     def take_step(self, stock: Callable[[], bool]) -> bool:
-        """Measure and discard the step that is due, or take it with its multipliers.
+        """Run one optimizer step: measure and discard it, or take it with its multipliers.
 
         Args:
             stock: takes the engine's own step; returns whether it updated the weights.
@@ -121,7 +121,7 @@ class Session(Handle, ABC):
             Whether `stock` was called.
 
         Raises:
-            MolsError: on every rank; in one of the first scaled steps the optimizer left a tensor out or stepped it
+            MolsError: on every rank; in one of the first scaled steps the optimizer left out a tensor or stepped it
                 twice.
         """
         controller = self.controller
@@ -132,7 +132,7 @@ class Session(Handle, ABC):
         self._sampling, self._sampled = controller.measuring and self.config.mode == "online", False
         reads_moments = controller.reads_moments_next
         self._step_number, self._stepping = t + 1, True
-        guarded = self._to_guard > 0 and any(rate != 1.0 for rate in controller.rates(t).values())
+        guarded = self._steps_to_guard > 0 and any(rate != 1.0 for rate in controller.rates(t).values())
         for scaler in self.scalers:
             scaler.watching = guarded
             scaler.keep_order()
@@ -145,7 +145,7 @@ class Session(Handle, ABC):
                 scaler.restore()
         if updated:
             controller.applied(t, base)
-            self.new_weights.look(lambda line: controller.warn(line, every_rank=True))
+            self.new_weights.check(lambda line: controller.warn(line, every_rank=True))
         if updated and guarded:
             self._check_stepped()
         self._close_step(updated, reads_moments)
@@ -153,18 +153,18 @@ class Session(Handle, ABC):
         return True
 
     def _check_stepped(self) -> None:
-        """End a guarded step: all ranks hear whether one of them saw a wrong step. One reduction of 8 bytes."""
-        self._to_guard -= 1
+        """End a guarded step: raise on all ranks if one saw a wrong step. One reduction of 8 bytes."""
+        self._steps_to_guard -= 1
         problem = next((scaler.problem for scaler in self.scalers if scaler.problem), "")
         if not self.agree(not problem):
             raise MolsError(
                 problem
-                or "the optimizer of another rank left tensors with a gradient where they were, or counted a scaled "
+                or "the optimizer of another rank left out tensors with a gradient, or counted a scaled "
                 "step twice: see that rank's message"
             )
 
     def _probe(self) -> None:
-        """Measure this boundary's gradient and discard it. One 8-byte reduction takes the place of the norm's."""
+        """Measure this boundary's gradient and discard it. One 8-byte reduction replaces the norm's."""
         controller, t = self.controller, self.steps
         self._sampled = False
         found_finite = self._prepare_probe()
@@ -173,7 +173,7 @@ class Session(Handle, ABC):
             self.take_sample(1.0 / self.source.loss_scale())
         self.source.discard()
         self._after_discard(usable)
-        self._give_back()
+        self._restore_batch()
         if not usable and self._lower_scale():
             controller.log("MoLS: a gradient overflowed; the loss scale is lowered and the batch is not counted")
         else:
@@ -182,32 +182,32 @@ class Session(Handle, ABC):
             self._close_window()
         controller.advance(t)
 
-    def _give_back(self) -> None:
-        """After a discarded batch: give back what it moved in the modules. Warns of what cannot be."""
-        if not self.window.passed and not self._went_around:
-            self._went_around = True
+    def _restore_batch(self) -> None:
+        """Restore module state after a discarded batch. Warns about state that cannot be restored."""
+        if not self.window.passed and not self._warned_no_forward:
+            self._warned_no_forward = True
             self.controller.warn(
-                "no forward pass of the model itself was seen in a batch of the probe window (only of parts of it?): "
-                'random numbers and buffers cannot be given back; call the model, or set "mode": "online"',
+                "no forward pass of the whole model was seen in a batch of the probe window (only of parts of it?): "
+                'random numbers and buffers cannot be restored; call the model, or set "mode": "online"',
                 every_rank=True,
             )
-        new = sorted({*self.window.close_batch()} - self._stay)
+        new = sorted({*self.window.close_batch()} - self._kept_buffers)
         self.window.passed = False
         if new:
-            self._stay |= {*new}
+            self._kept_buffers |= {*new}
             self.controller.warn(
-                "modules registered buffers in a batch of the probe window, which stay as it left them: "
+                "modules registered buffers in a batch of the probe window, which cannot be removed: "
                 f'{", ".join(new[:3])}; set a later "mols.start", or "mode": "online"',
                 every_rank=True,
             )
 
     def _close_window(self) -> None:
-        """At the end of a probe window: give back the rest. Warns of what cannot be."""
+        """End a probe window and restore the rest. Warns about parameters that it changed."""
         moved = self.window.restore()
         if moved:
             self.controller.warn(
-                f"passes of the probe window moved {len(moved)} parameters ({', '.join(moved[:3])}), which stay as "
-                'they left them; update them in the training loop, or set "mode": "online"',
+                f"forward passes of the probe window changed {len(moved)} parameters ({', '.join(moved[:3])}), which "
+                'stay changed; update them in the training loop, or set "mode": "online"',
                 every_rank=True,
             )
 
@@ -226,47 +226,52 @@ class Session(Handle, ABC):
 
     @property
     def wants_sample(self) -> bool:
-        """Mode "online": whether the step under way is a sample that has not been taken yet."""
+        """Mode "online": whether the current step is a sample that is not taken yet."""
         return self._sampling and not self._sampled
 
     def open_sample(self) -> None:
-        """Begin the sample of this step, once."""
+        """Open the sample of this step, once."""
         if not self._sampled:
             self.controller.elements.open()
             self._sampled = True
 
     def take_sample(self, factor: float = 1.0) -> None:
-        """Add the gradient of all owned elements, times `factor`, as the sample of this step."""
+        """Add the gradients of all owned elements, times `factor`, as this step's sample."""
         self.open_sample()
         with closing(self.source.read()) as parts:
             for offset, gradient in parts:
                 self.controller.elements.add(offset, gradient, factor)
 
     def _watch_passes(self, module: nn.Module) -> list[RemovableHandle]:
-        """Hook the forward passes of the model, or of a part that is called by itself."""
+        """Hook the forward passes of the model, or of a part that is called on its own."""
         return [
             module.register_forward_pre_hook(ForwardHook(self._before_forward)),
             module.register_forward_hook(ForwardHook(self._after_forward), always_call=True),
         ]
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the model: opens a pass of the probe window. Passes without gradients are no samples."""
+        """Forward pre-hook of the model: open a pass of the probe window. Ignores passes without gradients."""
         if self.controller.discards_steps and torch.is_grad_enabled():
             self.window.open_pass()
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the model, also where the pass raised."""
+        """Forward hook of the model; runs even if the pass raised."""
         self.window.close_pass()
 
     # ------------------------------------------------------------------ mode "moments"
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _read_moments(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Step post-hook of an inner optimizer: add Adam's moments while their state is at hand (NVMe).
+        """Step post-hook of an inner optimizer: add Adam's moments while their state is in memory (NVMe).
 
-        Only inside a step that ends the window; not in the dummy steps that allocate states before a load (Megatron).
+        Runs only in a step that ends the window, not in dummy steps that allocate state before a load (Megatron).
         """
-        if not (self._stepping and self.controller.reads_moments_next):
+        if not self._stepping or self.config.measures != "moments":
             return
+        self._betas.see(optimizer.param_groups, self._step_number)
+        if not self.controller.reads_moments_next:
+            return
+        self._betas.check(self._step_number)
         for group in optimizer.param_groups:
             for tensor in group["params"]:
                 for number, item in self.owned_in(tensor):
@@ -274,7 +279,7 @@ class Session(Handle, ABC):
         self._open_moments()
 
     def _add_moments(self, state: Mapping[str, Any], group: Mapping[str, Any], number: int, item: ShardRange) -> None:
-        if not state:  # no gradient reached this parameter yet: it never moved
+        if not state:  # this parameter never had a gradient: it never moved
             self._open_moments()
             for at, nothing in zero_pieces(item.numel):
                 self.controller.elements.add_squares(number, nothing, nothing, at)
@@ -286,7 +291,7 @@ class Session(Handle, ABC):
             self.controller.elements.add_squares(number, mu2, s2, at)
 
     def _open_moments(self, noise_weight: float | None = None) -> None:
-        """Begin to collect Adam's moments, once. Every rank does, also one that owns nothing."""
+        """Open the sums of Adam's moments, once. Every rank does, also with an empty shard."""
         if self.controller.elements.has_squares:
             return
         if noise_weight is None:
@@ -294,37 +299,38 @@ class Session(Handle, ABC):
             noise_weight = adam_moments(zero, zero, *self.adam_settings(self._step_number))[2]
         self.controller.elements.open_squares(NoiseFloor(1.0, noise_weight))
 
-    # ------------------------------------------------------------------ what all ranks do together
+    # ------------------------------------------------------------------ collectives
 
     def reduce(self, values: Tensor) -> Tensor:
-        """SUM over the ranks whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
+        """SUM over the ranks with disjoint owned elements. 1-D float64 in, CPU float64 out."""
         return self.source.reduce(values)
 
     def agree(self, ok: bool) -> bool:
-        """Whether every rank says True: one all-reduce of 8 bytes."""
+        """Whether `ok` is True on every rank: one all-reduce of 8 bytes."""
         return int(self.reduce(torch.tensor([0.0 if ok else 1.0], dtype=torch.float64)).item()) == 0
 
-    # ------------------------------------------------------------------ after a checkpoint was loaded
+    # ------------------------------------------------------------------ after loading a checkpoint
 
     def common_state(self) -> dict[str, Any]:
-        """What a checkpoint holds of MoLS and every rank has alike."""
+        """Return the MoLS state of a checkpoint that is the same on every rank."""
         return {**self.controller.state_dict(), "mode": self.config.mode, "section": section_of(self.config)}
 
     def resume(self, saved: Mapping[str, Any], t: int, load_samples: Callable[[], str | None]) -> None:
-        """Go on at step t from the state of a checkpoint. Collective.
+        """Continue at step t from the state of a checkpoint. Collective.
 
         Args:
-            saved: what `common_state` gave.
-            load_samples: reads this engine's accumulators of a half-done calibration. Returns why that cannot go on,
-                the same on every rank, or None.
+            saved: result of `common_state`.
+            t: optimizer steps so far.
+            load_samples: loads this engine's accumulators of a partial calibration. Returns an error, the same on
+                every rank, or None.
 
         Raises:
-            MolsCheckpointError: not a state of MoLS, or of other module groups; nothing is changed then.
+            MolsCheckpointError: not a MoLS state, or other module groups. Nothing is changed then.
         """
         controller = self.controller
         controller.load_state_dict(saved)
-        if (said := on_again(saved, t)) is not None:
-            controller.warn(said, every_rank=True)
+        if (warning := reenabled_warning(saved, t)) is not None:
+            controller.warn(warning, every_rank=True)
         kept, applied = changed(saved.get("section"), self.config, controller.phase)
         for line in kept:
             controller.warn(line, every_rank=True)
@@ -336,7 +342,7 @@ class Session(Handle, ABC):
             if problem is not None:
                 self.window.forget()
                 controller.restart(
-                    t, f"the half-done calibration of this checkpoint cannot be continued: {problem}; it starts over"
+                    t, f"the partial calibration of this checkpoint cannot be continued: {problem}; it starts over"
                 )
         controller.advance(t)
         controller.log(
@@ -351,7 +357,7 @@ class Session(Handle, ABC):
         return None
 
     def resume_without_state(self, t: int) -> None:
-        """Go on at step t from a checkpoint that was saved without MoLS."""
+        """Continue at step t from a checkpoint that was saved without MoLS."""
         controller: Controller = self.controller
         start = max(t, controller.state.schedule.start)
         what = "mols.fixed_alphas apply" if controller.config.fixed_alphas is not None else "the calibration starts"
@@ -364,10 +370,10 @@ class Session(Handle, ABC):
 
 
 def _moments_of(optimizer: Optimizer, tensor: Tensor) -> Mapping[str, Any]:
-    """The state of a tensor, with Adam's two moments of each element; empty where it was never stepped.
+    """Return the state of a tensor with both of Adam's moments per element; empty if it was never stepped.
 
     Raises:
-        MolsUnsupportedError: a state of another kind, of a class that the catalog of optimizers does not have.
+        MolsUnsupportedError: another kind of state, from an optimizer class that is not in the catalog.
     """
     state: Mapping[str, Any] = optimizer.state.get(tensor, {})
     if not state.keys() - {"step"}:
@@ -382,11 +388,9 @@ def _moments_of(optimizer: Optimizer, tensor: Tensor) -> Mapping[str, Any]:
 
 
 def largest_holder(layout_counts: Iterable[tuple[Key, Mapping[str, int]]], groups: Iterable[str]) -> dict[str, Key]:
-    """Module group -> the parameter group that holds most of its elements; absent where none does.
+    """Return module group -> the parameter group with most of its elements; absent if it has none.
 
-    Args:
-        layout_counts: (parameter group, elements of each module group), for each parameter.
-        groups: the module groups.
+    `layout_counts`: (parameter group, elements of each module group) per parameter.
     """
     held: dict[str, dict[Key, int]] = {group: {} for group in groups}
     for key, counts in layout_counts:

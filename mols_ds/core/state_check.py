@@ -1,9 +1,9 @@
-"""Whether the MoLS state of a checkpoint fits this run: checks only, nothing is changed. Engine-free."""
+"""Check whether the MoLS state of a checkpoint fits this run. Changes nothing; knows no engine."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,7 +13,7 @@ from mols_ds.core.validation import validation_message
 from mols_ds.errors import MolsCheckpointError
 
 SINCE = "off_since"
-"""Key of a state that went through a run with MoLS off: the step at which that run loaded it."""
+"""Key of a state that passed through a run with MoLS off: the step at which that run loaded it."""
 
 STATE_VERSION = 1
 Count = Annotated[int, Field(ge=0)]
@@ -21,7 +21,7 @@ Alphas = dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
 
 
 class _State(BaseModel):
-    """The values of `Calibration.state_dict` that can be."""
+    """Valid values of `Calibration.state_dict`."""
 
     model_config = ConfigDict(strict=True)
 
@@ -36,17 +36,23 @@ class _State(BaseModel):
     alphas: Alphas
 
 
-def check_saved(saved: object, elements: Mapping[str, int], state_keys: Iterable[str]) -> None:
-    """Raise `MolsCheckpointError` unless `saved` is what `Controller.state_dict` gives, for these module groups.
+def check_saved(
+    saved: object, elements: Mapping[str, int], state_keys: Iterable[str], advise: Callable[[Mapping[str, object]], str]
+) -> None:
+    """Check that `saved` is a `Controller.state_dict` with these module groups.
 
     Args:
-        saved: what stood under the key "mols" of a checkpoint (DeepSpeed: of its client_state); may be anything.
+        saved: value of the key "mols" of a checkpoint (DeepSpeed: of its client_state); may be anything.
         elements: module group -> element count of this run's model.
-        state_keys: the keys of a state of `Calibration`.
+        state_keys: keys of `Calibration.state_dict`.
+        advise: saved module groups -> what to do where they differ from this run's.
+
+    Raises:
+        MolsCheckpointError: it is not.
     """
     if not isinstance(saved, Mapping) or "version" not in saved:
         raise MolsCheckpointError(
-            'what stands under "mols" in this checkpoint was not written by MoLS; '
+            'the value of "mols" in this checkpoint was not written by MoLS; '
             "load it without MoLS and save it again without that key"
         )
     if saved["version"] != STATE_VERSION:
@@ -58,22 +64,22 @@ def check_saved(saved: object, elements: Mapping[str, int], state_keys: Iterable
     if dict(saved["groups"]) != dict(elements):
         raise MolsCheckpointError(
             f"the checkpoint's module groups {dict(saved['groups'])} are not this model's {dict(elements)}; "
-            "use the model, mols.rules and mols.granularity of the run that saved it"
+            f"{advise(saved['groups'])}"
         )
     _check_values(saved["state"], saved["report"], elements)
 
 
 def _check_values(state: Mapping[str, object], report: Mapping[str, object], elements: Mapping[str, int]) -> None:
-    """Raise `MolsCheckpointError` for values that `Calibration` never has, or a report that breaks its schema."""
+    """Raise `MolsCheckpointError` for values that `Calibration` never has, or for a report with a wrong schema."""
     try:
         values = _State.model_validate(dict(state))
     except ValidationError as error:
         raise _damaged(validation_message(error, _State)) from None
     over = values.phase in ("ramping", "fixed")
     if over and (values.ended_at is None or not values.alphas):
-        raise _damaged(f'phase "{values.phase}" without alphas, or without the step that they are from')
+        raise _damaged(f'phase "{values.phase}" without alphas, or without the step of its calibration')
     if values.phase == "calibrating" and values.begun_at is None:
-        raise _damaged("a calibration that began at no step")
+        raise _damaged("a calibration without a first step")
     try:
         problem = schema_problem(json.loads(json.dumps(dict(report)))) if report else None
     except (TypeError, ValueError) as error:

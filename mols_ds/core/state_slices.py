@@ -1,4 +1,4 @@
-"""Optimizer state of a tensor while views of it stand in for it: what each view gets, and what is copied back."""
+"""Slice the optimizer state of a tensor for views of it, and copy counters back afterwards."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.optim import Optimizer
 
 
 class Sliced(NamedTuple):
-    """The views that stand in for one tensor during a step, and the scalar state to copy back afterwards."""
+    """A tensor and the views that replace it during a step."""
 
     tensor: Tensor
     views: list[Tensor]
 
 
 def copied(value: Any) -> Any:
-    """A copy of a value of a parameter group that a step may change in place; any other value itself."""
+    """Copy a value of a parameter group if a step may change it in place; return other values unchanged."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     return copy.deepcopy(value) if isinstance(value, list | dict | set) else value
 
 
 def sliceable(value: object, tensor: Tensor) -> bool:
-    """Whether an entry of a tensor's state can be cut as the tensor is."""
+    """Whether an entry of a tensor's state can be sliced like the tensor."""
     if isinstance(value, Tensor):
         plain = type(value) in (Tensor, torch.nn.Parameter) and value.is_contiguous()
         return plain and (value.numel() == tensor.numel() or value.numel() == 1)
@@ -34,7 +34,7 @@ def sliceable(value: object, tensor: Tensor) -> bool:
 
 
 def slices_of(value: object, tensor: Tensor, lengths: list[int]) -> Sequence[object]:
-    """What of one entry of a tensor's state goes to each run: its part, a copy of a counter, or a plain number."""
+    """Return the part of a state entry for each view: a slice, a copy of a counter, or a plain number."""
     if not isinstance(value, Tensor):
         return [value] * len(lengths)
     if value.numel() == tensor.numel():
@@ -43,7 +43,7 @@ def slices_of(value: object, tensor: Tensor, lengths: list[int]) -> Sequence[obj
 
 
 def align_counters(optimizer: Optimizer) -> None:
-    """Give every tensor of a group the group's step count before the group is cut into several lists."""
+    """Set the step count of every tensor of a group to the group's, before the group is split into several lists."""
     for group in optimizer.param_groups:
         states = [optimizer.state[p] for p in group["params"] if "step" in optimizer.state.get(p, {})]
         step = max((s["step"] for s in states), default=0)
@@ -52,10 +52,10 @@ def align_counters(optimizer: Optimizer) -> None:
 
 
 def write_back(optimizer: Optimizer, slices: Sliced) -> None:
-    """Copy the counters of the views to the tensor that they stood in for.
+    """Copy the counters of the views to their tensor.
 
-    Tensor counters advance on every view alike. Of plain numbers, take the one that changed: with a shared
-    counter, only the last view of a list counts.
+    Tensor counters advance alike on every view. Of plain numbers, use the one that changed: a shared counter counts
+    only the last view of a list.
     """
     target = optimizer.state[slices.tensor]
     states = [optimizer.state[view] for view in slices.views]

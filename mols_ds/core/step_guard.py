@@ -1,8 +1,8 @@
-"""Watches the first scaled steps: was each tensor with a gradient stepped, and once?
+"""Watch the first scaled steps: was each tensor with a gradient stepped, and only once?
 
-An optimizer may keep lists or tables beside its parameter groups, of which the catalog knows nothing. Under temporary
-groups it leaves tensors where they are, or counts a step several times, and training goes on. The guard compares a few
-numbers of each tensor and of its state before and after the optimizer's step: no communication, no copy of a tensor.
+An unknown optimizer may have lists or tables beside its parameter groups. With temporary groups it would leave out
+tensors or count a step several times, without an error. The guard compares a few numbers of each tensor and its state
+before and after the step. It does not communicate or copy a tensor.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from mols_ds.core.pieces import gradient_of
 
 Numbers = tuple[float, ...]
 ROUNDING = 64.0
-"""A weight without optimizer state has to move only where lr x gradient is this many roundings of it or more."""
+"""A weight without optimizer state must move only if lr x gradient is at least this many times its rounding."""
 
 
 class _Watched(NamedTuple):
-    """One tensor (or view) as the optimizer sees it: where it is looked at, and what was there before the step."""
+    """A tensor (or view) of the optimizer: the compared indices, and their values before the step."""
 
     tensor: Tensor
     at: Tensor
@@ -32,10 +32,10 @@ class _Watched(NamedTuple):
 
 
 class StepGuard:
-    """Compares an optimizer before and after one step.
+    """Compare an optimizer before and after one step.
 
     Args:
-        optimizer: with the parameter groups that its step is about to see.
+        optimizer: with the parameter groups of the step.
         groups: its own parameter groups, whose counters must advance by one.
     """
 
@@ -50,9 +50,9 @@ class StepGuard:
         ]
 
     def problem(self, groups: Sequence[Mapping[str, Any]]) -> str:
-        """What went wrong in the step, in words; "" = nothing. `groups`: the optimizer's own, after the step.
+        """Describe what went wrong in the step; "": nothing. `groups`: the optimizer's own, after the step.
 
-        Where no tensor was stepped nothing is said: the optimizer has skipped the step (a non-finite gradient).
+        If no tensor was stepped, nothing is wrong: the optimizer skipped the step (a non-finite gradient).
         """
         still, stepped, twice = 0, 0, 0
         for one in self.watched:
@@ -67,19 +67,19 @@ class StepGuard:
         name = type(self.optimizer).__name__
         if still and stepped:
             return (
-                f"optimizer {name} left {still} of {still + stepped} tensors with a gradient where they were in a "
-                "scaled step (it keeps a list beside its parameter groups?): use Adam, AdamW, SGD, Lion, ..."
+                f"optimizer {name} left out {still} of {still + stepped} tensors with a gradient in a scaled step "
+                "(does it keep a list beside its parameter groups?): use Adam, AdamW, SGD, Lion, ..."
             )
         if twice:
             return (
-                f"optimizer {name} counted one scaled step more than once in {twice} of its counters (its parameter "
+                f"optimizer {name} counted one scaled step more than once in {twice} of its counters (do its parameter "
                 "groups share one?): use Adam, AdamW, SGD, Lion, ..."
             )
         return ""
 
 
 def _watch(optimizer: Optimizer, tensor: Tensor, lr: float) -> _Watched | None:
-    """None for a tensor without a gradient, or with one that is zero or not finite, and where lr is 0."""
+    """Return None for a tensor without a gradient, with a zero or non-finite one, or with lr 0."""
     gradient = gradient_of(tensor)
     if gradient is None or gradient.numel() == 0 or gradient.layout != torch.strided:
         return None
@@ -100,7 +100,7 @@ def _at(tensor: Tensor, at: Tensor) -> Numbers:
 
 
 def _state_numbers(optimizer: Optimizer, tensor: Tensor, at: Tensor) -> dict[str, Numbers]:
-    """A few numbers of each entry of the tensor's state."""
+    """Return a few numbers of each entry of the tensor's state."""
     found: dict[str, Numbers] = {}
     for key, value in optimizer.state.get(tensor, {}).items():
         if isinstance(value, Tensor) and value.numel() > 0 and not value.is_complex():

@@ -1,4 +1,4 @@
-"""The base class of the sections that users write, and pydantic's errors in one line that names each key."""
+"""Base class of config sections, and one-line messages for pydantic's errors."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Annotated, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-LONGEST = 200
-"""Characters of a wrong value that a message shows."""
+MAX_SHOWN = 200
+"""Characters of a wrong value in a message."""
 SHOULD_BE = "Input should be "
-"""How pydantic begins the message of a wrong type or value."""
+"""Start of pydantic's message for a wrong type or value."""
 
 
 class Frozen(BaseModel):
-    """Values that cannot be changed; an unknown key and a number that is not finite are errors."""
+    """An immutable section. Unknown keys and non-finite numbers are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def validation_message(error: ValidationError, kind: object = None, prefix: str = "") -> str:
-    """All mistakes of a pydantic error in one line, such as `"mols.samples": Input should be ... (got 1)`.
+    """Format all errors of a pydantic exception in one line, such as `"mols.samples": Input should be ... (got 1)`.
 
     Args:
-        error: what pydantic raised.
-        kind: the model class, or the annotation, that was validated. Without it a misspelt key gets no suggestion, and
-            keys keep the names that pydantic gives to the alternatives of a union.
-        prefix: the key that the validated value has in its file, such as "mols".
+        error: pydantic's exception.
+        kind: the validated model class or annotation. Without it an unknown key gets no suggestion, and keys include
+            pydantic's names for the members of a union.
+        prefix: key of the validated value in its file, such as "mols".
 
     Returns:
-        The key of each mistake, the value and what is allowed; joined by "; ".
+        Key, value and what is allowed for each error, joined by "; ".
     """
     lines: dict[tuple[str, str], str] = {}
     for item in error.errors(include_url=False):
@@ -58,26 +58,26 @@ def validation_message(error: ValidationError, kind: object = None, prefix: str 
 
 
 def _short(value: object) -> str:
-    """repr() of a value that may be anything; its ends alone where it is long."""
+    """repr() of any value; shortened in the middle if long."""
     text = repr(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} ... {text[-MAX_SHOWN // 2 :]}"
 
 
 def suggestion(key: str, known: Sequence[str]) -> str:
-    """What to say of an unknown key: the known key that is most alike, or all of them."""
+    """Return the known key most similar to an unknown one, or all known keys, as a hint."""
     close = difflib.get_close_matches(key, known, n=1)
     return f'did you mean "{close[0]}"?' if close else f"allowed: {', '.join(known)}"
 
 
 def _what(item: ErrorDetails) -> str:
-    """pydantic's message; without the names of our classes, which mean nothing to a user."""
+    """Return pydantic's message without the names of our classes."""
     return f"{SHOULD_BE}an object of keys and values" if item["type"] == "model_type" else item["msg"]
 
 
 def _place(loc: Iterable[int | str], kind: object) -> tuple[list[str], list[str]]:
-    """(the keys that lead to a mistake, the keys that are known where the last of them stands).
+    """Return (path of an error, known keys at its last part).
 
-    `loc` also holds a part for each union on the way, which names one of its alternatives.
+    `loc` also has a part for each union on the path, which names a member of it.
     """
     path: list[str] = []
     known: list[str] = []
@@ -93,7 +93,7 @@ def _place(loc: Iterable[int | str], kind: object) -> tuple[list[str], list[str]
 
 
 def _bare(kind: object) -> object:
-    """An annotation without its metadata and without `| None`, of which `loc` says nothing."""
+    """Return an annotation without metadata and without `| None`, which `loc` does not contain."""
     if get_origin(kind) is Annotated:
         return _bare(get_args(kind)[0])
     if _is_union(kind):
@@ -107,7 +107,7 @@ def _is_union(kind: object) -> bool:
 
 
 def _has_name(member: object, name: str) -> bool:
-    """Whether pydantic calls an alternative of a union by `name`: a model by its class, a dict as "dict[str,any]"."""
+    """Whether pydantic uses `name` for a union member: a model by its class, a dict as "dict[str,any]"."""
     bare = _bare(member)
     origin = get_origin(bare) or bare
     return isinstance(origin, type) and name.split("[", 1)[0] == origin.__name__
@@ -120,7 +120,7 @@ def _keys(kind: object) -> list[str]:
 
 
 def _inside(kind: object, part: int | str) -> object:
-    """The annotation of what stands under `part`; None where it is not known."""
+    """Return the annotation of the value at `part`; None if unknown."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         fields = kind.model_fields.items()
         return next((field.annotation for name, field in fields if part in (name, field.alias)), None)

@@ -1,2 +1,2 @@
-"""Optimizers by name: the table of names (names.py), how one is built for an engine (build.py), and those that read
-whole tensors and yet work on ZeRO's flat shards (sharded.py)."""
+"""Optimizers by name: the catalog (catalog.py), how to build one for an engine (build.py), and optimizers that read
+whole tensors but work on ZeRO's flat shards (sharded.py)."""

@@ -1,14 +1,14 @@
-"""Adam-mini (Zhang et al. 2025, arXiv 2406.16793) that is right on ZeRO's flat shards.
+"""Adam-mini (Zhang et al. 2025, arXiv 2406.16793), correct on ZeRO's flat shards.
 
-Adam with one second moment a block in the place of one an element: v_b is the average of the mean of g^2 over block b.
-The blocks of a Transformer (the paper's algorithm 3, and the authors' package adam-mini 1.1.1): a query or key weight
-has one a head; value, output, MLP, embedding and output-layer weights one an output neuron or token; biases are left to
-Adam (a block is an element); a norm, or whatever else is 1-D, is one block. The parts of a fused projection are treated
-as what they are. The authors' package goes by words in the names, has to be told the hidden size, and takes the mean
-over whatever part of a row or head lies on a rank, which is wrong on flat shards.
+Adam with one second moment per block instead of one per element: v_b is the running average of the mean of g^2 over
+block b. Blocks of a Transformer (the paper's algorithm 3, and the authors' package adam-mini 1.1.1): one per head for
+query and key weights; one per output neuron or token for value, output, MLP, embedding and output-layer weights; one
+per element for biases (plain Adam); one for a norm or any other 1-D parameter. Parts of a fused projection have the
+blocks of their kind. The authors' package matches words in names, needs the hidden size, and averages over the part of
+a row or head on one rank, which is wrong on flat shards.
 
-Choices where neither paper nor package say anything: position embeddings have one number a position; other weights
-(routers) one a row; where a query or key weight does not divide into heads (LoRA's A), one a row.
+Where paper and package say nothing: position embeddings have one block per position; other weights (routers) one per
+row; query or key weights that do not divide into heads (LoRA's A) one per row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KEY = "block_avg_sq"
 
 
 def block_factor(square: Tensor, step: int, lr: float, betas: tuple[float, float], eps: float) -> Tensor:
-    """lr / (1 - beta1^t) / (sqrt(v_b / (1 - beta2^t)) + eps): what m is multiplied by (2406.16793, algorithm 2)."""
+    """Return lr / (1 - beta1^t) / (sqrt(v_b / (1 - beta2^t)) + eps), the factor of m (2406.16793, algorithm 2)."""
     root = square.sqrt() / math.sqrt(1 - betas[1] ** step)
     return (lr / (1 - betas[0] ** step)) / root.add_(eps)
 
@@ -42,10 +42,13 @@ def block_factor(square: Tensor, step: int, lr: float, betas: tuple[float, float
 def parameter_blocks(
     name: str, shape: Sequence[int], layout: ElementLayout, head: int | None, transposed: bool = False
 ) -> Blocks:
-    """The blocks of one parameter (see the module's text).
+    """Return the blocks of one parameter (see the module docstring).
 
-    layout: its module groups. head: features of an attention head; None: query and key weights have one a row.
-    transposed: a weight of shape (in, out), as transformers' `Conv1D` stores it.
+    Args:
+        shape: of the whole parameter.
+        layout: its module groups.
+        head: features per attention head; None: query and key weights have one block per row.
+        transposed: the weight has shape (in, out), as transformers' `Conv1D` stores it.
     """
     canonical = canonical_name(name)
     if canonical.name.endswith("bias"):
@@ -65,7 +68,7 @@ def parameter_blocks(
 
 
 def _split(length: int, group: str, head: int | None) -> tuple[int, int]:
-    """(features of a block, number of blocks) of `length` output features of a group."""
+    """Return (features per block, number of blocks) for `length` output features of a group."""
     if base_group(group) == "qk" and head and length % head == 0:
         return head, length // head
     return 1, max(1, length)
@@ -82,7 +85,7 @@ def _join(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def head_size(model: nn.Module) -> int | None:
-    """Features of an attention head, from the transformers config that the model carries; None without one."""
+    """Return the features per attention head from the model's transformers config; None without one."""
     configs = [getattr(module, "config", None) for module in model.modules()]
     config = next((c for c in configs if config_value(c, "model_type") is not None), getattr(model, "config", None))
     config = text_config(config)
@@ -94,14 +97,16 @@ def head_size(model: nn.Module) -> int | None:
 
 
 class ShardedAdamMini(ShardedOptimizer):
-    """Args:
-    params: parameters or groups, as of any torch optimizer; float32. Which parameter is what, `bind` tells; before it,
-        a parameter of two dimensions or more has one number a row, another one.
-    lr, betas, eps, weight_decay: as AdamW's; also per group.
-    head_dim: features of an attention head; None takes it from the model's config.
+    """Adam-mini; see the module docstring.
 
-    Universal checkpoints know Adam's moments only: `block_avg_sq`, one number a block, cannot move to another number of
-    ranks, and binding to an engine that loads one is refused.
+    Universal checkpoints only know Adam's moments: `block_avg_sq`, one number per block, cannot move to another number
+    of ranks. Binding to an engine that loads one is refused.
+
+    Args:
+        params: parameters or groups, as for any torch optimizer; float32. `bind` tells which parameter is what. Without
+            it, a parameter with two or more dimensions has one block per row, any other one block.
+        lr, betas, eps, weight_decay: as for AdamW; also per group.
+        head_dim: features per attention head; None: from the model's config.
     """
 
     kinds = 1
@@ -127,18 +132,18 @@ class ShardedAdamMini(ShardedOptimizer):
     def model_blocks(
         self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Sequence[str]]
     ) -> dict[str, Blocks]:
-        """Raises MolsConfigError as `mols_ds.group_table`: a weight that no rule knows has no blocks either."""
+        """Return the blocks by module group. Raises MolsConfigError for a weight without one, as `group_table` does."""
         try:
             layouts = group_table(model, list(rules)).layouts
         except MolsConfigError as error:
             raise MolsConfigError(
-                f'Adam-mini takes its blocks from the module groups (and the "rules" of the "mols" section): {error}'
+                f'Adam-mini uses the module groups (and "rules" of the "mols" section) for its blocks: {error}'
             ) from error
         head = self.head_dim or head_size(model)
         if head is None and any("qk" in layout.groups for layout in layouts.values()):
             warnings.warn(
-                "Adam-mini: the model's config does not tell the number of attention heads, so that query and key "
-                'weights have one number a row instead of one a head; give "head_dim"',
+                "Adam-mini: the model's config has no number of attention heads: query and key weights have one block "
+                'per row instead of one per head; give "head_dim"',
                 MolsWarning,
                 stacklevel=2,
             )
@@ -156,7 +161,7 @@ class ShardedAdamMini(ShardedOptimizer):
         return {"exp_avg": lambda: torch.zeros_like(tensor), KEY: lambda: tensor.new_zeros(count)}
 
     def _check_blocks(self, tensor: Tensor, count: int) -> None:
-        """DeepSpeed's stage 0 steps once with gradients of zero before anyone can bind: those blocks are begun anew."""
+        """Reset the blocks of steps before `bind`: DeepSpeed's stage 0 steps once with zero gradients."""
         saved = self.state[tensor].get(KEY)
         if saved is None or saved.numel() == count:
             return

@@ -1,9 +1,9 @@
-"""APOLLO (arXiv 2412.05270): a gradient scaled channel by channel with what Adam does in a random low-rank space.
+"""APOLLO (arXiv 2412.05270): scale each channel of the gradient like Adam does in a random low-rank space.
 
 Written from the paper's Algorithm 1. pytorch-optimizer's class of that name scales the projected gradient and projects
-it back, which is another update; the authors' package is for non-commercial use only. What the paper leaves open is
-done as in GaLore (arXiv 2403.03507), which it builds on: the smaller side of the matrix is projected, Adam's bias
-correction stands in the step size, and weight decay is decoupled and comes first.
+it back, which is another update. The authors' package is for non-commercial use only. Where the paper is silent, this
+follows GaLore (arXiv 2403.03507), its basis: project the smaller side of the matrix, put Adam's bias correction into
+the step size, apply decoupled weight decay first.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ State = dict[str, Any]
 
 
 def projection(shape: tuple[int, int], rank: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """P of shape (rank, smaller side), entries N(0, 1/rank), so that E[P^T P] = 1 (Algorithm 1, line 3).
+    """Return P of shape (rank, smaller side) with entries N(0, 1/rank): E[P^T P] = 1 (Algorithm 1, line 3).
 
-    The numbers are drawn on the CPU from `seed`: every rank and every device has the same.
+    Draws on the CPU from `seed`, so that every rank and device gets the same numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randn(rank, min(shape), generator=generator, dtype=torch.float32) / math.sqrt(rank)
@@ -40,12 +40,12 @@ def projection(shape: tuple[int, int], rank: int, seed: int, device: torch.devic
 
 
 def project(gradient: Tensor, matrix: Tensor) -> Tensor:
-    """R: (rank, larger side). gradient: (m, n); P contracts its smaller side, the columns of a square one."""
+    """Return R, (rank, larger side). gradient: (m, n); P contracts the smaller side, or the columns of a square one."""
     return matrix @ (gradient if gradient.shape[0] < gradient.shape[1] else gradient.T)
 
 
 def scaling(projected: Tensor, adam: Tensor, kind: ScaleType) -> Tensor:
-    """s_j = ||R~_{:,j}|| / ||R_{:,j}|| for each channel j, the larger side; or one number for the tensor (eq. 5, 7)."""
+    """Return s_j = ||R~_{:,j}|| / ||R_{:,j}|| per channel j of the larger side, or one number (eq. 5, 7)."""
     over = None if kind == "tensor" else 0
     after: Tensor = torch.linalg.vector_norm(adam, dim=over)
     before: Tensor = torch.linalg.vector_norm(projected, dim=over)
@@ -53,7 +53,7 @@ def scaling(projected: Tensor, adam: Tensor, kind: ScaleType) -> Tensor:
 
 
 def limit_growth(update: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(update, its norm), cut to `GROWTH_LIMIT` times the norm of the step before."""
+    """Return (update, its norm), with the norm limited to `GROWTH_LIMIT` times the previous one."""
     norm = torch.linalg.vector_norm(update)
     if previous is None:
         return update, norm
@@ -62,11 +62,11 @@ def limit_growth(update: Tensor, previous: Tensor | None) -> tuple[Tensor, Tenso
 
 
 class Apollo(Optimizer):
-    """APOLLO on the 2-D tensors of parameter groups with a "rank", Adam with decoupled weight decay on all else.
+    """APOLLO on the 2-D tensors of parameter groups with a "rank"; Adam with decoupled weight decay elsewhere.
 
     Keys of a group with a rank: rank, update_proj_gap (steps between new projections), scale (the paper's alpha;
-    APOLLO-Mini is rank 1, "tensor", sqrt(128)), scale_type. State of a matrix (m, n): two moments of
-    (rank, max(m, n)) and P. The step is proportional to lr.
+    APOLLO-Mini: rank 1, "tensor", sqrt(128)), scale_type. State of a matrix (m, n): two moments of (rank, max(m, n)),
+    and P. The step is proportional to lr.
     """
 
     def __init__(
@@ -77,21 +77,21 @@ class Apollo(Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
     ) -> None:
-        """Raises ValueError for a rate, a beta or eps out of range, or a group whose keys are wrong."""
+        """Raises ValueError for a rate, beta or eps out of range, or for a group with wrong keys."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: Settings) -> None:
-        """As torch's. Raises MolsConfigError, a ValueError, for a setting out of range, and for complex weights."""
+        """As torch's. Raises MolsConfigError for a setting out of range, and for complex weights."""
         check_options("APOLLO", {**self.defaults, **param_group})
         if param_group.get("rank", 1) is None:
             raise MolsConfigError("APOLLO: rank=None; give a whole number >= 1, or leave it out for Adam's group")
         super().add_param_group(param_group)
         if any(weight.is_complex() for weight in self.param_groups[-1]["params"]):
-            raise MolsConfigError("APOLLO has no rule for complex weights; leave them to another optimizer")
+            raise MolsConfigError("APOLLO does not support complex weights; leave them to another optimizer")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch: overloads
-        """One update of every tensor that has a gradient; returns what `closure` returned."""
+        """Update every tensor with a gradient; return the closure's loss, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -126,7 +126,7 @@ class Apollo(Optimizer):
 
     @staticmethod
     def _project(state: State, gradient: Tensor, group: Settings, step: int) -> Tensor:
-        """R = P G with a new P at the first step and every `update_proj_gap` steps."""
+        """Return R = P G, with a new P at the first step and every `update_proj_gap` steps."""
         past, rest = divmod(step - 1, group["update_proj_gap"])
         if rest == 0 or "projection" not in state:
             shape = (gradient.shape[0], gradient.shape[1])

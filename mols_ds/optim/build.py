@@ -1,7 +1,7 @@
-"""Builds the optimizer that a DeepSpeed config names, where it is one of this package's table.
+"""Build the optimizer that a DeepSpeed config names, if the catalog has it.
 
-A name that stock DeepSpeed builds itself stays DeepSpeed's, unless the section asks for the table's with
-`"source": "library"`. Everything else in "optimizer" is DeepSpeed's own format: "type" and "params".
+DeepSpeed builds the names that it knows, unless the section says `"source": "library"`. Everything else in "optimizer"
+is DeepSpeed's own format: "type" and "params".
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from mols_ds.optim.settings import EditedSection, ReadSettings, Section, Setting
 
 Source = Literal["library", "deepspeed"]
 Parameters = Iterable[torch.Tensor | Settings]
-"""Tensors, or parameter groups as torch takes them: what users pass as `model_parameters`."""
+"""Tensors or parameter groups, as for torch optimizers: the users' `model_parameters`."""
 NOT_MATRICES = ("embedding", "head")
-"""Module groups whose 2-D weights are tables of tokens, not maps between features: Adam's half of Muon and its kin."""
+"""Module groups whose 2-D weights are lookup tables, not maps between features: Adam under Muon and similar."""
 OFFLOADED = ("cpu", "nvme")
 
 
 @dataclass(frozen=True)
 class Request:
-    """An "optimizer" section that names an optimizer of the table, and the rest of the config, for DeepSpeed.
+    """An "optimizer" section that names an optimizer of the catalog, and the rest of the config for DeepSpeed.
 
-    rules: the user's module-group rules, which also tell the matrices of the blocks from tables of tokens.
+    rules: the user's module-group rules; they also separate block matrices from lookup tables.
     """
 
     entry: Entry
@@ -42,21 +42,21 @@ class Request:
 
 
 def split_config(config: Section) -> Request | None:
-    """The optimizer of the table that a DeepSpeed config names.
+    """Find the catalog's optimizer in a DeepSpeed config.
 
     Args:
-        config: a DeepSpeed config; it is not changed.
+        config: a DeepSpeed config; not changed.
 
     Returns:
-        The entry, its settings and the rest of the config; None where DeepSpeed builds the optimizer.
+        The entry, its settings and the rest of the config; None if DeepSpeed builds the optimizer.
 
     Raises:
-        MolsConfigError: a name that neither knows, an unknown "source" or setting.
-        MolsUnsupportedError: the config's ZeRO stage or offload would silently turn it into another optimizer.
+        MolsConfigError: an unknown name, "source" or setting.
+        MolsUnsupportedError: the config's ZeRO stage or offload would silently make it another optimizer.
     """
     section = config.get("optimizer")
     if not isinstance(section, Mapping) or not isinstance(section.get("type"), str):
-        return None  # DeepSpeed's to accept or refuse
+        return None  # DeepSpeed accepts or refuses it
     entry = requested(section)
     if entry is None:
         _warn_of_shards(section["type"], config)
@@ -71,8 +71,10 @@ def split_config(config: Section) -> Request | None:
 
 
 def requested(section: Section) -> Entry | None:
-    """The entry that an "optimizer" section asks for; None where DeepSpeed builds it. Errors as `split_config`, and
-    MolsUnsupportedError for a name that neither builds and MoLS refuses."""
+    """Return the entry that an "optimizer" section names; None if DeepSpeed builds it.
+
+    Raises like `split_config`, and MolsUnsupportedError for a name that neither builds and MoLS refuses.
+    """
     name, source = section["type"], section.get("source")
     if source not in (None, "library", "deepspeed"):
         raise MolsConfigError(f'"optimizer.source" is {source!r}; allowed are "library" and "deepspeed" (the default)')
@@ -95,11 +97,11 @@ def unknown_name(where: str, name: str) -> MolsConfigError | MolsUnsupportedErro
 
 
 def settings_of(entry: Entry, params: ReadSettings) -> Settings:
-    """The entry's settings: the user's values, else the defaults. "auto" means the default.
+    """Return the entry's settings: the user's values over the defaults. "auto" means the default.
 
     Raises:
-        MolsConfigError: a setting that this optimizer does not have (all are named), or a rate, eps, decay or beta out
-            of range.
+        MolsConfigError: settings that this optimizer does not have (names all), or a rate, eps, decay or beta out of
+            range.
     """
     unknown = [key for key in params if key not in entry.settings]
     if unknown:
@@ -114,7 +116,7 @@ def settings_of(entry: Entry, params: ReadSettings) -> Settings:
 
 
 def _check_ranges(name: str, settings: ReadSettings) -> None:
-    """Raise MolsConfigError for a setting whose value cannot be. name: of the optimizer."""
+    """Raise MolsConfigError for a value out of range. name: of the optimizer."""
     problem = setting_problem(settings)
     if problem is not None:
         key, allowed = problem
@@ -122,19 +124,19 @@ def _check_ranges(name: str, settings: ReadSettings) -> None:
 
 
 def _warn_of_shards(name: str, config: Section) -> None:
-    """DeepSpeed hands flat shards to optimizers that need whole tensors, without a word. It stays what it is."""
+    """Warn where DeepSpeed silently gives flat shards to an optimizer that needs whole tensors."""
     entry = find(name)
     if entry is not None and entry.cut_by_deepspeed and zero_stage(config) >= 1:
         warnings.warn(
-            f"DeepSpeed hands {name} flat shards at ZeRO stage {zero_stage(config)}, and it reads whole tensors: what "
-            f'is trained with is not {name}. Set "zero_optimization.stage": 0, or "source": "library"',
+            f"DeepSpeed gives {name} flat shards at ZeRO stage {zero_stage(config)}, but it needs whole tensors: this "
+            f'run does not train with {name}. Set "zero_optimization.stage": 0, or "source": "library"',
             MolsWarning,
             stacklevel=2,
         )
 
 
 def zero_stage(config: Section) -> int:
-    """The ZeRO stage of a DeepSpeed config; 0 where none is given. Raises MolsConfigError where it is no number."""
+    """Return the ZeRO stage of a DeepSpeed config, by default 0. Raises MolsConfigError if it is not a number."""
     stage = section_of(config, "zero_optimization").get("stage") or 0
     try:
         return int(stage)
@@ -143,8 +145,8 @@ def zero_stage(config: Section) -> int:
 
 
 def section_of(config: Section, *path: str) -> Section:
-    """A section of a DeepSpeed config by its path, empty where it is absent or null. Raises MolsConfigError for one
-    that is no JSON object."""
+    """Return a section of a DeepSpeed config by its path; empty if absent or null. Raises MolsConfigError if it is not
+    a JSON object."""
     section: Any = config
     for depth, key in enumerate(path):
         section = section.get(key)
@@ -156,7 +158,7 @@ def section_of(config: Section, *path: str) -> Section:
 
 
 def offload_device(config: Section) -> str | None:
-    """Where the optimizer is offloaded to, "cpu" or "nvme"; None where it is not."""
+    """Return the offload device of the optimizer, "cpu" or "nvme"; None without offload."""
     device = section_of(config, "zero_optimization", "offload_optimizer").get("device")
     return device if isinstance(device, str) and device in OFFLOADED else None
 
@@ -178,8 +180,8 @@ def _check_stage(entry: Entry, config: Section) -> None:
 
 
 def _check_offload(entry: Entry, config: Section, kept: EditedSection) -> None:
-    """Tells DeepSpeed that an offloaded optimizer is not its CPU Adam. Raises where the user forces that one, and for
-    8-bit state on NVMe, which DeepSpeed swaps as numbers of the weights' size."""
+    """Tell DeepSpeed that an offloaded optimizer is not its CPU Adam. Raises if the user forces that one, and for 8-bit
+    state on NVMe, which DeepSpeed swaps with the size of the weights."""
     device = offload_device(config)
     if device is None:
         return
@@ -196,19 +198,19 @@ def _check_offload(entry: Entry, config: Section, kept: EditedSection) -> None:
 
 
 def build(request: Request, model: nn.Module, parameters: Parameters | None = None) -> torch.optim.Optimizer:
-    """Builds the optimizer of `request`.
+    """Build the optimizer of `request`.
 
     Args:
         request: from `split_config`.
         model: its trainable parameters are optimized.
-        parameters: what the user passed as `model_parameters` (tensors, or groups whose own settings override those of
-            the config); None: all of the model's.
+        parameters: the user's `model_parameters`: tensors, or groups whose settings override the config's; None: all
+            of the model's.
 
     Returns:
-        The optimizer, with the user's parameter groups.
+        The optimizer with the user's parameter groups.
 
     Raises:
-        MolsConfigError: the library refuses a setting, its package is missing, or nothing is trainable.
+        MolsConfigError: the library refuses a setting, its package is missing, or no parameter is trainable.
     """
     entry, settings = request.entry, request.settings
     groups = _parameter_groups(model, parameters)
@@ -223,13 +225,13 @@ def build(request: Request, model: nn.Module, parameters: Parameters | None = No
         arguments = dict(halves.arguments)
     try:
         return factory(groups, **arguments, **entry.fixed)
-    except Exception as error:  # pytorch-optimizer's are of its own kind
+    except Exception as error:  # pytorch-optimizer raises its own classes
         line = " ".join(str(error).split())
         raise MolsConfigError(f'"optimizer.params": {entry.name} of {entry.source} refuses them: {line}') from error
 
 
 def _parameter_groups(model: nn.Module, parameters: Parameters | None) -> list[Settings]:
-    """Parameter groups as torch takes them, without frozen parameters and without empty groups."""
+    """Return parameter groups in torch's format, without frozen parameters and empty groups."""
     given = list(model.parameters() if parameters is None else parameters)
     loose = [item for item in given if not isinstance(item, Mapping)]
     groups = [dict(item) for item in given if isinstance(item, Mapping)]
@@ -241,13 +243,13 @@ def _parameter_groups(model: nn.Module, parameters: Parameters | None) -> list[S
 
 
 def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """The whole parameter's shape, also under zero.Init."""
+    """Return the shape of the whole parameter, also under zero.Init."""
     return tuple(int(size) for size in getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _matrices(model: nn.Module, rules: Iterable[Sequence[str]]) -> set[int]:
-    """ids of the 2-D weights of the blocks: neither embedding, head nor `other`. Raises MolsConfigError as
-    `mols_ds.group_table` for weights that no rule knows."""
+    """Return ids of the 2-D weights of the blocks: not embedding, head or `other`. Raises MolsConfigError for weights
+    without a rule, as `mols_ds.group_table` does."""
     table = group_table(model, list(rules))
     found: set[int] = set()
     stacked: list[str] = []
@@ -269,12 +271,12 @@ def _matrices(model: nn.Module, rules: Iterable[Sequence[str]]) -> set[int]:
 
 
 def hidden_size(model: nn.Module, matrices: set[int]) -> int:
-    """The largest of the smaller sides of the blocks' matrices: the model's width. 0 without any."""
+    """Return the model's width: the largest of the smaller sides of the block matrices; 0 without any."""
     return max((min(_shape(p)) for p in model.parameters() if id(p) in matrices), default=0)
 
 
 def _halve(group: Settings, matrices: set[int], inside: Settings, rest: Settings) -> list[Settings]:
-    """A user's parameter group as one of matrices and one of the rest, whichever is not empty."""
+    """Split a user's parameter group into matrices and the rest. Omits an empty half."""
     own = {key: value for key, value in group.items() if key != "params"}
     first = [p for p in group["params"] if id(p) in matrices]
     second = [p for p in group["params"] if id(p) not in matrices]

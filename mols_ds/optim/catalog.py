@@ -1,10 +1,10 @@
-"""The table of optimizers: one row for each, with every fact that this project knows about it.
+"""The catalog of optimizers: one row each, with every fact that this project knows about it.
 
-To add an optimizer, add a row to `ENTRIES`. What reads it: `build` and `choose` (names and settings), `traits` (how its
-step is scaled), the engines' checks (what is refused) and `mols-ds plan` (bytes of state).
+To add an optimizer, add a row to `ENTRIES`. Readers: `build` and `choose` (names and settings), `traits` (how to scale
+its step), the engines' checks (what is refused) and `mols-ds plan` (bytes of state).
 
-Defaults are those of the comparison in arXiv 2605.05794, Appendix B, and of the paper that it takes a baseline from.
-docs/optimizers.md says why each source was chosen.
+Defaults come from the comparison in arXiv 2605.05794, Appendix B, and from the papers of its baselines.
+docs/optimizers.md gives the reason for each source.
 """
 
 from __future__ import annotations
@@ -22,38 +22,40 @@ from mols_ds.optim.settings import ADAM, CARRIED, DROPPED, ReadSettings
 from mols_ds.optim.state_bytes import StateBytes, per_element
 
 Reads = Literal["elements", "tensors", "sharded"]
-"""What an update of one element reads.
+"""What the update of one element reads.
 
-elements: that element's own weight, gradient and state (or those of neighbours in the shard, as 8-bit blocks do): right
-on any shard. tensors: the whole parameter as the model has it, so ZeRO stage 0 only. sharded: the whole parameter too,
-but this package's version sums over the shards: any stage.
+elements: that element's own weight, gradient and state, or those of neighbours in the shard (8-bit blocks). Correct on
+any shard. tensors: the whole parameter, so ZeRO stage 0 only. sharded: the whole parameter too, but this package's
+class sums over the shards: any stage.
 """
 
 TORCH, DEEPSPEED, APEX, COLLECTED = "torch.optim", "deepspeed.ops", "apex.optimizers", "pytorch_optimizer"
 ENGINE, EIGHT_BIT = "transformer_engine", "bitsandbytes"
 OURS, EMULATED = "mols_ds.optim", "megatron_patches.cpu"
-"""Prefixes of modules, as `elementwise_in` and `groups_only_in` take them."""
+"""Module prefixes, for `elementwise_in` and `groups_only_in`."""
+PACKAGES = {name.split(".")[0] for name in (TORCH, DEEPSPEED, APEX, COLLECTED, ENGINE, EIGHT_BIT, OURS, EMULATED)}
+"""Packages whose classes the catalog names."""
 PARALLEL_LISTS = ("param_groups_master",)
-"""Attributes in which an optimizer keeps one entry for each parameter group, made once, and zips the two in its step.
+"""Attributes with a list of one entry per parameter group. The optimizer makes it once and zips both in its step.
 
-apex's FusedAdam (apex/optimizers/fused_adam.py) and that of Transformer Engine 1.8 and 1.9 do: each entry is
+In apex's FusedAdam (apex/optimizers/fused_adam.py) and Transformer Engine's of 1.8 and 1.9 each entry is
 {"params": [None or an fp32 master weight, ...]}.
 """
 INDEX_TABLES = ("index2config", "pid2config", "module_weight_config_triple")
-"""Attributes of bitsandbytes' manager: settings of single tensors by number of parameter group and place in it."""
+"""Attributes of bitsandbytes' manager: settings of single tensors, by parameter group index and position."""
 WHOLE_TENSOR_OPTIONS = ("cautious", "use_gc", "adanorm")
-"""Options of pytorch-optimizer's parameter groups, of any class, with which an update reads whole tensors."""
+"""Options of pytorch-optimizer's parameter groups, for any class, that make an update read whole tensors."""
 OTHER_STATE = (EIGHT_BIT,)
-"""Packages whose optimizers keep their moments under other names than exp_avg and exp_avg_sq."""
+"""Packages whose optimizers name their moments other than exp_avg and exp_avg_sq."""
 
 
 class Decay(NamedTuple):
-    """How classes from some modules decay their weights, as far as their source was read.
+    """How the classes of some modules decay weights, by their source code.
 
-    modules: prefixes of modules.
-    decoupled: True: each step of a tensor with a gradient takes lr x weight_decay x w off, before the update or after
-        it. False: weight_decay x w is added to the gradient (L2).
-    flag: option of a parameter group or attribute of the optimizer without which it is not decoupled; "" = none.
+    modules: module prefixes.
+    decoupled: True: each step of a tensor with a gradient subtracts lr x weight_decay x w, before or after the update.
+        False: weight_decay x w is added to the gradient (L2).
+    flag: option of a parameter group or attribute of the optimizer that makes it decoupled; "": always.
     """
 
     modules: tuple[str, ...]
@@ -62,9 +64,9 @@ class Decay(NamedTuple):
 
 
 class RefusedOptions(NamedTuple):
-    """Options of a class with which its step is not proportional to lr.
+    """Options of a class that make its step not proportional to lr.
 
-    used: whether a parameter group has them. what: in words, with the reason. instead: what to set.
+    used: whether a parameter group has them. what: their names and the reason. instead: what to set.
     """
 
     used: Callable[[ReadSettings], bool]
@@ -74,19 +76,19 @@ class RefusedOptions(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerClass:
-    """Facts about the classes of one name, from whatever package: many packages carry a copy of the same optimizer.
+    """Facts about all classes of one name. Many packages have a copy of the same optimizer.
 
     name: of the class.
     reads: see `Reads`.
-    elementwise_in: prefixes of modules. A class of this name from there may be stepped on views of its tensors: an
-        element's update reads that element's weight, gradient and state only.
-    groups_only_in: prefixes of modules besides those. The step of a class of this name from there finds its tensors and
-        settings in `param_groups` alone, whose number may change from step to step, or in one of `PARALLEL_LISTS`.
-    shared_counter: whether one step counter serves a parameter group: the state of its last tensor holds it.
-    adam_moments: whether two betas mean Adam's two moments of each element in exp_avg and exp_avg_sq.
-    decays: see `Decay`; of a class from any other module nothing is known.
-    refused: why a rate per module cannot be given by its lr; "" = it can. instead: what to use.
-    refused_options: options with which it cannot.
+    elementwise_in: module prefixes. A class from there may step views of its tensors: the update of an element reads
+        only that element's weight, gradient and state.
+    groups_only_in: more module prefixes. The step of a class from there finds its tensors and settings in
+        `param_groups` alone, whose number may change between steps, or in one of `PARALLEL_LISTS`.
+    shared_counter: one step counter per parameter group, in the state of its last tensor.
+    adam_moments: two betas mean Adam's moments of each element in exp_avg and exp_avg_sq.
+    decays: see `Decay`; unknown for classes of other modules.
+    refused: why its lr cannot give a rate per module; "": it can. instead: what to use.
+    refused_options: options that make it impossible.
     """
 
     name: str
@@ -101,7 +103,7 @@ class OptimizerClass:
     refused_options: RefusedOptions | None = None
 
     def refusal(self, groups: Iterable[ReadSettings]) -> tuple[str, str] | None:
-        """(what MoLS does not support, what to do instead) for these parameter groups; None = it is supported."""
+        """Return (what MoLS does not support, what to do instead) for these parameter groups; None: supported."""
         if self.refused:
             return f"{self.name} ({self.refused})", self.instead
         if any(group.get("fixed_decay") and group.get("weight_decay") for group in groups):
@@ -114,10 +116,10 @@ class OptimizerClass:
 
 @dataclass(frozen=True, slots=True)
 class DeepSpeedVersion:
-    """DeepSpeed's own version, which its config names (runtime/engine.py, 0.19).
+    """DeepSpeed's own version of an optimizer (runtime/engine.py, 0.19).
 
-    parameters: all that "params" may hold.
-    on_cpu: whether it runs on a CPU: "offloaded" = with offload_optimizer only, "sharded" = from ZeRO stage 1 on only.
+    parameters: all allowed keys of "params".
+    on_cpu: where it runs on a CPU: "offloaded": only with offload_optimizer; "sharded": only from ZeRO stage 1 on.
     """
 
     parameters: tuple[str, ...]
@@ -126,19 +128,19 @@ class DeepSpeedVersion:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One optimizer of the table.
+    """One optimizer of the catalog.
 
-    name: as users write it; matched without regard to case, hyphens and underscores, as `aliases` are.
-    classes: the classes that are it, in any package.
-    source: the library that this package takes it from, for messages and docs; "" = this package does not build it.
-    factory: "module:attribute" of the class, imported when it is first used.
-    settings: all that "params" may hold, with defaults. fixed: arguments of the constructor that are no settings.
-    split: for optimizers that treat the matrices of the blocks apart.
-    swappable: whether DeepSpeed can swap its state to NVMe, which it takes to be of the weights' size.
-    state: bytes of its state; None = not known.
-    deepspeed: DeepSpeed's own version, where that is taken by default.
-    cut_by_deepspeed: whether DeepSpeed builds one by this name that reads whole tensors, and hands it flat shards.
-    megatron: value of OptimizerConfig.optimizer, where MoLS can scale what Megatron-core builds; "" = it cannot.
+    name: as users write it. Case, hyphens and underscores do not matter, also in `aliases`.
+    classes: its classes, in any package.
+    source: library of the class, for messages and docs; "": this package does not build it.
+    factory: "module:attribute" of the class, imported at first use.
+    settings: all allowed keys of "params", with defaults. fixed: constructor arguments that are not settings.
+    split: for optimizers that treat block matrices separately.
+    swappable: DeepSpeed can swap its state to NVMe, where it assumes the size of the weights.
+    state: bytes of its state; None: unknown.
+    deepspeed: DeepSpeed's own version, where that is the default.
+    cut_by_deepspeed: DeepSpeed builds one by this name that needs whole tensors, and gives it flat shards.
+    megatron: value of OptimizerConfig.optimizer, if MoLS can scale Megatron-core's optimizer; "": it cannot.
     """
 
     name: str
@@ -157,7 +159,7 @@ class Entry:
 
     @property
     def package(self) -> str:
-        """What pip installs; "" = a dependency of this package."""
+        """Name for pip; "": a dependency of this package."""
         return "" if self.source in ("torch", "mols_ds") else self.source
 
     @property
@@ -173,17 +175,17 @@ class Entry:
 
     @property
     def refused(self) -> str:
-        """Why MoLS on top of the built class is refused; "" = it is not."""
+        """Why MoLS refuses the built class; "": it does not."""
         return self.built.refused
 
     def load(self) -> Callable[..., torch.optim.Optimizer]:
-        """The optimizer's class. Raises MolsConfigError where its package is not installed."""
+        """Import the optimizer's class. Raises MolsConfigError if its package is not installed."""
         module, _, attribute = self.factory.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
         except ImportError as error:
-            way_out = f"pip install {self.package}" if self.package else "update mols-ds"
-            raise MolsConfigError(f"optimizer {self.name} comes from {self.source}: {way_out} ({error})") from error
+            remedy = f"pip install {self.package}" if self.package else "update mols-ds"
+            raise MolsConfigError(f"optimizer {self.name} comes from {self.source}: {remedy} ({error})") from error
 
 
 def _elementwise(
@@ -194,7 +196,7 @@ def _elementwise(
     groups_only_in: tuple[str, ...] = (),
     decays: tuple[Decay, ...] = (),
 ) -> OptimizerClass:
-    """A class that may be stepped on views where it is from one of these modules."""
+    """A class that may step views if it is from one of these modules."""
     return OptimizerClass(
         name=name,
         elementwise_in=modules,
@@ -220,12 +222,12 @@ def _tensors(*names: str, adam_moments: bool = True, decays: tuple[Decay, ...] =
 
 
 def _refused(reason: str, *names: str) -> tuple[OptimizerClass, ...]:
-    """Classes to which a rate per module cannot be given by their lr."""
+    """Classes whose lr cannot give a rate per module."""
     return tuple(OptimizerClass(name=name, refused=reason) for name in names)
 
 
 def _adafactor_keeps_lr(group: ReadSettings) -> bool:
-    """Whether pytorch-optimizer's AdaFactor makes its own rate, or holds past rates in its momentum."""
+    """Whether pytorch-optimizer's AdaFactor sets its own rate, or its momentum contains past rates."""
     return bool(group.get("relative_step", True)) or group["betas"][0] is not None
 
 
@@ -236,7 +238,7 @@ _COUPLED = (Decay((TORCH,), decoupled=False),)
 _BY_OPTION = (Decay((TORCH,), flag="decoupled_weight_decay"),)
 
 ENTRIES: tuple[Entry, ...] = (
-    # ---- element by element
+    # ---- elementwise
     Entry("Adam", "torch", "torch.optim:Adam", {**ADAM, "amsgrad": False}, state=per_element(8),
           deepspeed=_DEEPSPEEDS_ADAM, megatron="adam",
           # Transformer Engine's FusedAdam may keep scaled moments below fp32: not stepped on views.
@@ -273,7 +275,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("Adam8bit", "bitsandbytes", "bitsandbytes.optim:AdamW8bit", {**ADAM, "min_8bit_size": 4096},
           ("AdamW8bit", "8bit-Adam"), state=state_bytes.eight_bit, swappable=False,
           classes=(OptimizerClass(name="AdamW8bit", groups_only_in=(EIGHT_BIT,), decays=(Decay((EIGHT_BIT,)),)),)),
-    # ---- one or a few numbers a parameter
+    # ---- one or a few numbers per parameter
     Entry("Lamb", "mols_ds", "mols_ds.optim.lamb:ShardedLamb",
           {**ADAM, "eps": 1e-6, "bias_correction": False, "clamp": 10.0}, state=per_element(8),
           deepspeed=DeepSpeedVersion(
@@ -294,7 +296,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("Muon", "pytorch-optimizer", "pytorch_optimizer:Muon",
           {**ADAM, "adam_lr": None, "momentum": 0.95, "nesterov": True, "ns_steps": 5, "use_adjusted_lr": True},
           split=halves.muon, state=state_bytes.muon, classes=_tensors("Muon", adam_moments=False),
-          # DeepSpeed's knows of shards: it orthogonalises before it cuts. Its Adam half needs a CPU kernel or torch's.
+          # DeepSpeed's handles shards: it orthogonalises before it splits. Its Adam half needs a CPU kernel or torch's.
           deepspeed=DeepSpeedVersion(
               (*CARRIED, "momentum", "ns_method", "muon_lr", "adam_lr", *DROPPED), on_cpu="sharded")),
     Entry("SOAP", "pytorch-optimizer", "pytorch_optimizer:SOAP",
@@ -329,7 +331,7 @@ ENTRIES: tuple[Entry, ...] = (
           classes=(OptimizerClass(
               name="SGDSaI", reads="tensors",
               refused="it sets a rate for each tensor from its gradient's signal-to-noise ratio itself"),)),
-    # ---- known by their classes alone
+    # ---- known by class name only
     Entry("Shampoo", classes=_tensors("Shampoo", "ScalableShampoo", adam_moments=False)),
     Entry("PSGD", classes=_tensors("PSGD", "Kron", adam_moments=False)),
     *(Entry(name, classes=_tensors(name, adam_moments=False)) for name in (
@@ -372,24 +374,24 @@ MEGATRON: tuple[str, ...] = tuple(entry.megatron for entry in ENTRIES if entry.m
 
 
 def row_of(name: str) -> Entry | None:
-    """The entry of a name or alias. Upper and lower case, "-" and "_" make no difference. None where there is none."""
+    """Return the entry of a name or alias, without regard to case, "-" and "_"; None if unknown."""
     return NAMES.get(_plain(name))
 
 
 def find(name: str) -> Entry | None:
-    """As `row_of`, but None also where this package does not build the optimizer."""
+    """As `row_of`, but None if this package does not build the optimizer."""
     entry = row_of(name)
     return entry if entry is not None and entry.factory else None
 
 
 def class_facts(optimizer: object) -> OptimizerClass:
-    """Facts about an optimizer's class by its name. A class that is not in the table is assumed to read elements."""
+    """Return the facts about an optimizer's class by its name. An unknown class is assumed to be elementwise."""
     name = type(optimizer).__name__
     return CLASSES.get(name) or OptimizerClass(name=name, adam_moments="Lion" not in name)
 
 
 def known_to_deepspeed(name: str) -> bool:
-    """Whether stock DeepSpeed builds this "type" itself: one of its own names, or a class of torch.optim."""
+    """Whether stock DeepSpeed builds this "type": its own names, or a class of torch.optim."""
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
     named = getattr(torch.optim, name, None)

@@ -1,5 +1,5 @@
-"""The "optimizer" section of the main job: another name in the place of the config's, "auto" values filled in, and the
-library's version where DeepSpeed's cannot run."""
+"""Edit the "optimizer" section of a training job: replace the name, fill "auto" values, use the library's version where
+DeepSpeed's cannot run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from mols_ds.optim.settings import ADAM, CARRIED, DROPPED, EditedSection, Sectio
 
 AUTO = "auto"
 PAPER_OPTIMIZER: Section = {**ADAM, "betas": list(ADAM["betas"])}
-"""METHOD, the paper's settings: Adam (0.9, 0.95, 1e-8) without weight decay. The base rate is tuned per model."""
+"""The paper's settings (METHOD.md): Adam (0.9, 0.95, 1e-8) without weight decay. The base rate is tuned per model."""
 
 
 def rename(section: Section, name: str) -> EditedSection:
-    """The section with another optimizer. Its parameters are kept where the new one has them, lr, betas, eps and
-    weight_decay are dropped where it has not. Raises MolsConfigError for an unknown name, and for any other parameter
-    that it lacks."""
+    """Return the section with another optimizer. Keeps the parameters that the new one has.
+
+    Drops lr, betas, eps and weight_decay where the new one lacks them.
+
+    Raises:
+        MolsConfigError: an unknown name, or another parameter that the new one lacks.
+    """
     entry = find(name)
     if entry is None and not known_to_deepspeed(name):
         raise unknown_name(f"--optimizer {name}", name)
@@ -45,7 +49,7 @@ def rename(section: Section, name: str) -> EditedSection:
 
 
 def _parameters(section: Section, entry: Entry | None) -> tuple[str, ...]:
-    """The names of the parameters that an optimizer takes."""
+    """Return the parameter names of an optimizer."""
     name = section["type"]
     if entry is not None and (section.get("source") == "library" or not known_to_deepspeed(name)):
         return tuple(entry.settings)
@@ -55,9 +59,11 @@ def _parameters(section: Section, entry: Entry | None) -> tuple[str, ...]:
 
 
 def fill(config: EditedSection, lr: float | None = None) -> None:
-    """Replace "auto" in the section of `config` by numbers, and choose between DeepSpeed's version and the library's.
+    """Replace "auto" in the "optimizer" section of `config` by numbers, and choose DeepSpeed's or the library's
+    version.
 
-    Raises MolsConfigError for a section without a "type", an unknown name, source or setting.
+    Raises:
+        MolsConfigError: no "type", or an unknown name, source or setting.
     """
     section = config["optimizer"]
     if not isinstance(section, dict) or not isinstance(section.get("type"), str):
@@ -82,7 +88,7 @@ def fill(config: EditedSection, lr: float | None = None) -> None:
 
 
 def _where_it_runs(section: EditedSection, config: Section) -> None:
-    """On a CPU, take the library's version where DeepSpeed's needs a CUDA kernel, and warn."""
+    """On a CPU, use the library's version if DeepSpeed's needs a CUDA kernel. Warns."""
     from deepspeed.accelerator import get_accelerator
 
     entry = find(section["type"]) if known_to_deepspeed(section["type"]) else None
@@ -100,7 +106,7 @@ def _where_it_runs(section: EditedSection, config: Section) -> None:
     if "eps" in section["params"] and "eps" not in entry.settings:
         del section["params"]["eps"]
     warnings.warn(
-        f"DeepSpeed's {entry.name} needs a CUDA kernel and this is a CPU: {entry.name} of {entry.source} is used "
+        f"DeepSpeed's {entry.name} needs a CUDA kernel and this is a CPU: using {entry.name} of {entry.source} "
         '("source": "library")',
         MolsWarning,
         stacklevel=2,

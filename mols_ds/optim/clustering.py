@@ -1,8 +1,7 @@
-"""One-dimensional K-means and exact medians of the layers of a model whose elements are spread over the ranks.
+"""One-dimensional K-means and exact medians over layers whose elements are spread over ranks.
 
-What goes over the wire are counts and sums, as many on every rank whether it holds something of a layer or not: every
-result is the same on every rank, and but for the rounding of float64 sums does not depend on how the elements are
-spread.
+Only counts and sums are communicated, the same number on every rank, also for layers without elements there. Results
+are the same on every rank. They do not depend on the sharding, except for float64 rounding.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ import torch
 from torch import Tensor
 
 LayerPart = tuple[int, Tensor]
-"""(number of a layer, the 1-D float32 values of it that are on this rank)."""
+"""(layer index, this rank's values of it, 1-D float32)."""
 Reduce = Callable[[Tensor], Tensor]
-"""SUM of a 1-D float64 tensor over the ranks; the identity where one rank holds everything."""
+"""SUM of a 1-D float64 tensor over the ranks; the identity if one rank has everything."""
 
 CHUNK = 1 << 22
-"""Elements that are counted at a time; bounds the memory of a clustering."""
+"""Elements per chunk; limits memory."""
 DIGITS, BITS = 4, 8
-"""A float32 is read as this many digits of so many bits."""
+"""A float32 is read as this many digits of this many bits."""
 
 
 class Clustered(NamedTuple):
@@ -39,15 +38,15 @@ class Medians(NamedTuple):
 
 
 def first_centers(mean: Tensor, deviation: Tensor, clusters: int) -> Tensor:
-    """Evenly spread over mean +- 1.5 standard deviations; both (layers,), the result (layers, clusters), ascending."""
+    """Spread centers evenly over mean +- 1.5 standard deviations. Both (layers,); result (layers, clusters), sorted."""
     reach = 1.5 if clusters > 1 else 0.0
     return mean[:, None] + deviation[:, None] * torch.linspace(-reach, reach, clusters).to(mean)
 
 
 def nearest(values: Tensor, centers: Tensor) -> Tensor:
-    """Index of the nearest centre, int64 (n,), of each of `values` (n,); centers: (clusters,), ascending.
+    """Return the index of the nearest center, int64 (n,), for `values` (n,). centers: (clusters,), sorted.
 
-    Half-way between two centres the lower one wins.
+    A tie goes to the lower center.
     """
     return torch.bucketize(values, (centers[1:] + centers[:-1]) / 2)
 
@@ -55,11 +54,13 @@ def nearest(values: Tensor, centers: Tensor) -> Tensor:
 def cluster(
     parts: Sequence[LayerPart], sizes: Tensor, start: Tensor | None, clusters: int, reduce: Reduce, iterations: int
 ) -> Clustered:
-    """Lloyd's K-means within each layer, until no element changes its cluster or for `iterations` rounds.
+    """Run Lloyd's K-means in each layer, until no element changes its cluster or for `iterations` rounds.
 
-    sizes: elements of each whole layer, float64 (layers,). start: centres to begin with, (layers, clusters), of which
-    those of layers that this rank holds nothing of do not matter; None: `first_centers`.
-    A cluster without elements keeps its centre. Collective: one reduction, and one more a round.
+    A cluster without elements keeps its center. Collective: one reduction, and one more per round.
+
+    Args:
+        sizes: elements of each whole layer, float64 (layers,).
+        start: initial centers (layers, clusters); any values for layers without elements here. None: `first_centers`.
     """
     moments = sizes.new_zeros(2, sizes.numel())
     for layer, values in parts:
@@ -72,7 +73,7 @@ def cluster(
     for _ in range(iterations):
         sums = _sums(parts, centers, sizes)
         sums = reduce(sums.view(-1)).view_as(sums)
-        if before is not None and torch.equal(sums[0], before):  # clusters are intervals: their sizes tell which
+        if before is not None and torch.equal(sums[0], before):  # clusters are intervals: their sizes define them
             break
         before = sums[0].clone()
         centers = torch.where(sums[0] > 0, sums[1] / sums[0].clamp(min=1), centers.double()).to(torch.float32)
@@ -80,7 +81,7 @@ def cluster(
 
 
 def _sums(parts: Sequence[LayerPart], centers: Tensor, sizes: Tensor) -> Tensor:
-    """Count and sum of this rank's elements of each cluster, float64 (2, layers, clusters)."""
+    """Return count and sum of this rank's elements per cluster, float64 (2, layers, clusters)."""
     result = sizes.new_zeros(2, *centers.shape)
     for layer, values in _chunks(parts):
         index = nearest(values, centers[layer])
@@ -92,11 +93,11 @@ def _sums(parts: Sequence[LayerPart], centers: Tensor, sizes: Tensor) -> Tensor:
 
 
 def median_deviations(parts: Sequence[LayerPart], found: Clustered, reduce: Reduce) -> Medians:
-    """Medians of |value - mean of its layer|, of each cluster and of all elements of the model.
+    """Return medians of |value - mean of its layer|, per cluster and over the model.
 
-    Exact: the lower of the middle two of an even number. The bits of a non-negative float32 are ordered as it is, so
-    four rounds that count 8 bits each find the median's. Collective: four reductions of
-    256 x (layers x clusters + 1) counts.
+    Exact: the lower of the two middle values for an even number. Bits of non-negative float32 sort like their values,
+    so four rounds that count 8 bits each find the median. Collective: four reductions of 256 x (layers x clusters + 1)
+    counts.
     """
     layers, clusters = found.centers.shape
     rows, values = layers * clusters + 1, 1 << BITS
@@ -119,7 +120,7 @@ def median_deviations(parts: Sequence[LayerPart], found: Clustered, reduce: Redu
 
 
 def _histogram(parts: Sequence[LayerPart], found: Clustered, prefix: Tensor, shift: int) -> Tensor:
-    """How often each value of the digit at `shift` follows the row's `prefix`, int64 (rows, 256)."""
+    """Count the digits at `shift` among elements that start with the row's `prefix`, int64 (rows, 256)."""
     clusters, values = found.centers.shape[1], 1 << BITS
     table = torch.zeros(prefix.numel(), values, dtype=torch.int64, device=prefix.device)
     for layer, part in _chunks(parts):

@@ -1,4 +1,4 @@
-"""How optimizers are built that treat the weight matrices of the blocks apart from all other parameters."""
+"""Settings of optimizers that treat block matrices separately from all other parameters."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from mols_ds.optim.settings import Settings
 
 
 class Halves(NamedTuple):
-    """The settings of both halves.
+    """Settings of both halves.
 
-    arguments: of the constructor. matrices, rest: of the parameter groups of either half.
+    arguments: of the constructor. matrices, rest: of the parameter groups.
     """
 
     arguments: Settings
@@ -20,7 +20,7 @@ class Halves(NamedTuple):
 
 
 Split = Callable[[Settings, int], Halves]
-"""(settings, hidden size) -> settings of both halves. Hidden size: see `build.hidden_size`."""
+"""(settings, hidden size of `build.hidden_size`) -> settings of both halves."""
 
 
 def muon(settings: Settings, hidden: int) -> Halves:
@@ -33,12 +33,12 @@ def muon(settings: Settings, hidden: int) -> Halves:
 
 
 def soap(settings: Settings, hidden: int) -> Halves:
-    """SOAP; the rest gets the identity for a basis, which is Adam (arXiv 2409.11321, section 4)."""
+    """SOAP; the rest has the identity as its basis, which is Adam (arXiv 2409.11321, section 4)."""
     return Halves(settings, {}, {"max_precondition_dim": 1})
 
 
 def low_rank(*keys: str) -> Split:
-    """GaLore and APOLLO: `keys` are settings of the matrices' groups only; groups without a rank are Adam's."""
+    """GaLore and APOLLO: `keys` are settings of the matrices' groups; groups without a rank use Adam."""
 
     def split(settings: Settings, hidden: int) -> Halves:
         rank = settings["rank"] if settings["rank"] is not None else max(1, hidden // 4)

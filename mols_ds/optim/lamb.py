@@ -1,13 +1,13 @@
-"""LAMB (You et al. 2020, arXiv 1904.00962) that is right on ZeRO's flat shards.
+"""LAMB (You et al. 2020, arXiv 1904.00962), correct on ZeRO's flat shards.
 
-The update of a layer is rescaled by its trust ratio ||w|| / ||u||, norms over the whole parameter. On a shard a
-library's LAMB would take the norms of the shard; here the squares of all ranks' shards are added up.
+The trust ratio ||w|| / ||u|| scales the update of a layer; its norms are over the whole parameter. A library's LAMB
+would use the norms of the shard. This one adds up the squares of all ranks' shards.
 
-The default is pytorch_optimizer's Lamb (the paper's third version: no bias correction, ||w|| clamped at 10) with
-- `weight_decouple=False`: the weight decay is inside u, as in the paper's algorithm 2, and the step proportional to lr;
-- `adam_debias=True`: without it that class divides the rate by 1 - beta1^t, a first step of ten times the rate that no
-  version of the paper has.
-Clipping by the global norm, which that class calls pre_norm, is the engine's.
+The default is pytorch_optimizer's Lamb (the paper's third version: no bias correction, ||w|| clamped at 10), with
+- `weight_decouple=False`: weight decay is inside u, as in the paper's algorithm 2, and the step is proportional to lr;
+- `adam_debias=True`: without it, that class divides the rate by 1 - beta1^t: a first step with ten times the rate,
+  which no version of the paper has.
+The engine clips by the global norm, which that class calls pre_norm.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ from mols_ds.optim.sharded import Group, ShardedOptimizer, State, StateParts, up
 
 
 def lamb_direction(mean: Tensor, square: Tensor, weight: Tensor, eps: float, decay: float) -> Tensor:
-    """u = m / (sqrt(v) + eps) + lambda w (1904.00962, algorithm 2); all tensors of one shape, the result is new."""
+    """Return u = m / (sqrt(v) + eps) + lambda w (1904.00962, algorithm 2): a new tensor; all of one shape."""
     update = mean / square.sqrt().add_(eps)
     return update.add_(weight, alpha=decay) if decay else update
 
 
 def trust_ratio(weight_squares: Tensor, update_squares: Tensor, eps: float, clamp: float) -> Tensor:
-    """phi(||w||) / (||u|| + eps), phi(x) = min(x, clamp); 1 where a norm is 0.
+    """Return phi(||w||) / (||u|| + eps) with phi(x) = min(x, clamp); 1 where a norm is 0.
 
-    Both arguments: sums of squares over whole parameters, float64, any shape. eps as in pytorch_optimizer's Lamb.
+    Args:
+        weight_squares, update_squares: sums of squares over whole parameters, float64, any shape.
+        eps: as in pytorch_optimizer's Lamb.
+        clamp: upper bound of ||w||.
     """
     weight, update = weight_squares.sqrt(), update_squares.sqrt()
     ratio = weight.clamp(max=clamp) / (update + eps)
@@ -40,11 +43,13 @@ def trust_ratio(weight_squares: Tensor, update_squares: Tensor, eps: float, clam
 
 
 class ShardedLamb(ShardedOptimizer):
-    """Args:
-    params: parameters or groups, as of any torch optimizer; float32.
-    lr, betas, eps, weight_decay: as in the paper; also per group.
-    bias_correction: divide m and v by 1 - beta^t, as the paper's algorithm does and its third version does not.
-    clamp: upper bound of ||w|| in the trust ratio; None is none, as in the paper's experiments.
+    """LAMB; see the module docstring.
+
+    Args:
+        params: parameters or groups, as for any torch optimizer; float32.
+        lr, betas, eps, weight_decay: as in the paper; also per group.
+        bias_correction: divide m and v by 1 - beta^t, as in the paper's algorithm but not its third version.
+        clamp: upper bound of ||w|| in the trust ratio; None: none, as in the paper's experiments.
     """
 
     kinds = 2

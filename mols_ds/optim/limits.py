@@ -1,4 +1,4 @@
-"""What each setting of an optimizer may be, by its name: one table for the config and for the constructors."""
+"""Valid values of each optimizer setting, by name: one table for configs and constructors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mols_ds.errors import MolsConfigError
 from mols_ds.optim.settings import ReadSettings
 
 LARGEST = 1e30
-"""A setting beyond it is not finite in fp32 once it is multiplied by anything."""
+"""Larger settings overflow fp32 as soon as they are multiplied."""
 Check = tuple[Callable[[object], bool], str]
-"""(whether a value can be, what can be in words)."""
+"""(whether a value is valid, valid values in words)."""
 
 
 def real(value: object) -> float | None:
-    """A finite real number, or a tensor of one (a rate of capturable optimizers); None for anything else."""
+    """Return a finite real number, or a scalar tensor (the rate of capturable optimizers), as float; None otherwise."""
     if isinstance(value, Tensor):
         return None if value.is_complex() or value.numel() != 1 else real(value.item())
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -75,11 +75,11 @@ LIMITS: Mapping[str, Check] = {
     "scale_type": (lambda value: value in ("channel", "tensor"), '"channel" or "tensor"'),
     "projection_type": (lambda value: isinstance(value, str), "a word"),
 }
-"""Setting -> what it may be."""
+"""Setting -> its valid values."""
 
 
 def setting_problem(settings: ReadSettings) -> tuple[str, str] | None:
-    """(setting, what it may be) of the first whose value cannot be; None where all can. Unknown ones are not read."""
+    """Return (setting, its valid values) for the first invalid value, or None. Ignores unknown settings."""
     for key, value in settings.items():
         check = LIMITS.get(key)
         if check is not None and not check[0](value):
@@ -88,7 +88,7 @@ def setting_problem(settings: ReadSettings) -> tuple[str, str] | None:
 
 
 def check_options(name: str, options: ReadSettings) -> None:
-    """Raises MolsConfigError naming the optimizer and the option for rates below 0, betas outside [0, 1), ..."""
+    """Raise MolsConfigError with optimizer and option for an invalid value: rates below 0, betas outside [0, 1), ..."""
     problem = setting_problem(options)
     if problem is not None:
         key, allowed = problem

@@ -1,8 +1,8 @@
-"""Blocks of one parameter over which an optimizer takes a statistic, and how to view them in a range of it.
+"""Blocks of a parameter over which an optimizer computes a statistic, and their views in a range of it.
 
-Adam-mini keeps one number a block (a head, an output neuron, a token), LAMB one a parameter. All such blocks are
-periodic in the flat (row-major) index, so a few integers describe them, and sums over any range of the parameter are
-sums over a handful of strided views: no index of the range's size is ever made.
+Adam-mini has one number per block (a head, an output neuron, a token), LAMB one per parameter. All such blocks are
+periodic in the flat (row-major) index, so a few integers describe them. Sums over any range are sums over a few strided
+views; no index tensor of the range's size exists.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 class BlockView(NamedTuple):
     """Elements [offset, offset + repetitions * steps * width) of a range: `repetitions` periods of `steps` steps.
 
-    `first` is the number of the first step within a period; step first + j has `width` elements in each repetition.
+    `first`: index of the first step within a period. Step first + j has `width` elements in each repetition.
     """
 
     offset: int
@@ -30,7 +30,7 @@ class BlockView(NamedTuple):
     width: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """These elements of the 1-D range `flat` as (repetitions, steps, width), without a copy."""
+        """View these elements of the 1-D range `flat` as (repetitions, steps, width), without a copy."""
         count = self.repetitions * self.steps * self.width
         return flat[self.offset : self.offset + count].view(self.repetitions, self.steps, self.width)
 
@@ -39,12 +39,12 @@ class BlockView(NamedTuple):
 class Blocks:
     """A repeating pattern of blocks over the flat index of one parameter.
 
-    Element i lies in step `(i // inner) mod steps`; consecutive steps make a block, and later repetitions of the
-    pattern belong to the same blocks. Rows of an `nn.Linear`: `inner` is the number of columns and there is one
-    repetition. Columns (`Conv1D`): `inner` is 1 and every row is a repetition. One block: `whole`.
+    Element i is in step `(i // inner) mod steps`. Consecutive steps form a block; later repetitions of the pattern
+    belong to the same blocks. Rows of an `nn.Linear`: `inner` is the number of columns, one repetition. Columns
+    (`Conv1D`): `inner` is 1, every row is a repetition. One block: `whole`.
 
-    inner: elements of a step, >= 1.
-    widths: (steps of a block >= 1, number of such blocks), in the order of the flat index.
+    inner: elements per step, >= 1.
+    widths: (steps per block >= 1, number of such blocks), in the order of the flat index.
     """
 
     inner: int
@@ -56,42 +56,42 @@ class Blocks:
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Blocks:
-        """The parameter is one block."""
+        """One block for the parameter."""
         return cls(max(1, math.prod(shape)), ((1, 1),))
 
     @classmethod
     def rows(cls, shape: Sequence[int]) -> Blocks:
-        """A block for each index of all dimensions but the last: output neurons of an `nn.Linear`, tokens, experts'."""
+        """One block per index of all dimensions but the last: output neurons of an `nn.Linear`, tokens, experts'."""
         inner = max(1, shape[-1])
         return cls(inner, ((1, max(1, math.prod(shape[:-1]))),))
 
     @classmethod
     def elements(cls, shape: Sequence[int]) -> Blocks:
-        """Each element is a block."""
+        """One block per element."""
         return cls(1, ((1, max(1, math.prod(shape))),))
 
     @property
     def count(self) -> int:
-        """Number of blocks of the whole parameter."""
+        """Number of blocks."""
         return sum(count for _, count in self.widths)
 
     @property
     def steps(self) -> int:
-        """Number of steps of one repetition."""
+        """Number of steps in one repetition."""
         return sum(width * count for width, count in self.widths)
 
     @cached_property
     def of_step(self) -> Tensor:
-        """Step -> block, int64 (steps,), on the CPU."""
+        """Block of each step, int64 (steps,), on the CPU."""
         widths = torch.cat([torch.full((count,), width) for width, count in self.widths])
         return torch.repeat_interleave(torch.arange(self.count), widths)
 
     def sizes(self, numel: int) -> Tensor:
-        """Elements of each block in a parameter of `numel` elements, float64 (count,)."""
+        """Return the elements of each block in a parameter of `numel` elements, float64 (count,)."""
         return self.counted(0, numel)
 
     def counted(self, start: int, numel: int) -> Tensor:
-        """How many of the elements [start, start + numel) lie in each block, float64 (count,)."""
+        """Return how many of the elements [start, start + numel) are in each block, float64 (count,)."""
         result = torch.zeros(self.count, dtype=torch.float64)
         for view in self.views(start, numel):
             each = torch.full((view.steps,), float(view.repetitions * view.width), dtype=torch.float64)
@@ -99,7 +99,7 @@ class Blocks:
         return result
 
     def touched(self, start: int, numel: int) -> tuple[int, int]:
-        """(first block, number of blocks) of the range that the elements [start, start + numel) lie in; numel >= 1."""
+        """Return (first block, number of blocks) of elements [start, start + numel); numel >= 1."""
         first, last = start // self.inner, (start + numel - 1) // self.inner
         if first // self.steps != last // self.steps:
             return 0, self.count
@@ -107,7 +107,7 @@ class Blocks:
         return low, high - low + 1
 
     def views(self, start: int, numel: int) -> Iterator[BlockView]:
-        """At most five views that cover the elements [start, start + numel) once, offsets relative to start."""
+        """Yield at most five views that cover elements [start, start + numel) once; offsets are relative to start."""
         at, end, period = start, start + numel, self.inner * self.steps
         while at < end:
             step, inside = at // self.inner % self.steps, at % self.inner
@@ -122,16 +122,16 @@ class Blocks:
 
 
 LONGEST = 4096
-"""Squares that are added in float32; further ones are added in float64."""
+"""Number of squares to add in float32; longer runs are added in float64."""
 NARROW = 16
-"""Elements of a step below which the repetitions of the pattern are added in float32 too."""
+"""Width of a step below which repetitions of the pattern are added in float32 too."""
 
 
 def step_squares(view: Tensor) -> Tensor:
-    """Sum of squares of each step, float64 (steps,), of a float32 view (repetitions, steps, width).
+    """Return the sum of squares of each step, float64 (steps,), of a float32 view (repetitions, steps, width).
 
-    Runs of at most LONGEST are added in float32 (to some 1e-7 of the sum), which is as fast as reading them, and their
-    sums in float64, which on CPUs takes many times as long.
+    Adds runs of at most LONGEST in float32 (error about 1e-7), as fast as reading them, and their sums in float64,
+    which is many times slower on CPUs.
     """
     repetitions, steps, width = view.shape
     most = LONGEST // NARROW if width < NARROW else 1

@@ -1,4 +1,4 @@
-"""The ranges of parameters that a rank holds, and sums of their blocks over the ranks that share them."""
+"""The parameter ranges of a rank, and sums of their blocks over the ranks that share them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.param_blocks import Blocks, BlockView, step_squares
 
 Reduce = Callable[[Tensor], Tensor]
-"""SUM of a 1-D float64 tensor over the ranks that hold disjoint ranges; returned on the device of the argument."""
+"""SUM of a 1-D float64 tensor over the ranks with disjoint ranges; the result is on the argument's device."""
 
 
 @dataclass(frozen=True)
 class ParamShard:
     """A range of a parameter in an inner tensor of this rank, and its blocks.
 
-    shape: of the whole parameter. number: of the parameter in the model, the same on every rank.
-    row: of the range among those of its tensor. at: where the numbers of its blocks begin among those of its tensor;
-    slot: among those of this rank. device: of the tensor.
+    shape: of the whole parameter. number: index of the parameter in the model, the same on every rank.
+    row: index of the range in its tensor. at, slot: index of its first block among the blocks of its tensor, and of
+    this rank. device: of the tensor.
     """
 
     range: ShardRange
@@ -38,7 +38,7 @@ class ParamShard:
 
     @cached_property
     def touched(self) -> tuple[int, int]:
-        """(first block, number of blocks) that the elements of this range are in."""
+        """(first block, number of blocks) with elements in this range."""
         return self.blocks.touched(self.range.start, self.range.numel)
 
     @cached_property
@@ -47,7 +47,7 @@ class ParamShard:
 
     @cached_property
     def block_of_step(self) -> list[Tensor]:
-        """For each view the block of each step, counted from the first touched one, int64."""
+        """For each view, the block of each step, relative to the first touched one, int64."""
         first = self.touched[0]
         return [(self.blocks.of_step[v.first : v.first + v.steps] - first).to(self.device) for v in self.views]
 
@@ -58,19 +58,19 @@ class ParamShard:
         return self.blocks.sizes(math.prod(self.shape))[first : first + count].to(self.device)
 
     def of(self, flat: Tensor) -> Tensor:
-        """The elements of this range, 1-D, of the inner tensor or another one of its length; 1-D, no copy."""
+        """View the elements of this range in the 1-D inner tensor, or in a tensor of its length; no copy."""
         return self.range.view(flat)
 
     @cached_property
     def runs(self) -> list[tuple[int, Tensor]]:
-        """For each view the first of its blocks, counted as above, and the number of steps of each, int64."""
+        """For each view, its first block (as above) and the number of steps of each block, int64."""
         counts = [torch.unique_consecutive(of_step, return_counts=True) for of_step in self.block_of_step]
         return [(int(blocks[0]), steps) for blocks, steps in counts]
 
     def add_squares(self, values: Tensor, out: Tensor) -> None:
-        """out[b] += the sum of squares of block b, given the 1-D values of this range; out: float64 (touched blocks,).
+        """out[b] += sum of squares of block b. values: 1-D, this range; out: float64 (touched blocks,).
 
-        In one order of addition, so that data-parallel replicas of stage 0 get the same bits.
+        The order of addition is fixed, so that data-parallel replicas of stage 0 get the same bits.
         """
         for view, (first, steps) in zip(self.views, self.runs, strict=True):
             sums = step_squares(view.of(values))
@@ -79,23 +79,24 @@ class ParamShard:
             out[first : first + steps.numel()] += sums
 
     def parts(self, values: Tensor, *flats: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """(values of the blocks in a shape that broadcasts, views of each flat), covering this range once.
+        """Yield (block values in a shape that broadcasts, views of each flat), which cover this range once.
 
-        values: (touched blocks,); flats: 1-D, the inner tensor or others of its length.
+        values: (touched blocks,); flats: 1-D, the inner tensor or tensors of its length.
         """
         for view, of_step in zip(self.views, self.block_of_step, strict=True):
             yield values[of_step][:, None], [view.of(self.of(flat)) for flat in flats]
 
 
 class SharedSums:
-    """Adds up the statistics of the blocks that several ranks hold.
+    """Add up the statistics of blocks that several ranks share.
 
     Args:
         shards: all of this rank.
         blocks, shapes: of every parameter of the model, in the same order on every rank.
-        reduce: see `Reduce`. Called once here, and once a call if any block is shared.
+        reduce: see `Reduce`. Called once here, and once per call if any block is shared.
 
-    Raises MolsUnsupportedError, on every rank, where the ranks' shards do not cover each element exactly once.
+    Raises:
+        MolsUnsupportedError: on every rank, if the ranks' shards do not cover each element exactly once.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class SharedSums:
         self._check(counted[0], blocks, shapes)
         mine = local[counted[1] > 1]
         self.length = mine.numel()
-        """Number of blocks that more than one rank holds: the length of the reduction, for each kind of sum."""
+        """Number of shared blocks: the length of the reduction per kind of sum."""
         self.slots = torch.nonzero(mine >= 0).view(-1).to(device)
         self.local = mine[mine >= 0].to(device)
 
@@ -137,12 +138,12 @@ class SharedSums:
                 raise MolsUnsupportedError(
                     f"the ranks' shards hold {int(counted[at : at + parameter.count].sum())} elements of {name!r}, "
                     f"which has {math.prod(shapes[name])}, or hold some twice: optimizers that sum over the shards "
-                    "support ZeRO over all data-parallel ranks alone (no hpZ, MiCS or expert groups)"
+                    "need ZeRO over all data-parallel ranks (no hpZ, MiCS or expert groups)"
                 )
             at += parameter.count
 
     def __call__(self, values: Tensor) -> None:
-        """Replace the shared ones of this rank's sums, float64 (kinds, blocks of this rank), by those of all ranks."""
+        """Replace this rank's sums of shared blocks by those of all ranks; float64 (kinds, this rank's blocks)."""
         if not self.length:
             return
         buffer = values.new_zeros(values.shape[0], self.length)

@@ -1,4 +1,4 @@
-"""What a learning-rate scheduler tells about the run: its length and its warm-up, in the scheduler's own steps."""
+"""Read the length of the run and its warm-up from a learning-rate scheduler, in the scheduler's own steps."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, PolynomialLR, SequentialLR
 
 Hints = tuple[int | None, int | None]
-"""(total steps, warm-up steps); None where the scheduler does not tell."""
+"""(total steps, warm-up steps); None: unknown."""
 
 
 def scheduler_hints(scheduler: object) -> Hints:
-    """(total steps, warm-up steps) as far as the scheduler tells them.
+    """Return (total steps, warm-up steps) of a scheduler; None for what it does not have.
 
     Known: DeepSpeed's WarmupDecayLR and WarmupCosineLR, WarmupLR (warm-up only); torch's OneCycleLR, PolynomialLR,
-    CosineAnnealingLR, LinearLR (a warm-up where it rises), SequentialLR and ChainedScheduler of these; transformers'
+    CosineAnnealingLR, LinearLR (a warm-up if it rises), SequentialLR and ChainedScheduler of these; transformers'
     LambdaLR schedules, whose steps are keywords of the lambda: `warmup_stable_decay` has three of them.
     """
     if scheduler is None:
@@ -44,7 +44,7 @@ def _warmup_stable_decay(keywords: dict[str, Any]) -> int | None:
 
 
 def _in_sequence(schedulers: Sequence[object], milestones: Sequence[int]) -> Hints:
-    """The last one begins at the last milestone; the first one is a warm-up if it tells that it is nothing else."""
+    """The last scheduler starts at the last milestone. The first one is a warm-up if it has nothing else."""
     last, _ = scheduler_hints(schedulers[-1])
     total, warmup = scheduler_hints(schedulers[0])
     rises = warmup is not None and total is None

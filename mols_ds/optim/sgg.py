@@ -1,19 +1,17 @@
-"""SGG, scaling with gradient grouping, around Adam (Li et al. 2025, arXiv 2506.01049), right on ZeRO's flat shards.
+"""SGG, scaling with gradient grouping, around Adam (Li et al. 2025, arXiv 2506.01049), correct on ZeRO's flat shards.
 
-Every T steps the momentum of each layer is clustered into K groups, and each group gets a factor on its learning rate
-that pulls its spread towards that of the whole model (algorithm 1, equations 5 to 7). Written from the paper: no
-library has it, and the authors' repository (ScalingOpt/SGG) holds a README and a web page, no code. What the paper
-leaves open, and what was chosen:
-- A layer is a parameter, and its clusters are those of m itself (the magnitude of m is another reading of the text).
-- Clusters: K-means with the former centres to start from, which are the mean and +- 1.5 standard deviations at first;
-  over all elements, until the centres rest or `ITERATIONS`. The paper takes mini-batch K-means, for speed; its figure 3
-  finds full K-means no worse. Centres stay in order, so that cluster c of two clusterings means the same.
-- D^t, "the typical parameter-wise deviation throughout the model": the median over all elements of the model.
-- A median of an even number of elements is the lower of the two in the middle. A cluster without elements keeps its
+Every T steps, the momentum of each layer is clustered into K groups. Each group gets a factor on its learning rate that
+pulls its spread towards the whole model's (algorithm 1, equations 5 to 7). Written from the paper: no library has it,
+and the authors' repository (ScalingOpt/SGG) has a README and a web page, no code. Choices where the paper is silent:
+- A layer is a parameter. Clusters are over m itself (the paper could also mean its magnitude).
+- K-means over all elements, from the former centers (at first the mean and +- 1.5 standard deviations), until centers
+  stay or for `ITERATIONS`. The paper uses mini-batch K-means for speed; its figure 3 finds full K-means no worse.
+  Centers stay sorted, so cluster c means the same in two clusterings.
+- D^t, "the typical parameter-wise deviation throughout the model", is the median over all elements of the model.
+- The median of an even number of elements is the lower of the two middle ones. A cluster without elements keeps its
   factor. Weight decay is decoupled and not scaled.
-- The clusters of step t are used from step t + 1 on, not in step t: ZeRO steps one parameter group after the other, and
-  D^t needs all of them.
-Medians are exact, from counts of the bits of |m - mean|: nothing but counts and sums goes over the wire, every T steps.
+- Clusters of step t apply from step t + 1 on: ZeRO steps one parameter group after the other, and D^t needs them all.
+Medians are exact, from counts of the bits of |m - mean|. Only counts and sums are communicated, every T steps.
 """
 
 from __future__ import annotations
@@ -33,31 +31,35 @@ from mols_ds.optim.param_shards import ParamShard
 from mols_ds.optim.sharded import Group, ShardedOptimizer, State, StateParts, update_moment, update_square
 
 ITERATIONS = 20
-"""Upper bound of K-means' rounds, each of which is one reduction."""
+"""Maximum of K-means rounds; each is one reduction."""
 EPSILON = 1e-8
-"""Of equation 6."""
+"""Epsilon of equation 6."""
 
 
 def new_scales(
     scales: Tensor, deviations: Tensor, typical: Tensor, beta3: float, bounds: tuple[float, float]
 ) -> Tensor:
-    """S <- beta3 S + (1 - beta3) clamp(D / (D_lc + epsilon)) (2506.01049, equations 6 and 7).
+    """Return beta3 S + (1 - beta3) clamp(D / (D_lc + epsilon)) (2506.01049, equations 6 and 7).
 
-    deviations: D_lc of each cluster, NaN for one without elements, which keeps its factor. typical: D, a scalar.
+    deviations: D_lc per cluster; NaN for a cluster without elements, which keeps its factor. typical: D, a scalar.
     """
     ratio = (typical / (deviations + EPSILON)).clamp(*bounds)
     return torch.where(deviations.isnan(), scales, beta3 * scales + (1 - beta3) * ratio)
 
 
 class SGG(ShardedOptimizer):
-    """Args:
-    params: parameters or groups, as of any torch optimizer; float32.
-    lr, betas, eps, weight_decay: as AdamW's; also per group.
-    clusters: K >= 1 of each layer. interval: T, steps between two clusterings. beta3: decay of the factors.
-    bounds: of the factors. The paper's defaults: 3, 500, 0.99, (0.1, 10).
+    """SGG around Adam; see the module docstring.
 
-    State beside Adam's: `cluster` (uint8, an element each), and for each range of a parameter `centers` and `scales`
-    (K numbers, the same on every rank that holds a range of that parameter).
+    State beside Adam's: `cluster` (uint8 per element), and for each range of a parameter `centers` and `scales` (K
+    numbers, the same on every rank with a range of that parameter).
+
+    Args:
+        params: parameters or groups, as for any torch optimizer; float32.
+        lr, betas, eps, weight_decay: as for AdamW; also per group.
+        clusters: K >= 1 per layer; the paper's default is 3.
+        interval: T, steps between clusterings; default 500.
+        beta3: decay of the factors; default 0.99.
+        bounds: of the factors; default (0.1, 10).
     """
 
     settings = ("clusters", "interval", "beta3", "bounds")
@@ -81,7 +83,7 @@ class SGG(ShardedOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def load_state_dict(self, state_dict: State) -> None:
-        """torch casts all loaded state to the weights' type; cluster numbers are bytes."""
+        """torch casts all loaded state to the weights' dtype; cluster numbers are uint8."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             if "cluster" in state:
@@ -109,10 +111,10 @@ class SGG(ShardedOptimizer):
         }
 
     def _before_step(self) -> None:
-        """Cluster the momentum of the last step where that was one of every T-th.
+        """Cluster the momentum of the last step if that was a T-th step.
 
-        ZeRO's step is complete when all shards have taken it: this is in the first call of the next one, on every rank.
-        Where tensors are whole parameters one call is one step, and some may never have a gradient.
+        A ZeRO step is complete when all shards have taken it. So this runs in the first call of the next step, on every
+        rank. If tensors are whole parameters, one call is one step, and some may never have a gradient.
         """
         tensors = [tensor for tensor in self._tensors if self.state.get(tensor)]
         steps = {int(self.state[tensor]["step"]) for tensor in tensors} or {0}
@@ -127,7 +129,7 @@ class SGG(ShardedOptimizer):
             self.state[tensor]["clustered"] = step
 
     def _cluster(self, tensors: Sequence[Tensor], *, fresh: bool) -> None:
-        """New clusters, centres and factors of every shard; collective."""
+        """Compute clusters, centers and factors of every shard. Collective."""
         layers = [(shard, self.state[tensor]) for tensor in tensors for shard in self._find(tensor)]
         momenta = [(shard.number, shard.of(state["exp_avg"].view(-1))) for shard, state in layers]
         sizes = torch.tensor(self._numels, dtype=torch.float64, device=self._tensors[0].device)

@@ -1,12 +1,11 @@
-"""Base of optimizers whose update of an element reads a statistic of its whole parameter, or of a block of it.
+"""Base class of optimizers whose update reads a statistic of the whole parameter, or of a block of it.
 
-Under ZeRO an optimizer is handed flat shards: ranges of many parameters one behind the other, with padding. `bind`
-tells it which parameter elements lie where and how to sum over the ranks. Then every `step()` call takes the statistics
-of its ranges, adds up those of the blocks that several ranks hold in one small SUM reduction (never elements of a
-gradient, and always of one length, known since `bind`, on every rank), and updates its ranges. Without `bind` each
-tensor is a whole parameter, as in plain PyTorch and at stage 0.
+Under ZeRO an optimizer gets flat shards: ranges of many parameters, with padding. `bind` tells it which parameter
+elements are where, and how to sum over ranks. Then each `step()` computes the statistics of its ranges, adds those of
+shared blocks in one small SUM reduction (never gradient elements; of one length on every rank, fixed by `bind`), and
+updates its ranges. Without `bind` each tensor is a whole parameter, as in plain PyTorch and at stage 0.
 
-What no range covers is padding: it is never read (DeepSpeed's stage 3 leaves NaN in it) and never written.
+Elements in no range are padding: never read (DeepSpeed's stage 3 leaves NaN there) and never written.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from mols_ds.optim.settings import Settings
 Group = Mapping[str, Any]
 State = dict[str, Any]
 StateParts = dict[str, Callable[[], Tensor | int]]
-"""Key of the state of a tensor -> makes its first value."""
+"""Key of a tensor's state -> function that creates its first value."""
 
 
 class ShardedOptimizer(Optimizer, ABC):
-    """See the module's text. State is float32 and keyed by tensor; `step` counts a tensor's own steps.
+    """See the module docstring. State is float32 and keyed by tensor; `step` counts a tensor's own steps.
 
     Attributes:
-        kinds: how many sums a block has.
-        moves: whether DeepSpeed's universal checkpoint carries the whole state (it knows Adam's keys only).
+        kinds: number of sums per block.
+        moves: DeepSpeed's universal checkpoint carries the whole state (it only knows Adam's keys).
         settings: names of attributes that a copy of the object needs.
     """
 
@@ -53,45 +52,45 @@ class ShardedOptimizer(Optimizer, ABC):
         self._unbind()
         super().__init__(params, defaults)
 
-    # ------------------------------------------------------------------ what a subclass says
+    # ------------------------------------------------------------------ for subclasses
 
     def default_blocks(self, shape: Sequence[int]) -> Blocks:
-        """The blocks of a parameter of which nothing but the shape is known."""
+        """Return the blocks of a parameter by its shape alone."""
         return Blocks.whole(shape)
 
     def model_blocks(
         self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Sequence[str]]
     ) -> dict[str, Blocks]:
-        """The blocks of each parameter in `shapes` (whole shapes by name); `rules`: the user's module-group rules."""
+        """Return the blocks per parameter. `shapes`: whole shapes by name; `rules`: the user's module-group rules."""
         return {name: self.default_blocks(shape) for name, shape in shapes.items()}
 
     @abstractmethod
     def _parts(self, tensor: Tensor, shards: Sequence[ParamShard]) -> StateParts:
-        """What `state[tensor]` holds beside "step", and how each part begins."""
+        """Return keys of `state[tensor]` other than "step", with functions that create their first values."""
 
     def _measure(self, group: Group, state: State, tensor: Tensor, shard: ParamShard, out: Tensor) -> None:
         """Update the moments of a shard and write its sums, float64 (kinds, touched blocks), to `out`."""
 
     @abstractmethod
     def _apply(self, group: Group, state: State, tensor: Tensor, shard: ParamShard, sums: Tensor) -> None:
-        """Update the weights of a shard, given the sums of its blocks over all ranks. The step must be proportional to
-        `group["lr"]`, weight decay included: rates per module rely on it."""
+        """Update the weights of a shard from the sums of its blocks over all ranks. The step must be proportional to
+        `group["lr"]`, weight decay included: rates per module need it."""
 
     def _before_step(self) -> None:
-        """At the start of every `step()` call, before anything else."""
+        """Run at the start of every `step()` call."""
 
     # ------------------------------------------------------------------ binding
 
     @property
     def bound_to(self) -> list[Tensor]:
-        """The tensors of the last `bind`; empty before."""
+        """Tensors of the last `bind`; empty before."""
         return self._tensors if self._bound else []
 
     def _unbind(self) -> None:
         self._shards: dict[int, list[ParamShard]] = {}
         self._tensors: list[Tensor] = []
         self._numels: list[int] = []
-        """Elements of each parameter of the model, by its number."""
+        """Elements of each parameter of the model, by its index."""
         self._sums: SharedSums | None = None
         self._reduce: Reduce | None = None
         self._bound = False
@@ -105,14 +104,14 @@ class ShardedOptimizer(Optimizer, ABC):
         blocks: Mapping[str, Blocks] | None = None,
         reduce: Reduce | None = None,
     ) -> None:
-        """Tell what lies in the tensors that will be stepped. Collective where `reduce` is given.
+        """Set the contents of the tensors that will be stepped. Collective if `reduce` is given.
 
         Args:
-            tensors: every tensor that `step()` may be handed, the same number on every rank.
-            ranges: in each tensor; none where it is padding alone.
-            shapes: whole shape of every parameter of the model that is optimized, in the same order on every rank.
-            blocks: of each parameter, by default those of `default_blocks`.
-            reduce: see `Reduce`; None where the ranges of this rank are whole parameters (ZeRO stage 0).
+            tensors: every tensor that `step()` may get, the same number on every rank.
+            ranges: parameter ranges in each tensor; none if it is all padding.
+            shapes: whole shape of every optimized parameter of the model, in the same order on every rank.
+            blocks: of each parameter; None: `default_blocks`.
+            reduce: see `Reduce`; None if this rank's ranges are whole parameters (ZeRO stage 0).
 
         Raises:
             MolsUnsupportedError: the ranges of all ranks do not cover each element of each parameter once.
@@ -127,7 +126,7 @@ class ShardedOptimizer(Optimizer, ABC):
             self._add(tensor, its, {r.name: (shapes[r.name], blocks[r.name], numbers[r.name]) for r in its})
         shards = [shard for its in self._shards.values() for shard in its]
         if len({shard.range.name for shard in shards}) < len(shards):
-            raise MolsUnsupportedError(f"{type(self).__name__}: a rank holds two pieces of one parameter")
+            raise MolsUnsupportedError(f"{type(self).__name__}: a rank has two ranges of one parameter")
         if reduce is not None:
             self._reduce = reduce
             self._sums = SharedSums(shards, blocks, shapes, reduce, tensors[0].device)
@@ -136,7 +135,7 @@ class ShardedOptimizer(Optimizer, ABC):
                 self._complete(tensor)
 
     def bind_model(self, model: nn.Module, rules: Sequence[Sequence[str]] = ()) -> None:
-        """Bind the parameters of `model` as they are, unsharded: for plain PyTorch."""
+        """Bind the unsharded parameters of `model`, for plain PyTorch."""
         mine = {id(p) for group in self.param_groups for p in group["params"]}
         named = {name: p for name, p in model.named_parameters() if id(p) in mine}
         shapes = {name: tuple(p.shape) for name, p in named.items()}
@@ -158,13 +157,13 @@ class ShardedOptimizer(Optimizer, ABC):
         return shards
 
     def _find(self, tensor: Tensor) -> list[ParamShard]:
-        """The shards in a tensor; unbound, it is a whole parameter."""
+        """Return the shards of a tensor; an unbound tensor is a whole parameter."""
         shards = self._shards.get(id(tensor))
         if shards is not None:
             return shards
         if self._bound:
             raise MolsUnsupportedError(
-                f"{type(self).__name__} is handed a tensor of {tensor.numel()} elements that it was not bound to: "
+                f"{type(self).__name__} got a tensor of {tensor.numel()} elements that it was not bound to: "
                 "bind it again (mols_ds.engines.deepspeed.bind_optimizer.bind_optimizer)"
             )
         number, name = len(self._tensors), f"parameter {len(self._tensors)}"
@@ -174,10 +173,10 @@ class ShardedOptimizer(Optimizer, ABC):
         return self._add(tensor, ranges, {name: (shape, self.default_blocks(shape), number)})
 
     def _find_whole(self) -> None:
-        """Without `bind`: take each tensor for a whole parameter.
+        """Without `bind`, treat each tensor as a whole parameter.
 
-        Raises MolsUnsupportedError where they are other tensors than the constructor's: an engine that cut the
-        parameters into flat shards, and nobody told us, would train silently wrong.
+        Raises MolsUnsupportedError if they are not the constructor's tensors: an engine made flat shards without
+        `bind`, and training would be silently wrong.
         """
         if self._bound:
             return
@@ -187,8 +186,8 @@ class ShardedOptimizer(Optimizer, ABC):
                     self._find(tensor)
             return
         raise MolsUnsupportedError(
-            f"{type(self).__name__} is handed other tensors than the parameters it was made with, and was not told "
-            "what lies in them: use mols_ds.initialize, or call "
+            f"{type(self).__name__} got other tensors than its constructor and does not know their contents: "
+            "use mols_ds.initialize, or call "
             "mols_ds.engines.deepspeed.bind_optimizer.bind_optimizer(engine) after deepspeed.initialize"
         )
 
@@ -196,7 +195,7 @@ class ShardedOptimizer(Optimizer, ABC):
         check_options(type(self).__name__, {**self.defaults, **param_group})
         super().add_param_group(param_group)
         if any(parameter.is_complex() for parameter in self.param_groups[-1]["params"]):
-            raise MolsConfigError(f"{type(self).__name__} has no rule for complex weights; leave them to another one")
+            raise MolsConfigError(f"{type(self).__name__} does not support complex weights; use another optimizer")
         self._whole.append([tuple(p.shape) for p in self.param_groups[-1]["params"]])  # type: ignore[misc]
 
     def __getstate__(self) -> State:
@@ -204,7 +203,7 @@ class ShardedOptimizer(Optimizer, ABC):
 
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
-        if "_whole" not in self.__dict__:  # a copy or a pickle of another object: its tensors are others
+        if "_whole" not in self.__dict__:  # a copy or a pickle of another object: its tensors differ
             self._unbind()
             self._whole = [[p.shape for p in group["params"]] for group in self.param_groups]
 
@@ -212,7 +211,7 @@ class ShardedOptimizer(Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch: overloads
-        """One update of the tensors in `param_groups` that have a gradient; a closure's loss, if any."""
+        """Update the tensors in `param_groups` with a gradient; return the closure's loss, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -243,12 +242,12 @@ class ShardedOptimizer(Optimizer, ABC):
 
     @staticmethod
     def _gradient(tensor: Tensor, shard: ParamShard) -> Tensor:
-        """The gradient of a shard, 1-D float32."""
+        """Return the gradient of a shard, 1-D float32."""
         assert tensor.grad is not None
         return shard.of(tensor.grad.reshape(-1)).float()
 
     def _complete(self, tensor: Tensor) -> None:
-        """Make or complete the state of a tensor that is about to be stepped."""
+        """Create or complete the state of a tensor before its step."""
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise MolsUnsupportedError(
                 f"{type(self).__name__} steps contiguous float32 weights, not {tensor.dtype}: train in mixed precision "
@@ -262,10 +261,10 @@ class ShardedOptimizer(Optimizer, ABC):
 
 
 def update_moment(average: Tensor, value: Tensor, beta: float) -> None:
-    """average <- beta * average + (1 - beta) * value, in place; the first moment m of Adam (1412.6980, algorithm 1)."""
+    """average <- beta * average + (1 - beta) * value, in place: Adam's first moment m (1412.6980, algorithm 1)."""
     average.lerp_(value, 1.0 - beta)
 
 
 def update_square(average: Tensor, value: Tensor, beta: float) -> None:
-    """average <- beta * average + (1 - beta) * value^2, in place; the second moment v of Adam."""
+    """average <- beta * average + (1 - beta) * value^2, in place: Adam's second moment v."""
     average.mul_(beta).addcmul_(value, value, value=1.0 - beta)

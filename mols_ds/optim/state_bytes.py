@@ -1,4 +1,4 @@
-"""Bytes of optimizer state of one parameter, besides its fp32 weight: the formulas that the catalog's rows name."""
+"""Bytes of optimizer state per parameter, without its fp32 weight: the formulas of the catalog's rows."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from mols_ds.optim.settings import ReadSettings
 Shape = tuple[int, ...]
 
 StateBytes = Callable[[Shape, bool, ReadSettings], int]
-"""(shape, whether it is a matrix of the blocks, settings) -> bytes.
+"""(shape, whether it is a block matrix, settings) -> bytes.
 
-A matrix of the blocks is a weight between features, not an embedding or output head: Muon and its kin treat these
-apart. Moments are fp32, as DeepSpeed, Megatron-core and this package keep them.
+A block matrix is a weight between features, not an embedding or output head; Muon and similar treat them separately.
+Moments are fp32, as in DeepSpeed, Megatron-core and this package.
 """
 
 QUANTILE_BLOCK = 256
-"""Elements in a block of bitsandbytes' 8-bit state, with one fp32 maximum a block (bitsandbytes/optim/optimizer.py)."""
+"""Elements per block of bitsandbytes' 8-bit state, with one fp32 maximum each (bitsandbytes/optim/optimizer.py)."""
 
 
 def per_element(size: int) -> StateBytes:
-    """The formula of an optimizer that keeps `size` bytes an element whatever the shape: 8 for two fp32 moments."""
+    """Formula for `size` bytes per element of any shape: 8 for two fp32 moments."""
     return lambda shape, is_matrix, settings: size * math.prod(shape)
 
 
 def sgd(shape: Shape, is_matrix: bool, settings: ReadSettings) -> int:
-    """One fp32 buffer, with momentum only."""
+    """One fp32 buffer if there is momentum."""
     return 4 * math.prod(shape) if settings.get("momentum", 0.0) else 0
 
 
 def eight_bit(shape: Shape, is_matrix: bool, settings: ReadSettings) -> int:
-    """Two 8-bit moments with an fp32 maximum a block each; tensors below min_8bit_size keep fp32 moments."""
+    """Two 8-bit moments with an fp32 maximum per block each; fp32 moments for tensors below min_8bit_size."""
     numel = math.prod(shape)
     if numel < int(settings.get("min_8bit_size", 4096)):
         return 8 * numel
@@ -39,7 +39,7 @@ def eight_bit(shape: Shape, is_matrix: bool, settings: ReadSettings) -> int:
 
 
 def muon(shape: Shape, is_matrix: bool, settings: ReadSettings) -> int:
-    """One momentum buffer of a matrix; Adam's two moments of the rest."""
+    """One momentum buffer for a matrix; Adam's two moments for the rest."""
     return (4 if is_matrix else 8) * math.prod(shape)
 
 
@@ -50,7 +50,7 @@ def soap(shape: Shape, is_matrix: bool, settings: ReadSettings) -> int:
 
 
 def adafactor(shape: Shape, is_matrix: bool, settings: ReadSettings) -> int:
-    """Row and column means of a matrix's squares, all squares of a vector (Shazeer and Stern 2018)."""
+    """Row and column means of a matrix's squares; all squares of a vector (Shazeer and Stern 2018)."""
     numel = math.prod(shape)
     if len(shape) < 2:
         return 4 * numel
@@ -60,7 +60,7 @@ def adafactor(shape: Shape, is_matrix: bool, settings: ReadSettings) -> int:
 def low_rank(shape: Shape, is_matrix: bool, settings: ReadSettings) -> int:
     """Moments of the projected gradient, and the projection (GaLore 2403.03507, APOLLO 2412.05270).
 
-    The setting "hidden" is the model's width, of which a quarter is the rank where none is given.
+    The setting "hidden" is the model's width; the default rank is a quarter of it.
     """
     if not is_matrix or len(shape) != 2:
         return 8 * math.prod(shape)
@@ -70,5 +70,5 @@ def low_rank(shape: Shape, is_matrix: bool, settings: ReadSettings) -> int:
 
 
 def adam_mini(shape: Shape, is_matrix: bool, settings: ReadSettings) -> int:
-    """The first moment; the second is a number a block (2406.16793), which is left out."""
+    """The first moment. Ignores the second: one number per block (2406.16793)."""
     return 4 * math.prod(shape)

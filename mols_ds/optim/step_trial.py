@@ -1,7 +1,7 @@
-"""Tries out an optimizer class that the catalog does not know: is its step proportional to the learning rate?
+"""Try out an optimizer class that the catalog does not know: is its step proportional to the learning rate?
 
-Its steps are scaled by correcting them (see `mols_ds.core.lr_scaler`), which is right only then. Schedule-free and
-Lookahead wrappers, optimizers that find their own rate, and clipped or adaptive bounds on the rate are not.
+MoLS corrects its steps (`mols_ds.core.lr_scaler`), which is only right then. It is wrong for schedule-free and
+Lookahead wrappers, optimizers that set their own rate, and clipped or adaptive bounds on the rate.
 """
 
 from __future__ import annotations
@@ -19,25 +19,29 @@ from mols_ds.core.layout import ElementLayout
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsWarning
-from mols_ds.optim.catalog import CLASSES, OptimizerClass, class_facts
-from mols_ds.optim.traits import reads_groups_only
+from mols_ds.optim.catalog import CLASSES, PACKAGES, OptimizerClass, class_facts
+from mols_ds.optim.traits import adds_decay, reads_groups_only
 
 STEPS = 8
 RATE = 1e-3
 MULTIPLIER = 3.0
 TOLERANCE = 2e-3
-"""Largest distance between the two runs, as a share of the way that the weights went. fp64's rounding gives 1e-12."""
+"""Largest distance between the two runs, relative to the distance that the weights moved. fp64 rounding gives 1e-12."""
 MAX_GROUPS = 4
 WHOLE = ElementLayout.whole("all")
 
 
 def in_catalog(optimizer: Optimizer) -> bool:
-    """Whether the catalog has this optimizer's class, or the class whose step it inherits."""
-    return type(optimizer).__name__ in CLASSES or reads_groups_only(optimizer)
+    """Whether the catalog has this optimizer's class, or the class whose step it inherits.
+
+    A name alone is not enough: anybody may call a class AdamW.
+    """
+    named = type(optimizer).__name__ in CLASSES and type(optimizer).__module__.split(".")[0] in PACKAGES
+    return named or reads_groups_only(optimizer)
 
 
 def class_refusal(optimizer: Any) -> tuple[str, str] | None:
-    """(what MoLS does not support, what to do instead) of an inner optimizer: by the catalog, else by a trial."""
+    """Return (what MoLS does not support, what to do instead) for an inner optimizer, by the catalog or by a trial."""
     found = class_facts(optimizer).refusal(getattr(optimizer, "param_groups", []))
     if found is None and isinstance(optimizer, Optimizer):
         found = refusal(optimizer)
@@ -45,10 +49,10 @@ def class_refusal(optimizer: Any) -> tuple[str, str] | None:
 
 
 def refusal(optimizer: Optimizer) -> tuple[str, str] | None:
-    """(what MoLS does not support, what to do instead) of an optimizer whose step is not proportional to lr.
+    """Return (what MoLS does not support, what to do instead) if an unknown optimizer's step is not proportional to lr.
 
-    A small copy of it takes 8 steps with all multipliers 3, and another one with lr x 3. Every rank gets the same
-    answer. A class of the catalog is not tried. One that cannot be tried is named in a warning.
+    A small copy takes 8 steps with all multipliers 3, another copy with lr x 3. Every rank gets the same answer. Warns
+    if the class cannot be tried.
     """
     if in_catalog(optimizer):
         return None
@@ -56,8 +60,8 @@ def refusal(optimizer: Optimizer) -> tuple[str, str] | None:
     error = _distance(optimizer)
     if error is None:
         warnings.warn(
-            f"MoLS does not know optimizer {name} and could not try it out: its steps are multiplied, which is right "
-            "only where they are proportional to lr; compare a run with all fixed_alphas 2 to one with twice the lr",
+            f"MoLS does not know optimizer {name} and could not try it out: it multiplies its steps, which is right "
+            "only if they are proportional to lr; compare a run with all fixed_alphas 2 to one with twice the lr",
             MolsWarning,
             stacklevel=2,
         )
@@ -71,15 +75,37 @@ def refusal(optimizer: Optimizer) -> tuple[str, str] | None:
     )
 
 
+def decay_in_moments(optimizer: Any) -> bool:
+    """Whether weight decay is added to the gradients that Adam's moments are made of.
+
+    By the catalog; a small copy of a class that it does not know takes a step with gradients of zero. False where that
+    cannot be tried.
+    """
+    decaying = [group for group in getattr(optimizer, "param_groups", []) if group.get("weight_decay")]
+    added = [adds_decay(optimizer, group) for group in decaying]
+    if None not in added:
+        return any(added)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            weights = _weights(optimizer, torch.float32)
+            small = _small_copy(optimizer, weights, RATE)
+            for weight in _flatten(weights):
+                weight.grad = torch.zeros_like(weight)
+            small.step()
+            return any(bool(small.state[w]["exp_avg"].any()) for w in _flatten(weights))
+    except Exception:  # a constructor or a step of somebody else's class, called without what it may need
+        return False
+
+
 def _distance(optimizer: Optimizer) -> float | None:
-    """Distance of the two runs relative to the weights' way; None where the class cannot be tried."""
+    """Return the distance of both runs relative to the distance that the weights moved; None if a trial fails."""
     for dtype in (torch.float64, torch.float32):  # some kernels have no fp64
         try:
             with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 wanted = _run(optimizer, dtype, MULTIPLIER * RATE, 1.0)
                 error = float((_run(optimizer, dtype, RATE, MULTIPLIER) - wanted).norm())
-        except Exception:  # a constructor or a step of somebody else's class, called without what it may need
+        except Exception:  # a foreign constructor or step that needs something else
             continue
         way = float((wanted - _flat(_weights(optimizer, dtype))).norm())
         if way > 0 and math.isfinite(error):
@@ -88,7 +114,7 @@ def _distance(optimizer: Optimizer) -> float | None:
 
 
 def _run(optimizer: Optimizer, dtype: torch.dtype, lr: float, multiplier: float) -> Tensor:
-    """The weights of a small copy of `optimizer` after the steps of a trial."""
+    """Return the weights of a small copy of `optimizer` after the steps of a trial."""
     torch.manual_seed(0)
     weights = _weights(optimizer, dtype)
     small = _small_copy(optimizer, weights, lr)
@@ -105,7 +131,7 @@ def _run(optimizer: Optimizer, dtype: torch.dtype, lr: float, multiplier: float)
 
 
 def _small_copy(optimizer: Optimizer, weights: list[list[nn.Parameter]], lr: float) -> Optimizer:
-    """The same class with the same settings of its groups, on other weights."""
+    """Create the same class with the same group settings on other weights."""
     make: Any = type(optimizer)
     known = inspect.signature(make.__init__).parameters
     settings = {key: value for key, value in optimizer.defaults.items() if key in known and key != "lr"}
@@ -125,7 +151,7 @@ def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def _weights(optimizer: Optimizer, dtype: torch.dtype) -> list[list[nn.Parameter]]:
-    """For each of the first parameter groups a vector, and a matrix unless the optimizer is given vectors only."""
+    """Make a vector per parameter group, and a matrix unless the optimizer only has vectors."""
     flat = all(p.dim() <= 1 for group in optimizer.param_groups for p in group["params"])
     generator = torch.Generator().manual_seed(1)
     return [

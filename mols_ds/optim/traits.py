@@ -1,4 +1,4 @@
-"""Questions about an optimizer that exists, answered from the catalog: how its step is scaled, what its state holds."""
+"""Answer questions about an existing optimizer from the catalog: how to scale its step, what its state contains."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.catalog import (
     CLASSES,
@@ -22,14 +21,14 @@ from mols_ds.optim.catalog import (
 
 NOT_IN_A_STEP = {"step", "__init__", "__repr__", "__getstate__", "__setstate__", "state_dict", "load_state_dict",
                  "zero_grad", "add_param_group"}  # fmt: skip
-"""What a subclass may have of its own and still step as its parent does; its `step` is looked at apart."""
+"""Methods that a subclass may define and still step like its parent; `step` is checked separately."""
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:
-    """Whether this optimizer may be stepped on views of its tensors.
+    """Whether this optimizer may step views of its tensors.
 
-    True for a class that the catalog knows to be elementwise, and for a subclass that inherits its `step` and
-    what that calls. False with an option that reads whole tensors.
+    True for a class that the catalog lists as elementwise, and for a subclass that inherits its `step` and the methods
+    that this calls. False with an option that reads whole tensors.
     """
     if any(group.get(option) for group in optimizer.param_groups for option in WHOLE_TENSOR_OPTIONS):
         return False
@@ -37,10 +36,10 @@ def is_elementwise(optimizer: Optimizer) -> bool:
 
 
 def reads_groups_only(optimizer: Optimizer) -> bool:
-    """Whether this optimizer's step finds its tensors in `param_groups` alone, so that it may see temporary groups.
+    """Whether this optimizer's step finds its tensors in `param_groups` alone, so that it may get temporary groups.
 
-    True for a class that the catalog knows, and for a subclass that inherits its `step` and what that calls. False for
-    every other class: it may keep lists or tables beside `param_groups`, and would leave tensors out, without a word.
+    True for a class in the catalog, and for a subclass that inherits its `step` and the methods that this calls. False
+    for any other class: it may have lists or tables beside `param_groups` and would silently leave out tensors.
     """
     if _settings_by_index(optimizer):
         return False
@@ -48,13 +47,13 @@ def reads_groups_only(optimizer: Optimizer) -> bool:
 
 
 def _settings_by_index(optimizer: object) -> bool:
-    """Whether single tensors have settings of their own (bitsandbytes' manager)."""
+    """Whether single tensors have their own settings (bitsandbytes' manager)."""
     manager = getattr(optimizer, "mng", None)
     return any(getattr(manager, table, None) for table in INDEX_TABLES)
 
 
 def _has_step_of(optimizer: Optimizer, modules: Callable[[OptimizerClass], tuple[str, ...]]) -> bool:
-    """Whether the optimizer steps as a class of the catalog does that is from one of these `modules`."""
+    """Whether the optimizer steps like a catalog class from one of these `modules`."""
     for cls in type(optimizer).__mro__:
         facts = CLASSES.get(cls.__name__)
         if facts is not None and cls.__module__.startswith(modules(facts)):
@@ -63,9 +62,9 @@ def _has_step_of(optimizer: Optimizer, modules: Callable[[OptimizerClass], tuple
 
 
 def unscaled_refusal(optimizer: object) -> tuple[str, str] | None:
-    """(what is not supported, what to do instead) with "weight_decay": "unscaled"; None = this optimizer supports it.
+    """Return (what is not supported, what to do instead) with "weight_decay": "unscaled"; None: supported.
 
-    It does where every step takes lr x weight_decay x w off, and where every weight_decay is 0.
+    Supported if every step subtracts lr x weight_decay x w, or if every weight_decay is 0.
     """
     for group in getattr(optimizer, "param_groups", []):
         if group.get("weight_decay", 1.0) and (why := _decay_problem(optimizer, group)):
@@ -74,9 +73,9 @@ def unscaled_refusal(optimizer: object) -> tuple[str, str] | None:
     return None
 
 
-def unscaled_decay(optimizer: object, config: MolsConfig) -> Callable[[], None] | None:
-    """What `LRScaler` calls before each scaled step: settings of parameter groups may change. None: decay is scaled."""
-    if config.weight_decay == "scaled":
+def unscaled_decay(optimizer: object, weight_decay: str) -> Callable[[], None] | None:
+    """Return the check that `LRScaler` runs before each scaled step (settings may change); None if "scaled"."""
+    if weight_decay == "scaled":
         return None
 
     def check() -> None:
@@ -88,17 +87,23 @@ def unscaled_decay(optimizer: object, config: MolsConfig) -> Callable[[], None] 
 
 
 def _decay_problem(optimizer: object, group: Mapping[str, Any]) -> str:
-    """Why the decay of this parameter group is not lr x weight_decay x w beside the update; "" = it is."""
+    """Return why the decay of this parameter group is not lr x weight_decay x w beside the update; "": it is."""
+    added = adds_decay(optimizer, group)
+    if added is None or _settings_by_index(optimizer):
+        return "it is not known to subtract lr x weight_decay x w in every step"
+    return "its decay is added to the gradient, so it cannot be told from the update" if added else ""
+
+
+def adds_decay(optimizer: object, group: Mapping[str, Any]) -> bool | None:
+    """Return whether weight_decay x w of this parameter group is added to the gradient (L2); None: unknown."""
     facts = _decay_of(optimizer)
-    if facts is None or _settings_by_index(optimizer):
-        return "it is not known to take lr x weight_decay x w off in every step"
-    if not facts.decoupled or (facts.flag and not group.get(facts.flag, getattr(optimizer, facts.flag, False))):
-        return "its decay is added to the gradient, so it cannot be told from the update"
-    return ""
+    if facts is None:
+        return None
+    return not facts.decoupled or bool(facts.flag and not group.get(facts.flag, getattr(optimizer, facts.flag, False)))
 
 
 def _decay_of(optimizer: object) -> Decay | None:
-    """What the catalog knows of the decay of this class, or of the class whose step it inherits."""
+    """Return the catalog's `Decay` of this class, or of the class whose step it inherits."""
     for cls in type(optimizer).__mro__:
         facts = CLASSES.get(cls.__name__)
         for decay in facts.decays if facts is not None else ():
@@ -108,17 +113,17 @@ def _decay_of(optimizer: object) -> Decay | None:
 
 
 def _inherits(cls: type, known: type) -> bool:
-    """Whether `cls`, a subclass of `known`, has no `step` of its own and no method of its own that a step may call."""
+    """Whether `cls`, a subclass of `known`, defines neither `step` nor a method that a step may call."""
     between = cls.__mro__[: cls.__mro__.index(known)]
     own = {name for one in between for name, value in vars(one).items() if callable(value)}
     return _unhooked(cls) is _unhooked(known) and not any(hasattr(known, name) for name in own - NOT_IN_A_STEP)
 
 
 def parallel_list(optimizer: Optimizer) -> str:
-    """Name of the list that this optimizer zips with its parameter groups; "" = it has none.
+    """Return the name of the list that this optimizer zips with its parameter groups; "": none.
 
     Raises:
-        MolsUnsupportedError: the list holds fp32 master weights. A rate cannot be given to parts of those.
+        MolsUnsupportedError: the list has fp32 master weights. Parts of those cannot have their own rate.
     """
     for name in PARALLEL_LISTS:
         entries = getattr(optimizer, name, None)
@@ -134,10 +139,10 @@ def parallel_list(optimizer: Optimizer) -> str:
 
 
 def _unhooked(cls: type) -> Callable[..., object]:
-    """The class's `step`, its own or inherited, without the profiler's wrapper.
+    """Return the class's `step`, its own or inherited, without the profiler's wrapper.
 
-    torch puts the wrapper on the first class of a family of which an object is built, and not again on its subclasses
-    (`Optimizer._patch_step_function`), so it is on Adam or on AdamW, a subclass of Adam, depending on the order.
+    torch wraps the first class of a family that is instantiated, and not its subclasses again
+    (`Optimizer._patch_step_function`). So Adam or AdamW (a subclass) has the wrapper, depending on the order.
     """
     step = cls.step  # type: ignore[attr-defined]
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[no-any-return]
@@ -149,7 +154,7 @@ def has_shared_counter(optimizer: Optimizer) -> bool:
 
 
 def has_adam_moments(optimizer: object) -> bool:
-    """Whether the state holds Adam's two moments of each element, as exp_avg and exp_avg_sq."""
+    """Whether the state has Adam's two moments per element, as exp_avg and exp_avg_sq."""
     if not class_facts(optimizer).adam_moments or type(optimizer).__module__.startswith(OTHER_STATE):
         return False
     betas = [group.get("betas") for group in getattr(optimizer, "param_groups", [])]

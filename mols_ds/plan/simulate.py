@@ -1,6 +1,9 @@
-"""`python -m mols_ds.plan.simulate`: which rank owns what (docs/evidence/simulated_ranks.md)."""
+"""`python -m mols_ds.plan.simulate`: which rank owns what (docs/evidence/simulated_ranks.md). In a checkout alone."""
 
-from mols_ds.apps.plan.simulate import main
+import sys
+
+from mols_ds.apps.plan.command import simulator
+from mols_ds.training.cli_utils import run_program
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run_program("simulate", lambda: simulator().main()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict
 
-from mols_ds.core.layout import Granularity, is_scaled
+from mols_ds.core.layout import Granularity, base_group, is_scaled
 from mols_ds.core.schema import Report
 from mols_ds.errors import MolsConfigError
 
@@ -67,4 +67,4 @@ def _few(names: Sequence[str]) -> str:
 
 def granularity_of(report: Report) -> Granularity:
     """The "granularity" of a report's run: "layer_type" where groups are named by layer, such as "qk.3"."""
-    return "layer_type" if any("." in name for name in report["groups"]) else "type"
+    return "layer_type" if any(base_group(name) != name for name in report["groups"]) else "type"

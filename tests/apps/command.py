@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.at_exit.sitecustomize import LEFT
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHIM = ROOT / "launch" / "deepspeed"
 TRAIN = ROOT / "train.py"
@@ -56,9 +58,13 @@ def free_port() -> int:
 
 
 def run(*argv: str | Path, cwd: Path, timeout: float = TIME_LIMIT) -> Done:
-    """Runs a command with this repository's launch/ and this Python's scripts first on PATH."""
+    """Runs a command with this repository's launch/ and this Python's scripts first on PATH.
+
+    A command that succeeds must not leave a process group: see tests/helpers/at_exit.
+    """
     places = [str(ROOT / "launch"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    packages = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    more = [str(ROOT / "tests/helpers/at_exit"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    packages = os.pathsep.join(more).rstrip(os.pathsep)
     environment = {**os.environ, "PATH": os.pathsep.join(places), "PYTHONPATH": packages}
     process = subprocess.Popen(
         [str(arg) for arg in argv],
@@ -76,6 +82,7 @@ def run(*argv: str | Path, cwd: Path, timeout: float = TIME_LIMIT) -> Done:
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
         raise AssertionError(f"{argv} took over {timeout:.0f} s\n{stdout[-3000:]}\n{stderr[-3000:]}") from None
+    assert process.returncode != 0 or LEFT not in stderr, f"{argv}: {LEFT}"
     return Done(process.returncode, stdout, stderr)
 
 

@@ -114,5 +114,5 @@ def test_a_mistake_is_one_line_and_status_2_from_two_processes(tmp_path: Path) -
     launch = [sys.executable, "-m", "mols_ds.cli", "launch", *ports(), "-q", "--num_gpus", "2"]
     done = run(*launch, f"--config={paths['config']}", TRAIN, *arguments, cwd=tmp_path)
     assert done.status == 2
-    assert done.stderr.splitlines() == [f"train.py: data {paths['data']}: there is no text in it"]
+    assert done.stderr.splitlines() == [f"train.py: data {paths['data']}: it has no text"]
     assert "Traceback" not in done.stdout

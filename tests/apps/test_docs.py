@@ -18,13 +18,14 @@ from mols_ds.apps.doctor import command as doctor
 from mols_ds.apps.doctor.findings import Findings
 from mols_ds.apps.finetune import main as finetune
 from mols_ds.apps.launch import health, signals
-from mols_ds.apps.plan import simulate
+from mols_ds.apps.launch.jobs import split_nproc
 from mols_ds.apps.study.spec import load_study
 from mols_ds.apps.train_megatron import main as train_megatron
 from mols_ds.core.schema import Report
 from mols_ds.report.table import format_report
 from tests.helpers.harness import run_ranks
 from tests.helpers.pages import PAGES, ROOT, Block, blocks, commands, spans
+from tests.tools.simulate import command as simulate
 
 Parse = Callable[[Sequence[str]], argparse.Namespace]
 
@@ -34,7 +35,18 @@ def sub(*words: str) -> Parse:
     return lambda argv: cli._parser().parse_args([*words, *argv])
 
 
+def job(name: str, parse: Parse) -> Parse:
+    """The parser of `mols-ds train` and the other jobs."""
+    return lambda argv: parse(split_nproc(name, argv)[1])
+
+
 PROGRAMS: dict[str, Parse] = {
+    "mols-ds train": job("train", train.parse_arguments),
+    "mols-ds finetune": job("finetune", finetune.parse_arguments),
+    "mols-ds train-megatron": job("train-megatron", train_megatron.parse_arguments),
+    "mols-ds configs": sub("configs"),
+    "mols-ds completion": sub("completion"),
+    "mols-ds --version": lambda argv: argparse.Namespace(),
     "mols-ds compare": sub("compare"),
     "mols-ds plan": sub("plan"),
     "mols-ds groups": sub("groups"),

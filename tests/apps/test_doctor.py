@@ -177,10 +177,10 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     "misspelt top level": ({"zero_optimisation": {}}, "warning", "config.keys", "ignores it", "zero_optimization"),
     "batch": ({"train_batch_size": 7}, "problem", "config.values", "does not divide among 2", "correct"),
     "deepspeed refuses": ({"zero_optimization": {"stage": 9}}, "problem", "config.deepspeed", "stage", "correct"),
-    "start after ramp": ({"mols": {"start": 30}}, "problem", "config.file", "lies after", "must end later"),
+    "start after ramp": ({"mols": {"start": 30}}, "problem", "config.file", "is after ramp_end", "must end later"),
     "start after the end": (
         *({"mols": {"start": 150, "ramp_end": 1.0, "total_steps": 100}}, "problem", "config.schedule"),
-        *("lies after", "start earlier"),
+        *("is after", "start earlier"),
     ),
     "two lengths": ({"mols": {"total_steps": 50}}, "warning", "config.total_steps", "run has 100", "same number"),
     "auto without warm-up": (

@@ -120,7 +120,7 @@ def test_a_mistake_is_one_line_and_status_2(
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("run:\n  steps: 3\n  steps: 4\n", "utf-8")
-    with pytest.raises(MolsConfigError, match="'steps' stands there twice"):
+    with pytest.raises(MolsConfigError, match="'steps' is there twice"):
         read(str(path))
 
 

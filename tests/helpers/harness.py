@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,19 @@ def draw_nothing() -> None:
     """On a rank, not in pytest's own process: there is no matplotlib, whose plots take a second for each engine."""
     if "RANK" in os.environ:
         sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def pictures_allowed() -> Iterator[None]:
+    """For imports of libraries that stop where matplotlib is installed and cannot be imported (torchmetrics)."""
+    hidden = "matplotlib" in sys.modules and sys.modules["matplotlib"] is None
+    if hidden:
+        del sys.modules["matplotlib"]
+    try:
+        yield
+    finally:
+        if hidden:
+            sys.modules["matplotlib"] = None  # type: ignore[assignment]
 
 
 def run_ranks(

@@ -283,11 +283,11 @@ class Mols:
         self._say_changes(was)
         fixed = section["fixed_alphas"]
         if self.phase != "waiting" and fixed is None and self.given:
-            self.said.append("were given by mols.fixed_alphas and go on")
+            self.said.append("come from mols.fixed_alphas and stay")
         elif self.phase != "waiting" and fixed is not None:
             wanted = {g: fixed.get(g, 1.0) for g in set(self.groups.values())}
             if self.phase == "calibrating" or self.alphas != wanted:
-                self.said.append("take the place of the checkpoint's alphas")
+                self.said.append("override the checkpoint's alphas")
                 self._begin(t)
                 self._fix(t)
         if self.phase == "calibrating" and self.counted and (lost or was["mode"] != section["mode"]):

@@ -101,7 +101,7 @@ MUTANTS = (
     Mutant(
         "window: buffers stay as a batch left them",
         SESSION,
-        "        new = sorted({*self.window.close_batch()} - self._stay)\n",
+        "        new = sorted({*self.window.close_batch()} - self._kept_buffers)\n",
         "        new: list[str] = []\n",
         (TRACES, "-k", "no_trace and probed-0"),
     ),
@@ -157,7 +157,7 @@ MUTANTS = (
     Mutant(
         "window: a loss scale that scales no loss falls",
         "mols_ds/engines/deepspeed/shards.py",
-        '        """It does not scale the loss: a lower one makes no gradient finite."""\n        return False\n',
+        '        """Return False: the loss has no scale to lower."""\n        return False\n',
         "        return super().lower_scale()\n",
         (TRACES, "-k", "broken"),
     ),
@@ -206,12 +206,12 @@ MUTANTS = (
     Mutant(
         "loop: metrics are not rewound",
         TRAINER,
-        'self.aside("metrics", partial(self.metrics.rewind, self.updates))',
+        'self.guarded("metrics", partial(self.metrics.rewind, self.updates))',
         "pass",
         LOOP,
     ),
     Mutant(
-        "loop: a signal is ignored", TRAINER, "                self.stop_if_asked()\n", "                pass\n", LOOP
+        "loop: a signal is ignored", TRAINER, "                self.stop_on_signal()\n", "                pass\n", LOOP
     ),
     Mutant(
         "loop: probe batches come from the training stream",
@@ -335,7 +335,7 @@ MUTANTS = (
     Mutant(
         "decay: DeepSpeed's adapter scales it",
         "mols_ds/engines/deepspeed/engine.py",
-        "unscaled_decay=unscaled_decay(shards.inner, self.config)",
+        "unscaled_decay=unscaled_decay(shards.inner, self.config.weight_decay)",
         "unscaled_decay=None",
         (f"{ZERO}/test_weight_decay.py", "-k", "0 and unscaled and fixed", "--tier", "quick"),
     ),
@@ -349,7 +349,7 @@ MUTANTS = (
     Mutant(
         "decay: Megatron's adapter scales it",
         "megatron_patches/engine.py",
-        "unscaled_decay=unscaled_decay(part.inner, self.config)",
+        "unscaled_decay=unscaled_decay(part.inner, self.config.weight_decay)",
         "unscaled_decay=None",
         ("tests/engines/megatron/test_weight_decay.py", "--tier", "quick"),
     ),
@@ -601,7 +601,7 @@ MUTANTS = (
         FOREIGN,
     ),
     Mutant("data: a key may stand twice", JSON, "    if len(content) < len(pairs):\n", "    if False:\n", PLAIN),
-    Mutant("data: nested without end", DATA, "    for _ in range(DEEPEST):\n", "    while True:\n", PLAIN),
+    Mutant("data: nested without end", DATA, "    for _ in range(MAX_DEPTH):\n", "    while True:\n", PLAIN),
     Mutant("data: aliases multiply", DATA, "        if count > most:\n", "        if False:\n", PLAIN),
     Mutant(
         "data: folders are read",
@@ -613,7 +613,7 @@ MUTANTS = (
     Mutant(
         "rank 0: a warning of it alone is raised",
         "mols_ds/core/log.py",
-        "    except Exception:  # the warning itself, or what shows it\n",
+        "    except Exception:  # the warning itself, or a hook that shows it\n",
         "    except OSError:\n",
         (f"{ZERO}/test_rank0.py", "-k", "warnings"),
     ),
@@ -627,7 +627,7 @@ MUTANTS = (
     Mutant(
         "rank 0: metrics that cannot be begun end it",
         TRAINER,
-        '            self.aside("metrics", self.metrics.clear)\n',
+        '            self.guarded("metrics", self.metrics.clear)\n',
         "            self.metrics.clear()\n",
         LOOP,
     ),
@@ -704,7 +704,7 @@ MUTANTS = (
     Mutant(
         "off: nothing is said when it is on again",
         SESSION,
-        "if (said := on_again(saved, t)) is not None:",
+        "if (warning := reenabled_warning(saved, t)) is not None:",
         "if False:",
         (*OFF_TESTS, "-k", "2-disabled", "--tier", "quick"),
     ),

@@ -222,7 +222,7 @@ def test_order_of_calls_is_enforced() -> None:
     moments.open()
     with pytest.raises(MolsError, match="open already"):
         moments.open()
-    with pytest.raises(MolsError, match="inside of a gradient sample"):
+    with pytest.raises(MolsError, match="inside a gradient sample"):
         moments.state_dict()
     moments.abort()
     assert moments.count == 0

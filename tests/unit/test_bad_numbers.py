@@ -94,10 +94,10 @@ def test_multipliers_of_a_checkpoint(key: str, alpha: float) -> None:
         **{"ramp_until": 9, "old": {}, "alphas": {"vo": 1.0}},
     }
     saved = {"version": 1, "groups": {"vo": 8}, "state": state, "report": {}}
-    check_saved(saved, {"vo": 8}, state)
+    check_saved(saved, {"vo": 8}, state, lambda groups: "")
     state[key] = {"vo": alpha}
     with pytest.raises(MolsCheckpointError, match=rf"damaged: .*{key}\.vo"):
-        check_saved(saved, {"vo": 8}, state)
+        check_saved(saved, {"vo": 8}, state, lambda groups: "")
 
 
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -96,7 +97,7 @@ def test_user_rules_come_first_and_the_first_of_them_wins() -> None:
 
 
 def test_own_groups() -> None:
-    rules = [(r"mlp\.experts\.", "experts"), (r"wpe", "other_positions")]
+    rules = [(r"mlp\.experts\.", "new:experts"), (r"wpe", "other_positions")]
     shapes = NANO | {"transformer.h.0.mlp.experts.gate_up_proj": (4, 16, 8)}
     layouts = build_layouts(shapes, None, rules)
     assert layouts["transformer.h.0.mlp.experts.gate_up_proj"] == whole("experts")
@@ -228,6 +229,12 @@ def test_order_groups() -> None:
         ([("attn", "q k")], r"'q k' is not a group name.*embedding"),
         ([("attn", "qk.3")], r"'qk\.3' is not a group name"),
         ([("attn", "max")], r"'max' is not a group name"),
+        ([("attn", "mpl")], r"'mpl' is not a group name; did you mean 'mlp'.*other_NAME.*\"new:mpl\""),
+        ([("attn", "experts")], r"'experts' is not a group name.*allowed are embedding, head, qk.*new:"),
+        ([("attn", "new:max")], r"'new:max' is not a group name"),
+        ([("attn", "new:qk")], r"'new:qk' is not a group name"),
+        ([("attn", "new:q k")], r"'new:q k' is not a group name"),
+        ([("attn", "vision.qkv")], r"'vision\.qkv' is not a group name"),
         ([("attn(", "qk")], r"rules\[0\].*'attn\(' is not a regular expression"),
         ([("(" * 3000 + "a" + ")" * 3000, "qk")], r"rules\[0\].*is not a regular expression \(nested too deeply\)"),
         ([("a" * 10_001, "qk")], r"rules\[0\]: a pattern of 10,001 characters"),
@@ -244,12 +251,106 @@ def test_a_bad_rule_is_named(rules: object, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_weight_that_no_rule_matches_is_named_with_the_way_out() -> None:
-    shapes = NANO | {"transformer.h.0.mixer.weight": (8, 8), "transformer.h.0.conv.weight": (8, 1, 4)}
-    with pytest.raises(MolsConfigError, match=r"transformer\.h\.0\.mixer\.weight.*1 more.*rules") as error:
+def pasted(message: str) -> list[tuple[str, str]]:
+    """The "rules" that a refusal gives, as a JSON file would have them."""
+    block = json.JSONDecoder().raw_decode(message.partition('"rules": ')[2])[0]
+    return [(pattern, group) for pattern, group in block]
+
+
+def test_a_refusal_names_every_kind_and_its_rules_can_be_pasted() -> None:
+    shapes = NANO | {f"transformer.h.{layer}.odd.weight": (8, 8) for layer in range(12)}
+    shapes |= {"transformer.h.0.filter.weight": (8, 1, 4), "model.layers.3.self_attn.query_key_value.weight": (24, 8)}
+    with pytest.raises(MolsConfigError) as error:
         build_layouts(shapes, None)
-    assert "\n" not in str(error.value)
-    assert build_layouts(shapes, None, [("mixer|conv", "vo")])["transformer.h.0.conv.weight"] == whole("vo")
+    message = str(error.value)
+    assert "'transformer.h.N.odd.weight' of shape [8, 8] (12 of them)" in message and "\n" not in message
+    assert "transformer.h.0.filter.weight" in message and "query_key_value" in message
+    rules = pasted(message)
+    assert len(rules) == 3
+    layouts = build_layouts(shapes, None, rules)
+    assert {layouts[name] for name in shapes if name not in NANO} == {whole("other")}
+    assert {name: layouts[name] for name in NANO} == build_layouts(NANO, None), "nothing else moves"
+
+
+def test_a_vector_of_several_dimensions_is_other_and_a_matrix_is_refused() -> None:
+    assert build_layouts({"layers.0.scale": (1, 1, 8)}, None)["layers.0.scale"] == whole("other")
+    with pytest.raises(MolsConfigError, match=r"layers\.0\.scale"):
+        build_layouts({"layers.0.scale": (1, 2, 8)}, None)
+
+
+def test_a_leaf_name_without_its_parent_decides_nothing() -> None:
+    names = ("layers.0.odd.out_proj.weight", "layers.0.odd.gate_proj.weight", "layers.0.odd.dense.weight")
+    with pytest.raises(MolsConfigError) as error:
+        build_layouts({name: (8, 8) for name in names}, None)
+    assert len(pasted(str(error.value))) == 3
+    placed = {
+        "layers.0.self_attn.gate_proj.weight": "vo",
+        "layers.0.mlp.gate_proj.weight": "mlp",
+        "layers.0.mixer.out_proj.weight": "other",
+        "layers.0.mamba.in_proj.weight": "other",
+        "layers.0.self_attn.indexer.wk.weight": "other",
+        "layers.0.mlp.router.fc1.weight": "other",
+        "layers.0.mlp.gate.router_mlp.fc1.weight": "other",
+        "layers.0.ln_mlp.weight": "other",
+    }
+    shapes = {name: (8,) if "ln_" in name else (8, 8) for name in placed}
+    assert {name: layout.groups[0] for name, layout in build_layouts(shapes, None).items()} == placed
+
+
+def test_biases_are_other_unless_a_rule_asks_for_their_weights_rows() -> None:
+    shapes = {"h.0.attn.c_attn.weight": (8, 24), "h.0.attn.c_attn.bias": (24,), "h.0.mlp.c_fc.bias": (32,)}
+    assert build_layouts(shapes, None)["h.0.attn.c_attn.bias"] == whole("other")
+    layouts = build_layouts(shapes, None, [("bias$", "=weight")])
+    assert layouts["h.0.attn.c_attn.bias"] == ElementLayout(1, ((16, "qk"), (8, "vo")))
+    assert layouts["h.0.mlp.c_fc.bias"] == whole("mlp")
+
+
+def test_a_parameter_shared_by_modules_of_several_groups_is_refused() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(8, 8, bias=False)})])})
+    model["layers"][0]["v_proj"] = model["layers"][0]["q_proj"]
+    with pytest.raises(MolsConfigError, match=r"layers\.0\.q_proj\.weight.*several groups \(qk, vo\)"):
+        group_table(model)
+    assert group_table(model, [("q_proj", "qk")]).elements == {"qk": 64}
+
+
+# -------------------------------------------------------------------------------------------------------------- towers
+
+
+TOWER = {
+    "model.vision_tower.layers.0.self_attn.q_proj.weight": (8, 8),
+    "model.vision_tower.layers.0.self_attn.q_proj.bias": (8,),
+    "model.vision_tower.odd.weight": (8, 8),
+    "model.multi_modal_projector.layers.0.mlp.fc1.weight": (8, 8),
+    "model.language_model.layers.0.self_attn.q_proj.weight": (8, 8),
+}
+
+
+def test_a_tower_has_groups_of_its_own_which_are_not_scaled() -> None:
+    groups = [layout.groups[0] for layout in build_layouts(TOWER, None, granularity="layer_type").values()]
+    assert groups == ["vision.qk", "other", "other", "projector.mlp", "qk.0"]
+    assert not is_scaled("vision.qk") and base_group("vision.qk") == "vision.qk"
+    assert order_groups(["vision.qk", "other", "qk.1", "qk.0"]) == ["qk.0", "qk.1", "other", "vision.qk"]
+
+
+def test_a_tower_alone_is_the_model_also_where_what_is_beside_it_is_frozen() -> None:
+    alone = {name: shape for name, shape in TOWER.items() if "vision_tower.layers" in name}
+    name = next(iter(alone))
+    assert build_layouts(alone, None)[name] == whole("qk")
+    assert build_layouts(alone, None, names=TOWER)[name] == whole("vision.qk")
+
+
+def test_rules_scale_a_tower_or_name_one() -> None:
+    layouts = build_layouts(TOWER, None, [("vision_tower.odd", "other"), ("vision_tower", "new:vision_*")])
+    assert layouts["model.vision_tower.layers.0.self_attn.q_proj.weight"] == whole("vision_qk")
+    assert layouts["model.vision_tower.layers.0.self_attn.q_proj.bias"] == whole("other")
+    with pytest.raises(MolsConfigError, match=r"vision_tower\.odd"):
+        build_layouts(TOWER, None, [("vision_tower", "new:vision_*")])
+    lidar = {"lidar.layers.0.attn.q_proj.weight": (8, 8), "layers.0.attn.q_proj.weight": (8, 8)}
+    assert build_layouts(lidar, None, [("^lidar", "vision.*")])["lidar.layers.0.attn.q_proj.weight"] == whole(
+        "vision.qk"
+    )
+    everything = build_layouts(TOWER, None, [("vision_tower.layers", "*")])
+    assert everything["model.vision_tower.layers.0.self_attn.q_proj.weight"] == whole("qk")
 
 
 def test_rules_are_not_needed_for_frozen_weights() -> None:
@@ -271,7 +372,7 @@ def test_rules_are_not_needed_for_frozen_weights() -> None:
             "32 output features where the model's config says 24",
         ),
         ("h.0.qkv_proj.weight", (24, 8), None, "no model config was given"),
-        ("h.0.qkv_proj.weight", (24, 8), {"model_type": "codegen"}, "codegen"),
+        ("h.0.qkv_proj.weight", (24, 8), {"model_type": "unheard_of"}, "unheard_of"),
         ("h.0.kv_b_proj.weight", (24, 8), {"num_attention_heads": 2}, "qk_nope_head_dim"),
         ("h.0.kv_a_proj_with_mqa.weight", (24, 8), {"kv_lora_rank": 16, "qk_rope_head_dim": 4}, "says 20"),
         ("h.0.kv_a_proj_with_mqa.weight", (24, 8), {"kv_lora_rank": 0, "qk_rope_head_dim": 4}, "kv_lora_rank=0"),
@@ -315,7 +416,7 @@ def test_a_model_without_trainable_parameters() -> None:
 
 
 def test_a_rule_that_runs_away_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mols_ds.core.groups.RULE_SECONDS", 0.2)
+    monkeypatch.setattr("mols_ds.core.user_rules.RULE_SECONDS", 0.2)
     model = nn.Module()
     model.register_parameter("a" * 60 + "_b", nn.Parameter(torch.zeros(2, 2)))
     with pytest.raises(MolsConfigError, match=r"rules: '\^\(a\|aa\)\+\$' takes more than 0.2 seconds"):
@@ -323,7 +424,7 @@ def test_a_rule_that_runs_away_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_rule_that_is_slow_on_every_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mols_ds.core.groups.RULE_SECONDS_IN_ALL", 0.2)
+    monkeypatch.setattr("mols_ds.core.user_rules.RULE_SECONDS_IN_ALL", 0.2)
     model = nn.ModuleDict({f"block{n}" + "a" * 22: nn.Linear(2, 2) for n in range(400)})
     with pytest.raises(MolsConfigError, match=r"takes more than 0.2 seconds on all parameter names"):
         group_table(model, [("(a|aa)+$", "mlp"), ("block", "qk")])

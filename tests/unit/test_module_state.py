@@ -232,7 +232,7 @@ def test_a_window_of_0_4_0_sets_the_generator_at_its_end() -> None:
     torch.manual_seed(5)
     then, expected = torch.get_rng_state(), torch.rand(2)
     window = ProbeWindow(ModuleState([]))
-    window.load_former(then, None)
+    window.load_0_4_0(then, None)
     torch.manual_seed(6)
     window.open_pass()
     window.close_pass()

@@ -45,9 +45,9 @@ def test_shares_and_steps() -> None:
         ({}, None, None, r'"mols.start": 0.01 is a share of all steps.*set "mols.total_steps"'),
         ({"start": 0, "ramp_end": 0.5}, None, None, r'"mols.ramp_end": 0.5 is a share'),
         ({"start": 0, "ramp_end": "auto"}, 100, None, r'"mols.ramp_end": "auto" reads the scheduler'),
-        ({"start": 50}, 100, None, r"step 50 lies after \"mols.ramp_end\" \(step 10\)"),
-        ({"start": 20, "ramp_end": "auto"}, 100, 10, r"step 20 lies after"),
-        ({"start": 200, "ramp_end": 300}, 100, None, r"past the last of 100 steps; nothing would happen"),
+        ({"start": 50}, 100, None, r"step 50 is after \"mols.ramp_end\" \(step 10\)"),
+        ({"start": 20, "ramp_end": "auto"}, 100, 10, r"step 20 is after"),
+        ({"start": 200, "ramp_end": 300}, 100, None, r"past the last of 100 steps; start earlier"),
         ({"samples": 96, "start": 5, "mode": "online"}, 100, None, r'"mols.samples": 96 .*from step 5 on.* 100 steps'),
         ({"samples": 96, "start": 5, "mode": "moments"}, 100, None, r'"mols.samples": 96 .*mode "moments"'),
         (
@@ -67,8 +67,8 @@ def test_impossible_schedules(section: dict[str, Any], total: int | None, warmup
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ({"ramp_end": 101}, ['"mols.ramp_end": step 101 lies after the last of 100 steps']),
-        ({"fixed_alphas": {"qk": 0.5}, "ramp_end": 200}, ['"mols.ramp_end": step 200 lies after']),
+        ({"ramp_end": 101}, ['"mols.ramp_end": step 101 is after the last of 100 steps']),
+        ({"fixed_alphas": {"qk": 0.5}, "ramp_end": 200}, ['"mols.ramp_end": step 200 is after']),
         (
             {"recalibrate": {"every": 99}},
             ['"mols.recalibrate.every": 99 steps after the first calibration (from step 1'],

@@ -169,7 +169,7 @@ def test_pieces_that_do_not_add_up_are_refused() -> None:
     for numel, factor in ((7, 1), (8, 2)):  # an element is missing; every element is there twice
         with pytest.raises(MolsUnsupportedError, match="'a', which has 8"):
             optimizer.bind([flat], [[ShardRange("a", 0, 0, numel)]], {"a": (8,)}, reduce=lambda v, f=factor: v * f)
-    with pytest.raises(MolsUnsupportedError, match="two pieces"):
+    with pytest.raises(MolsUnsupportedError, match="two ranges"):
         optimizer.bind([flat], [[ShardRange("a", 0, 0, 4), ShardRange("a", 4, 4, 4)]], {"a": (8,)})
 
 
@@ -192,15 +192,15 @@ def test_wrong_options_are_named(cls: Any, options: dict[str, Any], message: str
 
 
 def test_adam_mini_says_what_it_does_not_know() -> None:
-    plain = nn.ModuleDict({"q_proj": nn.Linear(4, 4, bias=False)})
+    plain = nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": nn.Linear(4, 4, bias=False)})})
     optimizer = ShardedAdamMini(plain.parameters())
     with pytest.warns(MolsWarning, match="head_dim"):
         optimizer.bind_model(plain)
     ShardedAdamMini(plain.parameters(), head_dim=2).bind_model(plain)
-    nameless = nn.ModuleDict({"mixer": nn.Linear(4, 4, bias=False)})
-    with pytest.raises(MolsConfigError, match=r"Adam-mini takes its blocks.*mixer\.weight"):
+    nameless = nn.ModuleDict({"unknown": nn.Linear(4, 4, bias=False)})
+    with pytest.raises(MolsConfigError, match=r"Adam-mini uses the module groups.*unknown\.weight"):
         ShardedAdamMini(nameless.parameters()).bind_model(nameless)
-    ShardedAdamMini(nameless.parameters()).bind_model(nameless, [["mixer", "mlp"]])
+    ShardedAdamMini(nameless.parameters()).bind_model(nameless, [["unknown", "mlp"]])
 
 
 def test_sgg_says_that_clusters_are_lost_and_refuses_another_number_of_them() -> None:

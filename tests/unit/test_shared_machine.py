@@ -129,10 +129,10 @@ def test_whose_folder_a_cache_will_be_made_in(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (own_root() / "triton").mkdir(parents=True, mode=0o700)
     own_root().chmod(0o777)
-    assert foreign_problem(own_root() / "triton") == f"lies in {own_root()}, which can be written by other users"
+    assert foreign_problem(own_root() / "triton") == f"is in {own_root()}, which can be written by other users"
     place.parents[1].chmod(0o755)
     (tmp_path / "loop").symlink_to("loop")
-    assert foreign_problem(tmp_path / "loop") == "cannot be looked at"
+    assert foreign_problem(tmp_path / "loop") == "cannot be read"
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def test_tensors_that_a_zip_leaves_out_are_named(stock_steps: int) -> None:
         optimizer.step()
     scaler = watched(optimizer, params, trusted=True)
     optimizer.step()
-    assert "optimizer Sophia left 3 of 4 tensors" in scaler.problem and "use Adam" in scaler.problem
+    assert "optimizer Sophia left out 3 of 4 tensors" in scaler.problem and "use Adam" in scaler.problem
 
 
 class Decoupled(Zipped):
@@ -53,7 +53,7 @@ def test_gradients_that_lie_apart_are_watched() -> None:
     params = decoupled()
     scaler = watched(Decoupled(params), params, trusted=True)
     scaler.optimizer.step()
-    assert "optimizer Decoupled left 3 of 4 tensors" in scaler.problem
+    assert "optimizer Decoupled left out 3 of 4 tensors" in scaler.problem
     params = decoupled()
     scaler = watched(Decoupled(params), params, trusted=False)
     scaler.optimizer.step()

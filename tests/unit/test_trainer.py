@@ -315,7 +315,7 @@ def test_a_signal_saves_ends_and_the_next_launch_goes_on(during: int, probe_ahea
             os.kill(os.getpid(), signal.SIGTERM)
 
     after = 2 if during == 2 else START
-    message = f"stopped by SIGTERM after step {after}; --resume goes on from there"
+    message = f"stopped by SIGTERM after step {after}; --resume continues from there"
     part = job_of(tmp_path / "part", PROBE, preemptible=True, probe_ahead=probe_ahead, before_update=hears)
     with pytest.raises(Preempted, match=f"^{message}$"):
         train(part)
@@ -420,8 +420,8 @@ def test_what_fails_beside_training_is_a_warning_once(tmp_path: Path, monkeypatc
         outcome = train(job_of(tmp_path / "failing"))
     assert outcome.val_loss == whole.val_loss
     assert sorted(str(warning.message) for warning in said) == [
-        "metrics: not written (ValueError: no space); training goes on",
-        "monitor: not written (ValueError: no space); training goes on",
+        "metrics: not written (ValueError: no space); training continues",
+        "monitor: not written (ValueError: no space); training continues",
     ]
 
 

@@ -206,7 +206,7 @@ def test_the_tables_list_nothing_that_is_not_used() -> None:
             used |= set(re.findall(r"\w+", file.read_text("utf-8")))
     own = (ROOT / COMPAT).read_text("utf-8").partition("# ---")[2]
     used |= set(re.findall(r"\w+", own))
-    tables = [compat.ENGINE_NAMES, compat.ENGINE_FLAGS, compat.GRID_NAMES, compat.OPTIMIZER_FLAGS, compat.SIMULATED]
+    tables = [compat.ENGINE_NAMES, compat.ENGINE_FLAGS, compat.GRID_NAMES, compat.OPTIMIZER_FLAGS]
     tables += [row.names for row in compat.OPTIMIZERS.values()]
     tables += [*compat.ATTACHED.values(), *compat.PROGRAMS.values()]
     constants = set(compat.CONSTANTS)

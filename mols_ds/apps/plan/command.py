@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mols_ds.apps.plan.calibration import Device
 from mols_ds.apps.plan.cluster import Cluster, gib, read_cluster
-from mols_ds.apps.plan.simulate import YAML, SimulatedJob, checked_table, zero_job
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.json_types import JsonMapping
 from mols_ds.errors import MolsConfigError, printable_lines
@@ -35,6 +36,8 @@ OVERRIDES: tuple[tuple[str, str, Callable[[str], Number], str], ...] = (
     ("mfu", "--mfu", float, "expected share of the peak rate"),
 )
 SEQUENCE = 2048
+YAML = (".yaml", ".yml")
+"""Endings of Megatron configs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--simulate",
         action="store_true",
-        help="walk the shards of every rank too, and check that each element counts once",
+        help="check too that each element counts once over the shards of all ranks (in a checkout of mols-ds)",
     )
     parser.set_defaults(text=None)
 
@@ -103,10 +106,25 @@ def _check(args: argparse.Namespace) -> None:
 
 def _simulation(args: argparse.Namespace) -> str:
     """The table of --simulate: the plan's model and config on the ranks of its cluster."""
-    ranks = cluster_of(args).ranks
+    ranks, tool = cluster_of(args).ranks, simulator()
     if Path(args.config).suffix.lower() in YAML:
-        return checked_table(SimulatedJob(source=args.config, ranks=ranks, changes=tuple(args.set)))
-    return checked_table(zero_job(args.model, args.config, ranks))
+        job = tool.SimulatedJob(source=args.config, ranks=ranks, changes=tuple(args.set))
+    else:
+        job = tool.zero_job(args.model, args.config, ranks)
+    return str(tool.checked_table(job))
+
+
+def simulator() -> ModuleType:
+    """The module tests.tools.simulate.command of this checkout. Raises MolsConfigError for an installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / "tests/tools/simulate/command.py").is_file():
+        raise MolsConfigError(
+            "simulated ranks are a tool of the tests, which an installed package does not have: run the command in a "
+            "checkout of mols-ds (pip install -e .), or leave out --simulate"
+        )
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return importlib.import_module("tests.tools.simulate.command")
 
 
 def cluster_of(args: argparse.Namespace) -> Cluster:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 import torch
+from torch import distributed as dist
 
 from mols_ds.apps.plan.gpt import Gpt, Local
-from mols_ds.errors import MolsConfigError
+from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.training.sources import one_line
 
 if TYPE_CHECKING:
@@ -124,12 +125,32 @@ def _saved(local: Local, settings: TraceSettings, batch: int) -> Saved:
 
 
 @contextlib.contextmanager
+def fake_world(rank: int, ranks: int) -> Iterator[None]:
+    """Be rank `rank` of `ranks` in `torch.distributed`, alone: the collectives of torch's backend "fake" return at once
+    and leave their outputs as they are.
+
+    Raises MolsUnsupportedError where this process has joined a process group already.
+    """
+    if dist.is_initialized():
+        raise MolsUnsupportedError(
+            "simulated ranks need a process of their own, and this one is part of a process group: run "
+            "python -m mols_ds.plan.simulate"
+        )
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
 def _fake(ranks: int) -> Iterator[None]:
     """Be rank 0 of a tensor-parallel group that is not there, on the CPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from megatron_patches.cpu.emulation import cpu_megatron
-    from mols_ds.apps.plan.simulate_meta import fake_world
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), fake_world(0, ranks), cpu_megatron():
         warnings.simplefilter("ignore")

@@ -6,18 +6,18 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mols_ds.apps.study.curves import final_loss
-from mols_ds.apps.study.document import Block, HeadingBlock, ListBlock, Picture, TableBlock, TextBlock, build
+from mols_ds.apps.study.document import Picture, markdown
 from mols_ds.apps.study.page import page
 from mols_ds.apps.study.summary import Summary, group_order, summarise, to_json
 from mols_ds.core.files import write_whole
 from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.core.log import warn_here
-from mols_ds.errors import MolsConfigError, printable
+from mols_ds.errors import MolsConfigError
 
 if TYPE_CHECKING:
     from mols_ds.apps.study.runs import StudyResults
@@ -41,10 +41,10 @@ def write_report(results: StudyResults, out: Path, command: str = COMMAND) -> li
         out.mkdir(parents=True, exist_ok=True)
         images, pictures = _draw(summary)
         facts = made_on(out)
-        blocks = build(summary, results.study, command, pictures, facts)
+        text = markdown(summary, results.study, command, pictures, facts)
         files: dict[str, str | bytes] = {
-            "report.md": markdown(blocks),
-            "report.html": page(blocks, images),
+            "report.md": text,
+            "report.html": page(text, images),
             "table.csv": csv_text(table_records(summary)),
             "results.csv": csv_text(run_records(results)),
             "summary.json": json.dumps({"command": command, **facts, **to_json(summary)}, indent=1, allow_nan=False)
@@ -87,38 +87,6 @@ def _draw(summary: Summary) -> tuple[dict[str, bytes], list[Picture]]:
         images[picture.file] = buffer.getvalue()
         pictures.append(picture)
     return images, pictures
-
-
-# ---------------------------------------------------------------------- Markdown
-
-
-def markdown(blocks: Iterable[Block]) -> str:
-    """The report as GitHub's Markdown; pictures are linked by their file names."""
-    return "\n\n".join(_markdown(block) for block in blocks) + "\n"
-
-
-def _markdown(block: Block) -> str:
-    match block:
-        case HeadingBlock(level, text):
-            return f"{'#' * level} {printable(text)}"
-        case TextBlock(text, warning):
-            return f"> {printable(text)}" if warning else printable(text)
-        case ListBlock(items):
-            return "\n".join(f"- {printable(item)}" for item in items)
-        case Picture(file, title, caption):
-            return f"![{printable(title)}]({file})\n\n*{printable(title)}.* {printable(caption)}"
-        case TableBlock(command, head, rows, words):
-            lines = [
-                f"`{printable(command)}`",
-                "",
-                _line(head),
-                "|" + "|".join("---" if h in words else "---:" for h in head) + "|",
-            ]
-            return "\n".join([*lines, *(_line(row) for row in rows)])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 # ---------------------------------------------------------------------- CSV

@@ -1,1 +1,1 @@
-"""MoLS on DeepSpeed ZeRO: `api.attach` and `api.initialize`, which `mols_ds` gives under its own name."""
+"""MoLS on DeepSpeed ZeRO: `api.attach` and `api.initialize`; `mols_ds` exports both."""

@@ -1,4 +1,4 @@
-"""The two ways in: `initialize` in the place of `deepspeed.initialize`, and `attach` for an engine that exists."""
+"""Entry points: `initialize` instead of `deepspeed.initialize`, and `attach` for an existing engine."""
 
 from __future__ import annotations
 
@@ -25,33 +25,35 @@ from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, Mol
 from mols_ds.optim.build import Request, build, split_config
 
 Initialized = tuple[Any, Any, Any, Any]
-"""What `deepspeed.initialize` returns: engine, optimizer, data loader, scheduler."""
+"""Result of `deepspeed.initialize`: engine, optimizer, data loader, scheduler."""
 Initialize = Callable[..., Initialized]
 STOCK: Initialize = deepspeed.initialize
-"""DeepSpeed's own, as it was when `mols_ds.initialize` was first used. `deepspeed.initialize` may be ours later."""
-_under_way: ContextVar[bool] = ContextVar("mols_initialize_under_way", default=False)
-"""Whether a `deepspeed.initialize` of ours is being carried out: another one of ours below it hands through."""
+"""DeepSpeed's function at the first use of `mols_ds.initialize`. `deepspeed.initialize` may be ours later."""
+sections_used = 0
+"""How many engines of this process got a "mols" section."""
+_initializing: ContextVar[bool] = ContextVar("mols_initialize_under_way", default=False)
+"""Whether one of our `deepspeed.initialize` functions runs now: a nested one then only calls the next."""
 
 
 def attach(engine: Engine, config: Mapping[str, object] | MolsConfig) -> Handle:
-    """Put MoLS on a DeepSpeed engine that exists already. Collective: every rank calls it at the same point.
+    """Attach MoLS to an existing DeepSpeed engine. Collective: every rank calls it at the same point.
 
     Args:
-        engine: what `deepspeed.initialize` returned; ZeRO stage 0-3, before or after any number of steps.
+        engine: result of `deepspeed.initialize`; ZeRO stage 0-3, before or after any number of steps.
         config: a "mols" section (dict) or a `MolsConfig`.
 
     Returns:
-        The object that is also `engine.mols`; its `detach()` makes the engine stock again.
+        The handle, also at `engine.mols`. Its `detach()` makes the engine stock again.
 
     Raises:
-        MolsConfigError: the section, a rule or a group name is wrong.
-        MolsUnsupportedError: the engine, its optimizer or a setting of it cannot be supported; named, with the way out.
+        MolsConfigError: a wrong section, rule or group name.
+        MolsUnsupportedError: an unsupported engine, optimizer or setting; the message names it and what to do.
     """
     return attach_to(engine, MolsConfig.parse(config))
 
 
 def attach_to(engine: Engine, section: MolsConfig, loop: Loop = "own") -> Handle:
-    """`attach`, for the integrations, which know the loop."""
+    """`attach` for integrations, which know who calls the engine's step."""
     check_is_engine(engine)
     if isinstance(getattr(engine, "mols", None), EngineMols):
         raise MolsError("this engine has MoLS already; call engine.mols.detach() first")
@@ -59,11 +61,13 @@ def attach_to(engine: Engine, section: MolsConfig, loop: Loop = "own") -> Handle
         engine.mols.detach()
     bind_optimizer(engine, section.rules)
     engine.mols = EngineMols(engine, section, loop) if section.enabled else EngineOff(engine)
+    global sections_used
+    sections_used += section.enabled
     return engine.mols  # type: ignore[no-any-return]
 
 
 def check_is_engine(engine: object) -> None:
-    """Refuse what a callback or a user may take for the engine: a model, its DDP wrapper, a Trainer, an optimizer."""
+    """Refuse objects that are often taken for the engine: a model, its DDP wrapper, a Trainer, an optimizer."""
     if isinstance(engine, deepspeed.DeepSpeedEngine):
         return
     raise MolsConfigError(
@@ -74,15 +78,15 @@ def check_is_engine(engine: object) -> None:
 
 
 def initialize(*args: Any, **kwargs: Any) -> Initialized:
-    """`deepspeed.initialize` with the "mols" section of the DeepSpeed config and with optimizers by name.
+    """Run `deepspeed.initialize` with the "mols" section of the DeepSpeed config, and with optimizers by name.
 
-    Same arguments and same four results (deepspeed/__init__.py). An "optimizer" section whose "type" DeepSpeed does not
-    know, or with `"source": "library"`, is built from `mols_ds.optim`. Without such a one and without a "mols" section
-    (or with `"enabled": false`), the result is bit for bit that of `deepspeed.initialize`.
+    Same arguments and results as DeepSpeed's function (deepspeed/__init__.py). `mols_ds.optim` builds an "optimizer"
+    whose "type" DeepSpeed does not know, or with `"source": "library"`. With neither such a section nor a "mols"
+    section (or with `"enabled": false`), the result is bit for bit that of `deepspeed.initialize`.
 
     Raises:
-        MolsConfigError, MolsUnsupportedError: as `attach` and `mols_ds.optim.build.split_config`; a wrong section is
-            refused before the engine is built.
+        MolsConfigError, MolsUnsupportedError: as `attach` and `mols_ds.optim.build.split_config`. A wrong section is an
+            error before the engine is built.
     """
     return initialize_over(STOCK, args, kwargs)
 
@@ -96,23 +100,23 @@ def initialize_over(
     patched: bool = False,
     loop: Loop = "own",
 ) -> Initialized:
-    """What `initialize` does, over any function with the arguments of `deepspeed.initialize`.
+    """Run `initialize` over any function with the arguments of `deepspeed.initialize`.
 
     Args:
-        below: builds the engine: DeepSpeed's function, or somebody's replacement of it.
-        args, kwargs: what the caller gave.
-        section: a "mols" section in the place of the config's.
-        patched: the caller asked for `deepspeed.initialize`. Without a section, and for an engine that trains nothing
-            (a reference model), it gets what `below` gives and nothing else.
-        loop: who will call the engine's step.
+        below: builds the engine: DeepSpeed's function, or another replacement of it.
+        args, kwargs: of the caller.
+        section: a "mols" section that overrides the config's.
+        patched: the caller used `deepspeed.initialize`. Then an engine without a section, or without training (a
+            reference model), is the unchanged result of `below`.
+        loop: caller of the engine's step.
     """
-    if _under_way.get():
+    if _initializing.get():
         return below(*args, **kwargs)
-    token = _under_way.set(True)
+    token = _initializing.set(True)
     try:
         return _initialize(below, args, kwargs, section, patched, loop)
     finally:
-        _under_way.reset(token)
+        _initializing.reset(token)
 
 
 def _initialize(
@@ -155,8 +159,18 @@ def _warn(text: str) -> None:
     warnings.warn(text, MolsWarning, stacklevel=4)
 
 
+def is_left_out(arguments: Config) -> bool:
+    """Return whether stock `deepspeed.initialize` with these arguments would ignore a "mols" section that is on."""
+    try:
+        config = None if _initializing.get() else _find_config(arguments)
+    except MolsConfigError:  # DeepSpeed refuses what cannot be read
+        return False
+    section = None if config is None else config.get("mols")
+    return section is not None and not _trains_nothing(arguments, config) and MolsConfig.parse(section).enabled
+
+
 def _arguments(below: Initialize, args: tuple[Any, ...], kwargs: Config) -> Config:
-    """The arguments by name; a replacement that takes `*args, **kwargs` has those of DeepSpeed's function."""
+    """Return the arguments by name; those of DeepSpeed's function for a replacement with `*args, **kwargs`."""
     signature = inspect.signature(below)
     if "config" not in signature.parameters:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -169,7 +183,7 @@ def _trains_nothing(arguments: Config, config: Config | None) -> bool:
 
 
 def _find_config(arguments: Config) -> Config | None:
-    """The config that these arguments name; None where there is none. Raises MolsConfigError as `read_config`."""
+    """Return the config of these arguments; None if there is none. Raises MolsConfigError as `read_config`."""
     config = arguments.get("config") or arguments.get("config_params")
     if config is None:
         launched = arguments.get("args")
@@ -178,15 +192,15 @@ def _find_config(arguments: Config) -> Config | None:
 
 
 def _initialize_ours(below: Initialize, arguments: Config, request: Request) -> Initialized:
-    """`deepspeed.initialize` with the optimizer of `request` as the client's, told which shards it steps."""
+    """Run `deepspeed.initialize` with the optimizer of `request` as the client's, and bind it to its shards."""
     if arguments.get("optimizer") is not None:
         raise MolsConfigError(
             f'two optimizers: the config\'s "optimizer" ({request.entry.name}) and the argument `optimizer`; drop one'
         )
     if request.entry.reads == "tensors" and arguments.get("mpu") is not None:
         raise MolsUnsupportedError(
-            f"optimizer {request.entry.name} works on whole tensors, and the argument `mpu` says that ranks hold parts "
-            "of them: use an optimizer that works element by element"
+            f"optimizer {request.entry.name} works on whole tensors, but with the argument `mpu` ranks have parts "
+            "of them: use an elementwise optimizer"
         )
     optimizer = build(request, arguments["model"], arguments.get("model_parameters"))
     launched = copy.copy(arguments.get("args"))  # DeepSpeed refuses a config in two places
@@ -201,11 +215,11 @@ def _initialize_ours(below: Initialize, arguments: Config, request: Request) -> 
 
 
 def _forget_empty_step(engine: Engine, optimizer: torch.optim.Optimizer, options: list[set[str]]) -> None:
-    """Undo the step with zero gradients that DeepSpeed's 16-bit wrapper of stage 0 takes in its constructor.
+    """Undo the step with zero gradients in the constructor of DeepSpeed's 16-bit wrapper of stage 0.
 
     (runtime/fp16/unfused_optimizer.py, initialize_optimizer_states.) It would decay the weights and count as the first
-    gradient, of which some optimizers make a basis (GaLore, SOAP) or a rate for each tensor (SGD-SaI) for long.
-    `options`: the keys of each parameter group before.
+    gradient, from which some optimizers compute a basis (GaLore, SOAP) or a rate per tensor (SGD-SaI).
+    options: keys of each parameter group before.
     """
     outer = engine.optimizer
     if type(outer).__name__ != "FP16_UnfusedOptimizer":

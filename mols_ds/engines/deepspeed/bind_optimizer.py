@@ -1,4 +1,4 @@
-"""Tells an optimizer that sums over ZeRO's shards (mols_ds.optim.sharded) what lies in the shards of an engine."""
+"""Bind an optimizer that sums over ZeRO's shards (mols_ds.optim.sharded) to the shards of an engine."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from mols_ds.optim.param_shards import Reduce
 from mols_ds.optim.sharded import ShardedOptimizer
 
 Refusal = tuple[bool, str, str]
-"""Whether it applies, what is not supported, the way out."""
+"""(whether it applies, what is not supported, what to do)."""
 
 
 def bind_optimizer(engine: Engine, rules: Sequence[tuple[str, str]] | None = None) -> None:
-    """Bind the engine's optimizer, if it is a `ShardedOptimizer`; other optimizers and engines are left alone.
+    """Bind the engine's optimizer, if it is a `ShardedOptimizer`. Does nothing for others, and for one that is bound.
 
-    `rules`: the user's group rules; by default those of the engine's config.
+    Collective: every rank calls it, after `deepspeed.initialize` and before the first step.
 
-    Collective: every rank calls it, after `deepspeed.initialize` and before the first step. Again for an engine that is
-    bound already, it does nothing.
+    Args:
+        engine: a DeepSpeed engine.
+        rules: the user's group rules; None: those of the engine's config.
 
     Raises:
-        MolsUnsupportedError: an engine or setting under which the optimizer would be wrong; named, with the way out.
-        MolsConfigError: Adam-mini's blocks cannot be told (see `mols_ds.group_table`).
+        MolsUnsupportedError: an engine or setting with which the optimizer would be wrong; named, with what to do.
+        MolsConfigError: a parameter has no module group (see `mols_ds.group_table`), so no blocks for Adam-mini.
     """
     outer = engine.optimizer
     inner = getattr(outer, "optimizer", outer)
@@ -53,7 +54,7 @@ def bind_optimizer(engine: Engine, rules: Sequence[tuple[str, str]] | None = Non
 
 
 def _reduction(engine: Engine) -> Reduce:
-    """SUM over the data-parallel ranks; on the accelerator also for shards that lie on the CPU."""
+    """Return a SUM over the data-parallel ranks; on the accelerator also for shards on the CPU."""
 
     def reduce(values: Tensor) -> Tensor:
         sums = values.to(get_accelerator().current_device_name())

@@ -1,16 +1,14 @@
 """MoLS state in DeepSpeed checkpoints.
 
-What is the same on every rank (phase, counters, alphas, report) rides in `client_state["mols"]`, which survives the
-universal checkpoint. What differs by rank in a half-done calibration (accumulators, the random state that a probe
-window gives back) goes into one side file a rank in the tag's folder, written before DeepSpeed's own files so that
-`latest` never names a tag without them. A number drawn at each save stands in both, so that a side file of another save
-of the same tag is never taken for this one's.
+State that is the same on every rank (phase, counters, alphas, report) is in `client_state["mols"]`, which universal
+checkpoints keep. State that differs by rank in a partial calibration (accumulators, state of a probe window) is in one
+side file per rank in the tag's folder. Side files are written before DeepSpeed's files, so `latest` never names a tag
+without them. Each save draws a number for both parts, so that a side file of another save is never used.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import secrets
 import zipfile
 from collections.abc import Mapping
@@ -23,8 +21,8 @@ from deepspeed.utils import logger
 from mols_ds.core.files import write_whole
 from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.engines.deepspeed import universal_checkpoint as universal
-from mols_ds.engines.deepspeed.compat import other_world_error
-from mols_ds.engines.deepspeed.loads import KEY, taken
+from mols_ds.engines.deepspeed.compat import load_options, other_world_error
+from mols_ds.engines.deepspeed.loads import KEY, mark_loaded
 from mols_ds.engines.deepspeed.parallel.base import ParallelGrid
 from mols_ds.engines.deepspeed.probe_window import EngineWindow
 from mols_ds.errors import MolsCheckpointError, printable
@@ -32,16 +30,16 @@ from mols_ds.errors import MolsCheckpointError, printable
 if TYPE_CHECKING:
     from mols_ds.core.session import Session
 
-ID_BITS = 52  # a whole number that float64 holds exactly: the ranks agree on it by a float64 reduction
+ID_BITS = 52  # exact in float64: the ranks exchange the number by a float64 reduction
 
 
 def side_file(folder: Path, rank: int, world: int) -> Path:
-    """The file of one rank's accumulators; the world size is in the name so that runs of two sizes cannot mix."""
+    """Path of one rank's accumulators. Contains the world size, so that runs of two sizes do not mix."""
     return folder / f"mols_rank_{rank:05d}_of_{world:05d}.pt"
 
 
 class EngineCheckpoints:
-    """Patches `save_checkpoint` and `load_checkpoint` of one engine instance until `remove()`."""
+    """Replace `save_checkpoint` and `load_checkpoint` of one engine instance until `remove()`."""
 
     def __init__(self, mols: Session, engine: Any, grid: ParallelGrid, window: EngineWindow) -> None:
         self.mols, self.engine, self.grid, self.window = mols, engine, grid, window
@@ -50,24 +48,24 @@ class EngineCheckpoints:
         self._load = self._methods.set("load_checkpoint", self.load)
 
     def remove(self) -> None:
-        """Give the engine its own methods back."""
+        """Restore the engine's own methods."""
         self._methods.undo()
 
     def _ranks(self) -> tuple[int, int]:
-        """(rank, number of ranks) that name this rank's side file.
+        """(rank, number of ranks) for the name of this rank's side file.
 
-        Under data parallelism the data-parallel rank; under tensor or pipeline parallelism that is not unique, and
-        the global rank takes its place.
+        Data-parallel rank under data parallelism. It is not unique under tensor or pipeline parallelism: there it is
+        the global rank.
         """
         return self.grid.rank, self.grid.size
 
     def _failed(self, problem: str | None) -> list[int]:
-        """The ranks that have a problem, the same list everywhere; each of them logs its own. One small reduction."""
+        """Return the ranks with a problem, the same on every rank. Logs this rank's problem. One small reduction."""
         rank, world = self._ranks()
         flags = torch.zeros(world, dtype=torch.float64)
         if problem is not None:
             flags[rank] = 1.0
-            with contextlib.suppress(Exception):  # a handler of the user's: the other ranks reduce
+            with contextlib.suppress(Exception):  # a user's log handler may raise: the other ranks reduce
                 logger.warning("MoLS WARNING: rank %d: %s", rank, printable(problem))
         return [i for i, flag in enumerate(self.mols.reduce(flags).tolist()) if flag]
 
@@ -76,11 +74,11 @@ class EngineCheckpoints:
     def save(
         self, save_dir: Any, tag: Any = None, client_state: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """`engine.save_checkpoint` with the MoLS state. Between two samples of a calibration, too, but a gradient that
-        is accumulated only half is lost, as in DeepSpeed's own checkpoints.
+        """Run `engine.save_checkpoint` with the MoLS state, also between two samples of a calibration. Loses a
+        partially accumulated gradient, as DeepSpeed's checkpoints do.
 
         Raises:
-            MolsCheckpointError: `client_state` has the key "mols", which is ours; nothing is written then.
+            MolsCheckpointError: `client_state` has the key "mols". Nothing is written then.
         """
         if client_state and KEY in client_state:
             raise MolsCheckpointError(f'client_state["{KEY}"] is taken by MoLS; use another key')
@@ -92,9 +90,9 @@ class EngineCheckpoints:
         return self._save(save_dir, tag, {**(client_state or {}), KEY: state}, *args, **kwargs)
 
     def _save_samples(self, folder: Path) -> int | None:
-        """Write this rank's side file, if there is something to write; returns the number of this save, else None.
+        """Write this rank's side file if there is state for it. Returns the number of this save, else None.
 
-        Files of former saves of the same tag are removed: one's own, and by rank 0 those of other numbers of ranks.
+        Each rank removes its file of an earlier save of this tag; rank 0 removes those of other world sizes.
         """
         controller = self.mols.controller
         rank, world = self._ranks()
@@ -102,7 +100,7 @@ class EngineCheckpoints:
         if not controller.measuring:
             _remove_stale(folder, path, rank, world)
             return None
-        self.window.close_batch()  # of a batch that is accumulated only half, which the checkpoint loses
+        self.window.close_batch()  # the checkpoint loses a partially accumulated batch
         samples, random = controller.elements.state_dict(), self.window.state_dict()
         mine = torch.tensor(
             [secrets.randbits(ID_BITS) if rank == 0 else 0, samples is not None or random is not None],
@@ -122,57 +120,55 @@ class EngineCheckpoints:
                 f"rank {failed[0]} could not write its accumulators (its log says why): a run that resumes from this "
                 "checkpoint starts the calibration over"
             )
-            return number  # no complete set of files has it: the resumed run sees that something is missing
+            return number  # no complete set of files has this number, so a resumed run detects the loss
         return number if holders else None
 
     # ------------------------------------------------------------------ load
 
     def load(self, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """`engine.load_checkpoint`, then the MoLS state; the returned client_state is without our key.
+        """Run `engine.load_checkpoint`, then load the MoLS state. The returned client_state has no "mols" key.
 
-        - Same number of ranks: goes on bit for bit, in the middle of a calibration too. Torch's random state is the
-          caller's to restore, except what a probe window draws from and gives back.
-        - Another number (a universal checkpoint at stages 1-3): alphas and ramp go on; a half-done calibration starts
-          over, except in mode "moments", whose only state is the optimizer's.
-        - A checkpoint without MoLS state (from before it was switched on) loads too: the calibration starts where the
-          schedule says, or at once where that step is past.
-        - `load_module_only` leaves the MoLS state as it is, but a half-done calibration starts over: its samples are of
-          other weights.
+        - Same number of ranks: continues bit for bit, also within a calibration. The caller restores torch's RNG state,
+          except for the streams of a probe window.
+        - Another number (a universal checkpoint at stages 1-3): alphas and ramp continue. A partial calibration starts
+          over, except in mode "moments", whose state is the optimizer's.
+        - A checkpoint without MoLS state: the calibration starts as scheduled, or at once if that step is past.
+        - `load_module_only`: keeps the MoLS state, but a partial calibration starts over: its samples belong to other
+          weights.
 
         Raises:
-            MolsCheckpointError: the MoLS state is of other module groups, another release or not MoLS's at all; on
-                every rank, after DeepSpeed has loaded its part.
+            MolsCheckpointError: the state has other module groups, another version, or is not from MoLS; on every rank,
+                after DeepSpeed has loaded its part.
             MolsUnsupportedError: a universal checkpoint with round_robin_gradients in this or the saving run.
         """
-        asked = inspect.signature(self._load).bind(load_dir, tag, *args, **kwargs)
-        asked.apply_defaults()
-        with_optimizer = bool(asked.arguments["load_optimizer_states"]) and not asked.arguments["load_module_only"]
+        asked = load_options(load_dir, tag, *args, **kwargs)
+        with_optimizer = bool(asked["load_optimizer_states"]) and not asked["load_module_only"]
         place = universal.folder_of(self.engine, load_dir, tag)
         universal.refuse(self.engine, place, with_optimizer)
         moved = bool(self.engine.load_universal_checkpoint())
         if moved and (failed := self._failed(universal.empty_group(self.engine))):
-            raise universal.nothing_held(failed[0])
+            raise universal.empty_group_error(failed[0])
         options = universal.options_of(getattr(self.engine.optimizer, "optimizer", self.engine.optimizer))
         try:
             with universal.reading(self.engine, place):
                 path, loaded = self._load(load_dir, tag, *args, **kwargs)
-        except other_world_error() as error:  # of every rank: another number of ranks
-            raise MolsCheckpointError(f"{error} To resume, {universal.convert(Path(str(place)))}") from error
-        taken(self.engine)
+        except other_world_error() as error:  # another number of ranks: every rank raises
+            raise MolsCheckpointError(f"{error} To resume, {universal.conversion_hint(Path(str(place)))}") from error
+        mark_loaded(self.engine)
         if path is None:
             return path, loaded
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         client_state = dict(loaded or {})
         if moved and universal.was_round_robin(client_state):
-            raise universal.round_robin("the run that saved it")
+            raise universal.round_robin_error("the run that saved it")
         saved = client_state.pop(KEY, None)
-        if moved and (said := universal.left_alone(self.engine)):
-            self.mols.controller.warn(said)
-        if asked.arguments["load_module_only"]:
+        if moved and (warning := universal.unrestored_warning(self.engine)):
+            self.mols.controller.warn(warning)
+        if asked["load_module_only"]:
             self._loaded_weights_alone()
             return path, client_state
-        if moved and with_optimizer and (said := universal.repair(self.engine, folder, options)):
-            self.mols.controller.warn(said)
+        if moved and with_optimizer and (warning := universal.repair(self.engine, folder, options)):
+            self.mols.controller.warn(warning)
         self._restore(folder, saved, with_optimizer)
         return path, client_state
 
@@ -196,14 +192,14 @@ class EngineCheckpoints:
             mols.resume(saved, t, lambda: self._continue(folder, saved, with_optimizer))
 
     def _continue(self, folder: Path, saved: Mapping[str, Any], with_optimizer: bool) -> str | None:
-        """Go on with a half-done calibration; returns why that cannot be, the same on every rank, or None."""
+        """Continue a partial calibration. Returns an error, the same on every rank, or None."""
         controller = self.mols.controller
         started = controller.state.samples > 0
         if started and controller.config.mode == "moments" and not with_optimizer:
             return 'mode "moments" reads the optimizer\'s moments, which were not loaded (load_optimizer_states=False)'
         number = saved.get("side")
         if number is None:
-            # Nothing was measured yet, or mode "moments", whose state is the optimizer's
+            # No sample yet, or mode "moments", whose state is the optimizer's
             return None if not started or controller.config.mode == "moments" else "it has no accumulators"
         problem = self._load_side(folder, number)
         if failed := self._failed(problem):
@@ -212,14 +208,14 @@ class EngineCheckpoints:
         return None
 
     def _load_side(self, folder: Path, number: int) -> str | None:
-        """This rank's accumulators and random state; returns what is wrong with them, or None."""
+        """Load this rank's accumulators and RNG state. Returns an error or None."""
         path = side_file(folder, *self._ranks())
         if not path.is_file():
             others = sorted(p.name for p in folder.glob("mols_rank_*.pt"))
             there = f"there are {', '.join(others[:2])}" if others else "there are none"
             return f"no {path.name} in {folder}; {there}: saved by another number of ranks?"
         try:
-            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:  # torch.load does not check the checksums
                 broken = archive.testzip()
             if broken is not None:
                 return f"{path.name} is corrupt: wrong checksum of {broken}"
@@ -237,18 +233,18 @@ class EngineCheckpoints:
         return None
 
     def _load_window(self, random: Any, window: Any) -> None:
-        """What this rank gives back at the end of the window; of 0.4.0: the states of CPU and accelerator."""
+        """Load this rank's probe window; from 0.4.0: the RNG states of CPU and accelerator."""
         if isinstance(random, tuple):
-            self.window.load_former(random[0], {"accelerator": random[1].clone(), "tracker": {}})
+            self.window.load_0_4_0(random[0], {"accelerator": random[1].clone(), "tracker": {}})
         else:
             self.window.load_state_dict(random)
         self.grid.window = window
 
 
 def _remove_stale(folder: Path, own: Path, rank: int, world: int) -> None:
-    """Remove what former saves of the same tag left. Each file is removed by one rank only.
+    """Remove files of earlier saves of this tag. One rank removes each file.
 
-    A file that cannot be removed is harmless: it has the number of another save.
+    A file that cannot be removed is harmless: it has another save's number.
     """
     stale = [own, own.with_suffix(".tmp"), *folder.glob(f".{own.name}.*.tmp")]
     if rank == 0:
@@ -260,9 +256,9 @@ def _remove_stale(folder: Path, own: Path, rank: int, world: int) -> None:
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
-    """Write a file in one move. Raises OSError."""
+    """Write a file atomically. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_whole(path, lambda beside: torch.save(content, beside))
-    except RuntimeError as error:  # of torch's writer, on a full disk
+    except RuntimeError as error:  # torch's writer on a full disk
         raise OSError(str(error)) from error

@@ -1,4 +1,4 @@
-"""What cannot go with MoLS, refused by name with the way out."""
+"""Refuse engines, optimizers and settings that MoLS does not support. The message names each and says what to do."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.catalog import class_facts
 from mols_ds.optim.scheduler_hints import scheduler_hints as scheduler_hints
-from mols_ds.optim.step_trial import class_refusal
+from mols_ds.optim.step_trial import class_refusal, decay_in_moments
 from mols_ds.optim.traits import has_adam_moments, has_several_betas, unscaled_refusal
 
 
 def check_supported(engine: Engine, config: MolsConfig) -> None:
-    """Raise `MolsUnsupportedError` for an engine or optimizer that would silently train wrong."""
+    """Raise `MolsUnsupportedError` for an engine or optimizer with which training would be silently wrong."""
     compat.check(engine)
     for refuse, what, way_out in _engine_refusals(engine, config) + _optimizer_refusals(engine, config):
         if refuse:
@@ -23,7 +23,7 @@ def check_supported(engine: Engine, config: MolsConfig) -> None:
 
 
 Refusal = tuple[bool, str, str]
-"""Whether it applies, what is not supported, the way out."""
+"""(whether it applies, what is not supported, what to do)."""
 
 
 def _engine_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
@@ -62,7 +62,7 @@ def _engine_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
         ),
         (
             measures == "online" and engine.zero_optimization() and not engine.zero_compute_grad_norm(),
-            '"compute_grad_norm": false in mode "online" (no norm to undo clipping by and to see bad gradients with)',
+            '"compute_grad_norm": false in mode "online" (without the norm, clipping and bad gradients cannot be seen)',
             'remove it, or use "mode": "probe"',
         ),
     ]
@@ -103,7 +103,7 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
         ),
         (
             facts.reads == "tensors" and engine.zero_optimization(),
-            f"{name} under ZeRO (it reads whole tensors and is given flat shards, which makes another optimizer of it)",
+            f"{name} under ZeRO (it reads whole tensors and gets flat shards, which makes it another optimizer)",
             'set "zero_optimization.stage": 0, or name one that sums over the shards: Lamb, AdamMini or SGG with '
             '"source": "library"',
         ),
@@ -116,19 +116,24 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
         ),
         (
             config.measures == "moments" and has_several_betas(inner),
-            'mode "moments" with other betas in one parameter group than in another',
+            'mode "moments" with different betas in the parameter groups',
             'use "mode": "probe" or "online"',
+        ),
+        (
+            config.measures == "moments" and decay_in_moments(inner),
+            f'mode "moments" with the weight_decay of {name}, which is added to the gradient and so is in its moments',
+            'use AdamW, weight_decay 0, or "mode": "probe" or "online"',
         ),
     ]
 
 
-def seen_by(engine: Engine) -> list[str]:
-    """What of DeepSpeed's sees the discarded batches of a probe window, as far as this engine uses it."""
+def batch_observers(engine: Engine) -> list[str]:
+    """List DeepSpeed's features that see the discarded batches of a probe window on this engine."""
     return [
         what
         for on, what in (
-            (engine.monitor.enabled, "the monitor writes events for each of them at one and the same step"),
-            (engine.flops_profiler_enabled(), "the flops profiler profiles each of them where its step is that one"),
+            (engine.monitor.enabled, "the monitor writes events for each of them at the same step"),
+            (engine.flops_profiler_enabled(), "the flops profiler profiles each of them at its profile step"),
             (
                 engine.training_dataloader is not None and engine.curriculum_learning_enabled(),
                 "the sampler of curriculum learning counts them as steps",

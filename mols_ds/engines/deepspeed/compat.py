@@ -1,10 +1,10 @@
-"""What this package uses of DeepSpeed beyond its documented interface, and the version that it was tested with.
+"""The tested version of DeepSpeed, and every name of it that is used beyond its documented interface.
 
-To support a new DeepSpeed, compare the files named here with the former release, run the tests, and set `TESTED`.
+To support a new DeepSpeed, compare the files named here with the previous release, run the tests, and set `TESTED`.
 
-Every name is checked before it is used: `check` when MoLS attaches to an engine, `check_optimizer` when its optimizer
-is read, `module` when a module is asked for. Only these functions import DeepSpeed, so that the launcher and `mols-ds
-doctor` can read the tables without it.
+Every name is checked before use: `check` when MoLS attaches to an engine, `check_optimizer` when its optimizer is read,
+`module` when a module is needed. Only these functions import DeepSpeed, so that the launcher and `mols-ds doctor` can
+read the tables without it.
 """
 
 from __future__ import annotations
@@ -22,30 +22,40 @@ if TYPE_CHECKING:
 
 TESTED = "0.19.8"
 Config = Mapping[str, Any]
-"""A DeepSpeed config as it was read, or the arguments of `deepspeed.initialize` by name."""
+"""A DeepSpeed config, or the arguments of `deepspeed.initialize` by name."""
 
 
 INITIALIZE = (
     *("args", "model", "optimizer", "model_parameters", "training_data", "lr_scheduler", "distributed_port", "mpu"),
     *("dist_init_required", "collate_fn", "config", "mesh_param", "config_params"),
 )
-"""The arguments of `deepspeed.initialize` in order, for replacements of it that do not name them."""
+"""Arguments of `deepspeed.initialize` in order, for replacements that do not name them."""
+LOAD_CHECKPOINT: Config = {
+    "load_dir": None,
+    "tag": None,
+    "load_module_strict": True,
+    "load_optimizer_states": True,
+    "load_lr_scheduler_states": True,
+    "load_module_only": False,
+    "custom_load_fn": None,
+}
+"""The arguments of `engine.load_checkpoint` in order, with defaults, for replacements that do not name them."""
 
 
 class DocumentedEngine(Protocol):
-    """What every client of `deepspeed.initialize` uses of the engine (deepspeed.readthedocs.io), and `mols`."""
+    """The engine's interface for clients of `deepspeed.initialize` (deepspeed.readthedocs.io), and `mols`."""
 
-    mols: Any  # ours, where MoLS is attached
-    module: Any  # the model: nn.Module, and PipelineModule with names of its own
+    mols: Any  # set by MoLS
+    module: Any  # the model: nn.Module, or PipelineModule with its own names
     optimizer: Any  # one of OPTIMIZERS, or a torch optimizer at stage 0
-    config: Any  # what `initialize` was given: a path or a mapping
+    config: Any  # argument of `initialize`: a path or a mapping
     save_checkpoint: Callable[..., bool]
     load_checkpoint: Callable[..., tuple[str | None, Any]]
     zero_grad: Callable[[], None]
 
 
 class Engine(DocumentedEngine, Protocol):
-    """DeepSpeed's engine, DeepSpeedEngine or PipelineEngine, with the names of runtime/engine.py that MoLS uses."""
+    """DeepSpeedEngine or PipelineEngine, with the names of runtime/engine.py that MoLS uses."""
 
     _take_model_step: Callable[..., None]
     _get_all_ckpt_names: Callable[..., list[str]]
@@ -77,26 +87,26 @@ class Engine(DocumentedEngine, Protocol):
 
 
 class PipelineEngine(Engine, Protocol):
-    """The engine of a PipelineModule, with the names of runtime/pipe/engine.py that MoLS uses besides."""
+    """The engine of a PipelineModule, with the names of runtime/pipe/engine.py that MoLS also uses."""
 
     grid: Any
 
 
 ENGINE_NAMES = tuple(Engine.__annotations__)
 ENGINE_FLAGS = ("has_moe_layers", "torch_autocast_z0_gradscaler", "zenflow")
-"""Names of runtime/engine.py that say that a feature is on; without the name there is no such feature."""
+"""Names of runtime/engine.py that switch a feature on. Without the name the feature does not exist."""
 GRID_NAMES = ("get_slice_parallel_world_size", "get_pipe_parallel_world_size", "get_pipe_parallel_group")
-"""Of `PipelineEngine.grid` (runtime/pipe/topology.py). Beside them, `micro_offset` of PipelineModule
-(runtime/pipe/module.py) is saved and restored."""
+"""Names of `PipelineEngine.grid` (runtime/pipe/topology.py). `micro_offset` of PipelineModule (runtime/pipe/module.py)
+is saved and restored too."""
 
 
 class Names(NamedTuple):
-    """Names that MoLS uses of a class of DeepSpeed's.
+    """Names that MoLS uses of one DeepSpeed class.
 
     Attributes:
-        file: below deepspeed/, which defines the class.
-        names: what its instances must have.
-        parameters: (the instance's list of lists of parameters, what those must have).
+        file: path below deepspeed/ of the class.
+        names: attributes of its instances.
+        parameters: (the instance's list of lists of parameters, attributes of those).
     """
 
     file: str
@@ -130,22 +140,20 @@ OPTIMIZERS: dict[str, Names] = {
     "FP16_UnfusedOptimizer": Names("runtime/fp16/unfused_optimizer.py", ("fp16_groups", "fp32_groups")),
     "FP16_Optimizer": Names("runtime/fp16/fused_optimizer.py", ("fp16_groups", "fp32_groups_flat")),
 }
-"""Class of `engine.optimizer` -> what is read of it."""
+"""Class of `engine.optimizer` -> names that MoLS reads."""
 OPTIMIZER_FLAGS = (
     *("backup_optimizer", "partial_offload", "swap_optimizer", "elastic_checkpoint", "round_robin_gradients"),
     *("_offload_accumulated_param_ids", "_global_grad_norm", "_epilogue_ran_this_backward", "norm_for_param_grads"),
     *("loss_scale_config", "loss_scaler", "_update_scale"),
 )
-"""Names of these classes that are read with a default, or that only some settings make."""
-SIMULATED = ("round_robin_bit16_groups", "round_robin_bit16_padding", "get_partition_info")
-"""What the simulation of `mols-ds plan` asks of DeepSpeedZeroOptimizer (runtime/zero/stage_1_and_2.py) besides."""
+"""Names of these classes that are read with a default, or that exist only with some settings."""
 
 STATE, WHOLE, VERSION = "optimizer_state_dict", "param", "ds_version"
 """Keys in the files of universal checkpoints."""
 AUTOTP = "ds_autotp_universal_checkpoint_meta"
-"""The attribute of a parameter in which AutoTP notes how it cut it."""
+"""Attribute of a parameter with AutoTP's note on how it was split."""
 CONSTANTS = {"OPTIMIZER_STATE_DICT": STATE, "PARAM": WHOLE, "DS_VERSION": VERSION, "DS_AUTOTP_UC_META": AUTOTP}
-"""Of checkpoint/constants.py."""
+"""Values of checkpoint/constants.py."""
 PARAMETER_FLAGS = (
     "ds_tensor",
     "partition_numel",
@@ -155,12 +163,12 @@ PARAMETER_FLAGS = (
     "_hp_mapping",
     AUTOTP,
 )
-"""Attributes that DeepSpeed gives to some parameters (module_inject/layers.py, runtime/pipe/module.py,
+"""Attributes that DeepSpeed sets on some parameters (module_inject/layers.py, runtime/pipe/module.py,
 runtime/zero/partition_parameters.py, utils/tensor_fragment.py)."""
 
 MODULE_ATTRIBUTES = ("ds_", "_ds_", "applied_pre_backward_ref_cnt", "micro_offset")
-"""Beginnings of the names of numbers that DeepSpeed keeps in modules (runtime/zero/parameter_offload.py,
-runtime/pipe/module.py); its own bookkeeping, which a probe window does not touch."""
+"""Name prefixes of DeepSpeed's own numbers in modules (runtime/zero/parameter_offload.py, runtime/pipe/module.py). A
+probe window does not restore them."""
 
 ATTACHED: dict[str, tuple[str, ...]] = {
     "deepspeed.checkpoint.constants": tuple(CONSTANTS),
@@ -179,40 +187,35 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
         *("OpenMPIRunner", "MVAPICHRunner", "SlurmRunner"),
     ),
     # doctor
-    "deepspeed.git_version_info": ("installed_ops",),
+    "deepspeed.env_report": ("ALL_OPS", "installed_ops", "nvcc_version", "probe_is_compatible"),
     "deepspeed.ops.op_builder.all_ops": ("ALL_OPS",),
     "deepspeed.runtime.activation_checkpointing.config": (),
     "deepspeed.runtime.constants": (),
     "deepspeed.runtime.lr_schedules": ("VALID_LR_SCHEDULES",),
     # plan
-    "deepspeed.comm.comm": ("cdb",),
-    "deepspeed.comm.torch": ("TorchBackend", "build_shm_op"),
     "deepspeed.runtime.zero.config": ("DeepSpeedZeroConfig",),
-    "deepspeed.runtime.zero.stage3": ("DeepSpeedZeroOptimizer_Stage3",),
-    "deepspeed.runtime.zero.stage_1_and_2": ("DeepSpeedZeroOptimizer",),
-    "deepspeed.utils.timer": ("NoopTimer",),
 }
-"""Module -> names that the programs use; they are checked when the program asks for the module."""
+"""Module -> names that the programs use, checked when a program needs the module."""
 
 
 def module(name: str) -> ModuleType:
-    """A module that the tables list. Raises `MolsUnsupportedError` where it or one of its names is gone."""
+    """Import a module of the tables. Raises `MolsUnsupportedError` if it or one of its names is missing."""
     names = ATTACHED[name] if name in ATTACHED else PROGRAMS[name]
     try:
         found = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and not name.startswith(error.name):
-            raise  # something that DeepSpeed needs
+            raise  # a dependency of DeepSpeed is missing
         raise _refusal(f"there is no module {error.name or name}") from None
     _require(name, found, names)
     return found
 
 
 def check(engine: Engine) -> None:
-    """Whether MoLS can attach to this engine, as far as names go.
+    """Check that this engine has all names that MoLS needs.
 
     Raises:
-        MolsUnsupportedError: a name is gone; it is named, with the installed and the tested version.
+        MolsUnsupportedError: names the missing name, the installed and the tested version.
     """
     for name in ATTACHED:
         module(name)
@@ -227,7 +230,7 @@ def check(engine: Engine) -> None:
 
 
 def check_optimizer(outer: object) -> None:
-    """Whether an engine's optimizer has what MoLS reads of it; a class that the table does not list passes.
+    """Check that an engine's optimizer has the names that MoLS reads. A class outside the table passes.
 
     Raises:
         MolsUnsupportedError: as `check`.
@@ -242,11 +245,6 @@ def check_optimizer(outer: object) -> None:
         for parameter in (parameter for group in getattr(outer, groups) for parameter in group):
             _require(f"a parameter of {where}", parameter, names)
             break
-
-
-def check_simulated(outer: object) -> None:
-    """Whether a DeepSpeedZeroOptimizer has what the simulation of `mols-ds plan` asks of it. Raises as `check`."""
-    _require(f"{type(outer).__name__} (runtime/zero/stage_1_and_2.py)", outer, SIMULATED)
 
 
 def _require(where: str, owner: object, names: tuple[str, ...]) -> None:
@@ -266,34 +264,39 @@ def _refusal(what: str) -> MolsUnsupportedError:
     )
 
 
-# ------------------------------------------------------------------ names that are used in several places
+# ------------------------------------------------------------------ names that several places use
+
+
+def load_options(*args: Any, **kwargs: Any) -> Config:
+    """What these arguments of `engine.load_checkpoint` ask for, by name, and what a replacement takes besides."""
+    return {**LOAD_CHECKPOINT, **dict(zip(LOAD_CHECKPOINT, args, strict=False)), **kwargs}
 
 
 def mpu_rank(mpu: object) -> int:
-    """This process's rank among those that one data-parallel copy of the model is cut over."""
+    """This process's rank within one data-parallel copy of the model."""
     return int(module("deepspeed.utils.bwc").bwc_tensor_model_parallel_rank(mpu))
 
 
 def mpu_size(mpu: object) -> int:
-    """Number of ranks that one data-parallel copy of the model is cut over."""
+    """Number of ranks of one data-parallel copy of the model."""
     return int(module("deepspeed.utils.bwc").bwc_tensor_model_parallel_world_size(mpu))
 
 
 def other_world_error() -> type[Exception]:
-    """What the loaders of ZeRO checkpoints raise for another number of ranks."""
+    """Error class of the ZeRO checkpoint loaders for another number of ranks."""
     error: type[Exception] = module("deepspeed.runtime.zero.utils").ZeRORuntimeException
     return error
 
 
-def held_part(parameter: nn.Parameter) -> Tensor | None:
-    """What this rank's memory holds of a parameter, its part at ZeRO stage 3; None where that is on NVMe."""
+def local_part(parameter: nn.Parameter) -> Tensor | None:
+    """Return the tensor that this rank has of a parameter, its part at ZeRO stage 3; None if it is on NVMe."""
     part: Tensor = getattr(parameter, "ds_tensor", parameter)
     size = getattr(parameter, "partition_numel", parameter.numel)()
     return part if part.numel() == size else None
 
 
 class RngTracker(Protocol):
-    """DeepSpeed's `CudaRNGStatesTracker`: a random state for each name."""
+    """DeepSpeed's `CudaRNGStatesTracker`: one RNG state per name."""
 
     def get_states(self) -> dict[str, Tensor]: ...
 
@@ -301,11 +304,11 @@ class RngTracker(Protocol):
 
 
 def rng_tracker() -> RngTracker:
-    """The generators that DeepSpeed's activation checkpointing keeps for model parallelism; of no name without it."""
+    """Return the RNG tracker of DeepSpeed's activation checkpointing for model parallelism; empty without it."""
     tracker: RngTracker = module("deepspeed.runtime.activation_checkpointing.checkpointing").get_cuda_rng_tracker()
     return tracker
 
 
-def leave_out_shm_kernel() -> None:
-    """Keep DeepSpeed from compiling its shared-memory all-reduce for a minute before the first step: gloo will do."""
+def skip_shm_kernel() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce (a minute before the first step): gloo is enough."""
     module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,9 +1,9 @@
-"""MoLS on one DeepSpeed engine: the object behind `engine.mols`.
+"""MoLS on one DeepSpeed engine: `engine.mols`.
 
-Attaching puts torch step hooks on the inner optimizer (rates, online samples) and patches `_take_model_step`,
-`save_checkpoint` and `load_checkpoint` on the instance; `detach()` undoes it all. Classes and modules stay as they are,
-but that what other engines load is looked at (loads.py).
-A proxy in the place of DeepSpeed's optimizer was seen to train silently wrong, so there is none.
+Attaching adds torch step hooks to the inner optimizer (rates, online samples) and replaces `_take_model_step`,
+`save_checkpoint` and `load_checkpoint` on the instance. `detach()` undoes all of it. Classes and modules stay
+unchanged, except that `load_checkpoint` of other engines is watched (loads.py). There is no proxy of DeepSpeed's
+optimizer: with one, training was silently wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mols_ds.core.rank_checks import check_counts, check_section
 from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.engines.deepspeed.checkpoint import EngineCheckpoints
-from mols_ds.engines.deepspeed.checks import check_supported, seen_by
+from mols_ds.engines.deepspeed.checks import batch_observers, check_supported
 from mols_ds.engines.deepspeed.loads import check_order
 from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.probe_window import EngineWindow
@@ -40,17 +40,18 @@ from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_li
 from mols_ds.report.files import Publisher
 
 Loop = Literal["own", "client", "extra"]
-"""Who calls `engine.step()`: the user's own loop; a client's, which asks the optimizer whether the step was skipped
-(`overflow`, read by Accelerate); an integration that feeds the samples of mode "probe" as extra batches."""
+"""Caller of `engine.step()`: "own": the user's loop. "client": a loop that asks the optimizer whether the step was
+skipped (`overflow`, read by Accelerate). "extra": an integration that feeds extra batches for the samples of mode
+"probe"."""
 
 
 class EngineMols(Session):
-    """MoLS on one engine; `engine.mols`. Made by `attach`.
+    """MoLS on one engine; `engine.mols`. Created by `attach`.
 
-    In mode "probe", during the calibration, `engine.step()` at an accumulation boundary measures the batch that the
-    training loop just ran forward and backward, and does not update: it consumes the next K global batches of the
-    user's loop (K = samples), while weights, buffers, optimizer state, scheduler, `global_steps`, `micro_steps` and the
-    random numbers of dropout end as if those batches had never been run (docs/method.md, "What a probe gives back").
+    In mode "probe", during the calibration, `engine.step()` at an accumulation boundary measures the gradient of the
+    last batch and does not update. It uses the next K global batches of the user's loop (K = samples). Weights,
+    buffers, optimizer state, scheduler, `global_steps`, `micro_steps` and the random numbers of dropout end as if those
+    batches had never run (docs/method.md, "What a probe restores").
     """
 
     window: EngineWindow
@@ -74,7 +75,7 @@ class EngineMols(Session):
         self._scale_before = 1.0
         self._install(table)
         self.checkpoints = EngineCheckpoints(self, engine, self.grid, self.window)
-        seen = seen_by(engine) if config.mode == "probe" and config.fixed_alphas is None else []
+        seen = batch_observers(engine) if config.mode == "probe" and config.fixed_alphas is None else []
         if seen:
             self.controller.warn(f'the batches that "mode": "probe" discards are seen: {"; ".join(seen)}')
         if late is not None:
@@ -82,7 +83,7 @@ class EngineMols(Session):
         self.controller.advance(engine.global_steps)
 
     def detach(self) -> None:
-        """Take everything off the engine again: it steps as a stock engine from here on. Again: nothing happens."""
+        """Remove MoLS from the engine, which steps as a stock one from now on. A second call does nothing."""
         if getattr(self.engine, "mols", None) is not self:
             return
         for hook in self._hooks:
@@ -98,7 +99,7 @@ class EngineMols(Session):
     # ------------------------------------------------------------------ build
 
     def _install(self, table: GroupTable) -> None:
-        """Hooks in this order: sample, then rates, then (after the rates are off again) Adam's moments."""
+        """Register hooks in this order: sample, rates, Adam's moments (after the rates are restored)."""
         engine, shards = self.engine, self.shards
         elementwise = is_elementwise(shards.inner)
         plans = {
@@ -114,7 +115,7 @@ class EngineMols(Session):
             shared_counter=has_shared_counter(shards.inner),
             groups_only=reads_groups_only(shards.inner),
             parallel_list=parallel_list(shards.inner),
-            unscaled_decay=unscaled_decay(shards.inner, self.config),
+            unscaled_decay=unscaled_decay(shards.inner, self.config.weight_decay),
         )
         self.scalers.append(self.scaler)
         reattach = "call engine.mols.detach() and mols_ds.attach(engine, ...) again"
@@ -125,7 +126,7 @@ class EngineMols(Session):
             self.scalers,
             include=reattach if own else early,
             train=early,
-            held=shards.held_frozen,
+            held=shards.frozen_in_shards,
             again=reattach,
         )
         self._hooks = [
@@ -142,7 +143,7 @@ class EngineMols(Session):
     def _check_options(self) -> None:
         for group in self.shards.inner.param_groups:
             if group.get("lr") is None:
-                raise MolsConfigError("the optimizer's lr is None (it makes its own rate): give it an lr to be scaled")
+                raise MolsConfigError("the optimizer's lr is None (it sets its own rate): give it an lr to scale")
 
     def _context(self) -> Context:
         accelerator = get_accelerator()
@@ -160,20 +161,20 @@ class EngineMols(Session):
         )
 
     def _announce(self, samples: int) -> str:
-        """What a probe window means for this loop; the schedule stands still only where the engine steps it, or where
-        the loop asks whether the step was skipped."""
+        """Describe a probe window for this loop. The schedule waits only if the engine steps it, or if the loop asks
+        whether the step was skipped."""
         if self.loop == "extra":
             return (
-                f"gradients are measured on {samples} extra batches before the next update; updates, schedule and the "
+                f"{samples} extra batches before the next update measure gradients; updates, schedule and the "
                 "order of the training data are those of a run without MoLS"
             )
         if self.engine.lr_scheduler is not None:
             return window_of_own_loop(samples)
-        schedule = f"a schedule that the loop steps itself runs on by {samples} steps meanwhile"
+        schedule = f"a schedule that the loop steps itself advances by {samples} steps meanwhile"
         if self.loop == "client" and hasattr(self.engine.optimizer, "overflow"):
             schedule = (
-                "a schedule that waits for optimizer_step_was_skipped (Trainer, Accelerate) stands still, another one "
-                f"runs on by {samples} steps meanwhile"
+                "a schedule that waits for optimizer_step_was_skipped (Trainer, Accelerate) does not advance, another "
+                f"one advances by {samples} steps meanwhile"
             )
         return (
             f"the next {samples} steps of the training loop measure gradients and do not update; a loop that counts "
@@ -181,7 +182,7 @@ class EngineMols(Session):
         )
 
     def _groups_of_lr(self, table: GroupTable) -> dict[str, int]:
-        """Module group -> index of the parameter group that holds most of its elements."""
+        """Module group -> index of the parameter group with most of its elements."""
         counts = (
             (self.grid.lr_groups[name], layout.counts(0, math.prod(table.shapes[name])))
             for name, layout in table.layouts.items()
@@ -189,7 +190,7 @@ class EngineMols(Session):
         )
         return largest_holder(counts, table.elements)
 
-    # ------------------------------------------------------------------ what the protocol asks
+    # ------------------------------------------------------------------ hooks of the protocol
 
     @property
     def steps(self) -> int:
@@ -204,7 +205,7 @@ class EngineMols(Session):
         return self._ranges.get(id(tensor), ())
 
     def adam_settings(self, step: int) -> tuple[int, float, float]:
-        """From any state at hand, else from the step count."""
+        """Read the settings from any state, else from the step count."""
         inner = self.shards.inner
         counts = [int(state["step"]) for state in inner.state.values() if "step" in state]
         return max(counts, default=max(2, step)), *inner.param_groups[0]["betas"]
@@ -212,10 +213,10 @@ class EngineMols(Session):
     # ------------------------------------------------------------------ steps
 
     def _step(self, lr_kwargs: Any = None) -> None:
-        """In the place of `engine._take_model_step`: measure, or step with the multipliers of this step."""
+        """Replace `engine._take_model_step`: measure, or step with this step's multipliers."""
 
         def stock() -> bool:
-            self._say_skipped(False)
+            self._set_skipped(False)
             self._take_model_step(lr_kwargs)
             return bool(self.engine.was_step_applied())
 
@@ -231,30 +232,31 @@ class EngineMols(Session):
 
     def _after_discard(self, usable: bool) -> None:
         before, self.window.micro_steps = self.window.micro_steps, None
-        if before is not None:  # `engine.step` counts one after this, however many micro-batches there were
+        if before is not None:  # `engine.step` then adds one, for any number of micro-batches
             self.engine.micro_steps = before - 1 if self.grid.counts_micro_steps else before
-        self._say_skipped(True)
+        self._set_skipped(True)
         self.engine.losses = None
 
-    def _say_skipped(self, skipped: bool) -> None:
-        """What Accelerate reads as `optimizer_step_was_skipped`; DeepSpeed's optimizers set it in their own steps."""
+    def _set_skipped(self, skipped: bool) -> None:
+        """Set the flag that Accelerate reads as `optimizer_step_was_skipped`. DeepSpeed's optimizers set it too."""
         if self.loop == "client" and hasattr(self.engine.optimizer, "overflow"):
             self.engine.optimizer.overflow = skipped
 
     def _before_step(self) -> None:
-        """Online samples of stage 0, whose gradients are clipped before the inner step and whose norm is not kept."""
+        """Take online samples at stage 0, which clips gradients before the inner step and drops the norm."""
         self._scale_before = self.shards.loss_scale()
         if self.wants_sample and isinstance(self.shards, Replicated) and self._all_finite(self.shards):
             self.take_sample()
 
     def _all_finite(self, shards: Replicated) -> bool:
-        """Whether every gradient is finite, the same on every rank: data-parallel replicas know it alone."""
+        """Whether every gradient is finite, the same on every rank; one rank of data-parallel replicas knows it."""
         return self.agree(shards.finite()) if self.grid.model_parallel else shards.finite()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_inner_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Online samples of stages 1-3: the fp32 shard gradients, with clipping and a changed loss scale undone.
+        """Take online samples at stages 1-3 from the fp32 shard gradients; undoes clipping and a changed loss scale.
 
-        Every rank sees the same global norm, which is not finite when any rank's gradient is not: no reduction needed.
+        Needs no reduction: every rank sees the same global norm, which is not finite if any rank's gradient is not.
         """
         if not self._sampling or self.shards.reads_before_clipping:
             return

@@ -1,13 +1,12 @@
-"""Whether a checkpoint that an engine loaded before MoLS was attached held MoLS state, which nobody took.
+"""Detect checkpoints with MoLS state that an engine loaded before MoLS was attached.
 
-DeepSpeed keeps nothing of a checkpoint but what it restores, so its `load_checkpoint` is watched from the first use of
-`mols_ds.initialize`, `attach` or `patch` on: the results are looked at and passed on.
+DeepSpeed keeps nothing of a checkpoint but the restored state. So its `load_checkpoint` is wrapped at the first use of
+`mols_ds.initialize`, `attach` or `patch`; the wrapper only reads the results.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,61 +14,60 @@ from weakref import WeakKeyDictionary
 import deepspeed
 
 from mols_ds.core.phases import Schedule
-from mols_ds.engines.deepspeed.compat import Engine
+from mols_ds.engines.deepspeed.compat import Engine, load_options
 from mols_ds.errors import MolsCheckpointError
 
 KEY = "mols"
-"""The key of MoLS state in a checkpoint's client_state."""
+"""Key of the MoLS state in a checkpoint's client_state."""
 _held: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
-"""Engine -> whether the last checkpoint that it loaded held MoLS state that was not taken."""
+"""Engine -> whether its last loaded checkpoint had MoLS state that was not used."""
 
 
 def watch_loads() -> None:
-    """Look at what engines load from now on. Once is enough."""
+    """Wrap `load_checkpoint` to see what engines load. A second call does nothing."""
     stock = deepspeed.DeepSpeedEngine.load_checkpoint
-    if hasattr(stock, "looked_at_by_mols"):
+    if hasattr(stock, "watched_by_mols"):
         return
 
     @functools.wraps(stock)
     def load_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        path, state = stock(engine, *args, **kwargs)
-        asked = inspect.signature(stock).bind(engine, *args, **kwargs).arguments
-        _held[engine] = isinstance(state, Mapping) and KEY in state and not asked.get("load_module_only")
-        return path, state
+        result = stock(engine, *args, **kwargs)
+        state = result[1] if isinstance(result, tuple) and len(result) == 2 else None
+        alone = load_options(*args, **kwargs)["load_module_only"]
+        _held[engine] = isinstance(state, Mapping) and KEY in state and not alone
+        return result
 
-    load_checkpoint.looked_at_by_mols = True  # type: ignore[attr-defined]
+    load_checkpoint.watched_by_mols = True  # type: ignore[attr-defined]
     deepspeed.DeepSpeedEngine.load_checkpoint = load_checkpoint
 
 
-def taken(engine: Engine) -> None:
-    """MoLS was attached when the engine loaded its checkpoint."""
+def mark_loaded(engine: Engine) -> None:
+    """Record that MoLS was attached when the engine loaded its checkpoint."""
     _held[engine] = False
 
 
 def check_order(engine: Engine, schedule: Schedule, measures: bool) -> str | None:
-    """What to warn of where MoLS is attached after the run has begun; None if nothing.
+    """Return a warning if MoLS is attached after the run has started, or None.
 
     Args:
         engine: the engine at attach.
         schedule: of this run.
-        measures: whether alphas are measured; given ones are never lost.
+        measures: alphas are measured; given alphas are never lost.
 
     Raises:
-        MolsCheckpointError: a checkpoint with MoLS state was loaded, or one that nobody looked at: the run would go on
-            with a new calibration in the place of its alphas.
+        MolsCheckpointError: the engine loaded a checkpoint with MoLS state, or one that nobody saw: the run would
+            replace its alphas by a new calibration.
     """
     t = int(engine.global_steps)
     if not measures or t == 0 or t < schedule.start:
         return None
     order = (
-        "attach MoLS before engine.load_checkpoint, which then takes its state, or begins where there is none "
+        "attach MoLS before engine.load_checkpoint, which then loads its state if there is one "
         "(Trainer: MolsCallback().bind(trainer); Accelerate: after prepare, before load_state)"
     )
     held = _held.get(engine, None if engine.loaded_checkpoint_dp_world_size is not None else False)
     if held:
-        raise MolsCheckpointError(
-            f"this engine loaded a checkpoint with MoLS state, and MoLS was not there to take it: {order}"
-        )
+        raise MolsCheckpointError(f"this engine loaded a checkpoint with MoLS state before MoLS was attached: {order}")
     if held is None:
         raise MolsCheckpointError(
             f"this engine loaded a checkpoint before MoLS could see whether it has MoLS state: {order}"

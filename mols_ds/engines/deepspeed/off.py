@@ -1,19 +1,18 @@
-"""A DeepSpeed engine with MoLS off: a stock engine, whose checkpoints keep the state of MoLS that it has loaded."""
+"""A DeepSpeed engine with MoLS off: a stock engine whose checkpoints keep a loaded MoLS state."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from mols_ds.core.off import OffHandle
 from mols_ds.core.replaced_methods import ReplacedMethods
-from mols_ds.engines.deepspeed.compat import Engine
-from mols_ds.engines.deepspeed.loads import KEY, taken
+from mols_ds.engines.deepspeed.compat import Engine, load_options
+from mols_ds.engines.deepspeed.loads import KEY, mark_loaded
 
 
 class EngineOff(OffHandle):
-    """Patches `save_checkpoint` and `load_checkpoint` of one engine instance until `detach()`."""
+    """Replace `save_checkpoint` and `load_checkpoint` of one engine instance until `detach()`."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -22,7 +21,7 @@ class EngineOff(OffHandle):
         self._load = self._methods.set("load_checkpoint", self._load_state)
 
     def detach(self) -> None:
-        """Give the engine its own methods back; what was kept is forgotten. Again: nothing happens."""
+        """Restore the engine's own methods and drop the kept state. A second call does nothing."""
         self._methods.undo()
         if getattr(self.engine, "mols", None) is self:
             del self.engine.mols
@@ -34,14 +33,13 @@ class EngineOff(OffHandle):
         return self._save(save_dir, tag, {**kept, **(client_state or {})}, *args, **kwargs)
 
     def _load_state(self, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        asked = inspect.signature(self._load).bind(load_dir, tag, *args, **kwargs).arguments
         path, loaded = self._load(load_dir, tag, *args, **kwargs)
-        taken(self.engine)  # and said by `keep`
-        if path is None or asked.get("load_module_only"):
+        mark_loaded(self.engine)  # `keep` warns
+        if path is None or load_options(load_dir, tag, *args, **kwargs)["load_module_only"]:
             return path, loaded
         client_state = dict(loaded or {})
         saved = client_state.pop(KEY, None)
-        if isinstance(saved, Mapping):  # accumulators are in files of the checkpoint that was loaded
+        if isinstance(saved, Mapping):  # the accumulators are in the loaded checkpoint's files
             saved = {**saved, "side": None}
         self.keep(saved, int(self.engine.global_steps))
         return path, client_state

@@ -1,4 +1,4 @@
-"""What a probe window gives back on a DeepSpeed engine: see `mols_ds.core.probe_window`."""
+"""State that a probe window restores on a DeepSpeed engine; see `mols_ds.core.probe_window`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from deepspeed.accelerator import get_accelerator
 
 from mols_ds.core.module_state import ModuleState
 from mols_ds.core.probe_window import ProbeWindow, copied
-from mols_ds.engines.deepspeed.compat import MODULE_ATTRIBUTES, Engine, held_part, rng_tracker
+from mols_ds.engines.deepspeed.compat import MODULE_ATTRIBUTES, Engine, local_part, rng_tracker
 from mols_ds.engines.deepspeed.parallel.base import ParallelGrid
 
 
 class EngineWindow(ProbeWindow):
-    """Also the accelerator's generator, those of DeepSpeed's tracker, and what the parallel grid counts.
+    """Also restores the accelerator's generator, those of DeepSpeed's tracker, and counters of the parallel grid.
 
     Attributes:
-        micro_steps: the engine's count before the batch that runs now; None between batches.
+        micro_steps: the engine's count before the current batch; None between batches.
     """
 
     def __init__(self, engine: Engine, grid: ParallelGrid) -> None:
-        super().__init__(ModuleState([engine.module], MODULE_ATTRIBUTES, grid.trackers, held_part))
+        super().__init__(ModuleState([engine.module], MODULE_ATTRIBUTES, grid.trackers, local_part))
         self.engine, self.grid = engine, grid
         self.micro_steps: int | None = None
 
@@ -32,7 +32,7 @@ class EngineWindow(ProbeWindow):
     def _begin(self) -> Any:
         self.grid.begin_window()
         accelerator = get_accelerator()
-        on_host = accelerator.device_name() == "cpu"  # that is the generator of the host, whose draws stay
+        on_host = accelerator.device_name() == "cpu"  # then it is the host's generator, whose draws stay
         return {
             "accelerator": None if on_host else accelerator.get_rng_state(),
             "tracker": copied(rng_tracker().get_states()),

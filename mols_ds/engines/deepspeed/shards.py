@@ -1,8 +1,8 @@
-"""Where each ZeRO layout keeps its shards: the only file that reads DeepSpeed's optimizers (names: compat.py).
+"""Shards of each ZeRO layout. The only file that reads DeepSpeed's optimizers (names: compat.py).
 
-One class per layout says: which inner tensors the inner optimizer steps, where in them which parameter elements are,
-how to read this rank's reduced gradient at an accumulation boundary, how to throw it away, and by which factor an inner
-`.grad` must be multiplied to become the unscaled, unclipped gradient.
+One class per layout knows: the inner tensors that the inner optimizer steps, the parameter elements in them, how to
+read and discard this rank's reduced gradient at an accumulation boundary, and the factor from an inner `.grad` to the
+unscaled, unclipped gradient.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Stage12(ZeroShards):
             self._forget_gradients()
 
     def _forget_gradients(self) -> None:
-        """As at stage 3: with offload, a parameter that a batch does not use keeps the gradient of a former one."""
+        """Zero gradients as at stage 3: with offload, an unused parameter keeps the gradient of an earlier batch."""
         o = self.outer
         if o.cpu_offload:
             o._wait_for_offload_copies()
@@ -82,7 +82,7 @@ class Stage12(ZeroShards):
 
 
 class Stage3(ZeroShards):
-    """ZeRO stage 3 with sub-groups, CPU and NVMe offload (runtime/zero/stage3.py). Nothing is ever gathered."""
+    """ZeRO stage 3 with sub-groups, CPU and NVMe offload (runtime/zero/stage3.py). Never gathers parameters."""
 
     def _collect(self) -> None:
         o = self.outer
@@ -112,7 +112,7 @@ class Stage3(ZeroShards):
                 yield from self.owned_parts(flat, flat.grad if o.offload_optimizer else o.averaged_gradients[i])
 
     def _read_swapped(self, i: int, flat: Tensor) -> Parts:
-        """One sub-group on NVMe. Its buffers are given back also where the reader, or reading itself, raises."""
+        """Read one sub-group from NVMe. Releases its buffers even if the reader, or reading, raises."""
         o = self.outer
         try:
             o._optimizer_states_and_gradient_swap_in(i)
@@ -128,12 +128,12 @@ class Stage3(ZeroShards):
             yield from super().owned_parts(tensor, gradient)
 
     def _swapped_parts(self, i: int, tensor: Tensor, gradient: Tensor | Sequence[Tensor] | None) -> Parts:
-        """Of a sub-group from NVMe, with zeros for parameters that this batch did not use.
+        """Yield parts of a sub-group from NVMe, with zeros for parameters that this batch did not use.
 
-        DeepSpeed reads the file that a former batch left for such a parameter, or nothing into a buffer that held
-        something else (swap_tensor/optimizer_utils.py). The zeros are written in place: the step that comes takes them.
+        For such a parameter DeepSpeed reads the file of an earlier batch, or leaves other data in the buffer
+        (swap_tensor/optimizer_utils.py). Writes the zeros in place: the next step uses them.
         """
-        if not isinstance(gradient, Tensor):  # no batch has used any parameter of the sub-group so far
+        if not isinstance(gradient, Tensor):  # no batch has used a parameter of this sub-group so far
             for span in self._spans.get(id(tensor), []):
                 for at, zeros in zero_pieces(span.numel):
                     yield span.target + at, zeros
@@ -141,7 +141,7 @@ class Stage3(ZeroShards):
         o = self.outer
         for p in o.fp16_groups[i]:
             key = o.get_param_id(p)
-            if key not in o.norm_for_param_grads:  # this batch has handed over no gradient of it
+            if key not in o.norm_for_param_grads:  # this batch gave no gradient for it
                 _, offset, share = o.grad_position[key]
                 gradient.narrow(0, int(offset), int(share)).zero_()
         yield from super().owned_parts(tensor, gradient)
@@ -152,8 +152,8 @@ class Stage3(ZeroShards):
             self._forget_gradients()
 
     def _forget_gradients(self) -> None:
-        """Zero what DeepSpeed keeps of former batches. The gradient of a parameter that a batch does not use is not
-        overwritten, and would be read, and stepped with, once more. (Of NVMe: `_swapped_parts`, `_forget_swapped`.)"""
+        """Zero gradients of earlier batches. A batch does not overwrite the gradient of an unused parameter, so it
+        would be read and stepped again. (NVMe: `_swapped_parts`, `_forget_swapped`.)"""
         o = self.outer
         o.grad_partitions_flat_buffer.zero_()
         for i, flat in enumerate(self.tensors):
@@ -161,7 +161,7 @@ class Stage3(ZeroShards):
                 flat.grad.zero_()
 
     def _forget_swapped(self, i: int, flat: Tensor) -> None:
-        """Write zeros to the gradients of a sub-group on NVMe, which a later step reads where its batch writes none."""
+        """Write zeros to the gradients of a sub-group on NVMe, for parameters that the next batch does not write."""
         o = self.outer
         try:
             o._optimizer_states_and_gradient_swap_in(i)
@@ -215,9 +215,9 @@ class Bf16(ZeroShards):
 
 
 class Replicated(ZeroShards):
-    """Stage 0: data-parallel ranks hold the same gradients, so they split the elements among them.
+    """Stage 0. Data-parallel ranks have the same gradients, so they split the elements.
 
-    The client optimizer itself (fp32), or DeepSpeed's fp16/bf16 wrappers with per-parameter or flat fp32 copies
+    The inner optimizer is the client's (fp32), or DeepSpeed's fp16/bf16 wrapper with per-parameter or flat fp32 copies
     (runtime/fp16/unfused_optimizer.py, fused_optimizer.py). Stage 0 does not scale the loss in `engine.backward`.
     """
 
@@ -249,7 +249,7 @@ class Replicated(ZeroShards):
             self.param_group |= {self._name(p): i for p in params}
 
     def _owned(self) -> list[tuple[int, ShardRange]]:
-        """This rank's share of what is counted among its data-parallel replicas."""
+        """This rank's share of the elements that its data-parallel replicas count."""
         group = self.engine.seq_data_parallel_group
         return split_among_replicas(super()._owned(), dist.get_rank(group), dist.get_world_size(group))
 
@@ -266,11 +266,11 @@ class Replicated(ZeroShards):
                 yield item.offset + at, piece
 
     def finite(self) -> bool:
-        """Whether every gradient, this rank's part or not, is finite; data-parallel replicas give the same answer."""
+        """Whether all gradients are finite, not only this rank's share; replicas give the same answer."""
         return all_finite(p.grad for p in self.params if p.grad is not None)
 
     def lower_scale(self) -> bool:
-        """It does not scale the loss: a lower one makes no gradient finite."""
+        """Return False: the loss has no scale to lower."""
         return False
 
     def discard(self) -> None:
@@ -281,9 +281,10 @@ class Replicated(ZeroShards):
 
 
 def find_shards(engine: Engine, grid: ParallelGrid | None = None) -> ZeroShards:
-    """The layout of this engine; without `grid` that of data parallelism alone.
+    """Return the shards of this engine. Without `grid`: under data parallelism alone.
 
-    Raises `MolsUnsupportedError`, naming the wrapper, where none is known.
+    Raises:
+        MolsUnsupportedError: an unknown optimizer wrapper; names it.
     """
     outer = engine.optimizer
     kinds: dict[str, type[ZeroShards]] = {

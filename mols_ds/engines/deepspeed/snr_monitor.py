@@ -1,4 +1,4 @@
-"""SNR of every module group over a run, read off Adam's moments (METHOD "moments"; the paper's Figures 1 and 7)."""
+"""Record the SNR of every module group over a run from Adam's moments (mode "moments"; the paper's Figures 1 and 7)."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.shards import find_shards
 from mols_ds.errors import MolsUnsupportedError
+from mols_ds.optim.step_trial import decay_in_moments
 
 ESTIMATORS: tuple[Estimator, ...] = ("mean", "median", "pooled", "damping")
 
 
 class Reading(TypedDict):
-    """One reading: the step, and estimator -> group -> value."""
+    """One reading: step, and estimator -> group -> value."""
 
     step: int
     curves: dict[str, dict[str, float]]
 
 
 class SnrWatch:
-    """Reads the SNR of each group every `every` updates; changes nothing of the engine.
+    """Read the SNR of each group every `every` updates. Changes nothing in the engine.
 
-    Call it with the engine after each update, on every rank. `steps` and `curves` (estimator -> group -> values, with
-    the noise floor of Adam's window taken off) are the same on all ranks. A reading costs a pass over this rank's
+    Call it with the engine after each update, on every rank. `steps` and `curves` (estimator -> group -> values,
+    without the noise floor of Adam's window) are the same on all ranks. A reading costs one pass over this rank's
     optimizer state and one all-reduce of the group sums.
 
     Raises:
-        MolsUnsupportedError: the optimizer keeps no exp_avg and exp_avg_sq of the shards' size (checked at the first
-            reading, on every rank), or its state lies on NVMe.
+        MolsUnsupportedError: the optimizer has no exp_avg and exp_avg_sq of the shards' size (checked at the first
+            reading, on every rank), or its state is on NVMe.
     """
 
     def __init__(self, every: int) -> None:
@@ -54,13 +55,13 @@ class SnrWatch:
         self.steps.append(int(engine.global_steps))
 
     def reading(self) -> Reading:
-        """The last reading, for `restore`: plain numbers."""
+        """The last reading as plain numbers, for `restore`."""
         last = {name: {g: values[-1] for g, values in by.items()} for name, by in self.curves.items()}
         return {"step": self.steps[-1], "curves": last}
 
     def restore(self, readings: Iterable[Reading], before: int) -> None:
-        """Take over the readings of a run that goes on from a checkpoint: those of steps before `before`, each once
-        (a run that was interrupted twice has read some steps again, to the same numbers)."""
+        """Load the readings of a resumed run: those before step `before`, each once. A run that was interrupted twice
+        has the same reading twice."""
         for reading in readings:
             if (self.steps[-1] if self.steps else 0) < reading["step"] < before:
                 self.steps.append(reading["step"])
@@ -69,11 +70,11 @@ class SnrWatch:
                         self.curves[name].setdefault(group, []).append(value)
 
     def as_snr(self) -> dict[str, list[float]]:
-        """One curve a group, always positive: mean damping d as the SNR that has it, d^2 / (1 - d^2)."""
+        """One positive curve per group: the SNR d^2 / (1 - d^2) of the mean damping d."""
         return {g: [d * d / (1.0 - d * d) for d in values] for g, values in self.curves["damping"].items()}
 
     def read(self, engine: Engine) -> dict[str, dict[str, float]]:
-        """Estimator -> group -> value from the moments as they are now. Collective."""
+        """Compute estimator -> group -> value from the current moments. Collective."""
         if not hasattr(self, "_grid"):
             self._build(engine)
         inner, elements = self._shards.inner, self._elements
@@ -102,7 +103,12 @@ class SnrWatch:
         bad = self._shards.reduce(torch.tensor([0.0 if fits else 1.0], dtype=torch.float64))
         if bad.item():
             raise MolsUnsupportedError(
-                f"SNR curves cannot be read: {type(inner).__name__} keeps no exp_avg and exp_avg_sq in memory here"
+                f"SNR curves cannot be read: {type(inner).__name__} has no exp_avg and exp_avg_sq in memory here"
+            )
+        if decay_in_moments(inner):
+            raise MolsUnsupportedError(
+                f"SNR curves cannot be read: {type(inner).__name__} adds weight decay to the gradient, so its moments "
+                "are those of both: use AdamW or weight_decay 0"
             )
         table = self._grid.table(MolsConfig(), self._shards.param_group)
         owned = self._shards.accumulated
@@ -110,7 +116,7 @@ class SnrWatch:
         self._betas: tuple[float, float] = tuple(inner.param_groups[0]["betas"])
 
     def _step(self, inner: Optimizer) -> int:
-        """Adam's own count, which differs from the engine's after skipped steps."""
+        """Adam's own count; it differs from the engine's after skipped steps."""
         counts = [int(state["step"]) for state in inner.state.values() if "step" in state]
         counts += [int(group["step"]) for group in inner.param_groups if "step" in group]
         return max(counts, default=int(self._engine.global_steps))

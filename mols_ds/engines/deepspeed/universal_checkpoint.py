@@ -1,9 +1,9 @@
-"""DeepSpeed's universal checkpoints (`deepspeed.checkpoint.ds_to_universal`): what its loaders do not do, or do wrong.
+"""DeepSpeed's universal checkpoints (`deepspeed.checkpoint.ds_to_universal`): add and correct what its loaders lack.
 
-A universal checkpoint holds each parameter's fp32 weight and Adam moments whole, in `TAG/zero/NAME/*.pt`, so that
-another number of ranks can cut them anew. DeepSpeed 0.19.8 makes one of ZeRO 1, 2 or 3 and loads it at the same kind of
-stage. Here are: the way between stages 1, 2 and stage 3 (whose files differ in names and form only), the faults of its
-loaders that can be undone, and refusals on every rank where only some of them would fail while the others wait.
+A universal checkpoint has each parameter's whole fp32 weight and Adam moments in `TAG/zero/NAME/*.pt`, so that another
+number of ranks can shard them again. DeepSpeed 0.19.8 makes one from ZeRO 1, 2 or 3 and loads it at the same kind of
+stage. This module converts between stages 1, 2 and stage 3 (only names and format of the files differ), undoes errors
+of the loaders, and raises on every rank where only some loaders would fail while the others wait.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from mols_ds.errors import MolsCheckpointError, MolsUnsupportedError
 
 STEP = "step"
 Content = dict[str, Any]
-"""What a file of a checkpoint holds."""
+"""Content of a checkpoint file."""
 Options = dict[str, Any]
-"""What a parameter group says beside its parameters: lr, betas, ..."""
+"""Keys of a parameter group beside its parameters: lr, betas, ..."""
 Load = Callable[..., Any]
-"""`torch.load`, or what takes its place."""
+"""`torch.load`, or a replacement."""
 FAMILIES = {"1 or 2": "mp_rank_*_model_states.pt", "3": "zero_pp_rank_*_model_states.pt"}
-"""ZeRO stages whose checkpoints have the same form -> what their files of model states are called."""
+"""ZeRO stages whose checkpoints have the same format -> file names of model states."""
 
 
 def folder_of(engine: Engine, load_dir: str | os.PathLike[str] | None, tag: object) -> Path | None:
-    """What `engine.load_checkpoint(load_dir, tag)` reads; None where the file that names the tag is missing."""
+    """Return the folder that `engine.load_checkpoint(load_dir, tag)` reads; None without a file with the tag."""
     if not load_dir:
         return None
     if tag is None:
@@ -46,12 +46,12 @@ def folder_of(engine: Engine, load_dir: str | os.PathLike[str] | None, tag: obje
 
 
 def saved_at(folder: Path) -> str | None:
-    """The key of FAMILIES that a checkpoint is of; None where it holds no model states."""
+    """Return the key of FAMILIES for a checkpoint; None if it has no model states."""
     return next((stages for stages, pattern in FAMILIES.items() if any(folder.glob(pattern))), None)
 
 
 def family_of_stage(stage: int) -> str:
-    """The key of FAMILIES that a run at this stage saves."""
+    """Return the key of FAMILIES for a run at this stage."""
     return "3" if stage == 3 else "1 or 2"
 
 
@@ -59,11 +59,11 @@ def family_of_stage(stage: int) -> str:
 
 
 def refuse(engine: Engine, folder: Path | None, with_optimizer: bool) -> None:
-    """Refuse what DeepSpeed's loader fails at with another message or none; every rank sees the same files.
+    """Raise where DeepSpeed's loader would fail with an unclear message or none. Every rank sees the same files.
 
     Raises:
         MolsUnsupportedError: a universal load that this engine cannot do.
-        MolsCheckpointError: the checkpoint is not of the form that this engine loads.
+        MolsCheckpointError: the checkpoint's format is not the one that this engine loads.
     """
     universal = bool(engine.load_universal_checkpoint())
     if universal:
@@ -72,7 +72,7 @@ def refuse(engine: Engine, folder: Path | None, with_optimizer: bool) -> None:
         return
     if universal != (folder / "zero" / "optimizer_state.pt").is_file():
         raise MolsCheckpointError(
-            f'{folder} is not a universal checkpoint, as the config\'s "load_universal" says: {convert(folder)}'
+            f'{folder} is not a universal checkpoint, as the config\'s "load_universal" says: {conversion_hint(folder)}'
             if universal
             else f'{folder} is a universal checkpoint: set "checkpoint": {{"load_universal": true}} in the config'
         )
@@ -80,8 +80,8 @@ def refuse(engine: Engine, folder: Path | None, with_optimizer: bool) -> None:
         _refuse_stage(engine.zero_optimization_stage(), folder, with_optimizer)
 
 
-def convert(folder: Path) -> str:
-    """What to do to load a checkpoint into another layout."""
+def conversion_hint(folder: Path) -> str:
+    """Say how to load a checkpoint into another layout."""
     return (
         f"convert it (python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {folder} "
         f'--output_folder {folder}_universal) and set "checkpoint": {{"load_universal": true}} in the DeepSpeed config'
@@ -92,23 +92,23 @@ def _refuse_stage(stage: int, folder: Path, with_optimizer: bool) -> None:
     saved, here = _stages(folder, stage), "0" if stage == 0 else family_of_stage(stage)
     if saved is None or saved == here:
         return
-    said = f"{folder} was saved at ZeRO stage {saved}, this run is at {stage}"
+    differs = f"{folder} was saved at ZeRO stage {saved}, this run is at {stage}"
     if "0" not in (saved, here):
-        raise MolsCheckpointError(f"{said}: {convert(folder)}")
+        raise MolsCheckpointError(f"{differs}: {conversion_hint(folder)}")
     if with_optimizer or "3" in (saved, here):
         raise MolsCheckpointError(
-            f"{said}, and DeepSpeed moves nothing between stage 3 and 0, and between 0 and 1 or 2 the weights alone "
+            f"{differs}, and DeepSpeed converts nothing between stages 3 and 0, and only weights between 0 and 1 or 2 "
             "(load_checkpoint(..., load_module_only=True)): resume at the same stage"
         )
 
 
 def _stages(folder: Path, stage: int) -> str | None:
-    """ "0" or a key of FAMILIES: what a checkpoint was saved at, as far as a run at `stage` wants to know."""
+    """ZeRO stage of the checkpoint: "0" or a key of FAMILIES."""
     saved = saved_at(folder)
     if saved in (None, "3"):
         return saved
     sharded = any(folder.glob("*zero_pp_rank_*_optim_states.pt"))
-    if stage == 0 and sharded:  # unless these files are older than a save at stage 0
+    if stage == 0 and sharded:  # these files may be older than a save at stage 0
         path = min(folder.glob(FAMILIES["1 or 2"]))
         sharded = torch.load(path, map_location="cpu", weights_only=False, mmap=True).get("optimizer") is None
     return "1 or 2" if sharded else "0"
@@ -125,23 +125,23 @@ def _refuse_universal(engine: Engine) -> None:
             "alone; resume with offload_optimizer on the CPU"
         )
     if getattr(engine.optimizer, "round_robin_gradients", False):
-        raise round_robin("this run")
+        raise round_robin_error("this run")
     if is_megatron(engine.module) and tensor_parallel_size(engine) > 1:
         raise MolsUnsupportedError(
             "a universal checkpoint of a tensor-parallel Megatron-core model: DeepSpeed does not know how its "
-            "parameters are cut; resume with the same number of ranks and tensor-parallel size, without "
+            "parameters are split; resume with the same number of ranks and tensor-parallel size, without "
             '"load_universal", or train with Megatron\'s own optimizer, whose checkpoints move'
         )
 
 
 def was_round_robin(client_state: Config) -> bool:
-    """Whether the run that saved this state cut its shards by turns."""
+    """Whether the run that saved this state had round_robin_gradients."""
     zero = (client_state.get("ds_config") or {}).get("zero_optimization") or {}
     return bool(zero.get("round_robin_gradients")) and zero.get("stage") in (1, 2)
 
 
-def round_robin(which: str) -> MolsUnsupportedError:
-    """The refusal: `_link_all_hp_params` walks the groups in another order than the shards are cut in."""
+def round_robin_error(which: str) -> MolsUnsupportedError:
+    """Error for round_robin_gradients: `_link_all_hp_params` uses another order of groups than the shards."""
     return MolsUnsupportedError(
         f"a universal checkpoint with round_robin_gradients in {which}: DeepSpeed puts most weights in wrong places; "
         'resume with the same number of ranks and without "load_universal", or set "round_robin_gradients": false in '
@@ -150,9 +150,9 @@ def round_robin(which: str) -> MolsUnsupportedError:
 
 
 def empty_group(engine: Engine) -> str | None:
-    """What is wrong where this rank holds no element of a parameter group (stages 1 and 2), or None.
+    """Return an error if this rank has no element of a parameter group (stages 1 and 2), or None.
 
-    `load_hp_checkpoint_state_from_checkpoint_dir` (runtime/base_optimizer.py) then ends in an IndexError, on this rank
+    `load_hp_checkpoint_state_from_checkpoint_dir` (runtime/base_optimizer.py) then raises IndexError on this rank
     alone.
     """
     groups = getattr(engine.optimizer, "bit16_groups", None) or getattr(engine.optimizer, "bf16_groups", None) or ()
@@ -162,10 +162,10 @@ def empty_group(engine: Engine) -> str | None:
     return None
 
 
-def nothing_held(rank: int) -> MolsUnsupportedError:
-    """The refusal where `empty_group` found something on `rank`."""
+def empty_group_error(rank: int) -> MolsUnsupportedError:
+    """Error for a problem of `empty_group` on `rank`."""
     return MolsUnsupportedError(
-        f"a universal checkpoint where rank {rank} holds no element of a parameter group (its log says which): "
+        f"a universal checkpoint where rank {rank} has no element of a parameter group (its log says which): "
         "DeepSpeed's loader fails there; join that group with another, or resume on fewer ranks or at ZeRO stage 3"
     )
 
@@ -175,10 +175,10 @@ def nothing_held(rank: int) -> MolsUnsupportedError:
 
 @contextlib.contextmanager
 def reading(engine: Engine, folder: Path | None) -> Iterator[None]:
-    """Let DeepSpeed's loader read a universal checkpoint of the other kind of stage; nothing is written.
+    """Let DeepSpeed's loader read a universal checkpoint of the other kind of stage. Writes nothing.
 
-    Weights and moments are the same; the names of the model-state files, where the optimizer's common state stands and
-    how a tensor is wrapped are not.
+    Weights and moments are the same. The names of the model-state files, the place of the optimizer's common state and
+    the wrapping of tensors differ.
     """
     source = None if folder is None or not engine.load_universal_checkpoint() else saved_at(folder)
     if folder is None or source is None or source == family_of_stage(engine.zero_optimization_stage()):
@@ -198,7 +198,7 @@ def reading(engine: Engine, folder: Path | None) -> Iterator[None]:
 
 
 def _first(pattern: str) -> str:
-    """The files of data-parallel rank 0, one for each tensor-parallel rank."""
+    """Pattern of the files of data-parallel rank 0, one per tensor-parallel rank."""
     return pattern.replace("zero_pp_rank_*_", "zero_pp_rank_0_mp_rank_*_")
 
 
@@ -210,7 +210,7 @@ def _common(folder: Path) -> Content:
 
 
 def _translated(load: Load, zero: Path, to: str) -> Load:
-    """`torch.load` that gives what the loader of the stages `to` expects of the files below `zero`."""
+    """Return a `torch.load` that converts files below `zero` for the loader of the stages `to`."""
 
     def translated(file: object, *args: Any, **kwargs: Any) -> object:
         content = load(file, *args, **kwargs)
@@ -227,7 +227,7 @@ def _translated(load: Load, zero: Path, to: str) -> Load:
 
 
 def _set_step(engine: Engine, step: Tensor | float) -> None:
-    """Stage 3 keeps one step counter for all; stages 1 and 2 want one in the state of each shard."""
+    """Set the step count: stage 3 has one counter for all, stages 1 and 2 have one per shard."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for values in inner.state.values():
         if "exp_avg" in values:
@@ -238,17 +238,17 @@ def _set_step(engine: Engine, step: Tensor | float) -> None:
 
 
 def options_of(inner: torch.optim.Optimizer) -> list[Options]:
-    """What each parameter group says beside its parameters."""
+    """Return the options of each parameter group."""
     return [{k: v for k, v in group.items() if k != "params"} for group in inner.param_groups]
 
 
 def repair(engine: Engine, folder: Path, before: list[Options]) -> str | None:
-    """Undo what a universal load does wrong; `before` are this run's options. Returns what the user must be told.
+    """Undo errors of a universal load. `before`: this run's options. Returns a warning, or None.
 
-    Where the checkpoint has another number of parameter groups (its file is that of the first pipeline stage), this
-    run's options stay. At stage 3, `load_hp_checkpoint_state_from_checkpoint_dir_stage3` (runtime/zero/stage3.py) gives
-    every group the options of group 0: each gets its own back; and it makes all sub-groups share one step counter,
-    which would then advance once for each of them: each gets its own.
+    With another number of parameter groups in the checkpoint (its file is that of the first pipeline stage), this run's
+    options stay. At stage 3, `load_hp_checkpoint_state_from_checkpoint_dir_stage3` (runtime/zero/stage3.py) gives every
+    group the options of group 0: each gets its own back. It also makes all sub-groups share one step counter, which
+    would advance once per sub-group: each gets its own.
     """
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     saved = [{k: v for k, v in group.items() if k != "params"} for group in _common(folder)["param_groups"]]
@@ -268,10 +268,10 @@ def repair(engine: Engine, folder: Path, before: list[Options]) -> str | None:
     )
 
 
-def left_alone(engine: Engine) -> str | None:
-    """What DeepSpeed's loader left as the model was built, for the user; None if nothing.
+def unrestored_warning(engine: Engine) -> str | None:
+    """Return a warning about state that DeepSpeed's loader did not restore, or None.
 
-    It restores what the optimizer holds; the model's own state dict is not looked at.
+    The loader restores what the optimizer has. It does not read the model's own state dict.
     """
     frozen = [name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad]
     known = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
@@ -279,6 +279,6 @@ def left_alone(engine: Engine) -> str | None:
     if not frozen and not buffers:
         return None
     return (
-        f"DeepSpeed restores from a universal checkpoint only what is trained: {len(frozen)} frozen parameters and "
+        f"DeepSpeed restores only trained parameters from a universal checkpoint: {len(frozen)} frozen parameters and "
         f"{len(buffers)} buffers ({', '.join([*frozen, *buffers][:3])}) are as this run's model was built"
     )

@@ -1,4 +1,4 @@
-"""What every ZeRO layout says about its shards, and what all of them do alike. The layouts: shards.py."""
+"""Base class of the shards of all ZeRO layouts (shards.py)."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class ZeroShards(ABC):
     """The shards of one engine on this rank.
 
     Attributes:
-        tensors: what the inner optimizer steps; their identity is stable for the engine's life.
+        tensors: stepped by the inner optimizer; the same objects for the engine's life.
         sizes: number of elements of each (a tensor on NVMe is empty between steps).
-        ranges: per tensor, the parameter elements in it; what no range covers is padding (and may be garbage).
-        owned: (number of the tensor, range in it) of the elements whose statistics this rank keeps: all, or its share
-            where ranks hold replicas; in the order of its accumulators.
-        accumulated: the ranges of `owned` as they are in the accumulators.
+        ranges: per tensor, its parameter elements. Other elements are padding and may be garbage.
+        owned: (tensor index, range in it) of the elements that this rank measures: all, or its share of replicas; in
+            the order of its accumulators.
+        accumulated: the ranges of `owned` in the accumulators.
         param_group: parameter name -> index of its group in `inner.param_groups`.
-        held_frozen: parameters that are frozen now and have a part in the shards of some rank all the same.
+        frozen_in_shards: parameters that are frozen now but have a part in some rank's shards.
     """
 
     reads_before_clipping = False
-    """Whether online samples are read at the entry of the step; otherwise in the inner optimizer's step hook."""
+    """Whether to read online samples at the start of the step, instead of in the inner optimizer's step hook."""
 
     def __init__(self, engine: Engine, places: Mapping[nn.Parameter, Place], group: object = None) -> None:
         self.engine = engine
@@ -43,14 +43,16 @@ class ZeroShards(ABC):
         self.inner = getattr(self.outer, "optimizer", self.outer)
         check_optimizer(self.outer)
         self.places = places
-        # DeepSpeed's shards have what was trainable when the engine was made; the group table, what is now.
+        # DeepSpeed's shards have the parameters that were trainable at its start, the group table those of now.
         self.frozen = {place.range.name for p, place in places.items() if not p.requires_grad}
         self.tensors: list[Tensor] = []
         self.sizes: list[int] = []
         self.ranges: list[list[ShardRange]] = []
         self.param_group: dict[str, int] = {}
         self._collect()
-        self.held_frozen = [p for p, place in places.items() if place.range.name in self.frozen & set(self.param_group)]
+        self.frozen_in_shards = [
+            p for p, place in places.items() if place.range.name in self.frozen & set(self.param_group)
+        ]
         self.owned = self._owned()
         self.accumulated = pack(item for _, item in self.owned)
         self._spans = {id(self.tensors[i]): spans for i, spans in spans_to_accumulators(self.owned).items()}
@@ -59,7 +61,7 @@ class ZeroShards(ABC):
         return self.places[param].range.name
 
     def _range(self, param: nn.Parameter, low: int, high: int, offset: int) -> ShardRange:
-        """Elements low to high of the local parameter, as far as it has them, which are at `offset` of a tensor."""
+        """Clip elements low to high to the local parameter; they are at `offset` of a tensor."""
         return self.places[param].range.part(low, high).at(offset)
 
     def _add(self, tensor: Tensor, size: int, ranges: list[ShardRange]) -> None:
@@ -76,10 +78,9 @@ class ZeroShards(ABC):
         return [(i, item) for i, ranges in enumerate(self.ranges) for item in ranges if item.name not in uncounted]
 
     def owned_parts(self, tensor: Tensor, gradient: Tensor | Sequence[Tensor] | None) -> Parts:
-        """(offset among the owned elements, 1-D gradient) of the owned ranges of one inner tensor.
+        """Yield (offset in the owned elements, 1-D gradient) for the owned ranges of one inner tensor.
 
-        gradient: that of all its elements, as one tensor or as the parts of one; may be None where this rank owns none
-            of them.
+        gradient: of all its elements, as one tensor or as a list of parts; may be None if this rank owns none of them.
         """
         spans = self._spans.get(id(tensor), [])
         assert gradient is not None or not spans, "an owned inner tensor has no gradient"
@@ -92,30 +93,31 @@ class ZeroShards(ABC):
 
     @abstractmethod
     def read(self) -> Parts:
-        """(offset among the owned elements, 1-D gradient) at the boundary, still loss-scaled; no collective."""
+        """Yield (offset in the owned elements, 1-D gradient) at the boundary, still loss-scaled. No collective."""
 
     def reduce(self, values: Tensor) -> Tensor:
-        """SUM over the ranks whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
+        """SUM over the ranks with disjoint owned elements. 1-D float64 in, CPU float64 out."""
         sums = values.to(get_accelerator().current_device_name())
         dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=self.group)
         return sums.cpu()
 
     def finite(self) -> bool:
-        """Whether the gradient that this rank reads is finite."""
+        """Whether this rank's gradient is finite."""
         with closing(self.read()) as parts:
             return all_finite(gradient for _, gradient in parts)
 
     @abstractmethod
     def discard(self) -> None:
-        """Throw the accumulated gradient away, as if the engine had never seen these batches."""
+        """Discard the accumulated gradient, as if the engine had never run these batches."""
 
     def begin(self) -> None:  # noqa: B027  (most layouts keep nothing)
-        """Before the first forward pass of a batch that is measured: forget gradients of former batches."""
+        """Drop gradients of earlier batches before the first forward pass of a measured batch."""
 
     def lower_scale(self) -> bool:
-        """After a gradient that is not finite on any rank: lower a dynamic loss scale, as a skipped step does.
+        """Lower a dynamic loss scale after a non-finite gradient on any rank, as a skipped step does.
 
-        Returns False for a static scale, and for one at its minimum (DeepSpeed would end the run there).
+        Returns:
+            False for a static scale, and for one at its minimum (where DeepSpeed would end the run).
         """
         outer = self.outer
         scaler: Any = getattr(outer, "loss_scale_config", None) or getattr(outer, "loss_scaler", None)
@@ -127,20 +129,20 @@ class ZeroShards(ABC):
         return True
 
     def loss_scale(self) -> float:
-        """What the gradients that `read` gives are multiplied by."""
+        """Factor in the gradients of `read`."""
         return 1.0
 
     def undo_factor(self, scale_before: float) -> float:
-        """inner `.grad` x this = the unscaled, unclipped gradient; NaN where the gradient is not finite.
+        """Return f with: inner `.grad` x f = the unscaled, unclipped gradient; NaN if the gradient is not finite.
 
-        `scale_before` is the loss scale at the entry of the step: DeepSpeed grows a dynamic scale before it unscales,
-        and then divides by the new one.
+        scale_before: loss scale at the start of the step. DeepSpeed grows a dynamic scale before it unscales, and then
+        divides by the new one.
         """
         norm = getattr(self.outer, "_global_grad_norm", None)
         if norm is None:
             raise MolsUnsupportedError(
-                "zero_optimization.compute_grad_norm=false leaves no gradient norm to undo clipping by and to see "
-                'non-finite gradients with; remove it, or use "mode": "probe"'
+                "zero_optimization.compute_grad_norm=false: without the norm, clipping cannot be undone and bad "
+                'gradients cannot be seen; remove it, or use "mode": "probe"'
             )
         norm = float(norm)
         if not math.isfinite(norm) or norm < 0:
@@ -156,5 +158,5 @@ class ZeroShards(ABC):
         return scale * max(1.0, (scaled_norm / scale + 1e-6) / clip) / scale_before
 
     def _norm_scale(self, before: float, after: float) -> float:
-        """The scale that `_global_grad_norm` was divided by."""
+        """The scale by which `_global_grad_norm` was divided."""
         return before

@@ -71,7 +71,7 @@ def test_ranks_that_do_not_know_the_first_say_so(
         monkeypatch.delenv(name)
     assert run_command("train.py", lambda: None) == USER_MISTAKE
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("train.py: this process was started as rank 0 of 8, and MASTER_ADDR is not set")
+    assert line.startswith("train.py: this process was started as rank 0 of 8, but MASTER_ADDR is not set")
 
 
 # -- mols_ds.apps.launch.health

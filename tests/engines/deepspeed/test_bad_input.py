@@ -37,7 +37,7 @@ STEPS = {"start": 1, "ramp_end": 20}
 SECTIONS: list[tuple[Any, str]] = [
     ({"sampels": 8}, r'"mols.sampels": unknown key; did you mean "samples"'),
     ({"samples": "lots"}, r'"mols.samples"'),
-    ({"start": 30, "ramp_end": 20}, r"start \(30\) lies after ramp_end \(20\)"),
+    ({"start": 30, "ramp_end": 20}, r"start \(30\) is after ramp_end \(20\)"),
     ({"samples": 3}, r"too few for noise_floor_correction \(needs K >= 4\)"),
     ({"estimator": "best"}, r'"mols.estimator"'),
     ({"alpha_max": 0.1}, r'"mols.alpha_max"'),
@@ -92,7 +92,7 @@ ATTACHED: dict[str, tuple[str, dict[str, Any], str]] = {
     "share without total": ("llama", {}, r'"mols.start": 0.01 is a share of all steps'),
     "ramp_end auto, no warm-up": ("llama", {"start": 1, "ramp_end": "auto"}, r'"auto" reads the scheduler'),
     "start past the end": ("llama", {"start": 90, "ramp_end": 95, "total_steps": 80}, r"past the last of 80 steps"),
-    "share after ramp": ("llama", {"start": 15, "ramp_end": 0.1, "total_steps": 80}, r"step 15 lies after"),
+    "share after ramp": ("llama", {"start": 15, "ramp_end": 0.1, "total_steps": 80}, r"step 15 is after"),
     "moments without Adam": ("sgd", {**STEPS, "mode": "moments"}, r'mode "moments" with SGD'),
     "lr of None": ("no lr", STEPS, r"lr is None"),
     "unknown key": ("llama", {**STEPS, "stop": 3}, r'"mols.stop": unknown key'),

@@ -357,5 +357,5 @@ def test_load_options_and_changed_configs(stage: int) -> None:
         if rank == 0:
             assert "load_optimizer_states=False" in found["no optimizer, moments"][3][0]
             assert 'mode "probe"' in found["other mode"][3][0] and '"online"' in found["other mode"][3][0]
-            assert "take the place" in found["now fixed"][3][0]
-            assert "mols.fixed_alphas and go on" in found["no longer fixed"][2][0]
+            assert "override the checkpoint's alphas" in found["now fixed"][3][0]
+            assert "mols.fixed_alphas and stay" in found["no longer fixed"][2][0]

@@ -237,7 +237,7 @@ def test_what_cannot_move_is_refused_with_the_way_out(base: str, loaded: Any) ->
         "nvme": ("MolsUnsupportedError", "NVMe", "offload_optimizer on the CPU"),
         "robin here": ("MolsUnsupportedError", "round_robin_gradients in this run", "same number of ranks"),
         "robin there": ("MolsUnsupportedError", "round_robin_gradients in the run that saved it"),
-        "gain": ("MolsUnsupportedError", "rank 1 holds no element of a parameter group", "ZeRO stage 3"),
+        "gain": ("MolsUnsupportedError", "rank 1 has no element of a parameter group", "ZeRO stage 3"),
     }
     for name, expected in parts.items():
         for text in said[name]:

@@ -48,8 +48,8 @@ def test_each_class(facts: Facts) -> None:
         sharded = refusal(stand_in(facts.name, package, **proportional(facts.name)), 2)
         if facts.reads_tensors:
             assert sharded == (
-                f"{why} under ZeRO (it reads whole tensors and is given flat shards, which makes another optimizer of "
-                'it): set "zero_optimization.stage": 0, or name one that sums over the shards: Lamb, AdamMini or SGG '
+                f"{why} under ZeRO (it reads whole tensors and gets flat shards, which makes it another optimizer): "
+                'set "zero_optimization.stage": 0, or name one that sums over the shards: Lamb, AdamMini or SGG '
                 'with "source": "library"'
             )
         else:
@@ -166,7 +166,7 @@ def test_deepspeeds_own_on_flat_shards(name: str, warned: bool) -> None:
             warnings.simplefilter("always")
             assert split_config({"optimizer": {"type": name}, "zero_optimization": {"stage": stage}}) is None
         said = [str(w.message) for w in seen if issubclass(w.category, MolsWarning)]
-        assert [f"DeepSpeed hands {name} flat shards at ZeRO stage 1" in line for line in said] == [True] * (
+        assert [f"DeepSpeed gives {name} flat shards at ZeRO stage 1" in line for line in said] == [True] * (
             warned and stage
         )
 

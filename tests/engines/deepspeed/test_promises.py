@@ -22,9 +22,9 @@ from tests.helpers.tiers import Cases
 pytestmark = pytest.mark.distributed
 
 SECTION = {"start": 2, "samples": 4, "ramp_end": 8, "report_dir": "report"}
-RUNS_ON = "a schedule that the loop steps itself runs on by 4 steps meanwhile"
-STANDS_STILL = "the count of updates and the schedule stand still"
-ASKS = "a schedule that waits for optimizer_step_was_skipped (Trainer, Accelerate) stands still, another one runs on"
+RUNS_ON = "a schedule that the loop steps itself advances by 4 steps meanwhile"
+STANDS_STILL = "the update count and the schedule do not advance"
+ASKS = "a schedule that waits for optimizer_step_was_skipped (Trainer, Accelerate) does not advance"
 
 
 def announced(stage: int, way: str) -> dict[str, Any]:

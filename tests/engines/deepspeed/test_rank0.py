@@ -161,7 +161,7 @@ def monitored() -> tuple[int, int, list[str]]:
 def test_deepspeeds_monitor_cannot_end_a_job() -> None:
     (steps, calls, said), other = run_ranks(monitored, 2)
     assert other == (2, 0, []) and steps == 2 and calls >= 3
-    assert said == ["monitor: not written (OSError: no space left on device); training goes on"]
+    assert said == ["monitor: not written (OSError: no space left on device); training continues"]
 
 
 def locked() -> list[list[str]]:
@@ -192,7 +192,7 @@ def locked() -> list[list[str]]:
 def test_every_kind_of_job_names_a_stale_lock_once_a_node() -> None:
     first, second = run_ranks(locked, 2)
     assert second == [[], []] and [len(lines) for lines in first] == [1, 1]
-    assert all(line.startswith("LOCK: left by a compilation that was killed") for (line,) in first)
+    assert all(line.startswith("LOCK: left by a killed compilation") for (line,) in first)
 
 
 CASES = Cases(

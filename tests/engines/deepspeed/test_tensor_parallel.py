@@ -366,10 +366,10 @@ def refuse(what: str) -> str:
 
 REFUSED = {
     "no grid": r"parallel_state is not initialised: call parallel_state.initialize_model_parallel",
-    "no mpu": r"cut over 2 tensor-parallel ranks in an engine that does not know it: pass mpu=",
+    "no mpu": r"split over 2 tensor-parallel ranks in an engine that does not know it: pass mpu=",
     "sequence parallel": r"sequence parallelism \(.*\), whose norms' gradients .*: set sequence_parallel=False",
     "qk norm": r"qk_layernorm with tensor parallelism, .*: set qk_layernorm=False",
-    "foreign": r"tensor parallelism \(mpu of size 2\) of a model that is neither Megatron-core's nor cut by AutoTP",
+    "foreign": r"tensor parallelism \(mpu of size 2\) of a model that is neither Megatron-core's nor split by AutoTP",
     "pipeline": r"cannot run a Megatron model with pipeline_model_parallel_size 2: use 1, or train with Megatron's own",
     "experts": r"cannot run a Megatron model with expert_model_parallel_size 2",
 }

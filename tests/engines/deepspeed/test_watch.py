@@ -106,4 +106,4 @@ def test_curves_equal_the_formula_and_reading_changes_nothing(model: str, stage:
 @pytest.mark.tier("all")
 def test_an_optimizer_without_adams_moments_is_refused_by_name() -> None:
     for said in run_cases(refuse, WORLD, [(1,)], timeout=60)[(1,)]:
-        assert "SGD keeps no exp_avg and exp_avg_sq" in said
+        assert "SGD has no exp_avg and exp_avg_sq" in said

@@ -79,29 +79,26 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     masks = {name: torch.full(p.shape, GROUPS.index(_group(name))) for name, p in model.named_parameters()}
     for name, module in model.named_modules():
         if name.endswith("self_attention"):
-            for leaf, rows in _rows_by_autograd(module).items():
-                mask = masks[f"{name}.linear_qkv.{leaf}"]
-                mask.copy_(rows.view(-1, *[1] * (mask.ndim - 1)).expand_as(mask))
+            mask = masks[f"{name}.linear_qkv.weight"]
+            mask.copy_(_rows_by_autograd(module)[:, None].expand_as(mask))
     return masks
 
 
-def _rows_by_autograd(attention: Any) -> dict[str, Tensor]:
-    """Leaf ("weight", "bias") -> group index of each row of linear_qkv: which of the tensors the row moves."""
-    linear = attention.linear_qkv
-    parameters = {leaf: p for leaf, p in linear.named_parameters() if p is not None}
+def _rows_by_autograd(attention: Any) -> Tensor:
+    """Group index of each row of linear_qkv's weight: which of the tensors the row moves."""
+    weight = attention.linear_qkv.weight
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(4, 1, attention.config.hidden_size, generator=generator).to(linear.weight.dtype)
+    hidden = torch.randn(4, 1, attention.config.hidden_size, generator=generator).to(weight.dtype)
     gate = {"output_gate": True} if getattr(attention.config, "attention_output_gate", False) else {}
     outputs = attention.get_query_key_value_tensors(hidden, None, **gate)
-    rows = {leaf: torch.full((len(p),), -1) for leaf, p in parameters.items()}
+    rows = torch.full((len(weight),), -1)
     for output, group in zip(outputs, ROW_GROUPS, strict=False):
         weights = torch.randn(output.shape, generator=generator).to(output.dtype)
-        gradients = torch.autograd.grad((output * weights).sum(), list(parameters.values()), retain_graph=True)
-        for leaf, gradient in zip(parameters, gradients, strict=True):
-            moved = gradient.abs().flatten(1).sum(1) > 0 if gradient.ndim > 1 else gradient != 0
-            assert (rows[leaf][moved] == -1).all(), "a row moves one tensor only"
-            rows[leaf][moved] = GROUPS.index(group)
-    assert all((found >= 0).all() for found in rows.values()), "every row moves a tensor"
+        (gradient,) = torch.autograd.grad((output * weights).sum(), [weight], retain_graph=True)
+        moved = gradient.abs().sum(1) > 0
+        assert (rows[moved] == -1).all(), "a row moves one tensor only"
+        rows[moved] = GROUPS.index(group)
+    assert (rows >= 0).all(), "every row moves a tensor"
     return rows
 
 

@@ -40,9 +40,11 @@ def one_rank() -> Iterator[None]:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
-        yield
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
 
 
 def make_config(**settings: Any) -> Any:
@@ -53,14 +55,16 @@ def make_config(**settings: Any) -> Any:
     return cls(**{**defaults, "normalization": "RMSNorm", "activation_func": torch.nn.functional.silu, **settings})
 
 
-def make_gpt(vocabulary: int = 32, tied: bool = False, device: str = "cpu", **settings: Any) -> nn.Module:
-    """A GPTModel of the vanilla (local) spec."""
+def make_gpt(
+    vocabulary: int = 32, tied: bool = False, device: str = "cpu", position: str = "", **settings: Any
+) -> nn.Module:
+    """A GPTModel of the vanilla (local) spec. `position`: as Megatron has it, else learned ones with biases."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 
-    config = make_config(perform_initialization=device != "meta", **settings)
+    config = make_config(**{"perform_initialization": device != "meta", **settings})
     options = {"use_transformer_engine": False}
-    spec = get_gpt_decoder_block_spec(config, normalization="RMSNorm", **options)
+    spec = get_gpt_decoder_block_spec(config, normalization=config.normalization, **options)
     mtp = get_gpt_mtp_block_spec(config, spec, **options) if settings.get("mtp_num_layers") else None
     with torch.device(device):
         model = GPTModel(
@@ -69,9 +73,40 @@ def make_gpt(vocabulary: int = 32, tied: bool = False, device: str = "cpu", **se
             vocab_size=vocabulary,
             max_sequence_length=16,
             share_embeddings_and_output_weights=tied,
-            position_embedding_type="learned_absolute" if settings.get("add_bias_linear") else "rope",
+            position_embedding_type=position or ("learned_absolute" if settings.get("add_bias_linear") else "rope"),
             mtp_block_spec=mtp,
         )
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def make_t5(**settings: Any) -> nn.Module:
+    """A T5Model of the vanilla spec, one layer each, with an output layer of its own."""
+    from megatron.core.models.T5 import t5_spec
+    from megatron.core.models.T5.t5_model import T5Model
+
+    config = make_config(**SMALL, gated_linear_unit=False, **settings)
+    model = T5Model(
+        config,
+        config,
+        t5_spec.get_t5_encoder_with_local_block_spec(1),
+        t5_spec.get_t5_decoder_with_local_block_spec(1),
+        vocab_size=32,
+        max_sequence_length=16,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="relative",
+    )
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def make_bert() -> nn.Module:
+    """A BertModel of the vanilla spec with one layer and its binary head."""
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+    from megatron.core.models.bert.bert_model import BertModel
+
+    config = make_config(**SMALL, gated_linear_unit=False, add_bias_linear=True)
+    model = BertModel(config, 2, bert_layer_local_spec, vocab_size=32, max_sequence_length=16)
     assert isinstance(model, nn.Module)
     return model
 
@@ -123,7 +158,8 @@ if MEGATRON < (0, 16):  # has no output gate yet
 def attention_rows(case: str, ranks: int) -> list[tuple[str, list[str], list[str]]]:
     """(parameter, row groups as autograd says, row groups as its layout says) of the rows of this rank.
 
-    Parameters: those that make queries, keys and values in the one layer of `FUSED[case]`, sharded over `ranks`
+    A bias moves the same rows as its weight, but is `other` here: the paper's groups are weight matrices. Parameters:
+    those that make queries, keys and values in the one layer of `FUSED[case]`, sharded over `ranks`
     tensor-parallel ranks, which have to be set up.
     """
     rank = dist.get_rank()
@@ -143,6 +179,7 @@ def attention_rows(case: str, ranks: int) -> list[tuple[str, list[str], list[str
     result = []
     for name, rows in measured.items():
         tagged = row_groups(layouts[prefix + name], logical[name])
+        rows = ["other"] * len(rows) if name.endswith(".bias") else rows
         result.append((name, rows, tagged[rank * len(rows) : (rank + 1) * len(rows)]))
     return result
 

@@ -254,6 +254,8 @@ def odd() -> dict[str, Any]:
     return {
         "sgd": applying(wrapped(sgd, optimizer="sgd")),
         "sgd moments": applying(wrapped(sgd, optimizer="sgd"), "moments"),
+        "coupled moments": applying(wrapped(torch.optim.Adam([weight], weight_decay=0.1)), "moments", fused=False),
+        "coupled online": applying(wrapped(torch.optim.Adam([weight], weight_decay=0.1)), "online", fused=False),
         "muon": applying(wrapped(adam, optimizer="muon")),
         "dist_muon": applying(wrapped(adam, optimizer="dist_muon")),
         "layer-wise": applying(wrapped(adam, use_layer_wise_distributed_optimizer=True)),
@@ -303,6 +305,8 @@ def test_ordinary_optimizers_are_described_and_none_is_refused(
     [
         ("sgd", None),
         ("sgd moments", "keeps no Adam moments"),
+        ("coupled moments", "weight decay that is added to the gradient"),
+        ("coupled online", None),
         ("muon", "'muon'"),
         ("dist_muon", "'dist_muon'"),
         ("layer-wise", "layer-wise"),

@@ -124,5 +124,5 @@ def test_what_is_stepped_right_goes_on(name: str, how: str) -> None:
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_rank_that_sees_nothing_wrong_ends_too(name: str) -> None:
     first, second = runs()[name, "one rank"]
-    assert "the optimizer of another rank left tensors" in first["error"]
+    assert "the optimizer of another rank left out tensors" in first["error"]
     assert "optimizer Zipped left" in second["error"]

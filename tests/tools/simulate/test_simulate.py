@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mols_ds.apps.plan.simulate import EVEN, Result, SimulatedJob, main, simulate, table_jobs
-from mols_ds.apps.plan.simulate_count import Count
-from mols_ds.apps.plan.simulate_zero import ZeroWorld, decay_groups
+from mols_ds import cli
+from mols_ds.apps.plan import command as plan_command
 from mols_ds.core.groups import group_table
 from mols_ds.core.ranges import ShardRange
 from tests.helpers.harness import run_cases
 from tests.helpers.tiers import Cases
+from tests.tools.simulate.command import EVEN, Result, SimulatedJob, main, simulate, table_jobs
+from tests.tools.simulate.count import Count
+from tests.tools.simulate.zero_world import ZeroWorld, decay_groups
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 SEVEN = str(CONFIGS / "models" / "llama_7b.json")
@@ -224,8 +227,24 @@ def test_a_row_that_does_not_hold_is_status_1(
         job=SimulatedJob(source=SEVEN, stage=3, ranks=8), elements=10, pieces=2, least=4, mean=5.0, most=6, balance=1.2,
         faults=("x: elements 0 to 1 are counted by no rank",), same_when_built=False, summed=False,
     )  # fmt: skip
-    monkeypatch.setattr("mols_ds.apps.plan.simulate.simulate", lambda job: [bad])
+    monkeypatch.setattr("tests.tools.simulate.command.simulate", lambda job: [bad])
     assert main([SEVEN]) == 1
     told = capsys.readouterr().out
     for words in ("NO", "counted by no rank", "1.200 of its stage's mean", "built whole", "GroupSums counted"):
         assert words in told
+
+
+def test_without_a_checkout_both_commands_say_what_to_do_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An installed package has no tests."""
+    monkeypatch.setattr(plan_command, "__file__", str(tmp_path / "site-packages/mols_ds/apps/plan/command.py"))
+    config = str(CONFIGS / "ds_7b_zero3.json")
+    assert cli.main(["plan", SEVEN, "--config", config, "--memory", "80GiB", "--steps", "10", "--simulate"]) == 2
+    monkeypatch.setattr("sys.argv", ["simulate", "--all"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("mols_ds.plan.simulate", run_name="__main__")
+    assert left.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all("checkout of mols-ds (pip install -e .)" in line for line in lines)

@@ -1,1 +1,1 @@
-"""Which rank owns which elements under each kind of model parallelism."""
+"""The elements that each rank owns under each kind of model parallelism."""

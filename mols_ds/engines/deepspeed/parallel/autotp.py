@@ -1,7 +1,9 @@
-"""DeepSpeed's AutoTP (module_inject/layers.py): a transformers model whose linears are cut over tensor-parallel ranks.
+"""DeepSpeed's AutoTP (module_inject/layers.py): a transformers model whose linears are split over tensor-parallel
+ranks.
 
-AutoTP notes on each parameter that it cut how it did so (its "restore" metadata for universal checkpoints): that tells
-the logical shape and this rank's part. All else is a copy on every tensor-parallel rank, counted on the first.
+AutoTP notes on each split parameter how it did so ("restore" metadata for universal checkpoints). The note gives the
+logical shape and this rank's part. Other parameters are copies on every tensor-parallel rank; the first rank counts
+them.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from mols_ds.errors import MolsUnsupportedError
 
 
 def tensor_parallel_size(engine: Engine) -> int:
-    """Number of ranks that one data-parallel copy of the model is cut over, by `mpu` or by AutoTP."""
+    """Number of ranks of one data-parallel copy of the model, by `mpu` or by AutoTP."""
     if engine.mpu is None or hasattr(engine.mpu, "initialize_sequence_parallel"):  # the latter: Ulysses' own mpu
         return 1
     return mpu_size(engine.mpu)
 
 
 def is_megatron(model: nn.Module) -> bool:
-    """Whether the model is built of Megatron-core's modules; does not import Megatron-core."""
+    """Whether the model has Megatron-core modules. Does not import Megatron-core."""
     if "megatron.core" not in sys.modules:
         return False
     return any(type(module).__module__.startswith("megatron.core.") for module in model.modules())
@@ -44,7 +46,7 @@ class AutoTpGrid(ParallelGrid):
         if int(engine.autotp_size() or 0) <= 1:
             raise MolsUnsupportedError(
                 f"MoLS does not support tensor parallelism (mpu of size {self.world['tensor']}) of a model that is "
-                "neither Megatron-core's nor cut by AutoTP: nothing tells which part of a parameter a rank holds; use "
+                "neither Megatron-core's nor split by AutoTP: the part of a parameter on a rank is unknown; use "
                 'Megatron-core, "tensor_parallel": {"autotp_size": N}, or ZeRO data parallelism alone'
             )
         self._check_world()
@@ -63,7 +65,7 @@ class AutoTpGrid(ParallelGrid):
         logical, dim, sizes = cut.get("logical_shape"), cut.get("partition_dim"), cut.get("partition_sizes")
         if logical is None:
             raise MolsUnsupportedError(
-                f"MoLS does not support AutoTP's way of cutting parameter {name!r} of shape {list(shape)}: it left no "
+                f"MoLS does not support AutoTP's split of parameter {name!r} of shape {list(shape)}: it noted no "
                 "logical shape; exclude the layer from AutoTP, or use ZeRO data parallelism alone"
             )
         self._note(parameter, name, tuple(int(size) for size in logical))
@@ -78,11 +80,12 @@ class AutoTpGrid(ParallelGrid):
 
     def _full_table(self, config: MolsConfig) -> GroupTable:
         model_config = config_of(self.engine.module)
-        layouts = build_layouts(self.shapes, model_config, config.rules, config.granularity)
+        names = self.engine.param_names.values()
+        layouts = build_layouts(self.shapes, model_config, config.rules, config.granularity, names=names)
         for name, layout in layouts.items():
             if len(layout.groups) > 1 and name not in self._by_rows:
                 raise MolsUnsupportedError(
-                    f"MoLS does not support AutoTP's way of cutting parameter {name!r}, which holds elements of "
+                    f"MoLS does not support AutoTP's split of parameter {name!r}, which has elements of "
                     f"{', '.join(layout.groups)}: give it one group with a rule, or use ZeRO data parallelism alone"
                 )
         return GroupTable(layouts, self.shapes)

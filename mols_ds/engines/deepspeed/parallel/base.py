@@ -1,9 +1,9 @@
-"""Which ranks hold what: the process grid of a DeepSpeed engine, and the logical model behind the local parameters.
+"""The process grid of a DeepSpeed engine, and the logical model behind its local parameters.
 
-A *logical* parameter is what one rank would hold without parallelism. Under data parallelism that is what every rank
-holds (ZeRO's shards are cut from it, see shards.py). Under tensor parallelism a local parameter is a range of a logical
-one or a copy of it, under pipeline parallelism a rank holds some of them only. All groups, layouts and counts are those
-of the logical model, so the table is the same on every rank.
+A *logical* parameter is what one rank would have without parallelism. Under data parallelism every rank has it (and
+ZeRO shards it, see shards.py). Under tensor parallelism a local parameter is a range or a copy of a logical one. Under
+pipeline parallelism a rank has only some of them. Groups, layouts and counts are of the logical model, so the table is
+the same on every rank.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from mols_ds.errors import MolsUnsupportedError
 
 
 class Place(NamedTuple):
-    """Which range of which logical parameter a local parameter is.
+    """Range of a logical parameter that a local parameter is.
 
-    counted: whether this rank's copy is the one that is counted among copies over tensor- and pipeline-parallel ranks
-    (data-parallel copies are another matter, see shards.py).
+    counted: this rank's copy is the one that counts among copies over tensor- and pipeline-parallel ranks
+    (data-parallel copies: see shards.py).
     """
 
     range: ParamRange
@@ -37,19 +37,18 @@ class Place(NamedTuple):
 
 
 class ParallelGrid:
-    """Data parallelism alone, and the base of the other grids.
+    """Data parallelism alone, and base class of the other grids.
 
     Attributes:
-        places: trainable and other parameters of this rank -> their place.
-        group: the ranks whose owned elements are disjoint; None is every rank.
+        places: parameters of this rank (trainable or not) -> their place.
+        group: ranks with disjoint owned elements; None: every rank.
         world: sizes for the report.
-        model_parallel: whether ranks hold different parameters (or parts of them), so that one rank's finite gradients
-            say nothing of another's.
-        counts_micro_steps: whether the engine counts micro-batches around `_take_model_step`.
-        window: what `end_window` puts back; numbers and tensors alone, since it goes into checkpoints. None outside.
-        packages: whose versions stand in the report.
-        lr_groups: logical parameter -> index of its group in this rank's optimizer, as far as it is known; filled by
-            `table`.
+        model_parallel: ranks have different parameters (or parts), so finite gradients on one rank say nothing about
+            another.
+        counts_micro_steps: the engine counts micro-batches around `_take_model_step`.
+        window: numbers and tensors that `end_window` restores; saved in checkpoints. None outside a window.
+        packages: their versions are in the report.
+        lr_groups: logical parameter -> index of its group in this rank's optimizer, if known; set by `table`.
     """
 
     model_parallel = False
@@ -67,7 +66,7 @@ class ParallelGrid:
 
     @property
     def rank(self) -> int:
-        """This rank's number among those of `group`."""
+        """This rank's index in `group`."""
         return int(dist.get_rank(self.group))
 
     @property
@@ -76,10 +75,14 @@ class ParallelGrid:
         return int(dist.get_world_size(self.group))
 
     def table(self, config: MolsConfig, param_group: Mapping[str, int]) -> GroupTable:
-        """The groups of the logical parameters that the optimizers hold; collective under pipeline parallelism.
+        """Build the groups of the logical parameters in the optimizers. Collective under pipeline parallelism.
 
-        param_group: logical parameter of this rank's optimizer -> index of its parameter group.
-        Raises MolsConfigError as `mols_ds.group_table`, on every rank.
+        Args:
+            config: the "mols" section.
+            param_group: logical parameter of this rank's optimizer -> index of its parameter group.
+
+        Raises:
+            MolsConfigError: as `mols_ds.group_table`, on every rank.
         """
         full = self._full_table(config)
         self.lr_groups = dict(param_group)
@@ -89,11 +92,11 @@ class ParallelGrid:
         return group_table(self.engine.module, config.rules, config.granularity)
 
     def _held(self, full: GroupTable, held: Mapping[str, int]) -> GroupTable:
-        """`full` without the parameters that no optimizer holds; they are named in a warning."""
+        """Return `full` without the parameters of no optimizer; warns about them."""
         left_out = [name for name in full.layouts if name not in held]
         if left_out and self.engine.global_rank == 0:
             warn_here(
-                f"{len(left_out)} trainable parameters are not in the optimizer, left alone: {left_out[:3]}",
+                f"{len(left_out)} trainable parameters are not in the optimizer and stay unscaled: {left_out[:3]}",
                 stacklevel=6,
             )
         return GroupTable(
@@ -102,18 +105,17 @@ class ParallelGrid:
         )
 
     def begin_window(self) -> None:
-        """Before the first forward pass of a probe window: remember what forward passes advance, beside torch's own
-        random state."""
+        """Save what forward passes advance, beside torch's own RNG state. Call before a window's first forward pass."""
 
     def end_window(self) -> None:
-        """After the last batch of a probe window: put it back."""
+        """Restore it after the last batch of a probe window."""
 
     def trackers(self) -> Sequence[Tracker]:
-        """Sums for logging that forward passes add to, outside of the modules."""
+        """Sums for logging outside of the modules that forward passes change."""
         return ()
 
     def _check_world(self) -> None:
-        """The statistics are summed over every rank: the grid must be all of them."""
+        """Check that the grid has all ranks: statistics are summed over every rank."""
         ranks = math.prod(self.world.values())
         if ranks != dist.get_world_size():
             sizes = ", ".join(f"{name} {size}" for name, size in self.world.items())
@@ -124,21 +126,21 @@ class ParallelGrid:
 
 
 def local_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """This rank's shape of a parameter; at ZeRO stage 3 that before it was partitioned."""
+    """This rank's shape of a parameter; at ZeRO stage 3 its shape before partitioning."""
     return tuple(int(size) for size in getattr(parameter, "ds_shape", parameter.shape))
 
 
 def local_range(parameter: nn.Parameter, name: str, start: int = 0) -> ParamRange:
-    """This rank's elements of a parameter as those from `start` on of the logical parameter `name`."""
+    """This rank's elements of a parameter as a range from `start` on of the logical parameter `name`."""
     return ParamRange(name, start, math.prod(local_shape(parameter)))
 
 
 def whole_places(engine: Engine) -> dict[nn.Parameter, Place]:
-    """The places of all parameters under data parallelism alone: each is a whole logical parameter."""
+    """Places of all parameters under data parallelism: each is a whole logical parameter."""
     return {p: Place(local_range(p, name)) for p, name in engine.param_names.items()}
 
 
 def config_of(module: nn.Module) -> object | None:
-    """The transformers config of the first layer that carries one."""
+    """The transformers config of the first layer that has one."""
     configs = (getattr(part, "config", None) for part in module.modules())
     return next((config for config in configs if config_value(config, "model_type") is not None), None)

@@ -1,4 +1,4 @@
-"""Which process grid a DeepSpeed engine has: one class for each way to distribute a model."""
+"""Find the process grid of a DeepSpeed engine: one class per way to distribute a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mols_ds.engines.deepspeed.parallel.pipeline import PipelineGrid
 
 
 def find_grid(engine: Engine) -> ParallelGrid:
-    """The grid of this engine. Raises `MolsUnsupportedError` for one that is not supported, with the way out."""
+    """Return the grid of this engine. Raises `MolsUnsupportedError` with what to do for an unsupported one."""
     if engine.pipeline_parallelism:
         return PipelineGrid(cast(PipelineEngine, engine))
     if is_megatron(engine.module):

@@ -1,7 +1,7 @@
-"""The DeepSpeed engine with a Megatron-core model: tensor and data parallelism, ZeRO stages 0 to 3.
+"""A DeepSpeed engine with a Megatron-core model: tensor and data parallelism, ZeRO stages 0 to 3.
 
-Which logical parameter a local one is a part of, and which group each element belongs to, is the knowledge of
-`megatron_patches`. This module is imported for a model of Megatron-core's modules only.
+`megatron_patches` maps local parameters to logical ones and elements to groups. This module is imported only for a
+model with Megatron-core modules.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_patches.compat import UNDER_DEEPSPEED, check_modules
-from megatron_patches.param_map import ProcessGrid, current_grid, local_layout, local_parameters, logical_table
+from megatron_patches.group_rules import frozen_names
+from megatron_patches.param_map import (
+    LogicalModel,
+    ProcessGrid,
+    configs_of,
+    current_grid,
+    local_layout,
+    local_parameters,
+)
 from megatron_patches.rng_state import set_tracker_states, tracker_states
 from megatron_patches.trackers import trackers
 from mols_ds.core.config import MolsConfig
@@ -29,7 +37,7 @@ class MegatronGrid(ParallelGrid):
     """Tensor and data parallelism of a Megatron-core model.
 
     Raises:
-        MolsUnsupportedError: a grid or setting whose gradients DeepSpeed does not reduce as Megatron does, by name.
+        MolsUnsupportedError: a grid or setting whose gradients DeepSpeed does not reduce as Megatron does; named.
     """
 
     packages = ("deepspeed", "megatron-core")
@@ -46,10 +54,12 @@ class MegatronGrid(ParallelGrid):
             self.group = None
             self._check_world()
         self.locals = local_parameters([engine.module], processes)
+        shapes = {local.name: local.shape for local in self.locals}
+        self.logical = LogicalModel(shapes, configs_of([engine.module]), frozen_names(engine.module))
         self.places |= {local.parameter: Place(local.range, local.counted) for local in self.locals}
 
     def begin_window(self) -> None:
-        """Megatron keeps a random state of its own for dropout inside tensor-parallel regions."""
+        """Save the RNG state that Megatron keeps for dropout inside tensor-parallel regions."""
         self.window = {"tracker": tracker_states()}
 
     def end_window(self) -> None:
@@ -61,8 +71,7 @@ class MegatronGrid(ParallelGrid):
         return trackers()
 
     def _full_table(self, config: MolsConfig) -> GroupTable:
-        shapes = {local.name: local.shape for local in self.locals}
-        table = logical_table(shapes, self.config, config.rules, config.granularity)
+        table = self.logical.table(self.config, config.rules, config.granularity)
         for local in self.locals:
             local_layout(local, table.layouts)
         return table
@@ -74,7 +83,7 @@ def _config_of(model: nn.Module) -> object | None:
 
 
 def _check(engine: Engine, processes: ProcessGrid, config: object | None) -> None:
-    """Each entry: whether it applies, what is not supported, the way out."""
+    """Refuse unsupported settings. Each entry: (whether it applies, what is not supported, what to do)."""
     tensor = processes.tensor > 1
     summed = [
         name
@@ -99,7 +108,7 @@ def _check(engine: Engine, processes: ProcessGrid, config: object | None) -> Non
         ),
         (
             tensor_parallel_size(engine) != processes.tensor,
-            f"a model that is cut over {processes.tensor} tensor-parallel ranks in an engine that does not know it",
+            f"a model split over {processes.tensor} tensor-parallel ranks in an engine that does not know it",
             "pass mpu=megatron_patches.mpu.DeepSpeedMpu() to initialize",
         ),
         (

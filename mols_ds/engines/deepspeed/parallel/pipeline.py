@@ -1,8 +1,8 @@
-"""DeepSpeed's PipelineModule (runtime/pipe/module.py), ZeRO stages 0 and 1: each stage holds some of the layers.
+"""DeepSpeed's PipelineModule (runtime/pipe/module.py), ZeRO stages 0 and 1: each stage has some of the layers.
 
-Parameters are named by the number of their layer ("3.c_attn.weight"), the same on every stage, so the names of all
-stages together are the logical model. A module of a `TiedLayerSpec` lives on each stage that uses it, under one name
-("tied_modules.embed.weight"): the copy of the first of them is counted, and all get the same rate.
+Parameter names contain the layer number ("3.c_attn.weight") and are the same on every stage, so the names of all stages
+form the logical model. A module of a `TiedLayerSpec` is on each stage that uses it, under one name
+("tied_modules.embed.weight"): the first copy counts, and all get the same rate.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _LAYER = re.compile(r"^(\d+)\.")
 
 
 class StageParameter(NamedTuple):
-    """What one stage tells the others about a trainable parameter of its own.
+    """A stage's description of one of its trainable parameters for the others.
 
-    kind: "embedding" for the weight of an `nn.Embedding`, "linear" for that of an `nn.Linear` which is a pipeline layer
-    itself, so that its name says nothing; else "".
-    lr_group: index of its parameter group in the stage's optimizer; None where the optimizer does not hold it.
+    kind: "embedding" for the weight of an `nn.Embedding`, "linear" for that of an `nn.Linear` which is itself a
+    pipeline layer (its name gives no hint); else "".
+    lr_group: index of its parameter group in the stage's optimizer; None if the optimizer does not have it.
     """
 
     shape: tuple[int, ...]
@@ -49,8 +49,8 @@ class PipelineGrid(ParallelGrid):
         self.processes = engine.grid
         if self.processes.get_slice_parallel_world_size() > 1:
             raise MolsUnsupportedError(
-                "MoLS does not support a PipelineModule whose topology has tensor slicing (axis 'model'): nothing "
-                "tells which part of a parameter a rank holds; use pipeline and data parallelism alone"
+                "MoLS does not support a PipelineModule whose topology has tensor slicing (axis 'model'): the part of "
+                "a parameter on a rank is unknown; use pipeline and data parallelism alone"
             )
         self.world["pipeline"] = int(self.processes.get_pipe_parallel_world_size())
         self._check_world()
@@ -61,29 +61,29 @@ class PipelineGrid(ParallelGrid):
         }
 
     def table(self, config: MolsConfig, param_group: Mapping[str, int]) -> GroupTable:
-        """As `ParallelGrid.table`; the stages exchange names and shapes once: a few bytes a parameter."""
+        """As `ParallelGrid.table`. The stages exchange names and shapes once: a few bytes per parameter."""
         module = self.engine.module
         mine = _parameters(module, {p: place.range.name for p, place in self.places.items()}, param_group)
         outer = self.engine.optimizer
         groups = len(getattr(outer, "optimizer", outer).param_groups)
-        told: list[Any] = [None] * self.world["pipeline"]
+        records: list[Any] = [None] * self.world["pipeline"]
         record = ({name: tuple(value) for name, value in mine.items()}, _scalars(config_of(module)), groups)
-        dist.all_gather_object(told, record, group=self.processes.get_pipe_parallel_group())
+        dist.all_gather_object(records, record, group=self.processes.get_pipe_parallel_group())
         every: dict[str, StageParameter] = {}
-        for parameters, _, _ in told:
+        for parameters, _, _ in records:
             for name, values in parameters.items():
                 every.setdefault(name, StageParameter(*values))
-        model_config = next((found for _, found, _ in told if found is not None), None)
+        model_config = next((found for _, found, _ in records if found is not None), None)
         shapes = {name: parameter.shape for name, parameter in every.items()}
         presets = (*PRESETS, *_rules_by_type(every))
         layouts = build_layouts(shapes, model_config, config.rules, config.granularity, presets=presets)
         held = {name: p.lr_group for name, p in every.items() if p.lr_group is not None}
-        # Stages whose optimizers have other groups number them otherwise: then each knows its own rates only
-        self.lr_groups = held if len({count for _, _, count in told}) == 1 else dict(param_group)
+        # Stages whose optimizers have other groups number them differently: then each knows only its own rates
+        self.lr_groups = held if len({count for _, _, count in records}) == 1 else dict(param_group)
         return self._held(GroupTable(layouts, shapes), held)
 
     def begin_window(self) -> None:
-        """`seed_layers` seeds dropout by the number of forward passes so far."""
+        """Save the counter of forward passes: `seed_layers` seeds dropout by it."""
         self.window = self.engine.module.micro_offset
 
     def end_window(self) -> None:
@@ -110,7 +110,7 @@ def _parameters(
 
 
 def _rules_by_type(parameters: Mapping[str, StageParameter]) -> list[Rule]:
-    """Rules by module type, for names that the presets do not know: embeddings, and the output head.
+    """Return rules by module type for names that the presets do not know: embeddings and the output head.
 
     The head is an `nn.Linear` that is the last layer with a weight matrix and has as many rows as an embedding.
     """
@@ -130,7 +130,7 @@ def _exactly(name: str, group: str) -> Rule:
 
 
 def _scalars(config: object | None) -> dict[str, int | float | str | None] | None:
-    """What fused layouts read of a config: plain numbers and words, which every stage can be told."""
+    """Return the config values that fused layouts read: plain numbers and strings, which stages can exchange."""
     found = text_config(config)
     if found is None:
         return None

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 from megatron_patches.param_map import LocalParameter, ProcessGrid, shape_of
-from mols_ds.apps.plan.simulate_meta import fake_world, on_meta
+from mols_ds.apps.plan.local import fake_world
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsUnsupportedError
+from tests.tools.simulate.meta import on_meta
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -88,7 +89,7 @@ class MegatronWorld:
     def run(self) -> tuple[GroupTable, list[RankRanges]]:
         """The logical group table and what rank 0, 1, ... owns."""
         from megatron_patches.collective_checks import check_locals, merge_shapes
-        from megatron_patches.param_map import local_parameters, logical_table
+        from megatron_patches.param_map import LogicalModel, local_parameters
         from megatron_patches.shards import MegatronShards
 
         owned: dict[int, RankRanges] = {}
@@ -108,7 +109,7 @@ class MegatronWorld:
                 config = built.config
         shapes = merge_shapes(told)
         check_locals(found, shapes)
-        return logical_table(shapes, config, (), "type"), [owned[rank] for rank in range(self.ranks)]
+        return LogicalModel(shapes).table(config, (), "type"), [owned[rank] for rank in range(self.ranks)]
 
     def built(self, rank: int) -> list[ShardRange]:
         """The owned ranges of one rank, for which everything is built in its own place."""

@@ -5,9 +5,9 @@
     python -m mols_ds.plan.simulate configs/megatron/llama_7b_tp2_pp2.yaml --ranks 64
     mols-ds plan ... --simulate                                               # the plan's own model, config and ranks
 
-Each row runs in a process of its own, so that its time and its peak memory are its own: `simulate_zero` or
-`simulate_megatron` build the engine's optimizer on the meta device and give the ranges of each rank, `simulate_count`
-checks them. Exit status: 0 where all rows hold, 1 where one does not, 2 for a user's mistake.
+Each row runs in a process of its own, so that its time and its peak memory are its own: `zero_world` or
+`megatron_world` build the engine's optimizer on the meta device and give the ranges of each rank, `count` checks them.
+Exit status: 0 where all rows hold, 1 where one does not, 2 for a user's mistake.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from mols_ds.apps.plan.command import YAML
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError, MolsError, printable
 from mols_ds.training.cli_utils import FAILED, USER_MISTAKE, Parser, integer, run_program
 
 PROGRAM = "simulate"
-YAML = (".yaml", ".yml")
-"""Endings of Megatron configs."""
 EVEN = 1.01
 """The most that a rank may own over the mean of its pipeline stage: what padding and replicated norms may add."""
 SUMMED = 32_000_000
@@ -45,7 +44,7 @@ MARK = "simulated: "
 
 
 class SimulatedJob(Frozen):
-    """One row. source: a model file for a ZeRO `stage`, or a Megatron config; options: `simulate_zero.OPTIONS`."""
+    """One row. source: a model file for a ZeRO `stage`, or a Megatron config; options: `zero_world.OPTIONS`."""
 
     source: str
     ranks: int
@@ -98,13 +97,13 @@ def walk(job: SimulatedJob) -> Result:
 
     Raises MolsConfigError for a model or config that cannot be read, MolsUnsupportedError for what is not simulated.
     """
-    from mols_ds.apps.plan.simulate_count import Count, Tally
-    from mols_ds.apps.plan.simulate_zero import first_difference
+    from tests.tools.simulate.count import Count, Tally
+    from tests.tools.simulate.zero_world import first_difference
 
     last = job.ranks - 1
     if job.stage is None:
-        from mols_ds.apps.plan.simulate_megatron import MegatronWorld
         from mols_ds.training.megatron_settings import read
+        from tests.tools.simulate.megatron_world import MegatronWorld
 
         world = MegatronWorld(read(job.source, job.changes), job.ranks)
         table, owned = world.run()
@@ -113,7 +112,7 @@ def walk(job: SimulatedJob) -> Result:
             count.add(*rank)
         ranges, built = owned[last].ranges, world.built(last)
     else:
-        from mols_ds.apps.plan.simulate_zero import ZeroWorld, build_model
+        from tests.tools.simulate.zero_world import ZeroWorld, build_model
 
         zero = ZeroWorld(functools.partial(build_model, job.source), job.stage, job.ranks, job.options)
         count = Count(zero.table)
@@ -169,9 +168,11 @@ def simulate(job: SimulatedJob, *more: SimulatedJob, seconds: float = SECONDS) -
     for one in (job, *more):
         if not Path(one.source).exists():
             raise MolsConfigError(f"{one.source}: no such model file, checkpoint folder or Megatron config")
-    command = [sys.executable, "-m", "mols_ds.apps.plan.simulate"]
+    command = [sys.executable, "-P", "-m", "tests.tools.simulate.command"]
     command += [part for one in (job, *more) for part in ("--one", one.model_dump_json())]
     single = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    roots = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
+    single["PYTHONPATH"] = os.pathsep.join(filter(None, roots))
     try:
         done = subprocess.run(command, env=os.environ | single, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -243,9 +244,9 @@ def checked_table(job: SimulatedJob) -> str:
 
 def zero_job(model: str | None, config: str, ranks: int) -> SimulatedJob:
     """The job of a model file under the ZeRO stage and the `OPTIONS` of a DeepSpeed config. Raises MolsConfigError."""
-    from mols_ds.apps.plan.simulate_zero import OPTIONS
     from mols_ds.optim.build import section_of, zero_stage
     from mols_ds.training.ds_config import AUTO, read_config
+    from tests.tools.simulate.zero_world import OPTIONS
 
     if model is None:
         raise MolsConfigError("a DeepSpeed config does not hold the model: name a model file")

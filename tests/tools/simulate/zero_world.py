@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,14 +29,14 @@ from unittest import mock
 import torch
 from torch import nn
 
-from mols_ds.apps.plan.simulate_meta import fake_world, on_meta
+from mols_ds.apps.plan.local import fake_world
 from mols_ds.core.groups import GroupTable, group_table
 from mols_ds.training.models import meta_model
+from tests.tools.simulate.meta import on_meta
 
 if TYPE_CHECKING:
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from mols_ds.core.ranges import ShardRange
-from mols_ds.engines.deepspeed import compat
 
 OPTIONS = ("sub_group_size", "round_robin_gradients", "parameter_alignment", "stage3_param_persistence_threshold")
 """Keys of "zero_optimization" that say how elements are cut."""
@@ -116,6 +117,9 @@ class ZeroWorld:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]
     ) -> torch.optim.Optimizer | ZeROOptimizer:
         from deepspeed import comm
+        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+        from deepspeed.utils.timer import NoopTimer
 
         common = {
             "dp_process_group": comm.get_world_group(),
@@ -126,18 +130,15 @@ class ZeroWorld:
         if self.stage == 0:
             return optimizer
         if self.stage == 3:
-            stage_3 = compat.module("deepspeed.runtime.zero.stage3").DeepSpeedZeroOptimizer_Stage3
-            timer = compat.module("deepspeed.utils.timer").NoopTimer()
             names_here = {"stage3_param_persistence_threshold": "param_persistence_threshold"}
             allowed = ("sub_group_size", *names_here)
             more = {names_here.get(key, key): value for key, value in self.options.items() if key in allowed}
             config = {"train_batch_size": self.ranks, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
             more = {"sub_group_size": 1_000_000_000} | more
-            return stage_3(model, optimizer, names, timer, config, **common, **more)
-        stage_1_and_2 = compat.module("deepspeed.runtime.zero.stage_1_and_2").DeepSpeedZeroOptimizer
+            return DeepSpeedZeroOptimizer_Stage3(model, optimizer, names, NoopTimer(), config, **common, **more)
         more = {key: self.options[key] for key in OPTIONS[1:3] if key in self.options}
         # Stage 1 with 16-bit gradients: with fp32 ones the engine takes BF16_Optimizer, which is cut in the same way
-        return stage_1_and_2(optimizer, names, None, {}, partition_grads=self.stage == 2, **common, **more)
+        return DeepSpeedZeroOptimizer(optimizer, names, None, {}, partition_grads=self.stage == 2, **common, **more)
 
 
 def _ranges_of(engine: Any) -> list[ShardRange]:
@@ -149,7 +150,6 @@ def _ranges_of(engine: Any) -> list[ShardRange]:
 
 def _enter_partition(outer: ZeROOptimizer, rank: int) -> None:
     """What the constructor asks for its own rank (runtime/zero/stage_1_and_2.py, the loop over groups)."""
-    compat.check_simulated(outer)
     groups = zip(outer.round_robin_bit16_groups, outer.partition_size, outer.round_robin_bit16_padding, strict=True)
     for i, (tensors, size, padding) in enumerate(groups):
         outer.params_in_partition[i] = outer.get_partition_info(tensors, size, rank, padding)[0]
@@ -168,7 +168,7 @@ def _deepspeed() -> Iterator[None]:
     import deepspeed
     from deepspeed.utils import logger
 
-    comm, torch_comm = compat.module("deepspeed.comm.comm"), compat.module("deepspeed.comm.torch")
+    comm, torch_comm = (importlib.import_module(f"deepspeed.comm.{name}") for name in ("comm", "torch"))
     accelerator = deepspeed.accelerator.get_accelerator()
     meta = {
         "current_device_name": lambda: "meta",

@@ -1,0 +1,264 @@
+"""Layouts of fused projections, from the model's own config: which output features are queries, keys, values, gates.
+
+Decisions on weights that feed the keys and the values at once: they count as `vo`. That is the latent part of MLA's
+`kv_a_proj_with_mqa`, DeepSeek-V4's shared `kv_proj`, and `lora_A` of a fused projection. They carry the gradient of the
+value path, which is the larger one while attention is still flat. Output gates scale the values' path: `vo`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Pattern = tuple[tuple[int, str], ...]
+"""(number of output features, group), in order; repeats over the output features of the parameter."""
+PatternOf = Callable[[str, int, object | None], Pattern]
+"""(parameter name, number of output features, model config or None) -> pattern; raises LayoutError when the config
+lacks what it needs or the features do not add up."""
+
+
+class LayoutError(ValueError):
+    """The config lacks what a layout needs, or does not fit a parameter. `Fused` makes it a MolsConfigError."""
+
+
+# ---------------------------------------------------------------------------------------------------- config access
+
+
+def config_value(config: object | None, *keys: str) -> Any:
+    """The first of `keys` that the config (object or mapping) has and that is not None, else None.
+
+    A key that differs between the layers of a heterogeneous config of transformers is not there: `layer_config`.
+    """
+    for key in keys:
+        try:
+            value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+        except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError
+            continue
+        if value is not None:
+            return value
+    return None
+
+
+_TEXT = ("text_config", "thinker_config", "llm_config", "language_config", "vlm_config")
+
+
+def text_config(config: object | None) -> object | None:
+    """The language model's part of a multi-modal config, else the config itself."""
+    inner = config_value(config, *_TEXT)
+    return config if inner is None else text_config(inner)
+
+
+def tower_config(config: object | None, tower: str | None) -> object | None:
+    """The config of a tower, such as `vision_config`; of the language model for None. The text part where the tower has
+    none."""
+    found = config
+    while tower is not None and found is not None:
+        own = config_value(found, f"{tower}_config")
+        if own is not None:
+            return own  # type: ignore[no-any-return]
+        found = config_value(found, *_TEXT)
+    return text_config(config)
+
+
+def layer_config(config: object | None, layer: int | None) -> object | None:
+    """The config of a layer: heterogeneous models of transformers give each layer its own."""
+    if layer is None or not config_value(config, "is_heterogeneous"):
+        return config
+    layers = config_value(config, "per_layer_config")
+    return layers[layer] if layers is not None and layer < len(layers) else config
+
+
+def need(name: str, config: object | None, *keys: str) -> int:
+    """An integer of the model's config; LayoutError naming the parameter and the key when it is not there."""
+    value = config_value(config, *keys)
+    if value is None:
+        state = "no model config was given" if config is None else f"the model's config has no {' / '.join(keys)}"
+        raise LayoutError(
+            f"parameter {name!r} is a fused projection whose layout needs {keys[0]!r}, but {state}; "
+            "give the model's config or add a rule for this parameter"
+        )
+    number = whole(value, *keys)
+    if number < 1:
+        raise LayoutError(
+            f"parameter {name!r} is a fused projection, but the model's config says {keys[0]}={value!r}; "
+            "correct it or add a rule for this parameter"
+        )
+    return number
+
+
+def whole(value: Any, *keys: str) -> int:
+    """The value of a config key as an integer; LayoutError naming the key where it is no number."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise LayoutError(
+            f"the model's config says {' / '.join(keys)}={value!r}, which is not a whole number; correct it"
+        ) from None
+
+
+def _checked(name: str, features: int, expected: int, pattern: Pattern) -> Pattern:
+    if features != expected:
+        raise LayoutError(
+            f"parameter {name!r} has {features} output features where the model's config says {expected}; "
+            "give the config of this model or add a rule for this parameter"
+        )
+    return pattern
+
+
+def _heads(name: str, config: object | None) -> tuple[int, int]:
+    """(number of attention heads, features of one head)."""
+    heads = need(name, config, "num_attention_heads", "n_head", "num_heads")
+    explicit = config_value(config, "head_dim")
+    return heads, whole(explicit, "head_dim") if explicit else need(name, config, "hidden_size", "n_embd") // heads
+
+
+# ------------------------------------------------------------------------------------------------- fused projections
+
+
+def _equal(name: str, features: int, parts: int) -> int:
+    if features % parts:
+        raise LayoutError(
+            f"parameter {name!r} has {features} output features, which {parts} does not divide; add a rule for it"
+        )
+    return features // parts
+
+
+def thirds(name: str, features: int, config: object | None) -> Pattern:
+    """[q | k | v] one after the other, equal sizes: GPT-2's c_attn, ViT's qkv, torch's MultiheadAttention."""
+    size = _equal(name, features, 3)
+    return (2 * size, "qk"), (size, "vo")
+
+
+def halves(name: str, features: int, config: object | None) -> Pattern:
+    """[k | v] one after the other: cross attention, JetMoe."""
+    size = _equal(name, features, 2)
+    return (size, "qk"), (size, "vo")
+
+
+def per_head(name: str, features: int, config: object | None) -> Pattern:
+    """[q | k | v] head by head: GPT-NeoX, BLOOM, the first Falcon, MiniMax's lightning attention, DeBERTa."""
+    heads, size = _heads(name, config)
+    return _checked(name, features, 3 * heads * size, ((2 * size, "qk"), (size, "vo")))
+
+
+def grouped(name: str, features: int, config: object | None) -> Pattern:
+    """[all q | all k | all v] with grouped queries: Phi-3, DBRX, EXAONE's vision tower."""
+    inner = config_value(config, "attn_config")  # DBRX
+    heads, size = _heads(name, config)
+    found = config_value(config, "num_key_value_heads") or config_value(inner, "kv_n_heads") or heads
+    kv_heads = whole(found, "num_key_value_heads")
+    pattern = (((heads + kv_heads) * size, "qk"), (kv_heads * size, "vo"))
+    return _checked(name, features, (heads + 2 * kv_heads) * size, pattern)
+
+
+def qkv(name: str, features: int, config: object | None) -> Pattern:
+    """`qkv`, `Wqkv`: [q | k | v], with grouped queries where the config has them."""
+    kv_heads = config_value(config, "num_key_value_heads") or config_value(
+        config_value(config, "attn_config"), "kv_n_heads"
+    )
+    heads = config_value(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    if kv_heads is None or heads is None or whole(kv_heads, "num_key_value_heads") == whole(heads, "num_heads"):
+        return thirds(name, features, config)
+    return grouped(name, features, config)
+
+
+def c_attn(name: str, features: int, config: object | None) -> Pattern:
+    """GPT-2 and nanoGPT; GPT-BigCode has one key and one value head, or goes head by head."""
+    if config_value(config, "model_type") != "gpt_bigcode":
+        return thirds(name, features, config)
+    if not config_value(config, "multi_query"):
+        return per_head(name, features, config)
+    heads, size = _heads(name, config)
+    return _checked(name, features, (heads + 2) * size, (((heads + 1) * size, "qk"), (size, "vo")))
+
+
+def falcon(name: str, features: int, config: object | None) -> Pattern:
+    """Falcon: per key-value group [q.. | k | v] (new architecture), all q then k, v (multi-query), or per head."""
+    heads, size = _heads(name, config)
+    if config_value(config, "new_decoder_architecture"):
+        kv_heads = need(name, config, "num_kv_heads")
+        queries = heads // kv_heads
+        pattern = (((queries + 1) * size, "qk"), (size, "vo"))
+        return _checked(name, features, kv_heads * (queries + 2) * size, pattern)
+    if config_value(config, "multi_query"):
+        return _checked(name, features, (heads + 2) * size, (((heads + 1) * size, "qk"), (size, "vo")))
+    return per_head(name, features, config)
+
+
+def codegen(name: str, features: int, config: object | None) -> Pattern:
+    """CodeGen: four blocks (one for each TPU core it was trained on), each [q | v | k]."""
+    size = _equal(name, features, 12)
+    return (size, "qk"), (size, "vo"), (size, "qk")
+
+
+def query_gate(name: str, features: int, config: object | None) -> Pattern:
+    """Qwen3-Next and 3.5, `q_proj`: head by head [query | output gate]."""
+    heads, size = _heads(name, config)
+    return _checked(name, features, 2 * heads * size, ((size, "qk"), (size, "vo")))
+
+
+def mla_query_gate(name: str, features: int, config: object | None) -> Pattern:
+    """A.X K2, `q_gate_proj`: head by head [query without and with rotary part | output gate of the values' size]."""
+    heads = need(name, config, "num_attention_heads")
+    query = need(name, config, "qk_nope_head_dim") + need(name, config, "qk_rope_head_dim")
+    gate = need(name, config, "v_head_dim")
+    return _checked(name, features, heads * (query + gate), ((query, "qk"), (gate, "vo")))
+
+
+def delta_net_qkvz(name: str, features: int, config: object | None) -> Pattern:
+    """Qwen3-Next's GatedDeltaNet, `in_proj_qkvz`: per key head [q | k | its values | their gates z]."""
+    heads, key, values = _delta_net(name, config)
+    value = values // heads
+    pattern = ((2 * key, "qk"), (2 * value, "vo"))
+    return _checked(name, features, heads * (2 * key + 2 * value), pattern)
+
+
+def delta_net_qkv(name: str, features: int, config: object | None) -> Pattern:
+    """Qwen3.5's GatedDeltaNet, `in_proj_qkv`: [all q | all k | all v]."""
+    heads, key, values = _delta_net(name, config)
+    return _checked(name, features, 2 * heads * key + values, ((2 * heads * key, "qk"), (values, "vo")))
+
+
+def _delta_net(name: str, config: object | None) -> tuple[int, int, int]:
+    """(key heads, features of one, features of all values)."""
+    heads, key = need(name, config, "linear_num_key_heads"), need(name, config, "linear_key_head_dim")
+    return heads, key, need(name, config, "linear_num_value_heads") * need(name, config, "linear_value_head_dim")
+
+
+def mla_kv_a(name: str, features: int, config: object | None) -> Pattern:
+    """DeepSeek MLA, down projection: the latent (keys and values) is `vo`, the rotary part of the key is `qk`."""
+    rank = need(name, config, "kv_lora_rank")
+    if features == rank:  # a layer without rotary positions
+        return ((rank, "vo"),)
+    rope = need(name, config, "qk_rope_head_dim")
+    return _checked(name, features, rank + rope, ((rank, "vo"), (rope, "qk")))
+
+
+def mla_kv_b(name: str, features: int, config: object | None) -> Pattern:
+    """DeepSeek MLA, up projection: head by head [key without rotary part | value]."""
+    heads = need(name, config, "num_attention_heads")
+    key, value = need(name, config, "qk_nope_head_dim"), need(name, config, "v_head_dim")
+    rope = config_value(config, "qk_rope_head_dim") or 0
+    if features == heads * (key + rope + value):  # a layer without rotary positions, whose keys have the same size
+        key += rope
+    return _checked(name, features, heads * (key + value), ((key, "qk"), (value, "vo")))
+
+
+def by_family(families: Mapping[str, PatternOf]) -> PatternOf:
+    """A name that stands for different orders in different families: the config's model_type must be a known one."""
+
+    def pattern(name: str, features: int, config: object | None) -> Pattern:
+        family = families.get(str(config_value(config, "model_type")))
+        if family is None:
+            state = (
+                "no model config was given"
+                if config is None
+                else "the config's model_type is " + repr(config_value(config, "model_type"))
+            )
+            raise LayoutError(
+                f"parameter {name!r} is a fused projection whose order is known for model_type {', '.join(families)} "
+                f"only, but {state}; give the model's config or add a rule for this parameter"
+            )
+        return family(name, features, config)
+
+    return pattern

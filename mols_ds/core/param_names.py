@@ -1,0 +1,86 @@
+"""Names of parameters: the prefixes of wrappers, the adapters of peft, kinds of names, layer numbers."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
+
+Adapter = Literal["rows", "shared", "mixed"]
+"""How an adapter's parameter goes with the output features of the layer that it adapts. "rows": dimension 0 is those
+features (lora_B, DoRA's magnitude). "shared": it feeds all of them (lora_A). "mixed": neither (LoKr's factors)."""
+
+
+class CanonicalName(NamedTuple):
+    """name: the layer's own parameter name. adapter: None, or how it goes with the layer's output features."""
+
+    name: str
+    adapter: Adapter | None
+
+
+_PREFIX = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+")
+_KINDS = (  # of peft 0.21: LoRA, DoRA, AdaLoRA, LoHa, LoKr, OFT, BOFT, IA3, VeRA and the others of its tuners
+    "adamss|boft|c3a|deft|delora|fourierft|frod|glora|gralora|hada|hira|hra|ia3|lily|lokr|lora|miss|oft|osf|peanut|"
+    "poly|psoft|pvera|randlora|road|shadow|shira|supertuning|tinylora|trainable_tokens|unilora|vblora|vera|waveft"
+)
+_ADAPTER = re.compile(rf"^(?P<layer>.+?)\.(?P<kind>(?:{_KINDS})_\w+)\.[^.]+(?:\.(?:(?P<bias>bias|\d+\.bias)|[\w.]+))?$")
+_BRIDGE = re.compile(
+    r"^(?P<layer>.+?)\.(?:adapter|adapters\.\d+)\.(?:adapter_(?P<part>\w+)\.)?"
+    r"(?P<kind>linear_in|linear_out|weight_magnitude)(?:\.weight)?$"
+)
+"""LoRA and DoRA of Megatron-Bridge (bridge/peft); its canonical LoRA has an adapter for each part of a fused layer."""
+_BIAS_ADAPTER = re.compile(r"^(?P<layer>.+?)\.beft_bias\.[^.]+$")
+_INNER = re.compile(
+    r"\.(?:base_layer|_orig_mod|token_adapter|original_module|to_wrap|(?:modules_to_save|ln_tuning_layers)\.[^.]+)(?=\.|$)"
+)
+_ROWS = {"lora_B", "lora_magnitude_vector", "vera_lambda_b", "pvera_lambda_b", "boft_s"}
+_SHARED = {"lora_A", "lora_E", "lora_embedding_A", "lora_embedding_B", "vera_lambda_d", "pvera_lambda_d"}
+_SHARED |= {"trainable_tokens_delta", "hra_u", "oft_R", "boft_R"}  # the last three turn the layer's input
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|decoder_layers)\.(\d+)(?=\.|$)")
+_ANY_INDEX = re.compile(r"(?:^|\.)(?<!experts\.)(\d+)(?=\.|$)")
+_NUMBER = re.compile(r"(?<![^.])(expert_)?\d+(?=\.|$)")
+
+
+def strip_wrappers(name: str) -> str:
+    """The name without the prefixes of DeepSpeed and DDP (`module.`), torch.compile and peft (`base_model.model.`)."""
+    return _PREFIX.sub("", name)
+
+
+def canonical_name(name: str) -> CanonicalName:
+    """The name that the rules are tried on: an adapter of peft or Megatron-Bridge takes the group of what it adapts."""
+    stripped = strip_wrappers(name)
+    match = _ADAPTER.match(stripped)
+    if match is not None:
+        kind = match["kind"]
+        adapter: Adapter = "rows" if kind in _ROWS else "shared" if kind in _SHARED else "mixed"
+        return CanonicalName(f"{_INNER.sub('', match['layer'])}.{'bias' if match['bias'] else 'weight'}", adapter)
+    match = _BRIDGE.match(stripped)
+    if match is not None:
+        layer = match["layer"]
+        if match["part"] in ("q", "k", "v"):
+            layer = layer.removesuffix("qkv") + match["part"]
+        return CanonicalName(f"{layer}.weight", "shared" if match["kind"] == "linear_in" else "rows")
+    match = _BIAS_ADAPTER.match(stripped)
+    return CanonicalName(_INNER.sub("", f"{match['layer']}.bias" if match else stripped), None)
+
+
+def layer_match(name: str) -> re.Match[str] | None:
+    """The match whose first group is the number of the layer in a parameter's name; None outside of layers."""
+    return _LAYER.search(name) or _ANY_INDEX.search(name)
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a canonical name is in; None outside of layers."""
+    match = layer_match(name)
+    return None if match is None else int(match[1])
+
+
+def kind_of(name: str) -> str:
+    """The name with N for each number of a layer or expert: one kind of parameter."""
+    return _NUMBER.sub(lambda match: f"{match[1] or ''}N", strip_wrappers(name))
+
+
+def kind_pattern(name: str) -> str:
+    """A regular expression for all names of this kind."""
+    pattern = re.escape(kind_of(name)).replace(r"\.", ".")
+    pattern = re.sub(r"(?<![^.])(expert_)?N(?=\.|$)", lambda match: f"{match[1] or ''}#", pattern)
+    return "^" + pattern.replace(".", r"\.").replace("#", r"\d+") + "$"
