@@ -133,6 +133,7 @@ def test_the_jobs_read_it_too(tmp_path: Path) -> None:
 def test_a_misspelt_section() -> None:
     assert [misspelt_section({key: {}}) for key in ("mols", "optimizer", "model", "zero_optimization")] == [""] * 4
     assert all(misspelt_section({key: {}}) for key in ("mol", "MOLS", "mosl", "molss"))
+    assert misspelt_section({1: 2}) == ""  # type: ignore[dict-item]
 
 
 # ---------------------------------------------------------------------- "auto"
