@@ -29,8 +29,8 @@ NOISE = "megatron.core.tensor_parallel.random"
 
 FUSED_ADAM = "--fused-adam"
 USAGE = (
-    f"usage: python -m megatron_patches.cpu [{FUSED_ADAM}] SCRIPT [ARGUMENTS]; SCRIPT: pretrain_gpt.py of a checkout of "
-    f"Megatron-LM; {FUSED_ADAM}: needed to load with --use-distributed-optimizer"
+    f"usage: python -m megatron_patches.cpu [{FUSED_ADAM}] SCRIPT [ARGUMENTS]; SCRIPT: pretrain_gpt.py in a checkout "
+    f"of Megatron-LM; {FUSED_ADAM}: needed to load with --use-distributed-optimizer"
 )
 
 
