@@ -243,7 +243,7 @@ class MegatronCheckpoints:
 
     def _updates(self) -> int:
         """Updates that the optimizer's state counts, the most of any rank. Collective."""
-        mine = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+        mine = torch.zeros(dist.get_world_size(), dtype=torch.float64, device="cpu")
         mine[dist.get_rank()] = optimizer_steps(self.optimizer)
         return int(self.mols.reduce(mine).max())
 
@@ -284,14 +284,20 @@ class MegatronCheckpoints:
         problem = None
         if samples is None:
             of, world = saved.get("samples_of"), dist.get_world_size()
-            problem = (
-                "MoLS was off in between"
-                if SINCE in saved
-                else f"it was saved by {of} ranks, these are {world}"
-                if of is not None and of != world
-                else "its accumulators were not asked for: call mols.resume_from(checkpoint_dir) before "
-                "optimizer.sharded_state_dict(..., is_loading=True), or use megatron_patches.apply()"
-            )
+            if SINCE in saved:
+                problem = "MoLS was off in between"
+            elif of is None:
+                problem = (
+                    "its accumulators are not in it, because it was saved by optimizer.state_dict() (Megatron-LM: "
+                    "--ckpt-format torch), which holds what all ranks have alike: save as torch_dist"
+                )
+            elif of != world:
+                problem = f"it was saved by {of} ranks, these are {world}"
+            else:
+                problem = (
+                    "its accumulators were not asked for: call mols.resume_from(checkpoint_dir) before "
+                    "optimizer.sharded_state_dict(..., is_loading=True), or use megatron_patches.apply()"
+                )
         else:
             try:
                 self._load_window(samples["random"])
@@ -306,6 +312,6 @@ class MegatronCheckpoints:
     def _load_window(self, saved: Any) -> None:
         """What this rank gives back at the end of the window; of 0.4.0: a `RandomState`."""
         if saved is not None and "torch" in saved:
-            self.window.load_former(saved["torch"], saved)
+            self.window.load_0_4_0(saved["torch"], saved)
         else:
             self.window.load_state_dict(saved)

@@ -88,9 +88,20 @@ EMULATED_ADAM: dict[str, tuple[str, ...]] = {
     "megatron.core.optimizer.distrib_optimizer": ("Adam", "HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER"),
 }
 """The same of `cpu_megatron(fused_adam=True)`."""
-TRITON = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
-"""Modules that the pipeline schedules import unconditionally (0.18: the first, from 0.19: the second); both need triton
-to load."""
+LANGUAGE_MODEL: dict[str, tuple[str, ...]] = {
+    "megatron.core.datasets.utils": ("compile_helpers",),
+    "megatron.legacy.fused_kernels": ("load",),
+    "megatron.training.training": ("initialize_megatron",),
+}
+"""The same of `python -m megatron_patches.cpu`; the last two are in Megatron-LM, not in megatron-core (seen with
+core_v0.16.1)."""
+TRITON = (
+    "megatron.core.transformer.moe.paged_stash",
+    "megatron.core.transformer.moe.ops.paged_stash",
+    "megatron.core.transformer.custom_layers.batch_invariant_kernels",
+)
+"""Modules that need triton to load. The pipeline schedules import the first (0.18) or the second (from 0.19),
+Megatron-LM's initialize.py the third, unconditionally."""
 GROUPED_GEMM = "megatron.core.transformer.moe.grouped_gemm_util"
 """Up to 0.16."""
 

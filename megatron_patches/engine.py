@@ -21,16 +21,17 @@ from torch import distributed as dist
 from megatron_patches import precision
 from megatron_patches.checkpoint import MegatronCheckpoints
 from megatron_patches.checks import check_supported, find_config
-from megatron_patches.collective_checks import Shapes, check_locals, merge_shapes, same_everywhere, together
+from megatron_patches.collective_checks import check_locals, merge_shapes, same_everywhere, together
 from megatron_patches.compat import GradScaler
+from megatron_patches.group_rules import frozen_names
 from megatron_patches.param_map import (
     LocalParameter,
+    LogicalModel,
     ProcessGrid,
     configs_of,
     current_grid,
     local_layout,
     local_parameters,
-    logical_table,
 )
 from megatron_patches.probe_window import MegatronWindow
 from megatron_patches.schedule import optimizer_steps, scheduler_hints
@@ -59,7 +60,7 @@ class MegatronMols(Session):
     computed, does not update and returns `(False, None, None)`: to the loop it is one of Megatron's own skipped
     iterations (as after an fp16 overflow), for which it does not step the scheduler. Weights, buffers (expert biases of
     routers too), optimizer state and the random numbers of dropout end the window as if those batches had never been
-    run (docs/method.md, "What a probe gives back").
+    run (docs/method.md, "What a probe restores").
     """
 
     window: MegatronWindow
@@ -80,16 +81,18 @@ class MegatronMols(Session):
             self.grid = current_grid()
             locals_.extend(local_parameters(model_chunks, self.grid))
             names = {local.name: local.shape for local in locals_ if local.names_it}
-            return [names, optimizer_steps(optimizer), configs_of(model_chunks)]
+            frozen = [name for chunk in model_chunks for name in frozen_names(chunk)]
+            return [names, optimizer_steps(optimizer), configs_of(model_chunks), frozen]
 
         told = together(collect)
-        shapes = merge_shapes([rank[0] for rank in told])
-        # This rank's own last: where ranks contradict, the checksums of their layouts differ.
+        # This rank's own configs last: where ranks contradict, the checksums of their layouts differ.
         modules = {name: config for rank in told for name, config in rank[2].items()} | configs_of(model_chunks)
+        frozen = list(dict.fromkeys(name for rank in told for name in rank[3]))
+        model = LogicalModel(merge_shapes([rank[0] for rank in told]), modules, frozen)
         self._updates = max(int(rank[1]) for rank in told)
 
         def build() -> list[Any]:
-            self._build(model_chunks, locals_, shapes, modules, scheduler_hints(scheduler, samples_per_step))
+            self._build(model_chunks, locals_, model, scheduler_hints(scheduler, samples_per_step))
             schedule, layouts = self.controller.state.schedule, self.controller.table.layouts
             return [repr(schedule), zlib.crc32(repr(sorted(layouts.items())).encode())]
 
@@ -131,15 +134,14 @@ class MegatronMols(Session):
         self,
         model_chunks: Sequence[nn.Module],
         locals_: Sequence[LocalParameter],
-        shapes: Shapes,
-        modules: dict[str, dict[str, int]],
+        model: LogicalModel,
         hints: tuple[int | None, int | None],
     ) -> None:
         """What this rank builds by itself; whatever it raises, the other ranks raise too."""
         optimizer, config = self.optimizer, self.config
-        check_locals(locals_, shapes)
+        check_locals(locals_, model.shapes)
         self.model_config = find_config(model_chunks)
-        table = logical_table(shapes, self.model_config, config.rules, config.granularity, modules)
+        table = model.table(self.model_config, config.rules, config.granularity)
         fused = any(len(local_layout(local, table.layouts).groups) > 1 for local in locals_)
         check_supported(optimizer, self.model_config, config, fused=fused)
         self.source = self.shards = MegatronShards(optimizer, locals_, self.grid)
@@ -188,7 +190,7 @@ class MegatronMols(Session):
                     shared_counter=has_shared_counter(part.inner),
                     groups_only=reads_groups_only(part.inner),
                     parallel_list=parallel_list(part.inner),
-                    unscaled_decay=unscaled_decay(part.inner, self.config),
+                    unscaled_decay=unscaled_decay(part.inner, self.config.weight_decay),
                 )
             )
             self._hooks.append(part.inner.register_step_post_hook(self._read_moments))

@@ -9,27 +9,32 @@ Decisions:
 - The latent rows of MLA's down projection feed keys and values at once and count as `vo`; the rotary rows feed the
   keys only and are `qk` (the same choice as for Hugging Face models, see `mols_ds.core.group_rules`).
 - The output gates of attention and of GatedDeltaNet (z) scale the values' path: `vo`. GatedDeltaNet's decay and write
-  strength (alpha, beta), convolution and all of a Mamba mixer are `other`.
+  strength (alpha, beta), its convolution and all of a Mamba mixer, of a router and of an indexer are `other`.
 - What the paper's groups do not name is `other`, that is measured and not scaled: routers, the gate of shared experts,
   the projection that mixes hidden state and embedding in multi-token prediction (eh_proj), the indexer of DeepSeek's
   sparse attention (it learns from a loss of its own), T5's relative position bias, BERT's transform before the output
-  layer, its pooler and its binary head. A user's rule can name another group for each.
+  layer and its pooler. A user's rule can name another group for each.
+- Towers of other modalities, and what connects them, have groups of their own: see `mols_ds.core.group_rules.TOWERS`.
+  What no rule knows of a tower (convolutions, modules of transformers) is `other`.
+- Rows of a fused projection are those of the config of its module: a tower and a layer of a heterogeneous model have
+  their own.
 
 Two projections are stored in *local* order: each tensor-parallel rank holds a block of every part, so the logical
 parameter repeats the blocks tensor_model_parallel_size times (read from the config): GatedDeltaNet's in_proj and the
-fused down projection of MLA. No rule covers LoRA adapters of Megatron-Bridge or vision towers.
+fused down projection of MLA. Adapters of Megatron-Bridge take the group of what they adapt (`canonical_name`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from mols_ds.core.group_rules import Fused, Pattern, Rule, config_value, strip_wrappers
+from mols_ds.core.group_rules import Fused, Pattern, Rule, config_value, strip_wrappers, tower_of
 from mols_ds.core.groups import Granularity, GroupTable, build_layouts
-from mols_ds.core.layout import ElementLayout
+from mols_ds.core.layout import ElementLayout, base_group
+from mols_ds.core.param_names import kind_of
 from mols_ds.errors import MolsConfigError
 
 __all__ = ["MEGATRON_RULES", "tag_layouts", "tag_table"]
@@ -85,12 +90,18 @@ class _Configs:
         self.model, self.modules = model, modules
 
     def of(self, name: str) -> object | None:
-        """The config of the module that holds parameter `name`."""
+        """The config of the module that holds parameter `name`. Raises MolsConfigError for a tower without its own."""
         module = strip_wrappers(name)
+        tower = tower_of(module)
         while module:
             module = module.rpartition(".")[0]
             if module in self.modules:
                 return self.modules[module]
+        if tower is not None:
+            raise MolsConfigError(
+                f"parameter {name!r} is in a tower ({tower}) of its own config, which was not given: pass "
+                "`modules` (module name -> its config) or add a rule for this parameter"
+            )
         per_layer, match = getattr(self.model, "get_config_for_layer", None), _DECODER_LAYER.search(name)
         if match is None or not callable(per_layer):
             return self.model
@@ -238,8 +249,8 @@ def _rule(names: str, target: str | RowPattern, leaf: str = r"\.weight") -> Rule
 
 
 MEGATRON_RULES: tuple[Rule, ...] = (
-    # A Mamba mixer as a whole: it has an in_proj, an out_proj and convolutions of its own.
-    Rule(re.compile(r"(?:^|\.)mixer\."), "other"),
+    # As a whole: a Mamba mixer has an in_proj, an out_proj and convolutions of its own.
+    Rule(re.compile(r"(?:^|\.)(?:\w*mixer|indexer|router)\."), "other"),
     # Biases; those of grouped experts are `bias0`, `bias1`... or one 2-D `bias`.
     Rule(re.compile(r"(?:^|[._])bias\d*$"), "other"),
     # Fused projections.
@@ -250,15 +261,16 @@ MEGATRON_RULES: tuple[Rule, ...] = (
     _rule("linear_qkv_down_proj", _mla_qkv_down),
     _rule(r"self_attention\.in_proj", _delta_net),
     _rule(r"embedding\.(?:word|position|tokentype)_embeddings", "embedding"),
-    _rule("output_layer", "head"),
+    # Patches, positions and frames of a vision tower.
+    _rule(r"conv1|patch_embed\.proj|pos_embed|position_embeddings|(?:video_)?embedder", "embedding", r"(?:\.weight)?"),
+    _rule("output_layer|binary_head", "head"),
     # Weights outside the paper's groups.
-    _rule(r"router|eh_proj|conv1d|relative_attention_bias", "other"),
+    _rule(r"eh_proj|conv1d|relative_attention_bias", "other"),
     _rule("shared_experts", "other", r"\.gate_weight"),
-    _rule(r"indexer\.linear_\w+", "other"),
-    _rule(r"lm_head\.dense|pooler\.dense|binary_head", "other"),
-    # Separate projections: cross-attention, MLA, GatedDeltaNet.
-    _rule("linear_q|linear_q_proj|linear_q_down_proj|linear_q_up_proj", "qk"),
-    _rule(r"linear_proj|self_attention\.out_proj", "vo"),
+    _rule(r"lm_head\.dense|pooler\.dense", "other"),
+    # Separate projections: cross-attention, MLA, GatedDeltaNet, adapters of linear_qkv.
+    _rule(r"linear_[qk]|linear_q_proj|linear_q_down_proj|linear_q_up_proj", "qk"),
+    _rule(r"linear_v|linear_proj|self_attention\.out_proj", "vo"),
     # Dense, shared and routed MLPs. Grouped experts: weight0, weight1... or one `weight` (linear_fc1 of Transformer
     # Engine), weight1 and weight2 (GroupedMLP, up to 0.16).
     _rule("linear_fc1|linear_fc2", "mlp", r"\.weight\d*"),
@@ -273,12 +285,7 @@ MEGATRON_RULES: tuple[Rule, ...] = (
 
 def _mtp_suffix(layer: int) -> Callable[[str], str]:
     """Key of granularity "layer_type" -> the same key with another layer number."""
-
-    def rename(key: str) -> str:
-        base, dot, _ = key.partition(".")
-        return f"{base}{dot}{layer}" if dot else key
-
-    return rename
+    return lambda key: key if (base := base_group(key)) == key else f"{base}.{layer}"
 
 
 def tag_layouts(
@@ -287,6 +294,7 @@ def tag_layouts(
     rules: Sequence[Sequence[str]] | None = None,
     granularity: Granularity = "type",
     modules: Mapping[str, object] | None = None,
+    frozen: Iterable[str] = (),
 ) -> dict[str, ElementLayout]:
     """The layout of each logical parameter of a Megatron-core model.
 
@@ -298,6 +306,7 @@ def tag_layouts(
         granularity: "type", or "layer_type", which numbers the decoder's layers from 0 ("qk.3") and the layers of
             multi-token prediction after them ("qk.<num_layers>" is the first), as DeepSeek-V3's checkpoints do.
         modules: module name -> its config, for modules whose config is not the model's (see `module_configs`).
+        frozen: names of parameters that are not trained; they too tell whether a tower is beside a language model.
 
     Returns:
         Logical name -> layout, in the order of `shapes`.
@@ -306,7 +315,9 @@ def tag_layouts(
         MolsConfigError: as `mols_ds.core.groups.build_layouts`, and where the rows of a fused projection are not those
             of the config (naming the parameter and both numbers).
     """
-    layouts = build_layouts(shapes, _Configs(config, modules or {}), rules, granularity, presets=MEGATRON_RULES)
+    names = [*shapes, *frozen]
+    configs = _Configs(config, modules or {})
+    layouts = build_layouts(shapes, configs, rules, granularity, presets=MEGATRON_RULES, names=names)
     if granularity == "layer_type":
         for name, layout in layouts.items():
             if match := _MTP_LAYER.search(strip_wrappers(name)):
@@ -342,11 +353,11 @@ def tag_table(
         raise MolsConfigError(
             f"tag_table takes a whole model, not {len(chunks)} chunks of one; build the model without pipelining"
         )
-    modules = module_configs(chunks[0])
+    modules: dict[str, object] = {**module_configs(chunks[0])}
     if config is None:
         config = _find_config(chunks[0])
     else:
-        modules.pop("", None)
+        modules[""] = config
     for key in _PARALLEL_SIZES:
         if int(config_value(config, key) or 1) > 1:
             raise MolsConfigError(
@@ -354,7 +365,14 @@ def tag_table(
                 "build the model with size 1 (the meta device will do)"
             )
     shapes = {name: tuple(p.shape) for name, p in chunks[0].named_parameters() if p.requires_grad}
-    return GroupTable(tag_layouts(shapes, config, rules, granularity, modules), shapes)
+    layouts = tag_layouts(shapes, config, rules, granularity, modules, frozen_names(chunks[0]))
+    return GroupTable(layouts, shapes)
+
+
+def frozen_names(model: nn.Module) -> list[str]:
+    """The first name of each kind (layer and expert numbers apart) of parameter that is not trained."""
+    names = (strip_wrappers(name) for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    return list({kind_of(name): name for name in names}.values())
 
 
 def _find_config(model: nn.Module) -> object | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -274,13 +274,21 @@ def local_layout(local: LocalParameter, layouts: dict[str, ElementLayout]) -> El
     return layout
 
 
-def logical_table(
-    shapes: dict[str, tuple[int, ...]],
-    config: object,
-    rules: Sequence[Sequence[str]],
-    granularity: str,
-    modules: Mapping[str, object] | None = None,
-) -> GroupTable:
-    """The group table of the logical model from all ranks' names. Raises `MolsConfigError` as `tag_layouts`."""
-    layouts = tag_layouts(shapes, config, rules, granularity, modules)  # type: ignore[arg-type]
-    return GroupTable(layouts, shapes)
+@dataclass(frozen=True)
+class LogicalModel:
+    """What one rank would hold without parallelism, from what all ranks told.
+
+    Attributes:
+        shapes: name -> unsharded shape of the trainable parameters.
+        modules: as `configs_of`.
+        frozen: names of parameters that are not trained, one of each kind.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    modules: Mapping[str, object] = field(default_factory=dict)
+    frozen: Sequence[str] = ()
+
+    def table(self, config: object, rules: Sequence[Sequence[str]], granularity: str) -> GroupTable:
+        """The group table. Raises `MolsConfigError` as `tag_layouts`."""
+        layouts = tag_layouts(self.shapes, config, rules, granularity, self.modules, self.frozen)  # type: ignore[arg-type]
+        return GroupTable(layouts, self.shapes)

@@ -45,8 +45,8 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch, pydantic or DeepSpeed is imported when it is first needed: the commands start without them, and
-    `mols-ds doctor` can say which of them is broken."""
+    """Import names that need torch, pydantic or DeepSpeed at first use: commands start without them, and `mols-ds
+    doctor` can name a broken one."""
     if name in _PLACES:
         return getattr(importlib.import_module(f"mols_ds.{_PLACES[name]}"), name)
     raise AttributeError(f"module 'mols_ds' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command `mols-ds`: launch a job, run a study, show a model's module groups, show a report."""
+"""The command `mols-ds`: start a job, run a study, show a model's module groups, show a report, copy configs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mols_ds import __version__
+from mols_ds.apps.launch.jobs import JOBS, start_job
 from mols_ds.errors import MolsConfigError, printable_lines
 from mols_ds.training.cli_utils import Parser, run_program
 
@@ -19,6 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `mols-ds` on `argv` (default: the command line). Returns its status: 2 for a user's mistake, stated in one
     line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--version"]:
+        print(f"mols-ds {__version__}")
+        return 0
+    if arguments[:1] and arguments[0] in JOBS:
+        return run_program(f"mols-ds {arguments[0]}", lambda: start_job(arguments[0], arguments[1:]))
     if arguments[:1] == ["launch"]:
         from mols_ds.apps.launch.deepspeed_cli import main as launch
 
@@ -47,9 +55,13 @@ def _run(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     from mols_ds.apps.plan.command import add_arguments as add_plan
     from mols_ds.apps.study.command import add_arguments
+    from mols_ds.report.export import FRAMEWORKS
 
     parser = Parser(prog="mols-ds", description="MoLS: module-wise learning rates from the gradients' SNR.")
+    parser.add_argument("--version", action="version", version=f"mols-ds {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for job, (_, does) in JOBS.items():
+        commands.add_parser(job, help=f"{does}; --nproc N: processes", add_help=False)
     launch = "start a script as DeepSpeed's launcher does: mols-ds launch --config FILE train.py ..."
     commands.add_parser("launch", help=launch, add_help=False)
     study = "train every arm of a study, tuned alike and over seeds, and write the report"
@@ -68,8 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="the content of a mols_report.json")
     report.add_argument("report", help="mols_report.json or its folder")
     report.add_argument("--fixed-alphas", action="store_true", help='its alphas as keys of a "mols" section, in JSON')
-    report.add_argument("--model", metavar="FILE", help="the model that will use them, to be checked against")
+    report.add_argument(
+        "--to", metavar="FRAMEWORK", choices=FRAMEWORKS, help=f"its alphas as configuration of {', '.join(FRAMEWORKS)}"
+    )
+    report.add_argument("--model", metavar="FILE", help="the model that will use them: checked against, its names used")
     report.set_defaults(text=report_text)
+    configs = commands.add_parser("configs", help="list or copy the configs, studies, launch files and examples")
+    configs.add_argument("patterns", nargs="*", metavar="PATTERN", help="such as configs/models or 'configs/ds_7b*'")
+    configs.add_argument("--copy", type=Path, metavar="FOLDER", help="copy them there")
+    configs.set_defaults(text=configs_text)
+    completion = commands.add_parser("completion", help="a script that completes this command in a shell")
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    completion.set_defaults(text=completion_text)
     return parser
 
 
@@ -78,11 +100,27 @@ def report_text(args: argparse.Namespace) -> str:
     from mols_ds.report.files import load_report
     from mols_ds.report.table import format_report
 
+    if args.to is not None:
+        return export_text(load_report(args.report), args.to, args.model)
     if args.fixed_alphas:
         return fixed_alphas_text(load_report(args.report), args.model)
     if args.model is not None:
-        raise MolsConfigError("--model: only with --fixed-alphas")
+        raise MolsConfigError("--model: only with --to or --fixed-alphas")
     return format_report(load_report(args.report))
+
+
+def export_text(report: Report, framework: str, model: str | None) -> str:
+    """The alphas of `report` as configuration of `framework`, by the names of `model` (file or checkpoint folder)."""
+    from mols_ds.core.groups import group_table, parameter_kinds
+    from mols_ds.report.export import export
+    from mols_ds.report.fixed_alphas import fixed_alphas, granularity_of
+    from mols_ds.training.models import meta_model
+
+    if model is None:
+        return export(report, framework)
+    table = group_table(meta_model(model), None, granularity_of(report))
+    fixed_alphas(report, list(table.elements))
+    return export(report, framework, parameter_kinds(table.layouts))
 
 
 def fixed_alphas_text(report: Report, model: str | None) -> str:
@@ -93,6 +131,24 @@ def fixed_alphas_text(report: Report, model: str | None) -> str:
 
     groups = None if model is None else groups_of(model, granularity_of(report))
     return json.dumps(fixed_alphas(report, groups), indent=2)
+
+
+def configs_text(args: argparse.Namespace) -> str:
+    """The files that come with the package, or where they were copied to."""
+    from mols_ds.training.shipped import copy_shipped, shipped_files
+
+    names = shipped_files(args.patterns)
+    return "\n".join(names if args.copy is None else map(str, copy_shipped(names, args.copy)))
+
+
+def completion_text(args: argparse.Namespace) -> str:
+    """Source for a shell, by the package shtab."""
+    try:
+        import shtab
+    except ImportError as error:
+        raise MolsConfigError("completion: the package shtab is not installed; pip install shtab") from error
+    text: str = shtab.complete(_parser(), args.shell)
+    return text
 
 
 def groups_text(args: argparse.Namespace) -> str:

@@ -1,23 +1,23 @@
-"""The errors and the warning of this package. A user's mistake is a `MolsConfigError` with a one-line message.
+"""Errors and the warning of this package. A user's mistake is a `MolsConfigError` with a one-line message.
 
-Their messages quote names from files, checkpoints and other libraries: str() of each is `printable`.
+Messages quote names from files, checkpoints and other libraries, so str() of each error is `printable`.
 """
 
 
 def printable(text: object) -> str:
-    """One line of `text` that is safe to print.
+    """Return `text` as one line that is safe to print.
 
-    Line breaks and tabs become spaces. Other characters that are not printable become escapes such as \\x1b: a name
-    in a file must not move the cursor, change colors, write a line of its own, or turn around what stands beside it.
+    Line breaks and tabs become spaces. Other non-printable characters become escapes such as \\x1b: a name in a file
+    must not move the cursor, change colors, add lines, or reverse the text beside it.
 
     Args:
-        text: foreign text, or an error with such.
+        text: foreign text, or an error that contains some.
     """
     return _escaped(" ".join(str(text).split()))
 
 
 def printable_lines(text: str) -> str:
-    """Several lines, such as a table, made safe as by `printable`; their spaces stay."""
+    """Escape several lines, such as a table, like `printable`. Keeps their spaces."""
     return "\n".join(_escaped(line) for line in text.split("\n"))
 
 
@@ -30,18 +30,18 @@ def _escaped(line: str) -> str:
 
 
 class MolsError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class MolsConfigError(MolsError, ValueError):
-    """The user's configuration, rules, files or arguments are wrong; the message names the key and the way out."""
+    """A wrong config, rule, file or argument of the user; the message names the key and what to do."""
 
 
 class MolsUnsupportedError(MolsError, RuntimeError):
-    """An engine, optimizer or setting that cannot be supported; the message names it and the way out."""
+    """An unsupported engine, optimizer or setting; the message names it and what to do."""
 
 
 class MolsCheckpointError(MolsError, RuntimeError):
@@ -49,11 +49,11 @@ class MolsCheckpointError(MolsError, RuntimeError):
 
 
 class MolsTrainingError(MolsError, RuntimeError):
-    """A run cannot go on through no mistake in its settings: its weights are not finite any more."""
+    """A run cannot continue although its settings are valid: its weights are no longer finite."""
 
 
 class MolsWarning(UserWarning):
-    """Something that the user asked for is not done, or done differently; the message names it."""
+    """A request of the user is not done, or done differently; the message names it."""
 
     def __str__(self) -> str:
         return printable(super().__str__())

@@ -249,8 +249,13 @@ class _NoKernel:
     def __getitem__(self, grid: object) -> NoReturn:
         raise MolsUnsupportedError(
             f"the kernel {self.name} needs triton, which is not installed, and a GPU: leave out the option that uses it"
-            " (moe_paged_stash)"
+            " (moe_paged_stash, --batch-invariant-mode)"
         )
+
+
+def _jit(function: FunctionType | None = None, **options: object) -> Any:
+    """`@triton.jit`, and `@triton.jit(...)`."""
+    return _NoKernel if function is None else _NoKernel(function)
 
 
 class _WithoutTriton(SourceFileLoader):
@@ -269,7 +274,7 @@ class _WithoutTriton(SourceFileLoader):
         language = ModuleType("triton.language")
         vars(language)["constexpr"] = object
         triton = ModuleType("triton")
-        vars(triton).update(jit=_NoKernel, language=language)
+        vars(triton).update(jit=_jit, language=language)
         vars(module).update(triton=triton, tl=language)
         super().exec_module(module)
 

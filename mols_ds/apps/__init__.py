@@ -1,1 +1,1 @@
-"""The programs. They do not know each other."""
+"""The programs. None imports another."""

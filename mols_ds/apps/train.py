@@ -1,4 +1,4 @@
-"""The main job's command line: arguments, preparation, one or two arms, and what is printed at the end."""
+"""Command line of train.py: arguments, preparation, one or two arms, output."""
 
 import argparse
 import math
@@ -17,7 +17,8 @@ from mols_ds.training.compare import run_arms
 from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import check_with_deepspeed, model_dtype, read_config, resolve
 from mols_ds.training.models import build_model, load_model_config, zero_init
-from mols_ds.training.ranks import check_run, quiet, run_command, start_ranks
+from mols_ds.training.ranks import check_run, run_command, silence_output, start_ranks
+from mols_ds.training.shipped import shipped_root
 from mols_ds.training.sources import DataSpec, check_hub
 from mols_ds.training.task import NextTokens
 from mols_ds.training.tokens import Tokenizer, prepare
@@ -29,32 +30,32 @@ DEFAULT_MODEL = "configs/models/llama_tiny.json"
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments of train.py. Raises MolsConfigError for an unknown or a bad one."""
+    """Parse the arguments of train.py. Raises MolsConfigError for an unknown or invalid one."""
     parser = Parser(prog="train.py", description="Pre-train a decoder language model with DeepSpeed and MoLS.")
     add = parser.add_argument
     add("--config", "--deepspeed_config", dest="config", metavar="FILE", help="DeepSpeed config, as JSON")
     add("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     add("--model", default=None, help=f"model file or transformers checkpoint folder (default {DEFAULT_MODEL})")
-    add("--out", type=Path, default=None, help="folder for everything that is written (default runs/<model>)")
+    add("--out", type=Path, default=None, help="output folder (default runs/<model>)")
     add("--compare", choices=["adam"], help="first train the same without MoLS, then compare")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     run = parser.add_argument_group("run")
     run.add_argument("--steps", type=positive, default=240, help="optimizer steps (default %(default)s)")
-    run.add_argument("--seq-len", type=positive, default=128, help="tokens a sequence (default %(default)s)")
-    run.add_argument("--lr", type=float, help="base rate, in the place of the config's")
-    run.add_argument("--optimizer", metavar="NAME", help="optimizer, in the place of the config's (docs/optimizers.md)")
-    run.add_argument("--seed", type=not_negative, default=0, help="weights, split and order of the data")
+    run.add_argument("--seq-len", type=positive, default=128, help="tokens per sequence (default %(default)s)")
+    run.add_argument("--lr", type=float, help="base learning rate; overrides the config's")
+    run.add_argument("--optimizer", metavar="NAME", help="optimizer; overrides the config's (docs/optimizers.md)")
+    run.add_argument("--seed", type=not_negative, default=0, help="seed of weights, split and order of the data")
     run.add_argument("--activation-checkpointing", action="store_true", help="recompute activations in backward")
     run.add_argument("--eval-every", type=not_negative, help="steps between evaluations (default: a fifth of --steps)")
-    run.add_argument("--eval-sequences", type=positive, default=256, help="held-out sequences that are evaluated")
+    run.add_argument("--eval-sequences", type=positive, default=256, help="held-out sequences to evaluate")
     run.add_argument("--save-every", type=not_negative, default=0, help="steps between checkpoints (0: the end only)")
     run.add_argument("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
     add_timeout(run)
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="stdlib", help="stdlib, a file, a folder, configs/data/*.json or a hub name")
-    data.add_argument("--text-key", help="column of the text (default: text)")
-    data.add_argument("--eval-share", type=share, help="share of documents held out")
+    data.add_argument("--text-key", help="text column (default: text)")
+    data.add_argument("--eval-share", type=share, help="share of held-out documents")
     data.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: trained on the data)")
     data.add_argument("--vocab-size", type=positive, help="size of a trained tokenizer (default: the model's)")
     data.add_argument("--cache-dir", type=Path, help="tokenizers and tokens (default: cache beside --out)")
@@ -64,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise MolsConfigError(f"--lr {args.lr} is not above 0 and finite")
     if args.model is None:
-        args.model = str(Path(__file__).resolve().parents[2] / DEFAULT_MODEL)
+        args.model = str(shipped_root() / DEFAULT_MODEL)
     if args.out is None:
         args.out = Path("runs") / Path(args.model).stem
     if args.cache_dir is None:
@@ -75,13 +76,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs train.py. Returns 0, or 2 for a user's mistake, which rank 0 states in one line on stderr."""
+    """Run train.py. Returns the exit status, see `run_command`."""
     return run_command("train.py", lambda: run(parse_arguments(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Everything after the arguments. Checks what can be checked before anything slow is started."""
-    quiet()
+    """Run with parsed arguments. Checks everything it can before anything slow starts."""
+    silence_output()
     raw = read_config(args.config)
     model_config = load_model_config(args.model)
     spec = DataSpec.parse(args.data, text_key=args.text_key, eval_share=args.eval_share)
@@ -106,14 +107,14 @@ def run(args: argparse.Namespace) -> None:
     else:
         batches = PackedBatches(tokens.train, shape, args.seed)
     held_out = held_out_batches(tokens.held_out, shape, args.eval_sequences)
-    torch.distributed.barrier()  # from here on ranks run in step
+    torch.distributed.barrier()  # from here on ranks run together
     if rank == 0:
-        _say_what(args, config, tokenizer, shape)
+        _print_summary(args, config, tokenizer, shape)
     _arms(args, config, partial(_model, args, config, tokenizer), batches, held_out, shape)
 
 
 def _model(args: argparse.Namespace, config: JsonObject, tokenizer: Tokenizer) -> torch.nn.Module:
-    """The model of an arm: equal weights for equal arguments. Sharded from the start under stage 3."""
+    """Build the model of an arm: equal weights for equal arguments. Sharded from the start under stage 3."""
     sharded = zero_init(config)
     model = build_model(
         args.model,
@@ -124,7 +125,7 @@ def _model(args: argparse.Namespace, config: JsonObject, tokenizer: Tokenizer) -
         dtype=model_dtype(config),
         checkpointing=args.activation_checkpointing,
     )
-    del sharded  # transformers builds sharded models for as long as this lives
+    del sharded  # transformers builds sharded models while this object exists
     return model
 
 
@@ -136,7 +137,7 @@ def _arms(
     held_out: list[tuple[torch.Tensor, int]],
     shape: BatchShape,
 ) -> None:
-    """Trains the one arm, or Adam's first, and prints the results."""
+    """Train the one arm, or first Adam's, and print the results."""
     job = TrainJob(
         setup=DeepSpeedSetup(config, model, held_out, NextTokens(shape)), batches=batches, shape=shape,
         rank=shape.rank, steps=args.steps, out=args.out, seed=args.seed, eval_every=args.eval_every,
@@ -145,7 +146,7 @@ def _arms(
     run_arms(job, compare=bool(args.compare))
 
 
-def _say_what(args: argparse.Namespace, config: JsonObject, tokenizer: Tokenizer, shape: BatchShape) -> None:
+def _print_summary(args: argparse.Namespace, config: JsonObject, tokenizer: Tokenizer, shape: BatchShape) -> None:
     precision = str(model_dtype(config)).removeprefix("torch.")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     tell(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mols_ds.errors import MolsConfigError
+from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
 # Adam's moments cannot resolve the noise of an element whose m^2 is more than 256 times v - m^2, see `adam_moments`.
 MOMENTS_CUT = 2.0**-8
+FORGOTTEN = 1e-2
+"""Where gradients from before a change of the betas weigh less than this in the moments, the change does not matter."""
 PIECE = 1 << 20
 """Elements per chunk: about 25 MiB of temporaries."""
 
@@ -77,3 +80,30 @@ def moment_pieces(
     """Yield (offset, mu2_plain, s2, c) of 1-D moments, `PIECE` elements at a time. See `adam_moments`."""
     for at in range(0, exp_avg.numel(), PIECE):
         yield at, *adam_moments(exp_avg[at : at + PIECE], exp_avg_sq[at : at + PIECE], step, beta1, beta2)
+
+
+class SteadyBetas:
+    """Whether Adam's moments are of one pair of betas, as far back as they remember. A schedule may move the betas, as
+    OneCycle schedules do; the weights of the gradients in m and v are not those of `adam_moments` then."""
+
+    def __init__(self) -> None:
+        self._betas: tuple[float, ...] = ()
+        self._changed: int | None = None
+
+    def see(self, groups: Iterable[Mapping[str, Any]], step: int) -> None:
+        """Look at the parameter groups of an update; `step`: its number."""
+        for group in groups:
+            betas = tuple(float(beta) for beta in group.get("betas") or self._betas)
+            if self._betas and betas != self._betas:
+                self._changed = step
+            self._betas = betas
+
+    def check(self, step: int) -> None:
+        """Raises MolsUnsupportedError where the moments after update `step` are of several betas."""
+        if self._changed is None or max(self._betas, default=0.0) ** (step - self._changed + 1) < FORGOTTEN:
+            return
+        raise MolsUnsupportedError(
+            f'MoLS does not support mode "moments" with betas that change (last in update {self._changed}; a schedule '
+            'moves them?): keep them (torch: cycle_momentum=False; DeepSpeed: "cycle_momentum": false), or use "mode": '
+            '"probe" or "online"'
+        )

@@ -127,7 +127,7 @@ class MolsConfig(Documented):
     weight_decay: Literal["scaled", "unscaled"] = "scaled"
     """Whether multipliers act on decoupled weight decay too. `"unscaled"`: every group decays at the base rate."""
     total_steps: Count | None = None
-    """Optimizer steps of the run. Needed for a share where no scheduler tells the length."""
+    """Optimizer steps of the run. Needed for a share if no scheduler gives the length."""
     report_dir: Name = "mols_report"
     """Where rank 0 writes `mols_report.json` and `mols_report.png`. A second engine of the process with the same folder
     writes to `REPORT_DIR-2`, with a warning."""

@@ -323,6 +323,7 @@ class Controller:
     def _new_report(self, t: int, reference: str, rows: dict[str, ReportGroup]) -> Report:
         return build_report(
             self.config,
+            self.table,
             rows,
             step=t,
             samples=self.state.samples,

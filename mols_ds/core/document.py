@@ -9,7 +9,7 @@ from typing import Any
 from mols_ds.core.config import Mode, MolsConfig
 from mols_ds.core.estimators import ESTIMATORS, Alpha, Estimator, estimate, intervals
 from mols_ds.core.group_stats import GroupSums
-from mols_ds.core.groups import GroupTable
+from mols_ds.core.groups import GroupTable, parameter_kinds
 from mols_ds.core.schema import SCHEMA, Report, ReportGroup
 
 MEASURED = (
@@ -70,6 +70,7 @@ def measured_rows(
 
 def build_report(
     config: MolsConfig,
+    table: GroupTable,
     groups: dict[str, ReportGroup],
     *,
     step: int,
@@ -83,6 +84,7 @@ def build_report(
 
     Args:
         config: the "mols" section of the run.
+        table: the groups of the parameters.
         groups: rows of `measured_rows` or `unmeasured_rows`.
         step: optimizer step before which the alphas were set.
         samples, skipped: gradient samples that were used and left out.
@@ -103,4 +105,5 @@ def build_report(
         "world": dict(world),
         "versions": dict(versions),
         "groups": groups,
+        "parameters": parameter_kinds(table.layouts),
     }

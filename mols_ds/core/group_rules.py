@@ -375,6 +375,11 @@ TOWERS: tuple[tuple[str, re.Pattern[str], tuple[str, ...]], ...] = tuple(
         ),
         ("protein", r"protein_encoder", ()),
         ("action", r"dit|embed_action_time|action_out_proj", ("pi0",)),
+        # Megatron-core's LLaVA and MIMO, Megatron-Bridge; "modality" is a submodule of MIMO with another name.
+        ("projector", r"sound_projection|embed_(?:vision|audio)|modality_submodules\.\w+\.\w+put_projections", ()),
+        ("vision", r"modality_submodules\.(?:images?|videos?|vision)", ()),
+        ("audio", r"sound_model|modality_submodules\.(?:audios?|sounds?|speech)", ()),
+        ("modality", r"modality_submodules\.\w+", ()),
     )
 )
 """(name of a tower of another modality, or of what connects towers; the modules it is made of; model_types it is one

@@ -18,7 +18,7 @@ from torch import nn
 from mols_ds.core.group_layouts import LayoutError, layer_config, tower_config
 from mols_ds.core.group_rules import PRESETS, TOWER_NAMES, Rule, canonical_name, config_value, strip_wrappers, tower_of
 from mols_ds.core.layout import GROUPS, SCALED_GROUPS, ElementLayout, Granularity, base_group, is_scaled
-from mols_ds.core.param_names import kind_of, kind_pattern, layer_number
+from mols_ds.core.param_names import kind_of, kind_pattern, layer_match, layer_number
 from mols_ds.core.user_rules import AS_WEIGHT, UserRule, tower_group
 from mols_ds.errors import MolsConfigError
 
@@ -35,6 +35,7 @@ __all__ = [
     "group_table",
     "is_scaled",
     "order_groups",
+    "parameter_kinds",
 ]
 
 _BLOCK = re.compile(r"(?:^|\.)\w*(?:layers?|h|blocks?)\.\d+\.")
@@ -186,6 +187,25 @@ def layer_key(name: str) -> Callable[[str], str]:
     number = layer_number(canonical_name(name).name)
     suffix = "" if number is None else f".{number}"
     return lambda group: group + suffix if is_scaled(group) and group not in ("embedding", "head") else group
+
+
+def parameter_kinds(layouts: Mapping[str, ElementLayout]) -> dict[str, list[str]]:
+    """The parameters' names without their numbers -> their groups without layers; what a report keeps of the names.
+
+    The layer's number becomes `{layer}`, other numbers become `*`: `model.layers.{layer}.mlp.experts.*.w1.weight`.
+    Names that differ in numbers only and in groups (a user's rule for the first layer) stay as they are.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, layout in layouts.items():
+        layer = layer_match(name)
+        kind = name if layer is None else f"{name[: layer.start(1)]}{{layer}}{name[layer.end(1) :]}"
+        kind = re.sub(r"(?:^|(?<=\.))\d+(?=\.|$)", "*", kind)
+        found.setdefault(kind, {})[name] = list(dict.fromkeys(map(base_group, layout.groups)))
+    kinds: dict[str, list[str]] = {}
+    for kind, names in found.items():
+        groups = list(names.values())
+        kinds |= {kind: groups[0]} if groups.count(groups[0]) == len(groups) else names
+    return kinds
 
 
 def _build(

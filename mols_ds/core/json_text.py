@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 
 from mols_ds.core.files import read_text
 from mols_ds.core.json_types import JsonObject
@@ -16,17 +17,23 @@ def read_json(path: str | os.PathLike[str], where: str) -> object:
     return parse_json(read_text(path, where), where)
 
 
-def parse_json(text: str, where: str) -> object:
+def parse_json(text: str, where: str, loads: Callable[..., object] = json.loads, *, once: bool = True) -> object:
     """Parse JSON text.
+
+    Args:
+        text: JSON, or what `loads` reads.
+        where: begins the message.
+        loads: `json.loads`, or that of a module with the same arguments.
+        once: refuse a duplicate key; otherwise the last one counts.
 
     Raises:
         MolsConfigError: not JSON, a duplicate key, or a limit of `check_plain`; one line that starts with `where`.
     """
     try:
-        content: object = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
+        content = loads(text, object_pairs_hook=(lambda pairs: _once(pairs, where)) if once else dict)
     except MolsConfigError:
         raise
-    except (ValueError, RecursionError) as error:
+    except (ValueError, IndexError, OverflowError, RecursionError) as error:  # hjson: IndexError for a cut-off text
         what = "nested too deeply" if isinstance(error, RecursionError) else printable(error)
         raise MolsConfigError(f"{where}: not JSON: {what}") from error
     check_plain(content, where)

@@ -28,9 +28,14 @@ _KINDS = (  # of peft 0.21: LoRA, DoRA, AdaLoRA, LoHa, LoKr, OFT, BOFT, IA3, VeR
     r"vblora_(?:logits_[AB]|vector_bank)|waveft_spectrum"
 )
 _ADAPTER = re.compile(rf"^(?P<layer>.+?)\.(?P<kind>{_KINDS})\.[^.]+(?:\.(?:(?P<bias>bias|\d+\.bias)|[\w.]+))?$")
+_BRIDGE = re.compile(
+    r"^(?P<layer>.+?)\.(?:adapter|adapters\.\d+)\.(?:adapter_(?P<part>\w+)\.)?"
+    r"(?P<kind>linear_in|linear_out|weight_magnitude)(?:\.weight)?$"
+)
+"""LoRA and DoRA of Megatron-Bridge (bridge/peft); its canonical LoRA has an adapter for each part of a fused layer."""
 _BIAS_ADAPTER = re.compile(r"^(?P<layer>.+?)\.beft_bias\.[^.]+$")
 _INNER = re.compile(
-    r"\.(?:base_layer|_orig_mod|token_adapter|original_module|(?:modules_to_save|ln_tuning_layers)\.[^.]+)(?=\.|$)"
+    r"\.(?:base_layer|_orig_mod|token_adapter|original_module|to_wrap|(?:modules_to_save|ln_tuning_layers)\.[^.]+)(?=\.|$)"
 )
 _ROWS = {"lora_B", "lora_magnitude_vector", "vera_lambda_b", "pvera_lambda_b", "boft_s"}
 _SHARED = {"lora_A", "lora_E", "lora_embedding_A", "lora_embedding_B", "vera_lambda_d", "pvera_lambda_d"}
@@ -46,20 +51,31 @@ def strip_wrappers(name: str) -> str:
 
 
 def canonical_name(name: str) -> CanonicalName:
-    """The name that the rules are tried on: an adapter of peft takes the group of the weight that it adapts."""
+    """The name that the rules are tried on: an adapter of peft or Megatron-Bridge takes the group of what it adapts."""
     stripped = strip_wrappers(name)
     match = _ADAPTER.match(stripped)
     if match is not None:
         kind = match["kind"]
         adapter: Adapter = "rows" if kind in _ROWS else "shared" if kind in _SHARED else "mixed"
         return CanonicalName(f"{_INNER.sub('', match['layer'])}.{'bias' if match['bias'] else 'weight'}", adapter)
+    match = _BRIDGE.match(stripped)
+    if match is not None:
+        layer = match["layer"]
+        if match["part"] in ("q", "k", "v"):
+            layer = layer.removesuffix("qkv") + match["part"]
+        return CanonicalName(f"{layer}.weight", "shared" if match["kind"] == "linear_in" else "rows")
     match = _BIAS_ADAPTER.match(stripped)
     return CanonicalName(_INNER.sub("", f"{match['layer']}.bias" if match else stripped), None)
 
 
+def layer_match(name: str) -> re.Match[str] | None:
+    """The match whose first group is the number of the layer in a parameter's name; None outside of layers."""
+    return _LAYER.search(name) or _ANY_INDEX.search(name)
+
+
 def layer_number(name: str) -> int | None:
     """The number of the layer that a canonical name is in; None outside of layers."""
-    match = _LAYER.search(name) or _ANY_INDEX.search(name)
+    match = layer_match(name)
     return None if match is None else int(match[1])
 
 

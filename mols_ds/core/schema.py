@@ -9,7 +9,8 @@ The report is a plain dict: any tool can read the file without this package.
 
 The controller adds "noise_floor_correction", "weight_decay" ("scaled" or "unscaled"), "skipped_samples", and for each
 group "alpha_low", "alpha_high" and "constant_share" (elements without noise, which no estimator counts). "mode" is
-"fixed" for given alphas. "failed" is the reason of a failed calibration. Readers must work without these keys.
+"fixed" for given alphas. "parameters": see `groups.parameter_kinds`. "failed" is the reason of a failed calibration.
+Readers must work without these keys.
 
 `snr` is the value of the chosen estimator (for `damping` the mean effective step d in [0, 1]). An undefined value is
 null, such as the SNR of a group in which nothing moved. `document.py` builds reports; `mols_ds.report` writes and
@@ -85,6 +86,7 @@ class Report(TypedDict):
     noise_floor_correction: NotRequired[bool]
     skipped_samples: NotRequired[int]
     weight_decay: NotRequired[str]
+    parameters: NotRequired[dict[str, list[str]]]
     failed: NotRequired[str]
 
 
@@ -104,6 +106,10 @@ def schema_problem(report: object) -> str | None:
             return f"{key!r} is {report[key]}, not a count"
     if not report["groups"]:
         return "'groups' is empty"
+    names = report.get("parameters", {})
+    lists = names.values() if isinstance(names, dict) else [None]
+    if not all(isinstance(groups, list) and all(isinstance(group, str) for group in groups) for groups in lists):
+        return "'parameters' does not give a list of groups for each name"
     problems = (_group_problem(name, group) for name, group in report["groups"].items())
     return next((problem for problem in problems if problem), None)
 

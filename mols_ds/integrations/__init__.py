@@ -1,1 +1,1 @@
-"""Other people's training loops: transformers and TRL, Accelerate, Lightning. Each imports its library itself."""
+"""MoLS in other libraries' training loops: transformers and TRL, Accelerate, Lightning."""

@@ -1,4 +1,4 @@
-"""MoLS in a loop of Accelerate over DeepSpeed.
+"""MoLS in an Accelerate loop over DeepSpeed.
 
 model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 mols = attach(model, SECTION, total_steps=1000)      # before accelerator.load_state
@@ -19,7 +19,7 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed.api import attach_to, check_is_engine
 from mols_ds.errors import MolsConfigError
-from mols_ds.integrations.client import fill_section, log_values, one_section
+from mols_ds.integrations.client import fill_section, log_values, resolve_section
 from mols_ds.optim.scheduler_hints import scheduler_hints
 
 __all__ = ["attach", "log_values"]
@@ -33,24 +33,25 @@ def attach(
     scheduler: Any = None,
     optimizer: Any = None,
 ) -> Handle:
-    """Put MoLS on the engine that `accelerator.prepare` returned. Collective; before `accelerator.load_state`.
+    """Attach MoLS to the engine that `accelerator.prepare` returned. Collective; call it before
+    `accelerator.load_state`.
 
-    In a step that mode "probe" discards, `accelerator.optimizer_step_was_skipped` is true, so that a prepared scheduler
-    stands still. Where `mols_ds.patch()` has attached already, that MoLS is returned.
+    In a step that mode "probe" discards, `accelerator.optimizer_step_was_skipped` is true, so a prepared scheduler does
+    not advance. If `mols_ds.patch()` has attached MoLS already, returns that handle.
 
     Args:
-        engine_or_optimizer: the model that `prepare` returned, which is DeepSpeed's engine.
-        section: a "mols" section; by default that of the DeepSpeed config.
-        total_steps: updates of the whole run, for shares; by default what `scheduler` tells.
-        scheduler: what `prepare` returned for the scheduler. Accelerate steps it once for each process and update.
-        optimizer: what `prepare` returned for the optimizer; needed at ZeRO stage 0 in fp32, where no optimizer can
-            say that a step was skipped.
+        engine_or_optimizer: the model that `prepare` returned (DeepSpeed's engine).
+        section: a "mols" section; None: that of the DeepSpeed config.
+        total_steps: updates of the whole run, for shares; None: from `scheduler`.
+        scheduler: the scheduler that `prepare` returned. Accelerate steps it once per process and update.
+        optimizer: the optimizer that `prepare` returned. Needed at ZeRO stage 0 in fp32, where no other object can
+            report a skipped step.
 
     Returns:
         `engine.mols`.
 
     Raises:
-        MolsConfigError: no engine, no section, two that differ, or a wrong one.
+        MolsConfigError: no engine, no section, two different ones, or a wrong one.
         MolsUnsupportedError: as `mols_ds.attach`.
     """
     engine = engine_or_optimizer
@@ -58,16 +59,16 @@ def attach(
         raise MolsConfigError("attach: an optimizer does not know its engine; pass the model that prepare() returned")
     check_is_engine(engine)
     if isinstance(optimizer, AcceleratedOptimizer):
-        _let_it_say_skipped(optimizer)
+        _add_overflow(optimizer)
     if isinstance(getattr(engine, "mols", None), Session):
         return engine.mols  # type: ignore[no-any-return]
-    found = one_section(section, engine.config, "mols_ds.integrations.accelerate.attach")
+    found = resolve_section(section, engine.config, "mols_ds.integrations.accelerate.attach")
     total, warmup = _lengths(scheduler)
     return attach_to(engine, fill_section(found, total_steps or total, warmup), "client")
 
 
-def _let_it_say_skipped(optimizer: AcceleratedOptimizer) -> None:
-    """Accelerate asks the ZeRO optimizer for `overflow`; a torch optimizer gets that attribute."""
+def _add_overflow(optimizer: AcceleratedOptimizer) -> None:
+    """Add the attribute `overflow` to a torch optimizer: Accelerate reads it on the ZeRO optimizer."""
     inner = optimizer.optimizer
     if isinstance(inner, torch.optim.Optimizer) and not hasattr(inner, "overflow"):
         inner.overflow = False  # type: ignore[attr-defined]
@@ -75,7 +76,7 @@ def _let_it_say_skipped(optimizer: AcceleratedOptimizer) -> None:
 
 
 def _lengths(scheduler: Any) -> tuple[int | None, int | None]:
-    """(total, warm-up) in updates of the run."""
+    """Return (total, warm-up) in updates of the run."""
     total, warmup = scheduler_hints(getattr(scheduler, "scheduler", scheduler))
     linked = getattr(scheduler, "step_with_optimizer", False) and not getattr(scheduler, "split_batches", False)
     times = int(AcceleratorState().num_processes) if linked else 1

@@ -1,11 +1,12 @@
-"""What the integrations share: keys for a client's logs, a section with its "auto" values filled, state put back."""
+"""Shared by the integrations: log keys, a section with filled "auto" values, restored state."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,16 @@ from mols_ds.core.handle import Handle
 from mols_ds.errors import MolsConfigError
 
 AUTO = "auto"
-SMALL = 4096  # elements: a tensor of a client's own counters, not of its model
+SMALL = 4096  # elements: a larger tensor belongs to the model, not to a client's counters
 ROWS = (("alpha", "alpha"), ("snr", "snr"), ("snr_low", "snr_low"), ("snr_high", "snr_high"))
-"""Kinds of keys in the logs -> keys of a group in the report."""
+"""Kind of a log key -> key of a group in the report."""
 
 
 def log_values(handle: Handle) -> dict[str, float]:
-    """What a client logs: `mols/KIND/GROUP` -> value.
+    """Return the values to log: `mols/KIND/GROUP` -> value.
 
-    Kinds: `multiplier` and `lr` (what the last step applied); after a calibration `alpha`, and `snr`, `snr_low` and
-    `snr_high` of the groups that were measured. Empty where MoLS is off.
+    Kinds: `multiplier` and `lr` (of the last step); after a calibration `alpha`, and `snr`, `snr_low` and `snr_high` of
+    the measured groups. Empty if MoLS is off.
     """
     found: dict[str, float] = {}
     for group, multiplier in handle.multipliers.items():
@@ -39,18 +40,23 @@ def log_values(handle: Handle) -> dict[str, float]:
     return found
 
 
-def one_section(argument: Mapping[str, Any] | None, config: Mapping[str, Any] | None, who: str) -> dict[str, Any]:
-    """The section, given as an argument or in the DeepSpeed config.
+def resolve_section(argument: Mapping[str, Any] | None, config: Mapping[str, Any] | None, who: str) -> dict[str, Any]:
+    """Return the section from the argument or the DeepSpeed config.
+
+    Args:
+        argument: a "mols" section, or None.
+        config: the DeepSpeed config, or None.
+        who: name of the integration, for messages.
 
     Raises:
-        MolsConfigError: there is none, or there are two that differ.
+        MolsConfigError: no section, or two different ones.
     """
     inside = None if config is None else config.get("mols")
     if argument is None and inside is None:
         raise MolsConfigError(f'{who}: no "mols" section; put one into the DeepSpeed config, or pass {who}(section)')
     if argument is not None and inside is not None and dict(argument) != inside:
         raise MolsConfigError(
-            f'{who}: two "mols" sections that differ, the argument and the DeepSpeed config\'s; drop one'
+            f'{who}: the "mols" sections of the argument and of the DeepSpeed config differ; drop one'
         )
     section = inside if argument is None else argument
     if not isinstance(section, Mapping):
@@ -59,7 +65,7 @@ def one_section(argument: Mapping[str, Any] | None, config: Mapping[str, Any] | 
 
 
 def fill_section(section: Mapping[str, Any], total_steps: int | None, warmup_steps: int | None = None) -> MolsConfig:
-    """A section with what only the client knows: the number of steps, and the warm-up for `"ramp_end": "auto"`."""
+    """Fill in the number of steps, and the warm-up for `"ramp_end": "auto"`, and validate the section."""
     filled = dict(section)
     if filled.get("total_steps") in (None, AUTO):
         filled["total_steps"] = total_steps
@@ -69,8 +75,8 @@ def fill_section(section: Mapping[str, Any], total_steps: int | None, warmup_ste
 
 
 @contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """What reading and computing a batch draws is put back: torch's state, the accelerator's, numpy's and Python's."""
+def preserved_rng_state() -> Iterator[None]:
+    """Restore the RNG state of torch, the accelerator, numpy and Python after reading and computing a batch."""
     accelerator = get_accelerator()
     saved = torch.get_rng_state(), accelerator.get_rng_state(), np.random.get_state(), random.getstate()
     try:
@@ -83,9 +89,9 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def attributes_kept(owner: object) -> Iterator[None]:
-    """What the code inside assigns to attributes of `owner` is undone, and what it adds to its private containers of
-    numbers (`_metrics` of TRL's trainers): it works on copies of those."""
+def preserved_attributes(owner: object) -> Iterator[None]:
+    """Undo assignments to attributes of `owner`, and additions to its private containers of numbers (`_metrics` of
+    TRL's trainers), which are replaced by copies within the context."""
     saved = dict(vars(owner))
     for name, value in saved.items():
         if name.startswith("_") and isinstance(value, (dict, list, set)) and _is_plain(value):
@@ -96,6 +102,42 @@ def attributes_kept(owner: object) -> Iterator[None]:
         for name in set(vars(owner)) - set(saved):
             delattr(owner, name)
         vars(owner).update(saved)
+
+
+@contextlib.contextmanager
+def preserved_loader(loader: object) -> Iterator[None]:
+    """Iterators that the code inside makes leave no trace in a loader: its attributes, those of its samplers, and the
+    state of their generators are put back."""
+    holders: dict[int, object] = {}
+    found = [loader]
+    while found:
+        holder = found.pop()
+        if hasattr(holder, "__dict__") and id(holder) not in holders:
+            holders[id(holder)] = holder
+            found += [getattr(holder, name, None) for name in ("sampler", "batch_sampler", "base_dataloader")]
+    states = [state for holder in holders.values() for value in vars(holder).values() for state in _random_state(value)]
+    try:
+        with contextlib.ExitStack() as stack:
+            for holder in holders.values():
+                stack.enter_context(preserved_attributes(holder))
+            yield
+    finally:
+        for put_back, state in states:
+            put_back(state)
+
+
+def _random_state(value: object) -> list[tuple[Callable[[Any], object], Any]]:
+    """(function that puts it back, state) of a generator; nothing of anything else."""
+    if isinstance(value, torch.Generator):
+        return [(value.set_state, value.get_state())]
+    if isinstance(value, random.Random):
+        return [(value.setstate, value.getstate())]
+    if isinstance(value, np.random.RandomState):
+        return [(value.set_state, value.get_state())]
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return [(functools.partial(setattr, bits, "state"), bits.state)]
+    return []
 
 
 def _is_plain(value: object) -> bool:

@@ -3,8 +3,8 @@
     trainer = L.Trainer(strategy=DeepSpeedStrategy(...), callbacks=[MolsCallback(SECTION)])
     trainer.fit(module, ckpt_path=...)
 
-In mode "probe" the gradients are measured on extra batches before the step at which the calibration is due, so that
-updates, schedule and the order of the training data are those of a run without MoLS.
+In mode "probe", extra batches measure the gradients before the step at which the calibration is due. So updates,
+schedule and the order of the training data are those of a run without MoLS.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import CombinedLoader
@@ -24,27 +24,33 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed.patching import patched_with
 from mols_ds.errors import MolsError, MolsUnsupportedError
-from mols_ds.integrations.client import fill_section, log_values, one_section, random_state_kept
+from mols_ds.integrations.client import (
+    fill_section,
+    log_values,
+    preserved_loader,
+    preserved_rng_state,
+    resolve_section,
+)
 
 WHO = "MolsCallback"
-FIRST_EPOCH = 1_000_003  # of the extra batches: another order than that of any epoch that trains
+FIRST_EPOCH = 1_000_003  # of the extra batches: an order that no training epoch has
 
 
 class MolsCallback(pl.Callback):  # type: ignore[misc]
     """MoLS on the engine of Lightning's DeepSpeedStrategy.
 
-    The section's `total_steps` is `trainer.estimated_stepping_batches`, unless it is given. The module's logs get the
-    keys of `mols_ds.integrations.client.log_values`.
+    Unless given, `total_steps` is `trainer.estimated_stepping_batches`. The module's logs get the keys of
+    `mols_ds.integrations.client.log_values`.
     """
 
     def __init__(self, section: Mapping[str, Any] | None = None) -> None:
-        """section: a "mols" section; by default that of the strategy's DeepSpeed config."""
+        """section: a "mols" section; None: that of the strategy's DeepSpeed config."""
         super().__init__()
         self.section = section
         self.mols = Handle()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Have the strategy build its engine by ours; Lightning loads a checkpoint after that."""
+        """Make the strategy build its engine with MoLS. Lightning loads a checkpoint after that."""
         if stage != "fit":
             return
         strategy = trainer.strategy
@@ -52,7 +58,7 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
             raise MolsUnsupportedError(
                 f"{WHO}: the strategy is {type(strategy).__name__}; use Trainer(strategy=DeepSpeedStrategy(...))"
             )
-        section = one_section(self.section, strategy.config, WHO)
+        section = resolve_section(self.section, strategy.config, WHO)
         build = strategy._setup_model_and_optimizer
 
         def build_with_mols(*args: Any, **kwargs: Any) -> Any:
@@ -64,18 +70,18 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
         strategy._setup_model_and_optimizer = build_with_mols
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse to train without MoLS."""
+        """Raise if the engine has no MoLS."""
         found = getattr(trainer.strategy.model, "mols", None)
         if not isinstance(found, Handle):
             raise MolsError(f"{WHO}: the strategy built its engine in its own way, without MoLS")
         self.mols = found
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Give the strategy its own method back."""
+        """Restore the strategy's own method."""
         vars(trainer.strategy).pop("_setup_model_and_optimizer", None)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """In mode "probe", when the calibration is due: measure all its samples on extra batches."""
+        """Measure all samples on extra batches when the calibration is due (mode "probe")."""
         mols, engine = self.mols, trainer.strategy.model
         if not isinstance(mols, Session) or not mols.controller.discards_steps:
             return
@@ -83,14 +89,14 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
             return
         if not pl_module.automatic_optimization:
             raise MolsUnsupportedError(
-                f'{WHO}: mode "probe" measures extra batches, which it cannot for a module with manual optimization; '
+                f'{WHO}: mode "probe" measures extra batches and does not support manual optimization; '
                 'use "mode": "online"'
             )
-        with random_state_kept(), _silent(pl_module), _own_order(trainer) as loader:
+        with preserved_rng_state(), _muted_logs(pl_module), _separate_loader(trainer) as loader:
             self._measure(trainer, loader, batch_idx)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what the last step applied, and the calibration."""
+        """Log the last step's multipliers and rates, and the calibration."""
         values = log_values(self.mols)
         if values:
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
@@ -122,8 +128,8 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _silent(pl_module: Any) -> Iterator[None]:
-    """What `training_step` logs of an extra batch is dropped."""
+def _muted_logs(pl_module: Any) -> Iterator[None]:
+    """Drop what `training_step` logs for an extra batch."""
     own = vars(pl_module).get("log")
     pl_module.log = lambda *args, **kwargs: None
     try:
@@ -136,8 +142,8 @@ def _silent(pl_module: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_order(trainer: Any) -> Iterator[CombinedLoader]:
-    """The training data in an order of its own; samplers and their generators are as they were afterwards."""
+def _separate_loader(trainer: Any) -> Iterator[CombinedLoader]:
+    """Yield the training data in another order. Restores loaders, samplers and their generators afterwards."""
     combined = CombinedLoader(trainer.train_dataloader, trainer.fit_loop._combined_loader._mode)
     for loader in combined.flattened:
         if getattr(loader, "persistent_workers", False):
@@ -145,17 +151,8 @@ def _own_order(trainer: Any) -> Iterator[CombinedLoader]:
                 f'{WHO}: mode "probe" reads extra batches from the training loader, which persistent_workers=True does '
                 'not allow: set it to False, or use "mode": "online"'
             )
-    holders = [*combined.flattened, *(getattr(loader, "sampler", None) for loader in combined.flattened)]
-    found = [getattr(holder, "generator", None) for holder in holders]
-    generators = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
-    samplers: list[Any] = [h for h in holders if hasattr(h, "set_epoch") and hasattr(h, "epoch")]
-    epochs = [sampler.epoch for sampler in samplers]
-    for sampler in samplers:
-        sampler.set_epoch(FIRST_EPOCH + int(trainer.global_step))
-    try:
+    with contextlib.ExitStack() as stack:
+        for loader in combined.flattened:
+            stack.enter_context(preserved_loader(loader))
+            _set_sampler_epoch(loader, FIRST_EPOCH + int(trainer.global_step))
         yield combined
-    finally:
-        for generator, state in generators:
-            generator.set_state(state)
-        for sampler, epoch in zip(samplers, epochs, strict=True):
-            sampler.set_epoch(epoch)

@@ -1,11 +1,11 @@
-"""MoLS in transformers' Trainer and in TRL's trainers, which are Trainers: SFTTrainer, DPOTrainer.
+"""MoLS in transformers' Trainer and its subclasses in TRL: SFTTrainer, DPOTrainer.
 
     trainer = Trainer(...)
     MolsCallback().bind(trainer)
     trainer.train()
 
-In mode "probe" the gradients are measured on extra batches before the step at which the calibration is due. So the
-Trainer's updates, schedule, order of the training data, evaluations and checkpoints are those of a run without MoLS.
+In mode "probe", extra batches measure the gradients before the step at which the calibration is due. So the Trainer's
+updates, schedule, order of the training data, evaluations and checkpoints are those of a run without MoLS.
 """
 
 from __future__ import annotations
@@ -21,33 +21,40 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed.patching import patched_with
 from mols_ds.errors import MolsError, MolsUnsupportedError
-from mols_ds.integrations.client import attributes_kept, fill_section, log_values, one_section, random_state_kept
+from mols_ds.integrations.client import (
+    fill_section,
+    log_values,
+    preserved_attributes,
+    preserved_loader,
+    preserved_rng_state,
+    resolve_section,
+)
 
 WHO = "MolsCallback"
-FIRST_EPOCH = 1_000_003  # of the extra batches: another order than that of any epoch that trains
+FIRST_EPOCH = 1_000_003  # of the extra batches: an order that no training epoch has
 
 
 class MolsCallback(TrainerCallback):  # type: ignore[misc]
     """MoLS on a Trainer's DeepSpeed engine.
 
-    The section's `total_steps` is the Trainer's `max_steps`, and `"ramp_end": "auto"` its warm-up, unless they are
-    given. The Trainer's logs get the keys of `mols_ds.integrations.client.log_values`.
+    Unless given, `total_steps` is the Trainer's `max_steps`, and `"ramp_end": "auto"` its warm-up. The Trainer's logs
+    get the keys of `mols_ds.integrations.client.log_values`.
     """
 
     def __init__(self, section: Mapping[str, Any] | None = None) -> None:
-        """section: a "mols" section; by default that of the DeepSpeed config."""
+        """section: a "mols" section; None: that of the DeepSpeed config."""
         self.section = section
         self.trainer: Any = None
 
     def bind(self, trainer: Any) -> MolsCallback:
-        """Name the trainer, whose callbacks are not told; before `trainer.train()`. Adds this callback to it.
+        """Bind this callback to a trainer, and add it to the trainer. Call it before `trainer.train()`.
 
         Returns:
             This callback.
 
         Raises:
             MolsUnsupportedError: the Trainer does not use DeepSpeed.
-            MolsConfigError: no "mols" section, or two that differ.
+            MolsConfigError: no "mols" section, or two different ones.
             MolsError: this callback is bound to another trainer.
         """
         if self.trainer is trainer:
@@ -58,7 +65,7 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
             raise MolsUnsupportedError(
                 f"{WHO}: this Trainer does not use DeepSpeed; give TrainingArguments(deepspeed=CONFIG)"
             )
-        one_section(self.section, trainer.accelerator.deepspeed_plugin.deepspeed_config, WHO)
+        resolve_section(self.section, trainer.accelerator.deepspeed_plugin.deepspeed_config, WHO)
         self.trainer = trainer
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
@@ -70,26 +77,26 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
             create()
             self._wrap_prepare()
 
-        trainer.create_accelerator_and_postprocess = create_accelerator  # a search makes an accelerator for each trial
+        trainer.create_accelerator_and_postprocess = create_accelerator  # a search makes an accelerator per trial
         return self
 
     @property
     def mols(self) -> Handle:
-        """`engine.mols` of the Trainer's engine; MoLS that is off before there is one."""
+        """`engine.mols` of the Trainer's engine; a handle with MoLS off before there is one."""
         found = getattr(getattr(self.trainer, "model_wrapped", None), "mols", None)
         return found if isinstance(found, Handle) else Handle()
 
-    # ------------------------------------------------------------------ what is put around the Trainer's own
+    # ------------------------------------------------------------------ wrappers of the Trainer's methods
 
     def _wrap_prepare(self) -> None:
-        """Have accelerate build the training engine by ours; the Trainer loads a checkpoint after that."""
+        """Make accelerate build the training engine with MoLS. The Trainer loads a checkpoint after that."""
         accelerator = self.trainer.accelerator
         prepare = accelerator._prepare_deepspeed
 
         def prepare_deepspeed(*args: Any) -> Any:
             config = accelerator.deepspeed_plugin.deepspeed_config
-            section = one_section(self.section, config, WHO)
-            with _left_out(config, "mols"):  # accelerate refuses every "auto" that it cannot fill
+            section = resolve_section(self.section, config, WHO)
+            with _without_key(config, "mols"):  # accelerate refuses every "auto" that it cannot fill
                 if not any(_is_optimizer(argument) for argument in args):
                     return prepare(*args)
                 steps = self.trainer.state.max_steps
@@ -99,7 +106,7 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
         accelerator._prepare_deepspeed = prepare_deepspeed
 
     def _wrap_log(self) -> None:
-        """`trainer.log` with our keys. In `on_log` they would miss the history and the callbacks before this one."""
+        """Add our keys in `trainer.log`. In `on_log` they would miss the history and earlier callbacks."""
         log = self.trainer.log
 
         def log_with_mols(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -110,7 +117,7 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
     # ------------------------------------------------------------------ callbacks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse to train without MoLS."""
+        """Raise if the engine has no MoLS."""
         if self.trainer is None:
             raise MolsError(f"{WHO} does not know its trainer: call callback.bind(trainer) before trainer.train()")
         if not isinstance(getattr(self.trainer.model_wrapped, "mols", None), Handle):
@@ -120,14 +127,14 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """In mode "probe", when the calibration is due: measure all its samples on extra batches."""
+        """Measure all samples on extra batches when the calibration is due (mode "probe")."""
         if isinstance(self.mols, Session) and self.mols.controller.discards_steps:
-            with random_state_kept(), attributes_kept(self.trainer), self._extra_batches() as loader:
+            with preserved_rng_state(), preserved_attributes(self.trainer), self._extra_batches() as loader:
                 self._measure(loader)
 
     @contextlib.contextmanager
     def _extra_batches(self) -> Iterator[Any]:
-        """A loader of the training data of its own; accelerate has forgotten it afterwards."""
+        """Yield a separate loader of the training data, which accelerate forgets afterwards."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
         state = accelerator.gradient_state
         sync, references, known = state.sync_gradients, state.dataloader_references, list(accelerator._dataloaders)
@@ -138,7 +145,8 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
                 'return a new one, or use "mode": "online"'
             )
         try:
-            yield loader
+            with preserved_loader(loader):  # a sampler of the user's may be shared with the loader that trains
+                yield loader
         finally:
             accelerator._dataloaders[:], state.dataloader_references = known, references
             state._set_sync_gradients(sync)
@@ -169,8 +177,8 @@ def _is_optimizer(value: object) -> bool:
 
 
 @contextlib.contextmanager
-def _left_out(config: dict[str, Any], key: str) -> Iterator[None]:
-    """`config` without this key inside."""
+def _without_key(config: dict[str, Any], key: str) -> Iterator[None]:
+    """Remove a key from `config` within the context."""
     if key not in config:
         yield
         return

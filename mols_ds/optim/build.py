@@ -16,7 +16,7 @@ from torch import nn
 
 from mols_ds.core.groups import base_group, group_table, is_scaled
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
-from mols_ds.optim.catalog import OPTIMIZERS, Entry, find, known_to_deepspeed
+from mols_ds.optim.catalog import CLASSES, OPTIMIZERS, Entry, find, known_to_deepspeed
 from mols_ds.optim.limits import setting_problem
 from mols_ds.optim.settings import EditedSection, ReadSettings, Section, Settings
 
@@ -71,7 +71,10 @@ def split_config(config: Section) -> Request | None:
 
 
 def requested(section: Section) -> Entry | None:
-    """Return the entry that an "optimizer" section names; None if DeepSpeed builds it. Raises like `split_config`."""
+    """Return the entry that an "optimizer" section names; None if DeepSpeed builds it.
+
+    Raises like `split_config`, and MolsUnsupportedError for a name that neither builds and MoLS refuses.
+    """
     name, source = section["type"], section.get("source")
     if source not in (None, "library", "deepspeed"):
         raise MolsConfigError(f'"optimizer.source" is {source!r}; allowed are "library" and "deepspeed" (the default)')
@@ -81,8 +84,16 @@ def requested(section: Section) -> Entry | None:
     if known and source != "library":
         return None
     if entry is None:
-        raise MolsConfigError(f'"optimizer.type" {name!r} is unknown; known are {", ".join(OPTIMIZERS)}')
+        raise unknown_name(f'"optimizer.type" {name!r}', name)
     return entry
+
+
+def unknown_name(where: str, name: str) -> MolsConfigError | MolsUnsupportedError:
+    """The error for an optimizer that neither DeepSpeed nor the table builds: why MoLS refuses it, where it does."""
+    kind = next((one for one in CLASSES.values() if one.refused and one.name.lower() == name.lower()), None)
+    if kind is not None:
+        return MolsUnsupportedError(f"MoLS does not support {kind.name} ({kind.refused}): {kind.instead}")
+    return MolsConfigError(f"{where} is unknown; known are {', '.join(OPTIMIZERS)}, and torch.optim's")
 
 
 def settings_of(entry: Entry, params: ReadSettings) -> Settings:
@@ -214,7 +225,7 @@ def build(request: Request, model: nn.Module, parameters: Parameters | None = No
         arguments = dict(halves.arguments)
     try:
         return factory(groups, **arguments, **entry.fixed)
-    except Exception as error:  # pytorch-optimizer raises classes of its own
+    except Exception as error:  # pytorch-optimizer raises its own classes
         line = " ".join(str(error).split())
         raise MolsConfigError(f'"optimizer.params": {entry.name} of {entry.source} refuses them: {line}') from error
 

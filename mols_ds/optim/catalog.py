@@ -33,6 +33,8 @@ TORCH, DEEPSPEED, APEX, COLLECTED = "torch.optim", "deepspeed.ops", "apex.optimi
 ENGINE, EIGHT_BIT = "transformer_engine", "bitsandbytes"
 OURS, EMULATED = "mols_ds.optim", "megatron_patches.cpu"
 """Module prefixes, for `elementwise_in` and `groups_only_in`."""
+PACKAGES = {name.split(".")[0] for name in (TORCH, DEEPSPEED, APEX, COLLECTED, ENGINE, EIGHT_BIT, OURS, EMULATED)}
+"""Packages whose classes the catalog names."""
 PARALLEL_LISTS = ("param_groups_master",)
 """Attributes with a list of one entry per parameter group. The optimizer makes it once and zips both in its step.
 
@@ -260,7 +262,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("RMSprop", state=per_element(4), classes=(_elementwise("RMSprop", TORCH, decays=_COUPLED),)),
     Entry("SGD", state=state_bytes.sgd, megatron="sgd",
           classes=(_elementwise("SGD", TORCH, decays=_COUPLED),
-                   _elementwise("FusedSGD", APEX, decays=(Decay((APEX,), decoupled=False),)))),
+                   _elementwise("FusedSGD", APEX, ENGINE, decays=(Decay((APEX, ENGINE), decoupled=False),)))),
     Entry("Adadelta", classes=(_elementwise("Adadelta", TORCH, decays=_COUPLED),)),
     Entry("Lion", "pytorch-optimizer", "pytorch_optimizer:Lion",
           {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}, state=per_element(4),

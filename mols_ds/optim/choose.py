@@ -10,8 +10,8 @@ import warnings
 import torch
 
 from mols_ds.errors import MolsConfigError, MolsWarning
-from mols_ds.optim.build import offload_device, requested, settings_of, zero_stage
-from mols_ds.optim.catalog import OPTIMIZERS, Entry, find, known_to_deepspeed
+from mols_ds.optim.build import offload_device, requested, settings_of, unknown_name, zero_stage
+from mols_ds.optim.catalog import Entry, find, known_to_deepspeed
 from mols_ds.optim.settings import ADAM, CARRIED, DROPPED, EditedSection, Section
 
 AUTO = "auto"
@@ -29,7 +29,7 @@ def rename(section: Section, name: str) -> EditedSection:
     """
     entry = find(name)
     if entry is None and not known_to_deepspeed(name):
-        raise MolsConfigError(f"--optimizer {name} is unknown; known are {', '.join(OPTIMIZERS)}, and torch.optim's")
+        raise unknown_name(f"--optimizer {name}", name)
     given = str(section.get("type", ""))
     if given.lower() == name.lower() or (entry is not None and find(given) is entry):
         return dict(section)

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.catalog import (
     CLASSES,
@@ -74,9 +73,9 @@ def unscaled_refusal(optimizer: object) -> tuple[str, str] | None:
     return None
 
 
-def unscaled_decay(optimizer: object, config: MolsConfig) -> Callable[[], None] | None:
-    """Return the check that `LRScaler` runs before each scaled step (settings may change); None: decay is scaled."""
-    if config.weight_decay == "scaled":
+def unscaled_decay(optimizer: object, weight_decay: str) -> Callable[[], None] | None:
+    """Return the check that `LRScaler` runs before each scaled step (settings may change); None if "scaled"."""
+    if weight_decay == "scaled":
         return None
 
     def check() -> None:
@@ -89,12 +88,18 @@ def unscaled_decay(optimizer: object, config: MolsConfig) -> Callable[[], None] 
 
 def _decay_problem(optimizer: object, group: Mapping[str, Any]) -> str:
     """Return why the decay of this parameter group is not lr x weight_decay x w beside the update; "": it is."""
-    facts = _decay_of(optimizer)
-    if facts is None or _settings_by_index(optimizer):
+    added = adds_decay(optimizer, group)
+    if added is None or _settings_by_index(optimizer):
         return "it is not known to subtract lr x weight_decay x w in every step"
-    if not facts.decoupled or (facts.flag and not group.get(facts.flag, getattr(optimizer, facts.flag, False))):
-        return "its decay is added to the gradient, so it cannot be told from the update"
-    return ""
+    return "its decay is added to the gradient, so it cannot be told from the update" if added else ""
+
+
+def adds_decay(optimizer: object, group: Mapping[str, Any]) -> bool | None:
+    """Return whether weight_decay x w of this parameter group is added to the gradient (L2); None: unknown."""
+    facts = _decay_of(optimizer)
+    if facts is None:
+        return None
+    return not facts.decoupled or bool(facts.flag and not group.get(facts.flag, getattr(optimizer, facts.flag, False)))
 
 
 def _decay_of(optimizer: object) -> Decay | None:

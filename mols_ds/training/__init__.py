@@ -1,1 +1,1 @@
-"""What the programs share: the training loop, checkpoints, data, models, command-line helpers."""
+"""Shared by the programs: training loop, checkpoints, data, models, command-line helpers."""

@@ -1,8 +1,8 @@
-"""Which sequences make up the global batch of a step, and this rank's micro-batches of it.
+"""Select the sequences of each step's global batch, and this rank's micro-batches of it.
 
-A batch is addressed by its step, never by how many batches were drawn before it. So every arm of a comparison sees
-the same batches, a resumed run continues at the exact sequence, and a calibration that looks at other batches (the
-`probe` stream) shifts nothing.
+The step number addresses a batch, not the number of batches drawn before. So all arms of a comparison see the same
+batches, a resumed run continues at the exact sequence, and a calibration on other batches (the `probe` stream) shifts
+nothing.
 """
 
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ from mols_ds.training.tokens import Tokenizer, Tokens
 Stream = Literal["train", "probe"]
 STREAMS: tuple[Stream, ...] = ("train", "probe")
 STREAM_DOCUMENTS = 64
-"""Documents of a streamed source that are tokenized at a time."""
+"""Documents of a streamed source per tokenizer call."""
 MicroBatch = Any
-"""A micro-batch as the arm's backend and task take it: int64 of shape (micro, length) for `task.NextTokens`."""
+"""A micro-batch of the arm's backend and task: int64 of shape (micro, length) for `task.NextTokens`."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """How a global batch is dealt out: `micro` sequences of `length` tokens per forward pass, `accumulation` passes
-    per step, this is `rank` of `world`."""
+    """Shape of a global batch: `micro` sequences of `length` tokens per forward pass, `accumulation` passes per step,
+    for `rank` of `world` data-parallel ranks."""
 
     length: int
     micro: int
@@ -50,20 +50,20 @@ class BatchShape:
 
 
 class Batches(Protocol):
-    """Where the training loop gets its batches."""
+    """Source of batches for the training loop."""
 
     def step(self, stream: Stream, step: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of global batch `step` of a stream."""
+        """Yield this rank's micro-batches of global batch `step` of a stream."""
         ...
 
 
 class SequenceOrder:
-    """The order of `count` sequences: a fresh permutation every epoch, drawn from (seed, stream, epoch) alone."""
+    """The order of `count` sequences: a new permutation every epoch, from (seed, stream, epoch) alone."""
 
     def __init__(self, count: int, seed: int, stream: Stream) -> None:
         if count < 1:
             raise MolsConfigError(
-                "the training text is shorter than one sequence: give more of it or a smaller --seq-len"
+                "the training text is shorter than one sequence: give more text or a smaller --seq-len"
             )
         self.count = count
         self._key = (seed, STREAMS.index(stream))
@@ -73,7 +73,7 @@ class SequenceOrder:
         return np.random.default_rng((*self._key, epoch)).permutation(self.count)
 
     def indices(self, start: int, number: int) -> npt.NDArray[np.int64]:
-        """Sequence indices at positions [start, start + number) of the endless order."""
+        """Sequence indices at positions [start, start + number) of the infinite order."""
         positions = np.arange(start, start + number, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.count)
         out = np.empty(number, dtype=np.int64)
@@ -84,13 +84,13 @@ class SequenceOrder:
 
 
 def sequences(tokens: Tokens, indices: npt.NDArray[np.int64], length: int) -> torch.Tensor:
-    """Packed sequences [i * length, (i + 1) * length) of a flat token array: int64, shape (len(indices), length)."""
+    """Return packed sequences [i * length, (i + 1) * length) of a flat token array: int64 (len(indices), length)."""
     rows = [np.asarray(tokens[i * length : (i + 1) * length], dtype=np.int64) for i in indices]
     return torch.from_numpy(np.stack(rows))
 
 
 class PackedBatches:
-    """Batches of a token file. The position is the step: there is no state to save."""
+    """Batches of a token file. The step is the position: there is no state to save."""
 
     def __init__(self, tokens: Tokens, shape: BatchShape, seed: int) -> None:
         self._tokens, self._shape = tokens, shape
@@ -98,7 +98,7 @@ class PackedBatches:
         self._orders = {stream: SequenceOrder(count, seed, stream) for stream in STREAMS}
 
     def step(self, stream: Stream, step: int) -> Iterator[torch.Tensor]:
-        """See `Batches`. The set of sequences of a step does not depend on the number of ranks."""
+        """See `Batches`. The sequences of a step do not depend on the number of ranks."""
         shape = self._shape
         for pass_ in range(shape.accumulation):
             start = step * shape.sequences + (pass_ * shape.world + shape.rank) * shape.micro
@@ -107,11 +107,10 @@ class PackedBatches:
 
 
 class StreamedBatches:
-    """Batches of a streamed data set: this rank's part of it, shuffled, tokenized and packed on the way.
+    """Batches of a streamed data set: this rank's part, shuffled, tokenized and packed while reading.
 
-    Held-out documents are left out by their hash. A stream can only go on: asking for a later step than the next one
-    (what a resumed run does) reads and drops what lies between, which is exact for the same number of ranks and costs
-    the reading. Asking for an earlier step starts the stream again.
+    A hash selects held-out documents. A stream only moves forward: for a later step than the next (a resumed run) it
+    reads and drops the sequences between, which is exact for the same number of ranks. For an earlier step it restarts.
     """
 
     def __init__(self, spec: DataSpec, tokenizer: Tokenizer, shape: BatchShape, seed: int) -> None:
@@ -132,7 +131,7 @@ class StreamedBatches:
             yield torch.from_numpy(np.stack(list(islice(self._rows[stream], shape.micro))))
 
     def _packed(self, stream: Stream) -> Iterator[npt.NDArray[np.int64]]:
-        """Endless sequences of `length` tokens; each pass over the data set is shuffled anew."""
+        """Yield sequences of `length` tokens without end. Each pass over the data set has a new order."""
         left = np.zeros(0, dtype=np.int64)
         epoch = 0
         while True:
@@ -150,7 +149,7 @@ class StreamedBatches:
             epoch += 1
 
     def _documents(self, seed: int) -> Iterator[list[int]]:
-        """Token ids of this rank's training documents, tokenized in batches."""
+        """Yield token ids of this rank's training documents, tokenized in batches."""
         spec, shape = self._spec, self._shape
         documents = stream_documents(spec, spec.train_split, seed=seed, rank=shape.rank, world=shape.world)
         threshold = hash_threshold(spec.eval_share) if spec.eval_split is None else 0
@@ -160,11 +159,13 @@ class StreamedBatches:
 
 
 def held_out_batches(tokens: Tokens, shape: BatchShape, limit: int | None) -> list[tuple[torch.Tensor, int]]:
-    """This rank's micro-batches of the held-out sequences, in order, with how many of each batch's sequences count.
+    """Return this rank's micro-batches of the held-out sequences, in order, with the number of valid sequences in each.
 
-    Every rank gets the same number of batches, so that ranks never wait for each other in a collective: where the
-    sequences do not come out even, the last one is repeated and counts 0. Raises MolsConfigError where the held-out
-    text is shorter than one sequence.
+    Every rank gets the same number of batches, so that no rank waits in a collective: the last sequence is repeated
+    with count 0 to fill up.
+
+    Raises:
+        MolsConfigError: the held-out text is shorter than one sequence.
     """
     count = len(tokens) // shape.length
     if count < 1:

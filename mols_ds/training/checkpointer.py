@@ -1,9 +1,9 @@
-"""Atomic checkpoints: written under another name, listed with checksums, renamed, and only then named newest.
+"""Atomic checkpoints: write under another name, list checksums, rename, and only then name it newest.
 
-All ranks write `FOLDER/stepN.partial`. `manifest.json` in it then holds the size and the CRC-32 of every file. The
-folder is renamed to `stepN`. `FOLDER/latest` names it last. A run that is killed at any point leaves the checkpoint
-before it as it was. A resumed run first checks every file of the newest one against the manifest. It falls back to the
-one before where a file is missing, cut off or changed: torch.load checks no checksums.
+All ranks write `FOLDER/stepN.partial`. Its `manifest.json` then gets the size and CRC-32 of every file. The folder is
+renamed to `stepN`, and `FOLDER/latest` names it last. So a run that is killed at any point keeps its previous
+checkpoint. A resumed run checks every file of the newest checkpoint against the manifest, because torch.load checks no
+checksums. If a file is missing, truncated or changed, it uses the previous checkpoint.
 """
 
 from __future__ import annotations
@@ -34,39 +34,42 @@ _T = TypeVar("_T")
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run has saved a checkpoint in `folder`: a `latest`, or a complete step that it does not name yet."""
+    """Whether `folder` has a checkpoint: a `latest`, or a complete step that `latest` does not name yet."""
     return (folder / LATEST).is_file() or any(folder.glob(f"step*/{MANIFEST}"))
 
 
 def step_of(tag: str) -> int:
-    """N of `stepN`; -1 for a name that is none."""
+    """N of `stepN`; -1 for other names."""
     found = _STEP.fullmatch(tag)
     return int(found[1]) if found else -1
 
 
-def refuse_non_finite(parameters: Iterable[Tensor], step: int, agree: Callable[[bool], bool]) -> None:
-    """Raises MolsTrainingError, on every rank, where any rank's weights hold a NaN or an infinity. Collective.
+def check_finite(parameters: Iterable[Tensor], step: int, agree: Callable[[bool], bool]) -> None:
+    """Check that all ranks' weights are finite. Collective.
 
     Args:
-        parameters: this rank's; under ZeRO-3 their shards are checked.
+        parameters: this rank's; their shards under ZeRO-3.
         step: the last update, for the message.
-        agree: whether all ranks say yes.
+        agree: returns whether its argument is True on all ranks.
+
+    Raises:
+        MolsTrainingError: on every rank, for NaN or infinity on any rank.
     """
     shards = (getattr(parameter, "ds_tensor", parameter) for parameter in parameters)
     fine = all(bool(torch.isfinite(shard.detach()).all()) for shard in shards if shard.is_floating_point())
     if not agree(fine):
         raise MolsTrainingError(
             f"the weights are not finite after step {step}: nothing is saved. Continue with --resume from the newest "
-            "checkpoint; if it happens again, take a smaller rate or look at the data of the steps before"
+            "checkpoint; if it happens again, use a smaller rate or check the data of the steps before"
         )
 
 
 class Checkpointer:
-    """The checkpoints `stepN` in one folder. Call every method on all ranks at the same point.
+    """Save and load the checkpoints `stepN` of one folder. Call every method on all ranks at the same point.
 
     Args:
         folder: one for all ranks; with `node_local`, one on each node.
-        node_local: DeepSpeed's `checkpoint.use_node_local_storage`: each node keeps the files of its own ranks.
+        node_local: DeepSpeed's `checkpoint.use_node_local_storage`: each node has the files of its own ranks.
     """
 
     def __init__(self, folder: Path, *, node_local: bool = False) -> None:
@@ -79,15 +82,20 @@ class Checkpointer:
             self._nodes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.world)
         self._home = self.rank - self._node
         self.leader = self._node == 0
-        """Whether this rank renames and writes what all ranks of the folder share."""
+        """Whether this rank renames folders and writes the files that all ranks share."""
 
     # -- save
 
     def save(self, tag: str, write: Callable[[Path], None]) -> None:
-        """Saves checkpoint `tag`: what `write` writes into the folder that it gets.
+        """Save checkpoint `tag`.
 
-        Raises MolsCheckpointError on the rank that cannot write. That process must end: the others may be waiting for
-        it in a collective of `write`, and their launcher ends them.
+        Args:
+            tag: `stepN`.
+            write: writes the content into the folder that it gets.
+
+        Raises:
+            MolsCheckpointError: on a rank that cannot write. Its process must end: the others may wait for it in a
+                collective of `write` until their launcher ends them.
         """
         partial = self.folder / f"{tag}{PARTIAL}"
         try:
@@ -104,7 +112,7 @@ class Checkpointer:
                 raise
             line = next(iter(str(error).splitlines()), type(error).__name__)
             raise MolsCheckpointError(
-                f"checkpoint {tag} cannot be saved in {self.folder}: {line}; the checkpoints before it are as they were"
+                f"checkpoint {tag} cannot be saved in {self.folder}: {line}; the earlier checkpoints are unchanged"
             ) from error
         self._barrier()
 
@@ -120,7 +128,7 @@ class Checkpointer:
         shutil.rmtree(former, ignore_errors=True)
 
     def _list(self, place: Path) -> dict[str, dict[str, int]]:
-        """Size and CRC-32 of every file below `place` but the manifest. Each rank reads its share of them."""
+        """Size and CRC-32 of every file below `place` but the manifest. Each rank reads its share."""
         files = sorted(path for path in place.rglob("*") if path.is_file() and path.name != MANIFEST)
         mine = {
             str(path.relative_to(place)): {"bytes": path.stat().st_size, "crc32": _checksum(path)}
@@ -132,9 +140,12 @@ class Checkpointer:
     # -- load
 
     def newest(self) -> str:
-        """The newest complete checkpoint's name: the one that `latest` names, or else an older one, with a warning.
+        """Return the newest complete checkpoint: the one in `latest`, or an older one with a warning.
 
-        Repairs what an interrupted save left. Raises MolsCheckpointError where no checkpoint is complete.
+        Repairs an interrupted save.
+
+        Raises:
+            MolsCheckpointError: no checkpoint is complete.
         """
         if self.leader:
             self._repair()
@@ -144,16 +155,16 @@ class Checkpointer:
             problem = self.problem(tag)
             if problem is None:
                 if problems and self.rank == 0:
-                    warn_here(f"{'; '.join(problems)}: going back to {tag}", stacklevel=2)
+                    warn_here(f"{'; '.join(problems)}: using {tag}", stacklevel=2)
                 return tag
             problems.append(f"checkpoint {tag} is broken ({problem})")
         what = "; ".join(problems) or f"there is no checkpoint in {self.folder}"
         raise MolsCheckpointError(f"--resume: {what}")
 
     def problem(self, tag: str) -> str | None:
-        """What is wrong with checkpoint `tag`, the same on every rank, or None.
+        """Return an error in checkpoint `tag`, the same on every rank, or None.
 
-        A checkpoint without a manifest (from a former release) is accepted unchecked.
+        Accepts a checkpoint without a manifest (from an earlier release) unchecked.
         """
         place = self.folder / tag
         mine = self._problem(place) if place.is_dir() else f"there is no {place.name}"
@@ -168,7 +179,7 @@ class Checkpointer:
             for name, entry in files[self._node :: self._nodes]:
                 size = (place / name).stat().st_size
                 if size != entry["bytes"]:
-                    return f"{name} has {size} bytes and not {entry['bytes']}"
+                    return f"{name} has {size} bytes instead of {entry['bytes']}"
                 if _checksum(place / name) != entry["crc32"]:
                     return f"{name} is corrupt: wrong checksum"
         except FileNotFoundError as error:
@@ -178,7 +189,7 @@ class Checkpointer:
         return None
 
     def _candidates(self) -> list[str]:
-        """The checkpoint that `latest` names, then every older one; without a `latest`, all, the newest first."""
+        """The checkpoint in `latest`, then every older one. Without `latest`: all, newest first."""
         found = sorted((path.parent.name for path in self.folder.glob(f"step*/{MANIFEST}")), key=step_of, reverse=True)
         found = [tag for tag in found if step_of(tag) >= 0]
         try:
@@ -190,8 +201,8 @@ class Checkpointer:
         return [named, *(tag for tag in found if step_of(tag) < step_of(named))]
 
     def _repair(self) -> None:
-        """After a killed save: removes what it had not finished, and restores the former checkpoint of the same step
-        where it was killed between its two renames."""
+        """Clean up after a killed save: remove the unfinished part, and restore the previous checkpoint of the same
+        step if the save ended between its two renames."""
         for unfinished in self.folder.glob(f"step*{PARTIAL}"):
             shutil.rmtree(unfinished, ignore_errors=True)
         for unfinished in self.folder.glob(f".{LATEST}.*.tmp"):
@@ -210,7 +221,7 @@ class Checkpointer:
             dist.barrier()
 
     def _gather(self, mine: _T) -> list[_T]:
-        """Every rank's object, in the order of ranks."""
+        """Return every rank's object, in rank order."""
         every = [mine] * self.world
         if self.world == 1:
             return every
@@ -219,7 +230,7 @@ class Checkpointer:
 
 
 def _checksum(path: Path) -> int:
-    """CRC-32 of a file. Flushes it to the disk."""
+    """Return the CRC-32 of a file. Flushes the file to disk."""
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

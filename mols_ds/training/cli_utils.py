@@ -1,6 +1,6 @@
-"""What all commands share: the parser, the exit statuses, and the one line on stderr that says what is wrong.
+"""Shared by all commands: argument parser, exit statuses, and one-line error messages on stderr.
 
-Needs the standard library only: `mols-ds doctor` and `mols-ds launch` start where torch, DeepSpeed or pydantic are
+Needs only the standard library: `mols-ds doctor` and `mols-ds launch` start even if torch, DeepSpeed or pydantic are
 broken.
 """
 
@@ -16,24 +16,24 @@ from mols_ds.core.log import tell
 from mols_ds.errors import MolsConfigError, MolsError, MolsTrainingError, printable
 
 FAILED = 1
-"""The command ran, and its answer is no: a run failed, a check found a problem, a plan does not fit."""
+"""The command ran and its result is negative: a failed run, a problem in a check, a plan that does not fit."""
 USER_MISTAKE = 2
-"""A wrong argument, config, file or setting; one line on stderr says which."""
+"""A wrong argument, config, file or setting; one line on stderr names it."""
 LARGEST = 2**53
-"""Of a whole number: beyond it floats are not exact."""
+"""Largest integer argument; larger floats are not exact."""
 COMMAND_NOT_FOUND = 127
-"""The command that was to be started is not there; the status that shells give."""
+"""The command to start does not exist; the status of shells."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are user's mistakes like all others: MolsConfigError, one line, no usage."""
+    """An argument parser that raises MolsConfigError with one line, without usage, as for any other mistake."""
 
     def error(self, message: str) -> NoReturn:
         raise MolsConfigError(f"{message} (see {self.prog} --help)")
 
 
 def _whole(text: str, least: int) -> int:
-    value = int(text)  # what is no number argparse names itself
+    value = int(text)  # argparse names text that is not a number
     if value < least:
         raise argparse.ArgumentTypeError(
             f"{text[:40]} is not at least {least}" if least else f"{text[:40]} is negative"
@@ -44,17 +44,17 @@ def _whole(text: str, least: int) -> int:
 
 
 def positive(text: str) -> int:
-    """Argument type: a whole number of at least 1."""
+    """Argument type: an integer of at least 1."""
     return _whole(text, 1)
 
 
 def not_negative(text: str) -> int:
-    """Argument type: a whole number of at least 0."""
+    """Argument type: an integer of at least 0."""
     return _whole(text, 0)
 
 
 def integer(least: int) -> Callable[[str], int]:
-    """Argument type: a whole number of at least `least`, which argparse calls "int"."""
+    """Argument type: an integer of at least `least`, which argparse calls "int"."""
 
     def convert(text: str) -> int:
         return _whole(text, least)
@@ -64,12 +64,12 @@ def integer(least: int) -> Callable[[str], int]:
 
 
 def above_zero(text: str) -> float:
-    """Argument type: a finite number above 0, as a rate or seconds."""
+    """Argument type: a finite number above 0, such as a rate or seconds."""
     return _number(text, lambda value: 0 < value < math.inf, "a finite number above 0")
 
 
 def amount(text: str) -> float:
-    """Argument type: a finite number of 0 or more, as GiB that are asked for."""
+    """Argument type: a finite number of 0 or more, such as GiB."""
     return _number(text, lambda value: 0 <= value < math.inf, "a finite number of 0 or more")
 
 
@@ -89,38 +89,38 @@ def _number(text: str, fits: Callable[[float], bool], words: str) -> float:
 
 
 def add_timeout(parser: argparse._ActionsContainer) -> None:
-    """Adds --timeout to a parser or a group of one."""
+    """Add --timeout to a parser or an argument group."""
     parser.add_argument(
         "--timeout", type=positive, metavar="SECONDS",
-        help="a collective that a rank does not join fails after this time (default: the backend's 10 or 30 minutes)",
+        help="seconds after which a collective fails that a rank does not join (default: the backend's 10 or 30 min)",
     )  # fmt: skip
 
 
 def print_line(program: str, message: object) -> None:
-    """Prints `program: message` as one line on stderr, as `printable` makes it."""
+    """Print `program: message` as one `printable` line on stderr."""
     tell(f"{program}: {printable(message)}", sys.stderr)
 
 
 def status_of(error: MolsError) -> int:
-    """Exit status of a command that `error` ended: FAILED for a run that could not go on, else USER_MISTAKE."""
+    """Return the exit status for an error: FAILED for a run that could not continue, else USER_MISTAKE."""
     return FAILED if isinstance(error, MolsTrainingError) else USER_MISTAKE
 
 
 def shell_status(returncode: int) -> int:
-    """Exit status for the return code of a process: 128 + n where signal n ended it, as shells have it."""
+    """Return the exit status for a process's return code: 128 + n if signal n ended it, as shells do."""
     return 128 - returncode if returncode < 0 else returncode
 
 
 def run_program(program: str, command: Callable[[], int], *, silent: bool = False) -> int:
-    """Runs a command of one process.
+    """Run a command of one process.
 
     Args:
-        program: its name, which begins the line on stderr.
+        program: name at the start of the line on stderr.
         command: returns the exit status.
-        silent: prints nothing, because another rank meets the same mistake and prints it.
+        silent: print nothing, because another rank has the same error and prints it.
 
     Returns:
-        What `command` returns; the status of its MolsError, which is printed in one line on stderr.
+        The result of `command`, or the status of its MolsError, which is printed in one line on stderr.
     """
     try:
         return command()

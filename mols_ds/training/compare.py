@@ -1,35 +1,42 @@
-"""Two arms of the main job side by side: what is printed and drawn when both are done."""
+"""Compare two arms of a training job: print and plot the results."""
+
+from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mols_ds.core.files import write_whole
-from mols_ds.core.log import Aside, tell
+from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import MolsConfigError, printable
 from mols_ds.training.train_job import Outcome, TrainJob, TrainSetup
 from mols_ds.training.trainer import METRICS, has_checkpoint, read_lines, train
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 ADAM, MOLS = "adam", "mols"
 SMOOTHING = 10
-"""Logged steps that the drawn training loss is averaged over."""
+"""Number of logged steps to average the plotted training loss over."""
+TRAINING = f"training: mean of {SMOOTHING} logged steps"
 
 
 def titles(optimizer: str) -> dict[str, str]:
-    """What both arms are called where `optimizer` trains them; Adam with decoupled weight decay goes by Adam."""
+    """Names of both arms for `optimizer`. Adam with decoupled weight decay is named Adam."""
     name = "Adam" if optimizer.lower() == "adamw" else optimizer
     return {ADAM: name, MOLS: f"{name} + MoLS"}
 
 
 def split_arms(setup: TrainSetup, out: Path) -> dict[str, TrainSetup]:
-    """The setups of both arms in the order in which they run: Adam's has no "mols" section at all.
+    """Return the setups of both arms in the order of training: Adam's has no "mols" section.
 
-    The report of the second arm goes into that arm's folder, unless the user named one.
+    The second arm's report goes to its own folder, unless the user named one.
     """
     section = dict(setup.section or {})
     if section["report_dir"] == str(out / "mols_report"):
@@ -38,15 +45,15 @@ def split_arms(setup: TrainSetup, out: Path) -> dict[str, TrainSetup]:
 
 
 def run_arms(job: TrainJob, *, compare: bool) -> list[Path]:
-    """Trains the one arm, or Adam's first, and prints the results. Returns each arm's folder."""
+    """Train the one arm, or first Adam's, and print the results. Returns each arm's folder."""
     if not compare:
         outcome = train(job)
         if job.rank == 0:
-            Aside()("results", lambda: print_outcome(outcome, job.out))
+            GuardedWriter()("results", lambda: print_outcome(outcome, job.out))
         return [job.out]
     outcomes = {}
     for name, setup in split_arms(job.setup, job.out).items():
-        # An interrupted comparison may not have come to its second arm yet
+        # An interrupted comparison may not have started its second arm
         resume = job.resume and has_checkpoint(job.out / name)
         arm = replace(job, out=job.out / name, setup=setup, resume=resume)
         try:
@@ -55,12 +62,12 @@ def run_arms(job: TrainJob, *, compare: bool) -> list[Path]:
             raise MolsConfigError(f"--out {job.out}: {arm.out}: {error.strerror or error}") from error
         outcomes[name] = train(arm)
     if job.rank == 0:
-        Aside()("results", lambda: print_comparison(outcomes, job.out, job.setup.optimizer))
+        GuardedWriter()("results", lambda: print_comparison(outcomes, job.out, job.setup.optimizer))
     return [job.out / name for name in outcomes]
 
 
 def alphas_text(alphas: dict[str, float]) -> str:
-    """One line: group, alpha; finer groups than six are counted only."""
+    """Return one line of groups and alphas; for more than six groups, their number and range."""
     shown = {group: alpha for group, alpha in alphas.items() if group != "other"}
     if len(shown) > 6:
         return f"{len(shown)} groups, {min(shown.values()):.3g} to {max(shown.values()):.3g}"
@@ -68,7 +75,7 @@ def alphas_text(alphas: dict[str, float]) -> str:
 
 
 def print_outcome(outcome: Outcome, out: Path) -> None:
-    """The result of a single arm."""
+    """Print the result of a single arm."""
     tell(f"held-out perplexity {outcome.val_ppl:.3f} (loss {outcome.val_loss:.4f}), {outcome.tokens:,} tokens")
     if outcome.alphas:
         tell(f"alphas: {alphas_text(outcome.alphas)}")
@@ -78,7 +85,7 @@ def print_outcome(outcome: Outcome, out: Path) -> None:
 
 
 def print_comparison(outcomes: dict[str, Outcome], out: Path, optimizer: str) -> None:
-    """The table of both arms, where the files are, and one sentence about what a single seed is worth."""
+    """Print the table of both arms, the files, and the caveat that one seed proves nothing."""
     names = titles(optimizer)
     table = Table(title="held-out perplexity, same model, data order and steps")
     for column in ("", "perplexity", "loss", "tokens", "seconds"):
@@ -113,30 +120,43 @@ def _summary(outcomes: dict[str, Outcome], out: Path) -> Path:
 
 
 def read_curve(path: Path, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one key of a metrics file."""
+    """Return steps and values of one key of a metrics file."""
     entries = read_lines(path)
     points = [(entry["step"], entry[key]) for entry in entries if "step" in entry and key in entry]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def _plot(outcomes: dict[str, Outcome], out: Path, names: dict[str, str]) -> Path | None:
-    """compare.png: training loss (smoothed) and held-out loss of both arms over steps. None where it is not drawn."""
+    """Plot training loss (smoothed) and held-out loss of both arms to compare.png. None if plotting fails."""
     path = out / "compare.png"
-    return path if Aside()(path.name, lambda: _draw(outcomes, out, names, path)) else None
+
+    def draw() -> None:
+        figure = draw_curves(out, {name: names[name] for name in outcomes})
+        write_whole(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
+
+    return path if GuardedWriter()(path.name, draw) else None
 
 
-def _draw(outcomes: dict[str, Outcome], out: Path, names: dict[str, str], path: Path) -> None:
+def draw_curves(out: Path, names: dict[str, str]) -> Figure:
+    """Plot the curves of arms (folder in `out` -> name). Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure  # without pyplot, which reads MPLBACKEND
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for index, name in enumerate(outcomes):
+    for index, name in enumerate(names):
         steps, losses = read_curve(out / name / METRICS, "loss")
         smooth = [fmean(losses[max(0, i - SMOOTHING) : i]) for i in range(1, len(losses) + 1)]
-        axes.plot(steps, smooth, color=f"C{index}", alpha=0.45, linewidth=1.0, label=f"{names[name]}, training")
+        axes.plot(
+            steps,
+            smooth,
+            color=f"C{index}",
+            alpha=0.45,
+            linewidth=1.0,
+            label=f"{names[name]}, {TRAINING}",
+        )
         steps, losses = read_curve(out / name / METRICS, "val_loss")
         axes.plot(steps, losses, color=f"C{index}", marker="o", markersize=3.5, label=f"{names[name]}, held out")
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    write_whole(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
+    figure.legend(loc="outside upper center", ncols=len(names), frameon=False, fontsize=9)
+    return figure

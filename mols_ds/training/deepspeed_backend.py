@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of an arm, for the training loop (`mols_ds.training.trainer`)."""
+"""DeepSpeed backend of the training loop (`mols_ds.training.trainer`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mols_ds.core.handle import Handle
 from mols_ds.core.json_types import JsonObject
-from mols_ds.core.log import Aside
+from mols_ds.core.log import GuardedWriter
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import MicroBatch
 from mols_ds.training.rng_state import load_random, save_random
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 CLIENT_KEY = "main_job"
-"""Where a checkpoint's client state holds what the loop counts."""
+"""Key of the loop's counters in a checkpoint's client state."""
 WARMUP_SHARE, FINAL_SHARE = 0.10, 0.10
-"""METHOD, the paper's schedule: linear warm-up over 10 % of the steps, then cosine to 10 % of the base rate."""
+"""The paper's schedule (METHOD.md): linear warm-up over 10 % of the steps, then cosine to 10 % of the base rate."""
 
 
 def schedule(steps: int) -> Callable[[int], float]:
-    """Share of the base rate at each step, counted from 0: (t + 1) / w up to warm-up's w steps, then cosine."""
+    """Return the factor on the base rate at each step (from 0): (t + 1) / w for the w warm-up steps, then cosine."""
     warmup = max(1, round(WARMUP_SHARE * steps))
 
     def factor(step: int) -> float:
@@ -46,13 +46,13 @@ def schedule(steps: int) -> Callable[[int], float]:
 
 @dataclass(frozen=True)
 class DeepSpeedSetup:
-    """What a DeepSpeed engine is built from. See `train_job.TrainSetup`.
+    """Builds a DeepSpeed engine. See `train_job.TrainSetup`.
 
     Attributes:
         config: a resolved DeepSpeed config.
         model: builds the model of an arm.
-        held_out: this rank's held-out micro-batches, with how many of each one's sequences count.
-        task: what a micro-batch is and what its loss is.
+        held_out: this rank's held-out micro-batches, with the number of valid sequences in each.
+        task: defines micro-batches and their loss.
         watch: called with the engine after every update.
     """
 
@@ -82,7 +82,7 @@ class DeepSpeedSetup:
         return replace(self, config=config)
 
     def build(self, job: TrainJob) -> DeepSpeedBackend:
-        """See `TrainSetup`. Without a "scheduler" in the config, the rate follows `schedule`."""
+        """See `TrainSetup`. Without a "scheduler" in the config, the learning rate follows `schedule`."""
         import mols_ds
 
         model = self.model()
@@ -91,16 +91,16 @@ class DeepSpeedSetup:
             rates["lr_scheduler"] = lambda optimizer: LambdaLR(optimizer, schedule(job.steps))
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         engine, *_ = mols_ds.initialize(model=model, model_parameters=trainable, config=self.config, **rates)
-        torch.manual_seed(job.seed + 1 + job.shape.rank)  # dropout differs between ranks
+        torch.manual_seed(job.seed + 1 + job.shape.rank)  # different dropout on each rank
         return DeepSpeedBackend(job, self, engine)
 
 
 Event = tuple[str, float, int]
-"""Name, value, number of samples."""
+"""(name, value, number of samples)."""
 
 
 class DeepSpeedBackend(TrainBackend):
-    """See `TrainBackend`. `global_steps` stands still while MoLS probes: that is how a probe is told from an update."""
+    """See `TrainBackend`. `global_steps` does not advance during a probe, which tells it from an update."""
 
     option = "--{}"
 
@@ -114,8 +114,8 @@ class DeepSpeedBackend(TrainBackend):
         self.node_local = bool(options.get("use_node_local_storage"))
         if engine.checkpoint_engine.is_decoupled():
             raise MolsConfigError(
-                '"checkpoint.writer.decoupled" writes on after the save has returned, and this loop renames what is '
-                "written: leave it out"
+                '"checkpoint.writer.decoupled" still writes after the save has returned, but this loop renames the '
+                "folder then: leave it out"
             )
 
     @property
@@ -172,21 +172,21 @@ class DeepSpeedBackend(TrainBackend):
             self.setup.watch(self.engine)
 
     def write_events(self, values: Mapping[str, float]) -> None:
-        """See `TrainBackend`: DeepSpeed's monitor, against the number of samples."""
+        """See `TrainBackend`. Writes to DeepSpeed's monitor, by number of samples."""
         if self._monitor is not None:
             samples = self.engine.global_samples
             self._monitor([(f"Train/Samples/{name}", value, samples) for name, value in values.items()])
 
     def _guarded_monitor(self) -> Callable[[list[Event]], None] | None:
-        """What writes DeepSpeed's events on rank 0, or None. DeepSpeed calls it too, in the middle of its step: it must
-        not raise there, so it is put in the place of the monitor's own."""
+        """Replace and return the function that writes DeepSpeed's events on rank 0, or None. DeepSpeed calls it within
+        a step too, where it must not raise."""
         monitor = getattr(self.engine, "monitor", None)
         if self.rank != 0 or monitor is None or not monitor.enabled:
             return None
-        stock, aside = monitor.write_events, Aside()
+        stock, guarded = monitor.write_events, GuardedWriter()
 
         def write_events(events: list[Event]) -> None:
-            aside("monitor", lambda: stock(events))
+            guarded("monitor", lambda: stock(events))
 
         monitor.write_events = write_events
         return write_events
@@ -208,7 +208,7 @@ class DeepSpeedBackend(TrainBackend):
         return write
 
     def load_checkpoint(self, folder: Path, tag: str | None) -> JsonObject | None:
-        """See `TrainBackend`. Without a tag, DeepSpeed's `latest_universal` names the checkpoint."""
+        """See `TrainBackend`. Without a tag, loads the checkpoint in DeepSpeed's `latest_universal`."""
         try:
             strict = not self.task.partial
             path, client = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)

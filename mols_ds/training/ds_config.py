@@ -1,16 +1,16 @@
 """The DeepSpeed config of the main job: read, "auto" values replaced by numbers, handed to DeepSpeed as a dict."""
 
 import copy
-import difflib
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
 
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.json_text import read_json
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.validation import validation_message
+from mols_ds.engines.deepspeed import config_reader
+from mols_ds.engines.deepspeed.auto_values import auto_keys
 from mols_ds.engines.deepspeed.compat import module
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.build import split_config
@@ -26,18 +26,24 @@ SECTIONS = ("optimizer", "bf16", "fp16", "zero_optimization", "tensorboard")
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def read_config(path: str) -> JsonObject:
-    """A DeepSpeed config file. Raises MolsConfigError where it is missing, not JSON, has a key twice, misspells "mols"
-    or holds a wrong "mols" section."""
-    if not Path(path).exists():
-        raise MolsConfigError(f"config {path}: no such file")
-    config = read_json(path, f"config {path}")
-    if not isinstance(config, dict):
-        raise MolsConfigError(f"config {path}: a JSON object is needed, not {type(config).__name__}")
-    for key in config:
-        # DeepSpeed ignores keys that it does not know, so a misspelt section would silently train without MoLS
-        if key != "mols" and difflib.get_close_matches(key.lower(), ["mols"], cutoff=0.75):
-            raise MolsConfigError(f'config {path}: unknown key {key!r}; did you mean "mols"?')
+def read_config(given: str) -> JsonObject:
+    """A DeepSpeed config for this package's jobs.
+
+    Args:
+        given: the path of a file or a base64 text, as `mols_ds.engines.deepspeed.config_reader.read_config` takes it.
+
+    Returns:
+        The config. `"total_steps": "auto"` in its "mols" section is left out: the job knows the number.
+
+    Raises:
+        MolsConfigError: it cannot be read, misspells "mols" or holds a wrong "mols" section.
+    """
+    config = config_reader.read_config(given)
+    if key := config_reader.misspelt_section(config):
+        raise MolsConfigError(f'{config_reader.config_name(given)}: unknown key {key!r}; did you mean "mols"?')
+    section = config.get("mols")
+    if isinstance(section, dict) and section.get("total_steps") == AUTO:
+        del section["total_steps"]
     if "mols" in config:
         MolsConfig.parse(config["mols"])
     return config
@@ -84,19 +90,10 @@ def resolve(
         if mols.get("total_steps") is None:
             mols["total_steps"] = steps
         mols.setdefault("report_dir", str(out / "mols_report"))
-    _refuse_auto(config, "")
+    for key in auto_keys(config):  # what nobody replaced
+        raise MolsConfigError(f'config: "{key}" is "auto", which is not known for this key: give a value')
     split_config(config)
     return config
-
-
-def _refuse_auto(value: object, where: str) -> None:
-    """Raises for an "auto" that nobody replaced; inside "mols" it is the section's own word."""
-    if value == AUTO:
-        raise MolsConfigError(f'config: "{where}" is "auto", which is not known for this key: give a value')
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if where or key != "mols":
-                _refuse_auto(item, f"{where}.{key}" if where else key)
 
 
 def _batch_sizes(config: JsonObject, world: int) -> None:
@@ -154,12 +151,12 @@ def model_dtype(config: JsonObject) -> torch.dtype:
 
 def check_with_deepspeed(config: JsonObject, path: str) -> None:
     """Has DeepSpeed validate a resolved config before anything is built. Raises MolsConfigError with one line."""
-
+    name = config_reader.config_name(path)
     checked = module("deepspeed.runtime.config").DeepSpeedConfig
     request = split_config(config)
     try:
         checked(copy.deepcopy(config if request is None else request.config))
     except ValidationError as error:
-        raise MolsConfigError(f"config {path}: {error.title}: {validation_message(error)}") from error
+        raise MolsConfigError(f"{name}: {error.title}: {validation_message(error)}") from error
     except Exception as error:  # DeepSpeed asserts and raises plain Exceptions for wrong values
-        raise MolsConfigError(f"config {path}: DeepSpeed refuses it: {one_line(error)}") from error
+        raise MolsConfigError(f"{name}: DeepSpeed refuses it: {one_line(error)}") from error

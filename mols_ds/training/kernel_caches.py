@@ -1,4 +1,4 @@
-"""The caches of compiled kernels, looked at before a job's ranks use them."""
+"""Check the caches of compiled kernels before a job's ranks use them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from mols_ds.errors import MolsConfigError
 
 
 def check_kernel_caches() -> None:
-    """Give torch's compiler a cache of this user's, and warn, once a node, of a lock that would be waited for.
+    """Give torch's compiler a cache that only this user can write, and warn about stale locks, once per node.
 
-    Raises MolsConfigError where another user owns a cache, or everybody could put kernels into it. It is a warning
-    where its group could, and in a container, whose user is root: the caches there are often mounted from a home.
+    Only warns if the group can write a cache, and in a container with user root, where caches are often mounted.
+
+    Raises:
+        MolsConfigError: another user owns a cache, or everybody can write to it.
     """
     use_own_inductor_cache()
     problems = ["; ".join(problem) for problem in cache_problems()]

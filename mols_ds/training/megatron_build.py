@@ -1,4 +1,4 @@
-"""Process groups, model, optimizer and scheduler of a run, built as Megatron-LM's `setup_model_and_optimizer` does."""
+"""Build process groups, model, optimizer and scheduler as Megatron-LM's `setup_model_and_optimizer` does."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 STAGE_SEED = 100
-"""Added to the seed for each pipeline stage, or stages would begin alike (megatron/training/initialize.py)."""
+"""Seed offset per pipeline stage, so that stages start with different weights (megatron/training/initialize.py)."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a run trains. `chunks`: this rank's model chunks, wrapped in DistributedDataParallel."""
+    """Everything to train. `chunks`: this rank's model chunks, wrapped in DistributedDataParallel."""
 
     chunks: list[DistributedDataParallel]
     config: TransformerConfig
@@ -38,9 +38,13 @@ class Built:
 
 
 def start_ranks(timeout: float | None = None) -> tuple[int, int]:
-    """Join the ranks that torchrun started; a plain `python train_megatron.py` is one rank. Returns (rank, world).
+    """Join the ranks that torchrun started; a plain `python train_megatron.py` is one rank.
 
-    `timeout` is the time in seconds after which a collective that a rank does not join fails; None: torch's own.
+    Args:
+        timeout: seconds after which a collective fails that a rank does not join; None: torch's default.
+
+    Returns:
+        (rank, world size).
     """
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     if "RANK" not in os.environ:
@@ -60,7 +64,7 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
 
 
 def grid_sizes(settings: Settings) -> dict[str, int | None]:
-    """The sizes of the grid as arguments of Megatron's `initialize_model_parallel`."""
+    """Sizes of the grid as arguments of Megatron's `initialize_model_parallel`."""
     parallel = settings.parallel
     return {
         "tensor_model_parallel_size": parallel.tp,
@@ -73,9 +77,10 @@ def grid_sizes(settings: Settings) -> dict[str, int | None]:
 
 
 def start_grid(settings: Settings, grid: GridSizes, timeout: float | None = None) -> None:
-    """Lay the grid over the ranks, once a process; `timeout` as in `start_ranks`, for the groups of the grid.
+    """Create the process groups of the grid, once per process. `timeout`: as in `start_ranks`.
 
-    Raises MolsConfigError for a grid that Megatron refuses.
+    Raises:
+        MolsConfigError: Megatron refuses the grid.
     """
     from megatron.core import parallel_state
 
@@ -95,7 +100,7 @@ def start_grid(settings: Settings, grid: GridSizes, timeout: float | None = None
 
 
 def seed_all(settings: Settings) -> None:
-    """Seeds of weights and dropout; the same for two arms of a comparison."""
+    """Seed weights and dropout, the same for both arms of a comparison."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -105,12 +110,13 @@ def seed_all(settings: Settings) -> None:
 
 
 def build(settings: Settings, config: TransformerConfig, *, vocab_size: int, engine: bool) -> Built:
-    """Model, optimizer and scheduler of an arm.
+    """Build model, optimizer and scheduler of an arm.
 
     Args:
-        config: TransformerConfig; the functions that schedules call are set on it.
-        vocab_size: of the tokenizer; the embedding is padded from it.
-        engine: whether the layers are Transformer Engine's.
+        settings: the run's config.
+        config: TransformerConfig; gets the functions that Megatron's schedules call.
+        vocab_size: of the tokenizer, before padding.
+        engine: use Transformer Engine's layers.
     """
     from megatron.core.optimizer import get_megatron_optimizer
 
@@ -141,7 +147,7 @@ def _chunks(
 
 
 def _model(settings: Settings, config: TransformerConfig, vocab_size: int, engine: bool, stage: int | None) -> GPTModel:
-    """The GPTModel of one pipeline stage of this rank."""
+    """Build the GPTModel of one pipeline stage of this rank."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
@@ -176,8 +182,8 @@ def _connect(
     optimizer: MegatronOptimizer,
     settings: Settings,
 ) -> None:
-    """The functions by which Megatron's schedules reach optimizer and data parallelism (megatron/training/training.py,
-    `train`)."""
+    """Set the functions with which Megatron's schedules reach optimizer and data parallelism
+    (megatron/training/training.py, `train`)."""
     from megatron.core.distributed import finalize_model_grads
 
     def one_or_all(functions: list[Callable[..., object]]) -> object:
@@ -192,9 +198,9 @@ def _connect(
 
 
 def _scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Megatron's scheduler, which counts sequences as Megatron-LM does.
+    """Build Megatron's scheduler, which counts sequences as in Megatron-LM.
 
-    Its warm-up starts at rate / steps of the warm-up: from 0, Megatron-LM's default, the first step would do nothing.
+    Warm-up starts at rate / warm-up steps: from 0, Megatron-LM's default, the first step would do nothing.
     """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -213,6 +219,6 @@ def _scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerPar
         end_wd=chosen.weight_decay,
         wd_incr_steps=steps * per,
         wd_incr_style="constant",
-        # A resumed run is this config's; `Checkpoint.load` refuses another number of steps
+        # A resumed run uses this config; `Checkpoint.load` refuses another number of steps
         use_checkpoint_opt_param_scheduler=True,
     )

@@ -1,7 +1,7 @@
-"""Megatron-core's own config objects from the settings. Knows no process group: everything here can be checked at once.
+"""Build Megatron-core's config objects from the settings. Uses no process group: everything can be checked at once.
 
-Sources: `megatron/training/arguments.py` of Megatron-LM (`core_transformer_config_from_args` and the checks between
-arguments that Megatron-core itself does not make).
+Sources: `megatron/training/arguments.py` of Megatron-LM (`core_transformer_config_from_args`, and checks between
+arguments that Megatron-core lacks).
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ ELSEWHERE = {
     key: f"precision.{key}"
     for key in ("fp8", "fp8_recipe", "fp8_param", "fp4", "fp4_param", "gradient_accumulation_fusion")
 }
-"""Fields of TransformerConfig that another key of the file decides."""
+"""Fields of TransformerConfig that another config key sets."""
 
 
 @dataclass(frozen=True)
 class GridSizes:
-    """How `world` ranks are laid out."""
+    """Layout of `world` ranks."""
 
     world: int
     data: int
 
     @classmethod
     def of(cls, settings: Settings, world: int) -> GridSizes:
-        """Raises MolsConfigError where the ranks do not divide."""
+        """Return the grid of `world` ranks. Raises MolsConfigError if they do not divide."""
         parallel = settings.parallel
         model = parallel.tp * parallel.pp * parallel.cp
         if world % model:
@@ -80,7 +80,7 @@ class GridSizes:
 
 
 def micro_batches(settings: Settings, grid: GridSizes) -> int:
-    """Forward passes of a rank in one step. Raises MolsConfigError where the batch does not divide."""
+    """Return the forward passes of a rank per step. Raises MolsConfigError if the batch does not divide."""
     batch, parallel = settings.batch, settings.parallel
     share = batch.micro * grid.data
     if batch.total % share:
@@ -96,7 +96,7 @@ def micro_batches(settings: Settings, grid: GridSizes) -> int:
 
 
 def dtype_of(settings: Settings) -> torch.dtype:
-    """The weights' dtype: bf16 for `auto` on a GPU that has it and wherever FP8 or FP4 is asked for, else fp32."""
+    """Return the weights' dtype: bf16 for `auto` on a GPU that supports it and for FP8 or FP4, else fp32."""
     precision = settings.precision
     if precision.dtype != "auto":
         return DTYPES[precision.dtype]
@@ -105,19 +105,19 @@ def dtype_of(settings: Settings) -> torch.dtype:
 
 
 def uses_engine(settings: Settings, machine: Machine) -> bool:
-    """Whether the Transformer Engine spec is built. Raises MolsConfigError where it is wanted and missing."""
+    """Whether to use Transformer Engine's layers. Raises MolsConfigError if they are required and missing."""
     wanted = settings.precision.transformer_engine
     ready = machine.engine is not None and machine.capability is not None
     if wanted is True and not ready:
         why = machine.engine_missing or "this process has no CUDA device"
-        raise MolsConfigError(f"precision.transformer_engine: true, but {why}; take auto or false")
+        raise MolsConfigError(f"precision.transformer_engine: true, but {why}; use auto or false")
     if settings.parallel.cp > 1 and (wanted is False or not ready):
-        raise MolsConfigError("parallel.cp: context parallelism needs Transformer Engine's attention; take cp: 1")
+        raise MolsConfigError("parallel.cp: context parallelism needs Transformer Engine's attention; use cp: 1")
     return ready and wanted is not False
 
 
 def _activation(name: str) -> tuple[Callable[[torch.Tensor], torch.Tensor], bool]:
-    """(function, whether it is gated)."""
+    """Return (function, whether it is gated)."""
     if name == "squared_relu":
         return _squared_relu, False
     gated = name in ("swiglu", "geglu")
@@ -129,7 +129,7 @@ def _squared_relu(x: torch.Tensor) -> torch.Tensor:
 
 
 def _further(settings: Settings, kind: type[TransformerConfig]) -> dict[str, object]:
-    """The `model` keys that are fields of TransformerConfig, checked by name and type."""
+    """Return the `model` keys that are fields of TransformerConfig, checked by name and type."""
     own = type(settings.model).model_fields
     fields = {field.name for field in dataclasses.fields(kind) if field.init}
     hints = typing.get_type_hints(kind)
@@ -152,18 +152,18 @@ def _further(settings: Settings, kind: type[TransformerConfig]) -> dict[str, obj
             adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
             out[key] = adapter.validate_python(value)
         except PydanticUserError:
-            out[key] = value  # a type of Megatron's own, which its config checks
+            out[key] = value  # a type of Megatron's, which its config checks
         except ValidationError as error:
             raise MolsConfigError(validation_message(error, hints[key], f"model.{key}")) from None
     return out
 
 
 def transformer_config(settings: Settings, machine: Machine | None = None) -> TransformerConfig:
-    """Megatron-core's TransformerConfig (MLATransformerConfig with `multi_latent_attention`).
+    """Return Megatron-core's TransformerConfig (MLATransformerConfig with `multi_latent_attention`).
 
     Raises:
-        MolsConfigError: an unknown `model` key, or what Megatron refuses, in one line.
-        MolsUnsupportedError: a precision that this machine has not (see `megatron_patches.precision.check`).
+        MolsConfigError: an unknown `model` key, or a value that Megatron refuses; one line.
+        MolsUnsupportedError: a precision that this machine lacks (see `megatron_patches.precision.check`).
     """
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -172,7 +172,7 @@ def transformer_config(settings: Settings, machine: Machine | None = None) -> Tr
     kind = MLATransformerConfig if model.further.get("multi_latent_attention") else TransformerConfig
     dtype = dtype_of(settings)
     low = bool(precision.fp8 or precision.fp4)
-    if low:  # before Megatron's own checks, some of which fail unnamed without Transformer Engine
+    if low:  # before Megatron's checks, some of which fail with no name without Transformer Engine
         check(SimpleNamespace(fp8=precision.fp8, fp8_recipe=precision.fp8_recipe, fp4=precision.fp4), machine=machine)
     engine = low or uses_engine(settings, machine)
     function, gated = _activation(model.activation)
@@ -202,19 +202,19 @@ def transformer_config(settings: Settings, machine: Machine | None = None) -> Tr
         "fp4": precision.fp4,
         "fp4_param": precision.fp4_param,
         "gradient_accumulation_fusion": precision.gradient_accumulation_fusion,
-        # LLaMA's choices; a key of the file wins
+        # LLaMA's choices; keys of the file override them
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "use_cpu_initialization": not torch.cuda.is_available(),
-        # The local modules' fused kernels are CUDA's or compiled; Transformer Engine brings its own
+        # The local modules' fused kernels need CUDA or a build; Transformer Engine has its own
         "masked_softmax_fusion": False,
-        "bias_activation_fusion": engine and model.activation == "swiglu",  # of the others only some combinations
+        "bias_activation_fusion": engine and model.activation == "swiglu",  # others only in some combinations
         "bias_dropout_fusion": engine,
         "attention_softmax_in_fp32": True,
     }
     if parallel.vp is not None:
-        # With both at their defaults the stages' messages are mixed up, without an error (arguments.py forbids it)
+        # With both at their defaults the stages' messages mix up without an error (arguments.py forbids it)
         values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     values |= _further(settings, kind)
     try:
@@ -229,7 +229,7 @@ def transformer_config(settings: Settings, machine: Machine | None = None) -> Tr
 
 
 def _check_shapes(settings: Settings, config: TransformerConfig) -> None:
-    """What Megatron finds out only while it builds, or divides silently."""
+    """Check sizes that Megatron checks only while it builds, or divides silently."""
     parallel = settings.parallel
     heads = config.num_attention_heads
     if config.hidden_size % heads and "kv_channels" not in settings.model.further:
@@ -260,7 +260,7 @@ def _check_shapes(settings: Settings, config: TransformerConfig) -> None:
 
 
 def optimizer_config(settings: Settings) -> OptimizerConfig:
-    """Megatron-core's OptimizerConfig. Raises MolsConfigError where Megatron refuses it."""
+    """Return Megatron-core's OptimizerConfig. Raises MolsConfigError if Megatron refuses it."""
     from megatron.core.optimizer import OptimizerConfig
 
     chosen, dtype = settings.optimizer, dtype_of(settings)
@@ -304,6 +304,6 @@ def ddp_config(settings: Settings) -> DistributedDataParallelConfig:
 
 
 def padded_vocabulary(size: int, settings: Settings) -> int:
-    """Rows of the embedding: `size` rounded up to a multiple of vocab_multiple x tp."""
+    """Return the rows of the embedding: `size` rounded up to a multiple of vocab_multiple x tp."""
     multiple = settings.model.vocab_multiple * settings.parallel.tp
     return math.ceil(size / multiple) * multiple

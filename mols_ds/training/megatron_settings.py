@@ -1,7 +1,7 @@
-"""The config file of train_megatron.py: typed sections, unknown keys refused with a suggestion, nothing left to guess.
+"""Config file of train_megatron.py: typed sections; an unknown key is an error with a suggestion.
 
-A section holds what a user decides; names of Megatron-core's own are kept where it has one. Any further field of its
-TransformerConfig can stand in `model`, checked against the field's type.
+Sections have the names of Megatron-core where it has one. `model` may also have any other field of its
+TransformerConfig, checked against the field's type.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Section(Frozen):
 
 
 class ModelSettings(_Section):
-    """The network. Other keys are fields of Megatron-core's TransformerConfig and go there as they are."""
+    """The network. Other keys are fields of Megatron-core's TransformerConfig and are passed on."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -47,7 +47,7 @@ class ModelSettings(_Section):
     rotary_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
     tied_embeddings: bool = False
     vocab_multiple: Positive = 128
-    """The embedding's rows are rounded up to a multiple of this times tp, as Megatron-LM does."""
+    """The embedding's rows are rounded up to a multiple of this times tp, as in Megatron-LM."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelSettings:
@@ -58,12 +58,12 @@ class ModelSettings(_Section):
 
     @property
     def further(self) -> JsonObject:
-        """The keys that are TransformerConfig's."""
+        """The keys for TransformerConfig."""
         return dict(self.__pydantic_extra__ or {})
 
 
 class ParallelSettings(_Section):
-    """Ranks along each axis; what is left of the world is data-parallel."""
+    """Ranks per axis; the rest of the world is data-parallel."""
 
     tp: Positive = 1
     pp: Positive = 1
@@ -89,7 +89,7 @@ class ParallelSettings(_Section):
 
 
 class PrecisionSettings(_Section):
-    """`auto` is bf16 on a GPU that has it, else fp32. FP8 and FP4 need Transformer Engine."""
+    """`auto` is bf16 on a GPU that supports it, else fp32. FP8 and FP4 need Transformer Engine."""
 
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     transformer_engine: bool | Literal["auto"] = "auto"
@@ -104,12 +104,12 @@ class PrecisionSettings(_Section):
     @model_validator(mode="after")
     def _check(self) -> PrecisionSettings:
         if (self.fp8 or self.fp4) and self.dtype in ("fp32", "fp16"):
-            raise ValueError(f"dtype: {self.dtype} does not go with fp8 or fp4, which need bf16")
+            raise ValueError(f"dtype: {self.dtype} cannot go with fp8 or fp4, which need bf16")
         return self
 
 
 class OptimizerSettings(_Section):
-    """METHOD, the paper's settings: Adam (0.9, 0.95, 1e-8) without weight decay, clipping at 1."""
+    """The paper's settings (METHOD.md): Adam (0.9, 0.95, 1e-8) without weight decay, clipping at 1."""
 
     name: Literal["adam", "sgd"] = "adam"
     lr: Rate
@@ -129,7 +129,7 @@ class OptimizerSettings(_Section):
 
 
 class SchedulerSettings(_Section):
-    """METHOD, the paper's schedule: linear warm-up over 10 % of the steps, then cosine to 10 % of the rate."""
+    """The paper's schedule (METHOD.md): linear warm-up over 10 % of the steps, then cosine to 10 % of the rate."""
 
     style: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Share = 0.10
@@ -137,7 +137,7 @@ class SchedulerSettings(_Section):
 
 
 class BatchSettings(_Section):
-    """Sequences: `micro` in one forward pass, `global` in one step over all data-parallel ranks."""
+    """Sequences: `micro` per forward pass, `global` per step over all data-parallel ranks."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -146,7 +146,7 @@ class BatchSettings(_Section):
 
 
 class DataSettings(_Section):
-    """The text; see --data of train.py. The tokenizer is trained on it where no folder is named."""
+    """The text; see --data of train.py. Without a tokenizer folder, a tokenizer is trained on the text."""
 
     source: str = "stdlib"
     text_key: str | None = None
@@ -156,7 +156,7 @@ class DataSettings(_Section):
 
 
 class RunSettings(_Section):
-    """How long, and what is written when."""
+    """Length of the run, and when to evaluate, log and save."""
 
     steps: Positive
     seq_len: Positive
@@ -165,13 +165,13 @@ class RunSettings(_Section):
     eval_sequences: Positive = 256
     save_every: Count = 0
     reshardable_checkpoints: bool = False
-    """Whether another tp or pp can load them; costs a gather on data-parallel rank 0."""
+    """Whether another tp or pp can load the checkpoints; costs a gather on data-parallel rank 0."""
     log_every: Positive = 1
     out: str | None = None
 
 
 class Settings(_Section):
-    """A whole config file. Raises MolsConfigError through `read`."""
+    """A whole config file. `read` raises MolsConfigError."""
 
     model: ModelSettings
     parallel: ParallelSettings = ParallelSettings()
@@ -184,7 +184,7 @@ class Settings(_Section):
     mols: JsonObject | None = None
 
     def with_mols(self, section: JsonObject | None) -> Settings:
-        """The same with another "mols" section."""
+        """Return a copy with another "mols" section."""
         return self.model_copy(update={"mols": section})
 
 
@@ -192,28 +192,28 @@ class Settings(_Section):
 
 
 def read(path: str, changes: Iterable[str] = ()) -> Settings:
-    """The settings of a file, with `section.key=value` changes of the command line on top.
+    """Read the settings of a file and apply `section.key=value` changes of the command line.
 
     Raises:
-        MolsConfigError: the file is missing or no YAML; a key is unknown, a value wrong; all in one line.
+        MolsConfigError: the file is missing or not YAML, a key is unknown, or a value is wrong; one line for all.
     """
     content = read_yaml(path, f"config {path}")
     if not isinstance(content, dict):
-        raise MolsConfigError(f"config {path}: sections are needed, not {type(content).__name__}")
+        raise MolsConfigError(f"config {path}: must have sections, not {type(content).__name__}")
     for change in changes:
         _change(content, change)
     return validate(content, f"config {path}")
 
 
 def _change(content: JsonObject, change: str) -> None:
-    """Put one `section.key=value` into the file's content."""
+    """Apply one `section.key=value` to the file's content."""
     name, equals, value = change.partition("=")
     section, dot, key = name.partition(".")
     if not equals or not dot or not section or not key:
         raise MolsConfigError(f"--set {change}: write it as section.key=value, such as run.steps=100")
     place = content.setdefault(section, {})
     if not isinstance(place, dict):
-        raise MolsConfigError(f"--set {change}: {section!r} is no section of the config")
+        raise MolsConfigError(f"--set {change}: {section!r} is not a section of the config")
     *path, last = key.split(".")
     for part in path:
         place = place.setdefault(part, {})
@@ -223,7 +223,7 @@ def _change(content: JsonObject, change: str) -> None:
 
 
 def validate(content: JsonMapping, where: str) -> Settings:
-    """Settings from plain values. Raises MolsConfigError, one line for all mistakes."""
+    """Return settings from plain values. Raises MolsConfigError: one line for all mistakes."""
     try:
         settings = Settings.model_validate(dict(content))
     except ValidationError as error:

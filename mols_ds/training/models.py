@@ -1,5 +1,5 @@
-"""The model of the main job: a decoder from a model file (configs/models/*.json, a transformers configuration with its
-`model_type`) or from a transformers checkpoint folder."""
+"""Build the model of a training job from a model file (configs/models/*.json, a transformers configuration with its
+`model_type`) or a transformers checkpoint folder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 def load_model_config(source: str) -> PretrainedConfig:
-    """The transformers configuration of a model file or checkpoint folder.
+    """Load the transformers configuration of a model file or checkpoint folder.
 
-    Raises MolsConfigError where it is missing, not JSON, without a known `model_type`, or holds a bad value.
+    Raises:
+        MolsConfigError: missing, not JSON, without a known `model_type`, or with a bad value.
     """
     path = Path(source)
     file = path / "config.json" if path.is_dir() else path
@@ -30,7 +31,7 @@ def load_model_config(source: str) -> PretrainedConfig:
         raise MolsConfigError(f"model {source}: no such model file or checkpoint folder (see configs/models/)")
     settings = read_json(file, f"model {file}")
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
-        raise MolsConfigError(f'model {file}: it needs a "model_type" that transformers knows, such as "llama"')
+        raise MolsConfigError(f'model {file}: needs a "model_type" that transformers knows, such as "llama"')
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -43,20 +44,21 @@ def load_model_config(source: str) -> PretrainedConfig:
 
 
 def groups_of(source: str, granularity: Granularity = "type") -> list[str]:
-    """The module groups of a model file or checkpoint folder, without its weights. Raises MolsConfigError."""
+    """Return the module groups of a model file or checkpoint folder, without weights. Raises MolsConfigError."""
     return list(group_table(meta_model(source), None, granularity).elements)
 
 
 def is_checkpoint(source: str) -> bool:
-    """Whether the model comes with weights (a folder with a weight file), so that training continues from them."""
+    """Whether the source has weights (a folder with a weight file), so that training continues from them."""
     path = Path(source)
     return path.is_dir() and any(path.glob("*.safetensors")) | any(path.glob("pytorch_model*.bin"))
 
 
 def meta_model(source: str, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model of a file or checkpoint folder on the meta device: its parameters have names and shapes, no memory.
+    """Build the model of a file or checkpoint folder on the meta device: names and shapes without memory.
 
-    Raises MolsConfigError where there is none, or transformers cannot build it.
+    Raises:
+        MolsConfigError: no such model, or transformers cannot build it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -79,11 +81,13 @@ def build_model(
     dtype: torch.dtype,
     checkpointing: bool = False,
 ) -> nn.Module:
-    """The model in `dtype` with weights drawn under `seed` (or the checkpoint's), ready for training.
+    """Build the model for training in `dtype`, with weights drawn with `seed` or from the checkpoint.
 
-    A model file's vocabulary is enlarged where the tokenizer is larger; `end` is its end-of-text token. Raises
-    MolsConfigError where a checkpoint's vocabulary is too small, positions are fewer than `seq_len`, or the model
-    cannot be built.
+    Enlarges a model file's vocabulary to the tokenizer's. `end`: its end-of-text token.
+
+    Raises:
+        MolsConfigError: a checkpoint's vocabulary is too small, positions are fewer than `seq_len`, or the model cannot
+            be built.
     """
     from transformers import AutoModelForCausalLM
 
@@ -114,8 +118,8 @@ def build_model(
 
 
 def zero_init(config: JsonObject) -> object | None:
-    """Makes transformers build models under `deepspeed.zero.Init` for as long as the returned object lives, so that a
-    stage-3 model never exists whole on one rank. None for other stages, where models are built as usual."""
+    """Make transformers build models under `deepspeed.zero.Init` while the returned object exists, so that a stage-3
+    model is never whole on one rank. Returns None for other stages."""
     if config.get("zero_optimization", {}).get("stage") != 3:
         return None
     from transformers.integrations import HfDeepSpeedConfig

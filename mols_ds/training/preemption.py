@@ -1,4 +1,4 @@
-"""Preemption: SIGTERM and SIGUSR1 make all ranks save a checkpoint at the same step and exit with status 0."""
+"""Preemption: on SIGTERM or SIGUSR1, all ranks save a checkpoint at the same step and exit with status 0."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 Handler = Callable[[int, FrameType | None], object] | int | None
-"""What `signal.signal` returns."""
+"""Result of `signal.signal`."""
 
 
 class Preempted(Exception):
-    """The run ended early because a signal asked for it; its checkpoint is saved. Not an error: exit status 0."""
+    """A signal ended the run early; its checkpoint is saved. Not an error: exit status 0."""
 
 
 class StopRequest:
-    """Listens for `SIGNALS` inside its `with` block. Only the main thread of a process can listen.
+    """Listen for `SIGNALS` in a `with` block. Only the main thread of a process can listen.
 
-    The handler only notes the signal: what is under way (a step, a collective, a save) ends first. A process that
-    leaves the block by `Preempted` ignores further signals: it is ending, and a second one (a scheduler sends SIGTERM
-    after SIGUSR1, two hosts may both tell a rank) would make its exit a failure.
+    The handler only records the signal: the current step, collective or save ends first. After `Preempted` the process
+    ignores further signals: it is ending, and a second signal (a scheduler sends SIGTERM after SIGUSR1, two hosts may
+    both signal a rank) would make its exit a failure.
     """
 
     def __init__(self) -> None:
-        self.heard = 0
+        self.signal_number = 0
         """Number of the signal that this rank heard, or 0."""
         self._former: dict[signal.Signals, Handler] = {}
 
@@ -42,12 +42,12 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN if ending else handler or signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.heard = self.heard or number
+        self.signal_number = self.signal_number or number
 
     def agreed(self, largest: Callable[[float], float]) -> str | None:
-        """Name of the signal that any rank heard, the same on every rank, or None; collective.
+        """Return the name of the signal of any rank, the same on every rank, or None. Collective.
 
-        `largest` gives the maximum over ranks: signals reach the ranks at different steps, and some of them never.
+        largest: returns the maximum over ranks. Signals reach ranks at different steps, and some ranks never.
         """
-        number = int(largest(float(self.heard)))
+        number = int(largest(float(self.signal_number)))
         return signal.Signals(number).name if number else None

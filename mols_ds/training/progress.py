@@ -1,4 +1,4 @@
-"""What a person sees while the job trains: a bar on a terminal, a line now and then in a log file."""
+"""Progress output: a bar on a terminal, or some lines in a log file."""
 
 import time
 
@@ -7,15 +7,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from mols_ds.core.log import Aside, tell
+from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import printable
 
 LINES = 10
-"""Lines that a whole run prints where there is no terminal."""
+"""Lines of a whole run without a terminal."""
 
 
 class Progress:
-    """The progress of one arm; silent on ranks that do not show it."""
+    """Progress of one arm. Silent on ranks that do not show it."""
 
     def __init__(self, name: str, steps: int, shown: bool) -> None:
         self.name, self.steps, self.shown = name, steps, shown
@@ -28,15 +28,15 @@ class Progress:
             times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
             self._bar = Bar(*columns, *times, console=self.console)
             self._task = self._bar.add_task(escape(printable(name)), total=steps, state="")
-            Aside()("progress", self._bar.start)
+            GuardedWriter()("progress", self._bar.start)
 
     def probing(self, count: int) -> None:
-        """`count` batches have been measured so far, without an update."""
+        """Show that `count` batches were measured so far without an update."""
         if self._bar is not None:
             self._bar.update(self._task, state=f"measuring gradients: batch {count}")
 
     def update(self, step: int, loss: float, val_loss: float | None, phase: str) -> None:
-        """Step `step` is done."""
+        """Show that step `step` is done."""
         if val_loss is not None:
             self._val_loss = val_loss
         state = f"loss {loss:.3f}"
@@ -49,7 +49,7 @@ class Progress:
             tell(f"{self.name}: step {step}/{self.steps}, {seconds:.0f} s, {state}")
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Restore the terminal."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

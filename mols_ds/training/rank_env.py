@@ -1,7 +1,7 @@
-"""The rank of a process that no PyTorch launcher started: from the variables of srun and mpirun to RANK and the rest.
+"""Set RANK and the other variables of torch.distributed from those of srun and mpirun.
 
-DeepSpeed's own launchers for Open MPI, MVAPICH and SLURM (launcher/multinode_runner.py) start the script as it is, and
-an sbatch file may do the same with srun. Without this, each of N processes would train alone, as rank 0 of 1.
+DeepSpeed's launchers for Open MPI, MVAPICH and SLURM (launcher/multinode_runner.py) start the script directly, as an
+sbatch file may do with srun. Without this, each of N processes would train alone as rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEFAULT_PORT = "29500"
 
 @dataclass(frozen=True)
 class _LauncherVariables:
-    """The variables of one launcher: rank, number of ranks, rank on the node, number of ranks on the node."""
+    """Variables of one launcher: rank, world size, local rank, local world size."""
 
     rank: str
     world: str
@@ -26,7 +26,7 @@ class _LauncherVariables:
     local_world: str
 
 
-# STEP_NUM_TASKS, not SLURM_NTASKS: an sbatch script has the latter, and SLURM_PROCID, without being one of the tasks
+# STEP_NUM_TASKS, not SLURM_NTASKS: an sbatch script has the latter and SLURM_PROCID without being a task
 SOURCES = (
     _LauncherVariables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     _LauncherVariables(*(f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
@@ -36,8 +36,8 @@ SOURCES = (
 
 
 def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that torch.distributed reads, for a process in `environment`, as far as they are not there yet;
-    empty where the process has a RANK or nobody started several."""
+    """Return the missing variables of torch.distributed for a process in `environment`. Empty if RANK is set, or if no
+    launcher started several processes."""
     if "RANK" in environment:
         return {}
     for source in SOURCES:
@@ -62,7 +62,7 @@ def _translated(source: _LauncherVariables, environment: Mapping[str, str]) -> d
 
 
 def tasks_on_node(counts: str, node: int) -> int | None:
-    """Tasks on node number `node` of a list as SLURM writes it: "4", "4(x2)" (two nodes of 4) or "4(x2),3"."""
+    """Tasks on node number `node` of SLURM's list: "4", "4(x2)" (two nodes of 4) or "4(x2),3"."""
     nodes: list[int] = []
     for part in filter(None, counts.split(",")):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
@@ -73,14 +73,15 @@ def tasks_on_node(counts: str, node: int) -> int | None:
 
 
 def adopt_rank_environment() -> None:
-    """Puts `rank_environment` of this process into os.environ.
+    """Add `rank_environment` of this process to os.environ.
 
-    Raises MolsConfigError where there are several ranks and nothing says where rank 0 is.
+    Raises:
+        MolsConfigError: several ranks, and no variable names the host of rank 0.
     """
     adopted = rank_environment(os.environ)
     os.environ.update(adopted)
     if adopted and not os.environ.get("MASTER_ADDR"):
         raise MolsConfigError(
-            f"this process was started as rank {adopted['RANK']} of {adopted['WORLD_SIZE']}, and MASTER_ADDR is not "
+            f"this process was started as rank {adopted['RANK']} of {adopted['WORLD_SIZE']}, but MASTER_ADDR is not "
             "set: export the name or address of the first node to all ranks (docs/launching.md)"
         )

@@ -1,4 +1,4 @@
-"""What the programs that start training share: they join the ranks, check a run, print warnings and mistakes once."""
+"""Shared by training programs: join the ranks, check a run, print warnings and errors once."""
 
 import argparse
 import atexit
@@ -14,7 +14,7 @@ import torch
 
 from mols_ds.core.json_types import JsonMapping
 from mols_ds.core.log import tell
-from mols_ds.engines.deepspeed.compat import leave_out_shm_kernel
+from mols_ds.engines.deepspeed.compat import skip_shm_kernel
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning, printable
 from mols_ds.training.cli_utils import print_line, status_of
 from mols_ds.training.compare import ADAM
@@ -24,13 +24,14 @@ from mols_ds.training.rank_env import adopt_rank_environment
 from mols_ds.training.trainer import has_checkpoint
 
 PATIENCE_SECONDS = 15.0
-"""How long other ranks wait for rank 0 to say what is wrong (the launcher then ends them) before they say it."""
+"""Time for rank 0 to print an error (the launcher then ends the others) before other ranks print it too."""
 
 
 def check_run(args: argparse.Namespace, config: JsonMapping) -> None:
-    """Checks --compare, --resume and --out against a config as it was read, and makes the folder --out.
+    """Check --compare, --resume and --out against a config, and create the folder --out.
 
-    Raises MolsConfigError for a comparison without a "mols" section, nothing to resume, or a folder that cannot be.
+    Raises:
+        MolsConfigError: a comparison without a "mols" section, nothing to resume, or a folder that cannot be created.
     """
     if args.compare and not config.get("mols", {}).get("enabled", "mols" in config):
         raise MolsConfigError(f'--compare adam: config {args.config} has no enabled "mols" section to compare with')
@@ -47,8 +48,11 @@ def _rank() -> int:
 
 
 def run_command(program: str, command: Callable[[], None]) -> int:
-    """Runs a program. Returns 0, also for a run that a signal ended; 2 for a user's mistake and 1 for a run that cannot
-    go on, both of which rank 0 states in one line on stderr."""
+    """Run a program on one rank; rank 0 prints an error in one line on stderr.
+
+    Returns:
+        0, also after a signal; 2 for a user's mistake; 1 for a run that cannot continue.
+    """
     try:
         adopt_rank_environment()
         command()
@@ -57,8 +61,8 @@ def run_command(program: str, command: Callable[[], None]) -> int:
             print_line(program, stop)
     except MolsError as error:
         if (rank := _rank()) != 0:
-            # Rank 0 meets the same mistake and says it; its exit makes the launcher end this process. What only this
-            # rank can see (a file missing on its node) must still be said.
+            # Rank 0 usually has the same error and prints it; then the launcher ends this process. An error of this
+            # rank alone (a file missing on its node) must be printed here.
             time.sleep(PATIENCE_SECONDS)
         print_line(f"{program} (rank {rank})" if rank != 0 else program, error)
         return status_of(error)
@@ -75,8 +79,8 @@ def leave_ranks() -> None:
         torch.distributed.destroy_process_group()
 
 
-def quiet() -> None:
-    """Leaves the terminal to the progress bar; DeepSpeed's warnings stay."""
+def silence_output() -> None:
+    """Silence other output on the terminal, for the progress bar. DeepSpeed's warnings stay."""
     import logging
 
     from deepspeed.utils import logger
@@ -106,9 +110,13 @@ def quiet() -> None:
 
 
 def start_ranks(timeout: float | None = None) -> tuple[int, int]:
-    """Joins the ranks that the launcher started; a plain `python train.py` is one rank. Returns (rank, world).
+    """Join the ranks that the launcher started; a plain `python train.py` is one rank.
 
-    `timeout` is the time in seconds after which a collective that a rank does not join fails; None: DeepSpeed's 30 min.
+    Args:
+        timeout: seconds after which a collective fails that a rank does not join; None: DeepSpeed's 30 minutes.
+
+    Returns:
+        (rank, world size).
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -117,7 +125,7 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
     if "RANK" not in os.environ:
         os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
     if get_accelerator().device_name() == "cpu":
-        leave_out_shm_kernel()
+        skip_shm_kernel()
         if "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
@@ -132,12 +140,12 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
 
 
 def _limit_new_groups(patience: timedelta) -> None:
-    """Makes `patience` torch's default for groups made from here on. DeepSpeed's collectives run in groups that it
-    makes without a time limit (0.19: TorchBackend.new_group, comm/torch.py), neither init_distributed's nor
-    DEEPSPEED_TIMEOUT's: a rank that stopped would be waited for for torch's 10 (NCCL) or 30 minutes."""
+    """Make `patience` torch's default timeout for new groups. DeepSpeed creates its groups without a timeout (0.19:
+    TorchBackend.new_group, comm/torch.py) and ignores those of init_distributed and DEEPSPEED_TIMEOUT. Ranks would wait
+    torch's 10 (NCCL) or 30 minutes for a rank that stopped."""
     from torch.distributed import distributed_c10d
 
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         if not hasattr(distributed_c10d, name):
-            raise MolsUnsupportedError(f"--timeout: this torch has no {name} any more; leave --timeout out")
+            raise MolsUnsupportedError(f"--timeout: this torch has no {name}; leave --timeout out")
         setattr(distributed_c10d, name, patience)

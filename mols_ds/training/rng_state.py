@@ -1,4 +1,4 @@
-"""The random state of each rank beside a checkpoint, so that dropout goes on where it was: DeepSpeed saves none."""
+"""Save each rank's RNG state beside a checkpoint, so that dropout continues. DeepSpeed does not save it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mols_ds.errors import MolsCheckpointError
 
 
 def _path(folder: Path, rank: int, world: int) -> Path:
-    """Another number of ranks finds nothing of its own: its generators start anew."""
+    """Path with the world size: another number of ranks finds no file and starts with new generators."""
     return folder / f"random_{rank}_of_{world}.pt"
 
 
 def save_random(folder: Path, rank: int, world: int) -> None:
-    """Write this rank's generators of CPU and accelerator into `folder`."""
+    """Write this rank's CPU and accelerator RNG state to `folder`."""
     from deepspeed.accelerator import get_accelerator
 
     state = {"torch": torch.get_rng_state(), "accelerator": get_accelerator().get_rng_state()}
@@ -23,9 +23,10 @@ def save_random(folder: Path, rank: int, world: int) -> None:
 
 
 def load_random(folder: Path, rank: int, world: int) -> None:
-    """Set them as `save_random` found them; where it wrote none for this many ranks, they stay as they are.
+    """Load the RNG state of `save_random`. Does nothing if there is none for this number of ranks.
 
-    Raises MolsCheckpointError for a file that is none of its.
+    Raises:
+        MolsCheckpointError: the file is not one of `save_random`.
     """
     from deepspeed.accelerator import get_accelerator
 

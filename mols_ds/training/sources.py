@@ -1,8 +1,8 @@
-"""Text for pre-training: where it comes from, how it is cut into documents and which documents are held out.
+"""Text for pre-training: sources, documents, and the split into training and held-out documents.
 
-A source is the Python standard library's own source (the default: every machine has it), a local file or folder of
-text, JSONL or parquet files, or the name of a data set on the Hugging Face hub, which is streamed. Everything above
-plain text (tokens, packing, shuffling, batches) lives in `tokens` and `batches`.
+A source is the Python standard library's source code (the default, on every machine), a local file or folder of text,
+JSONL or parquet, or the name of a data set on the Hugging Face hub, which is streamed. `tokens` and `batches` do
+tokenizing, packing, shuffling and batching.
 """
 
 import hashlib
@@ -20,17 +20,17 @@ from mols_ds.errors import MolsConfigError
 
 STDLIB = "stdlib"
 READERS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-"""Suffix of a local file -> builder of HF `datasets` that reads it."""
+"""Suffix of a local file -> reader of HF `datasets`."""
 HUB_SECONDS = 20.0
 PIECE_CHARACTERS = 16384
-"""A text file longer than this is cut at blank lines, so that one big file still has documents to hold out."""
+"""Longer text files are split at blank lines, so that one big file has documents to hold out."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataSpec:
-    """What to read. `source` is "stdlib", a path or a hub name; the other fields matter to hub names only, except
-    `text_key` (column that holds the text, JSONL and parquet too) and `eval_share` (share of documents held out,
-    where no `eval_split` of the data set is named)."""
+    """A data source. `source` is "stdlib", a path or a hub name. Other fields are for hub names, except `text_key`
+    (text column, also of JSONL and parquet) and `eval_share` (share of held-out documents if there is no
+    `eval_split`)."""
 
     source: str = STDLIB
     subset: str | None = None
@@ -48,13 +48,13 @@ class DataSpec:
 
     @property
     def streaming(self) -> bool:
-        """Whether the source is a hub data set, which is read as a stream instead of being tokenized whole."""
+        """Whether the source is a hub data set, which is streamed instead of tokenized whole."""
         return self.source != STDLIB and not Path(self.source).exists()
 
     @classmethod
     def parse(cls, value: str, **overrides: Any) -> "DataSpec":
-        """Reads the value of `--data`: "stdlib", a data file or folder, a JSON file with a "source" key (see
-        configs/data/), or a hub name. Raises MolsConfigError for a path that is not there or an unknown key."""
+        """Parse the value of `--data`: "stdlib", a data file or folder, a JSON file with a "source" key
+        (configs/data/), or a hub name. Raises MolsConfigError for a missing path or an unknown key."""
         path = Path(value)
         settings: JsonObject = {"source": value}
         if path.suffix == ".json" and path.is_file():
@@ -72,7 +72,7 @@ class DataSpec:
 
 
 def _settings_file(path: Path) -> JsonObject | None:
-    """The object of a data settings file, or None where the file holds data rather than settings."""
+    """Return the object of a data settings file, or None if the file has data instead."""
     try:
         content = read_json(path, str(path))
     except MolsConfigError:
@@ -81,7 +81,7 @@ def _settings_file(path: Path) -> JsonObject | None:
 
 
 def local_files(spec: DataSpec) -> list[Path]:
-    """The files of a local source in a fixed order, sorted by path. Raises MolsConfigError where there are none."""
+    """Return the files of a local source, sorted by path. Raises MolsConfigError if there are none."""
     if spec.source == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
         files = [p for p in root.rglob("*.py") if "site-packages" not in p.parts and "dist-packages" not in p.parts]
@@ -96,7 +96,7 @@ def local_files(spec: DataSpec) -> list[Path]:
 
 
 def fingerprint(spec: DataSpec, *extra: object) -> str:
-    """16 hex digits that change when the source's settings, its files (path, size, time) or `extra` change."""
+    """Return 16 hex digits that change with the source's settings, its files (path, size, time) or `extra`."""
     state: list[object] = [sorted(asdict(spec).items()), [str(part) for part in extra]]
     if not spec.streaming:
         state.append([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in local_files(spec)])
@@ -104,8 +104,8 @@ def fingerprint(spec: DataSpec, *extra: object) -> str:
 
 
 def cut(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cuts text at blank lines into pieces of at least `limit` characters (the last may be shorter). Joined together,
-    the pieces are the text again."""
+    """Split text at blank lines into pieces of at least `limit` characters (the last may be shorter). The pieces joined
+    are the text."""
     start = 0
     while len(text) - start > limit:
         found = text.find("\n\n", start + limit)
@@ -118,10 +118,11 @@ def cut(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
 
 
 def local_documents(spec: DataSpec) -> Iterator[str]:
-    """The documents of a local source in a fixed order, empty ones left out. A Python file of the standard library is
-    one document, a row of JSONL or parquet too; other text files are cut by `cut`.
+    """Yield the documents of a local source in a fixed order, without empty ones. A Python file of the standard library
+    is one document, as is a row of JSONL or parquet; `cut` splits other text files.
 
-    Raises MolsConfigError for a file that cannot be read and where no document has any text.
+    Raises:
+        MolsConfigError: a file cannot be read, or no document has text.
     """
     found = False
     readers = _stdlib(spec) if spec.source == STDLIB else chain.from_iterable(_rows(spec, p) for p in local_files(spec))
@@ -130,7 +131,7 @@ def local_documents(spec: DataSpec) -> Iterator[str]:
             found = True
             yield text
     if not found:
-        raise MolsConfigError(f"data {spec.source}: there is no text in it")
+        raise MolsConfigError(f"data {spec.source}: it has no text")
 
 
 def _stdlib(spec: DataSpec) -> Iterator[str]:
@@ -138,14 +139,14 @@ def _stdlib(spec: DataSpec) -> Iterator[str]:
         try:
             yield path.read_text("utf-8")
         except UnicodeDecodeError:
-            continue  # some files of the library's own tests are badly encoded on purpose
+            continue  # some test files of the library are badly encoded on purpose
 
 
 def _rows(spec: DataSpec, path: Path) -> Iterator[str]:
-    """The texts of one local file, read by HF `datasets`."""
+    """Yield the texts of one local file, read by HF `datasets`."""
     import datasets
 
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it would log is raised as well, and told in one line below
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs it also raises; the message below has one line
     if path.stat().st_size == 0:
         return
     reader = READERS[path.suffix]
@@ -158,7 +159,7 @@ def _rows(spec: DataSpec, path: Path) -> Iterator[str]:
             yield from cut(text) if reader == "text" else (text,)
     except MolsConfigError:
         raise
-    except Exception as error:  # datasets wraps each reader's own errors in several types
+    except Exception as error:  # datasets wraps the readers' errors in several types
         raise MolsConfigError(f"data {path}: cannot be read as {reader}: {one_line(error)}") from error
 
 
@@ -171,26 +172,27 @@ def _text(row: JsonObject, key: str, where: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
+    """Return type and first line of an error's message, or its type alone."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def document_hash(text: str, seed: int) -> int:
-    """A 64-bit hash of a document's text under `seed`: equal documents always fall on the same side of the split."""
+    """Return a 64-bit hash of a document under `seed`. Equal documents are on the same side of the split."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=seed.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little")
 
 
 def hash_threshold(share: float) -> int:
-    """Documents whose hash is below this are held out: `share` of them on average."""
+    """Return the threshold below which a document's hash holds it out: `share` of them on average."""
     return int(share * 2**64)
 
 
 def local_threshold(documents: Iterable[str], share: float, seed: int) -> int:
-    """Like `hash_threshold`, moved where a small source would else have nothing held out or nothing left to train on.
+    """Return `hash_threshold`, moved if a small source would otherwise have no held-out or no training document.
 
-    Raises MolsConfigError where all documents are the same one, so that no split exists.
+    Raises:
+        MolsConfigError: all documents are equal, so there is no split.
     """
     usual = hash_threshold(share)
     hashes: set[int] = set()
@@ -204,7 +206,7 @@ def local_threshold(documents: Iterable[str], share: float, seed: int) -> int:
 
 
 def check_hub(spec: DataSpec) -> None:
-    """Asks the hub once for a streamed source, so that a wrong name fails at once. Raises MolsConfigError."""
+    """Ask the hub once for a streamed source, so that a wrong name fails at once. Raises MolsConfigError."""
     if not spec.streaming:
         return
     from huggingface_hub import HfApi
@@ -217,15 +219,16 @@ def check_hub(spec: DataSpec) -> None:
 
 def _no_source(spec: DataSpec, error: Exception) -> MolsConfigError:
     return MolsConfigError(
-        f"data {spec.source}: neither a local file or folder nor a data set that the hub gives: {one_line(error)}"
+        f"data {spec.source}: neither a local file or folder nor a data set that the hub has: {one_line(error)}"
     )
 
 
 def stream_documents(spec: DataSpec, split: str, *, seed: int | None, rank: int = 0, world: int = 1) -> Iterator[str]:
-    """The documents of one split of a hub data set, this rank's part of them, shuffled under `seed` by a buffer of
-    `shuffle_buffer` documents (in the data set's order where `seed` is None).
+    """Yield this rank's documents of one split of a hub data set, shuffled by a buffer of `shuffle_buffer` documents
+    under `seed` (in the data set's order if `seed` is None).
 
-    Raises MolsConfigError where the hub or the data set cannot be reached.
+    Raises:
+        MolsConfigError: the hub or the data set cannot be reached.
     """
     from datasets import load_dataset
     from datasets.distributed import split_dataset_by_node

@@ -1,4 +1,4 @@
-"""What a micro-batch is and what its loss is. `NextTokens` is pre-training; `finetune.task` trains on answers."""
+"""Definition of a micro-batch and its loss. `NextTokens` is pre-training; `finetune.task` trains on answers."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """What is trained on a DeepSpeed engine. Call every method on all ranks at the same point."""
+    """A training task on a DeepSpeed engine. Call every method on all ranks at the same point."""
 
     partial: bool
-    """Whether checkpoints leave frozen weights out, which are loaded from elsewhere."""
+    """Whether checkpoints omit frozen weights, which are loaded from elsewhere."""
     identity: Mapping[str, object]
-    """Further arguments by name that a resumed run must share with its checkpoint."""
+    """More arguments by name that a resumed run must share with its checkpoint."""
 
     def loss(self, engine: DeepSpeedEngine, batch: MicroBatch) -> Tensor:
-        """A micro-batch's loss. A step descends its mean over the step's micro-batches and ranks."""
+        """Return a micro-batch's loss. A step descends the mean over its micro-batches and ranks."""
         ...
 
     def held_out(self, engine: DeepSpeedEngine, batch: MicroBatch, valid: int) -> tuple[float, int]:
-        """(sum of the losses, tokens that have one) over the first `valid` sequences of a held-out micro-batch."""
+        """Return (sum of losses, number of targets) over the first `valid` sequences of a held-out micro-batch."""
         ...
 
     def tokens(self, steps: int) -> int:
-        """Tokens that `steps` steps have trained on."""
+        """Return the tokens that `steps` steps have trained on."""
         ...
 
     def save(self, engine: DeepSpeedEngine, folder: Path) -> None:
-        """Writes further files of a checkpoint."""
+        """Write more files of a checkpoint."""
         ...
 
 
 class NextTokens:
-    """Predicts every token of packed sequences from those before it. A batch is int64 of shape (micro, length)."""
+    """Predict every token of packed sequences from those before it. A batch is int64 of shape (micro, length)."""
 
     partial = False
 
@@ -49,7 +49,7 @@ class NextTokens:
         self.identity: Mapping[str, object] = {}
 
     def loss(self, engine: DeepSpeedEngine, batch: Tensor) -> Tensor:
-        """See `Task`: the mean over the micro-batch's tokens, which all micro-batches have equally many of."""
+        """See `Task`: the mean over the micro-batch's tokens; all micro-batches have the same number."""
         ids = batch.to(engine.device)
         loss: Tensor = engine(input_ids=ids, labels=ids).loss
         return loss
@@ -70,4 +70,4 @@ class NextTokens:
         return steps * self.shape.tokens
 
     def save(self, engine: DeepSpeedEngine, folder: Path) -> None:
-        """Nothing: the checkpoint holds all."""
+        """Do nothing: the checkpoint has everything."""

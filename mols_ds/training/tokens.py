@@ -1,8 +1,8 @@
-"""Text to packed tokens: the tokenizer (from a folder, or trained on the data) and token files on disk.
+"""From text to packed tokens: the tokenizer (from a folder, or trained on the data) and token files on disk.
 
-A token file is the documents' tokens one after the other, each document followed by the end-of-text token, as a flat
-little-endian array that ranks map instead of loading. Both artefacts are built once, by whichever process takes the
-lock first, and kept in the cache folder under a name that changes with everything they depend on.
+A token file has the tokens of all documents, each followed by the end-of-text token, as a flat little-endian array that
+ranks memory-map. Tokenizer and token files are built once, by the first process that gets the lock. Their names in the
+cache folder change with everything that they depend on.
 """
 
 import json
@@ -31,7 +31,7 @@ from mols_ds.training.sources import (
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_CHARACTERS = 16_000_000
-"""Text that the tokenizer is trained on, from the start of the training documents: more changes it little."""
+"""Characters to train the tokenizer on, from the start of the training documents: more changes it little."""
 BATCH_DOCUMENTS = 512
 
 TokenType = np.dtype[np.unsignedinteger[Any]]
@@ -40,7 +40,7 @@ Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Byte-level BPE behind the two things that packing needs. `identity` names it in cache folders."""
+    """Byte-level BPE with the two functions for packing. `identity` names it in cache folders."""
 
     encode: Callable[[list[str]], list[list[int]]]
     end: int
@@ -50,15 +50,15 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class TokenData:
-    """Flat token arrays, read-only and mapped from disk. `train` is None for a streamed source."""
+    """Flat token arrays, memory-mapped read-only. `train` is None for a streamed source."""
 
     train: Tokens | None
     held_out: Tokens
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """A transformers tokenizer folder, or one that `train_tokenizer` wrote. Raises MolsConfigError where it is
-    missing, broken or without an end-of-text token."""
+    """Load a transformers tokenizer folder, also of `train_tokenizer`. Raises MolsConfigError if it is missing, broken
+    or has no end-of-text token."""
     if not folder.is_dir():
         raise MolsConfigError(f"tokenizer {folder}: no such folder")
     from transformers import AutoTokenizer
@@ -78,10 +78,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def train_tokenizer(documents: Iterable[str], size: int, folder: Path) -> None:
-    """Trains byte-level BPE of `size` tokens and writes it to `folder` as a transformers tokenizer folder.
+    """Train byte-level BPE of `size` tokens and write it to `folder` as a transformers tokenizer folder.
 
-    Deterministic for the same documents. Raises MolsConfigError where `size` is too small for the 256 bytes and the
-    end-of-text token.
+    Deterministic for the same documents.
+
+    Raises:
+        MolsConfigError: `size` is too small for the 256 bytes and the end-of-text token.
     """
     if size < 257:
         raise MolsConfigError(f"vocabulary size {size}: byte-level BPE needs at least 257 tokens")
@@ -109,10 +111,13 @@ def _limited(documents: Iterable[str], characters: int) -> Iterator[str]:
 def prepare(
     spec: DataSpec, cache: Path, *, tokenizer: Path | None, vocab_size: int, seed: int, held_out_tokens: int
 ) -> tuple[Tokenizer, TokenData]:
-    """The tokenizer and the token files of a source, built if the cache has none that fit.
+    """Return the tokenizer and token files of a source. Builds what the cache lacks.
 
-    `seed` decides which documents are held out; `held_out_tokens` is how many tokens of them a streamed source keeps
-    on disk. Every process of a job may call this at the same time.
+    Every process of a job may call this at the same time.
+
+    Args:
+        seed: decides which documents are held out.
+        held_out_tokens: number of held-out tokens of a streamed source to keep on disk.
     """
     source = _SplitSource(spec, seed)
     if tokenizer is None:
@@ -134,7 +139,7 @@ def prepare(
 
 
 class _SplitSource:
-    """Both sides of a source's split as fresh iterators over documents."""
+    """Both sides of a source's split, as new iterators over documents."""
 
     def __init__(self, spec: DataSpec, seed: int) -> None:
         self.spec, self.seed = spec, seed
@@ -168,8 +173,8 @@ class _SplitSource:
 
 
 def cached(folder: Path, build: Callable[[Path], None], option: str = "--cache-dir") -> Path:
-    """`folder`, built by `build` under a lock if it is not there; renamed into place when complete, so that an
-    interrupted build leaves nothing that looks finished. Raises MolsConfigError that names the `option` that sets it.
+    """Return `folder`; if it is missing, let `build` fill it under a lock and rename it when complete, so that an
+    interrupted build leaves nothing that looks finished. Raises MolsConfigError that names the `option` for the folder.
     """
     if folder.is_dir():
         return folder
@@ -185,13 +190,13 @@ def cached(folder: Path, build: Callable[[Path], None], option: str = "--cache-d
 
 
 def token_dtype(vocab_size: int) -> TokenType:
-    """uint16 where every token id fits, else uint32."""
+    """Return uint16 if every token id fits, else uint32."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
 def write_tokens(documents: Iterable[str], tokenizer: Tokenizer, path: Path, limit: int | None = None) -> int:
-    """Writes the documents' tokens, each document closed by the end token, and returns how many. Stops after the
-    first batch of documents that reaches `limit` tokens."""
+    """Write the documents' tokens, each document with an end token, and return their number. Stops after the first
+    batch of documents that reaches `limit` tokens."""
     dtype = token_dtype(tokenizer.size)
     written = 0
     source = iter(documents)
@@ -212,7 +217,7 @@ def _with_end(tokenizer: Tokenizer, texts: list[str]) -> Iterator[int]:
 
 
 def map_tokens(path: Path, vocab_size: int) -> Tokens:
-    """The tokens of a file of `write_tokens`, shape (tokens,), mapped read-only."""
+    """Memory-map the tokens of a `write_tokens` file read-only, shape (tokens,)."""
     dtype = token_dtype(vocab_size)
     if path.stat().st_size == 0:
         return np.zeros(0, dtype)

@@ -1,6 +1,6 @@
-"""What the training loop gets: the job of one arm, and the interface of the engine that trains it.
+"""Inputs of the training loop: the job of one arm, and the interface of its engine.
 
-`mols_ds.training.trainer` drives a `TrainBackend`. There are two: `mols_ds.training.deepspeed_backend` and
+`mols_ds.training.trainer` drives a `TrainBackend`: `mols_ds.training.deepspeed_backend` or
 `mols_ds.apps.train_megatron.backend`.
 """
 
@@ -23,22 +23,22 @@ from mols_ds.training.batches import Batches, BatchShape, MicroBatch
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What one arm trains and how, the same on every rank but for `rank` and `shape`.
+    """Everything to train one arm, the same on every rank except for `rank` and `shape`.
 
     Attributes:
         setup: the engine's config, model and held-out data.
-        batches: where the micro-batches of a step come from.
-        shape: how a global batch is split among the data-parallel ranks.
-        rank: this process among all ranks of the run. Rank 0 writes the metrics and shows the progress.
+        batches: source of the micro-batches of a step.
+        shape: split of a global batch among the data-parallel ranks.
+        rank: this process among all ranks of the run. Rank 0 writes metrics and shows progress.
         steps: updates to train.
-        out: folder of everything that is written.
-        eval_every, save_every: updates between evaluations and between checkpoints; 0: at the end only.
+        out: folder of all output.
+        eval_every, save_every: updates between evaluations and between checkpoints; 0: only at the end.
         log_every: updates between lines of the metrics file.
         resume: continue from the newest checkpoint in `out`.
-        probe_ahead: mode "probe" measures the batches that training takes next, not batches of the probe stream. No
-            arm of a comparison then sees a text that another does not.
+        probe_ahead: mode "probe" measures the batches that training uses next, not those of the probe stream. So no arm
+            of a comparison sees more text than another.
         keep_last: save a checkpoint after the last update.
-        stop_diverged: end where the loss is not finite, with a held-out loss of NaN.
+        stop_diverged: end when the loss is not finite, with a held-out loss of NaN.
         preemptible: SIGTERM and SIGUSR1 end the run with a checkpoint.
         shown: rank 0 shows the progress.
     """
@@ -63,7 +63,7 @@ class TrainJob:
 
 @dataclass
 class Outcome:
-    """The result of an arm: the last line of its metrics file, and where the report is, if one was written."""
+    """Result of an arm: the last line of its metrics file, and the path of its report, if there is one."""
 
     val_loss: float
     tokens: int
@@ -79,7 +79,7 @@ class Outcome:
 
 
 class TrainSetup(Protocol):
-    """What an engine is built from: its config, the model and the held-out data."""
+    """Builds an engine from its config, the model and the held-out data."""
 
     @property
     def section(self) -> JsonObject | None:
@@ -92,20 +92,20 @@ class TrainSetup(Protocol):
         ...
 
     def with_section(self, section: JsonObject | None) -> Self:
-        """A copy with another "mols" section."""
+        """Return a copy with another "mols" section."""
         ...
 
     def build(self, job: TrainJob) -> TrainBackend:
-        """Builds model and optimizer, with MoLS attached. Equal weights for equal seeds. Collective."""
+        """Build model and optimizer and attach MoLS. Equal seeds give equal weights. Collective."""
         ...
 
 
 class StepResult(NamedTuple):
-    """What a step returns.
+    """Result of a step.
 
     Attributes:
-        losses: float64, on the CPU: this rank's part of the step's loss, for `TrainBackend.mean_loss`.
-        updated: whether the step counts as an update. False where MoLS only measured.
+        losses: float64 on the CPU: this rank's part of the step's loss, for `TrainBackend.mean_loss`.
+        updated: whether the step is an update; False if MoLS only measured.
     """
 
     losses: Tensor
@@ -113,15 +113,15 @@ class StepResult(NamedTuple):
 
 
 class TrainBackend(ABC):
-    """The engine of one arm as the training loop drives it. Call every method on all ranks at the same point.
+    """Engine of one arm for the training loop. Call every method on all ranks at the same point.
 
     Attributes:
-        mols: MoLS on this engine; its phase is "disabled" where the arm trains without.
+        mols: MoLS on this engine; phase "disabled" for an arm without it.
         rank, world: this process among all ranks of the run.
-        device: where collectives take their tensors.
-        node_local: each node keeps the checkpoint files of its own ranks.
-        universal: load the checkpoint that the engine's own file names, not the newest that the loop saved.
-        option: how a setting is written for the user, such as "--{}".
+        device: of tensors in collectives.
+        node_local: each node has the checkpoint files of its own ranks.
+        universal: load the checkpoint that the engine's own file names, not the loop's newest.
+        option: format of a setting for users, such as "--{}".
     """
 
     option: ClassVar[str]
@@ -134,63 +134,65 @@ class TrainBackend(ABC):
 
     @property
     def identity(self) -> Mapping[str, object]:
-        """Further settings by name that a resumed run must share with its checkpoint."""
+        """More settings by name that a resumed run must share with its checkpoint."""
         return {}
 
     # -- training
 
     @abstractmethod
     def base_lr(self) -> float:
-        """The rate of the next update, before any group's multiplier."""
+        """Learning rate of the next update, without multipliers."""
 
     @abstractmethod
     def step(self, batches: Iterator[MicroBatch], *, number: int, measures: bool) -> StepResult:
-        """Forward, backward and optimizer step of one global batch.
+        """Run forward, backward and optimizer step for one global batch.
 
         Args:
             batches: this rank's micro-batches.
-            number: of this update, from 1, if it becomes one.
+            number: of this update, from 1, if it is one.
             measures: MoLS measures this batch and discards the update.
         """
 
     @abstractmethod
     def mean_loss(self, losses: Tensor) -> float:
-        """The step's loss from every rank's `StepResult.losses`."""
+        """Return the step's loss from every rank's `StepResult.losses`."""
 
     @abstractmethod
     def held_out_sums(self) -> Tensor:
-        """float64 [sum of the losses, number of targets] over this rank's held-out data, in evaluation mode."""
+        """Return float64 [sum of losses, number of targets] over this rank's held-out data, in evaluation mode."""
 
     @abstractmethod
     def tokens(self, steps: int) -> int:
-        """Tokens that `steps` updates have trained on."""
+        """Return the tokens that `steps` updates have trained on."""
 
     @abstractmethod
     def parameters(self) -> Iterable[Tensor]:
-        """This rank's weights."""
+        """Return this rank's weights."""
 
     def after_update(self) -> None:  # noqa: B027 - most engines have nothing to do here
-        """Called after each update, outside the measured time of the step."""
+        """Run after each update, outside the measured time of the step."""
 
     def write_events(self, values: Mapping[str, float]) -> None:  # noqa: B027
-        """Sends values of an update to the engine's own monitors, such as TensorBoard. Rank 0 writes."""
+        """Send values of an update to the engine's own monitors, such as TensorBoard. Rank 0 writes."""
 
     # -- checkpoints
 
     @abstractmethod
     def checkpoint_writer(self, step: int, counted: JsonObject) -> Callable[[Path], None]:
-        """Prepares the checkpoint of update `step`. The result writes it into a folder.
+        """Prepare the checkpoint of update `step`. Returns a function that writes it into a folder.
 
         Args:
-            counted: what the loop counts, and the settings that a resumed run must share. Goes into the checkpoint.
+            step: number of updates.
+            counted: the loop's counters, and settings that a resumed run must share; saved in the checkpoint.
         """
 
     @abstractmethod
     def load_checkpoint(self, folder: Path, tag: str | None) -> JsonObject | None:
-        """Loads checkpoint `tag` of `folder`; None: the one that the engine's own file names (`universal`).
+        """Load checkpoint `tag` of `folder`; None: the one that the engine's own file names (`universal`).
 
         Returns:
-            `counted` of `checkpoint_writer`, with the number of updates as "step"; None for another program's.
+            `counted` of `checkpoint_writer`, with the number of updates as "step"; None for another program's
+            checkpoint.
 
         Raises:
             MolsCheckpointError: it cannot be loaded.
@@ -198,17 +200,17 @@ class TrainBackend(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Frees what the engine holds outside this process's memory and takes MoLS off."""
+        """Release the engine's resources outside this process's memory, and detach MoLS."""
 
-    # -- all ranks together
+    # -- collectives
 
     def evaluate(self) -> float:
-        """Mean loss per target over all held-out data of all ranks."""
+        """Return the mean loss per target over all held-out data of all ranks."""
         loss, count = self.total(self.held_out_sums()).tolist()
         return float(loss / count)
 
     def largest(self, value: float) -> float:
-        """The maximum over all ranks."""
+        """Return the maximum over all ranks."""
         if self.world == 1:
             return value
         moved = torch.tensor([value], dtype=torch.float32, device=self.device)
@@ -216,11 +218,11 @@ class TrainBackend(ABC):
         return float(moved)
 
     def agree(self, fine: bool) -> bool:
-        """Whether all ranks say yes."""
+        """Whether `fine` is True on all ranks."""
         return not self.largest(float(not fine))
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all ranks of a float64 vector, on the CPU."""
+        """Return the sum over all ranks of a float64 vector on the CPU."""
         if self.world == 1:
             return values
         moved = values.to(self.device)

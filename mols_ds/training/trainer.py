@@ -1,6 +1,6 @@
-"""The training loop of train.py, finetune.py, train_megatron.py and studies: one arm, from first update to last.
+"""Training loop of train.py, finetune.py, train_megatron.py and studies: one arm from its first to its last update.
 
-It counts, evaluates, logs, saves, resumes and stops; the engine trains (`train_job.TrainBackend`).
+The loop counts, evaluates, logs, saves, resumes and stops. The engine trains (`train_job.TrainBackend`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.files import append, read_text, write_whole
 from mols_ds.core.json_text import parse_json
 from mols_ds.core.json_types import JsonObject
-from mols_ds.core.log import Aside
+from mols_ds.core.log import GuardedWriter
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import Stream
-from mols_ds.training.checkpointer import Checkpointer, refuse_non_finite, step_of
+from mols_ds.training.checkpointer import Checkpointer, check_finite, step_of
 from mols_ds.training.checkpointer import has_checkpoint as saved_in
 from mols_ds.training.preemption import Preempted, StopRequest
 from mols_ds.training.progress import Progress
@@ -34,18 +34,21 @@ CHECKPOINTS = "checkpoints"
 
 
 def has_checkpoint(out: Path) -> bool:
-    """Whether an arm that writes to `out` has saved one."""
+    """Whether an arm has saved a checkpoint in `out`."""
     return saved_in(out / CHECKPOINTS)
 
 
 def train(job: TrainJob) -> Outcome:
-    """Trains one arm to its last update. Returns its outcome, the same on every rank.
+    """Train one arm to its last update.
+
+    Returns:
+        Its outcome, the same on every rank.
 
     Raises:
         MolsConfigError, MolsUnsupportedError, MolsCheckpointError: a user's mistake.
-        MolsTrainingError: the weights are not finite when they are to be saved.
+        MolsTrainingError: weights are not finite at a save.
         MolsError: Megatron skipped too many iterations in a row.
-        Preempted: a signal asked the run to end; its checkpoint is saved.
+        Preempted: a signal ended the run; its checkpoint is saved.
     """
     started = time.monotonic()
     backend = job.setup.build(job)
@@ -67,16 +70,16 @@ def train(job: TrainJob) -> Outcome:
 class Trainer:
     """The loop of one arm.
 
-    It counts updates by itself. A batch that MoLS only measures is no update, so the run trains exactly `job.steps`
+    It counts updates itself. A batch that MoLS only measures is not an update, so the run has exactly `job.steps`
     updates in every mode.
 
     Attributes:
         updates: updates so far.
-        probe_steps: batches that MoLS measured without an update, so far.
-        ahead: of these, the ones since the last update that training takes too (`TrainJob.probe_ahead`).
-        diverged: the loss is not finite, and the job asks to stop there.
-        aside: calls what this rank writes beside training.
-        saved: update of the newest checkpoint that this run knows of; -1: none.
+        probe_steps: batches measured without an update, so far.
+        ahead: those since the last update that training uses too (`TrainJob.probe_ahead`).
+        diverged: the loss is not finite, and the job stops then.
+        guarded: runs this rank's writes beside training.
+        saved: update of the newest known checkpoint; -1: none.
     """
 
     def __init__(self, job: TrainJob, backend: TrainBackend) -> None:
@@ -84,7 +87,7 @@ class Trainer:
         self.updates = self.probe_steps = self.ahead = 0
         self.diverged = False
         self.saved = -1
-        self.aside = Aside()
+        self.guarded = GuardedWriter()
         self.stop = StopRequest()
         self.folder = job.out / CHECKPOINTS
         self.checkpointer = Checkpointer(self.folder, node_local=backend.node_local)
@@ -94,8 +97,8 @@ class Trainer:
         self.probes = discards_updates(job.setup.section)
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
-        self.aside("progress", self.bar.close)
+        """Restore the terminal."""
+        self.guarded("progress", self.bar.close)
 
     # -- checkpoints
 
@@ -105,18 +108,19 @@ class Trainer:
         return {"steps": self.job.steps, "seed": self.job.seed, **self.backend.identity}
 
     def save(self) -> None:
-        """Saves a checkpoint of this update. Raises MolsTrainingError where weights are not finite."""
+        """Save a checkpoint of this update. Raises MolsTrainingError if weights are not finite."""
         backend = self.backend
-        refuse_non_finite(backend.parameters(), self.updates, backend.agree)
+        check_finite(backend.parameters(), self.updates, backend.agree)
         counted = {"probe_steps": self.probe_steps, "ahead": self.ahead, **self.identity}
         write = backend.checkpoint_writer(self.updates, counted)
         self.checkpointer.save(f"step{self.updates}", write)
         self.saved = self.updates
 
     def load(self) -> None:
-        """Continues from the newest complete checkpoint.
+        """Continue from the newest complete checkpoint.
 
-        Raises MolsCheckpointError where there is none, or where it is another run's.
+        Raises:
+            MolsCheckpointError: there is none, or it belongs to another run.
         """
         backend = self.backend
         tag = None if backend.universal else self.checkpointer.newest()
@@ -131,20 +135,20 @@ class Trainer:
         self.ahead = int(counted.get("ahead", 0))
         self.saved = step_of(tag or "")
         if self.metrics is not None:
-            self.aside("metrics", partial(self.metrics.rewind, self.updates))
+            self.guarded("metrics", partial(self.metrics.rewind, self.updates))
 
     # -- training
 
     def run(self) -> Outcome:
-        """Trains to the last update."""
+        """Train to the last update."""
         job = self.job
         if self.metrics is not None and not job.resume:
-            self.aside("metrics", self.metrics.clear)
+            self.guarded("metrics", self.metrics.clear)
         val_loss = None
         while self.updates < job.steps and not self.diverged:
             val_loss = self.step()
             if job.preemptible and self.updates < job.steps:
-                self.stop_if_asked()
+                self.stop_on_signal()
         if self.diverged:
             val_loss = math.nan
         if val_loss is None:  # resumed at the end
@@ -153,16 +157,16 @@ class Trainer:
             self.save()
         return self._outcome(val_loss)
 
-    def stop_if_asked(self) -> None:
-        """Saves and raises Preempted where a signal asked any rank to end."""
+    def stop_on_signal(self) -> None:
+        """Save and raise Preempted if any rank got a signal."""
         name = self.stop.agreed(self.backend.largest)
         if name is None:
             return
         self.save()
-        raise Preempted(f"stopped by {name} after step {self.updates}; --resume goes on from there")
+        raise Preempted(f"stopped by {name} after step {self.updates}; --resume continues from there")
 
     def step(self) -> float | None:
-        """One step of the engine, an update or not. Returns the held-out loss if it was evaluated."""
+        """Run one step of the engine. Returns the held-out loss if it was evaluated."""
         job, backend = self.job, self.backend
         began = time.monotonic()
         measures = self.probes and backend.mols.phase == "calibrating"
@@ -174,7 +178,7 @@ class Trainer:
         if not updated:
             self.probe_steps += 1
             self.ahead += job.probe_ahead
-            self.aside("progress", partial(self.bar.probing, self.probe_steps))
+            self.guarded("progress", partial(self.bar.probing, self.probe_steps))
             return None
         self.updates += 1
         self.ahead = 0
@@ -183,7 +187,7 @@ class Trainer:
         return self._after_update(losses, base_lr, seconds)
 
     def _after_update(self, losses: Tensor, base_lr: float, seconds: float) -> float | None:
-        """Evaluates, logs and saves where the job asks for it after this update. Returns the held-out loss, if any."""
+        """Evaluate, log and save as the job asks after this update. Returns the held-out loss, if any."""
         job, backend, now = self.job, self.backend, self.updates
         due = now >= job.steps or (job.eval_every and now % job.eval_every == 0)
         val_loss = backend.evaluate() if due else None
@@ -196,16 +200,16 @@ class Trainer:
         return val_loss
 
     def log(self, loss: float, val_loss: float | None, base_lr: float, seconds: float) -> None:
-        """Writes a line of metrics. `base_lr` is the rate of this update before any group's multiplier."""
+        """Write a line of metrics. `base_lr`: learning rate of this update without multipliers."""
         multipliers, phase = self.backend.mols.multipliers, self.backend.mols.phase
         losses = {"loss": loss} if val_loss is None else {"loss": loss, "val_loss": val_loss}
         if self.metrics is not None:
             line: dict[str, object] = {"step": self.updates, "tokens": self.backend.tokens(self.updates), **losses}
             line |= {"lr": base_lr, "multipliers": multipliers, "phase": phase, "step_seconds": round(seconds, 6)}
-            self.aside("metrics", partial(self.metrics.write, line))
+            self.guarded("metrics", partial(self.metrics.write, line))
         scaled = {f"multiplier_{group}": value for group, value in multipliers.items()}
-        self.aside("monitor", partial(self.backend.write_events, {**losses, **scaled}))
-        self.aside("progress", partial(self.bar.update, self.updates, loss, val_loss, phase))
+        self.guarded("monitor", partial(self.backend.write_events, {**losses, **scaled}))
+        self.guarded("progress", partial(self.bar.update, self.updates, loss, val_loss, phase))
 
     def _outcome(self, val_loss: float) -> Outcome:
         section = self.job.setup.section
@@ -217,40 +221,40 @@ class Trainer:
         if self.metrics is not None:
             last = {"val_loss": val_loss, "val_ppl": outcome.val_ppl}
             line = {"final": True, **last, "tokens": outcome.tokens, "alphas": outcome.alphas}
-            self.aside("metrics", partial(self.metrics.write, line))
+            self.guarded("metrics", partial(self.metrics.write, line))
         return outcome
 
 
 def discards_updates(section: JsonObject | None) -> bool:
-    """Whether the calibration of a "mols" section takes steps that update nothing (mode "probe")."""
+    """Whether the calibration of a "mols" section has steps without an update (mode "probe")."""
     return section is not None and MolsConfig.parse(section).mode == "probe"
 
 
 class Metrics:
-    """OUT/metrics.jsonl: one JSON object a line, flushed at once."""
+    """OUT/metrics.jsonl: one JSON object per line, flushed at once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def clear(self) -> None:
-        """Starts an empty file."""
+        """Start an empty file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, "")
 
     def write(self, line: dict[str, object]) -> None:
-        """Appends a line."""
+        """Append a line."""
         append(self.path, json.dumps(line) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drops what an interrupted run wrote after the checkpoint at `step`."""
+        """Drop the lines of an interrupted run after the checkpoint at `step`."""
         entries = read_lines(self.path) if self.path.is_file() else []
         kept = [entry for entry in entries if entry.get("step", step + 1) <= step]
         write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def read_lines(path: Path) -> list[JsonObject]:
-    """The entries of a file of one JSON object a line, such as metrics.jsonl. A line that is none is left out: its
-    process was killed while it wrote. Raises MolsConfigError where the file cannot be read."""
+    """Return the objects of a JSONL file such as metrics.jsonl. Skips invalid lines of a process killed while it wrote.
+    Raises MolsConfigError if the file cannot be read."""
     entries = []
     for line in read_text(path, str(path)).splitlines():
         with contextlib.suppress(MolsConfigError):

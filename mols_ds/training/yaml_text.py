@@ -1,4 +1,4 @@
-"""YAML that users wrote, as plain values."""
+"""Read users' YAML as plain values."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mols_ds.core.plain_data import check_plain
 from mols_ds.errors import MolsConfigError
 
 MERGED = "tag:yaml.org,2002:merge"
-"""The tag of the key <<."""
-MOST = 100_000
-"""Values of a file: its aliases can make many of few."""
+"""Tag of the key <<."""
+MAX_VALUES = 100_000
+"""Largest number of values in a file; aliases can multiply them."""
 MOST_MERGED = 100
-"""Mappings that one << may name: each is copied."""
+"""Largest number of mappings in one <<; each is copied."""
 
 
-class _Once(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, and 1e-3 is a number (YAML 1.1 wants 1.0e-3)."""
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a duplicate key is an error and 1e-3 is a number (YAML 1.1 needs 1.0e-3)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGED]
@@ -33,7 +33,7 @@ class _Once(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """As YAML's own, with each key once: nested << would multiply them without end."""
+        """Merge each key once: nested << would multiply them without end."""
         for key, value in node.value:
             if key.tag == MERGED and isinstance(value, yaml.SequenceNode) and len(value.value) > MOST_MERGED:
                 raise MolsConfigError(f"<< names more than {MOST_MERGED} mappings")
@@ -42,14 +42,16 @@ class _Once(yaml.SafeLoader):
         node.value = list(dict(zip(names, node.value, strict=True)).values())
 
 
-_Once.add_constructor("!exponent", lambda _, node: float(node.value))
-_Once.add_implicit_resolver("!exponent", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_StrictLoader.add_constructor("!exponent", lambda _, node: float(node.value))
+_StrictLoader.add_implicit_resolver(
+    "!exponent", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def parse_yaml(text: str, where: str) -> object:
-    """YAML text as plain values. Raises MolsConfigError with one line that begins with `where`."""
+    """Parse YAML as plain values. Raises MolsConfigError: one line that starts with `where`."""
     try:
-        content: object = yaml.load(text, _Once)
+        content: object = yaml.load(text, _StrictLoader)
     except MolsConfigError as error:
         raise MolsConfigError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
@@ -59,12 +61,12 @@ def parse_yaml(text: str, where: str) -> object:
         raise MolsConfigError(f"{where}: not YAML{line}: {what}") from error
     except RecursionError as error:
         raise MolsConfigError(f"{where}: not YAML: nested too deeply") from error
-    except (ValueError, TypeError, OverflowError) as error:  # a tag whose value is none of its kind
+    except (ValueError, TypeError, OverflowError) as error:  # a tag with a value of another kind
         raise MolsConfigError(f"{where}: not YAML: {type(error).__name__}: {error}") from error
-    check_plain(content, where, MOST)
+    check_plain(content, where, MAX_VALUES)
     return content
 
 
 def read_yaml(path: str | os.PathLike[str], where: str) -> object:
-    """The content of a YAML file. Raises MolsConfigError with one line that begins with `where`."""
+    """Read a YAML file. Raises MolsConfigError: one line that starts with `where`."""
     return parse_yaml(read_text(path, where), where)

@@ -13,7 +13,7 @@ from tests.helpers.harness import run_ranks
 
 
 def keep(folder: str, node_local: bool) -> tuple[list[str], str, str | None, list[str]]:
-    """Runs on ranks, each a node of its own: files in the manifest, newest, then what is wrong once rank 1's is cut."""
+    """Run on ranks that are separate nodes: the manifest's files, the newest, the error for a truncated file."""
     import torch.distributed as dist
 
     from mols_ds.training.checkpointer import Checkpointer
@@ -48,5 +48,5 @@ def test_every_node_lists_its_own_files_and_all_ranks_agree(node_local: bool, tm
     both = ["rank0.pt", "rank1.pt"]
     assert [each[0] for each in found] == ([["rank0.pt"], ["rank1.pt"]] if node_local else [both, both])
     assert {each[1] for each in found} == {"step4 step2"}
-    assert {each[2] for each in found} == {"rank1.pt has 5 bytes and not 11"}
+    assert {each[2] for each in found} == {"rank1.pt has 5 bytes instead of 11"}
     assert len(found[0][3]) == 1 and not found[1][3]

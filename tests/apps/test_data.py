@@ -254,7 +254,7 @@ def write(path: Path, content: str) -> Path:
 def test_mistakes_in_the_data_are_named(tmp_path: Path) -> None:
     cases = {
         "no such file or folder": str(tmp_path / "missing.txt"),
-        "there is no text": str(write(tmp_path / "blank.txt", " \n\n ")),
+        "it has no text": str(write(tmp_path / "blank.txt", " \n\n ")),
         "cannot be read as json": str(write(tmp_path / "broken.jsonl", '{"text": 1')),
         "columns are body": str(write(tmp_path / "body.jsonl", '{"body": "hello"}')),
         "no file with a suffix": str(tmp_path / "nothing"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ from mols_ds.apps.doctor import command, machine, packages
 from mols_ds.apps.doctor.findings import Findings, split_way_out
 from mols_ds.apps.doctor.imports import Tried, try_all
 from mols_ds.errors import MolsUnsupportedError
+from tests.helpers.optimizer_facts import CLASSES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORKS = Tried("1.0")
@@ -338,7 +340,7 @@ def test_megatron_config(tmp_path: Path) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is imported anew, and the packages are as they are: the command's own way is tested."""
+    """No fresh import and no changed package: tests the command as users run it."""
     monkeypatch.setattr(command, "try_all", lambda tasks: dict.fromkeys(tasks, WORKS))
     monkeypatch.setattr(command, "check_packages", lambda findings, tried: None)
     monkeypatch.setattr(command, "check_machine", lambda findings, out, elements: None)
@@ -406,6 +408,86 @@ def test_messages_are_split_where_the_way_out_begins() -> None:
         ("problem", "what it is", "the fix"),
         ("problem", "cannot be checked: SystemExit: gone", "the fix"),
     ]
+
+
+def test_a_config_as_deepspeed_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Comments and trailing commas, and the same in base64; the clients that read JSON alone are named."""
+    from mols_ds.apps.doctor.deepspeed_config import check_config
+
+    text = json.dumps(BASE, indent=1).replace("{", "{ # a comment\n", 1)[:-1].rstrip() + ",\n}"
+    (tmp_path / "ds.json").write_text(text, "utf-8")
+    coded = base64.urlsafe_b64encode(text.encode()).decode()
+    for given in (str(tmp_path / "ds.json"), coded):
+        findings = Findings()
+        check_config(findings, given, model=None, steps=100, world=2)
+        assert {f.level for f in findings.items} <= {"ok", "note"}, findings.items
+        assert bool(only(findings, "config.file", "note")) == (given != coded)
+        assert all(len(f.found) < 400 for f in findings.items)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_takes_base64(capsys: pytest.CaptureFixture[str]) -> None:
+    coded = base64.urlsafe_b64encode(json.dumps(BASE).encode()).decode()
+    status, out, err = run(capsys, "--config", coded, "--steps", "100")
+    assert (status, err) == (0, "") and "accepted by DeepSpeed" in " ".join(out.split())
+    status, out, err = run(capsys, "--config", coded[:-7])
+    assert (status, out) == (2, "") and "no such file, and not a config in base64" in err and err.count("\n") == 1
+
+
+def test_who_fills_in_which_auto(tmp_path: Path) -> None:
+    auto = changed(
+        {
+            **dict.fromkeys(("train_batch_size", "gradient_clipping"), "auto"),
+            "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+            "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "overlap_comm": "auto"},
+            "bf16": {"enabled": "auto"},
+            "mols": {"total_steps": "auto"},
+        }
+    )
+    findings = examined(auto, tmp_path)
+    assert not any(f.level == "problem" for f in findings.items), findings.items
+    said = {level: [f for f in only(findings, "config.auto", level)] for level in ("ok", "note", "warning")}
+    (filled,) = said["ok"]
+    assert set(filled.found.partition(": ")[2].split(", ")) == {
+        *("train_batch_size", "gradient_clipping", "optimizer.params.lr", "bf16.enabled"),
+        "zero_optimization.reduce_bucket_size",
+    }
+    left, alone = said["warning"]
+    assert left.found.endswith("zero_optimization.overlap_comm") and "ValueError of accelerate" in left.found
+    assert set(alone.found.partition("): ")[2].split(", ")) == {
+        *("train_batch_size", "gradient_clipping", "optimizer.params.lr")
+    }
+    assert "mols_ds.initialize" in alone.found and "TypeError" in alone.found and "Trainer" in alone.fix
+    (default,) = said["note"]
+    assert default.found.endswith("zero_optimization.reduce_bucket_size, zero_optimization.overlap_comm, bf16.enabled")
+    assert not only(examined(changed({}), tmp_path), "config.auto")
+    library = {"type": "Adam-mini", "params": {"lr": "auto"}}  # for the library's, "auto" is the default
+    assert not only(examined(changed({"optimizer": library}), tmp_path), "config.auto", "warning")
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("name", ["OneBitAdam", "onebitlamb", "ZeroOneAdam", "Prodigy", "Rprop", "ASGD", "LBFGS",
+                                  "Adafactor", "Muon", "muon", "SAM", "ScheduleFreeAdamW"])  # fmt: skip
+def test_optimizers_that_mols_refuses(name: str, stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with the refusal of the table, in any spelling that DeepSpeed takes, and never as an unknown name."""
+    from mols_ds.optim.choose import rename
+
+    monkeypatch.setattr("mols_ds.optim.choose._where_it_runs", lambda section, config: None)  # as on a GPU
+    given = {"type": name, "params": {"lr": 1e-3}}
+    findings = examined(changed({"optimizer": given, "zero_optimization": {"stage": stage}}), tmp_path)
+    problem = [f for f in findings.items if f.level == "problem"][-1]  # Adafactor reads whole tensors besides
+    facts = {one.name.lower(): one.refused for one in CLASSES if one.refused}
+    reason = facts.get(name.lower(), "its gradients are already orthogonalised when they can be read")
+    assert problem.found.startswith("MoLS does not support ") and reason in problem.found and problem.fix
+    if name.lower() in ("onebitlamb", "prodigy", "sam"):
+        with pytest.raises(MolsUnsupportedError, match="MoLS does not support"):
+            rename({"type": "AdamW"}, name)
+
+
+def test_settings_that_torchs_optimizer_refuses(tmp_path: Path) -> None:
+    findings = examined(changed({"optimizer": {"type": "SGD", "params": {"lr": 0.1, "betas": [0.9, 0.95]}}}), tmp_path)
+    (problem,) = [f for f in findings.items if f.level == "problem"]
+    assert "torch.optim.SGD refuses its params: TypeError" in problem.found and "optimizer.params" in problem.fix
 
 
 def test_shipped_configs_have_no_problem(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""finetune.py on a small checkpoint: methods, ranks and ZeRO stages agree, what is saved loads, mistakes are told."""
+"""finetune.py on a small checkpoint: methods, ranks and ZeRO stages agree, saved files load, mistakes are errors."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_mistakes_are_one_line_and_status_2(folder: Path, tmp_path: Path, capsys
         'line 2: key "completion" is missing': good + '{"prompt": "a"}',
         'line 3: "output" is empty': good + '\n{"instruction": "a", "output": " "}',
         "line 1: it needs": '{"text": "a"}',
-        "there is no example": "\n",
+        "it has no example": "\n",
         "only one document": good,
     }
     cases: dict[str, list[str]] = {}
@@ -169,7 +169,7 @@ def test_mistakes_are_one_line_and_status_2(folder: Path, tmp_path: Path, capsys
         "no such file or folder": ["--data", "none.jsonl"],
         "neither a local file": ["--data", "nobody/nothing"],
         "neither a checkpoint folder": ["--model", str(tmp_path / "none")],
-        "hub name is needed": ["--model", str(config)],
+        "hub name, not a file": ["--model", str(config)],
         "cannot be loaded": ["--tokenizer", str(tmp_path)],
         "--lora-rank is for adapters": ["--method", "full", "--lora-rank", "4"],
         "max_position_embeddings 96": ["--cutoff", "97"],

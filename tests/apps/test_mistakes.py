@@ -68,3 +68,17 @@ def test_a_model_that_cannot_be_built_is_one_line(tmp_path: Path, capsys: pytest
     assert cli.main(["groups", str(model)]) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"mols-ds: model {model}: cannot be built: AssertionError: Padding_idx")
+
+
+@pytest.mark.parametrize(("module", "package"), [("scipy", "scipy"), ("markdown_it", "markdown-it-py")])
+def test_a_package_of_the_report_is_missed_before_the_training(
+    module: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("mols_ds.apps.study.") or name == module]:
+        if name not in ("mols_ds.apps.study.command", "mols_ds.apps.study.runs", "mols_ds.apps.study.spec"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(["compare", "studies/smoke.yaml", "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"mols-ds: the report of a study needs {package}: pip install {package}"
+    assert not (tmp_path / "out").exists()

@@ -95,7 +95,7 @@ def test_chat_template_is_for_conversations_or_for_all(tokenizer: Any, monkeypat
     assert whole(data, 0, tokenizer) == "<user>Add.\n\n1, 2<|endoftext|><assistant>3<|endoftext|>"
     assert text_parts(example(MESSAGES), "plain", tokenizer)[0].text.startswith("### System:")
     for template, message in {
-        "{{ messages | length }}": "rewrites what stands before",
+        "{{ messages | length }}": "rewrites the text before",
         "{{ raise_exception('roles') }}": "refuses it: TemplateError: roles",
     }.items():
         monkeypatch.setattr(tokenizer, "chat_template", template)

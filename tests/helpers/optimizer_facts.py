@@ -1,4 +1,4 @@
-"""What is known of each optimizer class, as a plain table, and stand-ins for the classes.
+"""Known facts about each optimizer class as a plain table, and test doubles of the classes.
 
 Written down from the code of release 0.4.0 by running it, so that a change of the catalog that changes a fact is seen.
 """
@@ -70,7 +70,7 @@ FusedAdagrad        | apex            |        |         | adam      |
 FusedAdam           | deepspeed apex  | shared |         | adam      |
 FusedLamb           |                 |        | tensors | adam      |
 FusedLion           | deepspeed       | shared |         |           |
-FusedSGD            | apex            |        |         | adam      |
+FusedSGD            | apex transformer_engine |        |         | adam      |
 GaLore              |                 |        | tensors |           |
 GaLoreAdamW         |                 |        | tensors |           |
 GSAM                |                 |        |         | adam      | two steps

@@ -1,35 +1,32 @@
-"""transformers' Trainer and TRL's SFTTrainer on a tiny LLaMA built from its config: one run, and what came of it."""
+"""transformers' Trainer and TRL's SFTTrainer and DPOTrainer on a tiny LLaMA: one run, and what came of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import mols_ds
 from mols_ds.integrations.transformers import MolsCallback
-from tests.engines.deepspeed.state import full_weights
-from tests.helpers.digests import digest
-from tests.helpers.harness import draw_nothing
+from tests.integrations.runs import (
+    LR,
+    SAVED,
+    SECTION,
+    STEPS,
+    WARMUP,
+    Examples,
+    Run,
+    end_of,
+    model,
+    phase_of,
+    saved_in,
+    zero_section,
+)
 
-draw_nothing()
-
-STEPS, START, SAMPLES, RAMP_END = 14, 4, 4, 9
-EXAMPLES = 44  # with two sequences a batch: the epochs end in the middle of the run
-SECTION: dict[str, Any] = {
-    "start": START,
-    "samples": SAMPLES,
-    "ramp_end": RAMP_END,
-    "report_dir": "report",
-    "noise_floor_correction": False,  # of so few samples of so small a model most groups would be clamped
-    "estimator": "mean",
-}
-CLAMPED = {"alpha_min": 1.0, "alpha_max": 1.0}
-"""With these every alpha is 1: the run must be the stock one, bit for bit."""
 TIMES = ("runtime", "per_second")
 
 
@@ -45,6 +42,8 @@ class Spec:
         arguments: of TrainingArguments.
         ds: "hf" (optimizer and schedule are the Trainer's) or "deepspeed" (both in the config).
         resume: a checkpoint folder.
+        lora: adapters are trained.
+        own_sampler: every loader of the training data has one sampler, which remembers.
     """
 
     how: str = "callback"
@@ -58,17 +57,14 @@ class Spec:
     out: str = "out"
     resume: str | None = None
     lora: bool = False
+    own_sampler: bool = False
 
 
 def ds_config(spec: Spec) -> dict[str, Any]:
     auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
-    zero: dict[str, Any] = {"stage": spec.stage, "reduce_bucket_size": "auto"}
+    zero: dict[str, Any] = {**zero_section(spec.stage), "reduce_bucket_size": "auto"}
     if spec.stage == 3:
-        zero |= {
-            "stage3_param_persistence_threshold": 100,
-            "stage3_prefetch_bucket_size": "auto",
-            "sub_group_size": 5000,
-        }
+        zero["stage3_prefetch_bucket_size"] = "auto"
     config: dict[str, Any] = {**dict.fromkeys(auto, "auto"), "bf16": {"enabled": "auto"}, "zero_optimization": zero}
     config["steps_per_print"] = 10**9
     if spec.ds == "deepspeed":
@@ -81,39 +77,44 @@ def ds_config(spec: Spec) -> dict[str, Any]:
     return config
 
 
-class Examples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Sequences that differ in what they teach; notes which of them were read."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.rows = [torch.randint(0, 128, (12,), generator=generator) // (1 + i % 5) for i in range(EXAMPLES)]
-        self.read: list[int] = []
-
-    def __len__(self) -> int:
-        return EXAMPLES
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        self.read.append(index)
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
-
-
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Notes what the engine is and what the schedule says after each update."""
 
     def __init__(self) -> None:
         self.trainer: Any = None
-        self.rows: list[Any] = []
+        self.seen: dict[str, Any] = {"counts": [], "lrs": [], "phases": [], "saved": {}}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        engine = self.trainer.model_wrapped
-        phase = engine.mols.phase if hasattr(engine, "mols") else "stock"
-        lr = float(self.trainer.lr_scheduler.get_last_lr()[0])
-        self.rows.append((state.global_step, engine.global_steps, engine.micro_steps, lr, phase))
+        engine, seen = self.trainer.model_wrapped, self.seen
+        seen["counts"].append((state.global_step, engine.global_steps, engine.micro_steps))
+        seen["lrs"].append(float(self.trainer.lr_scheduler.get_last_lr()[0]))
+        seen["phases"].append(phase_of(engine))
+        for part, update in SAVED.items():
+            if update == state.global_step and hasattr(engine, "mols"):
+                seen["saved"][part] = saved_in(engine, update)
 
 
-def model() -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=128, num_key_value_heads=2, max_position_embeddings=64, **sizes))
+class Remembers(torch.utils.data.Sampler[int]):
+    """Draws its order from a generator of its own, for ever on."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(5)
+
+    def __len__(self) -> int:
+        return len(Examples())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(len(self), generator=self.generator).tolist())
+
+
+class OwnSampler(Trainer):  # type: ignore[misc]
+    """A Trainer with one sampler for all its loaders."""
+
+    sampler: Any = None
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        self.sampler = self.sampler or Remembers()
+        return self.sampler
 
 
 def make(spec: Spec, watch: Watch, callback: MolsCallback | None) -> Any:
@@ -122,9 +123,9 @@ def make(spec: Spec, watch: Watch, callback: MolsCallback | None) -> Any:
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 4,
         "gradient_accumulation_steps": spec.micros,
-        "learning_rate": 2e-3,
+        "learning_rate": LR,
         "lr_scheduler_type": "linear",
-        "warmup_steps": 2,
+        "warmup_steps": WARMUP,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -140,7 +141,8 @@ def make(spec: Spec, watch: Watch, callback: MolsCallback | None) -> Any:
     args = TrainingArguments(**arguments)
     set_seed(7)
     train, held_out = Examples(), Examples()
-    return Trainer(
+    kind = OwnSampler if spec.own_sampler else Trainer
+    return kind(
         model=model(), args=args, train_dataset=train, eval_dataset=[held_out[i] for i in range(8)], callbacks=callbacks
     )
 
@@ -157,21 +159,20 @@ def _trl(spec: Spec, arguments: dict[str, Any], callbacks: list[Any]) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="</s>")
     texts = [" ".join(words[3 + int(token) // 2] for token in row) for row in Examples().rows]
-    shared = {"processing_class": fast, "callbacks": callbacks}
-    if spec.trainer == "dpo":
-        rows = [{"prompt": text[:8], "chosen": text[8:], "rejected": text[8:][::-1]} for text in texts]
-        preferences = DPOConfig(**arguments, max_length=24, gradient_checkpointing=False)
-        set_seed(7)
-        net, reference = model(), model()
-        return DPOTrainer(net, reference, args=preferences, train_dataset=Dataset.from_list(rows), **shared)
-    args = SFTConfig(**arguments, max_length=16, gradient_checkpointing=False)
+    dpo = spec.trainer == "dpo"
+    rows = [{"prompt": t[:8], "chosen": t[8:], "rejected": t[8:][::-1]} if dpo else {"text": t} for t in texts]
+    config, kind = (DPOConfig, DPOTrainer) if dpo else (SFTConfig, SFTTrainer)
+    args = config(**arguments, max_length=24 if dpo else 16, gradient_checkpointing=False)
     set_seed(7)
-    return SFTTrainer(
+    return kind(
         model=model(),
         args=args,
-        train_dataset=Dataset.from_list([{"text": text} for text in texts]),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:8]),
+        processing_class=fast,
+        callbacks=callbacks,
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if spec.lora else None,
-        **shared,
+        **({"ref_model": model()} if dpo and not spec.lora else {}),
     )
 
 
@@ -198,40 +199,39 @@ def train(spec: Spec) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=spec.resume)
     finally:
         mols_ds.unpatch()
-    engine = trainer.model_wrapped
-    seen: dict[str, Any] = {
-        "rows": watch.rows,
+    same = {
         "log": history(trainer, ours=False),
-        "log with mols": history(trainer, ours=True),
-        "weights": {name: digest(weight) for name, weight in full_weights(engine).items()},
-        "saved": sorted(path.name for path in Path(spec.out).glob("checkpoint*")),
+        "kept": sorted(path.name for path in Path(spec.out).glob("checkpoint*")),
         "best": Path(trainer.state.best_model_checkpoint or "").name,
-        "random": digest(torch.get_rng_state()),
         "flos": trainer.state.total_flos,
         "loaders": len(trainer.accelerator._dataloaders),
     }
-    if isinstance(trainer.train_dataset, Examples):
-        seen["read"] = trainer.train_dataset.read
-    if hasattr(engine, "mols"):
-        mols = engine.mols
-        seen |= {"alphas": mols.alphas, "phase": mols.phase, "samples": mols.samples, "applied": mols.applied_lrs}
-    engine.destroy()
-    return seen
+    read = trainer.train_dataset.read if isinstance(trainer.train_dataset, Examples) else []
+    rows = [row for row in history(trainer, ours=True) if "loss" in row]
+    logs = [{"update": row["step"], "lr": row["learning_rate"], **row} for row in rows]
+    for row in logs:
+        row.pop("num_tokens", None)  # TRL counts them from each start on
+    return {**watch.seen, "logs": logs, "same": same, "read": read, **end_of(trainer.model_wrapped)}
 
 
-def own_folder(name: str) -> Path:
-    """A folder for a case of its own, the same on all ranks."""
-    folder = Path(name.replace(" ", "_").replace(",", ""))
-    folder.mkdir(exist_ok=True)
-    return folder.resolve()
+EVALUATING: dict[str, Any] = {
+    "max_steps": -1,
+    "num_train_epochs": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+}
 
 
-def interrupted(spec: Spec, checkpoints: Callable[[int], bool] | None = None) -> dict[str, Any]:
-    """One run that saves after each update, and one run from each of those checkpoints to the end."""
-    saving = {**spec.arguments, "save_strategy": "steps", "save_steps": 1}
-    whole = train(replace(spec, arguments=saving))
-    resumed = {}
-    for step in range(1, STEPS):
-        if checkpoints is None or checkpoints(step):
-            resumed[step] = train(replace(spec, out=f"{spec.out}_{step}", resume=f"{spec.out}/checkpoint-{step}"))
-    return {"whole": whole, "resumed": resumed}
+def train_run(trainer: str, lora: bool, run: Run) -> dict[str, Any]:
+    """A run of the table: accumulation, and epochs that end in its middle."""
+    arguments = EVALUATING if run.evaluate else {}
+    if run.save:
+        arguments = {"save_strategy": "steps", "save_steps": 2}
+    resume = None if run.resume is None else f"{run.saved}/checkpoint-{SAVED[run.resume]}"
+    how = "stock" if run.mols is None else "callback"
+    return train(Spec(how, trainer, run.stage, 2, run.mols, arguments=arguments, out=run.out, resume=resume, lora=lora))

@@ -92,7 +92,7 @@ class _Dealer:
             "clip": dice.choice((0.0, 0.5, 100.0)),
             "optimizer": self.optimizer,
             "lr": 0.02 if self.optimizer == "sgd" else 0.01,
-            "decay": dice.choice((0.0, 0.1, 1.0)),
+            "decay": dice.choice((0.0, 0.1, 1.0)) * (not (self.moments and self.optimizer == "adam")),  # L2 is refused
             "split": dice.random() < 0.7,
             "scheduled": dice.random() < 0.4,
             "section": self.section() if dice.random() < 0.9 else None,

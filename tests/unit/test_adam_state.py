@@ -1,4 +1,4 @@
-"""Which real optimizers keep Adam's two moments of each element, as the catalog says, and what is said of others."""
+"""Real optimizers with Adam's two moments per element, as in the catalog, and the messages for others."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mols_ds.core.adam_moments import SteadyBetas
 from mols_ds.core.session import _moments_of
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.apollo import Apollo
@@ -57,3 +58,14 @@ def test_other_state_is_refused_at_attach_and_where_it_is_read(name: str) -> Non
     ) as caught:
         _moments_of(optimizer, weight)
     assert "\n" not in str(caught.value)
+
+
+def test_betas_that_changed_long_before_do_not_matter() -> None:
+    betas = SteadyBetas()
+    for step in range(1, 30):
+        betas.see([{"betas": (0.9, 0.8 if step > 3 else 0.7)}, {"params": []}], step)
+        if step < 4:
+            betas.check(step)
+    with pytest.raises(MolsUnsupportedError, match="betas that change"):
+        betas.check(29)
+    betas.check(4 + 44)

@@ -16,8 +16,8 @@ from mols_ds.training.checkpointer import (
     MANIFEST,
     PARTIAL,
     Checkpointer,
+    check_finite,
     has_checkpoint,
-    refuse_non_finite,
 )
 
 CONTENT = b"weights of step "
@@ -62,7 +62,7 @@ def flip(path: Path) -> None:
     ("harm", "what"),
     [
         (lambda place: flip(place / "model.pt"), "model.pt is corrupt"),
-        (lambda place: (place / "ranks" / "0.pt").write_bytes(b"weig"), "has 4 bytes and not 18"),
+        (lambda place: (place / "ranks" / "0.pt").write_bytes(b"weig"), "has 4 bytes instead of 18"),
         (lambda place: (place / "ranks" / "0.pt").unlink(), "ranks/0.pt is missing"),
         (lambda place: (place / MANIFEST).write_text("{"), "manifest.json cannot be read"),
         (lambda place: (place / MANIFEST).write_text("[]"), "manifest.json cannot be read"),
@@ -74,7 +74,7 @@ def test_a_broken_one_is_named_and_passed_over(
     checkpointer: Checkpointer, harm: Callable[[Path], None], what: str
 ) -> None:
     harm(checkpointer.folder / "step10")
-    with pytest.warns(MolsWarning, match=f"step10 is broken.*{what}.*going back to step4"):
+    with pytest.warns(MolsWarning, match=f"step10 is broken.*{what}.*using step4"):
         assert checkpointer.newest() == "step4"
 
 
@@ -139,8 +139,8 @@ def test_killed_before_latest_was_first_written(checkpointer: Checkpointer) -> N
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(value: float) -> None:
     fine, bad = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.tensor([1.0, value]))
-    refuse_non_finite([fine], 7, bool)
+    check_finite([fine], 7, bool)
     with pytest.raises(MolsTrainingError, match="not finite after step 7: nothing is saved"):
-        refuse_non_finite([fine, bad], 7, bool)
+        check_finite([fine, bad], 7, bool)
     with pytest.raises(MolsTrainingError):  # another rank's
-        refuse_non_finite([fine], 7, lambda mine: False)
+        check_finite([fine], 7, lambda mine: False)

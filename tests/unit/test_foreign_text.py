@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -11,14 +12,15 @@ from typing import Any, cast
 import pytest
 
 from mols_ds.apps.doctor.findings import Findings
-from mols_ds.apps.study.document import Block, HeadingBlock, ListBlock, TableBlock, TextBlock
+from mols_ds.apps.study.document import Picture, markdown
 from mols_ds.apps.study.page import page
-from mols_ds.apps.study.report import markdown
-from mols_ds.core.log import Aside, say, tell, warn_here
+from mols_ds.apps.study.summary import summarise
+from mols_ds.core.log import GuardedWriter, say, tell, warn_here
 from mols_ds.core.schema import NUMBERS, Report
 from mols_ds.errors import MolsConfigError, MolsWarning, printable, printable_lines
 from mols_ds.report.table import format_report
 from mols_ds.training.cli_utils import print_line
+from tests.unit.study_results import study
 
 EVIL = "a\x1b[31m\x07\u202eb\nmols-ds: all is well\r\x9b2J\u2028\ud800\x00"
 
@@ -69,11 +71,16 @@ def test_findings_of_the_doctor() -> None:
 
 
 def test_the_page_of_a_study() -> None:
-    blocks: list[Block] = [HeadingBlock(1, EVIL + "<script>"), TextBlock(EVIL + "<script>"), ListBlock([EVIL])]
-    blocks.append(TableBlock(EVIL, ["a", "b"], [[EVIL, EVIL]], ["a"]))
-    text = page(blocks, {})
-    assert harmless(text) and "<script>" not in text
-    assert harmless(markdown(blocks)) and "\nmols-ds" not in markdown(blocks)
+    words = EVIL + "<script>![x](http://a.b/c.png) [x](javascript:d) <http://a.b> &lt;"
+    results = study({"adam": {words: 4.0}, words + "+mols": {words: 3.9}}, seeds=(1,))
+    results.study |= {"name": words, "about": words, "data": {"source": words}}
+    results.study["arms"][words + "+mols"]["about"] = words
+    results.missing += [run for run in results.runs if run.arm != "adam"]
+    text = markdown(summarise(results), results.study, words, [Picture("a.png", words, words)])
+    assert harmless(text) and "\nmols-ds" not in text
+    html = page(text, {"a.png": b"1"})
+    assert harmless(html) and "<script" not in html and "&amp;lt;" in html
+    assert not re.search(r"(src|href)=\"(?!data:image/png;base64,MQ==\"|#)", html)
 
 
 def test_a_terminal_without_unicode() -> None:
@@ -117,7 +124,7 @@ def test_what_is_written_aside_warns_once() -> None:
     def fail() -> None:
         raise RuntimeError("disk full")
 
-    aside = Aside()
+    guarded = GuardedWriter()
     with pytest.warns(MolsWarning, match=r"metrics: not written \(RuntimeError: disk full\)") as caught:
-        assert [aside("metrics", fail), aside("metrics", fail), aside("metrics", list)] == [False, False, True]
+        assert [guarded("metrics", fail), guarded("metrics", fail), guarded("metrics", list)] == [False, False, True]
     assert len(caught) == 1

@@ -1,4 +1,4 @@
-"""Optimizers that keep something beside `param_groups`: lists, tables, counters that are tensors. None stands still."""
+"""Optimizers with more than `param_groups`: lists, tables, tensor counters. Every tensor moves."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Zipped(torch.optim.Optimizer):
 
 
 def as_class(name: str, module: str, parent: type[Zipped] = Zipped) -> type[Zipped]:
-    """The stand-in as a class of this name from this module."""
+    """The test optimizer as a class of this name from this module."""
     return type(name, (parent,), {"__module__": module, "step": Zipped.step})
 
 
@@ -261,3 +261,23 @@ def test_a_subclass_that_changes_what_a_step_calls_is_not_taken_for_its_parent()
 
     assert not is_elementwise(Centred(tensors())) and not reads_groups_only(Centred(tensors()))
     assert is_elementwise(Named(tensors())) and reads_groups_only(Named(tensors()))
+
+
+@pytest.mark.tier("all")
+def test_a_compiled_step_is_scaled_as_any_other() -> None:
+    """`torch.compile(optimizer.step)` leaves our hooks out of its graph: rates do not compound, groups are restored."""
+    found = []
+    for compiled in (False, True):
+        weight = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 16))
+        optimizer = torch.optim.Adam([weight], lr=LR)
+        layouts = {group: ElementLayout.whole(group) for group in RATES}
+        parts = [ShardRange(group, 0, 4 * i, 4) for i, group in enumerate(RATES)]
+        LRScaler(optimizer, {id(weight): make_plan(16, parts, layouts)}, lambda: RATES, elementwise=True)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for rate in (LR, LR, LR / 2):
+            optimizer.param_groups[0]["lr"] = rate
+            weight.grad = weight.detach().cos()
+            step()
+        assert len(optimizer.param_groups) == 1 and optimizer.param_groups[0]["params"] == [weight]
+        found.append(weight.detach())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)

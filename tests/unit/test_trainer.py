@@ -1,4 +1,4 @@
-"""The training loop on an engine of a few lines: what it counts, evaluates, logs, saves, resumes and stops."""
+"""The training loop on an engine of a few lines: counting, evaluation, logs, checkpoints, resuming, stopping."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class Setup:
 
 
 class Numbered:
-    """Batches whose values are their positions, those of the probe stream from 1000 on; notes what is asked for."""
+    """Batches whose values are their positions, those of the probe stream from 1000 on; records the requests."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Stream, int]] = []
@@ -315,7 +315,7 @@ def test_a_signal_saves_ends_and_the_next_launch_goes_on(during: int, probe_ahea
             os.kill(os.getpid(), signal.SIGTERM)
 
     after = 2 if during == 2 else START
-    message = f"stopped by SIGTERM after step {after}; --resume goes on from there"
+    message = f"stopped by SIGTERM after step {after}; --resume continues from there"
     part = job_of(tmp_path / "part", PROBE, preemptible=True, probe_ahead=probe_ahead, before_update=hears)
     with pytest.raises(Preempted, match=f"^{message}$"):
         train(part)

@@ -23,7 +23,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of the command. Raises MolsConfigError for an unknown or a bad one."""
     parser = Parser(prog=PROGRAM, description="What is usable here, and what is wrong with a config.")
     add = parser.add_argument
-    add("--config", metavar="FILE", help="DeepSpeed config (JSON) or config of train_megatron.py (YAML)")
+    add(
+        "--config",
+        metavar="FILE",
+        help="DeepSpeed config (JSON, HJSON or base64) or config of train_megatron.py (YAML)",
+    )
     add("--model", metavar="FILE", help="model file or checkpoint folder: rules, groups and memory are checked too")
     add("--steps", type=integer(1), metavar="N", help="optimizer steps of the run")
     add(
@@ -59,11 +63,13 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    for name in ("config", "model"):
-        value = getattr(args, name)
-        if value is not None and not Path(value).exists():
-            raise MolsConfigError(f"--{name} {value}: no such file")
-    if args.config is not None and not Path(args.config).is_file():
+    if args.model is not None and not Path(args.model).exists():
+        raise MolsConfigError(f"--model {args.model}: no such file")
+    if args.config is not None and not os.path.exists(args.config):
+        from mols_ds.engines.deepspeed.config_reader import read_config
+
+        read_config(args.config)  # a base64 text, or no such file
+    elif args.config is not None and not Path(args.config).is_file():
         raise MolsConfigError(f"--config {args.config}: a file is needed, and this is a folder, a pipe or a device")
     if args.world is None and os.environ.get("WORLD_SIZE", "").isdigit():
         args.world = int(os.environ["WORLD_SIZE"])

@@ -3,23 +3,28 @@ meant. Each check calls the code that raises; a stand-in takes the engine's plac
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import inspect
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mols_ds.apps.doctor.findings import Findings, last_line, silence
 from mols_ds.apps.doctor.model import check_memory, check_model
 from mols_ds.apps.doctor.schedule import DEFAULT_FIX, RunFacts, check_schedule
+from mols_ds.apps.doctor.stand_in import engine_stand_in
 from mols_ds.core.config import MolsConfig
+from mols_ds.core.files import read_text
+from mols_ds.core.json_text import parse_json
 from mols_ds.core.json_types import JsonMapping, JsonObject
+from mols_ds.engines.deepspeed.compat import module as deepspeed_module
+from mols_ds.engines.deepspeed.config_reader import config_name
+from mols_ds.errors import MolsConfigError, MolsError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-from mols_ds.engines.deepspeed.compat import module as deepspeed_module
 
 TRIED_STEPS = 64
 """Steps of a scheduler that are tried, to see whether it keeps the groups' own rates and the betas."""
@@ -41,9 +46,12 @@ def check_config(
         config = read_config(path)
     if not config:
         if len(findings.items) == before:
-            findings.add("problem", "config.file", f"{path} is empty", "see configs/ for one")
+            findings.add("problem", "config.file", f"{config_name(path)} is empty", "see configs/ for one")
         return None
     _misspelt(findings, config)
+    _plain_json(findings, path)
+    with findings.guard("config.auto"), silence():
+        _auto(findings, config)
     section = MolsConfig.parse(config["mols"]) if config.get("mols") is not None else None
     ranks = world or _ranks_meant(config)
     with findings.guard("config.values", KEYS_FIX), silence():
@@ -54,7 +62,7 @@ def check_config(
             share = resolved["train_batch_size"] // ranks
             check_with_deepspeed({**resolved, "train_batch_size": share}, path)
     if not any(item.level == "problem" for item in findings.items[before:]):
-        findings.add("ok", "config.values", f"{path}: read, and accepted by DeepSpeed for {ranks} ranks")
+        findings.add("ok", "config.values", f"{config_name(path)}: read, and accepted by DeepSpeed for {ranks} ranks")
     if section is None:
         found = 'no "mols" section: training is stock DeepSpeed'
         findings.add("note", "config.mols", found, 'add "mols": {} for the defaults (docs/config.md)')
@@ -117,6 +125,54 @@ def _known_keys() -> set[str]:
         module = deepspeed_module(f"deepspeed.runtime.{name}")
         known |= {value for value in vars(module).values() if isinstance(value, str) and value.islower()}
     return known | {"tensorboard", "wandb", "csv_monitor", "comms_logger", "flops_profiler", "tensor_parallel"}
+
+
+def _auto(findings: Findings, config: JsonMapping) -> None:
+    """Who fills in each "auto": train.py and finetune.py all that they accept, a Trainer some, DeepSpeed none."""
+    from mols_ds.engines.deepspeed.auto_values import ACCELERATE, DEFAULTED, TRAINER, auto_keys, refused_by_deepspeed
+
+    keys, library = auto_keys(config), _is_library(config)
+    filled = [key for key in keys if key in TRAINER]
+    left = [key for key in keys if key not in TRAINER + ACCELERATE]
+    refused = [key for key in keys if refused_by_deepspeed(key) and not (library and key.startswith("optimizer."))]
+    if filled:
+        findings.add("ok", "config.auto", f'"auto" that a Trainer fills: {", ".join(filled)}')
+    if given := [key for key in keys if key in ACCELERATE]:
+        found = f'"auto" that accelerate fills with settings of its own, under a Trainer too: {", ".join(given)}'
+        findings.add("note", "config.auto", found)
+    if left:
+        found = f'"auto" that no Trainer fills, a ValueError of accelerate: {", ".join(left)}'
+        findings.add("warning", "config.auto", found, "give values, if a Trainer or accelerate reads this config")
+    if refused:
+        found = 'mols_ds.initialize and deepspeed.initialize cannot take "auto" (TypeError in DeepSpeed)'
+        fix = "right under a Trainer, train.py and finetune.py, which fill it in before; elsewhere give values"
+        findings.add("warning", "config.auto", f"{found}: {', '.join(refused)}", fix)
+    if defaulted := [key for key in keys if key.startswith(DEFAULTED)]:
+        found = '"auto" that DeepSpeed alone takes for its own default (fp16 and bf16: off; stage: 0)'
+        findings.add("note", "config.auto", f"{found}: {', '.join(defaulted)}")
+
+
+def _is_library(config: JsonMapping) -> bool:
+    """Whether the optimizer is built by this package, for which "auto" is its own default."""
+    from mols_ds.optim.build import requested
+
+    section = config.get("optimizer")
+    if not isinstance(section, Mapping) or not isinstance(section.get("type"), str):
+        return False
+    with contextlib.suppress(MolsError):  # "config.values" says what is wrong
+        return requested(section) is not None
+    return False
+
+
+def _plain_json(findings: Findings, given: str) -> None:
+    """A note where DeepSpeed reads a file and the clients that read it as JSON do not."""
+    if not os.path.isfile(given):
+        return
+    try:
+        parse_json(read_text(given, ""), "")
+    except MolsConfigError:
+        found = "the file is HJSON (comments, trailing commas), which transformers' Trainer and accelerate do not read"
+        findings.add("note", "config.file", found, "give them plain JSON, or a dict")
 
 
 # ------------------------------------------------------------------ the scheduler
@@ -239,60 +295,11 @@ def _engine(findings: Findings, resolved: JsonMapping, section: MolsConfig) -> N
     """The refusals of `mols_ds.attach`, on a stand-in for the engine that this config would make."""
     from mols_ds.engines.deepspeed.checks import _engine_refusals, _optimizer_refusals
 
-    stand_in = _stand_in(resolved)
+    stand_in = engine_stand_in(resolved)
     refusals = [*_engine_refusals(stand_in, section), *_optimizer_refusals(stand_in, section)]
     for applies, what, way_out in refusals:
         if applies:
             findings.add("problem", "config.engine", f"MoLS does not support {what}", way_out)
-
-
-def _stand_in(resolved: JsonMapping) -> SimpleNamespace:
-    from torch import nn
-
-    zero = resolved.get("zero_optimization") or {}
-    offload = zero.get("offload_optimizer") or {}
-    stage = int(zero.get("stage") or 0)
-    inner = _inner(resolved)
-    wrapper = "SuperOffloadOptimizer_Stage3" if offload.get("super_offload") else "DeepSpeedZeroOptimizer"
-    outer = type(wrapper, (), {"optimizer": inner, "partial_offload": float(offload.get("ratio", 1.0))})()
-    autocast = (resolved.get("torch_autocast") or {}).get("enabled")
-    half = str((resolved.get("torch_autocast") or {}).get("dtype", "")).endswith("float16")
-    return SimpleNamespace(
-        optimizer=outer if stage else inner,
-        module=nn.Module(),
-        config=dict(resolved),
-        has_moe_layers=False,
-        zenflow="zenflow" in zero,
-        torch_autocast_z0_gradscaler=object() if autocast and half and stage == 0 else None,
-        managed_gradient_accumulation=lambda: resolved.get("managed_gradient_accumulation", True),
-        zero_optimization=lambda: stage > 0,
-        zero_compute_grad_norm=lambda: resolved.get("compute_grad_norm", True),
-    )
-
-
-def _inner(resolved: JsonMapping) -> object:
-    """A stand-in of the class and the settings of this config's optimizer; nothing is built."""
-    import torch
-
-    from mols_ds.optim.build import split_config
-
-    request = split_config(resolved)
-    if request is not None:
-        kind: Any = request.entry.load()
-        parameters = inspect.signature(kind).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        group = {**defaults, **request.settings, **request.entry.fixed}
-        return type(kind.__name__, (), {"__module__": kind.__module__, "param_groups": [group], "step": None})()
-    section = resolved["optimizer"]
-    named = {"onebitadam": "OneBitAdam", "onebitlamb": "OneBitLamb", "zerooneadam": "ZeroOneAdam", "muon": "Muon"}
-    name = {**named, "lion": "FusedLion"}.get(section["type"].lower(), section["type"])
-    params = section.get("params") or {}
-    adam = "betas" in params or "adam" in name.lower()
-    group = {"weight_decay": 0.0, **({"betas": (0.9, 0.95)} if adam else {}), **params}
-    if name.lower() == "adam":  # whose decay DeepSpeed decouples by default
-        group["decoupled_weight_decay"] = params.get("adam_w_mode", True)
-    module = "torch.optim" if hasattr(torch.optim, name) else "deepspeed.ops"
-    return type(name, (), {"__module__": module, "param_groups": [group], "step": None})()
 
 
 # ------------------------------------------------------------------ kernels

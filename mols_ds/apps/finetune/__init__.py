@@ -1,1 +1,1 @@
-"""Fine-tuning on instructions and answers: full, LoRA or DoRA, under DeepSpeed with MoLS. See finetune.py."""
+"""Fine-tuning on instructions and answers: full, LoRA or DoRA, with DeepSpeed and MoLS. See finetune.py."""

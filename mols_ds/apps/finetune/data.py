@@ -1,7 +1,7 @@
-"""Examples as tokens with a mark on those that are trained on, and the batches that are made of them.
+"""Tokenize examples, mark the answer tokens to train on, and build batches.
 
-Every process holds all examples, so each knows how many answer tokens the global batch of a step has without asking
-the others: that is what the loss is divided by (`AnswerBatch.weight`).
+Every process has all examples. So each knows the number of answer tokens in a step's global batch without
+communication; the loss is divided by it (`AnswerBatch.weight`).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-"""Label of a token that no loss is taken of, torch's `ignore_index`."""
+"""Label of a token without a loss: torch's `ignore_index`."""
 CHUNK = 1000
-"""Examples that are tokenized at a time."""
+"""Examples per tokenizer call."""
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Examples one after the other: `ids` int64 and `answers` bool of shape (tokens,), `starts` int64 of shape
-    (examples + 1,). `cut` examples were longer than the cut-off, and `dropped` have no answer token before it."""
+    """Concatenated examples: `ids` int64 and `answers` bool of shape (tokens,), `starts` int64 of shape (examples +
+    1,). `cut` examples were longer than the cut-off; `dropped` examples have no answer token within it."""
 
     ids: npt.NDArray[np.int64]
     answers: npt.NDArray[np.bool_]
@@ -54,7 +54,7 @@ class Tokenized:
 
     @cached_property
     def targets(self) -> npt.NDArray[np.int64]:
-        """Answer tokens of each example that something stands before, so that they are predicted; (examples,)."""
+        """Predicted answer tokens of each example (those with a token before them), shape (examples,)."""
         counted = self.answers.copy()
         counted[self.starts[:-1]] = False
         return np.add.reduceat(counted.astype(np.int64), self.starts[:-1])
@@ -70,8 +70,8 @@ class Tokenized:
 
 @dataclass(frozen=True, slots=True)
 class AnswerBatch:
-    """A micro-batch, padded on the right to its longest example: `ids`, `mask` (1: not padding) and `labels` (IGNORED
-    on prompts and padding), int64 of shape (micro, length); the loss is `weight` times the sum over its labels."""
+    """A micro-batch, right-padded to its longest example: `ids`, `mask` (1: not padding) and `labels` (IGNORED on
+    prompts and padding), int64 of shape (micro, length). Its loss is `weight` times the sum over its labels."""
 
     ids: Tensor
     mask: Tensor
@@ -80,8 +80,8 @@ class AnswerBatch:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The transformers tokenizer of a folder or hub name. Raises MolsConfigError where there is none, or it has no
-    end-of-text token to end an answer with."""
+    """Load the transformers tokenizer of a folder or hub name. Raises MolsConfigError if there is none, or if it has no
+    end-of-text token for the end of an answer."""
     from transformers import AutoTokenizer
 
     try:
@@ -104,8 +104,8 @@ def prepare(
     cutoff: int,
     seed: int,
 ) -> tuple[Tokenized, Tokenized]:
-    """(examples to train on, held-out examples) of a source, or of two. Which are held out depends on `seed` and their
-    text alone, and equal examples fall on the same side. Raises MolsConfigError where either side is empty."""
+    """Return (training examples, held-out examples) of one or two sources. The split depends on `seed` and the text
+    alone, and equal examples are on the same side. Raises MolsConfigError if a side is empty."""
     if template == "chat" and not tokenizer.chat_template:
         raise MolsConfigError("--template chat: the tokenizer has no chat template; use plain, or auto")
     examples = read_examples(spec)
@@ -131,9 +131,9 @@ def prepare(
 def tokenize(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: Template, cutoff: int
 ) -> Tokenized:
-    """Tokens of all examples, at most `cutoff` each. Prompt and answer are tokenized apart, as the prompt is when the
-    model is asked: no token straddles them. What the tokenizer puts before a text (a begin-of-text token) stands
-    before plain texts; chat templates write their own."""
+    """Tokenize all examples, at most `cutoff` tokens each. Prompt and answer are tokenized separately, as the prompt is
+    at inference: no token spans both. Plain texts start with the tokenizer's begin tokens; chat templates write their
+    own."""
     before = _before_text(tokenizer)
     ids: list[npt.NDArray[np.int64]] = []
     answers: list[npt.NDArray[np.bool_]] = []
@@ -160,7 +160,7 @@ def tokenize(
 
 
 def _before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that a tokenizer puts before every text."""
+    """Return the tokens that a tokenizer adds before every text."""
     plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
@@ -171,7 +171,7 @@ def _before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _join(
     parts: Sequence[TextPart], encoded: Iterator[list[int]], before: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """(ids, whether each is of an answer) of one example."""
+    """Return (ids, whether each is part of an answer) of one example."""
     ids = list(before)
     marks = [False] * len(before)
     for part in parts:
@@ -182,8 +182,8 @@ def _join(
 
 
 class AnswerBatches:
-    """Global batches of examples in a fresh order every epoch. The position is the step: there is no state to save,
-    and which examples a step has does not depend on the number of ranks."""
+    """Global batches of examples in a new order every epoch. The step is the position: there is no state to save, and
+    the examples of a step do not depend on the number of ranks."""
 
     def __init__(self, data: Tokenized, shape: BatchShape, seed: int, pad: int) -> None:
         self._data, self._shape, self._pad = data, shape, pad
@@ -191,12 +191,12 @@ class AnswerBatches:
         self._trained: list[int] = [0]
 
     def indices(self, stream: Stream, step: int) -> npt.NDArray[np.int64]:
-        """The examples of a global batch; rank r's micro-batch p is the (p x world + r)-th part of it."""
+        """Examples of a global batch; rank r's micro-batch p is its (p x world + r)-th part."""
         return self._orders[stream].indices(step * self._shape.sequences, self._shape.sequences)
 
     def step(self, stream: Stream, step: int) -> Iterator[AnswerBatch]:
-        """This rank's micro-batches of global batch `step`. Their loss has a weight so that its mean over passes and
-        ranks, which is what DeepSpeed takes, is the mean over all answer tokens of the global batch."""
+        """Yield this rank's micro-batches of global batch `step`. Their weights make the mean of the losses over passes
+        and ranks, which DeepSpeed computes, the mean over all answer tokens of the global batch."""
         shape = self._shape
         chosen = self.indices(stream, step)
         weight = shape.accumulation * shape.world / float(self._data.targets[chosen].sum())
@@ -205,7 +205,7 @@ class AnswerBatches:
             yield collate(self._data, chosen[start : start + shape.micro], self._pad, weight)
 
     def tokens(self, steps: int) -> int:
-        """Tokens of the first `steps` global batches of the training stream, prompts included, padding not."""
+        """Tokens of the first `steps` global batches of the training stream, with prompts, without padding."""
         while len(self._trained) <= steps:
             seen = self._data.lengths[self.indices("train", len(self._trained) - 1)].sum()
             self._trained.append(self._trained[-1] + int(seen))
@@ -213,7 +213,7 @@ class AnswerBatches:
 
 
 def collate(data: Tokenized, chosen: npt.NDArray[np.int64], pad: int, weight: float) -> AnswerBatch:
-    """The chosen examples side by side, padded to the longest of them."""
+    """Batch the chosen examples, padded to the longest."""
     length = int(data.lengths[chosen].max())
     ids = np.full((len(chosen), length), pad, np.int64)
     mask = np.zeros_like(ids)
@@ -227,8 +227,8 @@ def collate(data: Tokenized, chosen: npt.NDArray[np.int64], pad: int, weight: fl
 
 
 def held_out_batches(data: Tokenized, shape: BatchShape, limit: int, pad: int) -> list[tuple[AnswerBatch, int]]:
-    """This rank's micro-batches of the first `limit` held-out examples, with how many of each batch's count. Every rank
-    gets the same number of batches; where examples do not come out even, the last one is repeated and counts 0."""
+    """Return this rank's micro-batches of the first `limit` held-out examples, with the number of valid examples in
+    each. Every rank gets the same number of batches: the last example is repeated with count 0 to fill up."""
     count = min(len(data), limit)
     batches = []
     for first in range(0, count, shape.micro * shape.world):

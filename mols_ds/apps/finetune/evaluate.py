@@ -1,7 +1,6 @@
-"""Evaluation of a fine-tuned model by EleutherAI's lm-evaluation-harness (package lm-eval), which is optional.
+"""Evaluate a fine-tuned model with EleutherAI's lm-evaluation-harness (package lm-eval, optional).
 
-Tasks are evaluated one by one, and OUT/evaluation.json is written after each, so that a task whose data cannot be
-reached costs no other task its result.
+Evaluates one task at a time and writes OUT/evaluation.json after each, so a task that fails loses no other result.
 """
 
 from __future__ import annotations
@@ -38,15 +37,15 @@ SETS: dict[str, tuple[str, ...]] = {
         "openbookqa",
     ),
 }
-"""Names of ours -> tasks of lm-eval; the mean accuracy of each set is reported, too."""
+"""Our set names -> tasks of lm-eval. The mean accuracy of each set is reported too."""
 SHOTS = {"mmlu": 5}
-"""Examples before a question where the user does not say; the paper's MMLU (table 11). Other tasks: their own."""
+"""Default number of shots: the paper's for MMLU (table 11). Other tasks: their own."""
 FILE = "evaluation.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A task of lm-eval; `shots` None is the task's own number."""
+class TaskRequest:
+    """A task of lm-eval; `shots` None: the task's default."""
 
     task: str
     shots: int | None = None
@@ -54,10 +53,10 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What --evaluate and its companions ask for. `limit` is questions a task (None: all); `manager` is lm-eval's index
-    of tasks, which takes seconds to build."""
+    """The --evaluate options. `limit`: questions per task (None: all). `manager`: lm-eval's index of tasks, which takes
+    seconds to build."""
 
-    tasks: tuple[Asked, ...]
+    tasks: tuple[TaskRequest, ...]
     manager: TaskManager
     sets: tuple[str, ...] = ()
     limit: int | None = None
@@ -66,26 +65,27 @@ class Evaluation:
 
 @dataclass
 class Results:
-    """What came out: task -> metrics, and task -> why there are none."""
+    """Results: task -> metrics, and task -> error."""
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
 
 def parse(text: str, *, folder: Path | None, limit: int | None, batch: int) -> Evaluation:
-    """The value of --evaluate: names, separated by commas, of sets above or lm-eval's tasks; `TASK:5` gives the shots.
+    """Parse --evaluate: comma-separated names of sets above or of lm-eval's tasks; `TASK:5` sets the shots.
 
-    Raises MolsConfigError where lm-eval is not installed, or for a name that it does not know.
+    Raises:
+        MolsConfigError: lm-eval is not installed, or a name is unknown.
     """
-    tasks: list[Asked] = []
+    tasks: list[TaskRequest] = []
     sets = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, shots = part.partition(":")
         if shots and not shots.isdigit():
-            raise MolsConfigError(f"--evaluate {part}: after the colon stands the number of shots, such as {name}:5")
+            raise MolsConfigError(f"--evaluate {part}: give the number of shots after the colon, such as {name}:5")
         number = int(shots) if shots else SHOTS.get(name)
         sets += [name] if name in SETS else []
-        tasks += [Asked(task, number) for task in SETS.get(name, (name,))]
+        tasks += [TaskRequest(task, number) for task in SETS.get(name, (name,))]
     if not tasks:
         raise MolsConfigError(f"--evaluate {text!r} names no task")
     if len({asked.task for asked in tasks}) < len(tasks):
@@ -101,7 +101,7 @@ def parse(text: str, *, folder: Path | None, limit: int | None, batch: int) -> E
 
 
 def task_manager(folder: Path | None) -> TaskManager:
-    """lm-eval's index of tasks. Raises MolsConfigError where lm-eval is not installed."""
+    """Build lm-eval's index of tasks. Raises MolsConfigError if lm-eval is not installed."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -114,9 +114,10 @@ def task_manager(folder: Path | None) -> TaskManager:
 def evaluate(
     asked: Evaluation, model_folder: str, out: Path, *, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
 ) -> Results:
-    """Evaluates a saved model or adapter and writes out/evaluation.json. Called by one process alone.
+    """Evaluate a saved model or adapter and write out/evaluation.json. Only one process calls it.
 
-    Raises MolsConfigError where the model cannot be loaded; what goes wrong in a task is in the results.
+    Raises:
+        MolsConfigError: the model cannot be loaded. An error of a task is in the results instead.
     """
     from deepspeed.accelerator import get_accelerator
     from lm_eval.models.huggingface import HFLM
@@ -128,14 +129,14 @@ def evaluate(
     for task in asked.tasks:
         try:
             results.metrics[task.task] = _one(wrapped, asked.manager, task, asked.limit)
-        except Exception as error:  # what the hub's client, datasets and a task's own code raise
+        except Exception as error:  # errors of the hub's client, datasets and the task's own code
             results.failures[task.task] = one_line(error)
         write_whole(out / FILE, json.dumps(_content(asked, results), indent=2) + "\n")
     return results
 
 
-def _one(model: HFLM, manager: TaskManager, asked: Asked, limit: int | None) -> dict[str, float]:
-    """The metrics of one task or group of tasks, by names such as "acc" and "acc_stderr"."""
+def _one(model: HFLM, manager: TaskManager, asked: TaskRequest, limit: int | None) -> dict[str, float]:
+    """Return the metrics of one task or task group, with names such as "acc" and "acc_stderr"."""
     import lm_eval
 
     found = lm_eval.simple_evaluate(
@@ -149,14 +150,14 @@ def _one(model: HFLM, manager: TaskManager, asked: Asked, limit: int | None) -> 
     )
     values: JsonObject = {}
     for name, metrics in {**found["results"], **found.get("groups", {})}.items():
-        if name == asked.task or asked.task not in found["results"]:  # a tag stands for tasks, and has no line itself
+        if name == asked.task or asked.task not in found["results"]:  # a tag lists tasks and has no result itself
             prefix = "" if name == asked.task else f"{name}/"
             values |= {prefix + key.removesuffix(",none"): value for key, value in metrics.items()}
     return {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
 
 
 def averages(sets: Sequence[str], results: Results) -> dict[str, float]:
-    """Mean accuracy of each set all of whose tasks have one."""
+    """Return the mean accuracy of each set whose tasks all have one."""
     means = {}
     for name in sets:
         found = [results.metrics.get(task, {}).get("acc") for task in SETS[name]]

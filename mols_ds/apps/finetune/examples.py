@@ -1,7 +1,7 @@
-"""Instructions and answers as they stand in files or data sets, checked, each with the place that it comes from.
+"""Read and check instructions and answers of files or data sets. Each example knows its place.
 
-A row has one of three forms: {"prompt", "completion"}, Alpaca's {"instruction", "input", "output"} (the input may be
-missing or empty), or {"messages": [{"role", "content"}, ...]}. Other keys are ignored. Rows of one source may differ.
+A row is {"prompt", "completion"}, Alpaca's {"instruction", "input", "output"} (input may be missing or empty), or
+{"messages": [{"role", "content"}, ...]}. Other keys are ignored. Rows of one source may differ.
 """
 
 from __future__ import annotations
@@ -33,26 +33,27 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A conversation that ends with the assistant. `where` names its file and line for messages to the user; `form`
-    says how the row was written, which decides how it becomes text."""
+    """A conversation that ends with the assistant. `where`: its file and line, for messages. `form`: the form of the
+    row, which decides its text."""
 
     messages: tuple[ChatMessage, ...]
     form: Form
     where: str
     input: str = ""
-    """Alpaca's second half of the prompt."""
+    """Second part of Alpaca's prompt."""
 
 
 def read_examples(spec: DataSpec) -> list[Example]:
-    """All examples of a source, in its order: JSONL, JSON (one list) or parquet files, or a hub data set's split.
+    """Read all examples of a source in order: JSONL, JSON (one list) or parquet files, or a split of a hub data set.
 
-    Raises MolsConfigError, naming file and line, for what is not JSON, lacks a key or has an empty prompt or answer;
-    and where a source cannot be reached or has no examples.
+    Raises:
+        MolsConfigError: a row that is not JSON, lacks a key or has an empty prompt or answer (names file and line); or
+            a source that cannot be reached or has no examples.
     """
     rows = _hub_rows(spec) if spec.streaming else (row for path in local_files(spec) for row in _file_rows(path))
     examples = [parse_row(row, where) for where, row in rows]
     if not examples:
-        raise MolsConfigError(f"data {spec.source}: there is no example in it")
+        raise MolsConfigError(f"data {spec.source}: it has no example")
     return examples
 
 
@@ -63,7 +64,7 @@ def _hub_rows(spec: DataSpec) -> Iterator[tuple[str, object]]:
         rows = datasets.load_dataset(spec.source, spec.subset, split=spec.train_split)
     except Exception as error:  # the hub's client raises a dozen unrelated types
         raise MolsConfigError(
-            f"data {spec.source}: neither a local file or folder nor a data set that the hub gives: {one_line(error)}"
+            f"data {spec.source}: neither a local file or folder nor a data set that the hub has: {one_line(error)}"
         ) from error
     for number, row in enumerate(rows, 1):
         yield f"data {spec.source} row {number}", row
@@ -94,12 +95,12 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
     try:
         rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", streaming=True)
         yield from ((f"data {path} row {number}", row) for number, row in enumerate(rows, 1))
-    except Exception as error:  # datasets wraps each reader's own errors in several types
+    except Exception as error:  # datasets wraps the readers' errors in several types
         raise MolsConfigError(f"data {path}: cannot be read as parquet: {one_line(error)}") from error
 
 
 def parse_row(row: object, where: str) -> Example:
-    """A row of any of the three forms. Raises MolsConfigError that begins with `where`."""
+    """Parse a row of any of the three forms. Raises MolsConfigError that starts with `where`."""
     if not isinstance(row, dict):
         raise MolsConfigError(f"{where}: a JSON object is needed, not {type(row).__name__}")
     if row.get("messages") is not None:

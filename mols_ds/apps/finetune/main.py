@@ -1,4 +1,4 @@
-"""finetune.py's command line: arguments, preparation, one or two arms, evaluation, and what is printed."""
+"""Command line of finetune.py: arguments, preparation, one or two arms, evaluation, output."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mols_ds.training.compare import run_arms
 from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import BATCH_KEYS, check_with_deepspeed, model_dtype, native_bf16, read_config, resolve
 from mols_ds.training.models import zero_init
-from mols_ds.training.ranks import check_run, quiet, run_command, start_ranks
+from mols_ds.training.ranks import check_run, run_command, silence_output, start_ranks
 from mols_ds.training.sources import DataSpec, check_hub
 from mols_ds.training.train_job import TrainJob
 
@@ -42,20 +42,20 @@ __all__ = ["USER_MISTAKE", "main", "parse_arguments", "run"]
 
 PROGRAM = "finetune.py"
 EPOCHS, BATCH, CUTOFF, RANK = 3, 16, 2048, 8
-"""The paper's fine-tuning (table 11: 3 epochs, batch 16, cut-off 2048, rank 8 at 3B and 7B)."""
+"""Settings of the paper's fine-tuning (table 11: 3 epochs, batch 16, cut-off 2048, rank 8 at 3B and 7B)."""
 RATES = {"full": 2e-5, "lora": 2e-4, "dora": 2e-4}
-"""Base rates where neither the config nor --lr gives one: for adapters the paper's of its 1B model."""
+"""Base rates if neither the config nor --lr gives one; for adapters those of the paper's 1B model."""
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments of finetune.py. Raises MolsConfigError for an unknown or a bad one."""
+    """Parse the arguments of finetune.py. Raises MolsConfigError for an unknown or invalid one."""
     parser = Parser(prog=PROGRAM, description="Fine-tune a language model with DeepSpeed and MoLS.")
     add = parser.add_argument
     add("--config", "--deepspeed_config", dest="config", metavar="FILE", help="DeepSpeed config, as JSON")
     add("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     add("--model", required=True, help="transformers checkpoint folder or hub name")
-    add("--out", type=Path, help="folder for everything that is written (default runs/<model>-<method>)")
+    add("--out", type=Path, help="output folder (default runs/<model>-<method>)")
     add("--compare", choices=["adam"], help="first train the same without MoLS, then compare")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     _run_arguments(parser)
@@ -63,7 +63,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _data_arguments(parser)
     group = parser.add_argument_group("evaluation by lm-eval")
     group.add_argument("--evaluate", metavar="TASKS", help="commonsense8, mmlu, or lm-eval's tasks, with commas")
-    group.add_argument("--evaluate-tasks", type=Path, metavar="FOLDER", help="further tasks, as YAML files")
+    group.add_argument("--evaluate-tasks", type=Path, metavar="FOLDER", help="more tasks, as YAML files")
     group.add_argument("--evaluate-limit", type=positive, metavar="N", help="only the first N questions of each task")
     group.add_argument("--evaluate-batch", type=positive, default=8, help="questions at a time (default %(default)s)")
     args = parser.parse_args(argv)
@@ -74,15 +74,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     add = run.add_argument
-    add("--method", choices=sorted(RATES), default="lora", help="what is trained (default %(default)s)")
+    add("--method", choices=sorted(RATES), default="lora", help="parameters to train (default %(default)s)")
     add("--epochs", type=not_negative, default=EPOCHS, help="passes over the data (default %(default)s; 0: evaluate)")
-    add("--steps", type=positive, help="optimizer steps, in the place of --epochs")
-    add("--lr", type=float, help="base rate, in the place of the config's")
-    add("--optimizer", metavar="NAME", help="optimizer, in the place of the config's (docs/optimizers.md)")
-    add("--seed", type=not_negative, default=0, help="adapters, split and order of the data")
+    add("--steps", type=positive, help="optimizer steps; overrides --epochs")
+    add("--lr", type=float, help="base learning rate; overrides the config's")
+    add("--optimizer", metavar="NAME", help="optimizer; overrides the config's (docs/optimizers.md)")
+    add("--seed", type=not_negative, default=0, help="seed of adapters, split and order of the data")
     add("--activation-checkpointing", action="store_true", help="recompute activations in backward")
     add("--eval-every", type=not_negative, help="steps between held-out losses (default: a fifth of all steps)")
-    add("--eval-examples", type=positive, default=256, help="held-out examples that are evaluated")
+    add("--eval-examples", type=positive, default=256, help="held-out examples to evaluate")
     add("--save-every", type=not_negative, default=0, help="steps between checkpoints (0: the end only)")
     add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
     add_timeout(run)
@@ -101,7 +101,7 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", help="JSONL, JSON or parquet file, a folder of them, configs/data/*.json or a hub name")
     add("--eval-data", help="held-out examples (default: a share of --data)")
     add("--eval-share", type=share, default=0.05, help="share of --data held out (default %(default)s)")
-    add("--cutoff", type=positive, help=f"tokens an example at most (default {CUTOFF}, or the model's positions)")
+    add("--cutoff", type=positive, help=f"most tokens per example (default {CUTOFF}, or the model's positions)")
     add("--template", choices=["auto", "plain", "chat"], default="auto", help="how examples become text")
     add("--tokenizer", help="tokenizer folder or hub name (default: the model's)")
 
@@ -123,7 +123,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         if args.evaluate is None:
             raise MolsConfigError("--epochs 0 trains nothing: give --evaluate, or epochs")
         if args.compare or args.resume:
-            raise MolsConfigError("--epochs 0 trains nothing: --compare and --resume have no meaning")
+            raise MolsConfigError("--epochs 0 trains nothing: leave out --compare and --resume")
         return
     if args.config is None:
         raise MolsConfigError(f"no config: `deepspeed --config FILE {PROGRAM}`, or give --deepspeed_config FILE")
@@ -132,13 +132,13 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs finetune.py. Returns 0, or 2 for a user's mistake, which rank 0 states in one line on stderr."""
+    """Run finetune.py. Returns the exit status, see `run_command`."""
     return run_command(PROGRAM, lambda: run(parse_arguments(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Everything after the arguments. Checks what can be checked before anything slow is started."""
-    quiet()
+    """Run with parsed arguments. Checks everything it can before anything slow starts."""
+    silence_output()
     if args.epochs == 0 and args.steps is None:
         _evaluate_only(args)
         return
@@ -163,9 +163,9 @@ def run(args: argparse.Namespace) -> None:
     warn_small(config, len(data), steps, adapters=args.method != "full")
     pad = int(tokenizer.pad_token_id)
     batches = AnswerBatches(data, shape, args.seed, pad)
-    torch.distributed.barrier()  # from here on ranks run in step
+    torch.distributed.barrier()  # from here on ranks run together
     if rank == 0:
-        _say_what(args, config, data, held_out, steps, world)
+        _print_summary(args, config, data, held_out, steps, world)
     setup = DeepSpeedSetup(
         config=config, model=partial(_model, args, config, len(tokenizer), rank),
         held_out=held_out_batches(held_out, shape, args.eval_examples, pad),
@@ -189,7 +189,7 @@ def _cutoff(args: argparse.Namespace, config: PretrainedConfig) -> int:
 
 
 def _config(args: argparse.Namespace, raw: JsonObject, world: int, examples: int) -> JsonObject:
-    """The resolved DeepSpeed config, with the number of "steps" beside it."""
+    """Return the resolved DeepSpeed config, with the number of "steps" added."""
     raw = copy.deepcopy(raw)
     if all(raw.get(key, "auto") == "auto" for key in BATCH_KEYS[:2]):
         raw[BATCH_KEYS[0]] = BATCH
@@ -203,9 +203,16 @@ def _config(args: argparse.Namespace, raw: JsonObject, world: int, examples: int
 
 
 def warn_small(config: JsonObject, examples: int, steps: int, *, adapters: bool) -> None:
-    """Warns where MoLS measures less than it seems to. Raises MolsConfigError where it would come to no rates at all.
+    """Warn where MoLS measures less than it seems to.
 
-    `config` is resolved; `examples` is how many are trained on.
+    Args:
+        config: resolved.
+        examples: number of training examples.
+        steps: optimizer steps of the run.
+        adapters: train adapters.
+
+    Raises:
+        MolsConfigError: no rate would ever change.
     """
     section = MolsConfig.parse(config.get("mols", {"enabled": False}))
     if not section.enabled or section.fixed_alphas is not None:
@@ -221,15 +228,15 @@ def warn_small(config: JsonObject, examples: int, steps: int, *, adapters: bool)
     if samples * batch > examples:
         up_to = "up to " if section.samples == "auto" else ""
         warnings.warn(
-            f"MoLS measures {up_to}{samples} batches of {batch}, more than the {examples} examples: it meets some of "
-            'them again, and knows the noise less well than it says (fewer "mols.samples" or a smaller batch)',
+            f"MoLS measures {up_to}{samples} batches of {batch}, more than the {examples} examples: it uses some of "
+            'them twice and underestimates the noise (use fewer "mols.samples" or a smaller batch)',
             MolsWarning,
             stacklevel=2,
         )
     if adapters and start == 0:
         warnings.warn(
-            "MoLS measures at step 0, where adapters' lora_A has no gradient yet (lora_B is 0): each group is measured "
-            'by the rest of its adapters ("mols.start": 1 or later measures all)',
+            "MoLS measures at step 0, where adapters' lora_A has no gradient yet (lora_B is 0): it measures each group "
+            'by its other adapter weights ("mols.start": 1 or later measures all)',
             MolsWarning,
             stacklevel=2,
         )
@@ -254,13 +261,13 @@ def _adapters(args: argparse.Namespace) -> AdapterSettings | None:
 
 
 def _model(args: argparse.Namespace, config: JsonObject, vocab_size: int, rank: int) -> torch.nn.Module:
-    """The model of an arm: equal weights for equal arguments. Sharded from the start under stage 3."""
+    """Build the model of an arm: equal weights for equal arguments. Sharded from the start under stage 3."""
     sharded = zero_init(config)
     model = build(
         args.model, vocab_size=vocab_size, seed=args.seed, dtype=model_dtype(config), adapters=_adapters(args),
         checkpointing=args.activation_checkpointing,
     )  # fmt: skip
-    del sharded  # transformers builds sharded models for as long as this lives
+    del sharded  # transformers builds sharded models while this object exists
     if rank == 0:
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
         trained = sum(size for size, wanted in sizes if wanted)
@@ -268,7 +275,7 @@ def _model(args: argparse.Namespace, config: JsonObject, vocab_size: int, rank: 
     return model
 
 
-def _say_what(
+def _print_summary(
     args: argparse.Namespace, config: JsonObject, data: Tokenized, held_out: Tokenized, steps: int, world: int
 ) -> None:
     stage = config.get("zero_optimization", {}).get("stage", 0)
@@ -281,7 +288,7 @@ def _say_what(
     cut, dropped = data.cut + held_out.cut, data.dropped + held_out.dropped
     if cut or dropped:
         tell(
-            f"{cut:,} examples were longer than the cut-off and lost their end; {dropped:,} had no answer within it "
+            f"{cut:,} examples were longer than the cut-off and were truncated; {dropped:,} had no answer within it "
             "and were left out"
         )
 
@@ -301,7 +308,7 @@ def _after(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
 ) -> None:
-    """On rank 0: says where the weights are, and evaluates those of each arm. A task that fails is a line on stderr."""
+    """On rank 0, print where the weights are and evaluate each arm. A task that fails is a line on stderr."""
     name = MODEL if args.method == "full" else ADAPTER
     for folder in folders:
         tell(f"{name}: {folder / name}")
@@ -322,7 +329,7 @@ def _print_results(asked: evaluate.Evaluation, results: evaluate.Results, folder
 
 
 def _evaluate_only(args: argparse.Namespace) -> None:
-    """--epochs 0: evaluates the model, or adapter, as it is, in the first process. Any task that fails is an error."""
+    """Evaluate the model or adapter without training (--epochs 0), in the first process. A failed task is an error."""
     import os
 
     asked = _asked(args)

@@ -1,4 +1,4 @@
-"""The model to fine-tune: loaded with its weights, adapters put in by peft, and saved so that it loads again."""
+"""The model to fine-tune: load its weights, add peft adapters, save it so that it loads again."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 Method = Literal["full", "lora", "dora"]
 ADAPTER, MODEL = "adapter", "model"
-"""Folders, below a run's or a checkpoint's, that hold what was trained."""
+"""Folders of the trained weights, below a run's or a checkpoint's folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSettings:
-    """How peft adapts the model: W x + alpha / rank · B A x on every linear layer but the output head, LoRA
-    (arXiv 2106.09685); with `dora` its magnitude apart (arXiv 2402.09353)."""
+    """Settings of peft: W x + alpha / rank · B A x on every linear layer but the output head. LoRA (arXiv 2106.09685);
+    `dora` trains its magnitude separately (arXiv 2402.09353)."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -37,19 +37,19 @@ class AdapterSettings:
 
 
 def load_config(source: str) -> PretrainedConfig:
-    """The transformers configuration of a checkpoint folder or hub name. Raises MolsConfigError where there is none."""
+    """Load the transformers configuration of a checkpoint folder or hub name. Raises MolsConfigError without one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = Path(source)
     if path.is_file():
-        raise MolsConfigError(f"model {source}: a checkpoint folder or hub name is needed, not a file")
+        raise MolsConfigError(f"model {source}: give a checkpoint folder or hub name, not a file")
     if (path / "adapter_config.json").is_file():
-        raise MolsConfigError(f"model {source}: it holds an adapter; give the model that it was trained on")
+        raise MolsConfigError(f"model {source}: it is an adapter; give the model that it was trained on")
     try:
         config = AutoConfig.from_pretrained(source)
     except Exception as error:  # the hub's client raises a dozen unrelated types
         raise MolsConfigError(
-            f"model {source}: neither a checkpoint folder nor a model that the hub gives: {one_line(error)}"
+            f"model {source}: neither a checkpoint folder nor a model that the hub has: {one_line(error)}"
         ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise MolsConfigError(f"model {source}: model_type {config.model_type!r} has no causal language model")
@@ -65,10 +65,13 @@ def build(
     adapters: AdapterSettings | None,
     checkpointing: bool = False,
 ) -> nn.Module:
-    """The model of a checkpoint in `dtype`, ready for training; with adapters (drawn under `seed`) all else is frozen.
+    """Load the model of a checkpoint in `dtype` for training. With adapters (drawn with `seed`), all else is frozen.
 
-    Under ZeRO stage 3 it is called while `models.zero_init`'s object lives. Raises MolsConfigError where the
-    checkpoint lacks weights, its vocabulary is smaller than `vocab_size`, or peft refuses the adapters.
+    Under ZeRO stage 3, call it while the object of `models.zero_init` exists.
+
+    Raises:
+        MolsConfigError: the checkpoint lacks weights, its vocabulary is smaller than `vocab_size`, or peft refuses the
+            adapters.
     """
     from transformers import AutoModelForCausalLM
 
@@ -82,7 +85,7 @@ def build(
         model, loading = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True
         )
-    except Exception as error:  # missing and broken files, sizes that do not fit: a dozen unrelated types
+    except Exception as error:  # missing and broken files, wrong sizes: a dozen unrelated types
         raise MolsConfigError(f"model {source}: cannot be loaded: {one_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):
         raise MolsConfigError(f"model {source}: no weights for {missing[0]} in its files ({len(missing)} missing)")
@@ -98,7 +101,7 @@ def build(
 
 
 def add_adapters(model: nn.Module, settings: AdapterSettings) -> PeftModel:
-    """`model` with peft's adapters, which alone are trained. Raises MolsConfigError where peft refuses."""
+    """Add peft's adapters, the only trained parameters. Raises MolsConfigError if peft refuses."""
     import peft
 
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
@@ -107,30 +110,30 @@ def add_adapters(model: nn.Module, settings: AdapterSettings) -> PeftModel:
         use_dora=settings.dora, bias="none", task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
-        # In the model's own dtype: DeepSpeed keeps fp32 masters, and stage 3 takes parameters of one dtype only
+        # In the model's dtype: DeepSpeed has fp32 masters, and stage 3 takes parameters of one dtype only
         adapted = peft.get_peft_model(model, asked, autocast_adapter_dtype=False)
     except Exception as error:  # ValueError for wrong targets, NotImplementedError and others for layers
         raise MolsConfigError(f"--method: peft cannot adapt this model: {one_line(error)}") from error
-    # By name: under stage 3 no parameter shows its shape
+    # By name: under stage 3 parameters have no shape
     if any(
         ".experts." in name and "lora" not in name and "base_layer" not in name
         for name, _ in adapted.named_parameters()
     ):
         warnings.warn(
-            "the experts are no linear layers: they get no adapters and stay frozen", MolsWarning, stacklevel=2
+            "the experts are not linear layers: they get no adapters and stay frozen", MolsWarning, stacklevel=2
         )
     return adapted
 
 
 def save_weights(engine: DeepSpeedEngine, folder: Path, tokenizer: PreTrainedTokenizerBase, *, adapters: bool) -> None:
-    """Writes folder/adapter (peft's files) or folder/model (transformers' files), with the tokenizer. Collective: under
-    stage 3 the ranks gather one layer after the other to rank 0, which alone writes."""
+    """Write folder/adapter (peft's files) or folder/model (transformers' files), with the tokenizer. Collective: under
+    stage 3 the ranks gather one layer at a time to rank 0, the only writer."""
     state = None
     if engine.zero_optimization_partition_weights():
         state = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapters)
     if engine.global_rank == 0:
         target = folder / (ADAPTER if adapters else MODEL)
-        # No embedding is ever resized here, and peft would ask the hub whether one was
+        # Embeddings are never resized here, and peft would ask the hub whether one was
         options: JsonObject = {"save_embedding_layers": False} if adapters else {}
         engine.module.save_pretrained(target, state_dict=state, **options)
         tokenizer.save_pretrained(target)
@@ -139,9 +142,10 @@ def save_weights(engine: DeepSpeedEngine, folder: Path, tokenizer: PreTrainedTok
 
 
 def load_saved(folder: str, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
-    """What `save_weights` wrote, or any checkpoint, as a model that answers: an adapter on the model that it names.
+    """Load a model for inference: one of `save_weights`, or any checkpoint; an adapter loads the model that it names.
 
-    Raises MolsConfigError where it cannot be loaded.
+    Raises:
+        MolsConfigError: it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -153,5 +157,5 @@ def load_saved(folder: str, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
             model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
             return peft.PeftModel.from_pretrained(model, folder).eval()
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    except Exception as error:  # missing and broken files, and all that the hub's client raises
+    except Exception as error:  # missing and broken files, and errors of the hub's client
         raise MolsConfigError(f"model {folder}: cannot be loaded: {one_line(error)}") from error

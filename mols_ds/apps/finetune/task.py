@@ -1,4 +1,4 @@
-"""Training on answers: the loss of a micro-batch, the held-out loss, and what is saved beside a checkpoint."""
+"""Training on answers: the loss of a micro-batch, the held-out loss, and extra files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class Answers:
     """A `Task` whose loss is the mean over all answer tokens of the global batch.
 
-    DeepSpeed averages the micro-batches' losses, which would weigh a token of a short answer more than one of a long
-    answer; so a micro-batch's loss is the *sum* over its answer tokens times passes x ranks / (answer tokens of the
-    global batch). The logged loss is that mean too.
+    DeepSpeed averages the losses of micro-batches, which would give tokens of short answers more weight. So a
+    micro-batch's loss is the *sum* over its answer tokens times passes x ranks / (answer tokens of the global batch).
+    The logged loss is the same mean.
     """
 
     def __init__(
@@ -41,16 +41,16 @@ class Answers:
         return float(summed), int((batch.labels[:valid, 1:] != IGNORED).sum())
 
     def tokens(self, steps: int) -> int:
-        """See `Task`: tokens of the examples, prompts included, padding not."""
+        """See `Task`: tokens of the examples, with prompts, without padding."""
         return self.batches.tokens(steps)
 
     def save(self, engine: DeepSpeedEngine, folder: Path) -> None:
-        """Adapters into folder/adapter, or the whole model into folder/model, with the tokenizer."""
+        """Write adapters to folder/adapter, or the whole model to folder/model, with the tokenizer."""
         save_weights(engine, folder, self.tokenizer, adapters=self.adapters)
 
 
 def _summed(engine: DeepSpeedEngine, batch: AnswerBatch, valid: int) -> Tensor:
-    """Cross-entropy summed over the labels of the first `valid` rows; every rank runs the model, whatever `valid`."""
+    """Return the cross-entropy summed over the labels of the first `valid` rows. Every rank runs the model."""
     device = engine.device
     logits = engine(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), use_cache=False).logits
     labels = batch.labels[:valid, 1:].to(device)

@@ -1,6 +1,6 @@
-"""Examples as text: the parts that a conversation's text is joined from, and which of them are answers.
+"""Convert examples to text parts, and mark the answers.
 
-Without a chat template the text is plain: a prompt stands as it is; Alpaca's form and conversations become
+Without a chat template the text is plain: a prompt is unchanged; Alpaca's form and conversations become
 
     ### Instruction:          ### System:
     {instruction}             {content}
@@ -11,8 +11,8 @@ Without a chat template the text is plain: a prompt stands as it is; Alpaca's fo
     ### Response:             ### Assistant:
     {output}{end}             {content}{end}
 
-with an empty line between the parts ("### Input:" only where there is one), a line break before the answer, and the
-tokenizer's end-of-text token behind each answer.
+with an empty line between the parts ("### Input:" only if there is one), a line break before the answer, and the
+tokenizer's end-of-text token after each answer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GAP = "\n\n"
 
 
 class TextPart(NamedTuple):
-    """A part of an example's text. `answer`: it is trained on. `ends`: the end-of-text token follows it."""
+    """A part of an example's text. `answer`: it is trained on. `ends`: the end-of-text token follows."""
 
     text: str
     answer: bool
@@ -41,14 +41,14 @@ class TextPart(NamedTuple):
 
 
 def uses_chat(example: Example, template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether an example goes through the tokenizer's chat template: "auto" takes it for conversations only."""
+    """Whether an example uses the tokenizer's chat template; "auto" uses it for conversations only."""
     if template == "auto":
         return example.form == "messages" and bool(tokenizer.chat_template)
     return template == "chat"
 
 
 def text_parts(example: Example, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[TextPart]:
-    """The text of an example, in parts. Raises MolsConfigError where the chat template does not fit it."""
+    """Return the parts of an example's text. Raises MolsConfigError if the chat template does not fit it."""
     if uses_chat(example, template, tokenizer):
         return _chat(example, tokenizer)
     if example.form == "completion":
@@ -76,7 +76,7 @@ def _plain(messages: Sequence[ChatMessage]) -> list[TextPart]:
 
 
 def _chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[TextPart]:
-    """Every answer is what the template adds from its prompt for the assistant to the end of the assistant's turn."""
+    """Return parts where an answer is the text that the template adds between the assistant's prompt and turn end."""
     messages = [{"role": message.role, "content": message.content} for message in example.messages]
     if example.input:
         messages[0]["content"] += GAP + example.input
@@ -86,20 +86,20 @@ def _chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[TextPart
         if message["role"] != "assistant":
             continue
         asked = _render(tokenizer, messages[:number], example.where, prompt=True)
-        told = _render(tokenizer, messages[: number + 1], example.where, prompt=False)
-        if not (asked.startswith(done) and told.startswith(asked)):
+        rendered = _render(tokenizer, messages[: number + 1], example.where, prompt=False)
+        if not (asked.startswith(done) and rendered.startswith(asked)):
             raise MolsConfigError(
-                f"{example.where}: the tokenizer's chat template rewrites what stands before an answer, so that the "
-                "answer cannot be told from the prompt: use --template plain, or examples of one answer each"
+                f"{example.where}: the tokenizer's chat template rewrites the text before an answer, so answer "
+                "and prompt cannot be separated: use --template plain, or examples with one answer each"
             )
-        found += [TextPart(asked[len(done) :], False), TextPart(told[len(asked) :], True)]
-        done = told
+        found += [TextPart(asked[len(done) :], False), TextPart(rendered[len(asked) :], True)]
+        done = rendered
     return found
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], where: str, *, prompt: bool) -> str:
     try:
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:  # jinja's own types, and whatever a template raises by name
+    except Exception as error:  # jinja's types, and any that a template raises
         raise MolsConfigError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}") from error
     return text

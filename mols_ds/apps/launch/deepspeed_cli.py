@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from mols_ds.apps.launch.signals import IDLE_SECONDS, SENT, ranks_below, send
 from mols_ds.core.log import tell
 from mols_ds.engines.deepspeed import compat
+from mols_ds.engines.deepspeed.config_reader import read_config
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.training.cli_utils import USER_MISTAKE, Parser, print_line, shell_status
 from mols_ds.training.preemption import SIGNALS
@@ -68,7 +69,7 @@ def script_arguments(user_args: Sequence[str], config: str | None) -> list[str]:
     named = any(arg.split("=", 1)[0] in CONFIG_OPTIONS for arg in user_args)
     if config is None or named:
         return list(user_args)
-    extra = ["--deepspeed_config", os.path.abspath(config)]
+    extra = ["--deepspeed_config", os.path.abspath(config) if os.path.exists(config) else config]
     return [*user_args, *([] if "--deepspeed" in user_args else ["--deepspeed"]), *extra]
 
 
@@ -105,7 +106,7 @@ class _Job:
             finally:
                 runner.argparse = stock_argparse
             if parsed.ds_config is not None and not os.path.isfile(parsed.ds_config):
-                raise MolsConfigError(f"--config {parsed.ds_config}: no such file")
+                read_config(parsed.ds_config)  # a base64 text, or no such file
             if not parsed.module and not parsed.no_python and not os.path.isfile(parsed.user_script):
                 raise MolsConfigError(f"{parsed.user_script}: no such script")
             parsed.user_args = script_arguments(parsed.user_args, parsed.ds_config)

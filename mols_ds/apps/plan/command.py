@@ -100,7 +100,7 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise MolsConfigError(f"--{name.replace('_', '-')} {value}: give a whole number of at least 1")
-    if not Path(args.config).is_file():
+    if Path(args.config).suffix.lower() in YAML and not Path(args.config).is_file():
         raise MolsConfigError(f"config {args.config}: no such file")
 
 

@@ -11,6 +11,7 @@ same study by a launcher, and train its runs one after the other:
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -57,6 +58,7 @@ def compare(args: argparse.Namespace) -> int:
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if args.jobs is not None and (args.jobs < 1 or launched):
         raise MolsConfigError("--jobs: at least 1, and not in a launched job, whose ranks train one run at a time")
+    _can_report()
     _prepare(study, out)
     store = Store(study, out)
     command = f"mols-ds compare {args.study}" + ("" if args.out is None else f" --out {args.out}")
@@ -100,6 +102,15 @@ def reseeded(study: Study, seeds: Sequence[int]) -> Study:
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise MolsConfigError(f"--seeds {' '.join(map(str, seeds))}: each one once, none negative")
     return study.model_copy(update={"seeds": tuple(seeds)})
+
+
+def _can_report() -> None:
+    """Hours before it is written. Raises MolsConfigError where a package of the report is missing."""
+    try:
+        importlib.import_module("mols_ds.apps.study.report")
+    except ModuleNotFoundError as error:
+        name = {"markdown_it": "markdown-it-py"}.get(str(error.name), str(error.name).partition(".")[0])
+        raise MolsConfigError(f"the report of a study needs {name}: pip install {name}") from error
 
 
 def _prepare(study: Study, out: Path) -> None:

@@ -1,13 +1,14 @@
-"""A study's report as blocks (headings, text, tables, pictures), which `report` turns into Markdown and `page` to HTML.
-
-Text may hold `**strong**` and `` `code` ``, nothing else.
-"""
+"""What a study's report says: the lists, the rows of its tables and the text, by templates/report.md."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from mols_ds.apps.study.cells import (
     alpha_text,
@@ -22,47 +23,13 @@ from mols_ds.apps.study.cells import (
 )
 from mols_ds.apps.study.summary import ENOUGH_SEEDS, Summary, group_order, setting_text
 from mols_ds.core.json_types import JsonMapping
+from mols_ds.errors import printable
 
 MAX_LISTED = 6
 """Up to this many missing runs of an arm are named one by one; of more, the number is told."""
 
 
-@dataclass(frozen=True, slots=True)
-class HeadingBlock:
-    """level 1 is the title."""
-
-    level: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class TextBlock:
-    """A paragraph; `warning`: something that limits the whole report."""
-
-    text: str
-    warning: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ListBlock:
-    """An unordered list."""
-
-    items: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class TableBlock:
-    """`command` made it and stands above it. The columns whose heads are in `words` are read as text, others lined up
-    as numbers."""
-
-    command: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
+class Picture(NamedTuple):
     """A PNG beside the report; `caption` says what is drawn and serves those who cannot see it."""
 
     file: str
@@ -70,83 +37,73 @@ class Picture:
     caption: str
 
 
-Block = HeadingBlock | TextBlock | ListBlock | TableBlock | Picture
+class Lines(str):
+    """Markdown of several lines, which is printed as it is; any other value is made safe to print on one line."""
+
+
 WORDS = frozenset({"arm", "compared with", "model", "tuned settings", "notes", "setting", "value", "about", "settings"})
+"""Columns that are read as text; all others are lined up as numbers."""
 
 
-def build(
+@functools.cache
+def templates(*, html: bool = False) -> Environment:
+    """The templates of the report; `html`: what they are given is escaped, unless it is `Markup`."""
+    found = Environment(
+        loader=PackageLoader("mols_ds.apps.study"),
+        undefined=StrictUndefined,
+        autoescape=html,
+        finalize=lambda value: value if isinstance(value, Lines | Markup) else printable(str(value)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    found.filters["one_line"] = lambda text: Lines(" ".join(text.split()) + "\n")
+    found.filters["number"] = "{:g}".format
+    return found
+
+
+def markdown(
     summary: Summary,
     study: JsonMapping,
     command: str,
     pictures: Sequence[Picture],
     facts: JsonMapping | None = None,
-) -> list[Block]:
-    """All blocks of the report in their order.
+) -> str:
+    """The report as GitHub's Markdown; pictures are linked by their file names.
 
-    `pictures`: what was drawn; empty where matplotlib is missing. `facts`: further settings, such as the machine.
+    `command` made the results and stands above each table. `pictures`: what was drawn; empty where matplotlib is
+    missing. `facts`: further settings, such as the machine.
     """
-    drawn = {picture.file: picture for picture in pictures}
-    blocks: list[Block] = [HeadingBlock(1, f"Study {summary.name}")]
-    if study.get("about"):
-        blocks.append(TextBlock(" ".join(str(study["about"]).split())))
-    blocks += _status(summary)
-    blocks += [HeadingBlock(2, "In short"), ListBlock(_in_short(summary))]
-    blocks += [HeadingBlock(2, "Final validation loss"), TextBlock(_result_text(summary))]
-    for model in summary.models:
-        blocks += [HeadingBlock(3, _model_title(summary, model)), *_result_table(summary, model, command)]
-    blocks += [*_pair_blocks(summary, command), *_take(drawn, "forest")]
-    blocks += [HeadingBlock(2, "Loss over tokens"), *_take(drawn, "curves")] if _has(drawn, "curves") else []
-    blocks += [HeadingBlock(2, "How each arm was tuned"), TextBlock(_tuning_text(summary))]
-    for model in summary.models:
-        blocks += [HeadingBlock(3, model), *_tuning_table(summary, model, command), *_take(drawn, f"{model}-lr")]
-    if _has(drawn, "snr"):
-        blocks += [HeadingBlock(2, "Signal-to-noise ratio over training"), TextBlock(SNR_TEXT), *_take(drawn, "snr")]
-    if summary.alphas:
-        blocks += [HeadingBlock(2, "Alphas by model"), TextBlock(ALPHA_TEXT), _alpha_table(summary, command)]
-        blocks += _take(drawn, "alphas")
-    blocks += [
-        HeadingBlock(2, "What was run"),
-        _settings_table(summary, {**study, **(facts or {})}, command),
-        _arms_table(summary, study, command),
-    ]
-    blocks += [HeadingBlock(2, "Before you rely on it"), ListBlock(_limits(summary))]
-    return blocks
-
-
-SNR_TEXT = (
-    "Read off Adam's two moments during training, without any further pass; mean over the evaluation seeds. "
-    "`effective` is the SNR whose effective step is the group's mean one, d²/(1 − d²); `mean`, `median` and `pooled` "
-    "are the group's values of the other estimators, with the noise floor of Adam's window taken off. Readings of zero "
-    "and less have no place on a logarithmic axis and are left out; a curve that lacks a share of them lies too high."
-)
-ALPHA_TEXT = (
-    "Multipliers of every arm with MoLS, measured or given: geometric mean over the evaluation seeds, least and "
-    "greatest in brackets. `*`: held at a bound in at least one run."
-)
-
-
-def _take(drawn: Mapping[str, Picture], part: str) -> list[Block]:
-    """The pictures PART.png and MODEL-PART.png."""
-    return [p for file, p in drawn.items() if file == f"{part}.png" or file.endswith(f"-{part}.png")]
-
-
-def _has(drawn: Mapping[str, Picture], part: str) -> bool:
-    return bool(_take(drawn, part))
-
-
-def _status(summary: Summary) -> list[Block]:
-    """What is missing, and whether the intervals mean anything, before any number."""
-    blocks: list[Block] = []
-    if summary.missing or summary.absent:
-        text = f"**This study is not complete**: {len(summary.missing)} runs could start now and are missing. What "
-        blocks.append(TextBlock(text + "follows is what has finished; the same command goes on.", warning=True))
-        blocks.append(ListBlock(_missing(summary)))
     pairs = [row.difference.pairs for row in summary.rows if row.difference is not None]
-    fewest = min([len(summary.seeds), *pairs])
-    if fewest < ENOUGH_SEEDS:
-        text = f"**Fewer than {ENOUGH_SEEDS} evaluation seeds** ({fewest}): the intervals are not to be relied on."
-        blocks.append(TextBlock(text, warning=True))
-    return blocks
+    return templates().get_template("report.md").render(
+        summary=summary,
+        about=" ".join(str(study.get("about") or "").split()),
+        enough=ENOUGH_SEEDS,
+        fewest=min([len(summary.seeds), *pairs]),
+        # Pictures PART.png and MODEL-PART.png
+        take=lambda part: [p for p in pictures if p.file == f"{part}.png" or p.file.endswith(f"-{part}.png")],
+        table=lambda head, rows: Lines(f"`{printable(command)}`\n\n{table(head, rows)}"),
+        missing=_missing(summary),
+        in_short=_in_short(summary),
+        title_of=lambda model: _model_title(summary, model),
+        result_head=RESULT_HEAD,
+        results=lambda model: _result_rows(summary, model),
+        pairs=_pair_rows(summary),
+        rates=lambda model: _rates(summary, model),
+        tuning=lambda model: _tuning_rows(summary, model),
+        alpha_groups=group_order(group for row in summary.alphas for group in row.alphas),
+        alphas=_alpha_rows(summary),
+        settings=_setting_rows(summary, {**study, **(facts or {})}),
+        arms=_arm_rows(summary, study),
+        limits=_limits(summary),
+    )  # fmt: skip
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown. A bar in a cell is escaped."""
+    marks = "|" + "|".join("---" if name in WORDS else "---:" for name in head) + "|"
+    head, *lines = ("| " + " | ".join(printable(c).replace("|", "\\|") for c in row) + " |" for row in (head, *rows))
+    return "\n".join([head, marks, *lines])
 
 
 def _missing(summary: Summary) -> list[str]:
@@ -200,18 +157,6 @@ def _in_short(summary: Summary) -> list[str]:
     return items
 
 
-def _result_text(summary: Summary) -> str:
-    return (
-        "Every arm at the settings that its tuning chose, at the end of its budget. Losses are in nats a token on "
-        f"held-out text, over seeds {', '.join(map(str, summary.seeds))}; perplexity is exp of the mean loss, with the "
-        "least and greatest seed's. Differences are paired by seed, with Student's 95 % interval, **bold** where it "
-        f"leaves zero out; p is Holm's, over all {summary.comparisons} comparisons of this study. Speed-up: the "
-        "baseline's tokens over those after which the arm's mean curve is at the baseline's final loss; in brackets "
-        "with the tokens of MoLS's measuring passes charged. Step time (median, quartiles) and memory are relative to "
-        "the baseline."
-    )
-
-
 def _model_title(summary: Summary, model: str) -> str:
     weights = next((row.weights for row in summary.of(model) if row.weights), None)
     tokens = next((row.tokens for row in summary.of(model) if row.tokens), None)
@@ -233,9 +178,7 @@ RESULT_HEAD: tuple[str, ...] = (
 RESULT_HEAD += ("p", "won", "speed-up", "step time", "memory", "notes")
 
 
-def _result_table(summary: Summary, model: str, command: str) -> list[Block]:
-    if not summary.of(model):
-        return [TextBlock("No arm has a result on it yet.")]
+def _result_rows(summary: Summary, model: str) -> list[list[str]]:
     rows = []
     for row in summary.of(model):
         difference = "baseline" if row.baseline else difference_text(row.difference)
@@ -245,61 +188,48 @@ def _result_table(summary: Summary, model: str, command: str) -> list[Block]:
         cells += [difference, p_text(row.adjusted), won, speed_up_text(row)]
         cells += [step_text(row.cost), memory_text(row.cost), "; ".join(row.notes)]
         rows.append(cells)
-    return [TableBlock(command, RESULT_HEAD, rows, WORDS)]
+    return rows
 
 
-def _pair_blocks(summary: Summary, command: str) -> list[Block]:
+def _pair_rows(summary: Summary) -> list[list[str]]:
     """The comparisons that the study names beside those with the baseline."""
-    found = [(row, row.difference) for row in summary.pairs if row.difference is not None]
-    if not found:
-        return []
-    text = "Comparisons that the study names, paired in the same way; not adjusted for their number."
-    rows = [
-        [row.model, row.arm, row.other, difference_text(difference), f"{difference.won}/{difference.pairs}"]
-        for row, difference in found
+    return [
+        [row.model, row.arm, row.other, difference_text(row.difference), f"{row.difference.won}/{row.difference.pairs}"]
+        for row in summary.pairs
+        if row.difference is not None
     ]
-    head = ("model", "arm", "compared with", "difference", "won")
-    return [HeadingBlock(3, "Arm against arm"), TextBlock(text), TableBlock(command, head, rows, WORDS)]
 
 
-def _tuning_text(summary: Summary) -> str:
-    return (
-        f"Mean final loss over the tuning seeds ({', '.join(map(str, summary.tune_seeds))}) at each base rate, with "
-        "the best of the arm's other tuned settings; **bold**: chosen. While the best rate is at an edge, the next "
-        "one on that side is tried. Every single candidate is in summary.json."
-    )
+def _rates(summary: Summary, model: str) -> list[float]:
+    return sorted({rate for curve in summary.sensitivity.get(model, {}).values() for rate in curve.rates})
 
 
-def _tuning_table(summary: Summary, model: str, command: str) -> list[Block]:
-    found = summary.sensitivity.get(model, {})
-    rates = sorted({rate for curve in found.values() for rate in curve.rates})
-    if not rates:
-        return [TextBlock("No arm has been tuned on it yet.")]
-    rows = []
-    for arm, curve in found.items():
+def _tuning_rows(summary: Summary, model: str) -> list[list[str]]:
+    rows, rates = [], _rates(summary, model)
+    for arm, curve in summary.sensitivity.get(model, {}).items():
         at = dict(zip(curve.rates, curve.losses, strict=True))
         cells = [loss_text(at[rate]) if rate in at else "" for rate in rates]
         rows.append([arm, *(f"**{c}**" if rate == curve.chosen else c for rate, c in zip(rates, cells, strict=True))])
-    return [TableBlock(command, ["arm", *(f"{rate:g}" for rate in rates)], rows, WORDS)]
+    return rows
 
 
-def _alpha_table(summary: Summary, command: str) -> TableBlock:
+def _alpha_rows(summary: Summary) -> list[list[str]]:
     groups = group_order(group for row in summary.alphas for group in row.alphas)
     rows = []
     for row in summary.alphas:
         weights = f"{row.weights:,}" if row.weights else "-"
         cells = [alpha_text(row.alphas.get(group)) + "*" * (group in row.clamped) for group in groups]
         rows.append([row.arm, row.model, weights, str(row.seeds), *cells])
-    return TableBlock(command, ["arm", "model", "weights", "seeds", *groups], rows, WORDS)
+    return rows
 
 
-def _settings_table(summary: Summary, study: JsonMapping, command: str) -> TableBlock:
+def _setting_rows(summary: Summary, study: JsonMapping) -> list[list[str]]:
     rows = [["models", ", ".join(_model_title(summary, model) for model in summary.models)]]
     rows += [[key, compact(value)] for key, value in study.items() if key not in ("arms", "models", "about", "name")]
-    return TableBlock(command, ["setting", "value"], [row for row in rows if row[1]], WORDS)
+    return [row for row in rows if row[1]]
 
 
-def _arms_table(summary: Summary, study: JsonMapping, command: str) -> TableBlock:
+def _arm_rows(summary: Summary, study: JsonMapping) -> list[list[str]]:
     rows = []
     for arm in summary.arms:
         settings = dict(study.get("arms", {}).get(arm) or {})
@@ -308,7 +238,7 @@ def _arms_table(summary: Summary, study: JsonMapping, command: str) -> TableBloc
         if settings.get("mols") == {}:
             shown["mols"] = "{}"  # the defaults, which is not the same as none
         rows.append([arm, about, ", ".join(f"{key} {text}" for key, text in shown.items() if text)])
-    return TableBlock(command, ["arm", "about", "settings"], rows, WORDS)
+    return rows
 
 
 def _limits(summary: Summary) -> list[str]:

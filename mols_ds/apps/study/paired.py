@@ -7,10 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from mols_ds.core.estimators import t_quantile
-
-DEPTH = 500
-"""Terms of the continued fraction: it needs about sqrt(max(a, b)) of them, so this serves thousands of seeds."""
+from scipy import stats
 
 
 class Difference(NamedTuple):
@@ -50,39 +47,11 @@ def compare(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Differen
     if len(seeds) < 2:
         return Difference(mean, None, None, None, len(seeds), won)
     error = statistics.stdev(differences) / math.sqrt(len(seeds))
-    half = t_quantile(len(seeds) - 1) * error
     if error == 0:  # the same difference with every seed
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, len(seeds), won)
-    p = p_value(mean / error, len(seeds) - 1)
-    return Difference(mean, mean - half, mean + half, p, len(seeds), won)
-
-
-def p_value(t: float, degrees: int) -> float:
-    """Two-sided p-value of Student's t: I_x(n/2, 1/2) with x = n / (n + t^2), n the degrees of freedom (DLMF 8.17)."""
-    if math.isinf(t):
-        return 0.0
-    return incomplete_beta(degrees / (degrees + t * t), 0.5 * degrees, 0.5)
-
-
-def incomplete_beta(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), 0 <= x <= 1, by its continued fraction (DLMF 8.17.22).
-
-    Where the fraction converges slowly, x above (a + 1) / (a + b + 2), by the symmetry I_x(a, b) = 1 - I_(1-x)(b, a).
-    """
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1.0 - incomplete_beta(1 - x, b, a)
-    fraction = 1.0
-    for term in range(DEPTH, 0, -1):
-        m = term // 2
-        if term % 2:
-            d = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        else:
-            d = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        fraction = 1 + d / fraction
-    logarithm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    return math.exp(logarithm) / (a * fraction)
+    student = stats.t(len(seeds) - 1)
+    half = float(student.ppf(0.975)) * error
+    return Difference(mean, mean - half, mean + half, float(2 * student.sf(abs(mean / error))), len(seeds), won)
 
 
 def holm(values: Sequence[float]) -> list[float]:

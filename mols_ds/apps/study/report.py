@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas
+
 from mols_ds.apps.study.curves import final_loss
-from mols_ds.apps.study.document import Block, HeadingBlock, ListBlock, Picture, TableBlock, TextBlock, build
+from mols_ds.apps.study.document import Picture, markdown
 from mols_ds.apps.study.page import page
 from mols_ds.apps.study.summary import Summary, group_order, summarise, to_json
 from mols_ds.core.files import write_whole
 from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.core.log import warn_here
-from mols_ds.errors import MolsConfigError, printable
+from mols_ds.errors import MolsConfigError
 
 if TYPE_CHECKING:
     from mols_ds.apps.study.runs import StudyResults
@@ -41,10 +42,10 @@ def write_report(results: StudyResults, out: Path, command: str = COMMAND) -> li
         out.mkdir(parents=True, exist_ok=True)
         images, pictures = _draw(summary)
         facts = made_on(out)
-        blocks = build(summary, results.study, command, pictures, facts)
+        text = markdown(summary, results.study, command, pictures, facts)
         files: dict[str, str | bytes] = {
-            "report.md": markdown(blocks),
-            "report.html": page(blocks, images),
+            "report.md": text,
+            "report.html": page(text, images),
             "table.csv": csv_text(table_records(summary)),
             "results.csv": csv_text(run_records(results)),
             "summary.json": json.dumps({"command": command, **facts, **to_json(summary)}, indent=1, allow_nan=False)
@@ -89,56 +90,15 @@ def _draw(summary: Summary) -> tuple[dict[str, bytes], list[Picture]]:
     return images, pictures
 
 
-# ---------------------------------------------------------------------- Markdown
-
-
-def markdown(blocks: Iterable[Block]) -> str:
-    """The report as GitHub's Markdown; pictures are linked by their file names."""
-    return "\n\n".join(_markdown(block) for block in blocks) + "\n"
-
-
-def _markdown(block: Block) -> str:
-    match block:
-        case HeadingBlock(level, text):
-            return f"{'#' * level} {printable(text)}"
-        case TextBlock(text, warning):
-            return f"> {printable(text)}" if warning else printable(text)
-        case ListBlock(items):
-            return "\n".join(f"- {printable(item)}" for item in items)
-        case Picture(file, title, caption):
-            return f"![{printable(title)}]({file})\n\n*{printable(title)}.* {printable(caption)}"
-        case TableBlock(command, head, rows, words):
-            lines = [
-                f"`{printable(command)}`",
-                "",
-                _line(head),
-                "|" + "|".join("---" if h in words else "---:" for h in head) + "|",
-            ]
-            return "\n".join([*lines, *(_line(row) for row in rows)])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"
-
-
 # ---------------------------------------------------------------------- CSV
 
 
 def csv_text(records: Sequence[JsonMapping]) -> str:
     """One line a record; the columns are the records' keys in the order of their first appearance."""
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _cell(value) for key, value in record.items()} for record in records)
-    return buffer.getvalue()
-
-
-def _cell(value: object) -> object:
-    """Floats in full, infinity as `inf`, yes and no as 1 and 0, what is not known as nothing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return int(value) if isinstance(value, bool) else value
+    # Floats in full, infinity as `inf`, yes and no as 1 and 0, what is not known as nothing
+    plain = [{key: int(v) if isinstance(v, bool) else v for key, v in record.items()} for record in records]
+    frame = pandas.DataFrame(plain, dtype=object)
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 def run_records(results: StudyResults) -> list[JsonObject]:

@@ -1,1 +1,1 @@
-"""The parts of train_megatron.py: settings, model, data, checkpoints, the training loop."""
+"""Parts of train_megatron.py: settings, model, data, checkpoints, backend."""

@@ -1,4 +1,4 @@
-"""The Megatron-core engine of an arm, for the training loop (`mols_ds.training.trainer`)."""
+"""Megatron-core backend of the training loop (`mols_ds.training.trainer`)."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
 
 GIVE_UP_AFTER = 50
-"""Iterations in a row that Megatron may skip (the gradients are not finite) before the run ends."""
+"""Number of consecutive iterations that Megatron may skip (non-finite gradients) before the run ends."""
 LossOf = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""What Megatron's schedules call with the model's output: (sum of the losses, targets, what the caller gets)."""
+"""Function that Megatron's schedules call with the model's output: (sum of losses, targets, result for the caller)."""
 
 
 @dataclass(frozen=True)
 class MegatronSetup:
-    """What a Megatron engine is built from. See `train_job.TrainSetup`.
+    """Builds a Megatron engine. See `train_job.TrainSetup`.
 
     Attributes:
-        held_out: the held-out micro-batches of this data-parallel rank.
-        vocab_size: of the tokenizer; the embedding is padded from it.
-        engine: whether the layers are Transformer Engine's.
+        held_out: held-out micro-batches of this data-parallel rank.
+        vocab_size: of the tokenizer, before padding.
+        engine: use Transformer Engine's layers.
     """
 
     settings: Settings
@@ -67,7 +67,7 @@ class MegatronSetup:
     def build(self, job: TrainJob) -> MegatronBackend:
         """See `TrainSetup`."""
         settings = self.settings
-        # A config of its own for each arm: Megatron's schedules find functions of the optimizer on it
+        # A separate config for each arm: Megatron's schedules find functions of the optimizer on it
         config = transformer_config(settings, self.machine)
         built = build(settings, config, vocab_size=self.vocab_size, engine=self.engine)
         section = {"enabled": False} if settings.mols is None else settings.mols
@@ -78,11 +78,11 @@ class MegatronSetup:
 
 
 class MegatronBackend(TrainBackend):
-    """See `TrainBackend`. An iteration that Megatron skips counts as an update, as in Megatron-LM; one that MoLS only
-    measures does not, and does not move the schedule either.
+    """See `TrainBackend`. An iteration that Megatron skips counts as an update, as in Megatron-LM. One that MoLS only
+    measures does not count, and does not advance the schedule.
 
     Attributes:
-        skipped: iterations in a row that Megatron skipped, up to now.
+        skipped: consecutive iterations that Megatron skipped so far.
     """
 
     option = "run.{}"
@@ -100,9 +100,10 @@ class MegatronBackend(TrainBackend):
         return float(self.built.optimizer.param_groups[0]["lr"])
 
     def step(self, batches: Iterator[Batch], *, number: int, measures: bool) -> StepResult:
-        """See `TrainBackend`. `losses` is that of `_pass`.
+        """See `TrainBackend`. `losses`: see `_pass`.
 
-        Raises MolsError after `GIVE_UP_AFTER` iterations in a row that Megatron skipped.
+        Raises:
+            MolsError: Megatron skipped `GIVE_UP_AFTER` iterations in a row.
         """
         for chunk in self.built.chunks:
             chunk.zero_grad_buffer()
@@ -114,27 +115,28 @@ class MegatronBackend(TrainBackend):
         return StepResult(sums, updated=not measures)
 
     def _advance(self, successful: bool, number: int) -> None:
-        """After iteration `number`: the schedule moves on where the weights did."""
+        """Advance the schedule after iteration `number` if it updated the weights."""
         self.skipped = 0 if successful else self.skipped + 1
         if successful:
             self.built.scheduler.step(increment=self.setup.settings.batch.total)
         elif self.skipped >= GIVE_UP_AFTER:
             raise MolsError(
                 f"{self.skipped} iterations in a row were skipped up to step {number}: the gradients are not finite; "
-                "take a smaller optimizer.lr, or bf16 in the place of fp16"
+                "use a smaller optimizer.lr, or bf16 instead of fp16"
             )
 
     def _pass(self, batches: Iterator[Batch], number: int, *, forward_only: bool = False) -> Tensor:
-        """Forward (and backward) of `number` micro-batches by the schedule that fits the grid.
+        """Run forward (and backward) of `number` micro-batches with the schedule for the grid.
 
-        Returns [sum of the losses, number of targets] of what this rank computed, float64: zeros but on the last
-        stage's first tensor-parallel rank.
+        Returns:
+            [sum of losses, number of targets] of this rank, float64. Zero except on the last stage's first
+            tensor-parallel rank.
         """
         from megatron.core import parallel_state
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         chunks, shape = self.built.chunks, self.job.shape
-        # Every chunk of an interleaved stage asks for each micro-batch, and only the first and the last use it
+        # Every chunk of an interleaved stage asks for each micro-batch; only the first and last use it
         every = list(batches) if len(chunks) > 1 else None
         found = get_forward_backward_func()(
             forward_step_func=_forward_step,
@@ -157,7 +159,7 @@ class MegatronBackend(TrainBackend):
         return float(total / count)
 
     def held_out_sums(self) -> Tensor:
-        """See `TrainBackend`. Training's random numbers go on as if it had not been called."""
+        """See `TrainBackend`. Restores training's RNG state."""
         random = RandomState()
         random.remember()
         for chunk in self.built.chunks:
@@ -199,7 +201,7 @@ def _device() -> torch.device:
 
 
 def _forward_step(iterator: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, LossOf]:
-    """One micro-batch through one chunk, in the form that Megatron's schedules want (pretrain_gpt.py)."""
+    """Run one micro-batch through one chunk, in the format of Megatron's schedules (pretrain_gpt.py)."""
     from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
 
@@ -210,11 +212,11 @@ def _forward_step(iterator: Iterator[Batch], model: DistributedDataParallel) -> 
         batch = get_batch_on_this_cp_rank(batch)
     mask = batch["loss_mask"]
     more = {"loss_mask": mask} if getattr(model.config, "mtp_num_layers", None) else {}
-    # Without an attention mask the layers, which are causal, make their own
+    # Without an attention mask the causal layers make their own
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **more)
 
     def loss_of(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum of the masked losses, number of targets; losses: (micro, length), or flat."""
+        """Return sum of the masked losses and number of targets; losses: (micro, length), or flat."""
         summed = torch.sum(losses.reshape(-1).float() * mask.reshape(-1))
         count = mask.sum()
         return summed, count.to(torch.int), {"sums": torch.stack([summed.detach(), count])}

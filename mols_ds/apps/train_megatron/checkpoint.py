@@ -1,4 +1,4 @@
-"""The content of train_megatron.py's checkpoints, in the format of Megatron's dist_checkpointing (torch_dist).
+"""Content of train_megatron.py's checkpoints, in Megatron's dist_checkpointing format (torch_dist).
 
 `mols_ds.training.checkpointer` names, checks and replaces them.
 """
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 ShardedState = dict[str, Any]
-"""A sharded state dict, as Megatron's dist_checkpointing takes it."""
+"""A sharded state dict of Megatron's dist_checkpointing."""
 
 SHARDING = {
-    # Each rank writes its own slices: nothing is gathered, another number of data-parallel ranks can load it
+    # Each rank writes its own slices: no gather, any number of data-parallel ranks can load them
     False: {"distrib_optim_sharding_type": "dp_reshardable"},
     # Data-parallel rank 0 gathers and writes whole tensors: any grid can load it
     True: {
@@ -40,10 +40,10 @@ SHARDING = {
 
 
 class TorchDistCheckpoint:
-    """Writes and loads one arm's model, optimizer, scheduler and random state. Every call is collective.
+    """Write and load one arm's model, optimizer, scheduler and RNG state. Every call is collective.
 
     Attributes:
-        metadata: of the sharding. A resumed run keeps its checkpoint's.
+        metadata: of the sharding. A resumed run uses its checkpoint's.
     """
 
     def __init__(self, built: Built, mols: Handle, *, reshardable: bool) -> None:
@@ -51,7 +51,7 @@ class TorchDistCheckpoint:
         self.metadata = SHARDING[reshardable]
 
     def writer(self, counted: JsonObject) -> Callable[[Path], None]:
-        """Takes the state as it is now. The result writes it, with `counted`, into a folder."""
+        """Copy the state now. Returns a function that writes it, with `counted`, into a folder."""
         from megatron.core import dist_checkpointing
 
         state = self._state(is_loading=False) | {"job": counted}
@@ -64,9 +64,10 @@ class TorchDistCheckpoint:
         return write
 
     def load(self, folder: Path, tag: str) -> JsonObject | None:
-        """Loads checkpoint `tag` of `folder`. Returns its `counted`; None where it is another program's.
+        """Load checkpoint `tag` of `folder`. Returns its `counted`; None for another program's checkpoint.
 
-        Raises MolsCheckpointError where it cannot be loaded.
+        Raises:
+            MolsCheckpointError: it cannot be loaded.
         """
         from megatron.core import dist_checkpointing
 
@@ -78,7 +79,7 @@ class TorchDistCheckpoint:
                 self.metadata = dist_checkpointing.load_content_metadata(str(place)) or self.metadata
                 wanted = self._state(is_loading=True)
                 if not self._has(place, wanted["random"].key):
-                    del wanted["random"]  # written by another number of ranks: the generators start anew
+                    del wanted["random"]  # written by another number of ranks: start with new generators
                 loaded = dist_checkpointing.load(wanted, str(place))
         except MolsCheckpointError:
             raise
@@ -98,7 +99,7 @@ class TorchDistCheckpoint:
         return counted
 
     def _models(self) -> list[GPTModel]:
-        """The bare GPTModels: wrappers would put `module.` in front of the names."""
+        """The unwrapped GPTModels: wrappers would prefix the names with `module.`."""
         from megatron.core.utils import unwrap_model
 
         models: list[GPTModel] = unwrap_model(self.built.chunks)
@@ -129,7 +130,7 @@ class TorchDistCheckpoint:
 
     @staticmethod
     def _random() -> ShardedObject:
-        """The random state of this rank: one object a rank, which another number of ranks cannot load."""
+        """RNG state of this rank: one object per rank, which another number of ranks cannot load."""
         from megatron.core.dist_checkpointing.mapping import ShardedObject
 
         state = RandomState()

@@ -1,8 +1,8 @@
-"""Megatron's indexed data set made from the job's tokens, and which samples make up the batch of a step.
+"""Megatron's indexed data set from the job's tokens, and the samples of each step's batch.
 
-The tokens come from `mols_ds.training.tokens` (same text, same tokenizer, same held-out documents as train.py) and are
-written once, in the cache folder, as Megatron-core's `.bin`/`.idx` pair; its own GPTDataset cuts and shuffles them. A
-batch is addressed by its step, so a resumed run continues at the exact sample and the probe stream shifts nothing.
+`mols_ds.training.tokens` provides the tokens (same text, tokenizer and held-out documents as train.py). They are
+written once to the cache folder as Megatron-core's `.bin`/`.idx` pair; its GPTDataset splits and shuffles them. The
+step number addresses a batch, so a resumed run continues at the exact sample and the probe stream shifts nothing.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from mols_ds.training.sources import DataSpec, one_line
 from mols_ds.training.tokens import Tokenizer, Tokens, cached, prepare
 
 CHUNK = 1 << 22
-"""Tokens that are handed to the builder at a time."""
+"""Tokens per call of the builder."""
 PROBE_SEED = 7919
-"""Added to the seed of the probe stream, so that it shuffles in another order."""
+"""Seed offset of the probe stream, for another order."""
 
 Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What GPTDataset asks a tokenizer for."""
+    """The part of a tokenizer that GPTDataset needs."""
 
     eod: int
     vocab_size: int
@@ -41,7 +41,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Text:
-    """The text of a run: where its indexed data set lies, the held-out tokens and the tokenizer."""
+    """Text of a run: path of its indexed data set, held-out tokens, and tokenizer."""
 
     prefix: str
     cache: str
@@ -66,10 +66,12 @@ def refuse_streamed(spec: DataSpec) -> None:
 def prepare_text(
     spec: DataSpec, cache: Path, *, tokenizer: Path | None, vocab_size: int, seed: int, held_out_tokens: int
 ) -> Text:
-    """The tokens of a source and the indexed data set of its training side, made where the cache has none that fits.
+    """Return the tokens of a source and the indexed data set of its training part. Builds what the cache lacks.
 
-    Every process of a job may call this at the same time. Raises MolsConfigError for a streamed source: an indexed
-    data set is a file.
+    Every process of a job may call this at the same time.
+
+    Raises:
+        MolsConfigError: a streamed source; an indexed data set is a file.
     """
     refuse_streamed(spec)
     loaded, tokens = prepare(
@@ -85,7 +87,7 @@ def prepare_text(
 
 
 def write_indexed(tokens: Tokens, tokenizer: Tokenizer, prefix: str) -> None:
-    """Write flat tokens, shape (tokens,), as `prefix`.bin and `prefix`.idx: one document up to each end token.
+    """Write flat tokens, shape (tokens,), to `prefix`.bin and `prefix`.idx. An end token ends a document.
 
     Source: megatron/core/datasets/indexed_dataset.py.
     """
@@ -112,11 +114,12 @@ def write_indexed(tokens: Tokens, tokenizer: Tokenizer, prefix: str) -> None:
 class IndexedBatches:
     """Batches of Megatron's GPTDataset.
 
-    Call it on every rank at the same time: rank 0 writes the sample indices, the others wait for it and read them.
+    Create it on every rank at the same time: rank 0 writes the sample indices, the others wait and read them.
 
     Args:
-        shape: `rank` and `world` are the data-parallel ones.
-        steps: updates of the run. `probes`: batches that a calibration may measure beside them.
+        shape: `rank` and `world` are data-parallel.
+        steps: updates of the run.
+        probes: additional batches that a calibration may measure.
     """
 
     def __init__(self, text: Text, shape: BatchShape, *, steps: int, probes: int, seed: int) -> None:
@@ -126,19 +129,19 @@ class IndexedBatches:
             self._sets["probe"] = _gpt_dataset(text, shape, probes, seed + PROBE_SEED)
 
     def step(self, stream: Stream, step: int) -> Iterator[Batch]:
-        """This rank's micro-batches of global batch `step`: "tokens" and "labels" int64 and "loss_mask" float32,
-        shape (micro, length) each, and "position_ids".
+        """Yield this rank's micro-batches of global batch `step`: "tokens" and "labels" int64, "loss_mask" float32,
+        each of shape (micro, length), and "position_ids".
         """
         shape, data = self._shape, self._sets[stream]
         for pass_ in range(shape.accumulation):
             start = step * shape.sequences + (pass_ * shape.world + shape.rank) * shape.micro
-            # A calibration may be repeated ("recalibrate") or extended by skipped samples: go round then
+            # A calibration may be repeated ("recalibrate") or extended by skipped samples: then start again
             rows = [data[index % len(data)] for index in range(start, start + shape.micro)]
             yield {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def _gpt_dataset(text: Text, shape: BatchShape, steps: int, seed: int) -> Any:
-    """Megatron-core's GPTDataset with the samples of `steps` global batches, over as many epochs as that takes."""
+    """Build Megatron-core's GPTDataset with the samples of `steps` global batches, over as many epochs as needed."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
@@ -147,7 +150,7 @@ def _gpt_dataset(text: Text, shape: BatchShape, steps: int, seed: int) -> Any:
         random_seed=seed,
         sequence_length=shape.length,
         blend=([text.prefix], None),
-        split="1,0,0",  # held-out documents are chosen by their hash, not by their place in the file
+        split="1,0,0",  # a hash selects held-out documents, not their position in the file
         path_to_cache=text.cache,
         tokenizer=text.vocabulary,
         reset_position_ids=False,
@@ -168,10 +171,10 @@ def _gpt_dataset(text: Text, shape: BatchShape, steps: int, seed: int) -> Any:
 
 
 def evaluation_batches(text: Text, shape: BatchShape, limit: int, multiple: int) -> list[Batch]:
-    """The held-out micro-batches of this data-parallel rank, with the very targets that train.py evaluates.
+    """Return the held-out micro-batches of this data-parallel rank, with the same targets as train.py.
 
-    Each sequence predicts its own tokens 2 to `length`; the last position has no target and is masked. Their number
-    is a multiple of `multiple` (interleaved stages need that); what is added counts nothing.
+    Each sequence predicts its own tokens 2 to `length`; the last position has no target and is masked. Batches that
+    fill up to a multiple of `multiple` (interleaved stages need that) count nothing.
     """
     batches: list[Batch] = []
     for ids, valid in held_out_batches(text.held_out, shape, limit):

@@ -1,4 +1,4 @@
-"""The command line of train_megatron.py: arguments, preparation, one or two arms, and what is printed at the end."""
+"""Command line of train_megatron.py: arguments, preparation, one or two arms, output."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ PROGRAM = "train_megatron.py"
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments of train_megatron.py. Raises MolsConfigError for an unknown or a bad one."""
+    """Parse the arguments of train_megatron.py. Raises MolsConfigError for an unknown or invalid one."""
     parser = Parser(prog=PROGRAM, description="Pre-train a decoder language model with Megatron-core and MoLS.")
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="config file, such as configs/megatron/tiny.yaml")
-    add("--out", type=Path, help="folder for everything that is written (default: run.out, or runs/<config>)")
+    add("--out", type=Path, help="output folder (default: run.out, or runs/<config>)")
     add("--compare", choices=["adam"], help="first train the same without MoLS, then compare")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     add(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="changes",
-        help="a value in the place of the config's, such as run.steps=100; may be given several times",
+        help="override a value of the config, such as run.steps=100; may be given several times",
     )  # fmt: skip
     add_timeout(parser)
     return parser.parse_args(argv)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Everything after the arguments. Checks what can be checked before anything slow is started."""
+    """Run with parsed arguments. Checks everything it can before anything slow starts."""
     settings = read(args.config, args.changes)
     out = args.out or Path(settings.run.out or Path("runs") / f"megatron_{Path(args.config).stem}")
     if args.compare and not (settings.mols is not None and settings.mols.get("enabled", True)):
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     grid = GridSizes.of(settings, world)
     passes = micro_batches(settings, grid)
     _quiet()
-    with _engine_room(settings):
+    with _megatron_context(settings):
         machine = probe_machine()
         config = transformer_config(settings, machine)
         check(config, optimizer_config(settings), machine=machine)
@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> None:
         _train(args, _with_report(settings, out), spec, grid, passes, machine, out)
 
 
-def _engine_room(settings: Settings) -> contextlib.AbstractContextManager[None]:
-    """Where Megatron runs: as it is on a GPU, by `cpu_megatron` elsewhere."""
+def _megatron_context(settings: Settings) -> contextlib.AbstractContextManager[None]:
+    """Context in which Megatron runs: unchanged on a GPU, `cpu_megatron` elsewhere."""
     if torch.cuda.is_available():
         return contextlib.nullcontext()
     from megatron_patches.cpu.emulation import cpu_megatron
@@ -106,7 +106,7 @@ def _engine_room(settings: Settings) -> contextlib.AbstractContextManager[None]:
 
 
 def _with_report(settings: Settings, out: Path) -> Settings:
-    """The settings with the mols section's total steps and report folder filled in."""
+    """Return the settings with the mols section's total steps and report folder filled in."""
     if settings.mols is None:
         return settings
     section = {"report_dir": str(out / "mols_report"), **settings.mols}
@@ -135,12 +135,12 @@ def _train(
         spec, cache, tokenizer=Path(settings.data.tokenizer) if settings.data.tokenizer else None,
         vocab_size=settings.model.vocab_size, seed=plan.seed, held_out_tokens=plan.eval_sequences * plan.seq_len,
     )  # fmt: skip
-    torch.distributed.barrier()  # from here on ranks run in step
-    batches = IndexedBatches(text, shape, steps=plan.steps, probes=_probes(settings), seed=plan.seed)
+    torch.distributed.barrier()  # from here on ranks run together
+    batches = IndexedBatches(text, shape, steps=plan.steps, probes=_probe_batches(settings), seed=plan.seed)
     held_out = evaluation_batches(text, shape, plan.eval_sequences, settings.parallel.pp if settings.parallel.vp else 1)
     engine = uses_engine(settings, machine)
     if rank == 0:
-        _say_what(args, settings, text, shape, grid, engine)
+        _print_summary(args, settings, text, shape, grid, engine)
     setup = MegatronSetup(
         settings=settings, machine=machine, grid=grid, held_out=held_out, vocab_size=text.tokenizer.size, engine=engine
     )
@@ -152,8 +152,8 @@ def _train(
     run_arms(job, compare=bool(args.compare))
 
 
-def _probes(settings: Settings) -> int:
-    """Batches that the probe stream may be asked for; a longer calibration goes round."""
+def _probe_batches(settings: Settings) -> int:
+    """Batches of the probe stream; a longer calibration starts again."""
     section = MolsConfig.parse(settings.mols) if settings.mols is not None else None
     if section is None or not section.enabled or section.mode != "probe" or section.fixed_alphas is not None:
         return 0
@@ -161,7 +161,7 @@ def _probes(settings: Settings) -> int:
 
 
 def _quiet() -> None:
-    """Leave the terminal to the progress bar: Megatron's notes go, MoLS's warnings become one line of rank 0."""
+    """Silence Megatron's messages for the progress bar. MoLS's warnings become one line of rank 0."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(megatron|megatron_patches\.cpu|torch)\b.*")
@@ -180,7 +180,7 @@ def _quiet() -> None:
     warnings.showwarning = show
 
 
-def _say_what(
+def _print_summary(
     args: argparse.Namespace, settings: Settings, text: Text, shape: BatchShape, grid: GridSizes, engine: bool
 ) -> None:
     axes = {"TP": settings.parallel.tp, "PP": settings.parallel.pp, "VP": settings.parallel.vp or 1}

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.files import read_text
 from mols_ds.core.handle import Handle
 from mols_ds.core.log import say
-from mols_ds.core.plain_data import check_plain
+from mols_ds.engines.deepspeed.auto_values import check_no_auto
 from mols_ds.engines.deepspeed.bind_optimizer import bind_optimizer
-from mols_ds.engines.deepspeed.compat import INITIALIZE, Config, Engine, read_config
+from mols_ds.engines.deepspeed.compat import INITIALIZE, Config, Engine
+from mols_ds.engines.deepspeed.config_reader import misspelt_section, read_config
 from mols_ds.engines.deepspeed.engine import EngineMols, Loop
 from mols_ds.engines.deepspeed.off import EngineOff
-from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
+from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning
 from mols_ds.optim.build import Request, build, split_config
 
 Initialized = tuple[Any, Any, Any, Any]
@@ -29,7 +29,9 @@ Initialized = tuple[Any, Any, Any, Any]
 Initialize = Callable[..., Initialized]
 STOCK: Initialize = deepspeed.initialize
 """DeepSpeed's function at the first use of `mols_ds.initialize`. `deepspeed.initialize` may be ours later."""
-_under_way: ContextVar[bool] = ContextVar("mols_initialize_under_way", default=False)
+sections_used = 0
+"""How many engines of this process got a "mols" section."""
+_initializing: ContextVar[bool] = ContextVar("mols_initialize_under_way", default=False)
 """Whether one of our `deepspeed.initialize` functions runs now: a nested one then only calls the next."""
 
 
@@ -59,6 +61,8 @@ def attach_to(engine: Engine, section: MolsConfig, loop: Loop = "own") -> Handle
         engine.mols.detach()
     bind_optimizer(engine, section.rules)
     engine.mols = EngineMols(engine, section, loop) if section.enabled else EngineOff(engine)
+    global sections_used
+    sections_used += section.enabled
     return engine.mols  # type: ignore[no-any-return]
 
 
@@ -106,13 +110,13 @@ def initialize_over(
             reference model), is the unchanged result of `below`.
         loop: caller of the engine's step.
     """
-    if _under_way.get():
+    if _initializing.get():
         return below(*args, **kwargs)
-    token = _under_way.set(True)
+    token = _initializing.set(True)
     try:
         return _initialize(below, args, kwargs, section, patched, loop)
     finally:
-        _under_way.reset(token)
+        _initializing.reset(token)
 
 
 def _initialize(
@@ -124,8 +128,17 @@ def _initialize(
     loop: Loop,
 ) -> Initialized:
     arguments = _arguments(below, args, kwargs)
-    config = _find_config(arguments, strict=not patched)
+    try:
+        config = _find_config(arguments)
+    except MolsConfigError as error:
+        if not patched or given is not None:
+            raise
+        results = below(*args, **kwargs)  # DeepSpeed refuses what cannot be read, in its own words
+        _warn(f"MoLS is off: DeepSpeed takes this config, and MoLS cannot read it: {error}")
+        return results
     found = given if given is not None or config is None else config.get("mols")
+    if found is None and config is not None and (key := misspelt_section(config)):
+        _warn(f'MoLS is off: the DeepSpeed config has no section "mols", but a key {key!r}; did you mean "mols"?')
     if patched and found is None:
         return below(*args, **kwargs)
     section = None if found is None else MolsConfig.parse(found)
@@ -133,13 +146,31 @@ def _initialize(
         say('MoLS: the "mols" section is left out for an engine without an optimizer, which trains nothing')
         return below(*args, **kwargs)
     request = None if config is None else split_config(config)
+    if config is not None and (section is not None or request is not None):
+        read = config if request is None else request.config
+        unread = ("optimizer",) if arguments.get("optimizer") is not None else ()  # the client's takes its place
+        check_no_auto({key: value for key, value in read.items() if key not in unread})
     results = below(*args, **kwargs) if request is None else _initialize_ours(below, arguments, request)
     attach_to(results[0], section or MolsConfig(enabled=False), loop)
     return results
 
 
+def _warn(text: str) -> None:
+    warnings.warn(text, MolsWarning, stacklevel=4)
+
+
+def is_left_out(arguments: Config) -> bool:
+    """Return whether stock `deepspeed.initialize` with these arguments would ignore a "mols" section that is on."""
+    try:
+        config = None if _initializing.get() else _find_config(arguments)
+    except MolsConfigError:  # DeepSpeed refuses what cannot be read
+        return False
+    section = None if config is None else config.get("mols")
+    return section is not None and not _trains_nothing(arguments, config) and MolsConfig.parse(section).enabled
+
+
 def _arguments(below: Initialize, args: tuple[Any, ...], kwargs: Config) -> Config:
-    """The arguments by name; a replacement that takes `*args, **kwargs` has those of DeepSpeed's function."""
+    """Return the arguments by name; those of DeepSpeed's function for a replacement with `*args, **kwargs`."""
     signature = inspect.signature(below)
     if "config" not in signature.parameters:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -151,61 +182,25 @@ def _trains_nothing(arguments: Config, config: Config | None) -> bool:
     return arguments.get("optimizer") is None and "optimizer" not in (config or {})
 
 
-def _find_config(arguments: Config, strict: bool) -> Config | None:
-    """The config that these arguments name, read by DeepSpeed's own loader; None where there is none.
-
-    Raises:
-        MolsConfigError: with `strict`, a file or text that cannot be read. Otherwise DeepSpeed refuses it.
-    """
+def _find_config(arguments: Config) -> Config | None:
+    """Return the config of these arguments; None if there is none. Raises MolsConfigError as `read_config`."""
     config = arguments.get("config") or arguments.get("config_params")
     if config is None:
         launched = arguments.get("args")
         config = getattr(launched, "deepspeed_config", None) or getattr(launched, "deepscale_config", None)
-    if config is None:
-        return None
-    if isinstance(config, Mapping):
-        check_plain(config, "DeepSpeed config")
-        return config
-    try:
-        return _read(config)
-    except MolsConfigError:
-        if strict:
-            raise
-        return None
-
-
-def _read(config: Any) -> Config:
-    """The content of a config file, or of a base64 text, as DeepSpeed reads it. Raises MolsConfigError."""
-    where = f"DeepSpeed config {str(config)[:200]}"
-    try:
-        there = Path(config).exists()
-    except (OSError, TypeError, ValueError):  # a text that is longer than any name
-        there = False
-    if there and not read_text(config, where).strip():
-        raise MolsConfigError(f"{where}: the file is empty")
-    if not there and str(config).endswith(".json"):
-        raise MolsConfigError(f"{where}: no such file")
-    try:
-        content = read_config(config)
-    except (ValueError, TypeError, AttributeError, RecursionError, AssertionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise MolsConfigError(f"{where}: cannot be read: {what}") from error
-    if not isinstance(content, Mapping):
-        raise MolsConfigError(f"{where}: a JSON object is needed, not {type(content).__name__}")
-    check_plain(content, where)
-    return content
+    return None if config is None else read_config(config)
 
 
 def _initialize_ours(below: Initialize, arguments: Config, request: Request) -> Initialized:
-    """`deepspeed.initialize` with the optimizer of `request` as the client's, told which shards it steps."""
+    """Run `deepspeed.initialize` with the optimizer of `request` as the client's, and bind it to its shards."""
     if arguments.get("optimizer") is not None:
         raise MolsConfigError(
             f'two optimizers: the config\'s "optimizer" ({request.entry.name}) and the argument `optimizer`; drop one'
         )
     if request.entry.reads == "tensors" and arguments.get("mpu") is not None:
         raise MolsUnsupportedError(
-            f"optimizer {request.entry.name} works on whole tensors, and the argument `mpu` says that ranks hold parts "
-            "of them: use an optimizer that works element by element"
+            f"optimizer {request.entry.name} works on whole tensors, but with the argument `mpu` ranks have parts "
+            "of them: use an elementwise optimizer"
         )
     optimizer = build(request, arguments["model"], arguments.get("model_parameters"))
     launched = copy.copy(arguments.get("args"))  # DeepSpeed refuses a config in two places
@@ -220,11 +215,11 @@ def _initialize_ours(below: Initialize, arguments: Config, request: Request) -> 
 
 
 def _forget_empty_step(engine: Engine, optimizer: torch.optim.Optimizer, options: list[set[str]]) -> None:
-    """Undo the step with zero gradients that DeepSpeed's 16-bit wrapper of stage 0 takes in its constructor.
+    """Undo the step with zero gradients in the constructor of DeepSpeed's 16-bit wrapper of stage 0.
 
     (runtime/fp16/unfused_optimizer.py, initialize_optimizer_states.) It would decay the weights and count as the first
-    gradient, of which some optimizers make a basis (GaLore, SOAP) or a rate for each tensor (SGD-SaI) for long.
-    `options`: the keys of each parameter group before.
+    gradient, from which some optimizers compute a basis (GaLore, SOAP) or a rate per tensor (SGD-SaI).
+    options: keys of each parameter group before.
     """
     outer = engine.optimizer
     if type(outer).__name__ != "FP16_UnfusedOptimizer":

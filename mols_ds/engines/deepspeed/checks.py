@@ -10,7 +10,7 @@ from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.catalog import class_facts
 from mols_ds.optim.scheduler_hints import scheduler_hints as scheduler_hints
-from mols_ds.optim.step_trial import class_refusal
+from mols_ds.optim.step_trial import class_refusal, decay_in_moments
 from mols_ds.optim.traits import has_adam_moments, has_several_betas, unscaled_refusal
 
 
@@ -39,6 +39,11 @@ def _engine_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
             bool(getattr(engine, "has_moe_layers", False)),
             "DeepSpeed's expert parallelism (deepspeed.moe)",
             "use a model whose experts are ordinary parameters",
+        ),
+        (
+            getattr(engine, "is_deepcompile_enabled", bool)(),
+            "DeepCompile (it reduces gradients into buffers of its own, which were not tried)",
+            'set "compile.deepcompile": false; engine.compile() without it is supported',
         ),
         (
             bool(engine.config.get("sparse_gradients")),
@@ -119,10 +124,15 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
             'mode "moments" with different betas in the parameter groups',
             'use "mode": "probe" or "online"',
         ),
+        (
+            config.measures == "moments" and decay_in_moments(inner),
+            f'mode "moments" with the weight_decay of {name}, which is added to the gradient and so is in its moments',
+            'use AdamW, weight_decay 0, or "mode": "probe" or "online"',
+        ),
     ]
 
 
-def seen_by(engine: Engine) -> list[str]:
+def batch_observers(engine: Engine) -> list[str]:
     """List DeepSpeed's features that see the discarded batches of a probe window on this engine."""
     return [
         what

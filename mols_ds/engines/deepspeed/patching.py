@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import deepspeed
 
 from mols_ds.core.config import MolsConfig
-from mols_ds.engines.deepspeed.api import Initialize, Initialized, initialize, initialize_over
+from mols_ds.engines.deepspeed.api import Initialize, Initialized, initialize, initialize_over, is_left_out
 from mols_ds.engines.deepspeed.engine import Loop
+from mols_ds.errors import MolsError
 
 _below: dict[Initialize, Initialize] = {}
 """Each replacement of `deepspeed.initialize` -> the function before it."""
@@ -25,12 +27,14 @@ def patch() -> None:
 
     Without a section the result is bit for bit the same as before. Replacements nest: ours calls an earlier one, and a
     later one may call ours. A second call does nothing. A module that has imported the function by name
-    (`from deepspeed import initialize`) keeps the stock one.
+    (`from deepspeed import initialize`) keeps the stock one: with a section that is a MolsError, also where somebody
+    has put an older function back.
     """
     global _on
     _on = True
+    _watch_engines()
     if deepspeed.initialize not in _below and deepspeed.initialize is not initialize:
-        _put_over(deepspeed.initialize)
+        _wrap(deepspeed.initialize)
 
 
 def unpatch() -> None:
@@ -39,6 +43,29 @@ def unpatch() -> None:
     _on = False
     while deepspeed.initialize in _below:
         deepspeed.initialize = _below.pop(deepspeed.initialize)
+    init = deepspeed.DeepSpeedEngine.__init__
+    if hasattr(init, "below_mols"):
+        deepspeed.DeepSpeedEngine.__init__ = init.below_mols
+
+
+def _watch_engines() -> None:
+    """No engine leaves out a "mols" section in silence: one that was built past `deepspeed.initialize` is refused."""
+    stock = deepspeed.DeepSpeedEngine.__init__
+    if hasattr(stock, "below_mols"):
+        return
+
+    @functools.wraps(stock)
+    def init(engine: Any, *args: Any, **kwargs: Any) -> None:
+        if _on and is_left_out(inspect.signature(stock).bind(engine, *args, **kwargs).arguments):
+            raise MolsError(
+                'the "mols" section would be left out: this engine is not built by the deepspeed.initialize that '
+                "mols_ds.patch() put there, but by one that was imported by its name before (from deepspeed import "
+                "initialize) or put back since; call mols_ds.patch() before that import, or mols_ds.initialize"
+            )
+        stock(engine, *args, **kwargs)
+
+    init.below_mols = stock  # type: ignore[attr-defined]
+    deepspeed.DeepSpeedEngine.__init__ = init
 
 
 @contextlib.contextmanager
@@ -49,7 +76,7 @@ def patched_with(section: Mapping[str, object] | MolsConfig) -> Iterator[None]:
     """
     token = _section.set(section)
     replaced = deepspeed.initialize
-    ours = _put_over(replaced)
+    ours = _wrap(replaced)
     try:
         yield
     finally:
@@ -59,7 +86,7 @@ def patched_with(section: Mapping[str, object] | MolsConfig) -> Iterator[None]:
             del _below[ours]
 
 
-def _put_over(below: Initialize) -> Initialize:
+def _wrap(below: Initialize) -> Initialize:
     @functools.wraps(below)
     def initialize_patched(*args: Any, **kwargs: Any) -> Initialized:
         section = _section.get()

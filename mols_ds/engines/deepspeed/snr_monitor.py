@@ -17,6 +17,7 @@ from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.shards import find_shards
 from mols_ds.errors import MolsUnsupportedError
+from mols_ds.optim.step_trial import decay_in_moments
 
 ESTIMATORS: tuple[Estimator, ...] = ("mean", "median", "pooled", "damping")
 
@@ -99,10 +100,15 @@ class SnrWatch:
             for tensor, size in zip(self._shards.tensors, self._shards.sizes, strict=True)
             for key in ("exp_avg", "exp_avg_sq")
         )
-        bad = self._shards.reduce(torch.tensor([0.0 if fits else 1.0], dtype=torch.float64))
+        bad = self._shards.reduce(torch.tensor([0.0 if fits else 1.0], dtype=torch.float64, device="cpu"))
         if bad.item():
             raise MolsUnsupportedError(
                 f"SNR curves cannot be read: {type(inner).__name__} has no exp_avg and exp_avg_sq in memory here"
+            )
+        if decay_in_moments(inner):
+            raise MolsUnsupportedError(
+                f"SNR curves cannot be read: {type(inner).__name__} adds weight decay to the gradient, so its moments "
+                "are those of both: use AdamW or weight_decay 0"
             )
         table = self._grid.table(MolsConfig(), self._shards.param_group)
         owned = self._shards.accumulated
@@ -116,4 +122,5 @@ class SnrWatch:
         return max(counts, default=int(self._engine.global_steps))
 
     def _weight(self, inner: Optimizer) -> float:
-        return adam_moments(torch.zeros(1), torch.zeros(1), self._step(inner), *self._betas)[2]
+        zero = torch.zeros(1, device="cpu")
+        return adam_moments(zero, zero, self._step(inner), *self._betas)[2]

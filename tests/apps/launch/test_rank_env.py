@@ -1,4 +1,4 @@
-"""What srun and mpirun tell a process, as torch.distributed reads it; and the checks before a job."""
+"""Variables of srun and mpirun as those of torch.distributed; and the checks before a job."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_ranks_that_do_not_know_the_first_say_so(
         monkeypatch.delenv(name)
     assert run_command("train.py", lambda: None) == USER_MISTAKE
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("train.py: this process was started as rank 0 of 8, and MASTER_ADDR is not set")
+    assert line.startswith("train.py: this process was started as rank 0 of 8, but MASTER_ADDR is not set")
 
 
 # -- mols_ds.apps.launch.health

@@ -20,6 +20,7 @@ assert importlib.util.find_spec("deepspeed")  # as transformers.is_deepspeed_ava
 late = "torch" not in sys.modules and "deepspeed" not in sys.modules
 import helper_beside_the_script
 import deepspeed, torch
+from deepspeed import initialize
 parser = argparse.ArgumentParser()
 parser.add_argument("--local_rank", type=int)
 deepspeed.add_config_arguments(parser)
@@ -27,9 +28,9 @@ args = parser.parse_args()
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.v_proj = torch.nn.Linear(8, 8)
+        self.self_attn = torch.nn.ModuleDict({"v_proj": torch.nn.Linear(8, 8)})
 model = Model()
-engine, *_ = deepspeed.initialize(args=args, model=model, model_parameters=model.parameters())
+engine, *_ = initialize(args=args, model=model, model_parameters=model.parameters())
 import __main__
 print("SEEN", json.dumps({
     "phase": engine.mols.phase if hasattr(engine, "mols") else "stock", "late": late, "argv": sys.argv,
@@ -92,6 +93,24 @@ def test_a_module_runs_as_python_runs_it(folder: Path) -> None:
     seen = seen_in(done.stdout)
     assert seen["phase"] == "waiting" and seen["argv"][1:] == ["--local_rank=0", *more]
     assert Path(seen["argv"][0]).name == "script.py"
+
+
+@pytest.mark.jobs
+@pytest.mark.tier("all")
+def test_a_section_that_no_engine_got_is_said(folder: Path) -> None:
+    """A script that ignores the launcher's config and builds its own engine."""
+    own = "import deepspeed, torch\nmodel = torch.nn.Linear(4, 4)\n"
+    own += "deepspeed.initialize(model=model, model_parameters=model.parameters(), config=" + repr(
+        {key: value for key, value in CONFIG.items() if key != "mols"}
+    )
+    scripts = {"plain": "import sys; sys.exit(0)", "own": own + ")", "failed": "import sys; sys.exit(3)"}
+    said = {}
+    for name, text in scripts.items():
+        (folder / f"{name}.py").write_text(text, "utf-8")
+        done = run_alone(f"{name}.py", "--deepspeed", "--deepspeed_config", "ds.json", cwd=folder)
+        said[name] = done.returncode, [line for line in done.stderr.splitlines() if "was left out" in line]
+    line = 'deepspeed: the "mols" section of ds.json was left out: the script gave it to no deepspeed.initialize'
+    assert said == {"plain": (0, [line]), "own": (0, [line]), "failed": (3, [])}
 
 
 def test_a_script_without_deepspeed_loads_nothing(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`mols_ds.patch()`: whoever calls `deepspeed.initialize` with a "mols" section gets MoLS, and nobody else anything."""
+"""`mols_ds.patch()`: a call of `deepspeed.initialize` with a "mols" section gets MoLS, any other the stock engine."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def build(given: Any = None, **arguments: Any) -> Any:
 
 
 def wrapper(name: str, log: Log) -> Callable[..., Any]:
-    """Somebody's own replacement of what is there now, as ms-swift has it: it takes anything and notes its calls."""
+    """A replacement of the current function, as in ms-swift: takes any arguments and records its calls."""
     below = deepspeed.initialize
 
     def initialize(*args: Any, **kwargs: Any) -> Any:
@@ -110,7 +110,7 @@ def chain() -> dict[str, Any]:
         seen["other one left"] = deepspeed.initialize is not before
     with put_back():
         mols_ds.patch()
-        deepspeed.initialize = STOCK  # somebody undid a replacement of before ours
+        deepspeed.initialize = STOCK  # undoes a replacement from before ours
         mols_ds.patch()
         note("lost and patched")
     with put_back():
@@ -179,6 +179,73 @@ def reference_model() -> dict[str, Any]:
     return {"phase": found, "said": said.getvalue()}
 
 
+def unreached() -> dict[str, Any]:
+    """Engines that are built past the patched function; what becomes of each."""
+    seen: dict[str, Any] = {}
+
+    def note(name: str, initialize: Callable[..., Any], section: Any = SECTION) -> None:
+        model = model_of()
+        given = config(2, section, micros=1, optimizer=ADAMW)
+        try:
+            seen[name] = phase(lambda: initialize(model=model, model_parameters=model.parameters(), config=given))
+        except mols_ds.MolsError as error:
+            seen[name] = str(error)
+
+    with put_back():
+        mols_ds.patch()
+        note("imported before", STOCK)
+        note("no section", STOCK, None)
+        note("off", STOCK, {"enabled": False})
+        note("ours", mols_ds.initialize)
+        mols_ds.unpatch()
+        note("undone", STOCK)
+        seen["class put back"] = "below_mols" not in vars(deepspeed.DeepSpeedEngine.__init__)
+    with put_back():  # ms-swift: it wraps what is there at ZeRO-3, moves its hook behind DeepSpeed's, and puts it back
+        swift, log = deepspeed.initialize, []
+        wrapper("swift", log)
+        mols_ds.patch()
+        note("below ours", deepspeed.initialize)
+        deepspeed.initialize = swift
+        note("swift put its own back", deepspeed.initialize)
+        seen["swift was called"] = log
+    return seen
+
+
+def _move_hook_last(model: Any, key: int) -> None:
+    below = deepspeed.initialize
+
+    @functools.wraps(below)
+    def initialize(*args: Any, **kwargs: Any) -> Any:
+        built = below(*args, **kwargs)
+        model._forward_pre_hooks.move_to_end(key)
+        return built
+
+    deepspeed.initialize = initialize
+
+
+def swift_hook() -> dict[str, Any]:
+    """ms-swift's pre-hook of the model, which its replacement moves behind DeepSpeed's: patched before it and after."""
+    seen = {}
+    for order in ("before", "after"):
+        with put_back():
+            torch.manual_seed(3)
+            model, calls = model_of(), []
+            handle = model.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
+            if order == "before":
+                mols_ds.patch()
+            _move_hook_last(model, handle.id)
+            if order == "after":
+                mols_ds.patch()
+            given = config(3, SECTION, micros=1, optimizer=ADAMW)
+            engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=given)[0]
+            for step in range(10):
+                iterate(engine, step, 1)
+            alphas = engine.mols.alphas
+            seen[order] = (engine.mols.phase, alphas, len(calls), len(set(alphas.values())) > 2)
+            engine.destroy()
+    return seen
+
+
 def same_bits() -> dict[str, Any]:
     """Without a section, with one that is off, and stock: all that training depends on, after three updates."""
     seen = {}
@@ -195,7 +262,7 @@ def same_bits() -> dict[str, Any]:
     return seen
 
 
-WORK = {f.__name__: f for f in (chain, forms, wrong_file, reference_model, same_bits)}
+WORK = {f.__name__: f for f in (chain, forms, wrong_file, reference_model, unreached, swift_hook, same_bits)}
 CASES = Cases(WORK, quick=["chain", "forms", "same_bits"])
 
 
@@ -247,6 +314,23 @@ def test_an_engine_without_an_optimizer_is_left_alone_and_that_is_said() -> None
     (seen,) = results()["reference_model",]
     assert seen["phase"] == "stock"
     assert '"mols" section is left out for an engine without an optimizer' in seen["said"]
+
+
+@CASES.reads("unreached")
+def test_an_engine_that_the_patch_does_not_reach_is_refused() -> None:
+    (seen,) = results()["unreached",]
+    refused = 'the "mols" section would be left out: this engine is not built by the deepspeed.initialize that'
+    assert seen["imported before"].startswith(refused) and seen["swift put its own back"].startswith(refused)
+    assert (seen["no section"], seen["off"], seen["undone"]) == ("stock",) * 3
+    assert seen["ours"] == seen["below ours"] == "waiting"
+    assert seen["class put back"] and seen["swift was called"] == ["swift"]
+
+
+@CASES.reads("swift_hook")
+def test_a_replacement_that_orders_the_model_s_hooks() -> None:
+    (seen,) = results()["swift_hook",]
+    assert seen["before"] == seen["after"]
+    assert seen["before"][0] == "ramping" and seen["before"][2:] == (10, True)
 
 
 @CASES.reads("same_bits")

@@ -12,9 +12,9 @@ from torch import nn
 
 from megatron_patches.collective_checks import merge_shapes, together
 from megatron_patches.cpu.emulation import cpu_megatron
-from megatron_patches.param_map import configs_of, current_grid, local_layout, local_parameters, logical_table
+from megatron_patches.param_map import LogicalModel, configs_of, current_grid, local_layout, local_parameters
 from mols_ds.core.groups import group_table
-from tests.engines.megatron.hybrids import make_hybrid
+from tests.engines.megatron.hybrids import DELTA_NET, MAMBA, make_hybrid
 from tests.engines.megatron.tag_models import make_gpt
 
 
@@ -83,6 +83,8 @@ THEIR_DEEPSEEK = {
     "moe_shared_expert_intermediate_size": 16,
     "moe_layer_freq": [0, 1],
 }
+SPARSE = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
+THEIR_SPARSE = {"dsa_indexer_n_heads": 2, "dsa_indexer_head_dim": 8, "dsa_indexer_topk": 4}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
@@ -144,6 +146,67 @@ FAMILIES: dict[str, Family] = {
         },
         dealt=True,
     ),
+    "deepseek_v32": Family(
+        {**DEEPSEEK, **SPARSE, "q_lora_rank": 8},
+        {**THEIR_LATENT, **EXPERTS, **THEIR_SPARSE, "q_lora_rank": 8, "moe_shared_expert_intermediate_size": 16},
+        "D-DE",
+    ),
+    "qwen3_next": Family(
+        {
+            **DELTA_NET,
+            "num_hidden_layers": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 20,
+        },
+        {
+            **DELTA_NET,
+            **EXPERTS,
+            "qk_layernorm": True,
+            "attention_output_gate": True,
+            "moe_shared_expert_intermediate_size": 20,
+            "moe_shared_expert_gate": True,
+        },
+        "GE*E",
+    ),
+    "qwen3_5_text": Family(
+        {**DELTA_NET, "layer_types": ["linear_attention", "full_attention"]},
+        {**DELTA_NET, "qk_layernorm": True, "attention_output_gate": True},
+        "G-*-",
+    ),
+    "glm_moe_dsa": Family(
+        {
+            **DEEPSEEK,
+            **SPARSE,
+            "q_lora_rank": 8,
+            "mlp_layer_types": ["dense", "sparse"],
+            "indexer_types": ["full", "full"],
+        },
+        {**THEIR_LATENT, **EXPERTS, **THEIR_SPARSE, "q_lora_rank": 8, "moe_shared_expert_intermediate_size": 16},
+        "D-DE",
+    ),
+    "mamba2": Family(
+        {"state_size": 8, "head_dim": 4, "n_groups": 2, "num_heads": 12, "expand": 2, "conv_kernel": 4},
+        {**MAMBA, "mamba_num_heads": 12},
+        "MM",
+    ),
+    "nemotron_h": Family(
+        {
+            "layers_block_type": ["mamba", "attention", "mlp", "moe"],
+            "num_hidden_layers": 4,
+            "ssm_state_size": 8,
+            "mamba_head_dim": 4,
+            "n_groups": 2,
+            "mamba_num_heads": 6,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 20,
+        },
+        {**MAMBA, **EXPERTS, "moe_shared_expert_intermediate_size": 20, "gated_linear_unit": False},
+        "M*-E",
+    ),
 }
 
 
@@ -187,7 +250,7 @@ def counted_here(name: str) -> dict[str, Any]:
         chunks = [megatron_model(name, ranks)]
         found = local_parameters(chunks, current_grid())
         told = together(lambda: {local.name: local.shape for local in found if local.names_it})
-        table = logical_table(merge_shapes(told), None, (), "type", configs_of(chunks))
+        table = LogicalModel(merge_shapes(told), configs_of(chunks)).table(None, (), "type")
         mine: Counter[str] = Counter()
         for local in found:
             if local.counted:

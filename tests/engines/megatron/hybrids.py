@@ -1,16 +1,22 @@
-"""Hybrid stacks of megatron-core 0.19 on the CPU: built with real modules, never run, since their kernels need a GPU.
+"""Hybrid stacks of megatron-core 0.19 on the CPU: real modules. Mamba is built and never run: its kernels need a GPU.
 
 The shipped specs want Transformer Engine; here each layer has the linear layers and norms of the vanilla spec.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from tests.engines.megatron.tag_models import make_config
+from megatron_patches.cpu.emulation import cpu_megatron
+from megatron_patches.group_rules import tag_layouts, tag_table
+from megatron_patches.param_map import configs_of, current_grid, local_parameters
+from tests.engines.megatron.tag_models import make_config, row_groups, rows_by_autograd
 
 MAMBA = {"mamba_state_dim": 8, "mamba_head_dim": 4, "mamba_num_groups": 2, "mamba_num_heads": 6}
 DELTA_NET = {
@@ -31,7 +37,7 @@ class GatedNorm(nn.Module):
 
 
 class Duplicated(nn.Linear):
-    """In the place of Transformer Engine's linear layer that each tensor-parallel rank holds whole."""
+    """Replaces Transformer Engine's linear layer that each tensor-parallel rank has whole."""
 
     parallel_mode = None
 
@@ -63,6 +69,54 @@ def make_hybrid(pattern: str, vocabulary: int = 32, tied: bool = False, device: 
             share_embeddings_and_output_weights=tied,
             position_embedding_type="none",
         )
+
+
+def groups_of_layers(pattern: str, settings: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Parameter name -> groups, of a hybrid stack on the meta device."""
+    with cpu_megatron(), _grid():
+        layouts = tag_table(make_hybrid(pattern, **settings)).layouts
+    return {name: layout.groups for name, layout in layouts.items()}
+
+
+def delta_net_rows() -> tuple[list[str], list[str]]:
+    """(groups by autograd, groups by the layout) of this tensor-parallel rank's rows of in_proj."""
+    with cpu_megatron(), _grid() as ranks:
+        settings = {"hidden_size": 24, "num_attention_heads": 4, "ffn_hidden_size": 40, **DELTA_NET}
+        more = {"tensor_model_parallel_size": ranks, "perform_initialization": True}
+        model = make_hybrid("G", device="cpu", **settings, **more)
+        layer, seen = model.decoder.layers[0].self_attention, dict[str, torch.Tensor]()
+
+        def rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **rest: Any) -> Any:
+            seen.update(query=query, key=key, value=value)
+            return value, None
+
+        def norm(core: torch.Tensor, gate: torch.Tensor, *rest: Any) -> torch.Tensor:
+            seen["gate"] = gate
+            return core.reshape(*core.shape[:2], -1).transpose(0, 1)
+
+        layer.use_qk_l2norm = False  # a kernel; it mixes no rows of two groups
+        layer.gated_delta_rule, layer._gated_norm_and_a2a = rule, norm
+        layer(torch.randn(8, 2, 24), None)
+        measured = rows_by_autograd({"in_proj": layer.in_proj.weight}, seen)["in_proj"]
+        (found,) = [p for p in local_parameters([model], current_grid()) if p.name.endswith("in_proj.weight")]
+        layout = tag_layouts({found.name: found.shape}, None, modules=configs_of([model]))[found.name]
+        rows = row_groups(layout, found.shape)[found.range.start // 24 :][: len(measured)]
+    return (["other" if group == "none" else group for group in measured], rows)
+
+
+@contextmanager
+def _grid() -> Iterator[int]:
+    """Every rank of the launch is a tensor-parallel rank."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
+    model_parallel_cuda_manual_seed(1)
+    try:
+        yield dist.get_world_size()
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 def _spec(config: Any) -> Any:

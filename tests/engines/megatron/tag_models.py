@@ -80,6 +80,37 @@ def make_gpt(
     return model
 
 
+def make_t5(**settings: Any) -> nn.Module:
+    """A T5Model of the vanilla spec, one layer each, with a separate output layer."""
+    from megatron.core.models.T5 import t5_spec
+    from megatron.core.models.T5.t5_model import T5Model
+
+    config = make_config(**SMALL, gated_linear_unit=False, **settings)
+    model = T5Model(
+        config,
+        config,
+        t5_spec.get_t5_encoder_with_local_block_spec(1),
+        t5_spec.get_t5_decoder_with_local_block_spec(1),
+        vocab_size=32,
+        max_sequence_length=16,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="relative",
+    )
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def make_bert() -> nn.Module:
+    """A BertModel of the vanilla spec with one layer and its binary head."""
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+    from megatron.core.models.bert.bert_model import BertModel
+
+    config = make_config(**SMALL, gated_linear_unit=False, add_bias_linear=True)
+    model = BertModel(config, 2, bert_layer_local_spec, vocab_size=32, max_sequence_length=16)
+    assert isinstance(model, nn.Module)
+    return model
+
+
 def shapes_of(model: nn.Module) -> Shapes:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
@@ -125,7 +156,7 @@ if MEGATRON < (0, 16):  # has no output gate yet
 
 
 def attention_rows(case: str, ranks: int) -> list[tuple[str, list[str], list[str]]]:
-    """(parameter, row groups as autograd says, row groups as its layout says) of the rows of this rank.
+    """(parameter, row groups by autograd, row groups by its layout) of this rank's rows.
 
     A bias moves the same rows as its weight, but is `other` here: the paper's groups are weight matrices. Parameters:
     those that make queries, keys and values in the one layer of `FUSED[case]`, sharded over `ranks`

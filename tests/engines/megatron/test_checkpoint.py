@@ -1,4 +1,4 @@
-"""MoLS state in Megatron's checkpoints: a run that is resumed in the same layout goes on bit for bit."""
+"""MoLS state in Megatron's checkpoints: a run resumed in the same layout continues bit for bit."""
 
 from __future__ import annotations
 
@@ -124,6 +124,18 @@ def without_asking() -> dict[str, Any]:
             return {"before": before, "after": (run.mols.phase, run.mols.samples), "warned": warned}
 
 
+def in_torch_format() -> dict[str, Any]:
+    """Saved in mid-calibration by `optimizer.state_dict()`, as Megatron-LM's --ckpt-format torch does."""
+    setup = Setup(distributed=False)
+    with cpu_megatron():
+        with Run(setup, section()) as run:
+            run.train(0, 4)
+            state, before = copy.deepcopy(run.optimizer.state_dict()), (run.mols.phase, run.mols.samples)
+        with Run(setup, section()) as run, caught() as warned:
+            run.optimizer.load_state_dict(state)
+            return {"before": before, "after": (run.mols.phase, run.mols.samples), "warned": warned}
+
+
 def from_stock(distributed: bool) -> dict[str, Any]:
     """A stock checkpoint with MoLS, then the MoLS checkpoint of that run in stock Megatron."""
     setup, folder = Setup(distributed=distributed), f"stock-{distributed}"
@@ -155,7 +167,7 @@ def from_stock(distributed: bool) -> dict[str, Any]:
 
 
 def foreign(experts: int) -> dict[str, str]:
-    """What is said to a "mols" entry that is not ours, and whether the run is as it was."""
+    """Message for a "mols" entry that MoLS did not write, and whether the run is unchanged."""
     setup, said = Setup(experts=experts, ep=2 if experts else 1, distributed=False), {}
     with cpu_megatron():
         with Run(setup, section()) as run:
@@ -206,6 +218,7 @@ LEGACY = [("legacy", Setup(distributed=False)), ("legacy", Setup(distributed=Fal
 OTHERS: Cases[tuple[Any, ...]] = Cases(
     [
         ("without_asking",),
+        ("in_torch_format",),
         ("from_stock", True),
         ("from_stock", False),
         ("foreign", 0),
@@ -226,6 +239,15 @@ def test_without_resume_from_a_half_done_calibration_starts_over_with_a_warning(
     first, second = other_outcomes()["without_asking",]
     assert first["before"] == ("calibrating", 2) and first["after"] == second["after"] == ("calibrating", 0)
     assert "resume_from" in " ".join(first["warned"])
+
+
+@OTHERS.reads(("in_torch_format",))
+def test_a_half_done_calibration_in_the_format_torch_starts_over_and_torch_dist_is_advised() -> None:
+    """The accumulators are not in it: asking for them, or `apply`, would not help."""
+    first, second = other_outcomes()["in_torch_format",]
+    assert first["before"] == ("calibrating", 2) and first["after"] == second["after"] == ("calibrating", 0)
+    (said,) = first["warned"]
+    assert "--ckpt-format torch)" in said and "torch_dist" in said and "apply()" not in said
 
 
 @OTHERS.parametrize("distributed", [True, False], reads=lambda distributed: [("from_stock", distributed)])

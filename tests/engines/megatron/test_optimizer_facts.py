@@ -33,6 +33,7 @@ def test_names_that_are_scaled(name: str) -> None:
     [
         *(("Adam", "torch", True), ("AdamW", "torch", True), ("SGD", "torch", False)),
         *(("FusedAdam", "apex", True), ("FusedSGD", "apex", False), ("FusedAdam", "transformer_engine", True)),
+        ("FusedSGD", "transformer_engine", False),
         *(
             ("CpuFusedAdam", "elsewhere", True),
             ("Lion", "elsewhere", False),

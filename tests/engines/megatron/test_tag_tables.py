@@ -10,7 +10,7 @@ import pytest
 
 from megatron_patches.group_rules import tag_layouts, tag_table
 from mols_ds.core.groups import GroupTable
-from tests.engines.megatron.tag_models import MLA, SMALL, make_config, make_gpt, one_rank, shapes_of
+from tests.engines.megatron.tag_models import MLA, SMALL, make_bert, make_gpt, one_rank, shapes_of
 from tests.engines.megatron.te_names import te_shapes
 
 
@@ -188,17 +188,12 @@ def test_names_of_transformer_engine() -> None:
 
 
 def test_bert() -> None:
-    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
-    from megatron.core.models.bert.bert_model import BertModel
-
-    config = make_config(**SMALL, gated_linear_unit=False, add_bias_linear=True)
-    model = BertModel(config, 2, bert_layer_local_spec, vocab_size=32, max_sequence_length=16)
-    assert tag_table(model).elements == {
+    assert tag_table(make_bert()).elements == {
         "embedding": (32 + 16 + 2) * 24,
-        "head": 32 * 24,
+        "head": 32 * 24 + 2 * 24,  # the binary head too
         "qk": 2 * 24 * 24,
         "vo": 2 * 24 * 24,
         "mlp": 2 * 24 * 40,
         # biases of qkv, linear_proj, fc1, fc2; two norms, last norm; LM head: dense, norm, output bias; pooler; binary
-        "other": 72 + 24 + 40 + 24 + 2 * 24 + 24 + (24 * 24 + 24) + 24 + 32 + (24 * 24 + 24) + (2 * 24 + 2),
+        "other": 72 + 24 + 40 + 24 + 2 * 24 + 24 + (24 * 24 + 24) + 24 + 32 + (24 * 24 + 24) + 2,
     }

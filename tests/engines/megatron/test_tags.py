@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +19,8 @@ from tests.engines.megatron.tag_models import (
     MLA,
     SMALL,
     attention_rows,
-    make_config,
     make_gpt,
+    make_t5,
     one_rank,
     row_groups,
     rows_by_autograd,
@@ -69,20 +70,7 @@ def test_a_tensor_parallel_shard_is_a_range_of_the_logical_rows(case: str, two_r
 
 @pytest.mark.skipif(MEGATRON < (0, 16), reason="the vanilla T5 spec of 0.15 needs Transformer Engine")
 def test_cross_attention_rows_and_names_of_t5() -> None:
-    from megatron.core.models.T5 import t5_spec
-    from megatron.core.models.T5.t5_model import T5Model
-
-    config = make_config(**SMALL, kv_channels=10, gated_linear_unit=False, add_bias_linear=True)
-    model = T5Model(
-        config,
-        config,
-        t5_spec.get_t5_encoder_with_local_block_spec(1),
-        t5_spec.get_t5_decoder_with_local_block_spec(1),
-        vocab_size=32,
-        max_sequence_length=16,
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="relative",
-    )
+    model = make_t5(kv_channels=10, add_bias_linear=True)
     table = tag_table(model)
     attention: Any = model.get_submodule("decoder.layers.0.cross_attention")
     hidden, other = torch.randn(3, 2, 24), torch.randn(5, 2, 24)
@@ -139,9 +127,36 @@ def test_names_that_no_model_on_the_cpu_has() -> None:
         assert groups[name] == (expected,), name
 
 
+ROWS = 2 * (["qk"] * 18 + ["vo"] * 6)  # two query groups of [2 queries | key | value], heads of 6
+ADAPTERS: dict[str, tuple[tuple[int, ...], list[str]]] = {  # name in a layer -> shape, groups of the rows
+    "self_attention.linear_qkv.to_wrap.weight": ((48, 24), ROWS),
+    "self_attention.linear_qkv.adapter.linear_in.weight": ((8, 24), ["vo"] * 8),  # feeds queries, keys and values
+    "self_attention.linear_qkv.adapter.linear_out.weight": ((48, 8), ROWS),
+    "self_attention.linear_qkv.adapter.weight_magnitude": ((48,), ROWS),
+    "self_attention.linear_qkv.adapters.1.linear_out.weight": ((48, 8), ROWS),  # one of several
+    "self_attention.linear_qkv.adapter.adapter_q.linear_in.weight": ((8, 24), ["qk"] * 8),  # canonical LoRA
+    "self_attention.linear_qkv.adapter.adapter_k.linear_out.weight": ((12, 8), ["qk"] * 12),
+    "self_attention.linear_qkv.adapter.adapter_v.linear_in.weight": ((8, 24), ["vo"] * 8),
+    "self_attention.linear_proj.adapter.linear_in.weight": ((8, 24), ["vo"] * 8),
+    "mlp.linear_fc1.adapter.adapter_gate.linear_out.weight": ((40, 8), ["mlp"] * 40),
+    "mlp.experts.linear_fc2.adapter.linear_in.weight": ((4, 8, 40), ["mlp"] * 4),
+    "mlp.router.adapter.linear_out.weight": ((4, 8), ["other"] * 4),
+    "mixer.in_proj.adapter.linear_out.weight": ((50, 8), ["other"] * 50),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_of_megatron_bridge_follow_what_they_adapt(name: str) -> None:
+    """Names and shapes are those of Megatron-Bridge's sources (bridge/peft); it needs Transformer Engine to run."""
+    shape, rows = ADAPTERS[name]
+    full = f"decoder.layers.0.{name}"
+    layout = tag_layouts({full: shape}, {**SMALL, "num_query_groups": 2})[full]
+    assert row_groups(layout, (shape[0], math.prod(shape[1:]))) == rows
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_fused_down_projection_of_mla_is_in_local_order(ranks: int) -> None:
-    """FusedMLASelfAttention splits what each rank holds into [query | latent and rotary key]."""
+    """FusedMLASelfAttention splits each rank's rows into [query | latent and rotary key]."""
     config = {**MLA, "q_lora_rank": 8, "kv_lora_rank": 6, "qk_pos_emb_head_dim": 6, "tensor_model_parallel_size": ranks}
     query, both = torch.zeros(8), torch.tensor([1] * 6 + [0] * 6)  # 1: the latent
     stored = torch.cat([torch.cat(pair) for pair in zip(query.chunk(ranks), both.chunk(ranks), strict=True)])
@@ -225,6 +240,23 @@ def test_rows_that_do_not_add_up_name_the_parameter(
     with pytest.raises(MolsConfigError, match=re.escape(message)) as error:
         tag_layouts({name: shape}, config)
     assert name in str(error.value)
+
+
+def test_a_refusal_names_every_kind_with_rules_that_settle_it() -> None:
+    shapes = {f"decoder.layers.{n}.self_attention.{name}.weight": (8, 8) for n in range(3) for name in ("odd", "rare")}
+    shapes |= {f"decoder.layers.1.mlp.experts.local_experts.{n}.surprise.weight": (8, 8) for n in range(12)}
+    shapes |= {QKV: (70, 24), QKV.replace("7", "8"): (70, 24)}
+    with pytest.raises(MolsConfigError) as error:
+        tag_layouts(shapes, SMALL)
+    message = str(error.value)
+    for kind in ("self_attention.odd", "self_attention.rare", "local_experts.N.surprise", "70 rows"):
+        assert kind in message
+    assert "\n" not in message
+    block = re.search(r'"rules": (\[\[.*?\]\])', message)
+    assert block is not None
+    rules = json.loads(block[1])
+    assert len(rules) == 4
+    assert {layout.groups for layout in tag_layouts(shapes, SMALL, rules).values()} == {("other",)}
 
 
 def test_tag_table_refuses_pieces_of_a_model() -> None:

@@ -1,13 +1,13 @@
-"""Every rank of a large world walked on one machine: is each element counted exactly once, and are the shards even?
+"""Simulate every rank of a large world on one machine: is each element counted once, and are the shards even?
 
     python -m mols_ds.plan.simulate --all                                # docs/evidence/simulated_ranks.md
     python -m mols_ds.plan.simulate configs/models/llama_7b.json --stage 3 --ranks 48
     python -m mols_ds.plan.simulate configs/megatron/llama_7b_tp2_pp2.yaml --ranks 64
     mols-ds plan ... --simulate                                               # the plan's own model, config and ranks
 
-Each row runs in a process of its own, so that its time and its peak memory are its own: `zero_world` or
+Each row runs in a separate process, which gives its own time and peak memory: `zero_world` or
 `megatron_world` build the engine's optimizer on the meta device and give the ranges of each rank, `count` checks them.
-Exit status: 0 where all rows hold, 1 where one does not, 2 for a user's mistake.
+Exit status: 0 if all rows pass, 1 if one fails, 2 for a user's mistake.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _job_from(text: str) -> SimulatedJob:
         raise MolsConfigError(f"--one: {validation_message(error, SimulatedJob)}") from None
 
 
-# ------------------------------------------------------------------ rows in processes of their own
+# ------------------------------------------------------------------ rows in separate processes
 
 
 def simulate(job: SimulatedJob, *more: SimulatedJob, seconds: float = SECONDS) -> list[Result]:
@@ -187,7 +187,7 @@ def simulate(job: SimulatedJob, *more: SimulatedJob, seconds: float = SECONDS) -
 
 
 def render(results: Sequence[Result]) -> str:
-    """The rows as a table of about 120 columns, and what does not hold below it."""
+    """The rows as a table of about 120 columns, with the failures below it."""
     from rich.console import Console
     from rich.table import Table
 
@@ -244,14 +244,16 @@ def checked_table(job: SimulatedJob) -> str:
 
 def zero_job(model: str | None, config: str, ranks: int) -> SimulatedJob:
     """The job of a model file under the ZeRO stage and the `OPTIONS` of a DeepSpeed config. Raises MolsConfigError."""
+    from mols_ds.optim.build import section_of, zero_stage
     from mols_ds.training.ds_config import AUTO, read_config
     from tests.tools.simulate.zero_world import OPTIONS
 
     if model is None:
         raise MolsConfigError("a DeepSpeed config does not hold the model: name a model file")
-    zero = read_config(config).get("zero_optimization", {})
+    content = read_config(config)
+    zero = section_of(content, "zero_optimization")
     options = {key: zero[key] for key in OPTIONS if zero.get(key, AUTO) != AUTO}
-    return SimulatedJob(source=model, ranks=ranks, stage=int(zero.get("stage", 0)), options=options)
+    return SimulatedJob(source=model, ranks=ranks, stage=zero_stage(content), options=options)
 
 
 # ------------------------------------------------------------------ the command
@@ -282,7 +284,7 @@ def _jobs(args: argparse.Namespace) -> list[SimulatedJob]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns its status: 1 where a row does not hold, 2 for a user's mistake."""
+    """Run the command. Returns its status: 1 if a row fails, 2 for a user's mistake."""
     return run_program(PROGRAM, lambda: _run(_parser().parse_args(argv)))
 
 

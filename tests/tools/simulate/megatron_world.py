@@ -36,7 +36,7 @@ ORDER = "tp-cp-ep-dp-pp"  # of parallel_state.initialize_model_parallel
 
 
 class Stage(NamedTuple):
-    """One rank's model chunks, wrapped, and the grid that it lies in."""
+    """One rank's wrapped model chunks and its grid."""
 
     chunks: list[Any]
     config: Any
@@ -89,7 +89,7 @@ class MegatronWorld:
     def run(self) -> tuple[GroupTable, list[RankRanges]]:
         """The logical group table and what rank 0, 1, ... owns."""
         from megatron_patches.collective_checks import check_locals, merge_shapes
-        from megatron_patches.param_map import local_parameters, logical_table
+        from megatron_patches.param_map import LogicalModel, local_parameters
         from megatron_patches.shards import MegatronShards
 
         owned: dict[int, RankRanges] = {}
@@ -109,7 +109,7 @@ class MegatronWorld:
                 config = built.config
         shapes = merge_shapes(told)
         check_locals(found, shapes)
-        return logical_table(shapes, config, (), "type"), [owned[rank] for rank in range(self.ranks)]
+        return LogicalModel(shapes).table(config, (), "type"), [owned[rank] for rank in range(self.ranks)]
 
     def built(self, rank: int) -> list[ShardRange]:
         """The owned ranges of one rank, for which everything is built in its own place."""
@@ -211,7 +211,7 @@ def _alike(members: dict[int, ProcessGrid]) -> list[list[int]]:
 
 @contextlib.contextmanager
 def _no_agreement() -> Iterator[None]:
-    """Every rank says what this one says: Megatron asks the others which kinds of parameter groups they have."""
+    """Every rank answers like this one: Megatron asks the others for their kinds of parameter groups."""
 
     def gather(objects: list[object], mine: object, group: object = None) -> None:
         objects[:] = [mine] * len(objects)

@@ -12,13 +12,14 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_patches.compat import UNDER_DEEPSPEED, check_modules
+from megatron_patches.group_rules import frozen_names
 from megatron_patches.param_map import (
+    LogicalModel,
     ProcessGrid,
     configs_of,
     current_grid,
     local_layout,
     local_parameters,
-    logical_table,
 )
 from megatron_patches.rng_state import set_tracker_states, tracker_states
 from megatron_patches.trackers import trackers
@@ -53,7 +54,8 @@ class MegatronGrid(ParallelGrid):
             self.group = None
             self._check_world()
         self.locals = local_parameters([engine.module], processes)
-        self.modules = configs_of([engine.module])
+        shapes = {local.name: local.shape for local in self.locals}
+        self.logical = LogicalModel(shapes, configs_of([engine.module]), frozen_names(engine.module))
         self.places |= {local.parameter: Place(local.range, local.counted) for local in self.locals}
 
     def begin_window(self) -> None:
@@ -69,8 +71,7 @@ class MegatronGrid(ParallelGrid):
         return trackers()
 
     def _full_table(self, config: MolsConfig) -> GroupTable:
-        shapes = {local.name: local.shape for local in self.locals}
-        table = logical_table(shapes, self.config, config.rules, config.granularity, self.modules)
+        table = self.logical.table(self.config, config.rules, config.granularity)
         for local in self.locals:
             local_layout(local, table.layouts)
         return table

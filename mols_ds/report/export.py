@@ -1,0 +1,265 @@
+"""A report's alphas as native configuration of other frameworks: `mols-ds report REPORT --to FRAMEWORK`.
+
+Formats, as read in August 2026: torchtitan's `ParamGroupConfig` (torchtitan/components/optimizer/optimizer.py), NeMo
+Automodel's `param_group_overrides` (components/optim/optimizer.py), Megatron-core's `config_overrides`
+(megatron/core/optimizer/__init__.py, 0.16 and 0.19), torch's parameter groups, and our own "fixed_alphas".
+
+All of them scale whole parameters. A fused one whose ranges have different alphas keeps the base rate, and a comment
+names it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from mols_ds.core.layout import base_group, is_scaled
+from mols_ds.core.schema import Report
+from mols_ds.errors import MolsConfigError
+from mols_ds.report.fixed_alphas import fixed_alphas, granularity_of
+
+FRAMEWORKS = ("torchtitan", "automodel", "megatron", "deepspeed", "torch")
+
+Kinds = Mapping[str, list[str]]
+"""Parameter names without numbers -> their groups, see `core.groups.parameter_kinds`."""
+
+_TITAN_LAYER = {
+    "attention.wq.weight": ["qk"],
+    "attention.wk.weight": ["qk"],
+    "attention.wq_a.weight": ["qk"],
+    "attention.wq_b.weight": ["qk"],
+    "attention.qkv_linear.wq.weight": ["qk"],
+    "attention.qkv_linear.wk.weight": ["qk"],
+    "attention.wv.weight": ["vo"],
+    "attention.qkv_linear.wv.weight": ["vo"],
+    "attention.wo.weight": ["vo"],
+    "attention.qkv_linear.wqkv.weight": ["qk", "vo"],
+    "attention.wkv_a.weight": ["vo", "qk"],
+    "attention.wkv_b.weight": ["qk", "vo"],
+    **{f"{mlp}.w{n}.weight": ["mlp"] for mlp in ("feed_forward", "moe.shared_experts") for n in (1, 2, 3)},
+    **{f"moe.experts.w{n}": ["mlp"] for n in (1, 2, 3)},
+    **{f"moe.routed_experts.inner_experts.{w}": ["mlp"] for w in ("w1_EFD", "w2_EDF", "w3_EFD")},
+    **{f"moe.routed_experts.inner_experts.mlp{n}_weight": ["mlp"] for n in (1, 2)},
+}
+TORCHTITAN: Kinds = {
+    "tok_embeddings.weight": ["embedding"],
+    "lm_head.weight": ["head"],
+    "output.weight": ["head"],
+    **{f"layers.{{layer}}.{name}": groups for name, groups in _TITAN_LAYER.items()},
+}
+"""Names in torchtitan's decoders (llama3, qwen3, deepseek_v3, gpt_oss), old and new."""
+
+MEGATRON: dict[str, list[str]] = {
+    "embedding.*_embeddings.weight": ["embedding"],
+    "output_layer.weight": ["head"],
+    **{f"*.linear_{q}.weight": ["qk"] for q in ("q", "q_proj", "q_down_proj", "q_up_proj")},
+    "*.linear_proj.weight": ["vo"],
+    "*.linear_fc1.weight*": ["mlp"],
+    "*.linear_fc2.weight*": ["mlp"],
+    "*.experts.weight[12]": ["mlp"],
+    **{f"*.linear_{fused}.weight": ["qk", "vo"] for fused in ("qkv", "kv", "kv_down_proj", "kv_up_proj")},
+    "*.linear_qkv_down_proj.weight": ["qk", "vo"],
+}
+"""Names in Megatron-core's decoders, as patterns of `fnmatch`."""
+
+
+class Rates(NamedTuple):
+    """What can be written: group -> (alpha, pattern), and a line for each thing that cannot."""
+
+    groups: dict[str, tuple[float, str]]
+    missing: list[str]
+
+
+def export(report: Report, framework: str, kinds: Kinds | None = None) -> str:
+    """The alphas of `report` in the format of `framework`.
+
+    Args:
+        report: as `load_report` returns it.
+        framework: one of FRAMEWORKS.
+        kinds: names of the model that will use the alphas, by `parameter_kinds`; None: those of the report. torchtitan
+            and Megatron-core have models of their own: theirs are used.
+
+    Returns:
+        YAML for automodel, JSON for deepspeed, Python for the others.
+
+    Raises:
+        MolsConfigError: the report has no alphas, or no names where they are needed.
+    """
+    section = fixed_alphas(report)
+    if framework == "deepspeed":
+        decay = {"weight_decay": "unscaled"} if _unscaled(report) else {}
+        return json.dumps({"mols": {**section, **decay}}, indent=2)
+    if framework == "megatron" and granularity_of(report) == "layer_type":
+        raise MolsConfigError(
+            "--to megatron: alphas of single layers cannot be written, since names number the layers of one pipeline "
+            'stage; measure with "granularity": "type"'
+        )
+    kinds = _names(report, framework, kinds)
+    for text in (*section["fixed_alphas"], *kinds):
+        if not text.isprintable() or not {"'", '"', "\\"}.isdisjoint(text):
+            raise MolsConfigError(f"--to {framework}: {text!r} in the report is no name of a group or a parameter")
+    rates = _rates(section["fixed_alphas"], kinds, patterns=framework == "megatron")
+    write = {"torchtitan": _torchtitan, "automodel": _automodel, "megatron": _megatron, "torch": _torch}[framework]
+    return write(rates, report)
+
+
+def _names(report: Report, framework: str, given: Kinds | None) -> Kinds:
+    if framework == "megatron":
+        tied = "head" not in report["groups"]  # the last stage's copy of the embedding must learn as the first's
+        return MEGATRON | ({"output_layer.weight": ["embedding"]} if tied else {})
+    own = report.get("parameters")
+    if framework == "torchtitan":
+        return own if own and "tok_embeddings.weight" in own else TORCHTITAN
+    if given is None and own is None:
+        raise MolsConfigError(
+            f"--to {framework}: the report has no names of parameters (an older release wrote it); name the model that "
+            "will use the alphas: --model FILE"
+        )
+    return given or own or {}
+
+
+def _rates(alphas: Mapping[str, float], kinds: Kinds, patterns: bool) -> Rates:
+    """Give each kind of parameter its alpha, in each layer where the alphas differ by layer; alpha 1 needs no entry.
+
+    patterns: for `fnmatch`, else regular expressions.
+    """
+    layers = sorted({int(group.partition(".")[2]) for group in alphas if "." in group})
+    found: dict[str, list[tuple[str, int | None]]] = {}
+    fused: dict[str, list[str]] = {}
+    for kind, owners in kinds.items():
+        for layer in layers if layers and "{layer}" in kind else [None]:
+            keys = [owner if owner in alphas else f"{owner}.{layer}" for owner in owners]
+            values = {key: alphas.get(key, 1.0) for key in keys if key in alphas or not is_scaled(key)}
+            if len(set(values.values())) > 1:
+                each = " and ".join(
+                    owner if layers else f"{owner} (alpha {value:g})"
+                    for owner, value in zip(owners, values.values(), strict=False)
+                )
+                fused.setdefault(each, []).append(kind.replace("{layer}", "*"))
+            elif alphas.get(key := next(iter(values), "other"), 1.0) != 1.0:
+                found.setdefault(key, []).append((kind, layer))
+    missing = [
+        f"{', '.join(dict.fromkeys(names))}: {each} are ranges of one parameter, which keeps the base rate"
+        for each, names in fused.items()
+    ]
+    named = {owner for owners in kinds.values() for owner in owners}
+    missing += [
+        f"group {group} (alpha {alpha:g}): no parameter is known by name; it keeps the base rate"
+        for group, alpha in alphas.items()
+        if base_group(group) not in named
+    ]
+    write = _globs if patterns else _regex
+    return Rates({key: (alphas[key], write(names)) for key, names in found.items()}, missing)
+
+
+def _globs(names: Sequence[tuple[str, int | None]]) -> str:
+    """Source of a tuple of `fnmatch` patterns; names begin with `module.` once Megatron has wrapped the model."""
+    return repr(tuple(kind if kind.startswith("*") else f"*{kind}" for kind, _ in names))
+
+
+def _regex(names: Sequence[tuple[str, int | None]]) -> str:
+    """A regular expression for parameters, also below wrappers (`module.`, `layers.0._orig_mod.`)."""
+    rests: dict[str, list[str]] = {}
+    for kind, layer in names:
+        before, mark, rest = (re.escape(part).replace(r"\*", r"\d+") for part in kind.partition("{layer}"))
+        number = r"\d+" if layer is None else str(layer)
+        start = rf"{before}{number}(?:\._\w+)*" if mark else ""
+        rests.setdefault(start, []).append(rest if mark else before)
+    parts = [start + (rest[0] if len(rest) == 1 else f"(?:{'|'.join(rest)})") for start, rest in rests.items()]
+    return rf"(?:^|\.)(?:{'|'.join(parts)})$"
+
+
+def _unscaled(report: Report) -> bool:
+    return report.get("weight_decay") == "unscaled"
+
+
+def _head(rates: Rates, report: Report, *lines: str) -> str:
+    first = f"Learning-rate multipliers that MoLS measured at step {report['step']}. Apply them from the first step on."
+    return "".join(f"# {line}\n" for line in (first, *lines, *(f"NOT WRITTEN: {line}" for line in rates.missing)))
+
+
+def _table(rates: Rates) -> str:
+    """Python source: a line for each group."""
+    return "\n".join(f'    ({alpha!r}, r"{pattern}"),  # {group}' for group, (alpha, pattern) in rates.groups.items())
+
+
+def _torch(rates: Rates, report: Report) -> str:
+    decay = '"weight_decay": weight_decay / alpha' if _unscaled(report) else '"weight_decay": weight_decay'
+    return f'''{_head(rates, report, "optimizer = torch.optim.AdamW(param_groups(model, lr=3e-4, weight_decay=0.1))")}
+import re
+
+ALPHAS = [
+{_table(rates)}
+]
+
+
+def param_groups(model, lr, weight_decay):
+    """A parameter group for each alpha, after one at `lr` for all other parameters."""
+    found = [[] for _ in range(len(ALPHAS) + 1)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[next((i for i, (_, names) in enumerate(ALPHAS, 1) if re.search(names, name)), 0)].append(parameter)
+    return [
+        {{"params": parameters, "lr": lr * alpha, {decay}}}
+        for parameters, alpha in zip(found, [1.0, *(alpha for alpha, _ in ALPHAS)], strict=True)
+        if parameters
+    ]'''
+
+
+def _torchtitan(rates: Rates, report: Report) -> str:
+    decay = "weight_decay / alpha" if _unscaled(report) else "weight_decay"
+    use = "in a config: optimizer=OptimizersContainer.Config(param_groups=param_groups(lr=8e-4, weight_decay=0.1))"
+    stages = "torchtitan refuses a pattern without a parameter: under pipeline parallelism leave out what a stage lacks"
+    return f'''{_head(rates, report, use, stages)}
+from torchtitan.components.optimizer import ParamGroupConfig
+
+ALPHAS = [
+{_table(rates)}
+]
+
+
+def param_groups(lr, weight_decay, **kwargs):
+    """A group for each alpha, and the last one for all other parameters."""
+    return [
+        ParamGroupConfig(
+            pattern=pattern,
+            optimizer_name="AdamW",
+            optimizer_kwargs={{"lr": lr * alpha, "weight_decay": {decay}, **kwargs}},
+        )
+        for alpha, pattern in [*ALPHAS, (1.0, r".*")]
+    ]'''
+
+
+def _automodel(rates: Rates, report: Report) -> str:
+    note = "Below `optimizer:` of a recipe. Its learning-rate scheduler applies them: without one they do nothing."
+    rows = []
+    for group, (alpha, pattern) in rates.groups.items():
+        decay = f", wd_mult: {1 / alpha!r}" if _unscaled(report) else ""
+        rows.append(f"  - {{pattern: '{pattern}', lr_mult: {alpha!r}{decay}}}  # {group}")
+    return f"{_head(rates, report, note)}param_group_overrides:\n" + "\n".join(rows)
+
+
+def _megatron(rates: Rates, report: Report) -> str:
+    use = "get_megatron_optimizer(config, model, config_overrides(config)), Megatron-core 0.16 or newer"
+    tied = "With tied embeddings give output_layer.weight the alpha of the embedding: stages hold copies of it."
+    rows = "\n".join(f"    ({alpha!r}, {names}),  # {group}" for group, (alpha, names) in rates.groups.items())
+    decay = ", wd_mult=1 / alpha" if _unscaled(report) else ""
+    return f'''{_head(rates, report, use, tied)}
+from megatron.core.optimizer import ParamKey, get_standard_config_overrides
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+
+ALPHAS = [
+{rows}
+]
+
+
+def config_overrides(config):
+    """Megatron's own overrides and one for each alpha. `lr_mult` only tells the groups apart in a checkpoint."""
+    overrides = get_standard_config_overrides(config)
+    for alpha, names in ALPHAS:
+        overrides[ParamKey(name=names)] = ParamGroupOverride(
+            max_lr=config.lr * alpha, min_lr=(config.min_lr or 0.0) * alpha, lr_mult=alpha{decay}
+        )
+    return overrides'''

@@ -1,0 +1,42 @@
+"""One launch of ranks for the tests of all clients, since importing their libraries is what costs.
+
+A case is (ranks, "MODULE:FUNCTION" of tests.integrations, further arguments); one without a colon is not launched here.
+Each test file has a table of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases, Where
+from tests.integrations.runs import own_folder
+
+Case = tuple[Any, ...]
+_tables: list[Cases[Case]] = []
+
+
+def table(cases: Iterable[Case], full: Where[Case] = ()) -> Cases[Case]:
+    """A table whose cases are launched with those of the other files. Cases that `full` leaves out are in "all"."""
+    made: Cases[Case] = Cases(cases, full=full)
+    _tables.append(made)
+    return made
+
+
+def one(name: str, *rest: Any) -> Any:
+    """On a rank: one case, in a folder of its own."""
+    module, _, function = name.partition(":")
+    found: Any = getattr(importlib.import_module(f"tests.integrations.{module}"), function)
+    with contextlib.chdir(own_folder(f"{module}_{function}_{'_'.join(map(str, rest))}")):
+        return found(*rest)
+
+
+@functools.cache
+def results(world: int) -> Results:
+    """Of every case that a selected test reads."""
+    wanted = [case[1:] for cases in _tables for case in cases.wanted if case[0] == world and ":" in case[1]]
+    return run_cases(one, world, wanted, timeout=300)

@@ -1,0 +1,58 @@
+"""The table of docs/clients.md, cell by cell: real clients on gloo, each against its own run without MoLS."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+
+import pytest
+
+from tests.integrations.clients import CLIENTS
+from tests.integrations.places import COLUMNS, PARTS, part_of
+from tests.integrations.runner import Case
+from tests.integrations.table import (
+    BEGIN,
+    BESIDES,
+    CASES,
+    CELLS,
+    END,
+    PAGE,
+    PLACES,
+    STAGES,
+    WORLDS,
+    case_of,
+    check_cell,
+    in_all,
+    in_page,
+    rendered,
+)
+
+ROWS = [(*place, column) for place, column in product([*PLACES, *BESIDES], COLUMNS)]
+
+
+def reads(row: tuple[str, int, int, str]) -> list[Case]:
+    *place, column = row
+    return [case_of((*place, part_of(column)))]  # type: ignore[arg-type]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(3600)  # the first test of a number of ranks waits for the launch of all
+@CASES.parametrize(("client", "stage", "world", "column"), ROWS, reads=reads)
+def test_cell(client: str, stage: int, world: int, column: str) -> None:
+    check_cell(client, stage, world, column)
+
+
+def test_the_selection_is_pairwise_complete() -> None:
+    """Every two of client, stage, ranks and part are together in a cell of `make test-all`."""
+    factors = (CLIENTS, STAGES, WORLDS, PARTS)
+    chosen = [cell for cell in CELLS if in_all(cell)]
+    for one, other in combinations(range(4), 2):
+        missing = set(product(factors[one], factors[other])) - {(cell[one], cell[other]) for cell in chosen}
+        assert not missing
+    assert len(chosen) == len(CLIENTS) * len(PARTS)
+
+
+def test_the_page_has_the_table() -> None:
+    """Every cell of it is a test above, so that "yes" is what `make clients-table` writes where they pass."""
+    text = PAGE.read_text("utf-8")
+    assert text.count(BEGIN) == text.count(END) == 1
+    assert in_page(text, rendered(set())) == text
