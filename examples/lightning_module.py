@@ -37,17 +37,17 @@ class Module(pl.LightningModule):
 
 if __name__ == "__main__":
     pl.seed_everything(0)
-    mols = MolsCallback(SECTION)  # <- MoLS
+    callback = MolsCallback(SECTION)  # <- MoLS
     trainer = pl.Trainer(
         accelerator="auto",
         strategy=DeepSpeedStrategy(stage=2),
         max_steps=UPDATES,
-        callbacks=[mols],
+        callbacks=[callback],
         logger=CSVLogger("out/lightning"),
         log_every_n_steps=4,
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
     trainer.fit(Module(), torch.utils.data.DataLoader(sequences(), batch_size=4))
-    show(mols.mols)
+    show(callback.mols)
     torch.distributed.destroy_process_group()  # or a thread of gloo may abort the exit

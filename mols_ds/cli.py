@@ -1,4 +1,4 @@
-"""The command `mols-ds`: launch a job, run a study, show a model's module groups, show a report."""
+"""The command `mols-ds`: start a job, run a study, show a model's module groups, show a report, copy configs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mols_ds import __version__
+from mols_ds.apps.launch.jobs import JOBS, start_job
 from mols_ds.errors import MolsConfigError, printable_lines
 from mols_ds.training.cli_utils import Parser, run_program
 
@@ -19,6 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `mols-ds` on `argv` (default: the command line). Returns its status: 2 for a user's mistake, stated in one
     line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--version"]:
+        print(f"mols-ds {__version__}")
+        return 0
+    if arguments[:1] and arguments[0] in JOBS:
+        return run_program(f"mols-ds {arguments[0]}", lambda: start_job(arguments[0], arguments[1:]))
     if arguments[:1] == ["launch"]:
         from mols_ds.apps.launch.deepspeed_cli import main as launch
 
@@ -50,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     from mols_ds.report.export import FRAMEWORKS
 
     parser = Parser(prog="mols-ds", description="MoLS: module-wise learning rates from the gradients' SNR.")
+    parser.add_argument("--version", action="version", version=f"mols-ds {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for job, (_, does) in JOBS.items():
+        commands.add_parser(job, help=f"{does}; --nproc N: processes", add_help=False)
     launch = "start a script as DeepSpeed's launcher does: mols-ds launch --config FILE train.py ..."
     commands.add_parser("launch", help=launch, add_help=False)
     study = "train every arm of a study, tuned alike and over seeds, and write the report"
@@ -74,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--model", metavar="FILE", help="the model that will use them: checked against, its names used")
     report.set_defaults(text=report_text)
+    configs = commands.add_parser("configs", help="list or copy the configs, studies, launch files and examples")
+    configs.add_argument("patterns", nargs="*", metavar="PATTERN", help="such as configs/models or 'configs/ds_7b*'")
+    configs.add_argument("--copy", type=Path, metavar="FOLDER", help="copy them there")
+    configs.set_defaults(text=configs_text)
+    completion = commands.add_parser("completion", help="a script that completes this command in a shell")
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    completion.set_defaults(text=completion_text)
     return parser
 
 
@@ -113,6 +131,24 @@ def fixed_alphas_text(report: Report, model: str | None) -> str:
 
     groups = None if model is None else groups_of(model, granularity_of(report))
     return json.dumps(fixed_alphas(report, groups), indent=2)
+
+
+def configs_text(args: argparse.Namespace) -> str:
+    """The files that come with the package, or where they were copied to."""
+    from mols_ds.training.shipped import copy_shipped, shipped_files
+
+    names = shipped_files(args.patterns)
+    return "\n".join(names if args.copy is None else map(str, copy_shipped(names, args.copy)))
+
+
+def completion_text(args: argparse.Namespace) -> str:
+    """Source for a shell, by the package shtab."""
+    try:
+        import shtab
+    except ImportError as error:
+        raise MolsConfigError("completion: the package shtab is not installed; pip install shtab") from error
+    text: str = shtab.complete(_parser(), args.shell)
+    return text
 
 
 def groups_text(args: argparse.Namespace) -> str:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mols_ds.core.files import write_whole
-from mols_ds.core.log import Aside, tell
+from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import MolsConfigError, printable
 from mols_ds.training.train_job import Outcome, TrainJob, TrainSetup
 from mols_ds.training.trainer import METRICS, has_checkpoint, read_lines, train
@@ -49,7 +49,7 @@ def run_arms(job: TrainJob, *, compare: bool) -> list[Path]:
     if not compare:
         outcome = train(job)
         if job.rank == 0:
-            Aside()("results", lambda: print_outcome(outcome, job.out))
+            GuardedWriter()("results", lambda: print_outcome(outcome, job.out))
         return [job.out]
     outcomes = {}
     for name, setup in split_arms(job.setup, job.out).items():
@@ -62,7 +62,7 @@ def run_arms(job: TrainJob, *, compare: bool) -> list[Path]:
             raise MolsConfigError(f"--out {job.out}: {arm.out}: {error.strerror or error}") from error
         outcomes[name] = train(arm)
     if job.rank == 0:
-        Aside()("results", lambda: print_comparison(outcomes, job.out, job.setup.optimizer))
+        GuardedWriter()("results", lambda: print_comparison(outcomes, job.out, job.setup.optimizer))
     return [job.out / name for name in outcomes]
 
 
@@ -134,7 +134,7 @@ def _plot(outcomes: dict[str, Outcome], out: Path, names: dict[str, str]) -> Pat
         figure = draw_curves(out, {name: names[name] for name in outcomes})
         write_whole(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
 
-    return path if Aside()(path.name, draw) else None
+    return path if GuardedWriter()(path.name, draw) else None
 
 
 def draw_curves(out: Path, names: dict[str, str]) -> Figure:

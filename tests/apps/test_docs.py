@@ -18,6 +18,7 @@ from mols_ds.apps.doctor import command as doctor
 from mols_ds.apps.doctor.findings import Findings
 from mols_ds.apps.finetune import main as finetune
 from mols_ds.apps.launch import health, signals
+from mols_ds.apps.launch.jobs import split_nproc
 from mols_ds.apps.study.spec import load_study
 from mols_ds.apps.train_megatron import main as train_megatron
 from mols_ds.core.schema import Report
@@ -34,7 +35,18 @@ def sub(*words: str) -> Parse:
     return lambda argv: cli._parser().parse_args([*words, *argv])
 
 
+def job(name: str, parse: Parse) -> Parse:
+    """The parser of `mols-ds train` and the other jobs."""
+    return lambda argv: parse(split_nproc(name, argv)[1])
+
+
 PROGRAMS: dict[str, Parse] = {
+    "mols-ds train": job("train", train.parse_arguments),
+    "mols-ds finetune": job("finetune", finetune.parse_arguments),
+    "mols-ds train-megatron": job("train-megatron", train_megatron.parse_arguments),
+    "mols-ds configs": sub("configs"),
+    "mols-ds completion": sub("completion"),
+    "mols-ds --version": lambda argv: argparse.Namespace(),
     "mols-ds compare": sub("compare"),
     "mols-ds plan": sub("plan"),
     "mols-ds groups": sub("groups"),
@@ -208,7 +220,7 @@ PLANS = [block for block in blocks("text") if block.text.startswith("$ mols-ds "
 @pytest.mark.tier("all")
 @pytest.mark.parametrize("block", PLANS, ids=str)
 def test_the_plans_of_the_pages_are_what_the_program_prints(block: Block) -> None:
-    """Lines that the page leaves out may stand before its own."""
+    """The output may have lines before the page's."""
     command, _, shown = block.text.replace("\\\n", " ").partition("\n")
     environment = {**os.environ, "COLUMNS": "100"}
     done = subprocess.run(

@@ -1,0 +1,55 @@
+"""`mols-ds train`, `finetune` and `train-megatron`: start a job on this machine, or be a rank of one.
+
+Where a launcher has started this process (torchrun, DeepSpeed's, srun, mpirun), it is a rank. Else `--nproc N` starts N
+of them by torchrun; the default is one for each GPU. SIGTERM and SIGUSR1 go to the ranks (`mols_ds.signals run`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from mols_ds.training.cli_utils import Parser, positive
+from mols_ds.training.rank_env import rank_environment
+
+JOBS = {
+    "train": ("mols_ds.apps.train", "pre-train a decoder with DeepSpeed: train.py"),
+    "finetune": ("mols_ds.apps.finetune.main", "fine-tune on instructions with DeepSpeed: finetune.py"),
+    "train-megatron": ("mols_ds.apps.train_megatron.main", "pre-train with Megatron-core: train_megatron.py"),
+}
+"""Command -> module whose `main` is a rank, what it does."""
+
+
+def split_nproc(job: str, argv: Sequence[str]) -> tuple[int | None, list[str]]:
+    """The number of `--nproc` and the arguments of the job's script."""
+    parser = Parser(prog=f"mols-ds {job}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--nproc", type=positive)
+    args, rest = parser.parse_known_args(argv)
+    return args.nproc, rest
+
+
+def start_job(job: str, argv: Sequence[str]) -> int:
+    """Run a job with the arguments of its script, and `--nproc`. Returns the exit status."""
+    nproc, rest = split_nproc(job, argv)
+    if "RANK" in os.environ or rank_environment(os.environ) or {"-h", "--help"} & set(rest):
+        return _rank(job, rest)
+    count = nproc or _gpus()
+    if count == 1:
+        return _rank(job, rest)
+    from mols_ds.apps.launch.signals import main
+
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    return main(["run", "--", *launch, "-m", "mols_ds", job, *rest])
+
+
+def _gpus() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _rank(job: str, argv: Sequence[str]) -> int:
+    status: int = importlib.import_module(JOBS[job][0]).main(argv)
+    return status

@@ -1,0 +1,64 @@
+"""The files beside the package: configs, studies, launch files, examples. A wheel has them inside (setup.py)."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from mols_ds.errors import MolsConfigError
+
+SHIPPED = ("configs", "studies", "launch", "examples", "train.py", "finetune.py", "train_megatron.py")
+"""Folders and scripts, as README's commands name them; setup.py has the same list."""
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def shipped_root() -> Path:
+    """The folder that holds `SHIPPED`: `mols_ds/shipped` of an installed wheel, else the checkout."""
+    inside = PACKAGE / "shipped"
+    return inside if inside.is_dir() else PACKAGE.parent
+
+
+def shipped_files(patterns: Sequence[str] = ()) -> list[str]:
+    """Paths below `shipped_root`, sorted; those that match one of the `fnmatch` patterns or lie below it.
+
+    Raises:
+        MolsConfigError: a pattern matches nothing.
+    """
+    root = shipped_root()
+    tops = [root / name for name in SHIPPED]
+    files = [file for top in tops for file in ([top] if top.is_file() else top.rglob("*"))]
+    names = sorted(
+        file.relative_to(root).as_posix() for file in files if file.is_file() and "__pycache__" not in file.parts
+    )
+    if not patterns:
+        return names
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in names if fnmatch(name, pattern) or name.startswith(f"{pattern.rstrip('/')}/")}
+        if not found:
+            raise MolsConfigError(f"configs: no file matches {pattern}; `mols-ds configs` lists them")
+        chosen |= found
+    return sorted(chosen)
+
+
+def copy_shipped(names: Sequence[str], folder: Path) -> list[Path]:
+    """Copy files of `shipped_files` into `folder`, with their folders and modes. Returns the copies.
+
+    Raises:
+        MolsConfigError: a file is there with another content (nothing is copied then), or cannot be written.
+    """
+    pairs = [(shipped_root() / name, folder / name) for name in names]
+    for source, target in pairs:
+        if os.path.lexists(target) and not (target.is_file() and filecmp.cmp(source, target, shallow=False)):
+            raise MolsConfigError(f"configs: {target} is there and differs; nothing was copied, name another folder")
+    try:
+        for source, target in pairs:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    except OSError as error:
+        raise MolsConfigError(f"configs: {error.filename}: {error.strerror or error}") from error
+    return [target for _, target in pairs]
