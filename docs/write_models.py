@@ -164,8 +164,9 @@ def built(model_type: str, name: str) -> nn.Module | str:
             config = configuration_auto.CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {}))
             with torch.device("meta"), no_init_weights(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model: nn.Module = getattr(transformers, name)(shrunk(config) if small else config)
-                return model
+                model: Any = getattr(transformers, name)(shrunk(config) if small else config)
+                model.tie_weights()  # `no_init_weights` leaves that out too
+                return model  # type: ignore[no-any-return]
         except Exception as error:
             text = " ".join(str(error).split())
             package = re.search(r"requires the (\w+) library", text)

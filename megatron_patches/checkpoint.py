@@ -243,7 +243,7 @@ class MegatronCheckpoints:
 
     def _updates(self) -> int:
         """Updates that the optimizer's state counts, the most of any rank. Collective."""
-        mine = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+        mine = torch.zeros(dist.get_world_size(), dtype=torch.float64, device="cpu")
         mine[dist.get_rank()] = optimizer_steps(self.optimizer)
         return int(self.mols.reduce(mine).max())
 

@@ -239,7 +239,7 @@ class Accumulators:
 
     def free(self) -> None:
         """Release all memory. `count` and `block_sums` stay; every other use raises `MolsError` from now on."""
-        self.mean = self.m2 = self._block_mean = self._block_m2 = torch.empty(0)
+        self.mean = self.m2 = self._block_mean = self._block_m2 = torch.empty(0, device="cpu")
         self._group_index = self._scratch = self._pieces = None
         self._small, self._small_numel = [], 0
         self._copies = HostCopies()
@@ -250,7 +250,7 @@ class Accumulators:
         self._alive()
         if self._pieces is not None:
             raise MolsError("state_dict() inside a gradient sample: call close() or abort() first")
-        none = torch.zeros(0, self.n_groups, len(BLOCK_COLUMNS), dtype=torch.float64)
+        none = torch.zeros(0, self.n_groups, len(BLOCK_COLUMNS), dtype=torch.float64, device="cpu")
         return {
             "numel": self.numel,
             "count": self.count,

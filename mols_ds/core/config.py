@@ -111,8 +111,11 @@ class MolsConfig(Documented):
     """`"type"`: one multiplier per module group. `"layer_type"`: one per module group and layer; the groups are `qk.0`,
     `qk.1`, ..."""
     rules: tuple[tuple[Name, Name], ...] = ()
-    """`[["regex", "group"], ...]`, searched in the full parameter name before the built-in rules. First match applies.
-    A rule that matches nothing is an error."""
+    """`[["regex", "group"], ...]`, searched in the full parameter name before the built-in rules. The first match wins.
+    A rule that matches nothing is an error, and so is an unknown group. Groups are `embedding`, `head`, `qk`, `vo`,
+    `mlp`, `other`, `other_NAME` (measured, not scaled) and those of towers (`vision.qk`, ...); `"new:NAME"` asks for a
+    group of your own. `*` stands for the group that the built-in rules give: `"new:vision_*"` makes `vision_qk`,
+    `vision_vo`, ..., which are scaled. `"=weight"` puts a bias into the groups of its weight."""
     accumulators: AccumulatorConfig = AccumulatorConfig()
     """Where the running mean and M2 of the gradients are held during a calibration: 8 bytes per owned element. They are
     freed when the multipliers are set."""

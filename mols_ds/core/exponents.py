@@ -75,7 +75,7 @@ class Exponents:
 
     def state(self) -> Tensor:
         """Return one int16 per range: its exponent, or `UNDECIDED`."""
-        exponents = torch.zeros(max(0, len(self.edges) - 1), dtype=torch.int16)
+        exponents = torch.zeros(max(0, len(self.edges) - 1), dtype=torch.int16, device="cpu")
         for index, exponent in self._of.items():
             exponents[index] = exponent
         exponents[self.undecided] = UNDECIDED

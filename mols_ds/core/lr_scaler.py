@@ -1,18 +1,18 @@
 """Apply a learning-rate multiplier per module group around an optimizer's step.
 
-Between torch's step hooks the optimizer has temporary parameter groups with lr x multiplier. Afterwards it has its own
-groups: schedulers, logging and checkpoints see the base rate and the stock layout, and nothing compounds.
-`torch.compile(optimizer.step)` does not trace the hooks: traced, they would not restore the groups.
+Between torch's step hooks the optimizer has temporary parameter groups with lr x multiplier. Afterwards it has its own:
+schedulers, logs and checkpoints see the base rate and the stock layout. Nothing compounds.
+`torch.compile(optimizer.step)` leaves the hooks out of its graphs: traced, they would not restore the groups.
 
 A tensor with elements of several groups (a ZeRO flat shard, a fused projection) is stepped in one of two ways:
 - **views**: contiguous segments of equal multiplier become views of the weight, the gradient and the optimizer state.
   No copy, no extra pass, bit for bit equal to an optimizer over separate tensors. For elementwise optimizers only.
 - **delta**: a range is stepped with its largest multiplier `lead`. Then w = w_old + (s / lead) * (w_new - w_old) on its
-  other parts, from a temporary copy of just those. Exact for every update proportional to lr (decoupled weight decay
-  included). For interleaved ranges (GPT-2's columns) and optimizers that use whole tensors.
+  other parts, from a copy of just those. Exact for updates proportional to lr (decoupled weight decay included). For
+  interleaved ranges (GPT-2's columns) and optimizers that use whole tensors.
 
-An optimizer that may find tensors outside `param_groups` never gets temporary groups. It steps at the base rate, and
-delta with lead = 1 corrects every scaled range, from a temporary copy of all of them.
+An optimizer that may find tensors outside `param_groups` gets no temporary groups. It steps at the base rate, and delta
+with lead = 1 corrects every scaled range, from a copy of all of them.
 
 Decoupled weight decay is lr x weight_decay x w, so the multiplier scales it too. To keep the decay of the base rate, a
 temporary group has weight_decay / multiplier, and delta mixes the new weights with w_old (1 - lr x weight_decay).
@@ -57,7 +57,8 @@ class Segment(NamedTuple):
 
 
 class InterleavedSegment(NamedTuple):
-    """Elements [start, ...) of a parameter with several groups. Delta corrects those without the largest multiplier."""
+    """A segment with several groups: elements [start, ...) of a parameter with this layout. Delta corrects the elements
+    whose multiplier is not the largest."""
 
     segment: Segment
     start: int
@@ -117,10 +118,8 @@ def is_interleaved(layout: ElementLayout, numel: int, *, elementwise: bool) -> b
 
 
 class _Delta(NamedTuple):
-    """A range to set to (1 - scale) x `old` + scale x (its weights after the step).
-
-    old: weights before the step, decayed at the base rate where decay is not scaled.
-    """
+    """A range to set to (1 - scale) x `old` + scale x (its weights after the step). old: weights before the step,
+    decayed at the base rate where decay is not scaled."""
 
     view: Tensor
     old: Tensor

@@ -100,10 +100,8 @@ class Session(Handle, ABC):
         """Run before the engine's own step; mode "online" may take its sample here."""
 
     def _lower_scale(self) -> bool:
-        """Lower a dynamic loss scale after a non-finite gradient, as a skipped step of the engine does.
-
-        Returns whether it was lowered, the same on every rank. Then the batch does not count as an attempt.
-        """
+        """Lower a dynamic loss scale after a non-finite gradient, as a skipped step of the engine does. Returns whether
+        it was lowered, the same on every rank: then the batch does not count as an attempt."""
         return False
 
     def _after_discard(self, usable: bool) -> None:
@@ -121,8 +119,7 @@ class Session(Handle, ABC):
             Whether `stock` was called.
 
         Raises:
-            MolsError: on every rank; in one of the first scaled steps the optimizer left out a tensor or stepped it
-                twice.
+            MolsError: on every rank, if the optimizer left out a tensor or stepped it twice (first scaled steps only).
         """
         controller = self.controller
         if controller.discards_steps:
@@ -295,7 +292,7 @@ class Session(Handle, ABC):
         if self.controller.elements.has_squares:
             return
         if noise_weight is None:
-            zero = torch.zeros(1)
+            zero = torch.zeros(1, device="cpu")
             noise_weight = adam_moments(zero, zero, *self.adam_settings(self._step_number))[2]
         self.controller.elements.open_squares(NoiseFloor(1.0, noise_weight))
 
@@ -307,7 +304,7 @@ class Session(Handle, ABC):
 
     def agree(self, ok: bool) -> bool:
         """Whether `ok` is True on every rank: one all-reduce of 8 bytes."""
-        return int(self.reduce(torch.tensor([0.0 if ok else 1.0], dtype=torch.float64)).item()) == 0
+        return int(self.reduce(torch.tensor([0.0 if ok else 1.0], dtype=torch.float64, device="cpu")).item()) == 0
 
     # ------------------------------------------------------------------ after loading a checkpoint
 

@@ -86,7 +86,7 @@ def decay_in_moments(optimizer: Any) -> bool:
     if None not in added:
         return any(added)
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.enable_grad():
             weights = _weights(optimizer, torch.float32)
             small = _small_copy(optimizer, weights, RATE)
             for weight in _flatten(weights):
@@ -101,13 +101,13 @@ def _distance(optimizer: Optimizer) -> float | None:
     """Return the distance of both runs relative to the distance that the weights moved; None if a trial fails."""
     for dtype in (torch.float64, torch.float32):  # some kernels have no fp64
         try:
-            with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+            with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 wanted = _run(optimizer, dtype, MULTIPLIER * RATE, 1.0)
                 error = float((_run(optimizer, dtype, RATE, MULTIPLIER) - wanted).norm())
+                way = float((wanted - _flat(_weights(optimizer, dtype))).norm())
         except Exception:  # a foreign constructor or step that needs something else
             continue
-        way = float((wanted - _flat(_weights(optimizer, dtype))).norm())
         if way > 0 and math.isfinite(error):
             return error / way
     return None

@@ -56,7 +56,7 @@ def draw_report(report: Report) -> Figure:
         _intervals(left, groups, f"{statistic} ({report['estimator']}), 95 % interval")
         _alphas(right, groups, report["reference"])
     _table(figure.add_subplot(grid[1, :]), table.cells)
-    figure.supxlabel(textwrap.fill(_footnote(report), 165), fontsize=7.5, color="#777777", x=0.012, ha="left")
+    figure.supxlabel(textwrap.fill(_footnote(report), 190), fontsize=7.5, color="#777777", x=0.012, ha="left")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""python -m tests.tools.mutants [WORD ...]: plant one bug at a time in what was merged, and see the tests fail.
+"""python -m tests.tools.mutants [WORD ...]: plant one bug at a time and see the tests fail.
 
 One or more mutants for each part that release 0.5 made one of two (the step protocol, the training loop, ranges of
 parameters, the split among replicas, the optimizer catalog) and for memory, NVMe, fp32's range and the guard. Each is
@@ -22,7 +22,7 @@ LEFT_OUT = (".git", ".venv", "__pycache__", "*.egg-info", "runs", "mols_report",
 
 
 class Mutant(NamedTuple):
-    """Replace `old`, which stands once in `file`, by `new`; `tests`: pytest's arguments."""
+    """Replace `old`, which occurs once in `file`, by `new`; `tests`: pytest's arguments."""
 
     name: str
     file: str

@@ -146,7 +146,7 @@ ALLOWED: dict[str, Callable[[Any], bool]] = {
     "fixed_alphas": lambda v: v == {"a": 1},
     "report_dir": lambda v: v == "1e-3",
 }
-"""Key -> which of them are values of it all the same: a name, a tiny share, a loose tolerance."""
+"""Key -> which of them are valid anyway: a name, a tiny share, a loose tolerance."""
 PLACES: dict[str, Callable[[Any], dict[str, Any]]] = {
     **{key: (lambda v, key=key: {key: v}) for key in MolsConfig.model_fields},
     "fixed_alphas.vo": lambda v: {"fixed_alphas": {"vo": v}},

@@ -1,4 +1,4 @@
-"""Files that users and other programs wrote: whatever is wrong with one is a MolsConfigError of one line."""
+"""Files that users and other programs wrote: every problem with one is a MolsConfigError of one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a study: what is written, that it can be read, and that it says what it must."""
+"""The report of a study: its files, their format and their content."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_tables_are_whole_and_stand_below_their_command(written: Path) -> None:
 
 
 class Reader(HTMLParser):
-    """Collects tags and attributes, and checks that what is opened is closed in order."""
+    """Collect tags and attributes, and check that tags are closed in order."""
 
     def __init__(self) -> None:
         super().__init__()

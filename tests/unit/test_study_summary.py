@@ -1,4 +1,4 @@
-"""The numbers of a study's report against values known by hand, from tables or from closed forms."""
+"""The numbers of a study's report against values from tables, closed forms or hand calculation."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_a_weight_without_a_gradient_does_not_decay(way: str) -> None:
     assert torch.equal(flat.detach()[:-PADDING], before[:-PADDING])
 
 
-# ---------------------------------------------------------------------- what the catalog says of each class
+# ---------------------------------------------------------------------- facts of the catalog about each class
 
 REAL: dict[str, tuple[Make, bool]] = {
     **{name: (make, True) for name, make in DECOUPLED.items()},

@@ -8,6 +8,7 @@ puts `--local_rank` before the script here; the script gets it as its first argu
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import runpy
@@ -87,9 +88,12 @@ def _say_left_out(arguments: Sequence[str]) -> None:
     if (api is not None and api.sections_used) or "mols" not in Path(given[0]).read_text("utf-8"):
         return
     from mols_ds.engines.deepspeed.config_reader import read_config
+    from mols_ds.errors import MolsConfigError
     from mols_ds.training.cli_utils import print_line
 
-    section = read_config(given[0]).get("mols")
+    section = None
+    with contextlib.suppress(MolsConfigError):  # the script did not read it either
+        section = read_config(given[0]).get("mols")
     if isinstance(section, dict) and section.get("enabled", True):
         print_line(
             ENGINE, f'the "mols" section of {given[0]} was left out: the script gave it to no deepspeed.initialize'

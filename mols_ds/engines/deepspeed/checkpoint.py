@@ -62,7 +62,7 @@ class EngineCheckpoints:
     def _failed(self, problem: str | None) -> list[int]:
         """Return the ranks with a problem, the same on every rank. Logs this rank's problem. One small reduction."""
         rank, world = self._ranks()
-        flags = torch.zeros(world, dtype=torch.float64)
+        flags = torch.zeros(world, dtype=torch.float64, device="cpu")
         if problem is not None:
             flags[rank] = 1.0
             with contextlib.suppress(Exception):  # a user's log handler may raise: the other ranks reduce
@@ -105,6 +105,7 @@ class EngineCheckpoints:
         mine = torch.tensor(
             [secrets.randbits(ID_BITS) if rank == 0 else 0, samples is not None or random is not None],
             dtype=torch.float64,
+            device="cpu",
         )
         drawn, holders = self.mols.reduce(mine).tolist()
         number, problem = int(drawn), None

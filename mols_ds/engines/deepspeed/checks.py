@@ -41,6 +41,11 @@ def _engine_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
             "use a model whose experts are ordinary parameters",
         ),
         (
+            getattr(engine, "is_deepcompile_enabled", bool)(),
+            "DeepCompile (it reduces gradients into buffers of its own, which were not tried)",
+            'set "compile.deepcompile": false; engine.compile() without it is supported',
+        ),
+        (
             bool(engine.config.get("sparse_gradients")),
             "sparse gradients",
             'set "sparse_gradients": false',

@@ -93,7 +93,7 @@ class PipelineEngine(Engine, Protocol):
 
 
 ENGINE_NAMES = tuple(Engine.__annotations__)
-ENGINE_FLAGS = ("has_moe_layers", "torch_autocast_z0_gradscaler", "zenflow")
+ENGINE_FLAGS = ("has_moe_layers", "torch_autocast_z0_gradscaler", "zenflow", "is_deepcompile_enabled")
 """Names of runtime/engine.py that switch a feature on. Without the name the feature does not exist."""
 GRID_NAMES = ("get_slice_parallel_world_size", "get_pipe_parallel_world_size", "get_pipe_parallel_group")
 """Names of `PipelineEngine.grid` (runtime/pipe/topology.py). `micro_offset` of PipelineModule (runtime/pipe/module.py)

@@ -98,7 +98,7 @@ def test_a_module_runs_as_python_runs_it(folder: Path) -> None:
 @pytest.mark.jobs
 @pytest.mark.tier("all")
 def test_a_section_that_no_engine_got_is_said(folder: Path) -> None:
-    """A script that leaves the launcher's config alone, and builds an engine of its own."""
+    """A script that ignores the launcher's config and builds its own engine."""
     own = "import deepspeed, torch\nmodel = torch.nn.Linear(4, 4)\n"
     own += "deepspeed.initialize(model=model, model_parameters=model.parameters(), config=" + repr(
         {key: value for key, value in CONFIG.items() if key != "mols"}

@@ -159,7 +159,7 @@ EVERYWHERE = {
     "torch_autocast": {"enabled": "auto"},
     "tensorboard": {"enabled": "auto"},
 }
-"""Keys for which somebody might write "auto", at ZeRO stage 3."""
+"""Keys that may be "auto", at ZeRO stage 3."""
 
 
 def test_what_a_trainer_and_accelerate_fill() -> None:
@@ -211,7 +211,7 @@ KEYS = [key for key in auto_keys(EVERYWHERE) if refused_by_deepspeed(key) or key
 
 
 def with_deepspeed_alone() -> dict[str, str]:
-    """What comes of each "auto" where nobody has filled it in: the error's type, or "built". One rank."""
+    """Result of each unfilled "auto": the error's type, or "built". One rank."""
     seen = {}
     for key in KEYS:
         model = model_of()

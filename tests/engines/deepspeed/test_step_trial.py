@@ -113,7 +113,7 @@ def test_nothing_is_left_behind() -> None:
 
 
 def attach(stage: int) -> str:
-    """What an engine says of an optimizer whose step is not proportional to lr."""
+    """Message of an engine about an optimizer whose step is not proportional to lr."""
     with pytest.raises(MolsUnsupportedError) as error:
         engine_of(config(stage, {"total_steps": 20}), "llama", lambda p: pytorch_optimizer.MADGRAD(p, lr=1e-3))
     return str(error.value)

@@ -156,7 +156,7 @@ def test_adapters_of_megatron_bridge_follow_what_they_adapt(name: str) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_fused_down_projection_of_mla_is_in_local_order(ranks: int) -> None:
-    """FusedMLASelfAttention splits what each rank holds into [query | latent and rotary key]."""
+    """FusedMLASelfAttention splits each rank's rows into [query | latent and rotary key]."""
     config = {**MLA, "q_lora_rank": 8, "kv_lora_rank": 6, "qk_pos_emb_head_dim": 6, "tensor_model_parallel_size": ranks}
     query, both = torch.zeros(8), torch.tensor([1] * 6 + [0] * 6)  # 1: the latent
     stored = torch.cat([torch.cat(pair) for pair in zip(query.chunk(ranks), both.chunk(ranks), strict=True)])

@@ -37,7 +37,7 @@ FAMILIES: dict[str, str] = {
     # gate_proj of the attention is the output gate (its sigmoid multiplies the attention's output)
     "afmoe": ATTENTION + MLP + EXPERTS + SHARED + "    vo: self_attn.gate_proj\n    other: mlp.router.gate",
     "hrm_text": ATTENTION + MLP + "    vo: self_attn.gate_proj",
-    "beam": ATTENTION + MLP + "    vo: self_attn.gate_proj",
+    "beam": ATTENTION + MLP + EXPERTS + GATE + "    vo: self_attn.gate_proj",
     # q_proj: view(.., heads, 2 * head_dim), chunked into query and gate. GatedDeltaNet per key head: q, k, values, z
     "qwen3_next": ATTENTION.replace("self_attn.q_proj ", "")
     + EXPERTS
@@ -57,7 +57,11 @@ FAMILIES: dict[str, str] = {
         vo: linear_attn.in_proj_z linear_attn.out_proj
         other: linear_attn.conv1d linear_attn.in_proj_a linear_attn.in_proj_b
     """,
-    "mamba2": "    embedding: backbone.embeddings\n    other: mixer.conv1d mixer.in_proj mixer.out_proj",
+    "mamba2": """
+        embedding: backbone.embeddings
+        head: lm_head
+        other: mixer.conv1d mixer.in_proj mixer.out_proj
+    """,
     "jamba": EMBEDDINGS
     + FEED_FORWARD
     + MAMBA
@@ -117,7 +121,7 @@ FAMILIES: dict[str, str] = {
     "lfm3": """
         embedding: model.embed_tokens
         qk: self_attn.q_proj self_attn.k_proj
-        vo: self_attn.v_proj self_attn.out_proj
+        vo: self_attn.v_proj self_attn.o_proj self_attn.g_proj
         mlp: feed_forward.w1 feed_forward.w2 feed_forward.w3
         other: conv.conv conv.in_proj conv.out_proj
     """,
@@ -141,8 +145,8 @@ FAMILIES: dict[str, str] = {
     + """
         qk: self_attn.q_a_proj self_attn.q_b_proj
         vo: self_attn.kv_proj self_attn.o_a_proj self_attn.o_b_proj self_attn.compressor.kv_proj
-        other: self_attn.compressor.gate_proj self_attn.compressor.position_bias
-        other: indexer.position_bias indexer.kv_proj indexer.gate_proj indexer.q_b_proj indexer.scorer.weights_proj
+        other: self_attn.compressor.gate_proj
+        other: indexer.kv_proj indexer.gate_proj indexer.q_b_proj indexer.scorer.weights_proj
         other: attn_hc.fn ffn_hc.fn model.hc_head.hc_fn
     """,
     "longcat_flash": EMBEDDINGS
