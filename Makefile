@@ -20,7 +20,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev train train-megatron test test-all test-full test-rest lint format architecture \
-	pictures examples docs docs-config clients-table bench compare clean distclean
+	pictures examples docs docs-config docs-models clients-table bench compare clean distclean
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -115,6 +115,10 @@ docs-config: setup
 # The table in docs/clients.md: real clients on gloo, a quarter of an hour.
 clients-table: setup-dev
 	$(RUN_PATH) $(CPU_ENV) python -m tests.integrations.table
+
+# The tables in docs/models.md: every config class of the installed transformers, built without weights. A minute.
+docs-models: setup
+	$(BIN)/python docs/write_models.py
 
 $(VENV)/.stamp-docs: $(VENV)/.stamp-train
 	$(PIP) -e '.[train,report,docs]'

@@ -39,6 +39,7 @@ TRAIN = [
     "tensorboard>=2.16",
     "matplotlib>=3.8",
     "scipy>=1.13",
+    "pandas>=2.2",
     "jinja2>=3.1",
     "markdown-it-py>=3.0",
 ]

@@ -243,7 +243,7 @@ class MegatronCheckpoints:
 
     def _updates(self) -> int:
         """Updates that the optimizer's state counts, the most of any rank. Collective."""
-        mine = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+        mine = torch.zeros(dist.get_world_size(), dtype=torch.float64, device="cpu")
         mine[dist.get_rank()] = optimizer_steps(self.optimizer)
         return int(self.mols.reduce(mine).max())
 
@@ -312,6 +312,6 @@ class MegatronCheckpoints:
     def _load_window(self, saved: Any) -> None:
         """What this rank gives back at the end of the window; of 0.4.0: a `RandomState`."""
         if saved is not None and "torch" in saved:
-            self.window.load_former(saved["torch"], saved)
+            self.window.load_0_4_0(saved["torch"], saved)
         else:
             self.window.load_state_dict(saved)

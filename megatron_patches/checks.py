@@ -8,9 +8,9 @@ from torch import nn
 
 from megatron_patches import compat, precision
 from megatron_patches.compat import TransformerConfig
-from mols_ds.core.config import MolsConfig
+from mols_ds.core.config import Mode, MolsConfig
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
-from mols_ds.optim.step_trial import class_refusal
+from mols_ds.optim.step_trial import class_refusal, decay_in_moments
 
 
 def check_supported(optimizer: object, model_config: object, config: MolsConfig, *, fused: bool) -> None:
@@ -19,10 +19,19 @@ def check_supported(optimizer: object, model_config: object, config: MolsConfig,
     precision.check(model_config, getattr(optimizer, "config", None))
     unscaled = config.weight_decay == "unscaled"
     refusals = precision.optimizer_refusals(optimizer, config.measures, fused=fused, unscaled=unscaled)
-    for applies, what, way_out in refusals:
+    for applies, what, way_out in [*refusals, decay_refusal(optimizer, config.measures)]:
         if applies:
             raise MolsUnsupportedError(f"MoLS does not support {what}: {way_out}")
     check_classes(optimizer)
+
+
+def decay_refusal(optimizer: object, mode: Mode | None) -> precision.Refusal:
+    """Return the refusal of L2 decay in mode "moments". An unknown class is tried out."""
+    return precision.Refusal(
+        mode == "moments" and any(decay_in_moments(one) for one in precision.inner_optimizers(optimizer)),
+        "mode 'moments' with weight decay that is added to the gradient, and so is in Adam's moments",
+        'decoupled_weight_decay, weight_decay 0, or mode "probe" or "online"',
+    )
 
 
 def check_classes(optimizer: object) -> None:

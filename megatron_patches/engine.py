@@ -190,7 +190,7 @@ class MegatronMols(Session):
                     shared_counter=has_shared_counter(part.inner),
                     groups_only=reads_groups_only(part.inner),
                     parallel_list=parallel_list(part.inner),
-                    unscaled_decay=unscaled_decay(part.inner, self.config),
+                    unscaled_decay=unscaled_decay(part.inner, self.config.weight_decay),
                 )
             )
             self._hooks.append(part.inner.register_step_post_hook(self._read_moments))

@@ -33,7 +33,7 @@ from torch import nn
 
 from mols_ds.core.group_rules import Fused, Pattern, Rule, config_value, strip_wrappers, tower_of
 from mols_ds.core.groups import Granularity, GroupTable, build_layouts
-from mols_ds.core.layout import ElementLayout
+from mols_ds.core.layout import ElementLayout, base_group
 from mols_ds.core.param_names import kind_of
 from mols_ds.errors import MolsConfigError
 
@@ -285,12 +285,7 @@ MEGATRON_RULES: tuple[Rule, ...] = (
 
 def _mtp_suffix(layer: int) -> Callable[[str], str]:
     """Key of granularity "layer_type" -> the same key with another layer number."""
-
-    def rename(key: str) -> str:
-        base, dot, _ = key.partition(".")
-        return f"{base}{dot}{layer}" if dot else key
-
-    return rename
+    return lambda key: key if (base := base_group(key)) == key else f"{base}.{layer}"
 
 
 def tag_layouts(

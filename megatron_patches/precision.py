@@ -20,7 +20,6 @@ from megatron_patches.machine import RECIPES, Machine, probe_machine
 from mols_ds.core.config import Mode
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.optim.catalog import MEGATRON
-from mols_ds.optim.step_trial import decay_in_moments
 from mols_ds.optim.traits import has_adam_moments, has_several_betas, reads_groups_only, unscaled_refusal
 
 
@@ -368,11 +367,6 @@ def _moments_refusals(
             mode == "moments" and any(has_several_betas(one) for one in inner),
             "mode 'moments' with other betas in one parameter group than in another",
             'mode "probe" or "online"',
-        ),
-        Refusal(
-            mode == "moments" and any(decay_in_moments(one) for one in inner),
-            "mode 'moments' with weight decay that is added to the gradient, and so is in Adam's moments",
-            'decoupled_weight_decay, weight_decay 0, or mode "probe" or "online"',
         ),
         Refusal(
             mode == "moments" and any(dtype != torch.float32 for dtype in low),

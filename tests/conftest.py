@@ -24,7 +24,7 @@ settings.load_profile("untimed")
 
 @pytest.fixture(autouse=True)
 def environment_is_put_back() -> Iterator[None]:
-    """Megatron-core sets variables in this process; ranks of another environment would need servers of their own."""
+    """Megatron-core sets variables in this process; ranks of another environment would need separate servers."""
     before = dict(os.environ)
     yield
     if os.environ != before:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import functools
@@ -27,6 +26,12 @@ COMPILED = "megatron.core.datasets.helpers_cpp"
 """What `compile_helpers` compiles; megatron-core's wheel has it."""
 NOISE = "megatron.core.tensor_parallel.random"
 """Its warning that the CPU's random state has changed is wrong where that stands for CUDA's."""
+
+FUSED_ADAM = "--fused-adam"
+USAGE = (
+    f"usage: python -m megatron_patches.cpu [{FUSED_ADAM}] SCRIPT [ARGUMENTS]; SCRIPT: pretrain_gpt.py in a checkout "
+    f"of Megatron-LM; {FUSED_ADAM}: needed to load with --use-distributed-optimizer"
+)
 
 
 class _Device(NamedTuple):
@@ -125,13 +130,16 @@ def _is_no_noise(record: logging.LogRecord) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0, or 2 for a user's mistake, in one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_patches.cpu", description=__doc__)
-    parser.add_argument("--fused-adam", action="store_true", help="needed to load with --use-distributed-optimizer")
-    parser.add_argument("script", help="pretrain_gpt.py of a checkout of Megatron-LM")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
-    args = parser.parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    fused_adam = arguments[:1] == [FUSED_ADAM]
+    script, *rest = arguments[fused_adam:] or [""]
+    if script in ("-h", "--help"):
+        print(USAGE)
+        return 0
     try:
-        run_script(args.script, args.arguments, fused_adam=args.fused_adam)
+        if not script or script.startswith("-"):
+            raise MolsConfigError(USAGE)
+        run_script(script, rest, fused_adam=fused_adam)
     except MolsConfigError as error:
         print(f"megatron_patches.cpu: {error}", file=sys.stderr)
         return 2

@@ -17,7 +17,7 @@ from mols_ds.training.compare import run_arms
 from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import check_with_deepspeed, model_dtype, read_config, resolve
 from mols_ds.training.models import build_model, load_model_config, zero_init
-from mols_ds.training.ranks import check_run, quiet, run_command, start_ranks
+from mols_ds.training.ranks import check_run, run_command, silence_output, start_ranks
 from mols_ds.training.shipped import shipped_root
 from mols_ds.training.sources import DataSpec, check_hub
 from mols_ds.training.task import NextTokens
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Run with parsed arguments. Checks everything it can before anything slow starts."""
-    quiet()
+    silence_output()
     raw = read_config(args.config)
     model_config = load_model_config(args.model)
     spec = DataSpec.parse(args.data, text_key=args.text_key, eval_share=args.eval_share)
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     held_out = held_out_batches(tokens.held_out, shape, args.eval_sequences)
     torch.distributed.barrier()  # from here on ranks run together
     if rank == 0:
-        _say_what(args, config, tokenizer, shape)
+        _print_summary(args, config, tokenizer, shape)
     _arms(args, config, partial(_model, args, config, tokenizer), batches, held_out, shape)
 
 
@@ -146,7 +146,7 @@ def _arms(
     run_arms(job, compare=bool(args.compare))
 
 
-def _say_what(args: argparse.Namespace, config: JsonObject, tokenizer: Tokenizer, shape: BatchShape) -> None:
+def _print_summary(args: argparse.Namespace, config: JsonObject, tokenizer: Tokenizer, shape: BatchShape) -> None:
     precision = str(model_dtype(config)).removeprefix("torch.")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     tell(

@@ -8,7 +8,7 @@ from typing import Literal, NotRequired, TypedDict, cast
 import torch
 from torch import Tensor
 
-from mols_ds.core.exponents import MOST, UNDECIDED, Exponents
+from mols_ds.core.exponents import MAX_EXPONENT, UNDECIDED, Exponents
 from mols_ds.core.group_stats import BLOCK_COLUMNS, block_table
 from mols_ds.core.host_copies import HostCopies
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
@@ -239,7 +239,7 @@ class Accumulators:
 
     def free(self) -> None:
         """Release all memory. `count` and `block_sums` stay; every other use raises `MolsError` from now on."""
-        self.mean = self.m2 = self._block_mean = self._block_m2 = torch.empty(0)
+        self.mean = self.m2 = self._block_mean = self._block_m2 = torch.empty(0, device="cpu")
         self._group_index = self._scratch = self._pieces = None
         self._small, self._small_numel = [], 0
         self._copies = HostCopies()
@@ -250,7 +250,7 @@ class Accumulators:
         self._alive()
         if self._pieces is not None:
             raise MolsError("state_dict() inside a gradient sample: call close() or abort() first")
-        none = torch.zeros(0, self.n_groups, len(BLOCK_COLUMNS), dtype=torch.float64)
+        none = torch.zeros(0, self.n_groups, len(BLOCK_COLUMNS), dtype=torch.float64, device="cpu")
         return {
             "numel": self.numel,
             "count": self.count,
@@ -378,6 +378,6 @@ def _checked(state: object, mine: AccumulatorsState) -> AccumulatorsState:
     exponents = theirs.get("exponents", mine["exponents"])
     if not isinstance(exponents, Tensor) or _kind(exponents) != _kind(mine["exponents"]):
         raise MolsCheckpointError(f"the accumulators' 'exponents' are not {_kind(mine['exponents'])}")
-    if not bool(((exponents.abs() <= MOST) | (exponents == UNDECIDED)).all()):
-        raise MolsCheckpointError(f"the accumulators' 'exponents' are not in -{MOST} to {MOST}")
+    if not bool(((exponents.abs() <= MAX_EXPONENT) | (exponents == UNDECIDED)).all()):
+        raise MolsCheckpointError(f"the accumulators' 'exponents' are not in -{MAX_EXPONENT} to {MAX_EXPONENT}")
     return theirs

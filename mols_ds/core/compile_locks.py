@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-LONGEST = 1800.0
+STALE_SECONDS = 1800.0
 """Age in seconds from which a lock counts as stale. DeepSpeed's largest kernels compile in some minutes."""
 
 
@@ -17,7 +17,7 @@ def extensions_root() -> Path:
     return Path(given) if given else cache / "torch_extensions"
 
 
-def stale_locks(root: Path | None = None, *, older: float = LONGEST) -> list[Path]:
+def stale_locks(root: Path | None = None, *, older: float = STALE_SECONDS) -> list[Path]:
     """List lock files older than a compilation can take, oldest first.
 
     Args:

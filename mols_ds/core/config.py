@@ -112,7 +112,10 @@ class MolsConfig(Documented):
     `qk.1`, ..."""
     rules: tuple[tuple[Name, Name], ...] = ()
     """`[["regex", "group"], ...]`, searched in the full parameter name before the built-in rules. The first match wins.
-    A rule that matches nothing is an error."""
+    A rule that matches nothing is an error, and so is an unknown group. Groups are `embedding`, `head`, `qk`, `vo`,
+    `mlp`, `other`, `other_NAME` (measured, not scaled) and those of towers (`vision.qk`, ...); `"new:NAME"` asks for a
+    group of your own. `*` stands for the group that the built-in rules give: `"new:vision_*"` makes `vision_qk`,
+    `vision_vo`, ..., which are scaled. `"=weight"` puts a bias into the groups of its weight."""
     accumulators: AccumulatorConfig = AccumulatorConfig()
     """Where the running mean and M2 of the gradients are held during a calibration: 8 bytes per owned element. They are
     freed when the multipliers are set."""
@@ -124,7 +127,7 @@ class MolsConfig(Documented):
     weight_decay: Literal["scaled", "unscaled"] = "scaled"
     """Whether multipliers act on decoupled weight decay too. `"unscaled"`: every group decays at the base rate."""
     total_steps: Count | None = None
-    """Optimizer steps of the run. Needed for a share where no scheduler tells the length."""
+    """Optimizer steps of the run. Needed for a share if no scheduler gives the length."""
     report_dir: Name = "mols_report"
     """Where rank 0 writes `mols_report.json` and `mols_report.png`. A second engine of the process with the same folder
     writes to `REPORT_DIR-2`, with a warning."""

@@ -269,7 +269,7 @@ def _exp(value: float) -> float:
 
 def _ranked(histogram: Tensor, cumulative: Tensor, rank: int) -> float:
     """Return the element at 0-based `rank` in ascending order, interpolated geometrically inside its bin."""
-    index = int(torch.searchsorted(cumulative, torch.tensor(float(rank), dtype=cumulative.dtype), right=True))
+    index = int(torch.searchsorted(cumulative, cumulative.new_tensor(float(rank)), right=True))
     if index == 0:
         return bin_edge(0)
     if index == N_BINS - 1:

@@ -1,7 +1,7 @@
 """Scale small and large gradients by powers of two, so that their squares stay in fp32's range.
 
 In fp32 the square of a number below 2.6e-23 is 0, below 1e-19 it is rounded coarsely, and above 1.8e19 it is infinite.
-If the first gradient of a range of elements (a parameter) is outside `ORDINARY`, accumulators hold the range times the
+If the first gradient of a range of elements (a parameter) is outside `UNSCALED`, accumulators hold the range times the
 power of two that brings its largest element near 1. That multiplication is exact: results change only where squares
 would underflow or overflow.
 """
@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-ORDINARY = (2.0**-40, 2.0**40)
+UNSCALED = (2.0**-40, 2.0**40)
 """Largest magnitudes of a range without scaling: its squares are 2^46 or more inside fp32's range."""
-MOST = 100
+MAX_EXPONENT = 100
 """Largest exponent: fp32's largest power of two is 2^127."""
 UNDECIDED = -(2**15)
 """In a saved state: every gradient of this range was zero so far."""
@@ -68,14 +68,14 @@ class Exponents:
         for index, largest in zip(waiting, torch.stack(ends).abs().amax(1).tolist(), strict=True):
             if largest == 0.0:
                 self.undecided.append(index)
-            elif math.isfinite(largest) and not ORDINARY[0] <= largest <= ORDINARY[1]:
-                self._of[index] = max(-MOST, min(MOST, -math.frexp(largest)[1]))
+            elif math.isfinite(largest) and not UNSCALED[0] <= largest <= UNSCALED[1]:
+                self._of[index] = max(-MAX_EXPONENT, min(MAX_EXPONENT, -math.frexp(largest)[1]))
                 found.append((self.edges[index], self.edges[index + 1], self._of[index]))
         return found
 
     def state(self) -> Tensor:
         """Return one int16 per range: its exponent, or `UNDECIDED`."""
-        exponents = torch.zeros(max(0, len(self.edges) - 1), dtype=torch.int16)
+        exponents = torch.zeros(max(0, len(self.edges) - 1), dtype=torch.int16, device="cpu")
         for index, exponent in self._of.items():
             exponents[index] = exponent
         exponents[self.undecided] = UNDECIDED

@@ -81,7 +81,8 @@ def former_rules(
 def _former(name: str, table: GroupTable, megatron: bool) -> str | None:
     """The target of a rule that does what 0.4.0 did; None for what it did as now, or refused."""
     if megatron:
-        return AS_WEIGHT if _MEGATRON_BIAS.search(name) else None
+        head = "other" if name.endswith("binary_head.weight") else None
+        return AS_WEIGHT if _MEGATRON_BIAS.search(name) else head
     canonical = canonical_name(name)
     if len(table.shapes[name]) < 2 and canonical.adapter is None:
         return None

@@ -122,7 +122,7 @@ _ATTENTION = (
     r"\w*_self_attn))*"
 )
 _MLP = (
-    r"(?:\w*_)?(?:mlps?|moe|feed_?forward\d?|ffns?|ff\d?|experts?|DenseReluDense|PositionwiseFeedForward)"
+    r"(?:\w*_)?(?:mlps?|moe|feed_?forward\d?|ffns?\d?|ff\d?|experts?|DenseReluDense|PositionwiseFeedForward)"
     r"(?:_block|_layer|_in|_out|_macaron)?(?:\.(?:experts?|shared_experts?|expert_\d+|dense|ffn|mlp|w_in|net|ff|\d+))*"
 )
 _LAYER_ITSELF = r"\d+"  # layers.3 and the like; a PipelineModule numbers its layers
@@ -173,8 +173,11 @@ _OTHER: tuple[Rule, ...] = (
     _rule(r"per_layer_\w+|altup_\w+(?:\.\d+)?|(?:attention|mlp)_input\.query", "other"),
     # Dense layers before an output layer, poolers, projections of embeddings.
     _rule(r"out|out_mid", "other", inside="encoder", families=_GRANITE_SPEECH),
+    _rule(r"proj", "other", inside="decoder", families=("cohere_asr",)),
     _rule(
-        r"downsample\.reduction|upsample\.projection|\w*sequence_reduction|gru_rel_pos_linear|classifier\.linear_hidden|(?:head|projection_head)\.linear[12]|xpath_unitseq2_inner|inner2emb",
+        r"downsample\.reduction|upsample\.projection|\w*sequence_reduction|gru_rel_pos_linear|temporal_dense|"
+        r"classifier\.linear_hidden|(?:head|projection_head)\.linear[12]|xpath_unitseq2_inner|inner2emb|"
+        r"contact_head\.regression|(?:audio_)?enc_to_dec_proj",
         "other",
     ),
     _rule(r"dense", "other", families=("eurobert",)),
@@ -190,7 +193,7 @@ _OTHER: tuple[Rule, ...] = (
 _EMBEDDINGS: tuple[Rule, ...] = (
     _rule(
         r"wte|wpe|tok_emb|pos_emb|token_emb|pos_embed|(?:embed|word_embed|tokens_embed|positions_embed)(?!_out)(?:_\w+)?|"
-        r"\w*embeddings?(?:_\w*\d)?|\w*_emb|HashBucketCodepointEmbedder_\d|\w+_embeddings\.\d+|shared|embed_tokens\w*|embed_positions\w*|position_embeds?_layer",
+        r"\w*embeddings?(?:_\w*\d)?|segment_emb|HashBucketCodepointEmbedder_\d|\w+_embeddings\.\d+|shared|embed_tokens\w*(?:\.\d+)?|embed_positions\w*|position_embeds?_layer",
         "embedding",
     ),
     _rule(r"\w+_embed|\w+_embedder", "embedding", inside=r"(?:\w*_)?embeddings?"),
@@ -231,7 +234,6 @@ _HEADS: tuple[Rule, ...] = (
     ),
     Rule(re.compile(r"^(?:model\.)?(?:output|head|decoder)\.weight$"), "head"),
     _rule(r"lm_head\.out_proj", "head"),
-    _rule(r"proj", "head", families=("jev",)),
 )
 
 # The order of the rows of a fused query, key and value, by the config's model_type.
@@ -244,7 +246,7 @@ _QKV_PROJ = {
     "codegen": fused.codegen,
 }
 _QUERY_AND_GATE = ["qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp"]
-_QUERY_AND_GATE += ["qwen4_exp_text", "jev"]
+_QUERY_AND_GATE += ["qwen4_exp_text"]
 
 _FUSED: tuple[Rule, ...] = (
     _rule("c_attn", Fused(fused.halves, long_axis=True), inside="crossattention"),  # GPT-2: the query is q_attn
@@ -293,6 +295,12 @@ _MLPS: tuple[Rule, ...] = (
         r"dense_h_to_4h|dense_4h_to_h|c_fc|gate_up_proj|up_proj|down_proj|gate_proj|w1|w2|w3",
         "mlp",
         inside=_LAYER_ITSELF,
+    ),
+    # What connects towers: two linear layers, under many names.
+    _rule(
+        r"(?:\w*_)?linear_?(?:fc)?[12]?|mlp\.\d+|fc[12]|proj|(?:down|up|gate)_proj",
+        "mlp",
+        inside=r"(?:\w*_)?(?:projector|connector|aligner|mergers?(?:_list)?|modality_projection|adapter)(?:\.\d+)?",
     ),
     _rule(r"gate_up_proj_adapter_list\.\d+\.\d+", "mlp", inside=_MLP),  # Zamba2's adapters of shared layers
     _rule(r"adapter_modules\.\w+\.dense[12]", "mlp"),  # X-MOD
@@ -346,7 +354,7 @@ TOWERS: tuple[tuple[str, re.Pattern[str], tuple[str, ...]], ...] = tuple(
             "vision",
             r"(?:encoder\.)?vision_tower|vision_model|visual|vision_encoder|image_tower|video_tower|video_model|"
             r"image_encoder|image_model|img_processor|high_res_vision_model|vqmodel|visual_\w+|generation_\w+|"
-            r"embed_tokens_extend\.image_embed|vision_embed_tokens|patch_embed|image_newline",
+            r"embed_tokens_extend\.image_embed|vision_embed_tokens|image_newline",
             (),
         ),
         (

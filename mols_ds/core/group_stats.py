@@ -80,7 +80,7 @@ def bin_edge(position: float) -> float:
 
 def bin_edges() -> Tensor:
     """The `N_EDGES` edges, float64 on the CPU. Bin j holds edges[j-1] <= SNR_i < edges[j]. Same bits on every rank."""
-    return torch.tensor([bin_edge(j) for j in range(N_EDGES)], dtype=torch.float64)
+    return torch.tensor([bin_edge(j) for j in range(N_EDGES)], dtype=torch.float64, device="cpu")
 
 
 def find_bins(ratio: Tensor) -> Tensor:
@@ -139,9 +139,9 @@ class GroupSums:
         return cls(
             groups,
             floor,
-            torch.zeros(size, len(COLUMNS), dtype=f64),
-            torch.zeros(size, N_BINS, dtype=f64),
-            torch.zeros(n_blocks, size, len(BLOCK_COLUMNS), dtype=f64),
+            torch.zeros(size, len(COLUMNS), dtype=f64, device="cpu"),
+            torch.zeros(size, N_BINS, dtype=f64, device="cpu"),
+            torch.zeros(n_blocks, size, len(BLOCK_COLUMNS), dtype=f64, device="cpu"),
             block_length,
         )
 
@@ -327,7 +327,7 @@ _UPPER_EDGES: dict[torch.device, Tensor] = {}
 def _upper_edges(device: torch.device) -> Tensor:
     """Upper edge of every bin; NaN for the last one, so that every comparison is false."""
     if device not in _UPPER_EDGES:
-        _UPPER_EDGES[device] = torch.cat([bin_edges(), torch.full((1,), torch.nan, dtype=torch.float64)]).to(device)
+        _UPPER_EDGES[device] = torch.cat([bin_edges(), bin_edges().new_full((1,), torch.nan)]).to(device)
     return _UPPER_EDGES[device]
 
 

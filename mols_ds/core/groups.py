@@ -112,10 +112,13 @@ class _Resolver:
             if winner[1].group == AS_WEIGHT:
                 names, shape = [re.sub(r"bias(\d*)$", r"weight\1", winner[0])], (*shape, 1)
         found = [(name, layout) for name in names if (layout := self._preset(name, shape)) is not None]
-        if winner is not None and winner[1].follows_table:
-            return next(((name, winner[1].apply(layout)) for name, layout in found), None)
+        if winner is not None and winner[1].follows_table and found:
+            return found[0][0], winner[1].apply(found[0][1])
         found = [(name, self._in_tower(name, layout)) for name, layout in found]
         if not found:
+            vector = math.prod(shape) == max(shape, default=1) and not canonical_name(names[0]).name.endswith("weight")
+            if len(shape) < 2 or vector:
+                return names[0], ElementLayout.whole("other")
             # What the table does not know of a tower is not scaled, as all of it
             known = next((name for name in names if self._tower(name) is not None), None)
             return None if known is None or winner is not None else (known, ElementLayout.whole("other"))
@@ -149,8 +152,7 @@ class _Resolver:
                     f"parameter {name!r} adapts a fused projection and follows none of its rows; add a rule"
                 )
             return rule.target.layout(name, shape, config, adapter=canonical.adapter == "rows")
-        vector = math.prod(shape) == max(shape, default=1) and not canonical.name.endswith("weight")
-        return ElementLayout.whole("other") if len(shape) < 2 or vector else None
+        return None
 
     def _refuse(self, name: str, shape: tuple[int, ...], reason: str | None) -> None:
         self.refused.setdefault(kind_of(name), []).append(_Refused(name, shape, reason))

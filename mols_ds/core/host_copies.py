@@ -44,7 +44,7 @@ class HostCopies:
 
 def pinned(size: int, device: torch.device) -> Tensor:
     """Allocate `size` bytes of host memory: page-locked for CUDA devices, where asynchronous copies need it."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
 
 
 def copy_async(source: Tensor, target: Tensor) -> Callable[[], object]:

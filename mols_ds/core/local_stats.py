@@ -20,7 +20,7 @@ def group_index(owned: Sequence[ShardRange], layouts: Mapping[str, ElementLayout
     number = {group: i for i, group in enumerate(groups)}
     dtype = torch.uint8 if len(groups) <= 255 else torch.int16
     size = sum(item.numel for item in owned)
-    index = torch.zeros((size + STRIDE - 1) // STRIDE, dtype=dtype)
+    index = torch.zeros((size + STRIDE - 1) // STRIDE, dtype=dtype, device="cpu")
     for item in owned:
         first = -item.offset % STRIDE
         if first >= item.numel:
@@ -30,10 +30,10 @@ def group_index(owned: Sequence[ShardRange], layouts: Mapping[str, ElementLayout
         if len(layout.pattern) == 1:
             index[where : where + -(-(item.numel - first) // STRIDE)] = number[layout.pattern[0][1]]
             continue
-        elements = torch.arange(item.start + first, item.start + item.numel, STRIDE)
-        edges = torch.tensor([length for length, _ in layout.pattern]).cumsum(0)
+        elements = torch.arange(item.start + first, item.start + item.numel, STRIDE, device="cpu")
+        edges = torch.tensor([length for length, _ in layout.pattern], device="cpu").cumsum(0)
         slot = (elements // layout.inner) % int(edges[-1])
-        names = torch.tensor([number[group] for _, group in layout.pattern], dtype=dtype)
+        names = torch.tensor([number[group] for _, group in layout.pattern], dtype=dtype, device="cpu")
         index[where : where + elements.numel()] = names[torch.bucketize(slot, edges, right=True)]
     return index
 

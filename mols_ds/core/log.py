@@ -44,7 +44,7 @@ def tell(message: str, file: TextIO | None = None) -> None:
         print(printable_lines(message).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
-class Aside:
+class GuardedWriter:
     """Run writes of one rank beside training. Turns a failure into one warning per item: an exception would leave the
     other ranks waiting in their next collective."""
 

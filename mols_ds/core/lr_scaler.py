@@ -1,18 +1,18 @@
 """Apply a learning-rate multiplier per module group around an optimizer's step.
 
-Between torch's step hooks the optimizer has temporary parameter groups with lr x multiplier. Afterwards it has
-its own groups: schedulers, logging and checkpoints see the base rate and the stock layout, and nothing compounds.
-`torch.compile(optimizer.step)` leaves the hooks out of its graphs: traced, they would not put the groups back.
+Between torch's step hooks the optimizer has temporary parameter groups with lr x multiplier. Afterwards it has its own:
+schedulers, logs and checkpoints see the base rate and the stock layout. Nothing compounds.
+`torch.compile(optimizer.step)` leaves the hooks out of its graphs: traced, they would not restore the groups.
 
 A tensor with elements of several groups (a ZeRO flat shard, a fused projection) is stepped in one of two ways:
 - **views**: contiguous segments of equal multiplier become views of the weight, the gradient and the optimizer state.
   No copy, no extra pass, bit for bit equal to an optimizer over separate tensors. For elementwise optimizers only.
 - **delta**: a range is stepped with its largest multiplier `lead`. Then w = w_old + (s / lead) * (w_new - w_old) on its
-  other parts, from a temporary copy of just those. Exact for every update proportional to lr (decoupled weight decay
-  included). For interleaved ranges (GPT-2's columns) and optimizers that use whole tensors.
+  other parts, from a copy of just those. Exact for updates proportional to lr (decoupled weight decay included). For
+  interleaved ranges (GPT-2's columns) and optimizers that use whole tensors.
 
-An optimizer that may find tensors outside `param_groups` never gets temporary groups. It steps at the base rate, and
-delta with lead = 1 corrects every scaled range, from a temporary copy of all of them.
+An optimizer that may find tensors outside `param_groups` gets no temporary groups. It steps at the base rate, and delta
+with lead = 1 corrects every scaled range, from a copy of all of them.
 
 Decoupled weight decay is lr x weight_decay x w, so the multiplier scales it too. To keep the decay of the base rate, a
 temporary group has weight_decay / multiplier, and delta mixes the new weights with w_old (1 - lr x weight_decay).
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mols_ds.core.groups import ElementLayout
+from mols_ds.core.layout import ElementLayout
 from mols_ds.core.pieces import gradient_of
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.state_slices import Sliced, align_counters, copied, sliceable, slices_of, write_back
@@ -57,10 +57,8 @@ class Segment(NamedTuple):
 
 
 class InterleavedSegment(NamedTuple):
-    """A segment with several groups: elements [start, ...) of a parameter with this layout.
-
-    Delta corrects the elements whose multiplier is not the largest.
-    """
+    """A segment with several groups: elements [start, ...) of a parameter with this layout. Delta corrects the elements
+    whose multiplier is not the largest."""
 
     segment: Segment
     start: int
@@ -120,10 +118,8 @@ def is_interleaved(layout: ElementLayout, numel: int, *, elementwise: bool) -> b
 
 
 class _Delta(NamedTuple):
-    """A range to set to (1 - scale) x `old` + scale x (its weights after the step).
-
-    old: weights before the step, decayed at the base rate where decay is not scaled.
-    """
+    """A range to set to (1 - scale) x `old` + scale x (its weights after the step). old: weights before the step,
+    decayed at the base rate where decay is not scaled."""
 
     view: Tensor
     old: Tensor
@@ -134,12 +130,12 @@ class _Derived(NamedTuple):
     """A parameter group, the temporary group that gives its new values, and that group's values before the step."""
 
     group: ParamGroup
-    told: ParamGroup
+    source: ParamGroup
     made: ParamGroup
 
     def write_back(self) -> None:
         """Copy values that the step changed back to the group. A tensor changed in place stays the same object."""
-        for key, value in self.told.items():
+        for key, value in self.source.items():
             if key in ("lr", "params") or (key == "weight_decay" and value is self.made.get(key)):
                 continue
             old, in_place = self.group.get(key), value is self.made.get(key)
@@ -234,12 +230,12 @@ class LRScaler:
                 self.optimizer.state.pop(view, None)
         self._saved, self._saved_list, self._derived, self._slices = None, None, [], []
 
-    def take_unknown(self) -> list[Tensor]:
+    def take_unplanned(self) -> list[Tensor]:
         """Return the tensors stepped with a gradient but without a plan, each once. They keep the base rate."""
         taken, self._unknown = self._unknown, []
         return taken
 
-    def _note_unknown(self) -> None:
+    def _note_unplanned(self) -> None:
         for group in self.optimizer.param_groups:
             for tensor in group["params"]:
                 if id(tensor) not in self._known and tensor.grad is not None:
@@ -249,7 +245,7 @@ class LRScaler:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self.restore()
-        self._note_unknown()
+        self._note_unplanned()
         multipliers = {g: m for g, m in self.multipliers().items() if m != 1.0}
         if not multipliers:
             return

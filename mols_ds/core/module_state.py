@@ -11,18 +11,18 @@ from torch import Tensor, nn
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of an element -> integer dtype for the checksum."""
-TORCHS = frozenset(vars(nn.Module()))
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """Attributes of every module: hooks, `training`. Only the caller sets them."""
 FP8_TENSORS = ("scale", "scale_inv", "amax_history")
 """Attributes of each entry of `module.fp8_meta` (transformer_engine/pytorch/module/base.py)."""
 
-Held = Callable[[nn.Parameter], Tensor | None]
+LocalTensor = Callable[[nn.Parameter], Tensor | None]
 """Parameter -> the tensor that this rank holds of it."""
 Tracker = dict[str, Any]
 """Sums for logging: name -> a tensor, or an entry with the tensor `values`."""
 
 
-class Seen(NamedTuple):
+class Snapshot(NamedTuple):
     """One module before a batch: its buffers, and its plain attributes (numbers, strings, other tensors)."""
 
     module: nn.Module
@@ -51,10 +51,10 @@ class ModuleState:
         roots: Sequence[nn.Module],
         leave: tuple[str, ...] = (),
         trackers: Callable[[], Sequence[Tracker]] = tuple,
-        held: Held = lambda parameter: parameter,
+        held: LocalTensor = lambda parameter: parameter,
     ) -> None:
         self.roots, self.leave, self.trackers, self.held = roots, leave, trackers, held
-        self._seen: list[Seen] | None = None
+        self._seen: list[Snapshot] | None = None
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._sums: list[tuple[Tracker, Tracker]] = []
 
@@ -62,7 +62,7 @@ class ModuleState:
         """Copy the state, unless a copy exists."""
         if self._seen is not None:
             return
-        self._seen = [Seen(m, dict(m._buffers), dict(self._plain(m))) for m in self._modules()]
+        self._seen = [Snapshot(m, dict(m._buffers), dict(self._plain(m))) for m in self._modules()]
         self._sums = [(tracker, dict(tracker)) for tracker in self.trackers()]
         tensors = {id(tensor): tensor for tensor in self._tensors() if _can_copy(tensor)}
         self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
@@ -117,7 +117,7 @@ class ModuleState:
         if hasattr(module, "fp8_meta"):
             return
         for name, value in vars(module).items():
-            if name in TORCHS or name.startswith(self.leave) or not _is_plain(value):
+            if name in MODULE_ATTRIBUTES or name.startswith(self.leave) or not _is_plain(value):
                 continue
             if module._buffers or not isinstance(value, bool):
                 yield name, value

@@ -37,9 +37,9 @@ class NewWeights:
         self.again, self._held = again, {id(p) for p in held}
         self._frozen = {name: p for name, p in self._named() if not p.requires_grad}
 
-    def look(self, say: Callable[[str], None]) -> None:
+    def check(self, say: Callable[[str], None]) -> None:
         """Check after a step. No communication; takes a few microseconds if nothing changed."""
-        stepped = [tensor for scaler in self.scalers for tensor in scaler.take_unknown()]
+        stepped = [tensor for scaler in self.scalers for tensor in scaler.take_unplanned()]
         if stepped:
             found = {id(tensor) for tensor in stepped}
             names = [name for name, p in self._named() if id(p) in found] or ["none of the model's"]

@@ -7,15 +7,15 @@ from itertools import chain, islice
 
 from mols_ds.errors import MolsConfigError
 
-DEEPEST = 100
+MAX_DEPTH = 100
 """Nesting levels. Python's own limit is 1,000 calls."""
-MOST = 10_000_000
+MAX_VALUES = 10_000_000
 """Number of values; aliases count each time."""
-BITS = 64
+MAX_BITS = 64
 """Bits of an integer, with its sign."""
 
 
-def check_plain(content: object, where: str, most: int = MOST) -> None:
+def check_plain(content: object, where: str, most: int = MAX_VALUES) -> None:
     """Check depth, number and integer size of plain values.
 
     Args:
@@ -24,24 +24,24 @@ def check_plain(content: object, where: str, most: int = MOST) -> None:
         most: largest number of values.
 
     Raises:
-        MolsConfigError: nested deeper than DEEPEST (or in itself), more than `most` values, or an integer of more than
-            BITS bits; one line.
+        MolsConfigError: nested deeper than MAX_DEPTH (or cyclic), more than `most` values, or an integer of more than
+            MAX_BITS bits; one line.
     """
     level, count = [content], 1
-    for _ in range(DEEPEST):
+    for _ in range(MAX_DEPTH):
         if any(map(_too_large, level)):
-            raise MolsConfigError(f'{where}: "{next(_places(content))}": an integer of more than {BITS} bits')
+            raise MolsConfigError(f'{where}: "{next(_places(content))}": an integer of more than {MAX_BITS} bits')
         level = list(islice(chain.from_iterable(map(_inside, level)), most))
         count += len(level)
         if count > most:
             raise MolsConfigError(f"{where}: more than {most:,} values (an alias counts as all its values)")
         if not level:
             return
-    raise MolsConfigError(f"{where}: nested too deeply, in more than {DEEPEST} levels")
+    raise MolsConfigError(f"{where}: nested too deeply, in more than {MAX_DEPTH} levels")
 
 
 def _too_large(value: object) -> bool:
-    return isinstance(value, int) and value.bit_length() >= BITS
+    return isinstance(value, int) and value.bit_length() >= MAX_BITS
 
 
 def _inside(value: object) -> Collection[object]:

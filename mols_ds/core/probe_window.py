@@ -144,7 +144,7 @@ class ProbeWindow:
             self._stream, self._generators = copied(saved["stream"]), copied(saved["generators"])
             self._at_end, self._engine = copied(saved["at_end"]), copied(saved["engine"])
 
-    def load_former(self, cpu: torch.Tensor, engine: Any) -> None:
+    def load_0_4_0(self, cpu: torch.Tensor, engine: Any) -> None:
         """Load a window of release 0.4.0: its passes drew from the CPU generator, which is set to `cpu` at the end."""
         self.load_state_dict({"stream": None, "generators": [], "at_end": cpu, "engine": engine})
 

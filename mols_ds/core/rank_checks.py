@@ -28,10 +28,10 @@ def check_section(config: MolsConfig, reduce: Reduce) -> None:
     Raises:
         MolsError: on every rank.
     """
-    said = {key: value for key, value in section_of(config).items() if key != "report_dir"}
-    number = zlib.crc32(repr(sorted(said.items())).encode())
-    mark = torch.tensor(list(number.to_bytes(4, "big")), dtype=torch.float64)
-    ranks, *sums = reduce(torch.cat([torch.ones(1, dtype=torch.float64), mark, mark.square()])).tolist()
+    compared = {key: value for key, value in section_of(config).items() if key != "report_dir"}
+    number = zlib.crc32(repr(sorted(compared.items())).encode())
+    mark = torch.tensor(list(number.to_bytes(4, "big")), dtype=torch.float64, device="cpu")
+    ranks, *sums = reduce(torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), mark, mark.square()])).tolist()
     # n * sum(b^2) = (sum b)^2 only if all n values are equal; integers below 2^53, so this is exact
     if any(ranks * squares != total * total for total, squares in zip(sums[:4], sums[4:], strict=True)):
         raise MolsError(
@@ -54,7 +54,8 @@ def check_counts(table: GroupTable, owned: Iterable[ShardRange], reduce: Reduce)
     for item in owned:
         for group, count in table.layouts[item.name].counts(item.start, item.numel).items():
             mine[group] += count
-    counted = reduce(torch.tensor([float(count) for count in mine.values()], dtype=torch.float64)).tolist()
+    counts = torch.tensor([float(count) for count in mine.values()], dtype=torch.float64, device="cpu")
+    counted = reduce(counts).tolist()
     for group, count in zip(mine, counted, strict=True):
         if int(count) != table.elements[group]:
             raise MolsError(

@@ -80,7 +80,7 @@ def changed(saved: object, config: MolsConfig, phase: Phase) -> tuple[list[str],
     return kept, applied
 
 
-def on_again(saved: Mapping[str, Any], t: int) -> str | None:
+def reenabled_warning(saved: Mapping[str, Any], t: int) -> str | None:
     """Return a warning for a state that a run with MoLS off kept and that is loaded at step t; None for others."""
     since = saved.get(SINCE)
     if since is None:

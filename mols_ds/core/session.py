@@ -4,8 +4,7 @@
     online   take the step and measure its gradient
     moments  take the step and read Adam's moments after the last step of the window
 
-Each engine adapter has a subclass of `Session`. It passes the engine's own step to `take_step`, and provides the
-gradients (`source`) and the rate scalers (`scalers`).
+An engine adapter subclasses `Session` and passes the engine's own step to `take_step`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from mols_ds.core.pieces import zero_pieces
 from mols_ds.core.probe_window import ProbeWindow
 from mols_ds.core.protocols import GradientSource
 from mols_ds.core.ranges import ShardRange
-from mols_ds.core.resume_rules import changed, on_again, section_of
+from mols_ds.core.resume_rules import changed, reenabled_warning, section_of
 from mols_ds.errors import MolsError, MolsUnsupportedError
 
 Key = TypeVar("Key")
@@ -64,9 +63,9 @@ class Session(Handle, ABC):
         self._sampling = self._sampled = self._stepping = False
         self._step_number = 0
         self._betas = SteadyBetas()
-        self._to_guard = GUARDED_STEPS
-        self._stay: set[str] = set()
-        self._went_around = False
+        self._steps_to_guard = GUARDED_STEPS
+        self._kept_buffers: set[str] = set()
+        self._warned_no_forward = False
 
     @property
     def controller(self) -> Controller:
@@ -101,11 +100,8 @@ class Session(Handle, ABC):
         """Run before the engine's own step; mode "online" may take its sample here."""
 
     def _lower_scale(self) -> bool:
-        """Lower a dynamic loss scale after a non-finite gradient, as a skipped step of the engine does.
-
-        Returns:
-            Whether it was lowered, the same on every rank. Then the batch does not count as an attempt.
-        """
+        """Lower a dynamic loss scale after a non-finite gradient, as a skipped step of the engine does. Returns whether
+        it was lowered, the same on every rank: then the batch does not count as an attempt."""
         return False
 
     def _after_discard(self, usable: bool) -> None:
@@ -123,8 +119,7 @@ class Session(Handle, ABC):
             Whether `stock` was called.
 
         Raises:
-            MolsError: on every rank; in one of the first scaled steps the optimizer left out a tensor or stepped it
-                twice.
+            MolsError: on every rank, if the optimizer left out a tensor or stepped it twice (first scaled steps only).
         """
         controller = self.controller
         if controller.discards_steps:
@@ -134,7 +129,7 @@ class Session(Handle, ABC):
         self._sampling, self._sampled = controller.measuring and self.config.mode == "online", False
         reads_moments = controller.reads_moments_next
         self._step_number, self._stepping = t + 1, True
-        guarded = self._to_guard > 0 and any(rate != 1.0 for rate in controller.rates(t).values())
+        guarded = self._steps_to_guard > 0 and any(rate != 1.0 for rate in controller.rates(t).values())
         for scaler in self.scalers:
             scaler.watching = guarded
             scaler.keep_order()
@@ -147,7 +142,7 @@ class Session(Handle, ABC):
                 scaler.restore()
         if updated:
             controller.applied(t, base)
-            self.new_weights.look(lambda line: controller.warn(line, every_rank=True))
+            self.new_weights.check(lambda line: controller.warn(line, every_rank=True))
         if updated and guarded:
             self._check_stepped()
         self._close_step(updated, reads_moments)
@@ -156,7 +151,7 @@ class Session(Handle, ABC):
 
     def _check_stepped(self) -> None:
         """End a guarded step: raise on all ranks if one saw a wrong step. One reduction of 8 bytes."""
-        self._to_guard -= 1
+        self._steps_to_guard -= 1
         problem = next((scaler.problem for scaler in self.scalers if scaler.problem), "")
         if not self.agree(not problem):
             raise MolsError(
@@ -175,7 +170,7 @@ class Session(Handle, ABC):
             self.take_sample(1.0 / self.source.loss_scale())
         self.source.discard()
         self._after_discard(usable)
-        self._give_back()
+        self._restore_batch()
         if not usable and self._lower_scale():
             controller.log("MoLS: a gradient overflowed; the loss scale is lowered and the batch is not counted")
         else:
@@ -184,19 +179,19 @@ class Session(Handle, ABC):
             self._close_window()
         controller.advance(t)
 
-    def _give_back(self) -> None:
+    def _restore_batch(self) -> None:
         """Restore module state after a discarded batch. Warns about state that cannot be restored."""
-        if not self.window.passed and not self._went_around:
-            self._went_around = True
+        if not self.window.passed and not self._warned_no_forward:
+            self._warned_no_forward = True
             self.controller.warn(
                 "no forward pass of the whole model was seen in a batch of the probe window (only of parts of it?): "
                 'random numbers and buffers cannot be restored; call the model, or set "mode": "online"',
                 every_rank=True,
             )
-        new = sorted({*self.window.close_batch()} - self._stay)
+        new = sorted({*self.window.close_batch()} - self._kept_buffers)
         self.window.passed = False
         if new:
-            self._stay |= {*new}
+            self._kept_buffers |= {*new}
             self.controller.warn(
                 "modules registered buffers in a batch of the probe window, which cannot be removed: "
                 f'{", ".join(new[:3])}; set a later "mols.start", or "mode": "online"',
@@ -297,7 +292,7 @@ class Session(Handle, ABC):
         if self.controller.elements.has_squares:
             return
         if noise_weight is None:
-            zero = torch.zeros(1)
+            zero = torch.zeros(1, device="cpu")
             noise_weight = adam_moments(zero, zero, *self.adam_settings(self._step_number))[2]
         self.controller.elements.open_squares(NoiseFloor(1.0, noise_weight))
 
@@ -309,7 +304,7 @@ class Session(Handle, ABC):
 
     def agree(self, ok: bool) -> bool:
         """Whether `ok` is True on every rank: one all-reduce of 8 bytes."""
-        return int(self.reduce(torch.tensor([0.0 if ok else 1.0], dtype=torch.float64)).item()) == 0
+        return int(self.reduce(torch.tensor([0.0 if ok else 1.0], dtype=torch.float64, device="cpu")).item()) == 0
 
     # ------------------------------------------------------------------ after loading a checkpoint
 
@@ -331,8 +326,8 @@ class Session(Handle, ABC):
         """
         controller = self.controller
         controller.load_state_dict(saved)
-        if (said := on_again(saved, t)) is not None:
-            controller.warn(said, every_rank=True)
+        if (warning := reenabled_warning(saved, t)) is not None:
+            controller.warn(warning, every_rank=True)
         kept, applied = changed(saved.get("section"), self.config, controller.phase)
         for line in kept:
             controller.warn(line, every_rank=True)
@@ -392,9 +387,7 @@ def _moments_of(optimizer: Optimizer, tensor: Tensor) -> Mapping[str, Any]:
 def largest_holder(layout_counts: Iterable[tuple[Key, Mapping[str, int]]], groups: Iterable[str]) -> dict[str, Key]:
     """Return module group -> the parameter group with most of its elements; absent if it has none.
 
-    Args:
-        layout_counts: (parameter group, elements of each module group) per parameter.
-        groups: the module groups.
+    `layout_counts`: (parameter group, elements of each module group) per parameter.
     """
     held: dict[str, dict[Key, int]] = {group: {} for group in groups}
     for key, counts in layout_counts:

@@ -45,6 +45,7 @@ def check_saved(
         saved: value of the key "mols" of a checkpoint (DeepSpeed: of its client_state); may be anything.
         elements: module group -> element count of this run's model.
         state_keys: keys of `Calibration.state_dict`.
+        advise: saved module groups -> what to do where they differ from this run's.
 
     Raises:
         MolsCheckpointError: it is not.

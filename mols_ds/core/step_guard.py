@@ -105,7 +105,7 @@ def _state_numbers(optimizer: Optimizer, tensor: Tensor, at: Tensor) -> dict[str
     for key, value in optimizer.state.get(tensor, {}).items():
         if isinstance(value, Tensor) and value.numel() > 0 and not value.is_complex():
             same = value.numel() == tensor.numel()
-            found[key] = _at(value, at if same else torch.tensor([0, value.numel() - 1]))
+            found[key] = _at(value, at if same else torch.tensor([0, value.numel() - 1], device="cpu"))
         elif isinstance(value, int | float):
             found[key] = (float(value),)
     return found

@@ -10,7 +10,7 @@ from typing import Annotated, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-LONGEST = 200
+MAX_SHOWN = 200
 """Characters of a wrong value in a message."""
 SHOULD_BE = "Input should be "
 """Start of pydantic's message for a wrong type or value."""
@@ -60,7 +60,7 @@ def validation_message(error: ValidationError, kind: object = None, prefix: str 
 def _short(value: object) -> str:
     """repr() of any value; shortened in the middle if long."""
     text = repr(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} ... {text[-MAX_SHOWN // 2 :]}"
 
 
 def suggestion(key: str, known: Sequence[str]) -> str:

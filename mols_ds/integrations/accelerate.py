@@ -19,7 +19,7 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed.api import attach_to, check_is_engine
 from mols_ds.errors import MolsConfigError
-from mols_ds.integrations.client import fill_section, log_values, one_section
+from mols_ds.integrations.client import fill_section, log_values, resolve_section
 from mols_ds.optim.scheduler_hints import scheduler_hints
 
 __all__ = ["attach", "log_values"]
@@ -59,15 +59,15 @@ def attach(
         raise MolsConfigError("attach: an optimizer does not know its engine; pass the model that prepare() returned")
     check_is_engine(engine)
     if isinstance(optimizer, AcceleratedOptimizer):
-        _let_it_say_skipped(optimizer)
+        _add_overflow(optimizer)
     if isinstance(getattr(engine, "mols", None), Session):
         return engine.mols  # type: ignore[no-any-return]
-    found = one_section(section, engine.config, "mols_ds.integrations.accelerate.attach")
+    found = resolve_section(section, engine.config, "mols_ds.integrations.accelerate.attach")
     total, warmup = _lengths(scheduler)
     return attach_to(engine, fill_section(found, total_steps or total, warmup), "client")
 
 
-def _let_it_say_skipped(optimizer: AcceleratedOptimizer) -> None:
+def _add_overflow(optimizer: AcceleratedOptimizer) -> None:
     """Add the attribute `overflow` to a torch optimizer: Accelerate reads it on the ZeRO optimizer."""
     inner = optimizer.optimizer
     if isinstance(inner, torch.optim.Optimizer) and not hasattr(inner, "overflow"):

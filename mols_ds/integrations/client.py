@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def log_values(handle: Handle) -> dict[str, float]:
     return found
 
 
-def one_section(argument: Mapping[str, Any] | None, config: Mapping[str, Any] | None, who: str) -> dict[str, Any]:
+def resolve_section(argument: Mapping[str, Any] | None, config: Mapping[str, Any] | None, who: str) -> dict[str, Any]:
     """Return the section from the argument or the DeepSpeed config.
 
     Args:
@@ -74,7 +75,7 @@ def fill_section(section: Mapping[str, Any], total_steps: int | None, warmup_ste
 
 
 @contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
+def preserved_rng_state() -> Iterator[None]:
     """Restore the RNG state of torch, the accelerator, numpy and Python after reading and computing a batch."""
     accelerator = get_accelerator()
     saved = torch.get_rng_state(), accelerator.get_rng_state(), np.random.get_state(), random.getstate()
@@ -88,7 +89,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def attributes_kept(owner: object) -> Iterator[None]:
+def preserved_attributes(owner: object) -> Iterator[None]:
     """Undo assignments to attributes of `owner`, and additions to its private containers of numbers (`_metrics` of
     TRL's trainers), which are replaced by copies within the context."""
     saved = dict(vars(owner))
@@ -101,6 +102,42 @@ def attributes_kept(owner: object) -> Iterator[None]:
         for name in set(vars(owner)) - set(saved):
             delattr(owner, name)
         vars(owner).update(saved)
+
+
+@contextlib.contextmanager
+def preserved_loader(loader: object) -> Iterator[None]:
+    """Iterators that the code inside makes leave no trace in a loader: its attributes, those of its samplers, and the
+    state of their generators are put back."""
+    holders: dict[int, object] = {}
+    found = [loader]
+    while found:
+        holder = found.pop()
+        if hasattr(holder, "__dict__") and id(holder) not in holders:
+            holders[id(holder)] = holder
+            found += [getattr(holder, name, None) for name in ("sampler", "batch_sampler", "base_dataloader")]
+    states = [state for holder in holders.values() for value in vars(holder).values() for state in _random_state(value)]
+    try:
+        with contextlib.ExitStack() as stack:
+            for holder in holders.values():
+                stack.enter_context(preserved_attributes(holder))
+            yield
+    finally:
+        for put_back, state in states:
+            put_back(state)
+
+
+def _random_state(value: object) -> list[tuple[Callable[[Any], object], Any]]:
+    """(function that puts it back, state) of a generator; nothing of anything else."""
+    if isinstance(value, torch.Generator):
+        return [(value.set_state, value.get_state())]
+    if isinstance(value, random.Random):
+        return [(value.setstate, value.getstate())]
+    if isinstance(value, np.random.RandomState):
+        return [(value.set_state, value.get_state())]
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return [(functools.partial(setattr, bits, "state"), bits.state)]
+    return []
 
 
 def _is_plain(value: object) -> bool:

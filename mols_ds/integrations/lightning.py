@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import CombinedLoader
@@ -24,7 +24,13 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed.patching import patched_with
 from mols_ds.errors import MolsError, MolsUnsupportedError
-from mols_ds.integrations.client import attributes_kept, fill_section, log_values, one_section, random_state_kept
+from mols_ds.integrations.client import (
+    fill_section,
+    log_values,
+    preserved_loader,
+    preserved_rng_state,
+    resolve_section,
+)
 
 WHO = "MolsCallback"
 FIRST_EPOCH = 1_000_003  # of the extra batches: an order that no training epoch has
@@ -52,7 +58,7 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
             raise MolsUnsupportedError(
                 f"{WHO}: the strategy is {type(strategy).__name__}; use Trainer(strategy=DeepSpeedStrategy(...))"
             )
-        section = one_section(self.section, strategy.config, WHO)
+        section = resolve_section(self.section, strategy.config, WHO)
         build = strategy._setup_model_and_optimizer
 
         def build_with_mols(*args: Any, **kwargs: Any) -> Any:
@@ -86,7 +92,7 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
                 f'{WHO}: mode "probe" measures extra batches and does not support manual optimization; '
                 'use "mode": "online"'
             )
-        with random_state_kept(), _silent(pl_module), _own_order(trainer) as loader:
+        with preserved_rng_state(), _muted_logs(pl_module), _separate_loader(trainer) as loader:
             self._measure(trainer, loader, batch_idx)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -122,7 +128,7 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _silent(pl_module: Any) -> Iterator[None]:
+def _muted_logs(pl_module: Any) -> Iterator[None]:
     """Drop what `training_step` logs for an extra batch."""
     own = vars(pl_module).get("log")
     pl_module.log = lambda *args, **kwargs: None
@@ -136,7 +142,7 @@ def _silent(pl_module: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_order(trainer: Any) -> Iterator[CombinedLoader]:
+def _separate_loader(trainer: Any) -> Iterator[CombinedLoader]:
     """Yield the training data in another order. Restores loaders, samplers and their generators afterwards."""
     combined = CombinedLoader(trainer.train_dataloader, trainer.fit_loop._combined_loader._mode)
     for loader in combined.flattened:
@@ -145,20 +151,8 @@ def _own_order(trainer: Any) -> Iterator[CombinedLoader]:
                 f'{WHO}: mode "probe" reads extra batches from the training loader, which persistent_workers=True does '
                 'not allow: set it to False, or use "mode": "online"'
             )
-    holders = [*combined.flattened, *(getattr(loader, "sampler", None) for loader in combined.flattened)]
-    found = [getattr(holder, "generator", None) for holder in holders]
-    generators = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
-    samplers: list[Any] = [h for h in holders if hasattr(h, "set_epoch") and hasattr(h, "epoch")]
-    epochs = [sampler.epoch for sampler in samplers]
-    for sampler in samplers:
-        sampler.set_epoch(FIRST_EPOCH + int(trainer.global_step))
-    try:
-        with contextlib.ExitStack() as stack:
-            for loader in combined.flattened:  # a loader that can be resumed knows its last iterator
-                stack.enter_context(attributes_kept(loader))
-            yield combined
-    finally:
-        for generator, state in generators:
-            generator.set_state(state)
-        for sampler, epoch in zip(samplers, epochs, strict=True):
-            sampler.set_epoch(epoch)
+    with contextlib.ExitStack() as stack:
+        for loader in combined.flattened:
+            stack.enter_context(preserved_loader(loader))
+            _set_sampler_epoch(loader, FIRST_EPOCH + int(trainer.global_step))
+        yield combined

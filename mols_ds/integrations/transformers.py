@@ -21,7 +21,14 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed.patching import patched_with
 from mols_ds.errors import MolsError, MolsUnsupportedError
-from mols_ds.integrations.client import attributes_kept, fill_section, log_values, one_section, random_state_kept
+from mols_ds.integrations.client import (
+    fill_section,
+    log_values,
+    preserved_attributes,
+    preserved_loader,
+    preserved_rng_state,
+    resolve_section,
+)
 
 WHO = "MolsCallback"
 FIRST_EPOCH = 1_000_003  # of the extra batches: an order that no training epoch has
@@ -58,7 +65,7 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
             raise MolsUnsupportedError(
                 f"{WHO}: this Trainer does not use DeepSpeed; give TrainingArguments(deepspeed=CONFIG)"
             )
-        one_section(self.section, trainer.accelerator.deepspeed_plugin.deepspeed_config, WHO)
+        resolve_section(self.section, trainer.accelerator.deepspeed_plugin.deepspeed_config, WHO)
         self.trainer = trainer
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
@@ -88,8 +95,8 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
 
         def prepare_deepspeed(*args: Any) -> Any:
             config = accelerator.deepspeed_plugin.deepspeed_config
-            section = one_section(self.section, config, WHO)
-            with _left_out(config, "mols"):  # accelerate refuses every "auto" that it cannot fill
+            section = resolve_section(self.section, config, WHO)
+            with _without_key(config, "mols"):  # accelerate refuses every "auto" that it cannot fill
                 if not any(_is_optimizer(argument) for argument in args):
                     return prepare(*args)
                 steps = self.trainer.state.max_steps
@@ -122,7 +129,7 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure all samples on extra batches when the calibration is due (mode "probe")."""
         if isinstance(self.mols, Session) and self.mols.controller.discards_steps:
-            with random_state_kept(), attributes_kept(self.trainer), self._extra_batches() as loader:
+            with preserved_rng_state(), preserved_attributes(self.trainer), self._extra_batches() as loader:
                 self._measure(loader)
 
     @contextlib.contextmanager
@@ -138,7 +145,8 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
                 'return a new one, or use "mode": "online"'
             )
         try:
-            yield loader
+            with preserved_loader(loader):  # a sampler of the user's may be shared with the loader that trains
+                yield loader
         finally:
             accelerator._dataloaders[:], state.dataloader_references = known, references
             state._set_sync_gradients(sync)
@@ -169,7 +177,7 @@ def _is_optimizer(value: object) -> bool:
 
 
 @contextlib.contextmanager
-def _left_out(config: dict[str, Any], key: str) -> Iterator[None]:
+def _without_key(config: dict[str, Any], key: str) -> Iterator[None]:
     """Remove a key from `config` within the context."""
     if key not in config:
         yield

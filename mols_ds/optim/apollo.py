@@ -35,8 +35,8 @@ def projection(shape: tuple[int, int], rank: int, seed: int, device: torch.devic
     Draws on the CPU from `seed`, so that every rank and device gets the same numbers.
     """
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randn(rank, min(shape), generator=generator, dtype=torch.float32) / math.sqrt(rank)
-    return numbers.to(device=device, dtype=dtype)
+    numbers = torch.randn(rank, min(shape), generator=generator, dtype=torch.float32, device="cpu")
+    return (numbers / math.sqrt(rank)).to(device=device, dtype=dtype)
 
 
 def project(gradient: Tensor, matrix: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ def build(request: Request, model: nn.Module, parameters: Parameters | None = No
         arguments = dict(halves.arguments)
     try:
         return factory(groups, **arguments, **entry.fixed)
-    except Exception as error:  # pytorch-optimizer raises classes of its own
+    except Exception as error:  # pytorch-optimizer raises its own classes
         line = " ".join(str(error).split())
         raise MolsConfigError(f'"optimizer.params": {entry.name} of {entry.source} refuses them: {line}') from error
 

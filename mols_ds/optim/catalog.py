@@ -33,6 +33,8 @@ TORCH, DEEPSPEED, APEX, COLLECTED = "torch.optim", "deepspeed.ops", "apex.optimi
 ENGINE, EIGHT_BIT = "transformer_engine", "bitsandbytes"
 OURS, EMULATED = "mols_ds.optim", "megatron_patches.cpu"
 """Module prefixes, for `elementwise_in` and `groups_only_in`."""
+PACKAGES = {name.split(".")[0] for name in (TORCH, DEEPSPEED, APEX, COLLECTED, ENGINE, EIGHT_BIT, OURS, EMULATED)}
+"""Packages whose classes the catalog names."""
 PARALLEL_LISTS = ("param_groups_master",)
 """Attributes with a list of one entry per parameter group. The optimizer makes it once and zips both in its step.
 

@@ -83,8 +83,8 @@ class Blocks:
     @cached_property
     def of_step(self) -> Tensor:
         """Block of each step, int64 (steps,), on the CPU."""
-        widths = torch.cat([torch.full((count,), width) for width, count in self.widths])
-        return torch.repeat_interleave(torch.arange(self.count), widths)
+        widths = torch.cat([torch.full((count,), width, device="cpu") for width, count in self.widths])
+        return torch.repeat_interleave(torch.arange(self.count, device="cpu"), widths)
 
     def sizes(self, numel: int) -> Tensor:
         """Return the elements of each block in a parameter of `numel` elements, float64 (count,)."""
@@ -92,9 +92,9 @@ class Blocks:
 
     def counted(self, start: int, numel: int) -> Tensor:
         """Return how many of the elements [start, start + numel) are in each block, float64 (count,)."""
-        result = torch.zeros(self.count, dtype=torch.float64)
+        result = torch.zeros(self.count, dtype=torch.float64, device="cpu")
         for view in self.views(start, numel):
-            each = torch.full((view.steps,), float(view.repetitions * view.width), dtype=torch.float64)
+            each = result.new_full((view.steps,), float(view.repetitions * view.width))
             result.index_add_(0, self.of_step[view.first : view.first + view.steps], each)
         return result
 

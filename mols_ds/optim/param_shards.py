@@ -111,8 +111,8 @@ class SharedSums:
         offsets, total = {}, 0
         for name, parameter in blocks.items():
             offsets[name], total = total, total + parameter.count
-        counted = torch.zeros(2, total, dtype=torch.float64)
-        local = torch.full((total,), -1)
+        counted = torch.zeros(2, total, dtype=torch.float64, device="cpu")
+        local = torch.full((total,), -1, device="cpu")
         for shard in shards:
             item = shard.range
             where = slice(offsets[item.name], offsets[item.name] + shard.blocks.count)
@@ -120,7 +120,7 @@ class SharedSums:
             counted[0, where] += mine
             counted[1, where] += mine > 0
             first, count = shard.touched
-            local[where][first : first + count] = torch.arange(shard.slot, shard.slot + count)
+            local[where][first : first + count] = torch.arange(shard.slot, shard.slot + count, device="cpu")
         counted = reduce(counted.view(-1).to(device)).view(2, total).cpu()
         self._check(counted[0], blocks, shapes)
         mine = local[counted[1] > 1]

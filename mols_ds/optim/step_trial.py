@@ -19,7 +19,7 @@ from mols_ds.core.layout import ElementLayout
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsWarning
-from mols_ds.optim.catalog import CLASSES, OptimizerClass, class_facts
+from mols_ds.optim.catalog import CLASSES, PACKAGES, OptimizerClass, class_facts
 from mols_ds.optim.traits import adds_decay, reads_groups_only
 
 STEPS = 8
@@ -32,8 +32,12 @@ WHOLE = ElementLayout.whole("all")
 
 
 def in_catalog(optimizer: Optimizer) -> bool:
-    """Whether the catalog has this optimizer's class, or the class whose step it inherits."""
-    return type(optimizer).__name__ in CLASSES or reads_groups_only(optimizer)
+    """Whether the catalog has this optimizer's class, or the class whose step it inherits.
+
+    A name alone is not enough: anybody may call a class AdamW.
+    """
+    named = type(optimizer).__name__ in CLASSES and type(optimizer).__module__.split(".")[0] in PACKAGES
+    return named or reads_groups_only(optimizer)
 
 
 def class_refusal(optimizer: Any) -> tuple[str, str] | None:
@@ -82,7 +86,7 @@ def decay_in_moments(optimizer: Any) -> bool:
     if None not in added:
         return any(added)
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.enable_grad():
             weights = _weights(optimizer, torch.float32)
             small = _small_copy(optimizer, weights, RATE)
             for weight in _flatten(weights):
@@ -97,13 +101,13 @@ def _distance(optimizer: Optimizer) -> float | None:
     """Return the distance of both runs relative to the distance that the weights moved; None if a trial fails."""
     for dtype in (torch.float64, torch.float32):  # some kernels have no fp64
         try:
-            with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+            with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 wanted = _run(optimizer, dtype, MULTIPLIER * RATE, 1.0)
                 error = float((_run(optimizer, dtype, RATE, MULTIPLIER) - wanted).norm())
+                way = float((wanted - _flat(_weights(optimizer, dtype))).norm())
         except Exception:  # a foreign constructor or step that needs something else
             continue
-        way = float((wanted - _flat(_weights(optimizer, dtype))).norm())
         if way > 0 and math.isfinite(error):
             return error / way
     return None

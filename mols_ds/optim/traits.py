@@ -7,7 +7,6 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from mols_ds.core.config import MolsConfig
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.catalog import (
     CLASSES,
@@ -74,9 +73,9 @@ def unscaled_refusal(optimizer: object) -> tuple[str, str] | None:
     return None
 
 
-def unscaled_decay(optimizer: object, config: MolsConfig) -> Callable[[], None] | None:
-    """Return the check that `LRScaler` runs before each scaled step (settings may change); None: decay is scaled."""
-    if config.weight_decay == "scaled":
+def unscaled_decay(optimizer: object, weight_decay: str) -> Callable[[], None] | None:
+    """Return the check that `LRScaler` runs before each scaled step (settings may change); None if "scaled"."""
+    if weight_decay == "scaled":
         return None
 
     def check() -> None:

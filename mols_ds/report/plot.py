@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from mols_ds.core.layout import base_group
@@ -41,19 +42,21 @@ def draw_report(report: Report) -> Figure:
     lower = 0.5 + 0.27 * len(table.cells)
     spacing = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
     figure = Figure(figsize=(11.0, upper + lower + 1.1), facecolor="white", layout=spacing)
-    figure.suptitle(headline(report), fontsize=12.5, fontweight="bold", color=INK, x=0.012, ha="left")
+    figure.suptitle(
+        textwrap.fill(headline(report), 95), fontsize=12.5, fontweight="bold", color=INK, x=0.012, ha="left"
+    )
     grid = figure.add_gridspec(2, 2, height_ratios=[upper, lower], width_ratios=[1.25, 1.0])
     left, right = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     statistic = "effective step d" if statistic_name(report) == "d" else "gradient SNR"
     if layered:
         _lines(left, groups, "snr", f"{statistic} ({report['estimator']})")
         _lines(right, groups, "alpha", "learning-rate multiplier alpha")
-        left.legend(frameon=False, fontsize=8, ncols=3)
+        left.legend(frameon=False, fontsize=8, ncols=6, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderpad=0.0)
     else:
         _intervals(left, groups, f"{statistic} ({report['estimator']}), 95 % interval")
         _alphas(right, groups, report["reference"])
     _table(figure.add_subplot(grid[1, :]), table.cells)
-    figure.supxlabel(_footnote(report), fontsize=7.5, color="#777777", x=0.012, ha="left")
+    figure.supxlabel(textwrap.fill(_footnote(report), 190), fontsize=7.5, color="#777777", x=0.012, ha="left")
     return figure
 
 
@@ -192,11 +195,10 @@ def _frame(axes: Axes, lines: str) -> None:
 def _log_ticks(axis: Axis, ratio: float) -> None:
     """Plain numbers instead of powers of ten, at 1, 2 and 5 of each decade as long as there are few decades."""
     decades = math.log10(max(ratio, 1.0001))
-    subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
+    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 0.8 else (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_tick_params(which="minor", length=0)
+    axis.set_minor_locator(NullLocator())
 
 
 def _footnote(report: Report) -> str:

@@ -44,7 +44,7 @@ def step_of(tag: str) -> int:
     return int(found[1]) if found else -1
 
 
-def refuse_non_finite(parameters: Iterable[Tensor], step: int, agree: Callable[[bool], bool]) -> None:
+def check_finite(parameters: Iterable[Tensor], step: int, agree: Callable[[bool], bool]) -> None:
     """Check that all ranks' weights are finite. Collective.
 
     Args:

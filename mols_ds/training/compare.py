@@ -1,23 +1,30 @@
 """Compare two arms of a training job: print and plot the results."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mols_ds.core.files import write_whole
-from mols_ds.core.log import Aside, tell
+from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import MolsConfigError, printable
 from mols_ds.training.train_job import Outcome, TrainJob, TrainSetup
 from mols_ds.training.trainer import METRICS, has_checkpoint, read_lines, train
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 ADAM, MOLS = "adam", "mols"
 SMOOTHING = 10
 """Number of logged steps to average the plotted training loss over."""
+TRAINING = f"training: mean of {SMOOTHING} logged steps"
 
 
 def titles(optimizer: str) -> dict[str, str]:
@@ -42,7 +49,7 @@ def run_arms(job: TrainJob, *, compare: bool) -> list[Path]:
     if not compare:
         outcome = train(job)
         if job.rank == 0:
-            Aside()("results", lambda: print_outcome(outcome, job.out))
+            GuardedWriter()("results", lambda: print_outcome(outcome, job.out))
         return [job.out]
     outcomes = {}
     for name, setup in split_arms(job.setup, job.out).items():
@@ -55,7 +62,7 @@ def run_arms(job: TrainJob, *, compare: bool) -> list[Path]:
             raise MolsConfigError(f"--out {job.out}: {arm.out}: {error.strerror or error}") from error
         outcomes[name] = train(arm)
     if job.rank == 0:
-        Aside()("results", lambda: print_comparison(outcomes, job.out, job.setup.optimizer))
+        GuardedWriter()("results", lambda: print_comparison(outcomes, job.out, job.setup.optimizer))
     return [job.out / name for name in outcomes]
 
 
@@ -122,21 +129,34 @@ def read_curve(path: Path, key: str) -> tuple[list[int], list[float]]:
 def _plot(outcomes: dict[str, Outcome], out: Path, names: dict[str, str]) -> Path | None:
     """Plot training loss (smoothed) and held-out loss of both arms to compare.png. None if plotting fails."""
     path = out / "compare.png"
-    return path if Aside()(path.name, lambda: _draw(outcomes, out, names, path)) else None
+
+    def draw() -> None:
+        figure = draw_curves(out, {name: names[name] for name in outcomes})
+        write_whole(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
+
+    return path if GuardedWriter()(path.name, draw) else None
 
 
-def _draw(outcomes: dict[str, Outcome], out: Path, names: dict[str, str], path: Path) -> None:
+def draw_curves(out: Path, names: dict[str, str]) -> Figure:
+    """Plot the curves of arms (folder in `out` -> name). Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure  # without pyplot, which reads MPLBACKEND
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for index, name in enumerate(outcomes):
+    for index, name in enumerate(names):
         steps, losses = read_curve(out / name / METRICS, "loss")
         smooth = [fmean(losses[max(0, i - SMOOTHING) : i]) for i in range(1, len(losses) + 1)]
-        axes.plot(steps, smooth, color=f"C{index}", alpha=0.45, linewidth=1.0, label=f"{names[name]}, training")
+        axes.plot(
+            steps,
+            smooth,
+            color=f"C{index}",
+            alpha=0.45,
+            linewidth=1.0,
+            label=f"{names[name]}, {TRAINING}",
+        )
         steps, losses = read_curve(out / name / METRICS, "val_loss")
         axes.plot(steps, losses, color=f"C{index}", marker="o", markersize=3.5, label=f"{names[name]}, held out")
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    write_whole(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
+    figure.legend(loc="outside upper center", ncols=len(names), frameon=False, fontsize=9)
+    return figure

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mols_ds.core.handle import Handle
 from mols_ds.core.json_types import JsonObject
-from mols_ds.core.log import Aside
+from mols_ds.core.log import GuardedWriter
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import MicroBatch
 from mols_ds.training.rng_state import load_random, save_random
@@ -183,10 +183,10 @@ class DeepSpeedBackend(TrainBackend):
         monitor = getattr(self.engine, "monitor", None)
         if self.rank != 0 or monitor is None or not monitor.enabled:
             return None
-        stock, aside = monitor.write_events, Aside()
+        stock, guarded = monitor.write_events, GuardedWriter()
 
         def write_events(events: list[Event]) -> None:
-            aside("monitor", lambda: stock(events))
+            guarded("monitor", lambda: stock(events))
 
         monitor.write_events = write_events
         return write_events

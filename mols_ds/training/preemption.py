@@ -25,7 +25,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.heard = 0
+        self.signal_number = 0
         """Number of the signal that this rank heard, or 0."""
         self._former: dict[signal.Signals, Handler] = {}
 
@@ -42,12 +42,12 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN if ending else handler or signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.heard = self.heard or number
+        self.signal_number = self.signal_number or number
 
     def agreed(self, largest: Callable[[float], float]) -> str | None:
         """Return the name of the signal of any rank, the same on every rank, or None. Collective.
 
         largest: returns the maximum over ranks. Signals reach ranks at different steps, and some ranks never.
         """
-        number = int(largest(float(self.heard)))
+        number = int(largest(float(self.signal_number)))
         return signal.Signals(number).name if number else None

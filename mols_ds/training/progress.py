@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from mols_ds.core.log import Aside, tell
+from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import printable
 
 LINES = 10
@@ -28,7 +28,7 @@ class Progress:
             times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
             self._bar = Bar(*columns, *times, console=self.console)
             self._task = self._bar.add_task(escape(printable(name)), total=steps, state="")
-            Aside()("progress", self._bar.start)
+            GuardedWriter()("progress", self._bar.start)
 
     def probing(self, count: int) -> None:
         """Show that `count` batches were measured so far without an update."""

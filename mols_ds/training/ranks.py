@@ -14,7 +14,7 @@ import torch
 
 from mols_ds.core.json_types import JsonMapping
 from mols_ds.core.log import tell
-from mols_ds.engines.deepspeed.compat import leave_out_shm_kernel
+from mols_ds.engines.deepspeed.compat import skip_shm_kernel
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning, printable
 from mols_ds.training.cli_utils import print_line, status_of
 from mols_ds.training.compare import ADAM
@@ -79,7 +79,7 @@ def leave_ranks() -> None:
         torch.distributed.destroy_process_group()
 
 
-def quiet() -> None:
+def silence_output() -> None:
     """Silence other output on the terminal, for the progress bar. DeepSpeed's warnings stay."""
     import logging
 
@@ -125,7 +125,7 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
     if "RANK" not in os.environ:
         os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
     if get_accelerator().device_name() == "cpu":
-        leave_out_shm_kernel()
+        skip_shm_kernel()
         if "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))

@@ -20,10 +20,10 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.files import append, read_text, write_whole
 from mols_ds.core.json_text import parse_json
 from mols_ds.core.json_types import JsonObject
-from mols_ds.core.log import Aside
+from mols_ds.core.log import GuardedWriter
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import Stream
-from mols_ds.training.checkpointer import Checkpointer, refuse_non_finite, step_of
+from mols_ds.training.checkpointer import Checkpointer, check_finite, step_of
 from mols_ds.training.checkpointer import has_checkpoint as saved_in
 from mols_ds.training.preemption import Preempted, StopRequest
 from mols_ds.training.progress import Progress
@@ -78,7 +78,7 @@ class Trainer:
         probe_steps: batches measured without an update, so far.
         ahead: those since the last update that training uses too (`TrainJob.probe_ahead`).
         diverged: the loss is not finite, and the job stops then.
-        aside: runs this rank's writes beside training.
+        guarded: runs this rank's writes beside training.
         saved: update of the newest known checkpoint; -1: none.
     """
 
@@ -87,7 +87,7 @@ class Trainer:
         self.updates = self.probe_steps = self.ahead = 0
         self.diverged = False
         self.saved = -1
-        self.aside = Aside()
+        self.guarded = GuardedWriter()
         self.stop = StopRequest()
         self.folder = job.out / CHECKPOINTS
         self.checkpointer = Checkpointer(self.folder, node_local=backend.node_local)
@@ -98,7 +98,7 @@ class Trainer:
 
     def close(self) -> None:
         """Restore the terminal."""
-        self.aside("progress", self.bar.close)
+        self.guarded("progress", self.bar.close)
 
     # -- checkpoints
 
@@ -110,7 +110,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of this update. Raises MolsTrainingError if weights are not finite."""
         backend = self.backend
-        refuse_non_finite(backend.parameters(), self.updates, backend.agree)
+        check_finite(backend.parameters(), self.updates, backend.agree)
         counted = {"probe_steps": self.probe_steps, "ahead": self.ahead, **self.identity}
         write = backend.checkpoint_writer(self.updates, counted)
         self.checkpointer.save(f"step{self.updates}", write)
@@ -135,7 +135,7 @@ class Trainer:
         self.ahead = int(counted.get("ahead", 0))
         self.saved = step_of(tag or "")
         if self.metrics is not None:
-            self.aside("metrics", partial(self.metrics.rewind, self.updates))
+            self.guarded("metrics", partial(self.metrics.rewind, self.updates))
 
     # -- training
 
@@ -143,12 +143,12 @@ class Trainer:
         """Train to the last update."""
         job = self.job
         if self.metrics is not None and not job.resume:
-            self.aside("metrics", self.metrics.clear)
+            self.guarded("metrics", self.metrics.clear)
         val_loss = None
         while self.updates < job.steps and not self.diverged:
             val_loss = self.step()
             if job.preemptible and self.updates < job.steps:
-                self.stop_if_asked()
+                self.stop_on_signal()
         if self.diverged:
             val_loss = math.nan
         if val_loss is None:  # resumed at the end
@@ -157,7 +157,7 @@ class Trainer:
             self.save()
         return self._outcome(val_loss)
 
-    def stop_if_asked(self) -> None:
+    def stop_on_signal(self) -> None:
         """Save and raise Preempted if any rank got a signal."""
         name = self.stop.agreed(self.backend.largest)
         if name is None:
@@ -178,7 +178,7 @@ class Trainer:
         if not updated:
             self.probe_steps += 1
             self.ahead += job.probe_ahead
-            self.aside("progress", partial(self.bar.probing, self.probe_steps))
+            self.guarded("progress", partial(self.bar.probing, self.probe_steps))
             return None
         self.updates += 1
         self.ahead = 0
@@ -206,10 +206,10 @@ class Trainer:
         if self.metrics is not None:
             line: dict[str, object] = {"step": self.updates, "tokens": self.backend.tokens(self.updates), **losses}
             line |= {"lr": base_lr, "multipliers": multipliers, "phase": phase, "step_seconds": round(seconds, 6)}
-            self.aside("metrics", partial(self.metrics.write, line))
+            self.guarded("metrics", partial(self.metrics.write, line))
         scaled = {f"multiplier_{group}": value for group, value in multipliers.items()}
-        self.aside("monitor", partial(self.backend.write_events, {**losses, **scaled}))
-        self.aside("progress", partial(self.bar.update, self.updates, loss, val_loss, phase))
+        self.guarded("monitor", partial(self.backend.write_events, {**losses, **scaled}))
+        self.guarded("progress", partial(self.bar.update, self.updates, loss, val_loss, phase))
 
     def _outcome(self, val_loss: float) -> Outcome:
         section = self.job.setup.section
@@ -221,7 +221,7 @@ class Trainer:
         if self.metrics is not None:
             last = {"val_loss": val_loss, "val_ppl": outcome.val_ppl}
             line = {"final": True, **last, "tokens": outcome.tokens, "alphas": outcome.alphas}
-            self.aside("metrics", partial(self.metrics.write, line))
+            self.guarded("metrics", partial(self.metrics.write, line))
         return outcome
 
 

@@ -14,13 +14,13 @@ from mols_ds.errors import MolsConfigError
 
 MERGED = "tag:yaml.org,2002:merge"
 """Tag of the key <<."""
-MOST = 100_000
+MAX_VALUES = 100_000
 """Largest number of values in a file; aliases can multiply them."""
 MOST_MERGED = 100
 """Largest number of mappings in one <<; each is copied."""
 
 
-class _Once(yaml.SafeLoader):
+class _StrictLoader(yaml.SafeLoader):
     """YAML in which a duplicate key is an error and 1e-3 is a number (YAML 1.1 needs 1.0e-3)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
@@ -42,14 +42,16 @@ class _Once(yaml.SafeLoader):
         node.value = list(dict(zip(names, node.value, strict=True)).values())
 
 
-_Once.add_constructor("!exponent", lambda _, node: float(node.value))
-_Once.add_implicit_resolver("!exponent", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_StrictLoader.add_constructor("!exponent", lambda _, node: float(node.value))
+_StrictLoader.add_implicit_resolver(
+    "!exponent", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def parse_yaml(text: str, where: str) -> object:
     """Parse YAML as plain values. Raises MolsConfigError: one line that starts with `where`."""
     try:
-        content: object = yaml.load(text, _Once)
+        content: object = yaml.load(text, _StrictLoader)
     except MolsConfigError as error:
         raise MolsConfigError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
@@ -61,7 +63,7 @@ def parse_yaml(text: str, where: str) -> object:
         raise MolsConfigError(f"{where}: not YAML: nested too deeply") from error
     except (ValueError, TypeError, OverflowError) as error:  # a tag with a value of another kind
         raise MolsConfigError(f"{where}: not YAML: {type(error).__name__}: {error}") from error
-    check_plain(content, where, MOST)
+    check_plain(content, where, MAX_VALUES)
     return content
 
 

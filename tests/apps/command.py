@@ -1,4 +1,4 @@
-"""Whole commands in a session of their own, killed as a whole when their time is up; and a tiny job to run."""
+"""Run whole commands in their own session, killed together after a timeout; and a tiny job to run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Done:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listened on a moment ago."""
+    """Return a port of this machine that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

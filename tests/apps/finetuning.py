@@ -1,4 +1,4 @@
-"""A tiny checkpoint and tokenizer to fine-tune, and what a rank does to fine-tune it and look at what was saved."""
+"""A tiny checkpoint and tokenizer to fine-tune, and a rank's work to fine-tune it and check the saved files."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def fine_tune(folder: str, method: str, stage: int, *more: str) -> dict[str, Any
 
 
 def resume(folder: str, method: str, stage: int) -> list[dict[str, Any]]:
-    """Trains with a checkpoint in the middle, then goes on from it in a copy. Returns both runs' metrics."""
+    """Train with a checkpoint in the middle, then continue from a copy of it. Returns both runs' metrics."""
     whole = fine_tune(folder, method, stage, "--save-every", "3", "--activation-checkpointing")
     out = Path(whole["out"])
     part = out.with_name(out.name + "-part")

@@ -1,4 +1,4 @@
-"""What a rank really holds and sends, by kind, beside what `mols-ds plan` says of the same config.
+"""Measure the memory and messages of a rank, by kind, and compare with `mols-ds plan` for the same config.
 
     python -m tests.apps.plan_measure
 
@@ -79,7 +79,7 @@ def config(case: Case) -> dict[str, Any]:
 
 
 def model_file() -> str:
-    """A file with MODEL; removed by nobody but the system."""
+    """Write MODEL to a file that only the system removes."""
     path = Path(tempfile.gettempdir()) / "mols_plan_model.json"
     if not path.exists():
         path.write_text(json.dumps(MODEL), "utf-8")
@@ -333,7 +333,7 @@ def _payload(recorded: Counter[tuple[str, int]]) -> dict[str, int]:
 
 
 def planned(case: Case) -> dict[str, Any]:
-    """What the plan says of a case: bytes by kind (device and host together), and payload by operation."""
+    """Plan of a case: bytes by kind (device and host together), and payload by operation."""
     from mols_ds.apps.plan import model as plan_model
     from mols_ds.apps.plan import zero as plan_zero
     from mols_ds.apps.plan.calibration import accumulators
@@ -358,7 +358,7 @@ def planned(case: Case) -> dict[str, Any]:
 
 
 SHARE, TOLERANCE = 0.01, 0.05
-"""Kinds below a hundredth of all that is held (or sent) are not compared; the others agree within a twentieth."""
+"""Kinds below 1 % of the total memory (or messages) are not compared; the others agree within 5 %."""
 
 
 def rows(plan: Mapping[str, Any], seen: Mapping[str, Any]) -> Iterator[tuple[str, str, int, int]]:

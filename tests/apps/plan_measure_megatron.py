@@ -1,4 +1,4 @@
-"""What a rank of a Megatron grid really holds and sends, for tests/apps/test_plan_measured.py."""
+"""Measure the memory and messages of a rank of a Megatron grid, for tests/apps/test_plan_measured.py."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _payload(recorded: Counter[tuple[str, int]], setup: Setup, alone: set[int]) 
 
 
 def planned(name: str, stage: int) -> dict[str, Any]:
-    """What the plan says of a rank of a stage."""
+    """Plan of a rank of a stage."""
     from megatron_patches.cpu.emulation import cpu_megatron
     from mols_ds.apps.plan import grid
     from mols_ds.apps.plan.calibration import accumulators

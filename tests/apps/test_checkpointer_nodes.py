@@ -13,7 +13,7 @@ from tests.helpers.harness import run_ranks
 
 
 def keep(folder: str, node_local: bool) -> tuple[list[str], str, str | None, list[str]]:
-    """Runs on ranks, each a node of its own: files in the manifest, newest, then what is wrong once rank 1's is cut."""
+    """Run on ranks that are separate nodes: the manifest's files, the newest, the error for a truncated file."""
     import torch.distributed as dist
 
     from mols_ds.training.checkpointer import Checkpointer

@@ -16,7 +16,7 @@ from tests.helpers.harness import run_ranks
 
 pytestmark = pytest.mark.jobs
 STEPS = 6
-# The calibration's window is steps 2 to 5, so that the checkpoint of step 3 lies in the middle of it.
+# The calibration's window is steps 2 to 5, so that the checkpoint of step 3 is inside it.
 ONLINE = {"start": 2, "samples": 4, "mode": "online", "ramp_end": 6}
 
 
@@ -48,7 +48,7 @@ def test_shim_compares_both_arms_on_two_processes(tmp_path: Path) -> None:
     assert (out / "compare.png").stat().st_size > 1000
     assert (out / "mols" / "mols_report" / "mols_report.png").is_file()
     adam, mols = updates(out / "adam"), updates(out / "mols")
-    # Probed batches come from a stream of their own: up to the calibration both arms see the same and do the same
+    # Probed batches come from a separate stream: up to the calibration both arms see the same and do the same
     assert [line.get("step") for line in adam] == [line.get("step") for line in mols] == [*range(1, STEPS + 1), None]
     assert adam[0]["loss"] == mols[0]["loss"]
     assert adam[1]["loss"] == mols[1]["loss"]

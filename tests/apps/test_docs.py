@@ -220,7 +220,7 @@ PLANS = [block for block in blocks("text") if block.text.startswith("$ mols-ds "
 @pytest.mark.tier("all")
 @pytest.mark.parametrize("block", PLANS, ids=str)
 def test_the_plans_of_the_pages_are_what_the_program_prints(block: Block) -> None:
-    """Lines that the page leaves out may stand before its own."""
+    """The output may have lines before the page's."""
     command, _, shown = block.text.replace("\\\n", " ").partition("\n")
     environment = {**os.environ, "COLUMNS": "100"}
     done = subprocess.run(

@@ -340,7 +340,7 @@ def test_megatron_config(tmp_path: Path) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is imported anew, and the packages are as they are: the command's own way is tested."""
+    """No fresh import and no changed package: tests the command as users run it."""
     monkeypatch.setattr(command, "try_all", lambda tasks: dict.fromkeys(tasks, WORKS))
     monkeypatch.setattr(command, "check_packages", lambda findings, tried: None)
     monkeypatch.setattr(command, "check_machine", lambda findings, out, elements: None)

@@ -50,7 +50,7 @@ def table_of(model: str, granularity: Granularity = "type") -> GroupTable:
 
 
 def report_of(table: GroupTable, **changes: Any) -> Report:
-    """A report in which every scaled group has an alpha of its own."""
+    """A report in which every scaled group has a different alpha."""
     groups: dict[str, Any] = {
         row.group: {"elements": row.elements, "clamped": False} | dict.fromkeys(NUMBERS) | {"alpha": 1.0}
         for row in table

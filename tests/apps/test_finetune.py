@@ -1,4 +1,4 @@
-"""finetune.py on a small checkpoint: methods, ranks and ZeRO stages agree, what is saved loads, mistakes are told."""
+"""finetune.py on a small checkpoint: methods, ranks and ZeRO stages agree, saved files load, mistakes are errors."""
 
 from __future__ import annotations
 

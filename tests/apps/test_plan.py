@@ -306,7 +306,7 @@ def test_the_length_of_the_run_must_be_known(capsys: pytest.CaptureFixture[str],
 @pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("numel", [48 * 6, 48 * 200])
 def test_copies_of_a_scaled_step_are_bounds(numel: int, views: bool, columns: bool, rates: dict[str, float]) -> None:
-    """Against what a scaler holds of such a tensor; the bound is met by one of the two rates."""
+    """Compare with a scaler's copies of such a tensor; one of the two rates reaches the bound."""
     layout = ElementLayout(1, ((32, "qk"), (16, "vo"))) if columns else ElementLayout(8, ((4, "qk"), (2, "vo")))
     tensor = torch.nn.Parameter(torch.zeros(numel))
     tensor.grad = torch.ones(numel)

@@ -1,4 +1,4 @@
-"""`mols-ds plan` against real engines: bytes of each kind that a rank holds, and of what it sends, within 5 %."""
+"""`mols-ds plan` against real engines: a rank's bytes of each kind in memory and in messages, within 5 %."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_deepspeed(case: Case) -> None:
 
 @CASES.parametrize("case", ids=str)
 def test_accumulators_to_the_byte(case: Case) -> None:
-    """What `engine.mols.accumulator_bytes` says of the rank with most elements; the scratch is not in it."""
+    """`engine.mols.accumulator_bytes` of the rank with most elements, without scratch."""
     from mols_ds.apps.plan.calibration import accumulators
 
     outcomes = engines()[case]

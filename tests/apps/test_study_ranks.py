@@ -18,7 +18,7 @@ ADAM = {"optimizer": "AdamW", "params": {"torch_adam": True}}
 
 
 def compare(study: str, out: str) -> tuple[int, str]:
-    """The command, on a rank of the harness: its status, and what it says on stderr."""
+    """Run the command on a rank of the harness. Returns its status and stderr."""
     from mols_ds import cli
 
     said = io.StringIO()

@@ -1,4 +1,4 @@
-"""A run of a study that is interrupted goes on from its own checkpoint and ends as if it had not been."""
+"""An interrupted run of a study continues from its own checkpoint and ends like an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ def test_torchrun_compares_both_arms_on_two_stages(tmp_path: Path) -> None:
         assert words in done.stdout
     assert (out / "compare.png").stat().st_size > 1000
     adam, mols = read_metrics(out / "adam"), read_metrics(out / "mols")
-    # Probed batches come from a stream of their own: up to the calibration both arms see the same and do the same
+    # Probed batches come from a separate stream: up to the calibration both arms see the same and do the same
     assert [line.get("step") for line in adam] == [line.get("step") for line in mols] == [*range(1, STEPS + 1), None]
     assert [line["loss"] for line in adam[:2]] == [line["loss"] for line in mols[:2]]
     assert adam[-2]["loss"] != mols[-2]["loss"]

@@ -55,7 +55,7 @@ def weight_sums(weight: torch.Tensor) -> dict[str, float]:
 
 
 def differences(expected: Any, found: Any, where: str = "", rtol: float = RTOL) -> list[str]:
-    """Lines that say where `found` is not `expected`, with the relative error of floats.
+    """List the differences between `found` and `expected`, with the relative error of floats.
 
     Whole numbers, texts and truth values are compared exactly, floats to `rtol`. `found` may have more keys. The sums
     of a weight are compared in relation to its norm, since they can be near zero.

@@ -1,4 +1,4 @@
-"""Train a tiny model on DeepSpeed from a `settings.json`: to write a fixture, and to go on from it.
+"""Train a tiny model on DeepSpeed from a `settings.json`: write a fixture, or continue from one.
 
 Everything that a result depends on is in the settings or in this file, so that the fixtures outlive changes of defaults
 and of the other tests' helpers. Only the public API of mols_ds is used.
@@ -156,7 +156,7 @@ def written(folder: str, settings_json: str, points: tuple[tuple[str, int], ...]
 
 
 def continued(name: str, folder: str | None = None) -> dict[str, Any]:
-    """Load a fixture into a fresh engine and train on; returns what `expected.json` holds, of this rank."""
+    """Load a fixture into a new engine and continue training; returns this rank's part of `expected.json`."""
     settings = read(name, "settings.json")
     torch.manual_seed(SEED_OF_READER)
     engine = engine_of(settings)

@@ -1,4 +1,4 @@
-"""Run train.py and train_megatron.py on the ranks of the harness: to be interrupted, and to go on from a folder.
+"""Run train.py and train_megatron.py on the ranks of the harness: interrupt them, or continue from a folder.
 
 Everything is named by relative paths, from a work folder that the ranks share.
 """
@@ -106,7 +106,7 @@ def interrupted(folder: str, settings_json: str) -> list[float]:
 
 
 def continued(name: str) -> dict[str, Any]:
-    """Go on from a copy of a fixture with --resume; returns what `expected.json` holds, of this rank."""
+    """Continue from a copy of a fixture with --resume; returns this rank's part of `expected.json`."""
     settings = read(name, "settings.json")
     with work_folder(str(FIXTURES / name / START), name):
         before = len(metrics())
@@ -143,5 +143,5 @@ def finetuned() -> dict[str, dict[str, str]]:
 
 
 def job(name: str) -> Any:
-    """One of the cases: a fixture to go on from, or "finetune"."""
+    """One of the cases: a fixture to continue from, or "finetune"."""
     return finetuned() if name == "finetune" else continued(name)

@@ -1,4 +1,4 @@
-"""Train a tiny GPT model on Megatron-core from a `settings.json`: to write a fixture, and to go on from it.
+"""Train a tiny GPT model on Megatron-core from a `settings.json`: write a fixture, or continue from one.
 
 Model, data and loop are those of tests/engines/megatron/building.py; the settings write out every option of them.
 """
@@ -73,7 +73,7 @@ def written(folder: str, settings_json: str, points: tuple[tuple[str, int], ...]
 
 
 def continued(name: str, folder: str | None = None) -> dict[str, Any]:
-    """Load a fixture into a fresh run and train on; returns what `expected.json` holds, of this rank."""
+    """Load a fixture into a new run and continue training; returns this rank's part of `expected.json`."""
     settings, trace = read(name, "settings.json"), []
     with cpu_megatron(fused_adam=True), run_of(settings) as run:
         with torch.no_grad():  # the checkpoint has to bring the weights
@@ -82,7 +82,7 @@ def continued(name: str, folder: str | None = None) -> dict[str, Any]:
                     parameter.zero_()
         warned = run.load(folder or str(FIXTURES / name / CHECKPOINT), settings["sharding"])
         loaded = state_of(run)
-        torch.manual_seed(SEED_OF_READER)  # a window of mode "probe" must put the writer's state in the place of this
+        torch.manual_seed(SEED_OF_READER)  # a window of mode "probe" must replace this by the writer's state
         for more in range(1, settings["iterations"] + 1):
             stepped = run.iterate(settings["saved_after_iteration"] + more)
             trace.append({"loss": mean_loss(stepped), **state_of(run)})

@@ -1,4 +1,4 @@
-"""The runs that go on from the fixtures, once a test session; tests/contracts looks at the programs' metrics too."""
+"""Runs that continue from the fixtures, once per test session; tests/contracts also checks the programs' metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that release 0.4.0 wrote load, and a run that goes on from one gives what 0.4.0 gave.
+"""Checkpoints of release 0.4.0 load, and a run that continues from one gives the results of 0.4.0.
 
 The fixtures, and what belongs to each, are described in write_fixtures.py. They are never written again.
 """
@@ -29,7 +29,7 @@ MODULES = (b"mols_ds", b"megatron_patches")
 
 
 def check_preconditions(settings: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """The fixture is of the phase that it stands for, and holds what makes this phase hard to load."""
+    """The fixture is in its named phase, and has the state that makes this phase hard to load."""
     section, phase = settings.get("ds_config", settings)["mols"], settings["phase"]
     assert loaded["phase"] == phase
     assert loaded["accumulators"] == (0 < loaded["samples"] < section["samples"]) == (phase == "calibrating")
@@ -86,7 +86,7 @@ def test_program_was_interrupted_in_the_middle_of_its_calibration(name: str) -> 
 
 
 def samples_in(place: Path) -> int:
-    """How many gradient samples a program's checkpoint holds."""
+    """Number of gradient samples in a program's checkpoint."""
     common = place / "common.pt"  # Megatron's
     if common.is_file():
         state = torch.load(common, weights_only=False)["optimizer"]["mols"]

@@ -1,4 +1,4 @@
-"""Does an optimizer's weight decay do what the catalog says of it? Asked of the real class."""
+"""Check an optimizer's weight decay against the catalog, with the real class."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The process that rank processes are forked from: torch and DeepSpeed are imported once, not once a rank.
 
 `tests.helpers.harness` starts `python -m tests.helpers.fork_server FD` and sends requests over the socket FD; there is
-one answer to each. A rank is forked on request, leads a session of its own, has its own working folder, log and
+one answer to each. A rank is forked on request and has its own session, working folder, log and
 environment, and is reaped only on request, so that its process id stays its own until then. When the test run that
 asked for the ranks is gone, the socket ends, and the server kills its ranks and ends too.
 """

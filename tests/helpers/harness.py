@@ -2,8 +2,8 @@
 
 Importing torch and DeepSpeed and joining a process group costs seconds a process. So ranks are forked from servers that
 have imported what most tests need (tests/helpers/fork_server.py), and one launch works through a list of cases. A case
-that fails or hangs ends its launch; a new launch goes on with the cases behind it, so that one bad case costs one test.
-Every rank runs in a session of its own, which is killed as a whole when the time is up.
+that fails or hangs ends its launch; a new launch continues with the next cases, so one bad case costs one test.
+Every rank runs in its own session, which is killed as a whole after a timeout.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _POLL_SECONDS = 0.05
 
 
 class RankError(AssertionError):
-    """A case failed on at least one rank; the message holds what each rank said."""
+    """A case failed on at least one rank; the message has each rank's output."""
 
 
 @dataclass(slots=True)
@@ -128,7 +128,7 @@ def run_cases(
     """Call `fn(*case)` for each case on `world_size` ranks; `timeout` seconds is the limit of one case.
 
     `environment` adds to this process's variables or replaces them (PYTHONPATH: what follows the repository); each
-    distinct one has servers of its own.
+    distinct one has its own servers.
     """
     _importable(fn)
     settings = _rank_environment(environment or {})
@@ -180,7 +180,7 @@ class _Server:
             self._connection.send(("preload", ((*PRELOADED, *more),)))
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the server; whatever goes wrong closes the server, and so ends its ranks."""
+        """Call a method of the server; any error closes the server and ends its ranks."""
         try:
             if not self._imported:
                 self._answer(START_SECONDS)
@@ -273,7 +273,7 @@ class _Rank:
         self._server.ask("send_signal", self._process, int(signal.SIGUSR1))
 
     def end(self) -> None:
-        """Kill the rank and whatever it started."""
+        """Kill the rank and its child processes."""
         if not self._server.closed:
             self.status = self._server.ask("end", self._process)
 
@@ -357,7 +357,7 @@ class _Launch:
         time.sleep(1.0)
 
     def _story(self, case: int) -> str:
-        """What each rank said: the traceback of a failed case, otherwise the end of its log."""
+        """Output of each rank: the traceback of a failed case, otherwise the end of its log."""
         lines: list[str] = []
         for number, rank in enumerate(self.ranks):
             error, log = self.folder / f"{case}.{number}.error", self.folder / f"log.{number}"
@@ -367,7 +367,7 @@ class _Launch:
 
 
 def _free_port() -> int:
-    """A port below those that the kernel hands out, which gloo's own sockets could take before rank 0 listens."""
+    """Return a port below the kernel's ephemeral ports, which gloo's sockets could take before rank 0 listens."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)  # hypothesis seeds the module's own
         with socket.socket() as probe, contextlib.suppress(OSError):

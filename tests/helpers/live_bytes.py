@@ -53,5 +53,5 @@ def resident(key: str = "VmRSS") -> int:
 
 
 def forget_peak() -> None:
-    """Begin the peak ("VmHWM") anew at what is in memory now."""
+    """Reset the peak ("VmHWM") to the current memory."""
     RESET.write_text("5")

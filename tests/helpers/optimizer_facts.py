@@ -1,4 +1,4 @@
-"""What is known of each optimizer class, as a plain table, and stand-ins for the classes.
+"""Known facts about each optimizer class as a plain table, and test doubles of the classes.
 
 Written down from the code of release 0.4.0 by running it, so that a change of the catalog that changes a fact is seen.
 """

@@ -1,4 +1,4 @@
-"""Another value for every key of the "mols" section, and what is said of it where a run resumes with it."""
+"""Another value for every key of the "mols" section, and the message when a run resumes with it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ CHANGES: dict[str, tuple[Any, Outcome]] = {
 }
 """Key -> (value, outcome) after alphas were set in mode "probe".
 
-kept: one warning, the checkpoint wins. applied: one line in the log, this run wins. preset: its keys are said
+kept: one warning, the checkpoint applies. applied: one log line, this run applies. preset: its keys are named
 one by one. refused: other module groups. fixed: `fixed_alphas` take the alphas' place. off: MoLS is off in this run.
 """
 
 
 def problem(key: str, warned: list[str], logged: list[str], error: str) -> str:
-    """What is wrong with what was said of a key that was changed; "" = nothing.
+    """Error in the message about a changed key; "": none.
 
     Args:
         key: of the section.

@@ -1,4 +1,4 @@
-"""The launcher of gloo ranks: results by rank and case, failures told by rank, nothing left behind, ranks like new."""
+"""The launcher of gloo ranks: results by rank and case, failures by rank, no leftovers, fresh ranks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def hang(folder: str) -> str:
 
 
 def look() -> dict[str, Any]:
-    """What a rank has of its own, and what it shares."""
+    """State that a rank owns, and that it shares."""
     return {
         "server": os.getppid(),
         "session": os.getsid(0) == os.getpid(),

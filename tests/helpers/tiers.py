@@ -1,4 +1,4 @@
-"""Which tests a run takes, and which cases it launches for them. tests/README.md says what belongs to which tier.
+"""Select the tests of a run and the cases to launch for them. tests/README.md describes the tiers.
 
 A test without a label is in the tier "quick". `pytest.mark.tier("all")` or `("full")` on a test, a parameter or a
 module moves it; of several labels the highest counts.
@@ -28,7 +28,7 @@ CHOICES = {
 }
 """What `--tier` takes -> the labels of the tests that run."""
 Where = Collection[T] | Callable[[T], bool]
-"""The cases of a tier: listed, or told by a function."""
+"""The cases of a tier: a list, or a function."""
 
 
 class Cases(Generic[T]):
@@ -53,13 +53,13 @@ class Cases(Generic[T]):
             needs: other cases that a case is compared with, launched wherever it is.
 
         Raises:
-            ValueError: a case stands there twice, has two labels, or a listed label has no case.
+            ValueError: a duplicate case, a case with two labels, or a label without a case.
         """
         self.every = tuple(cases)
         self._tiers = {case: self._label(case, quick, full) for case in self.every}
         self._needs, self._read = needs, set[T]()
         if len(self._tiers) < len(self.every):
-            raise ValueError("a case stands there twice")
+            raise ValueError("a case is there twice")
         for name, where in (("quick", quick), ("full", full)):
             if not callable(where) and (unknown := [case for case in where if case not in self._tiers]):
                 raise ValueError(f"{name}: no such cases: {unknown}")

@@ -135,6 +135,7 @@ def main() -> None:
     stage, wholes = config["zero_optimization"]["stage"], {}
     seen = {part: runs_of(lambda run: train(run, build), stage, part, wholes, {}) for part in args.parts.split(",")}
     Path(f"seen.{dist.get_rank()}.pkl").write_bytes(pickle.dumps(seen))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from mols_ds import MolsConfigError
 from mols_ds.core.handle import Handle
-from mols_ds.integrations.client import attributes_kept, fill_section, log_values, one_section, random_state_kept
+from mols_ds.integrations.client import (
+    fill_section,
+    log_values,
+    preserved_attributes,
+    preserved_loader,
+    preserved_rng_state,
+    resolve_section,
+)
 
 
 class Measured(Handle):
@@ -58,7 +67,7 @@ def test_keys_of_the_logs() -> None:
     ],
 )
 def test_one_section(argument: Any, config: Any, expected: Any) -> None:
-    assert one_section(argument, config, "here") == expected
+    assert resolve_section(argument, config, "here") == expected
 
 
 @pytest.mark.parametrize(
@@ -76,7 +85,7 @@ def test_one_section(argument: Any, config: Any, expected: Any) -> None:
 )
 def test_sections_that_are_refused(argument: Any, config: Any, said: str) -> None:
     with pytest.raises(MolsConfigError, match=said):
-        one_section(argument, config, "here")
+        resolve_section(argument, config, "here")
 
 
 def test_auto_is_filled_and_numbers_of_the_user_stay() -> None:
@@ -91,16 +100,43 @@ def test_random_state_is_put_back() -> None:
     def draws() -> tuple[float, float, float]:
         return float(torch.rand(())), float(np.random.rand()), random.random()
 
-    with random_state_kept():
+    with preserved_rng_state():
         inside = draws()
     assert draws() == inside
+
+
+class Drawn(torch.utils.data.Sampler[list[int]]):
+    """Batches in an order that generators of four kinds draw, and that depends on how often it was asked."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(1)
+        self.python, self.old, self.new = random.Random(2), np.random.RandomState(3), np.random.default_rng(4)
+        self.epoch, self._seen = 0, [0]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.epoch += 1
+        self._seen[0] += 1
+        drawn = int(torch.randint(9, (1,), generator=self.generator)), self.python.randrange(9)
+        for number in (*drawn, int(self.old.randint(9)), int(self.new.integers(9)), self.epoch, self._seen[0]):
+            yield [number]
+
+
+def test_a_loader_forgets_the_iterators_that_were_made_inside() -> None:
+    loaders = [DataLoader(range(99), batch_sampler=Drawn()) for _ in range(2)]  # type: ignore[arg-type]
+    expected = [[int(batch) for batch in loaders[0]] for _ in range(3)]
+    assert expected[0] != expected[1]
+    seen = [[int(batch) for batch in loaders[1]]]
+    with preserved_loader(loaders[1]):
+        assert [[int(batch) for batch in loaders[1]] for _ in range(2)] == expected[1:]
+    seen += [[int(batch) for batch in loaders[1]] for _ in range(2)]
+    assert seen == expected
 
 
 def test_attributes_are_put_back_and_containers_of_others_keep_their_identity() -> None:
     metrics: Any = {"train": defaultdict(list)}
     data, model = [torch.zeros(9999)], torch.nn.Linear(2, 2)
     owner = SimpleNamespace(_metrics=metrics, _tokens=3, _data=data, model=model)
-    with attributes_kept(owner):
+    with preserved_attributes(owner):
         owner._metrics["train"]["loss"].append(1.0)
         owner._tokens += 5
         owner.new = True

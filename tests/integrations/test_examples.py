@@ -17,22 +17,24 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "ti
 NEEDS = {"sft.py": ("trl", "peft"), "accelerate_loop.py": ("accelerate",), "lightning_module.py": ("lightning",)}
 ON_CPU = """
 import runpy, sys, torch
+from lightning.pytorch.accelerators import CPUAccelerator
 import lightning.pytorch.strategies.deepspeed as strategies
 from lightning.pytorch.strategies import DeepSpeedStrategy
 strategies._validate_device_index_selection = lambda devices: None
+CPUAccelerator.auto_device_count = staticmethod(lambda: 2)
 DeepSpeedStrategy.setup_environment = super(DeepSpeedStrategy, DeepSpeedStrategy).setup_environment
 DeepSpeedStrategy.root_device = property(lambda self: torch.device("cpu", 0))
 sys.path.insert(0, {folder!r})
 runpy.run_path({script!r}, run_name="__main__")
 """
-"""Lightning's checks of a CPU, put aside as in test_lightning.py."""
+"""Lightning's checks of a CPU, put aside as in lightning_fit.py; `devices="auto"` is one device on a CPU."""
 
 
 def start(name: str, cwd: Path) -> Done:
     script = EXAMPLES / name
     if name == "lightning_module.py":
         (cwd / "on_cpu.py").write_text(ON_CPU.format(folder=str(EXAMPLES), script=str(script)), "utf-8")
-        return run(sys.executable, "on_cpu.py", cwd=cwd)
+        script = cwd / "on_cpu.py"
     return run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, cwd=cwd)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import mols_ds
@@ -41,6 +42,8 @@ class Spec:
         arguments: of TrainingArguments.
         ds: "hf" (optimizer and schedule are the Trainer's) or "deepspeed" (both in the config).
         resume: a checkpoint folder.
+        lora: adapters are trained.
+        own_sampler: every loader of the training data has one sampler, which remembers.
     """
 
     how: str = "callback"
@@ -54,6 +57,7 @@ class Spec:
     out: str = "out"
     resume: str | None = None
     lora: bool = False
+    own_sampler: bool = False
 
 
 def ds_config(spec: Spec) -> dict[str, Any]:
@@ -90,6 +94,29 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 seen["saved"][part] = saved_in(engine, update)
 
 
+class Remembers(torch.utils.data.Sampler[int]):
+    """Draws its order from a generator of its own, for ever on."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(5)
+
+    def __len__(self) -> int:
+        return len(Examples())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(len(self), generator=self.generator).tolist())
+
+
+class OwnSampler(Trainer):  # type: ignore[misc]
+    """A Trainer with one sampler for all its loaders."""
+
+    sampler: Any = None
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        self.sampler = self.sampler or Remembers()
+        return self.sampler
+
+
 def make(spec: Spec, watch: Watch, callback: MolsCallback | None) -> Any:
     defaults: dict[str, Any] = {
         "max_steps": STEPS,
@@ -114,7 +141,8 @@ def make(spec: Spec, watch: Watch, callback: MolsCallback | None) -> Any:
     args = TrainingArguments(**arguments)
     set_seed(7)
     train, held_out = Examples(), Examples()
-    return Trainer(
+    kind = OwnSampler if spec.own_sampler else Trainer
+    return kind(
         model=model(), args=args, train_dataset=train, eval_dataset=[held_out[i] for i in range(8)], callbacks=callbacks
     )
 

@@ -112,7 +112,7 @@ ROWS = (
     (
         "an unfrozen weight is not named",
         SESSION,
-        "            self.new_weights.look(lambda line: controller.warn(line, every_rank=True))\n",
+        "            self.new_weights.check(lambda line: controller.warn(line, every_rank=True))\n",
         "",
         8,
     ),

@@ -1,4 +1,4 @@
-"""python -m tests.tools.mutants [WORD ...]: plant one bug at a time in what was merged, and see the tests fail.
+"""python -m tests.tools.mutants [WORD ...]: plant one bug at a time and see the tests fail.
 
 One or more mutants for each part that release 0.5 made one of two (the step protocol, the training loop, ranges of
 parameters, the split among replicas, the optimizer catalog) and for memory, NVMe, fp32's range and the guard. Each is
@@ -22,7 +22,7 @@ LEFT_OUT = (".git", ".venv", "__pycache__", "*.egg-info", "runs", "mols_report",
 
 
 class Mutant(NamedTuple):
-    """Replace `old`, which stands once in `file`, by `new`; `tests`: pytest's arguments."""
+    """Replace `old`, which occurs once in `file`, by `new`; `tests`: pytest's arguments."""
 
     name: str
     file: str
@@ -101,7 +101,7 @@ MUTANTS = (
     Mutant(
         "window: buffers stay as a batch left them",
         SESSION,
-        "        new = sorted({*self.window.close_batch()} - self._stay)\n",
+        "        new = sorted({*self.window.close_batch()} - self._kept_buffers)\n",
         "        new: list[str] = []\n",
         (TRACES, "-k", "no_trace and probed-0"),
     ),
@@ -206,12 +206,12 @@ MUTANTS = (
     Mutant(
         "loop: metrics are not rewound",
         TRAINER,
-        'self.aside("metrics", partial(self.metrics.rewind, self.updates))',
+        'self.guarded("metrics", partial(self.metrics.rewind, self.updates))',
         "pass",
         LOOP,
     ),
     Mutant(
-        "loop: a signal is ignored", TRAINER, "                self.stop_if_asked()\n", "                pass\n", LOOP
+        "loop: a signal is ignored", TRAINER, "                self.stop_on_signal()\n", "                pass\n", LOOP
     ),
     Mutant(
         "loop: probe batches come from the training stream",
@@ -335,7 +335,7 @@ MUTANTS = (
     Mutant(
         "decay: DeepSpeed's adapter scales it",
         "mols_ds/engines/deepspeed/engine.py",
-        "unscaled_decay=unscaled_decay(shards.inner, self.config)",
+        "unscaled_decay=unscaled_decay(shards.inner, self.config.weight_decay)",
         "unscaled_decay=None",
         (f"{ZERO}/test_weight_decay.py", "-k", "0 and unscaled and fixed", "--tier", "quick"),
     ),
@@ -349,7 +349,7 @@ MUTANTS = (
     Mutant(
         "decay: Megatron's adapter scales it",
         "megatron_patches/engine.py",
-        "unscaled_decay=unscaled_decay(part.inner, self.config)",
+        "unscaled_decay=unscaled_decay(part.inner, self.config.weight_decay)",
         "unscaled_decay=None",
         ("tests/engines/megatron/test_weight_decay.py", "--tier", "quick"),
     ),
@@ -601,7 +601,7 @@ MUTANTS = (
         FOREIGN,
     ),
     Mutant("data: a key may stand twice", JSON, "    if len(content) < len(pairs):\n", "    if False:\n", PLAIN),
-    Mutant("data: nested without end", DATA, "    for _ in range(DEEPEST):\n", "    while True:\n", PLAIN),
+    Mutant("data: nested without end", DATA, "    for _ in range(MAX_DEPTH):\n", "    while True:\n", PLAIN),
     Mutant("data: aliases multiply", DATA, "        if count > most:\n", "        if False:\n", PLAIN),
     Mutant(
         "data: folders are read",
@@ -627,7 +627,7 @@ MUTANTS = (
     Mutant(
         "rank 0: metrics that cannot be begun end it",
         TRAINER,
-        '            self.aside("metrics", self.metrics.clear)\n',
+        '            self.guarded("metrics", self.metrics.clear)\n',
         "            self.metrics.clear()\n",
         LOOP,
     ),
@@ -704,7 +704,7 @@ MUTANTS = (
     Mutant(
         "off: nothing is said when it is on again",
         SESSION,
-        "if (said := on_again(saved, t)) is not None:",
+        "if (warning := reenabled_warning(saved, t)) is not None:",
         "if False:",
         (*OFF_TESTS, "-k", "2-disabled", "--tier", "quick"),
     ),

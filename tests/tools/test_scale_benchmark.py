@@ -1,4 +1,4 @@
-"""benchmarks/scale.py: its short form holds every bound that does not depend on time; a broken bound is an error."""
+"""benchmarks/scale.py: its short form meets every bound that does not depend on time; a broken bound is an error."""
 
 from __future__ import annotations
 

@@ -283,7 +283,7 @@ def test_a_rank_without_elements_keeps_step() -> None:
 
 
 def test_gradients_from_another_device() -> None:
-    """A meta accumulator has no values; what is tested is that pieces are moved to it and cover the sample."""
+    """A meta accumulator has no values: tests that pieces are moved to it and cover the sample."""
     moments = Accumulators(300, device="meta")
     feed(moments, torch.ones(300), (100,))
     assert moments.count == 1

@@ -1,4 +1,4 @@
-"""Which real optimizers keep Adam's two moments of each element, as the catalog says, and what is said of others."""
+"""Real optimizers with Adam's two moments per element, as in the catalog, and the messages for others."""
 
 from __future__ import annotations
 

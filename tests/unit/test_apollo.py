@@ -12,7 +12,7 @@ from mols_ds.optim import apollo
 
 
 def test_apollo_projection_keeps_the_expected_gradient() -> None:
-    """E[P^T P] = 1: over many draws the mean of P^T P comes to the identity, within five standard errors."""
+    """E[P^T P] = 1: over many draws the mean of P^T P is the identity within five standard errors."""
     draws = [apollo.projection((8, 30), 4, seed, torch.device("cpu"), torch.float32) for seed in range(4000)]
     mean = torch.stack([p.T @ p for p in draws]).mean(0)
     assert draws[0].shape == (4, 8) and torch.equal(

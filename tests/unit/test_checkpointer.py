@@ -16,8 +16,8 @@ from mols_ds.training.checkpointer import (
     MANIFEST,
     PARTIAL,
     Checkpointer,
+    check_finite,
     has_checkpoint,
-    refuse_non_finite,
 )
 
 CONTENT = b"weights of step "
@@ -139,8 +139,8 @@ def test_killed_before_latest_was_first_written(checkpointer: Checkpointer) -> N
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(value: float) -> None:
     fine, bad = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.tensor([1.0, value]))
-    refuse_non_finite([fine], 7, bool)
+    check_finite([fine], 7, bool)
     with pytest.raises(MolsTrainingError, match="not finite after step 7: nothing is saved"):
-        refuse_non_finite([fine, bad], 7, bool)
+        check_finite([fine, bad], 7, bool)
     with pytest.raises(MolsTrainingError):  # another rank's
-        refuse_non_finite([fine], 7, lambda mine: False)
+        check_finite([fine], 7, lambda mine: False)

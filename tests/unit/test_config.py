@@ -1,4 +1,4 @@
-"""The "mols" section: defaults, presets, and one line for each mistake that names the key and the way out."""
+"""The "mols" section: defaults, presets, and one line for each mistake that names the key and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README and docs: code blocks parse, links and anchors lead somewhere, and what is advised exists."""
+"""README and docs: code blocks parse, links and anchors exist, and so do advised commands and packages."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_every_collective_of_the_packages_is_on_its_page() -> None:
     }
 
 
-# ---------------------------------------------------------------------- what is advised
+# ---------------------------------------------------------------------- advice
 
 
 def strings(path: Path) -> Iterator[str]:
@@ -194,7 +194,7 @@ def advice() -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def metadata() -> dict[str, Any]:
-    """What setup.py hands to setuptools."""
+    """Arguments of setup.py for setuptools."""
     given: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("setuptools.setup", given.update)

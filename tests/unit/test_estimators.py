@@ -49,7 +49,7 @@ def accumulate(samples: Tensor, block_length: int = 8) -> Accumulators:
 
 
 def sums_of(samples: Tensor, block_length: int = 8) -> GroupSums:
-    """The sums of one group "vo" that holds all elements of (K, n) samples."""
+    """The sums of one group "vo" with all elements of (K, n) samples."""
     moments = accumulate(samples, block_length)
     sums = GroupSums.zeros(("vo",), noise_floor(moments.count), len(moments.block_sums), block_length)
     sums.add("vo", moments.mean, moments.m2, moments.count)

@@ -15,7 +15,7 @@ from mols_ds.apps.doctor.findings import Findings
 from mols_ds.apps.study.document import Picture, markdown
 from mols_ds.apps.study.page import page
 from mols_ds.apps.study.summary import summarise
-from mols_ds.core.log import Aside, say, tell, warn_here
+from mols_ds.core.log import GuardedWriter, say, tell, warn_here
 from mols_ds.core.schema import NUMBERS, Report
 from mols_ds.errors import MolsConfigError, MolsWarning, printable, printable_lines
 from mols_ds.report.table import format_report
@@ -124,7 +124,7 @@ def test_what_is_written_aside_warns_once() -> None:
     def fail() -> None:
         raise RuntimeError("disk full")
 
-    aside = Aside()
+    guarded = GuardedWriter()
     with pytest.warns(MolsWarning, match=r"metrics: not written \(RuntimeError: disk full\)") as caught:
-        assert [aside("metrics", fail), aside("metrics", fail), aside("metrics", list)] == [False, False, True]
+        assert [guarded("metrics", fail), guarded("metrics", fail), guarded("metrics", list)] == [False, False, True]
     assert len(caught) == 1

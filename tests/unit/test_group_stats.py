@@ -39,7 +39,7 @@ def accumulate(samples: Tensor, block_length: int = 8) -> Accumulators:
 
 
 def sums_of(samples: Tensor, block_length: int = 8) -> GroupSums:
-    """The sums of one group "vo" that holds all elements of (K, n) samples."""
+    """The sums of one group "vo" with all elements of (K, n) samples."""
     moments = accumulate(samples, block_length)
     sums = GroupSums.zeros(("vo",), noise_floor(moments.count), len(moments.block_sums), block_length)
     sums.add("vo", moments.mean, moments.m2, moments.count)
@@ -162,7 +162,7 @@ def test_sparse_elements_are_counted_exactly() -> None:
 
 
 def test_moved_once_among_noise_and_many_samples() -> None:
-    """At most one noise element in 200,000 is taken for one that moved once; rounding over 512 samples hides none."""
+    """At most one noise element in 200,000 counts as moved once; rounding over 512 samples hides none."""
     assert sums_of(normal(16, 400_000)).column("moved_once")["vo"] <= 10
     samples = torch.zeros(512, 512)
     samples.diagonal().copy_(normal(512))

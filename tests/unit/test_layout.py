@@ -1,4 +1,4 @@
-"""ElementLayout against a naive mask that holds the group of every element."""
+"""ElementLayout against a naive mask with the group of every element."""
 
 from __future__ import annotations
 

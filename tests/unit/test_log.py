@@ -1,4 +1,4 @@
-"""What MoLS says is seen under any logging configuration."""
+"""Messages of MoLS are visible under any logging configuration."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from tests.unit.flat_shard import (
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_views_equal_separate_tensors_bit_for_bit(name: str) -> None:
-    """The first step has no state to slice and goes by delta: start both from a common step without rates."""
+    """The first step has no state to slice and uses delta: start both from a common step without rates."""
     rates: dict[str, float] = {}
     flat, optimizer, scaler = scaled(OPTIMIZERS[name], lambda: rates)
     assert scaler.elementwise
@@ -55,7 +55,7 @@ def test_views_equal_separate_tensors_bit_for_bit(name: str) -> None:
         hook.remove()
         reference.step()
         sliced += seen[0] > 1
-    # SGD without momentum keeps no state, so there is nothing to slice: it always goes by delta.
+    # SGD without momentum has no state to slice: it always uses delta.
     assert sliced == (0 if name == "SGD" else STEPS - 1)
     expected = torch.cat([part.detach() for part in parts])
     if name == "SGD":

@@ -1,4 +1,4 @@
-"""Optimizers that keep something beside `param_groups`: lists, tables, counters that are tensors. None stands still."""
+"""Optimizers with more than `param_groups`: lists, tables, tensor counters. Every tensor moves."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Zipped(torch.optim.Optimizer):
 
 
 def as_class(name: str, module: str, parent: type[Zipped] = Zipped) -> type[Zipped]:
-    """The stand-in as a class of this name from this module."""
+    """The test optimizer as a class of this name from this module."""
     return type(name, (parent,), {"__module__": module, "step": Zipped.step})
 
 
@@ -265,7 +265,7 @@ def test_a_subclass_that_changes_what_a_step_calls_is_not_taken_for_its_parent()
 
 @pytest.mark.tier("all")
 def test_a_compiled_step_is_scaled_as_any_other() -> None:
-    """`torch.compile(optimizer.step)` leaves our hooks out of its graph: rates do not compound, groups are put back."""
+    """`torch.compile(optimizer.step)` leaves our hooks out of its graph: rates do not compound, groups are restored."""
     found = []
     for compiled in (False, True):
         weight = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 16))

@@ -23,7 +23,7 @@ RATES = {"qk": 0.5, "vo": 1.0, "mlp": 3.0}
 
 
 def step(elementwise: bool, layout: ElementLayout, qk: float = 0.5, steps: int = 3) -> tuple[Tensor, int, int]:
-    """(weights, elements that the last step held, largest number of live bytes in it) of a tensor of two parameters."""
+    """(weights, copied elements of the last step, its peak of live bytes) for a tensor of two parameters."""
     torch.manual_seed(0)
     flat = torch.nn.Parameter(torch.randn(NUMEL + 500))
     optimizer = torch.optim.AdamW([flat], lr=1e-2, foreach=False)

@@ -1,4 +1,4 @@
-"""Optimizers with odd state or counters, and what is left of a scaled step afterwards: nothing."""
+"""Optimizers with odd state or counters; a scaled step leaves no trace."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_shared_step_counter(rates_until: int, edges: tuple[int, int]) -> None:
             references[i] = references[i] - LR * rate * update
         optimizer.step()
         assert max(optimizer.state[flat]["step"] for flat in flats) == t
-        assert optimizer.state[flats[-1]]["step"] == t  # the one that the stock optimizer goes on from
+        assert optimizer.state[flats[-1]]["step"] == t  # the one that the stock optimizer continues from
     for flat, reference in zip(flats, references, strict=True):
         assert float((flat.detach() - reference).abs().max()) < 2e-6
 
@@ -155,7 +155,7 @@ class WholeTensor(torch.optim.SGD):
 
 def test_whole_tensor_optimizer_goes_by_delta() -> None:
     flat, optimizer, scaler = scaled(lambda p: WholeTensor(p, lr=LR))
-    assert not scaler.elementwise  # although a subclass of SGD: it has a step of its own
+    assert not scaler.elementwise  # although a subclass of SGD: it defines its own step
     weight = flat.detach()[:-PADDING].double()
     for gradient in gradients(weight.numel()):
         weight = weight - LR * rate_of_each() * gradient.double() / gradient.double().norm()
@@ -185,7 +185,7 @@ def test_groups_and_rates_are_restored() -> None:
 
 
 class Explodes(torch.optim.AdamW):
-    """Fails in the middle of a step when told so."""
+    """Fails in the middle of a step on request."""
 
     armed = False
 

@@ -1,4 +1,4 @@
-"""What a batch moves in modules is given back, and a probe window's random numbers are its own."""
+"""Module state that a batch changes is restored, and a probe window has separate random numbers."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_the_caller_and_the_engine_set_stays() -> None:
 
 
 def test_a_flag_of_a_module_without_buffers_stays() -> None:
-    """It says that something is set up, which cannot be undone."""
+    """It marks a set-up that cannot be undone."""
     module = nn.Linear(2, 2)
     module.ready, module.count = False, 1
     state = ModuleState([module])
@@ -118,7 +118,7 @@ def test_scales_of_transformer_engine_are_given_back_and_its_flags_stay() -> Non
     module: Any = nn.Linear(2, 2)
     scaling = SimpleNamespace(scale=torch.ones(3), amax_history=torch.zeros(4, 3))
     module.fp8_meta, module.fp8_initialized, module.calls = {"scaling_fwd": scaling, "recipe": None}, False, 1
-    newest = scaling.amax_history[0]  # what the global buffer holds
+    newest = scaling.amax_history[0]  # the value in the global buffer
     state = ModuleState([module])
     state.remember()
     newest.add_(7)
@@ -232,7 +232,7 @@ def test_a_window_of_0_4_0_sets_the_generator_at_its_end() -> None:
     torch.manual_seed(5)
     then, expected = torch.get_rng_state(), torch.rand(2)
     window = ProbeWindow(ModuleState([]))
-    window.load_former(then, None)
+    window.load_0_4_0(then, None)
     torch.manual_seed(6)
     window.open_pass()
     window.close_pass()

@@ -25,7 +25,7 @@ def classes() -> dict[str, list[str]]:
 
 def test_every_class_name_exists_once() -> None:
     found = classes()
-    assert len(found) > 150 and "MolsConfig" in found  # the walk saw the product
+    assert len(found) > 150 and "MolsConfig" in found  # the search found the product
     twice = {name: places for name, places in found.items() if len(places) > 1 and name not in ONE_A_CLIENT}
     assert not twice, "give each thing a name of its own: " + "; ".join(f"{n} {p}" for n, p in twice.items())
 

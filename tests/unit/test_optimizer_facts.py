@@ -27,7 +27,7 @@ def test_what_is_stepped_on_views(facts: Facts) -> None:
 
 @pytest.mark.parametrize("facts", [f for f in CLASSES if f.elementwise_in], ids=lambda facts: facts.name)
 def test_what_keeps_an_elementwise_class_whole(facts: Facts) -> None:
-    """An option that reads whole tensors, or a subclass with a step of its own; a subclass without one is fine."""
+    """An option that reads whole tensors, or a subclass with its own step; a subclass without one is fine."""
     for package in facts.elementwise_in:
         for option in ("cautious", "use_gc", "adanorm"):
             assert not is_elementwise(stand_in(facts.name, package, **{option: True}))

@@ -33,7 +33,7 @@ def calibrated(t: int, *, schedule: Schedule | None = None, every: int | None = 
 
 def test_shares_and_steps() -> None:
     assert schedule_of({}, total=1000) == Schedule(10, 100)
-    assert schedule_of({"total_steps": 500}, total=1000) == Schedule(5, 50)  # the section's own number wins
+    assert schedule_of({"total_steps": 500}, total=1000) == Schedule(5, 50)  # the section's own number applies
     assert schedule_of({"start": 7, "ramp_end": 70}) == Schedule(7, 70)
     assert schedule_of({"start": 7, "ramp_end": 0.5, "ramp": "cosine"}, total=100) == Schedule(7, 50, "cosine")
     assert schedule_of({"start": 3, "ramp_end": "auto"}, warmup=9) == Schedule(3, 9)
@@ -191,7 +191,7 @@ def test_recalibration_starts_from_the_present_multipliers() -> None:
     state.advance(12)
     assert [state.due(t) for t in (12, 23, 24)] == [False, False, True]
     state.begin(24)
-    assert state.multipliers(24) == ALPHAS and state.old == ALPHAS  # the old ones hold while measuring
+    assert state.multipliers(24) == ALPHAS and state.old == ALPHAS  # the old ones apply while measuring
     assert (state.samples, state.attempts, state.skipped) == (0, 0, 0)
     for _ in range(4):
         state.count(True)

@@ -99,7 +99,7 @@ def test_neither_pass_makes_a_tensor_of_a_shards_size(how: str, dtype: torch.dty
 
 
 def test_copies_to_the_host_overlap_and_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in of a stream copies when it is waited for: too early a read, or a buffer taken too early, shows."""
+    """A fake stream copies when it is waited for: reveals an early read, or early reuse of a buffer."""
     monkeypatch.setattr(host_copies, "CHUNK_BYTES", 64)
     under_way: list[tuple[Tensor, Tensor]] = []
     most = 0

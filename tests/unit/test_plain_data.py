@@ -1,4 +1,4 @@
-"""Files that users and other programs wrote: whatever is wrong with one is a MolsConfigError of one line."""
+"""Files that users and other programs wrote: every problem with one is a MolsConfigError of one line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.files import read_text
 from mols_ds.core.json_text import parse_json, read_json
-from mols_ds.core.plain_data import DEEPEST
+from mols_ds.core.plain_data import MAX_DEPTH
 from mols_ds.errors import MolsConfigError
 from mols_ds.report.files import load_report
-from mols_ds.training.yaml_text import MOST, parse_yaml, read_yaml
+from mols_ds.training.yaml_text import MAX_VALUES, parse_yaml, read_yaml
 
 READERS: dict[str, Callable[[Path], object]] = {
     "text": lambda path: read_text(path, "it"),
@@ -64,18 +64,18 @@ JSONS = {
     "": "not JSON",
     "\0": "not JSON",
     "[" * 100_000: "nested too deeply",
-    "[" * (DEEPEST + 1) + "]" * (DEEPEST + 1): "nested too deeply",
+    "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1): "nested too deeply",
     '{"a": 1, "b": {"c": 1, "c": 2}}': "'c' is there twice",
     "1" * 5000: "not JSON",
     '{"a": [1, {"b": -' + "1" * 30 + "}]}": '"a.1.b": an integer of',
 }
 YAMLS = {
     "[" * 3000: "nested too deeply",
-    "[" * (DEEPEST + 1) + "]" * (DEEPEST + 1): "nested too deeply",
+    "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1): "nested too deeply",
     "a: &a [*a]": "nested too deeply",
     "a: 1\na: 2": "'a' is there twice",
     "1: a\ntrue: b": "is there twice",
-    BOMB: f"more than {MOST:,} values",
+    BOMB: f"more than {MAX_VALUES:,} values",
     "a: " + "1" * 5000: "not YAML",
     "a: " + "1" * 30: "integer of",
     "a: \0": "not YAML",
@@ -104,7 +104,7 @@ def test_bad_yaml(number: int) -> None:
 def test_good_ones_are_what_they_say() -> None:
     content = {"a": [1, 2.5, None, True, "x"], "b": {"c": -(2**62)}}
     assert parse_json(json.dumps(content), "here") == content == parse_yaml(json.dumps(content), "here")
-    assert parse_json("[" * DEEPEST + "]" * DEEPEST, "here")
+    assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH, "here")
     text = "a: &a {x: 1e-3, y: 2}\nb: {<<: *a, y: 3}\nc: *a"
     both = {"x": 1e-3, "y": 2}
     assert parse_yaml(text, "here") == {"a": both, "b": {"x": 1e-3, "y": 3}, "c": both}

@@ -1,4 +1,4 @@
-"""The controller hands a new report to rank 0's `publish`, once, and goes on whatever comes of it."""
+"""The controller passes a new report to rank 0's `publish` once, and continues after any error there."""
 
 from __future__ import annotations
 

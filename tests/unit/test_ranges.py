@@ -65,7 +65,7 @@ def test_a_part_is_the_intersection(start: int, numel: int, low: int, high: int)
 def test_parts_of_parts_and_their_order(numel: int, a: int, b: int, c: int, d: int) -> None:
     whole = ShardRange("p", 7, 2, numel)
     first, second = set(elements([(0, whole.part(a, b))])), set(elements([(0, whole.part(c, d))]))
-    assert set(elements([(0, whole.part(max(a, c), min(b, d)))])) == first & second  # in whatever order they are taken
+    assert set(elements([(0, whole.part(max(a, c), min(b, d)))])) == first & second  # in either order
     offset = whole.part(a, b).start - whole.start
     inner = whole.part(a, b).part(c - offset, d - offset)
     assert set(elements([(0, inner)])) == first & second
@@ -84,7 +84,7 @@ def test_a_view_is_of_the_elements_and_no_copy() -> None:
 @settings(max_examples=200)
 @given(owned_ranges(), st.integers(1, 9))
 def test_replicas_have_each_element_once(owned: list[tuple[str, ShardRange]], replicas: int) -> None:
-    """Each computes its share alone: together they are the whole, in order, whatever the sizes."""
+    """Each computes its share alone: together they are the whole, in order, for any sizes."""
     shares = [split_among_replicas(owned, rank, replicas) for rank in range(replicas)]
     assert [element for share in shares for element in elements(share)] == elements(owned)
     assert all(item.numel > 0 for share in shares for _, item in share)
@@ -178,7 +178,7 @@ def test_spans_put_each_element_in_its_place(owned: list[tuple[str, ShardRange]]
 
 
 def test_saved_ranges_are_the_plain_tuples_of_0_4_0() -> None:
-    """Side files of half-done calibrations: (name, start, offset, numel), no class of ours."""
+    """Side files of partial calibrations: (name, start, offset, numel), no class of ours."""
     saved_by_0_4_0 = [("a", 4, 0, 3), ("b", 0, 3, 2)]
     layouts = {"a": ElementLayout.whole("qk"), "b": ElementLayout.whole("vo")}
 

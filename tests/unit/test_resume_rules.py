@@ -1,4 +1,4 @@
-"""Settings that differ from the checkpoint's: who wins, and that it is said."""
+"""Settings that differ from the checkpoint's: the value that applies, and the message."""
 
 from __future__ import annotations
 

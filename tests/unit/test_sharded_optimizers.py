@@ -58,7 +58,7 @@ def set_gradients(tensors: Iterable[Tensor], step: int) -> None:
 
 @kinds
 def test_flat_with_nan_padding_equals_whole_parameters(kind: str) -> None:
-    """One flat tensor that holds both parameters in another order, with padding between them that is NaN."""
+    """One flat tensor with both parameters in another order, and NaN padding between them."""
     whole = two_parameters()
     flat = torch.full((50,), torch.nan)
     where = {"a": (9, whole[0]), "b": (1, whole[1])}

@@ -1,4 +1,4 @@
-"""What is written on a machine with other users: under names that nobody knows before, through nobody's links."""
+"""Files on a machine with other users: unpredictable names, and no writing through links."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mols_ds.training.preemption import SIGNALS, Preempted, StopRequest
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
-    """A file of somebody that must stay as it is."""
+    """Another user's file, which must not change."""
     path = tmp_path / "target"
     path.write_text("precious")
     return path
@@ -125,7 +125,7 @@ def test_whose_folder_a_cache_will_be_made_in(tmp_path: Path, monkeypatch: pytes
     assert foreign_problem(place) is None
     (tmp_path / "shared").chmod(0o777)
     assert foreign_problem(place) == "can be written by other users"
-    # An own folder in one that somebody else made first under this user's name
+    # An own folder in one that another user created first under this user's name
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (own_root() / "triton").mkdir(parents=True, mode=0o700)
     own_root().chmod(0o777)

@@ -1,4 +1,4 @@
-"""The guard of the first scaled steps: what it names, and what it leaves alone."""
+"""The guard of the first scaled steps: faults that it names, and cases that it accepts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.unit.test_lr_scaler_groups import APEX, LR, UNKNOWN, Zipped, scale, t
 
 
 def watched(optimizer: torch.optim.Optimizer, params: list[Any], *, trusted: bool) -> LRScaler:
-    """A scaler that watches; `trusted`: as if the catalog said that the class reads its groups alone."""
+    """A watching scaler; `trusted`: as if the catalog listed the class as reading its groups alone."""
     scaler = scale(optimizer, params)
     scaler.watching = True
     if trusted:
@@ -61,7 +61,7 @@ def test_gradients_that_lie_apart_are_watched() -> None:
 
 
 def test_the_groups_counter_where_gradients_lie_apart() -> None:
-    """Groups without a gradient do not count: the one that has them tells the counter, wherever its gradients are."""
+    """Groups without a gradient do not count: the counter comes from the group with gradients."""
 
     class Counts(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""The report of a study: what is written, that it can be read, and that it says what it must."""
+"""The report of a study: its files, their format and their content."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_tables_are_whole_and_stand_below_their_command(written: Path) -> None:
 
 
 class Reader(HTMLParser):
-    """Collects tags and attributes, and checks that what is opened is closed in order."""
+    """Collect tags and attributes, and check that tags are closed in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def test_unfinished_studies_say_so_first(tmp_path: Path) -> None:
     assert "- `adam+mols` on b: 0 runs, its tuning has not ended\n" in first
     assert "- `lion` on a: 2 runs (lr 0.001 seed 1; lr 0.001 seed 2)\n" in first
     assert "**Fewer than 5 evaluation seeds** (1): the intervals are not to be relied on." in first
-    assert "1 of 3 seeds are there" in text and "+0.2000" in text, "one pair has a difference, but no interval"
+    assert "1 of 3 seeds were run" in text and "+0.2000" in text, "one pair has a difference, but no interval"
     assert "seeds of the result too, for all arms alike: 0." in text and "for adam on b." in text
 
 
@@ -237,7 +237,7 @@ def test_pictures_show_the_numbers() -> None:
     interval, point = left.lines[1:3]  # after the line at zero
     assert list(interval.get_xdata()) == [difference.low, difference.high]
     assert list(point.get_xdata()) == [difference.mean]
-    assert right.texts[0].get_text().strip() == "not there"
+    assert right.texts[0].get_text().strip() == "not run"
     (axes,) = figures["a-lr.png"][1].axes
     assert axes.get_xscale() == "log" and list(axes.lines[0].get_ydata()) == [4.1, 4.0, 4.1]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.002", "0.004"]

@@ -1,4 +1,4 @@
-"""Study files and the order of runs: what is tuned, what comes next, what a change of the file invalidates."""
+"""Study files and the order of runs: tuning, the next runs, and the effect of a changed file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def study_of(tmp_path: Path, **changes: Any) -> Study:
 
 
 def pretend(store: Store, run: StudyRun, loss: float | None) -> None:
-    """Write a result as a finished run would; what is tested here never looks at how it was trained."""
+    """Write a result like a finished run; no test here depends on its training."""
     store.save(run, {"val_loss": loss})
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a study's report against values known by hand, from tables or from closed forms."""
+"""The numbers of a study's report against values from tables, closed forms or hand calculation."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_an_unfinished_study_says_what_is_missing() -> None:
     assert summary.absent == [("b", "adam+mols")]
     mols = row(summary, "a", "adam+mols")
     assert (
-        mols.notes == ("4 of 5 seeds are there", PASSES) and mols.difference is not None and mols.difference.pairs == 4
+        mols.notes == ("4 of 5 seeds were run", PASSES) and mols.difference is not None and mols.difference.pairs == 4
     )
     # Both curves are of the seeds that both have: without that, another seed's level would read as a speed-up.
     shift = statistics.fmean(-2 * NOISE[seed] for seed in (1, 2, 3, 5))

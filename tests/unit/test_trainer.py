@@ -1,4 +1,4 @@
-"""The training loop on an engine of a few lines: what it counts, evaluates, logs, saves, resumes and stops."""
+"""The training loop on an engine of a few lines: counting, evaluation, logs, checkpoints, resuming, stopping."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class Setup:
 
 
 class Numbered:
-    """Batches whose values are their positions, those of the probe stream from 1000 on; notes what is asked for."""
+    """Batches whose values are their positions, those of the probe stream from 1000 on; records the requests."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Stream, int]] = []

@@ -1,4 +1,4 @@
-"""The shape of the tree: what lies at the root of the package, how long files are, where DeepSpeed's names are used."""
+"""The shape of the tree: files at the root of the package, their lengths, uses of DeepSpeed's names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LONG: dict[str, int] = {}
 DEPTH = 12
 """Modules in the longest chain of imports, those inside functions and for type checkers left out. It may only fall."""
 ANY_SHARE = 0.10
-"""Functions whose signature says `Any`, of all."""
+"""Functions with `Any` in their signature, of all."""
 
 
 def at(file: Path) -> str:

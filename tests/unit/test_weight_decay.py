@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mols_ds.core.config import MolsConfig
 from mols_ds.core.groups import ElementLayout
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.ranges import ShardRange
@@ -62,7 +61,7 @@ def run(make: Make, way: str, value: str) -> tuple[Tensor, torch.optim.Optimizer
     flat, pieces, layouts = flat_case()
     optimizer, at = make([flat], DECAY), [0]
     plans = {id(flat): make_plan(flat.numel(), pieces, layouts)}
-    unscaled = traits.unscaled_decay(optimizer, MolsConfig.parse({"weight_decay": value}))
+    unscaled = traits.unscaled_decay(optimizer, value)
     LRScaler(optimizer, plans, lambda: moving(at[0]), unscaled_decay=unscaled, **WAYS[way])
     for gradient in gradients(sum(SIZES.values())):
         flat.grad = torch.cat([gradient, torch.zeros(PADDING)])
@@ -98,7 +97,7 @@ def test_interleaved_groups(rows: int, value: str) -> None:
     )
     optimizer = DECOUPLED["AdamW"]([flat], DECAY)
     plan = make_plan(numel, [ShardRange("c_attn", 0, 0, numel)], {"c_attn": layout})
-    unscaled = traits.unscaled_decay(optimizer, MolsConfig.parse({"weight_decay": value}))
+    unscaled = traits.unscaled_decay(optimizer, value)
     LRScaler(optimizer, {id(flat): plan}, lambda: rates, elementwise=True, unscaled_decay=unscaled)
     for gradient in gradients(numel):
         flat.grad = gradient.clone()
@@ -121,7 +120,7 @@ def test_a_weight_without_a_gradient_does_not_decay(way: str) -> None:
     assert torch.equal(flat.detach()[:-PADDING], before[:-PADDING])
 
 
-# ---------------------------------------------------------------------- what the catalog says of each class
+# ---------------------------------------------------------------------- facts of the catalog about each class
 
 REAL: dict[str, tuple[Make, bool]] = {
     **{name: (make, True) for name, make in DECOUPLED.items()},
@@ -182,7 +181,7 @@ def test_classes_that_need_a_device(name: str, package: str, group: dict[str, An
 def test_the_refusal_names_the_optimizer_and_the_way_out_and_comes_later_too() -> None:
     flat, pieces, layouts = flat_case()
     optimizer = torch.optim.SGD([flat], lr=LR, weight_decay=0.0)
-    unscaled = traits.unscaled_decay(optimizer, MolsConfig.parse({"weight_decay": "unscaled"}))
+    unscaled = traits.unscaled_decay(optimizer, "unscaled")
     plans = {id(flat): make_plan(flat.numel(), pieces, layouts)}
     LRScaler(optimizer, plans, lambda: moving(3), elementwise=True, unscaled_decay=unscaled)
     flat.grad = torch.ones_like(flat)

@@ -15,7 +15,6 @@ from mols_ds.engines.deepspeed.compat import TESTED as DEEPSPEED_TESTED
 from mols_ds.engines.deepspeed.compat import module as deepspeed_module
 
 if TYPE_CHECKING:
-    from deepspeed.ops.op_builder.builder import OpBuilder
     from packaging.requirements import Requirement
 
 ENGINE = "transformer_engine.pytorch"
@@ -126,35 +125,35 @@ def _deepspeed(findings: Findings, tried: Tried) -> None:
 
 def _ops(findings: Findings) -> None:
     """Kernels: built with the package, compiled here before, or to be compiled when they are first used."""
+    import torch
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
 
-    installed_ops = deepspeed_module("deepspeed.git_version_info").installed_ops
-    kernels = deepspeed_module("deepspeed.ops.op_builder.all_ops").ALL_OPS
+    report = deepspeed_module("deepspeed.env_report")  # what `ds_report` prints
+    kernels = report.ALL_OPS
     root = Path(cpp_extension.get_default_build_root())
-    compiled = {file.stem for file in root.glob("**/*.so")} | {name for name, built in installed_ops.items() if built}
+    compiled = {file.stem for file in root.glob("**/*.so")} | {
+        name for name, built in report.installed_ops.items() if built
+    }
     compiled &= set(kernels)
     real = {name: builder for name, builder in kernels.items() if "not_implemented" not in name}
-    able = [name for name, builder in real.items() if _compatible(builder)]
+    able = [name for name, builder in real.items() if report.probe_is_compatible(builder, False)]
     unable = [name for name in real if name not in able]
     accelerator = get_accelerator().device_name()
     lists = (("can be compiled", able), ("cannot", unable), ("compiled already", sorted(compiled)))
     found = "; ".join(f"{what}: {', '.join(names) or 'none'}" for what, names in lists)
     fix = "--config says whether a config needs one of those that cannot" if unable else ""
     findings.add("ok" if able else "note", "deepspeed.ops", f"on {accelerator}, {found}", fix)
-    if cpp_extension.CUDA_HOME is None and accelerator == "cuda":
-        fix = "install the CUDA toolkit of torch's version and set CUDA_HOME"
-        findings.add("warning", "deepspeed.nvcc", "no CUDA toolkit (nvcc): no kernel can be compiled", fix)
+    if accelerator == "cuda" and torch.version.hip is None:
+        version = report.nvcc_version()
+        if "FAIL" in version:
+            fix = "install the CUDA toolkit of torch's version and set CUDA_HOME"
+            findings.add("warning", "deepspeed.nvcc", "no CUDA toolkit (nvcc): no kernel can be compiled", fix)
+        else:
+            findings.add("ok", "deepspeed.nvcc", f"nvcc {version}")
     for lock in sorted(root.glob("**/lock")):
         found = f"{lock} was left by a compilation that was killed, or one is running: the next use waits for it"
         findings.add("warning", "deepspeed.lock", found, "delete it if nothing is compiling")
-
-
-def _compatible(builder: OpBuilder) -> bool:
-    try:
-        return bool(builder.is_compatible(verbose=False))
-    except Exception:  # a CUDA builder without a toolkit
-        return False
 
 
 def _megatron(findings: Findings, tried: Tried) -> None:

@@ -44,7 +44,7 @@ FILE = "evaluation.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TaskRequest:
     """A task of lm-eval; `shots` None: the task's default."""
 
     task: str
@@ -56,7 +56,7 @@ class Evaluation:
     """The --evaluate options. `limit`: questions per task (None: all). `manager`: lm-eval's index of tasks, which takes
     seconds to build."""
 
-    tasks: tuple[Asked, ...]
+    tasks: tuple[TaskRequest, ...]
     manager: TaskManager
     sets: tuple[str, ...] = ()
     limit: int | None = None
@@ -77,7 +77,7 @@ def parse(text: str, *, folder: Path | None, limit: int | None, batch: int) -> E
     Raises:
         MolsConfigError: lm-eval is not installed, or a name is unknown.
     """
-    tasks: list[Asked] = []
+    tasks: list[TaskRequest] = []
     sets = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, shots = part.partition(":")
@@ -85,7 +85,7 @@ def parse(text: str, *, folder: Path | None, limit: int | None, batch: int) -> E
             raise MolsConfigError(f"--evaluate {part}: give the number of shots after the colon, such as {name}:5")
         number = int(shots) if shots else SHOTS.get(name)
         sets += [name] if name in SETS else []
-        tasks += [Asked(task, number) for task in SETS.get(name, (name,))]
+        tasks += [TaskRequest(task, number) for task in SETS.get(name, (name,))]
     if not tasks:
         raise MolsConfigError(f"--evaluate {text!r} names no task")
     if len({asked.task for asked in tasks}) < len(tasks):
@@ -135,7 +135,7 @@ def evaluate(
     return results
 
 
-def _one(model: HFLM, manager: TaskManager, asked: Asked, limit: int | None) -> dict[str, float]:
+def _one(model: HFLM, manager: TaskManager, asked: TaskRequest, limit: int | None) -> dict[str, float]:
     """Return the metrics of one task or task group, with names such as "acc" and "acc_stderr"."""
     import lm_eval
 

@@ -31,7 +31,7 @@ from mols_ds.training.compare import run_arms
 from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import BATCH_KEYS, check_with_deepspeed, model_dtype, native_bf16, read_config, resolve
 from mols_ds.training.models import zero_init
-from mols_ds.training.ranks import check_run, quiet, run_command, start_ranks
+from mols_ds.training.ranks import check_run, run_command, silence_output, start_ranks
 from mols_ds.training.sources import DataSpec, check_hub
 from mols_ds.training.train_job import TrainJob
 
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Run with parsed arguments. Checks everything it can before anything slow starts."""
-    quiet()
+    silence_output()
     if args.epochs == 0 and args.steps is None:
         _evaluate_only(args)
         return
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
     batches = AnswerBatches(data, shape, args.seed, pad)
     torch.distributed.barrier()  # from here on ranks run together
     if rank == 0:
-        _say_what(args, config, data, held_out, steps, world)
+        _print_summary(args, config, data, held_out, steps, world)
     setup = DeepSpeedSetup(
         config=config, model=partial(_model, args, config, len(tokenizer), rank),
         held_out=held_out_batches(held_out, shape, args.eval_examples, pad),
@@ -275,7 +275,7 @@ def _model(args: argparse.Namespace, config: JsonObject, vocab_size: int, rank: 
     return model
 
 
-def _say_what(
+def _print_summary(
     args: argparse.Namespace, config: JsonObject, data: Tokenized, held_out: Tokenized, steps: int, world: int
 ) -> None:
     stage = config.get("zero_optimization", {}).get("stage", 0)

@@ -86,14 +86,14 @@ def _chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[TextPart
         if message["role"] != "assistant":
             continue
         asked = _render(tokenizer, messages[:number], example.where, prompt=True)
-        told = _render(tokenizer, messages[: number + 1], example.where, prompt=False)
-        if not (asked.startswith(done) and told.startswith(asked)):
+        rendered = _render(tokenizer, messages[: number + 1], example.where, prompt=False)
+        if not (asked.startswith(done) and rendered.startswith(asked)):
             raise MolsConfigError(
                 f"{example.where}: the tokenizer's chat template rewrites the text before an answer, so answer "
                 "and prompt cannot be separated: use --template plain, or examples with one answer each"
             )
-        found += [TextPart(asked[len(done) :], False), TextPart(told[len(asked) :], True)]
-        done = told
+        found += [TextPart(asked[len(done) :], False), TextPart(rendered[len(asked) :], True)]
+        done = rendered
     return found
 
 

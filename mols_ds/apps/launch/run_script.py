@@ -8,6 +8,7 @@ puts `--local_rank` before the script here; the script gets it as its first argu
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import runpy
@@ -20,6 +21,7 @@ from types import ModuleType
 
 ROOT = str(Path(__file__).resolve().parents[3])
 ENGINE = "deepspeed"
+CONFIG = "--deepspeed_config"
 
 
 class PatchOnImport(MetaPathFinder):
@@ -56,6 +58,16 @@ def main(argv: Sequence[str]) -> None:
     if importlib.util.find_spec("mols_ds") is None:  # the shim alone is used; the package is not installed
         sys.path.append(ROOT)
     sys.meta_path.insert(0, PatchOnImport())
+    try:
+        _run(rest, launcher)
+    except SystemExit as end:
+        if not end.code:
+            _say_left_out(rest)
+        raise
+    _say_left_out(rest)
+
+
+def _run(rest: list[str], launcher: list[str]) -> None:
     if rest[0] == "-m":
         sys.argv = [rest[1], *launcher, *rest[2:]]
         sys.path[0] = os.getcwd()
@@ -64,6 +76,28 @@ def main(argv: Sequence[str]) -> None:
     sys.argv = [rest[0], *launcher, *rest[1:]]
     sys.path[0] = os.path.dirname(os.path.realpath(rest[0]))
     runpy.run_path(rest[0], run_name="__main__")
+
+
+def _say_left_out(arguments: Sequence[str]) -> None:
+    """Say on rank 0 that the script gave the "mols" section of the launcher's config to no engine."""
+    given = arguments[arguments.index(CONFIG) + 1 :] if CONFIG in arguments else []
+    asked = {"-h", "--help"} & set(arguments)
+    if not given or asked or os.environ.get("RANK", "0") != "0" or not os.path.isfile(given[0]):
+        return
+    api = sys.modules.get("mols_ds.engines.deepspeed.api")
+    if (api is not None and api.sections_used) or "mols" not in Path(given[0]).read_text("utf-8"):
+        return
+    from mols_ds.engines.deepspeed.config_reader import read_config
+    from mols_ds.errors import MolsConfigError
+    from mols_ds.training.cli_utils import print_line
+
+    section = None
+    with contextlib.suppress(MolsConfigError):  # the script did not read it either
+        section = read_config(given[0]).get("mols")
+    if isinstance(section, dict) and section.get("enabled", True):
+        print_line(
+            ENGINE, f'the "mols" section of {given[0]} was left out: the script gave it to no deepspeed.initialize'
+        )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from torch import distributed as dist
 
 from mols_ds.apps.plan.gpt import Gpt, Local
+from mols_ds.apps.plan.model import saved_bytes
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.training.sources import one_line
 
@@ -203,13 +204,6 @@ def _trace(local: Local, settings: TraceSettings, batch: int, layers: int, *, fi
     config = _config(local, settings, layers)
     dtype = config.params_dtype
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage  # kept, so that no other storage gets its address
-        return tensor
-
     model = GPTModel(
         config,
         spec,
@@ -221,14 +215,11 @@ def _trace(local: Local, settings: TraceSettings, batch: int, layers: int, *, fi
         share_embeddings_and_output_weights=local.tied,
     )
     _cast(model, dtype)
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     ids = torch.zeros(batch, settings.length, dtype=torch.long)
     if not first:
         rows = settings.length // (settings.tp if settings.sp else 1)
         model.set_input_tensor(torch.zeros(rows, batch, config.hidden_size, dtype=dtype, requires_grad=True))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(ids, ids, None, labels=ids if last else None)
-    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
+    return saved_bytes(model, lambda: model(ids, ids, None, labels=ids if last else None))
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:

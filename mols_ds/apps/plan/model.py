@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -152,6 +152,19 @@ def _saved(config: PretrainedConfig, layers: int, batch: int, length: int, dtype
     for key in DROPOUTS:
         if hasattr(config, key):
             setattr(config, key, 0.0)
+    try:
+        with FakeTensorMode(), _quiet(), _as_on_devices():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+            ids = torch.zeros(batch, length, dtype=torch.long)
+            return saved_bytes(model, lambda: model(input_ids=ids, labels=ids))
+    except MolsConfigError:
+        raise
+    except Exception as error:  # whatever the model's code does with shapes alone
+        raise MolsConfigError(f"the activations of this model cannot be traced: {one_line(error)}") from error
+
+
+def saved_bytes(model: torch.nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes of the distinct storages that autograd saves in `forward()`, the model's parameters left out."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -159,17 +172,9 @@ def _saved(config: PretrainedConfig, layers: int, batch: int, length: int, dtype
         storages[storage._cdata] = storage  # kept, so that no other storage gets its address
         return tensor
 
-    try:
-        with FakeTensorMode(), _quiet(), _as_on_devices():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-            own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-            ids = torch.zeros(batch, length, dtype=torch.long)
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                model(input_ids=ids, labels=ids)
-    except MolsConfigError:
-        raise
-    except Exception as error:  # whatever the model's code does with shapes alone
-        raise MolsConfigError(f"the activations of this model cannot be traced: {one_line(error)}") from error
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
     return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
 
 

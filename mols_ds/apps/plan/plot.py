@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from mols_ds.errors import MolsConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GIB = 2**30
 
@@ -19,22 +21,30 @@ GIB = 2**30
 def save(plan: JsonMapping, path: str) -> None:
     """Write the plot; the file's ending chooses the format. Raises MolsConfigError where it cannot be written."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        figure = draw(plan)
     except ImportError as error:
         raise MolsConfigError("--plot needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    both = any(phase["host"] for phase in plan["phases"])
-    axes = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
-    for axis, where in zip(axes, ("device", "host"), strict=False):
-        _bars(axis, plan, where)
-    figure.suptitle(plan["run"]["summary"][0], fontsize=9)
     target = Path(path)
     try:
         write_whole(target, lambda beside: figure.savefig(beside, dpi=150, format=target.suffix[1:] or "png"))
     except (OSError, ValueError) as error:
         raise MolsConfigError(f"--plot {path}: {' '.join(str(error).split())}") from error
+
+
+def draw(plan: JsonMapping) -> Figure:
+    """One panel for the accelerator, and one for the host where something is there. Raises ImportError."""
+    from matplotlib.figure import Figure  # without pyplot, which reads MPLBACKEND
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    both = any(phase["host"] for phase in plan["phases"])
+    axes = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
+    for axis, where in zip(axes, ("device", "host"), strict=False):
+        _bars(axis, plan, where)
+    figure.suptitle(textwrap.fill(plan["run"]["summary"][0], 80), fontsize=9)
+    drawn = dict(found for axis in axes for found in zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    names = [name for name in ("usable", *KINDS[::-1]) if name in drawn]  # as they are stacked
+    figure.legend([drawn[name] for name in names], names, loc="outside right upper", frameon=False, fontsize=8)
+    return figure
 
 
 def _bars(axis: Axes, plan: JsonMapping, where: str) -> None:
@@ -49,4 +59,3 @@ def _bars(axis: Axes, plan: JsonMapping, where: str) -> None:
     axis.axhline(plan["limits"][where] / GIB, color="black", linestyle="--", label="usable")
     axis.set_ylabel("GiB of a rank")
     axis.set_title("accelerator" if where == "device" else "host")
-    axis.legend(fontsize=8)

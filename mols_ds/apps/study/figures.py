@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,8 @@ OUTLIER = 5.0
 """A difference this many times the median one is drawn as an arrow at the edge, so that the others can be read."""
 MAX_BANDS = 8
 """With more arms than this, only the baseline's curve has the band of its seeds."""
+TITLE = 26
+"""Letters of a line above a panel."""
 MAX_TICKS = 12
 """Up to this many rates are each named on the axis."""
 GAP = Band(math.nan, math.nan, math.nan)
@@ -86,7 +89,8 @@ def _forest(summary: Summary) -> Drawn:
     arms = [arm for arm in summary.arms if any(r.arm == arm and r.difference for r in summary.rows)]
     columns = min(3, len(summary.models))
     lines = math.ceil(len(summary.models) / columns)
-    figure = _figure(2.4 + 3.6 * columns, lines * (1.2 + 0.32 * len(arms)))
+    names = max(2.4, 0.8 + 0.08 * max(map(len, arms)))
+    figure = _figure(names + 3.6 * columns, lines * (1.3 + 0.32 * len(arms)))
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes, model in zip(grid.flat, summary.models, strict=False):
         _forest_panel(axes, model, arms, {row.arm: row for row in summary.of(model)})
@@ -108,7 +112,9 @@ def _forest_panel(axes: Axes, model: str, arms: Sequence[str], rows: Mapping[str
     for place, arm in enumerate(arms):
         difference = rows[arm].difference if arm in rows else None
         if difference is None or not math.isfinite(difference.mean):
-            text = "not there" if difference is None else "diverged" if difference.mean > 0 else "baseline diverged"
+            text = "not run" if arm not in rows or not rows[arm].losses else "no seed in common"
+            if difference is not None:
+                text = "diverged" if difference.mean > 0 else "baseline diverged"
             axes.text(0.0, place, f" {text}", va="center", fontsize=8, color="#777777")
             continue
         colour = ("#0072B2" if difference.mean < 0 else "#D55E00") if difference.clear else "#7F7F7F"
@@ -121,7 +127,7 @@ def _forest_panel(axes: Axes, model: str, arms: Sequence[str], rows: Mapping[str
         if difference.low is not None and difference.high is not None:
             axes.plot([difference.low, difference.high], [place, place], color=colour, linewidth=1.8)
         axes.plot(difference.mean, place, "o", color=colour, markersize=6)
-    axes.set_title(model, fontsize=10.5, color=INK)
+    _title(axes, model)
     axes.set_xlabel("loss minus the baseline's (nats a token)", fontsize=9)
     _frame(axes, "x")
 
@@ -162,11 +168,11 @@ def _curves(summary: Summary, model: str, styles: Mapping[str, Style]) -> Drawn:
     if base is not None and math.isfinite(base):
         end.axhline(base, color=INK, linewidth=0.9, linestyle=":")
     for axes, title in ((whole, "whole run"), (end, "second half")):
-        axes.set_title(title, fontsize=10, color=INK)
+        _title(axes, title)
         axes.set_xlabel("tokens trained on", fontsize=9.5)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         _frame(axes, "both")
-    whole.set_ylabel("validation loss (nats a token)", fontsize=9.5)
+    whole.set_ylabel("validation loss, mean of seeds (nats a token)", fontsize=9.5)
     _legend(figure, [row.arm for row in rows], styles, markers=False)
     whose = "" if len(rows) <= MAX_BANDS else f" (of {summary.baseline} alone, as there are many arms)"
     caption = (
@@ -207,7 +213,7 @@ def _sensitivity(summary: Summary, model: str, styles: Mapping[str, Style]) -> D
         _log_ticks(axes.xaxis, rates[-1] / rates[0])
     axes.set_ylim(low - 0.06 * max(top - low, 1e-3), top)
     axes.set_xlabel("base learning rate", fontsize=9.5)
-    axes.set_ylabel("final validation loss (nats a token)", fontsize=9.5)
+    axes.set_ylabel("final loss, mean of tuning seeds (nats a token)", fontsize=9.5)
     _frame(axes, "both")
     _legend(figure, list(found), styles, markers=True)
     caption = (
@@ -239,9 +245,9 @@ def _snr(summary: Summary, model: str) -> Drawn:
                 axes.fill_between(curve.steps, low, high, color=colour, alpha=0.12, linewidth=0)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             axes.set_yscale("log")
-            axes.set_title(f"{arm}: {name}", fontsize=10, color=INK)
+            _title(axes, f"{arm}: {name}")
             _frame(axes, "both")
-        line[0].set_ylabel("SNR", fontsize=9.5)
+        line[0].set_ylabel("SNR, geometric mean", fontsize=9.5)
     for axes in grid[-1]:
         axes.set_xlabel("step", fontsize=9.5)
     handles = [Line2D([], [], color=colour_of(group), linewidth=2.2, label=group) for group in groups]
@@ -269,12 +275,14 @@ def _alphas(summary: Summary) -> Drawn:
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes, arm in zip(grid.flat, arms, strict=False):
         _alpha_panel(axes, [row for row in summary.alphas if row.arm == arm], models, groups)
-        axes.set_title(arm, fontsize=10, color=INK)
+        _title(axes, arm)
     for axes in grid.flat[len(arms) :]:
         axes.set_visible(False)
     ends = [end for row in summary.alphas for band in row.alphas.values() for end in (band.low, band.high)]
     grid[0, 0].set_yscale("log")
     _log_ticks(grid[0, 0].yaxis, max(ends) / min(ends))
+    for axes in grid[:, 0]:
+        axes.set_ylabel("alpha, geometric mean", fontsize=9.5)
     handles = [
         Line2D([], [], color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)], label=model)
         for i, model in enumerate(models)
@@ -312,6 +320,10 @@ def _alpha_panel(axes: Axes, rows: Sequence[AlphaRow], models: Sequence[str], gr
 def _figure(width: float, height: float) -> Figure:
     spacing = ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09)
     return Figure(figsize=(width, height), facecolor="white", layout=spacing)
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(textwrap.fill(text, TITLE), fontsize=10, color=INK)
 
 
 def _frame(axes: Axes, lines: Literal["x", "y", "both"]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pandas
 
 from mols_ds.apps.study.curves import final_loss
 from mols_ds.apps.study.document import Picture, markdown
@@ -94,19 +95,10 @@ def _draw(summary: Summary) -> tuple[dict[str, bytes], list[Picture]]:
 
 def csv_text(records: Sequence[JsonMapping]) -> str:
     """One line a record; the columns are the records' keys in the order of their first appearance."""
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _cell(value) for key, value in record.items()} for record in records)
-    return buffer.getvalue()
-
-
-def _cell(value: object) -> object:
-    """Floats in full, infinity as `inf`, yes and no as 1 and 0, what is not known as nothing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return int(value) if isinstance(value, bool) else value
+    # Floats in full, infinity as `inf`, yes and no as 1 and 0, what is not known as nothing
+    plain = [{key: int(v) if isinstance(v, bool) else v for key, v in record.items()} for record in records]
+    frame = pandas.DataFrame(plain, dtype=object)
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 def run_records(results: StudyResults) -> list[JsonObject]:

@@ -278,7 +278,7 @@ def _notes(
     if math.isinf(chosen.losses.get(chosen.values, 0.0)):
         notes.append("diverged with every setting tried")
     elif len(losses) < planned:
-        notes.append(f"{len(losses)} of {planned} seeds are there")
+        notes.append(f"{len(losses)} of {planned} seeds were run")
     diverged = [seed for seed, loss in losses.items() if math.isinf(loss)]
     if diverged:
         notes.append(f"diverged with {len(diverged)} of {len(losses)} seeds ({', '.join(map(str, diverged))})")

@@ -19,7 +19,7 @@ from mols_ds.apps.study.spec import Study
 from mols_ds.core.files import append, write_whole
 from mols_ds.core.json_text import read_json
 from mols_ds.core.json_types import JsonObject
-from mols_ds.core.log import Aside
+from mols_ds.core.log import GuardedWriter
 from mols_ds.engines.deepspeed.snr_monitor import Reading, SnrWatch
 from mols_ds.errors import MolsError
 from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
@@ -202,7 +202,7 @@ class KeptWatch(SnrWatch):
         super().__init__(every)
         self.path, self.writes = path, writes
         self._begun = False
-        self.aside = Aside()
+        self.guarded = GuardedWriter()
 
     def __call__(self, engine: DeepSpeedEngine) -> None:
         if not self._begun:
@@ -213,7 +213,7 @@ class KeptWatch(SnrWatch):
         super().__call__(engine)
         if self.writes and len(self.steps) > known:
             line = json.dumps(self.reading()) + "\n"
-            self.aside(self.path.name, lambda: append(self.path, line))
+            self.guarded(self.path.name, lambda: append(self.path, line))
 
 
 class Facts:

@@ -25,7 +25,7 @@ from mols_ds.apps.study.runs import Store, StudyRun, needed
 from mols_ds.apps.study.spec import Study
 from mols_ds.apps.study.work import RankInfo, Worker
 from mols_ds.core.json_types import JsonObject
-from mols_ds.engines.deepspeed.compat import leave_out_shm_kernel
+from mols_ds.engines.deepspeed.compat import skip_shm_kernel
 from mols_ds.errors import MolsError
 from mols_ds.training.kernel_caches import check_kernel_caches
 
@@ -99,7 +99,7 @@ def start_alone() -> None:
 
     check_kernel_caches()
     if get_accelerator().device_name() == "cpu":
-        leave_out_shm_kernel()
+        skip_shm_kernel()
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         backend = get_accelerator().communication_backend_name()

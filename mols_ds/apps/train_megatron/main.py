@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     grid = GridSizes.of(settings, world)
     passes = micro_batches(settings, grid)
     _quiet()
-    with _engine_room(settings):
+    with _megatron_context(settings):
         machine = probe_machine()
         config = transformer_config(settings, machine)
         check(config, optimizer_config(settings), machine=machine)
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         _train(args, _with_report(settings, out), spec, grid, passes, machine, out)
 
 
-def _engine_room(settings: Settings) -> contextlib.AbstractContextManager[None]:
+def _megatron_context(settings: Settings) -> contextlib.AbstractContextManager[None]:
     """Context in which Megatron runs: unchanged on a GPU, `cpu_megatron` elsewhere."""
     if torch.cuda.is_available():
         return contextlib.nullcontext()
@@ -136,11 +136,11 @@ def _train(
         vocab_size=settings.model.vocab_size, seed=plan.seed, held_out_tokens=plan.eval_sequences * plan.seq_len,
     )  # fmt: skip
     torch.distributed.barrier()  # from here on ranks run together
-    batches = IndexedBatches(text, shape, steps=plan.steps, probes=_probes(settings), seed=plan.seed)
+    batches = IndexedBatches(text, shape, steps=plan.steps, probes=_probe_batches(settings), seed=plan.seed)
     held_out = evaluation_batches(text, shape, plan.eval_sequences, settings.parallel.pp if settings.parallel.vp else 1)
     engine = uses_engine(settings, machine)
     if rank == 0:
-        _say_what(args, settings, text, shape, grid, engine)
+        _print_summary(args, settings, text, shape, grid, engine)
     setup = MegatronSetup(
         settings=settings, machine=machine, grid=grid, held_out=held_out, vocab_size=text.tokenizer.size, engine=engine
     )
@@ -152,7 +152,7 @@ def _train(
     run_arms(job, compare=bool(args.compare))
 
 
-def _probes(settings: Settings) -> int:
+def _probe_batches(settings: Settings) -> int:
     """Batches of the probe stream; a longer calibration starts again."""
     section = MolsConfig.parse(settings.mols) if settings.mols is not None else None
     if section is None or not section.enabled or section.mode != "probe" or section.fixed_alphas is not None:
@@ -180,7 +180,7 @@ def _quiet() -> None:
     warnings.showwarning = show
 
 
-def _say_what(
+def _print_summary(
     args: argparse.Namespace, settings: Settings, text: Text, shape: BatchShape, grid: GridSizes, engine: bool
 ) -> None:
     axes = {"TP": settings.parallel.tp, "PP": settings.parallel.pp, "VP": settings.parallel.vp or 1}

@@ -29,7 +29,9 @@ Initialized = tuple[Any, Any, Any, Any]
 Initialize = Callable[..., Initialized]
 STOCK: Initialize = deepspeed.initialize
 """DeepSpeed's function at the first use of `mols_ds.initialize`. `deepspeed.initialize` may be ours later."""
-_under_way: ContextVar[bool] = ContextVar("mols_initialize_under_way", default=False)
+sections_used = 0
+"""How many engines of this process got a "mols" section."""
+_initializing: ContextVar[bool] = ContextVar("mols_initialize_under_way", default=False)
 """Whether one of our `deepspeed.initialize` functions runs now: a nested one then only calls the next."""
 
 
@@ -59,6 +61,8 @@ def attach_to(engine: Engine, section: MolsConfig, loop: Loop = "own") -> Handle
         engine.mols.detach()
     bind_optimizer(engine, section.rules)
     engine.mols = EngineMols(engine, section, loop) if section.enabled else EngineOff(engine)
+    global sections_used
+    sections_used += section.enabled
     return engine.mols  # type: ignore[no-any-return]
 
 
@@ -106,13 +110,13 @@ def initialize_over(
             reference model), is the unchanged result of `below`.
         loop: caller of the engine's step.
     """
-    if _under_way.get():
+    if _initializing.get():
         return below(*args, **kwargs)
-    token = _under_way.set(True)
+    token = _initializing.set(True)
     try:
         return _initialize(below, args, kwargs, section, patched, loop)
     finally:
-        _under_way.reset(token)
+        _initializing.reset(token)
 
 
 def _initialize(
@@ -158,7 +162,7 @@ def _warn(text: str) -> None:
 def is_left_out(arguments: Config) -> bool:
     """Return whether stock `deepspeed.initialize` with these arguments would ignore a "mols" section that is on."""
     try:
-        config = None if _under_way.get() else _find_config(arguments)
+        config = None if _initializing.get() else _find_config(arguments)
     except MolsConfigError:  # DeepSpeed refuses what cannot be read
         return False
     section = None if config is None else config.get("mols")
@@ -166,7 +170,7 @@ def is_left_out(arguments: Config) -> bool:
 
 
 def _arguments(below: Initialize, args: tuple[Any, ...], kwargs: Config) -> Config:
-    """The arguments by name; a replacement that takes `*args, **kwargs` has those of DeepSpeed's function."""
+    """Return the arguments by name; those of DeepSpeed's function for a replacement with `*args, **kwargs`."""
     signature = inspect.signature(below)
     if "config" not in signature.parameters:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -179,7 +183,7 @@ def _trains_nothing(arguments: Config, config: Config | None) -> bool:
 
 
 def _find_config(arguments: Config) -> Config | None:
-    """The config that these arguments name; None where there is none. Raises MolsConfigError as `read_config`."""
+    """Return the config of these arguments; None if there is none. Raises MolsConfigError as `read_config`."""
     config = arguments.get("config") or arguments.get("config_params")
     if config is None:
         launched = arguments.get("args")
@@ -188,15 +192,15 @@ def _find_config(arguments: Config) -> Config | None:
 
 
 def _initialize_ours(below: Initialize, arguments: Config, request: Request) -> Initialized:
-    """`deepspeed.initialize` with the optimizer of `request` as the client's, told which shards it steps."""
+    """Run `deepspeed.initialize` with the optimizer of `request` as the client's, and bind it to its shards."""
     if arguments.get("optimizer") is not None:
         raise MolsConfigError(
             f'two optimizers: the config\'s "optimizer" ({request.entry.name}) and the argument `optimizer`; drop one'
         )
     if request.entry.reads == "tensors" and arguments.get("mpu") is not None:
         raise MolsUnsupportedError(
-            f"optimizer {request.entry.name} works on whole tensors, and the argument `mpu` says that ranks hold parts "
-            "of them: use an optimizer that works element by element"
+            f"optimizer {request.entry.name} works on whole tensors, but with the argument `mpu` ranks have parts "
+            "of them: use an elementwise optimizer"
         )
     optimizer = build(request, arguments["model"], arguments.get("model_parameters"))
     launched = copy.copy(arguments.get("args"))  # DeepSpeed refuses a config in two places
@@ -211,11 +215,11 @@ def _initialize_ours(below: Initialize, arguments: Config, request: Request) -> 
 
 
 def _forget_empty_step(engine: Engine, optimizer: torch.optim.Optimizer, options: list[set[str]]) -> None:
-    """Undo the step with zero gradients that DeepSpeed's 16-bit wrapper of stage 0 takes in its constructor.
+    """Undo the step with zero gradients in the constructor of DeepSpeed's 16-bit wrapper of stage 0.
 
     (runtime/fp16/unfused_optimizer.py, initialize_optimizer_states.) It would decay the weights and count as the first
-    gradient, of which some optimizers make a basis (GaLore, SOAP) or a rate for each tensor (SGD-SaI) for long.
-    `options`: the keys of each parameter group before.
+    gradient, from which some optimizers compute a basis (GaLore, SOAP) or a rate per tensor (SGD-SaI).
+    options: keys of each parameter group before.
     """
     outer = engine.optimizer
     if type(outer).__name__ != "FP16_UnfusedOptimizer":

@@ -59,7 +59,7 @@ def auto_keys(config: Mapping[str, Any], within: str = "") -> list[str]:
     of its own."""
     found = []
     for key, value in config.items():
-        if value == AUTO:
+        if isinstance(value, str) and value == AUTO:
             found.append(f"{within}{key}")
         elif isinstance(value, Mapping) and (within or key != "mols"):
             found += auto_keys(value, f"{within}{key}.")

@@ -9,7 +9,6 @@ without them. Each save draws a number for both parts, so that a side file of an
 from __future__ import annotations
 
 import contextlib
-import inspect
 import secrets
 import zipfile
 from collections.abc import Mapping
@@ -22,8 +21,8 @@ from deepspeed.utils import logger
 from mols_ds.core.files import write_whole
 from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.engines.deepspeed import universal_checkpoint as universal
-from mols_ds.engines.deepspeed.compat import other_world_error
-from mols_ds.engines.deepspeed.loads import KEY, taken
+from mols_ds.engines.deepspeed.compat import load_options, other_world_error
+from mols_ds.engines.deepspeed.loads import KEY, mark_loaded
 from mols_ds.engines.deepspeed.parallel.base import ParallelGrid
 from mols_ds.engines.deepspeed.probe_window import EngineWindow
 from mols_ds.errors import MolsCheckpointError, printable
@@ -63,7 +62,7 @@ class EngineCheckpoints:
     def _failed(self, problem: str | None) -> list[int]:
         """Return the ranks with a problem, the same on every rank. Logs this rank's problem. One small reduction."""
         rank, world = self._ranks()
-        flags = torch.zeros(world, dtype=torch.float64)
+        flags = torch.zeros(world, dtype=torch.float64, device="cpu")
         if problem is not None:
             flags[rank] = 1.0
             with contextlib.suppress(Exception):  # a user's log handler may raise: the other ranks reduce
@@ -106,6 +105,7 @@ class EngineCheckpoints:
         mine = torch.tensor(
             [secrets.randbits(ID_BITS) if rank == 0 else 0, samples is not None or random is not None],
             dtype=torch.float64,
+            device="cpu",
         )
         drawn, holders = self.mols.reduce(mine).tolist()
         number, problem = int(drawn), None
@@ -142,35 +142,34 @@ class EngineCheckpoints:
                 after DeepSpeed has loaded its part.
             MolsUnsupportedError: a universal checkpoint with round_robin_gradients in this or the saving run.
         """
-        asked = inspect.signature(self._load).bind(load_dir, tag, *args, **kwargs)
-        asked.apply_defaults()
-        with_optimizer = bool(asked.arguments["load_optimizer_states"]) and not asked.arguments["load_module_only"]
+        asked = load_options(load_dir, tag, *args, **kwargs)
+        with_optimizer = bool(asked["load_optimizer_states"]) and not asked["load_module_only"]
         place = universal.folder_of(self.engine, load_dir, tag)
         universal.refuse(self.engine, place, with_optimizer)
         moved = bool(self.engine.load_universal_checkpoint())
         if moved and (failed := self._failed(universal.empty_group(self.engine))):
-            raise universal.nothing_held(failed[0])
+            raise universal.empty_group_error(failed[0])
         options = universal.options_of(getattr(self.engine.optimizer, "optimizer", self.engine.optimizer))
         try:
             with universal.reading(self.engine, place):
                 path, loaded = self._load(load_dir, tag, *args, **kwargs)
         except other_world_error() as error:  # another number of ranks: every rank raises
-            raise MolsCheckpointError(f"{error} To resume, {universal.convert(Path(str(place)))}") from error
-        taken(self.engine)
+            raise MolsCheckpointError(f"{error} To resume, {universal.conversion_hint(Path(str(place)))}") from error
+        mark_loaded(self.engine)
         if path is None:
             return path, loaded
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         client_state = dict(loaded or {})
         if moved and universal.was_round_robin(client_state):
-            raise universal.round_robin("the run that saved it")
+            raise universal.round_robin_error("the run that saved it")
         saved = client_state.pop(KEY, None)
-        if moved and (said := universal.left_alone(self.engine)):
-            self.mols.controller.warn(said)
-        if asked.arguments["load_module_only"]:
+        if moved and (warning := universal.unrestored_warning(self.engine)):
+            self.mols.controller.warn(warning)
+        if asked["load_module_only"]:
             self._loaded_weights_alone()
             return path, client_state
-        if moved and with_optimizer and (said := universal.repair(self.engine, folder, options)):
-            self.mols.controller.warn(said)
+        if moved and with_optimizer and (warning := universal.repair(self.engine, folder, options)):
+            self.mols.controller.warn(warning)
         self._restore(folder, saved, with_optimizer)
         return path, client_state
 
@@ -237,7 +236,7 @@ class EngineCheckpoints:
     def _load_window(self, random: Any, window: Any) -> None:
         """Load this rank's probe window; from 0.4.0: the RNG states of CPU and accelerator."""
         if isinstance(random, tuple):
-            self.window.load_former(random[0], {"accelerator": random[1].clone(), "tracker": {}})
+            self.window.load_0_4_0(random[0], {"accelerator": random[1].clone(), "tracker": {}})
         else:
             self.window.load_state_dict(random)
         self.grid.window = window

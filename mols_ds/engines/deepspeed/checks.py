@@ -41,6 +41,11 @@ def _engine_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
             "use a model whose experts are ordinary parameters",
         ),
         (
+            getattr(engine, "is_deepcompile_enabled", bool)(),
+            "DeepCompile (it reduces gradients into buffers of its own, which were not tried)",
+            'set "compile.deepcompile": false; engine.compile() without it is supported',
+        ),
+        (
             bool(engine.config.get("sparse_gradients")),
             "sparse gradients",
             'set "sparse_gradients": false',
@@ -127,7 +132,7 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
     ]
 
 
-def seen_by(engine: Engine) -> list[str]:
+def batch_observers(engine: Engine) -> list[str]:
     """List DeepSpeed's features that see the discarded batches of a probe window on this engine."""
     return [
         what

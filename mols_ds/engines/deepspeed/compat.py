@@ -30,13 +30,23 @@ INITIALIZE = (
     *("dist_init_required", "collate_fn", "config", "mesh_param", "config_params"),
 )
 """Arguments of `deepspeed.initialize` in order, for replacements that do not name them."""
+LOAD_CHECKPOINT: Config = {
+    "load_dir": None,
+    "tag": None,
+    "load_module_strict": True,
+    "load_optimizer_states": True,
+    "load_lr_scheduler_states": True,
+    "load_module_only": False,
+    "custom_load_fn": None,
+}
+"""The arguments of `engine.load_checkpoint` in order, with defaults, for replacements that do not name them."""
 
 
 class DocumentedEngine(Protocol):
     """The engine's interface for clients of `deepspeed.initialize` (deepspeed.readthedocs.io), and `mols`."""
 
     mols: Any  # set by MoLS
-    module: Any  # the model: nn.Module, or PipelineModule with names of its own
+    module: Any  # the model: nn.Module, or PipelineModule with its own names
     optimizer: Any  # one of OPTIMIZERS, or a torch optimizer at stage 0
     config: Any  # argument of `initialize`: a path or a mapping
     save_checkpoint: Callable[..., bool]
@@ -83,7 +93,7 @@ class PipelineEngine(Engine, Protocol):
 
 
 ENGINE_NAMES = tuple(Engine.__annotations__)
-ENGINE_FLAGS = ("has_moe_layers", "torch_autocast_z0_gradscaler", "zenflow")
+ENGINE_FLAGS = ("has_moe_layers", "torch_autocast_z0_gradscaler", "zenflow", "is_deepcompile_enabled")
 """Names of runtime/engine.py that switch a feature on. Without the name the feature does not exist."""
 GRID_NAMES = ("get_slice_parallel_world_size", "get_pipe_parallel_world_size", "get_pipe_parallel_group")
 """Names of `PipelineEngine.grid` (runtime/pipe/topology.py). `micro_offset` of PipelineModule (runtime/pipe/module.py)
@@ -177,7 +187,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
         *("OpenMPIRunner", "MVAPICHRunner", "SlurmRunner"),
     ),
     # doctor
-    "deepspeed.git_version_info": ("installed_ops",),
+    "deepspeed.env_report": ("ALL_OPS", "installed_ops", "nvcc_version", "probe_is_compatible"),
     "deepspeed.ops.op_builder.all_ops": ("ALL_OPS",),
     "deepspeed.runtime.activation_checkpointing.config": (),
     "deepspeed.runtime.constants": (),
@@ -257,6 +267,11 @@ def _refusal(what: str) -> MolsUnsupportedError:
 # ------------------------------------------------------------------ names that several places use
 
 
+def load_options(*args: Any, **kwargs: Any) -> Config:
+    """What these arguments of `engine.load_checkpoint` ask for, by name, and what a replacement takes besides."""
+    return {**LOAD_CHECKPOINT, **dict(zip(LOAD_CHECKPOINT, args, strict=False)), **kwargs}
+
+
 def mpu_rank(mpu: object) -> int:
     """This process's rank within one data-parallel copy of the model."""
     return int(module("deepspeed.utils.bwc").bwc_tensor_model_parallel_rank(mpu))
@@ -273,7 +288,7 @@ def other_world_error() -> type[Exception]:
     return error
 
 
-def held_part(parameter: nn.Parameter) -> Tensor | None:
+def local_part(parameter: nn.Parameter) -> Tensor | None:
     """Return the tensor that this rank has of a parameter, its part at ZeRO stage 3; None if it is on NVMe."""
     part: Tensor = getattr(parameter, "ds_tensor", parameter)
     size = getattr(parameter, "partition_numel", parameter.numel)()
@@ -294,6 +309,6 @@ def rng_tracker() -> RngTracker:
     return tracker
 
 
-def leave_out_shm_kernel() -> None:
+def skip_shm_kernel() -> None:
     """Keep DeepSpeed from compiling its shared-memory all-reduce (a minute before the first step): gloo is enough."""
     module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False

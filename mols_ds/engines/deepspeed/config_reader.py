@@ -86,5 +86,6 @@ def _float(value: object) -> object:
 def misspelt_section(config: Mapping[str, object]) -> str:
     """A key that is nearly "mols", "" where there is none: DeepSpeed ignores keys that it does not know, so a misspelt
     section would silently train without MoLS."""
-    keys = (key for key in config if key != "mols" and difflib.get_close_matches(key.lower(), ["mols"], cutoff=0.75))
+    keys = (key for key in map(str, config) if key != "mols")
+    keys = (key for key in keys if difflib.get_close_matches(key.lower(), ["mols"], cutoff=0.75))
     return next(keys, "")

@@ -29,7 +29,7 @@ from mols_ds.core.rank_checks import check_counts, check_section
 from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.engines.deepspeed.checkpoint import EngineCheckpoints
-from mols_ds.engines.deepspeed.checks import check_supported, seen_by
+from mols_ds.engines.deepspeed.checks import batch_observers, check_supported
 from mols_ds.engines.deepspeed.loads import check_order
 from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.probe_window import EngineWindow
@@ -75,7 +75,7 @@ class EngineMols(Session):
         self._scale_before = 1.0
         self._install(table)
         self.checkpoints = EngineCheckpoints(self, engine, self.grid, self.window)
-        seen = seen_by(engine) if config.mode == "probe" and config.fixed_alphas is None else []
+        seen = batch_observers(engine) if config.mode == "probe" and config.fixed_alphas is None else []
         if seen:
             self.controller.warn(f'the batches that "mode": "probe" discards are seen: {"; ".join(seen)}')
         if late is not None:
@@ -115,7 +115,7 @@ class EngineMols(Session):
             shared_counter=has_shared_counter(shards.inner),
             groups_only=reads_groups_only(shards.inner),
             parallel_list=parallel_list(shards.inner),
-            unscaled_decay=unscaled_decay(shards.inner, self.config),
+            unscaled_decay=unscaled_decay(shards.inner, self.config.weight_decay),
         )
         self.scalers.append(self.scaler)
         reattach = "call engine.mols.detach() and mols_ds.attach(engine, ...) again"
@@ -126,7 +126,7 @@ class EngineMols(Session):
             self.scalers,
             include=reattach if own else early,
             train=early,
-            held=shards.held_frozen,
+            held=shards.frozen_in_shards,
             again=reattach,
         )
         self._hooks = [
@@ -216,7 +216,7 @@ class EngineMols(Session):
         """Replace `engine._take_model_step`: measure, or step with this step's multipliers."""
 
         def stock() -> bool:
-            self._say_skipped(False)
+            self._set_skipped(False)
             self._take_model_step(lr_kwargs)
             return bool(self.engine.was_step_applied())
 
@@ -234,10 +234,10 @@ class EngineMols(Session):
         before, self.window.micro_steps = self.window.micro_steps, None
         if before is not None:  # `engine.step` then adds one, for any number of micro-batches
             self.engine.micro_steps = before - 1 if self.grid.counts_micro_steps else before
-        self._say_skipped(True)
+        self._set_skipped(True)
         self.engine.losses = None
 
-    def _say_skipped(self, skipped: bool) -> None:
+    def _set_skipped(self, skipped: bool) -> None:
         """Set the flag that Accelerate reads as `optimizer_step_was_skipped`. DeepSpeed's optimizers set it too."""
         if self.loop == "client" and hasattr(self.engine.optimizer, "overflow"):
             self.engine.optimizer.overflow = skipped

@@ -7,7 +7,6 @@ DeepSpeed keeps nothing of a checkpoint but the restored state. So its `load_che
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +14,7 @@ from weakref import WeakKeyDictionary
 import deepspeed
 
 from mols_ds.core.phases import Schedule
-from mols_ds.engines.deepspeed.compat import Engine
+from mols_ds.engines.deepspeed.compat import Engine, load_options
 from mols_ds.errors import MolsCheckpointError
 
 KEY = "mols"
@@ -27,21 +26,22 @@ _held: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
 def watch_loads() -> None:
     """Wrap `load_checkpoint` to see what engines load. A second call does nothing."""
     stock = deepspeed.DeepSpeedEngine.load_checkpoint
-    if hasattr(stock, "looked_at_by_mols"):
+    if hasattr(stock, "watched_by_mols"):
         return
 
     @functools.wraps(stock)
     def load_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        path, state = stock(engine, *args, **kwargs)
-        asked = inspect.signature(stock).bind(engine, *args, **kwargs).arguments
-        _held[engine] = isinstance(state, Mapping) and KEY in state and not asked.get("load_module_only")
-        return path, state
+        result = stock(engine, *args, **kwargs)
+        state = result[1] if isinstance(result, tuple) and len(result) == 2 else None
+        alone = load_options(*args, **kwargs)["load_module_only"]
+        _held[engine] = isinstance(state, Mapping) and KEY in state and not alone
+        return result
 
-    load_checkpoint.looked_at_by_mols = True  # type: ignore[attr-defined]
+    load_checkpoint.watched_by_mols = True  # type: ignore[attr-defined]
     deepspeed.DeepSpeedEngine.load_checkpoint = load_checkpoint
 
 
-def taken(engine: Engine) -> None:
+def mark_loaded(engine: Engine) -> None:
     """Record that MoLS was attached when the engine loaded its checkpoint."""
     _held[engine] = False
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from mols_ds.core.off import OffHandle
 from mols_ds.core.replaced_methods import ReplacedMethods
-from mols_ds.engines.deepspeed.compat import Engine
-from mols_ds.engines.deepspeed.loads import KEY, taken
+from mols_ds.engines.deepspeed.compat import Engine, load_options
+from mols_ds.engines.deepspeed.loads import KEY, mark_loaded
 
 
 class EngineOff(OffHandle):
@@ -34,10 +33,9 @@ class EngineOff(OffHandle):
         return self._save(save_dir, tag, {**kept, **(client_state or {})}, *args, **kwargs)
 
     def _load_state(self, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        asked = inspect.signature(self._load).bind(load_dir, tag, *args, **kwargs).arguments
         path, loaded = self._load(load_dir, tag, *args, **kwargs)
-        taken(self.engine)  # `keep` warns
-        if path is None or asked.get("load_module_only"):
+        mark_loaded(self.engine)  # `keep` warns
+        if path is None or load_options(load_dir, tag, *args, **kwargs)["load_module_only"]:
             return path, loaded
         client_state = dict(loaded or {})
         saved = client_state.pop(KEY, None)

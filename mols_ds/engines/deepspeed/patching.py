@@ -34,7 +34,7 @@ def patch() -> None:
     _on = True
     _watch_engines()
     if deepspeed.initialize not in _below and deepspeed.initialize is not initialize:
-        _put_over(deepspeed.initialize)
+        _wrap(deepspeed.initialize)
 
 
 def unpatch() -> None:
@@ -76,7 +76,7 @@ def patched_with(section: Mapping[str, object] | MolsConfig) -> Iterator[None]:
     """
     token = _section.set(section)
     replaced = deepspeed.initialize
-    ours = _put_over(replaced)
+    ours = _wrap(replaced)
     try:
         yield
     finally:
@@ -86,7 +86,7 @@ def patched_with(section: Mapping[str, object] | MolsConfig) -> Iterator[None]:
             del _below[ours]
 
 
-def _put_over(below: Initialize) -> Initialize:
+def _wrap(below: Initialize) -> Initialize:
     @functools.wraps(below)
     def initialize_patched(*args: Any, **kwargs: Any) -> Initialized:
         section = _section.get()

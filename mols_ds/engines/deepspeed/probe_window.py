@@ -8,7 +8,7 @@ from deepspeed.accelerator import get_accelerator
 
 from mols_ds.core.module_state import ModuleState
 from mols_ds.core.probe_window import ProbeWindow, copied
-from mols_ds.engines.deepspeed.compat import MODULE_ATTRIBUTES, Engine, held_part, rng_tracker
+from mols_ds.engines.deepspeed.compat import MODULE_ATTRIBUTES, Engine, local_part, rng_tracker
 from mols_ds.engines.deepspeed.parallel.base import ParallelGrid
 
 
@@ -20,7 +20,7 @@ class EngineWindow(ProbeWindow):
     """
 
     def __init__(self, engine: Engine, grid: ParallelGrid) -> None:
-        super().__init__(ModuleState([engine.module], MODULE_ATTRIBUTES, grid.trackers, held_part))
+        super().__init__(ModuleState([engine.module], MODULE_ATTRIBUTES, grid.trackers, local_part))
         self.engine, self.grid = engine, grid
         self.micro_steps: int | None = None
 

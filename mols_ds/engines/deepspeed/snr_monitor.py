@@ -100,7 +100,7 @@ class SnrWatch:
             for tensor, size in zip(self._shards.tensors, self._shards.sizes, strict=True)
             for key in ("exp_avg", "exp_avg_sq")
         )
-        bad = self._shards.reduce(torch.tensor([0.0 if fits else 1.0], dtype=torch.float64))
+        bad = self._shards.reduce(torch.tensor([0.0 if fits else 1.0], dtype=torch.float64, device="cpu"))
         if bad.item():
             raise MolsUnsupportedError(
                 f"SNR curves cannot be read: {type(inner).__name__} has no exp_avg and exp_avg_sq in memory here"
@@ -122,4 +122,5 @@ class SnrWatch:
         return max(counts, default=int(self._engine.global_steps))
 
     def _weight(self, inner: Optimizer) -> float:
-        return adam_moments(torch.zeros(1), torch.zeros(1), self._step(inner), *self._betas)[2]
+        zero = torch.zeros(1, device="cpu")
+        return adam_moments(zero, zero, self._step(inner), *self._betas)[2]

@@ -72,7 +72,7 @@ def refuse(engine: Engine, folder: Path | None, with_optimizer: bool) -> None:
         return
     if universal != (folder / "zero" / "optimizer_state.pt").is_file():
         raise MolsCheckpointError(
-            f'{folder} is not a universal checkpoint, as the config\'s "load_universal" says: {convert(folder)}'
+            f'{folder} is not a universal checkpoint, as the config\'s "load_universal" says: {conversion_hint(folder)}'
             if universal
             else f'{folder} is a universal checkpoint: set "checkpoint": {{"load_universal": true}} in the config'
         )
@@ -80,7 +80,7 @@ def refuse(engine: Engine, folder: Path | None, with_optimizer: bool) -> None:
         _refuse_stage(engine.zero_optimization_stage(), folder, with_optimizer)
 
 
-def convert(folder: Path) -> str:
+def conversion_hint(folder: Path) -> str:
     """Say how to load a checkpoint into another layout."""
     return (
         f"convert it (python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {folder} "
@@ -92,12 +92,12 @@ def _refuse_stage(stage: int, folder: Path, with_optimizer: bool) -> None:
     saved, here = _stages(folder, stage), "0" if stage == 0 else family_of_stage(stage)
     if saved is None or saved == here:
         return
-    said = f"{folder} was saved at ZeRO stage {saved}, this run is at {stage}"
+    differs = f"{folder} was saved at ZeRO stage {saved}, this run is at {stage}"
     if "0" not in (saved, here):
-        raise MolsCheckpointError(f"{said}: {convert(folder)}")
+        raise MolsCheckpointError(f"{differs}: {conversion_hint(folder)}")
     if with_optimizer or "3" in (saved, here):
         raise MolsCheckpointError(
-            f"{said}, and DeepSpeed converts nothing between stages 3 and 0, and only weights between 0 and 1 or 2 "
+            f"{differs}, and DeepSpeed converts nothing between stages 3 and 0, and only weights between 0 and 1 or 2 "
             "(load_checkpoint(..., load_module_only=True)): resume at the same stage"
         )
 
@@ -125,7 +125,7 @@ def _refuse_universal(engine: Engine) -> None:
             "alone; resume with offload_optimizer on the CPU"
         )
     if getattr(engine.optimizer, "round_robin_gradients", False):
-        raise round_robin("this run")
+        raise round_robin_error("this run")
     if is_megatron(engine.module) and tensor_parallel_size(engine) > 1:
         raise MolsUnsupportedError(
             "a universal checkpoint of a tensor-parallel Megatron-core model: DeepSpeed does not know how its "
@@ -140,7 +140,7 @@ def was_round_robin(client_state: Config) -> bool:
     return bool(zero.get("round_robin_gradients")) and zero.get("stage") in (1, 2)
 
 
-def round_robin(which: str) -> MolsUnsupportedError:
+def round_robin_error(which: str) -> MolsUnsupportedError:
     """Error for round_robin_gradients: `_link_all_hp_params` uses another order of groups than the shards."""
     return MolsUnsupportedError(
         f"a universal checkpoint with round_robin_gradients in {which}: DeepSpeed puts most weights in wrong places; "
@@ -162,7 +162,7 @@ def empty_group(engine: Engine) -> str | None:
     return None
 
 
-def nothing_held(rank: int) -> MolsUnsupportedError:
+def empty_group_error(rank: int) -> MolsUnsupportedError:
     """Error for a problem of `empty_group` on `rank`."""
     return MolsUnsupportedError(
         f"a universal checkpoint where rank {rank} has no element of a parameter group (its log says which): "
@@ -268,7 +268,7 @@ def repair(engine: Engine, folder: Path, before: list[Options]) -> str | None:
     )
 
 
-def left_alone(engine: Engine) -> str | None:
+def unrestored_warning(engine: Engine) -> str | None:
     """Return a warning about state that DeepSpeed's loader did not restore, or None.
 
     The loader restores what the optimizer has. It does not read the model's own state dict.

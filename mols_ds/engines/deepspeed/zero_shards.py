@@ -30,7 +30,7 @@ class ZeroShards(ABC):
             the order of its accumulators.
         accumulated: the ranges of `owned` in the accumulators.
         param_group: parameter name -> index of its group in `inner.param_groups`.
-        held_frozen: parameters that are frozen now but have a part in some rank's shards.
+        frozen_in_shards: parameters that are frozen now but have a part in some rank's shards.
     """
 
     reads_before_clipping = False
@@ -50,7 +50,9 @@ class ZeroShards(ABC):
         self.ranges: list[list[ShardRange]] = []
         self.param_group: dict[str, int] = {}
         self._collect()
-        self.held_frozen = [p for p, place in places.items() if place.range.name in self.frozen & set(self.param_group)]
+        self.frozen_in_shards = [
+            p for p, place in places.items() if place.range.name in self.frozen & set(self.param_group)
+        ]
         self.owned = self._owned()
         self.accumulated = pack(item for _, item in self.owned)
         self._spans = {id(self.tensors[i]): spans for i, spans in spans_to_accumulators(self.owned).items()}

@@ -1,1 +1,1 @@
-"""launch/ and what it uses: files as they are read, signals through real launchers, and runs between two hosts."""
+"""Tests of launch/: its files, signals through real launchers, and runs on two hosts."""

@@ -42,7 +42,7 @@ class Hosts:
 
 
 def _namespaces(spaces: tuple[str, str]) -> None:
-    """Connects two new namespaces by a cable of their own."""
+    """Connect two new namespaces by a cable."""
     cable = [f"mv{os.getpid() % 100000}x{end}" for end in "ab"]
     for space in spaces:
         _ip("netns", "add", space)

@@ -1,7 +1,7 @@
 """Stands for training where only signals matter, without torch: waits to be asked, saves and exits with 0.
 
 Like ranks, the processes of one --out end together when one of them has heard SIGTERM or SIGUSR1. Started with
---resume, it comes to its last step at once.
+--resume, it is at its last step at once.
 """
 
 from __future__ import annotations

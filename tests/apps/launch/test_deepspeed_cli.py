@@ -1,4 +1,4 @@
-"""What the shim hands to DeepSpeed's launcher, without starting anything."""
+"""Arguments that the shim passes to DeepSpeed's launcher; starts nothing."""
 
 from __future__ import annotations
 

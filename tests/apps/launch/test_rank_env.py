@@ -1,4 +1,4 @@
-"""What srun and mpirun tell a process, as torch.distributed reads it; and the checks before a job."""
+"""Variables of srun and mpirun as those of torch.distributed; and the checks before a job."""
 
 from __future__ import annotations
 

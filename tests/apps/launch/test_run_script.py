@@ -20,6 +20,7 @@ assert importlib.util.find_spec("deepspeed")  # as transformers.is_deepspeed_ava
 late = "torch" not in sys.modules and "deepspeed" not in sys.modules
 import helper_beside_the_script
 import deepspeed, torch
+from deepspeed import initialize
 parser = argparse.ArgumentParser()
 parser.add_argument("--local_rank", type=int)
 deepspeed.add_config_arguments(parser)
@@ -27,9 +28,9 @@ args = parser.parse_args()
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.v_proj = torch.nn.Linear(8, 8)
+        self.self_attn = torch.nn.ModuleDict({"v_proj": torch.nn.Linear(8, 8)})
 model = Model()
-engine, *_ = deepspeed.initialize(args=args, model=model, model_parameters=model.parameters())
+engine, *_ = initialize(args=args, model=model, model_parameters=model.parameters())
 import __main__
 print("SEEN", json.dumps({
     "phase": engine.mols.phase if hasattr(engine, "mols") else "stock", "late": late, "argv": sys.argv,
@@ -97,7 +98,7 @@ def test_a_module_runs_as_python_runs_it(folder: Path) -> None:
 @pytest.mark.jobs
 @pytest.mark.tier("all")
 def test_a_section_that_no_engine_got_is_said(folder: Path) -> None:
-    """A script that leaves the launcher's config alone, and builds an engine of its own."""
+    """A script that ignores the launcher's config and builds its own engine."""
     own = "import deepspeed, torch\nmodel = torch.nn.Linear(4, 4)\n"
     own += "deepspeed.initialize(model=model, model_parameters=model.parameters(), config=" + repr(
         {key: value for key, value in CONFIG.items() if key != "mols"}

@@ -11,7 +11,7 @@ from tests.helpers.oracle.models import build
 
 
 class PlainLM(nn.Module):
-    """No transformers model, no config: names alone tell the groups. Odd sizes: two ranks need padding."""
+    """No transformers model, no config: groups come from names alone. Odd sizes: two ranks need padding."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -167,7 +167,7 @@ def convert(folder: str, tag: str) -> None:
 def oracle(tensors: dict[tuple[str, str], Tensor], alphas: dict[str, float], step: int, iteration: int) -> Any:
     """FOLLOWED steps of torch's AdamW in one process from a gathered state; name -> flat weight.
 
-    Each parameter has a group of its own, at the base rate times 1 + (alpha - 1) f(t); f goes from 0 at the step of the
+    Each parameter has its own group, at the base rate times 1 + (alpha - 1) f(t); f goes from 0 at the step of the
     calibration to 1 at RAMP_END.
     """
     model = Tiny(0.0)
@@ -236,7 +236,7 @@ def _reached(engine: Any, tag: str) -> bool:
 
 
 def load(base: str, source: Run, target: Run, tags: tuple[str, ...]) -> dict[str, Any]:
-    """On each rank of a run that resumes: tag -> state, warnings, and what it does next."""
+    """On each rank of a resumed run: tag -> state, warnings and later steps."""
     folder, found = str(Path(base, source.folder)), {}
     for tag in tags:
         engine = run_engine(target, universal=source.stage > 0)
@@ -259,7 +259,7 @@ def load(base: str, source: Run, target: Run, tags: tuple[str, ...]) -> dict[str
 
 
 def told(base: str, run: Run, folder: str, tag: str, universal: bool, how: str) -> str:
-    """What a load says: a MolsError's text, or the warnings. `how`: "", "gain", "robin", "nvme", "weights"."""
+    """Message of a load: a MolsError's text, or the warnings. `how`: "", "gain", "robin", "nvme", "weights"."""
     robin = {"round_robin_gradients": True} if how == "robin" else {}
     engine = run_engine(run, universal=universal, model=WithGain if how == "gain" else Tiny, **robin)
     if how == "nvme":

@@ -1,6 +1,7 @@
 """A small language model as a DeepSpeed PipelineModule, and its twin in one process.
 
-Each layer is built from a seed of its number, so that a stage, another number of stages and the twin hold the same.
+Each layer is built from a seed of its number, so that a stage, another number of stages and the twin have the same
+weights.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def pipeline_engine(
 
 
 class Words(nn.Module):
-    """An embedding whose type and name say nothing."""
+    """An embedding that neither type nor name identifies."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the checkpoint tests share: a tiny run whose phases are over soon, and all that it goes on with."""
+"""Shared by the checkpoint tests: a tiny run with short phases, and all state that it continues with."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def engine_part(engine: Any) -> dict[str, Any]:
 
 
 def fingerprint(engine: Any) -> dict[str, Any]:
-    """As `engine_part`, and what MoLS holds."""
+    """As `engine_part`, with the state of MoLS."""
     mols = engine.mols
     return {
         **engine_part(engine),

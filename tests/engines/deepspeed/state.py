@@ -1,4 +1,4 @@
-"""What an engine holds: whole weights, who owns which elements, and digests of all that training depends on."""
+"""State of an engine: whole weights, owners of elements, and digests of everything that training depends on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def full_weights(engine: Any) -> dict[str, Tensor]:
 def snapshot(engine: Any) -> dict[str, str]:
     """Digests of all that training depends on: equal means equal bit for bit on this rank.
 
-    Padding is left out: at stage 3 it is whatever memory held before.
+    Without padding: at stage 3 it is uninitialized memory.
     """
     shards = find_shards(engine)
     inner, outer = shards.inner, shards.outer
@@ -66,7 +66,7 @@ def snapshot(engine: Any) -> dict[str, str]:
 
 
 NOT_SAVED = ("micro_steps", "micro_step_id", "overflow")
-"""Keys of `snapshot` that DeepSpeed does not put into a checkpoint, and that say nothing about the next update."""
+"""Keys of `snapshot` that DeepSpeed does not put into a checkpoint, and that do not affect the next update."""
 
 
 def owned(engine: Any) -> list[tuple[str, int, int, int]]:

@@ -1,4 +1,4 @@
-"""Mistakes and unsupported engines: one clear line on every rank, the engine left as it was, nothing hangs."""
+"""Mistakes and unsupported engines: one clear line on every rank, an unchanged engine, no hang."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def test_attach_refuses_in_one_line_on_every_rank(name: str) -> None:
     with pytest.raises(MolsError, match=message):
         raise MolsError(text)
     assert "\n" not in text
-    assert all(other["said"][name] == (kind, text) for other in others)  # all ranks alike: nobody is left waiting
+    assert all(other["said"][name] == (kind, text) for other in others)  # the same on all ranks: no rank waits
 
 
 @pytest.mark.distributed

@@ -1,4 +1,4 @@
-"""A run that resumes with another "mols" section, MoLS off included: what applies, and that it is said."""
+"""A run resumed with another "mols" section, or with MoLS off: the values that apply, and the messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def alphas_set(mols: Any) -> bool:
 
 
 def changed(stage: int) -> list[str]:
-    """On each rank: what is wrong with what is said of each key."""
+    """On each rank: errors in the messages about each key."""
     wrong, folder = [], f"changed-{stage}"
     engine = tiny_engine(stage, section())
     until(engine, 0, alphas_set)
@@ -33,7 +33,7 @@ def changed(stage: int) -> list[str]:
         engine, logged, error = tiny_engine(stage, {**section(), key: value}), list[str](), ""
         if engine.mols.phase != "disabled":
             engine.mols.controller.context.log = logged.append
-            engine.mols.controller.context.rank = 0  # say it on each rank here
+            engine.mols.controller.context.rank = 0  # print on each rank here
         with caught() as warned:
             try:
                 engine.load_checkpoint(folder, tag="ramping")
@@ -89,7 +89,7 @@ def switched(stage: int, way: str) -> dict[str, Any]:
 
 
 def half_done(stage: int) -> dict[str, Any]:
-    """On each rank: switched off in the middle of a calibration, whose accumulators do not go along; and on again."""
+    """On each rank: switch off during a calibration, which drops its accumulators, and on again."""
     folder = f"half-{stage}"
     engine = tiny_engine(stage, section("online"))
     until(engine, 0, lambda mols: mols.samples == 3)

@@ -1,4 +1,4 @@
-"""A run that is resumed with the same number of ranks goes on bit for bit, from any phase."""
+"""A run resumed with the same number of ranks continues bit for bit, from any phase."""
 
 from __future__ import annotations
 

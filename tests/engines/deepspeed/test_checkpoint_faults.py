@@ -1,4 +1,4 @@
-"""Checkpoints with something wrong or unusual about them: said plainly, the same on every rank, and no hang."""
+"""Damaged or unusual checkpoints: a clear message, the same on every rank, and no hang."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def damage(kind: str, folder: Path, spare: Path) -> None:
 
 
 def damaged(stage: int) -> dict[str, Any]:
-    """What each damage gives on each rank: (phase, samples, warnings) after the load, and that training goes on."""
+    """Results of each damage on each rank: (phase, samples, warnings) after the load; training continues."""
     folder = f"damaged-{stage}"
     engine = tiny_engine(stage, section())
     iteration = until(engine, 0, half_done)
@@ -125,7 +125,7 @@ def refused() -> dict[str, str]:
 
 
 def contents() -> dict[str, Any]:
-    """What lies in the tag's folder and in client_state along one run with one tag, and what a load gives back."""
+    """Files in the tag's folder and client_state during one run with one tag, and the state after a load."""
     mine = {"epoch": 3, "nested": {"a": [1, 2.5, None]}, "tensor": torch.arange(3)}
     engine = tiny_engine(1, section())
     iterate_tiny(engine, 0)

@@ -18,7 +18,7 @@ from tests.helpers.tiers import Cases
 
 SAVING_WORLD = 2
 ATOL = 1e-6  # of fp32 weights after three steps of at most 0.06: sums in another order, some units in the last place
-ALPHA_RTOL = 1e-4  # of alphas measured anew on other ranks: variances of few samples cancel digits
+ALPHA_RTOL = 1e-4  # of alphas measured again on other ranks: variances of few samples cancel digits
 EVERY = tuple(TAGS)
 
 PLAIN, ONE, TWO, THREE = Run(0), Run(1), Run(2), Run(3)
@@ -187,7 +187,7 @@ def test_phase_alphas_and_ramp_go_on(base: str, saved: Any, loaded: Any, world: 
 
 
 def check_before_alphas(truth: Any, seen: Any, tag: str, target: Run, rank: int) -> None:
-    """A half-done calibration starts over and says so, but in mode "moments"; waiting goes on."""
+    """A partial calibration starts over with a warning, except in mode "moments"; waiting continues."""
     after = seen["next"]
     assert after["samples"] == SAMPLES and after["held"] == 0 and len(set(after["alphas"].values())) > 2
     if tag == "waiting" or target.mode == "moments":

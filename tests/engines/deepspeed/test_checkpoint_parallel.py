@@ -1,6 +1,6 @@
 """Universal checkpoints of tensor- and pipeline-parallel DeepSpeed engines, moved to other sizes.
 
-What a run on another grid holds is saved again, converted again and compared file by file.
+A run on another grid saves and converts its state again; the files are compared one by one.
 """
 
 from __future__ import annotations

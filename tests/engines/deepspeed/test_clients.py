@@ -60,7 +60,7 @@ SPECS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def user_groups(model: nn.Module, spec: dict[str, Any]) -> list[Any]:
-    """Matrices and vectors with rates and weight decays of their own; an empty group in front if asked for."""
+    """Matrices and vectors with different rates and weight decays; an empty group in front if asked for."""
     params = list(model.parameters())
     if not spec.get("groups"):
         return params
@@ -168,7 +168,7 @@ def results(*case: str) -> list[dict[str, Any]]:
 
 @functools.cache
 def reference(optimizer: str, grouped: bool, model: str = "llama") -> dict[str, Tensor]:
-    """Plain torch: every parameter a group of its own, with the user's rate times the alpha of its module group."""
+    """Plain torch: one group per parameter, with the user's rate times the alpha of its module group."""
     twin = model_of(model)
     names = {name: GROUPS[int(mask.flatten()[0])] for name, mask in masks("llama", twin).items()}
     inner = OPTIMIZERS[optimizer](list(twin.parameters()))

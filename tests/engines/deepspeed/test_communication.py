@@ -34,7 +34,7 @@ def section(mode: str) -> dict[str, Any]:
 
 
 def communicate(stage: int, mode: str) -> dict[str, Any]:
-    """On each rank: what is sent from the first iteration of the window to its last; mode "stock" has no MoLS."""
+    """On each rank: messages from the window's first iteration to its last; mode "stock" has no MoLS."""
     engine = engine_of(config(stage, None if mode == "stock" else section(mode)), "llama", SETTINGS)
     for iteration in range(START):
         iterate(engine, iteration)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from importlib import metadata
 from pathlib import Path
@@ -75,6 +76,13 @@ def test_every_module_has_its_names(name: str) -> None:
 def test_every_name_is_in_the_file_that_the_table_says(file: str, names: tuple[str, ...]) -> None:
     inherited = names_in("runtime/base_optimizer.py") if "ptimizer" in file or "stage" in file else set()
     assert set(names) <= names_in(file) | inherited
+
+
+def test_the_arguments_of_load_checkpoint() -> None:
+    stock = inspect.signature(inspect.unwrap(deepspeed.DeepSpeedEngine.load_checkpoint)).parameters
+    wanted = {name: None if item.default is item.empty else item.default for name, item in stock.items()}
+    assert wanted == {"self": None, **compat.LOAD_CHECKPOINT}
+    assert [*compat.LOAD_CHECKPOINT] == [*wanted][1:]
 
 
 def test_flags_still_exist() -> None:

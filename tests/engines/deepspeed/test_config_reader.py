@@ -16,7 +16,7 @@ import pytest
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 import mols_ds
-from mols_ds.core.plain_data import DEEPEST
+from mols_ds.core.plain_data import MAX_DEPTH
 from mols_ds.engines.deepspeed.auto_values import (
     ACCELERATE,
     DEFAULTED,
@@ -81,7 +81,7 @@ def test_it_reads_what_deepspeed_reads(tmp_path: Path, name: str, coded: bool) -
 
 def test_a_key_that_stands_twice_is_refused_in_a_file_and_the_last_one_counts_in_base64(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(TEXTS["twice"], "utf-8")
-    with pytest.raises(MolsConfigError, match="key 'c' stands there twice"):
+    with pytest.raises(MolsConfigError, match="key 'c' is there twice"):
         read_config(str(tmp_path / "ds.json"))
     assert read_config(base64.urlsafe_b64encode(TEXTS["twice"].encode()).decode())["b"] == {"c": 2}
 
@@ -95,7 +95,7 @@ def test_a_share_of_all_steps_stays_one(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("deep", [DEEPEST + 1, 100_000])
+@pytest.mark.parametrize("deep", [MAX_DEPTH + 1, 100_000])
 def test_deep_nesting_is_one_line(tmp_path: Path, deep: int) -> None:
     text = '{"a": ' + "[" * deep + "]" * deep + "}"
     (tmp_path / "ds.json").write_text(text, "utf-8")
@@ -133,6 +133,7 @@ def test_the_jobs_read_it_too(tmp_path: Path) -> None:
 def test_a_misspelt_section() -> None:
     assert [misspelt_section({key: {}}) for key in ("mols", "optimizer", "model", "zero_optimization")] == [""] * 4
     assert all(misspelt_section({key: {}}) for key in ("mol", "MOLS", "mosl", "molss"))
+    assert misspelt_section({1: 2}) == ""  # type: ignore[dict-item]
 
 
 # ---------------------------------------------------------------------- "auto"
@@ -158,7 +159,7 @@ EVERYWHERE = {
     "torch_autocast": {"enabled": "auto"},
     "tensorboard": {"enabled": "auto"},
 }
-"""Keys for which somebody might write "auto", at ZeRO stage 3."""
+"""Keys that may be "auto", at ZeRO stage 3."""
 
 
 def test_what_a_trainer_and_accelerate_fill() -> None:
@@ -210,7 +211,7 @@ KEYS = [key for key in auto_keys(EVERYWHERE) if refused_by_deepspeed(key) or key
 
 
 def with_deepspeed_alone() -> dict[str, str]:
-    """What comes of each "auto" where nobody has filled it in: the error's type, or "built". One rank."""
+    """Result of each unfilled "auto": the error's type, or "built". One rank."""
     seen = {}
     for key in KEYS:
         model = model_of()
@@ -302,5 +303,5 @@ def test_no_section_is_left_out_silently() -> None:
         assert (
             "MoLS is off: the DeepSpeed config has no section \"mols\", but a key 'mosl'" in seen[f"misspelt {patched}"]
         )
-    assert seen["large False"].startswith('MolsConfigError: DeepSpeed config: "seed": a whole number of more than')
+    assert seen["large False"].startswith('MolsConfigError: DeepSpeed config: "seed": an integer of more than')
     assert seen["large True"].startswith("stock | MoLS is off: DeepSpeed takes this config, and MoLS cannot read it")

@@ -50,7 +50,7 @@ def case(stage: int, mode: str, **more: Any) -> dict[str, Any]:
     return {"stage": stage, "mode": mode, **more}
 
 
-DAMPING = {"estimator": "damping"}  # defined for every group, also where a median lies below the noise floor of K = 8
+DAMPING = {"estimator": "damping"}  # defined for every group, even if the median is below the noise floor of K = 8
 
 # lr 0 keeps the weights where they are, so that runs of different modes and precisions see the same gradients.
 SPECS: dict[str, dict[str, Any]] = {
@@ -142,7 +142,7 @@ def scale_of(engine: Any) -> float:
 
 
 def run(name: str) -> dict[str, Any]:
-    """ITERATIONS of a user's loop; what MoLS said and did on this rank."""
+    """Run ITERATIONS of a user's loop. Returns messages and state of MoLS on this rank."""
     spec = SPECS[name]
     spoil, micros = spec.get("spoil"), spec.get("micros", 2)
     seen: dict[str, Any] = {"phases": [], "scales": [], "bytes": [], "multipliers": [], "alphas over time": []}
@@ -327,7 +327,7 @@ def test_zero_gradients(name: str) -> None:
 
 @RUNS.reads("probe 2 still", "probe 3 still")
 def test_a_rank_without_any_head_element() -> None:
-    """Stage 2 cuts the flat weights in two; llama's head lies at one end."""
+    """Stage 2 splits the flat weights in two; llama's head is at one end."""
     heads = [seen["head"] for seen in runs()["probe 2 still",]]
     assert min(heads) == 0 < max(heads), heads
     assert result("probe 2 still")["report"]["groups"]["head"]["elements"] == sum(heads)
@@ -348,7 +348,7 @@ def test_auto_stops_at_max_samples() -> None:
 
 @RUNS.reads("recalibrated")
 def test_recalibration() -> None:
-    """Window of 8 from step 1, ramp to 12, again 4 steps after its end: the former multipliers hold meanwhile."""
+    """Window of 8 from step 1, ramp to 12, again 4 steps after its end: the former multipliers apply meanwhile."""
     seen = result("recalibrated")
     first, second = seen["phases"].index("calibrating"), seen["phases"].index("fixed")
     again = seen["phases"].index("calibrating", second)

@@ -1,4 +1,4 @@
-"""Weights that are unfrozen or added after attach: what the engine does with them, and that it is said once."""
+"""Weights unfrozen or added after attach: the engine's behaviour, and the one warning."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ADDED = ("0", "0 bf16")
 
 
 def train(kind: str, way: str) -> tuple[float, list[str]]:
-    """On each rank: how far the weight moves after it was unfrozen, and what is said meanwhile."""
+    """On each rank: how far the weight moves after it was unfrozen, and the messages meanwhile."""
     stage, precision, zero = KINDS[kind]
     torch.manual_seed(0)
     model = PlainLM()

@@ -75,7 +75,7 @@ class Memory:
 
 
 def start(way: str, mode: str, lr: float = 1e-9) -> tuple[Any, Skipping, Any]:
-    """(engine, its model on one process, what tells the buffers that are held)."""
+    """(engine, its model on one process, function that lists the buffers in use)."""
     torch.manual_seed(0)
     model = Skipping()
     if way == "files":  # gradients under MIN_AIO_BYTES (1 MiB) would silently stay in memory
@@ -144,7 +144,7 @@ def after_the_window(way: str, mode: str) -> dict[str, float]:
 
 
 def bad(way: str, what: str) -> dict[str, Any]:
-    """Buffers that are held after a sample that goes wrong, and the samples at the end."""
+    """Buffers in use after a failed sample, and the samples at the end."""
     engine, _, held = start(way, "probe")
     elements, outer = engine.mols.controller.elements, engine.optimizer
     for iteration in range(START + 1):

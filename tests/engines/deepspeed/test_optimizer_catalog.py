@@ -104,7 +104,7 @@ def test_wrong_rates_are_the_users_mistake(name: str, value: Any) -> None:
 
 
 def test_what_the_library_refuses_is_the_users_mistake() -> None:
-    """Whatever exception a library has of its own."""
+    """An exception class of a library."""
     for name, params in (("SOAP", {"precondition_frequency": 0}), ("APOLLO", {"scale_type": "row"}),
                          ("Lamb", {"clamp": -1.0}), ("NAdam", {"momentum_decay": -1.0})):  # fmt: skip
         with pytest.raises(MolsConfigError, match=name) as caught:
@@ -172,7 +172,7 @@ ON_TOP: list[tuple[str, dict[str, Any], int, str, str]] = [
 
 @pytest.mark.parametrize(("name", "params", "stage", "mode", "message"), ON_TOP)
 def test_rates_that_are_refused(name: str, params: dict[str, Any], stage: int, mode: str, message: str) -> None:
-    """The client's own instance under ZeRO too: nobody asked the table for it."""
+    """The client's own instance under ZeRO too: the catalog is not asked."""
     optimizer = build(request(name, **params), tiny("llama"))
     section = MolsConfig.parse({"start": 1, "ramp_end": 9, "mode": mode})
     with pytest.raises(MolsUnsupportedError, match=message) as caught:

@@ -160,7 +160,7 @@ def test_where_deepspeeds_version_runs(name: str, zero: dict[str, Any], expected
     ],
 )
 def test_deepspeeds_own_on_flat_shards(name: str, warned: bool) -> None:
-    """Its Muon knows of shards; the other two read whole tensors, and DeepSpeed hands them shards."""
+    """Its Muon handles shards; the other two read whole tensors, but DeepSpeed gives them shards."""
     for stage in (0, 1):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")

@@ -308,7 +308,7 @@ def probed() -> Results:
 
 @functools.cache
 def statistics_of(model: str) -> dict[str, GroupValues]:
-    """Of the initial weights, which a probe that starts at once measures whatever the optimizer is."""
+    """Of the initial weights: a probe that starts at once measures them for any optimizer."""
     twin = lora() if model == "LoRA" else model_of("llama")
     mask = lora_masks(twin) if model == "LoRA" else masks("llama", twin)
     return group_values([gradient_sample(twin, i, WORLD, 1) for i in range(SAMPLES)], mask)

@@ -1,4 +1,4 @@
-"""`mols_ds.patch()`: whoever calls `deepspeed.initialize` with a "mols" section gets MoLS, and nobody else anything."""
+"""`mols_ds.patch()`: a call of `deepspeed.initialize` with a "mols" section gets MoLS, any other the stock engine."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def build(given: Any = None, **arguments: Any) -> Any:
 
 
 def wrapper(name: str, log: Log) -> Callable[..., Any]:
-    """Somebody's own replacement of what is there now, as ms-swift has it: it takes anything and notes its calls."""
+    """A replacement of the current function, as in ms-swift: takes any arguments and records its calls."""
     below = deepspeed.initialize
 
     def initialize(*args: Any, **kwargs: Any) -> Any:
@@ -110,7 +110,7 @@ def chain() -> dict[str, Any]:
         seen["other one left"] = deepspeed.initialize is not before
     with put_back():
         mols_ds.patch()
-        deepspeed.initialize = STOCK  # somebody undid a replacement of before ours
+        deepspeed.initialize = STOCK  # undoes a replacement from before ours
         mols_ds.patch()
         note("lost and patched")
     with put_back():

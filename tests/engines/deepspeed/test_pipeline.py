@@ -51,7 +51,7 @@ EXACT = [entry for entry in CASES if entry[1][3] == "float32"]
 
 
 def train(tied: bool, stage: int, mode: str, dtype: str) -> dict[str, Any]:
-    """A user's loop over STEPS updates: what the engine says, and this stage's weights."""
+    """Run a user's loop over STEPS updates. Returns the engine's messages and this stage's weights."""
     section = {"mode": mode, "start": START, "samples": SAMPLES, "ramp_end": START + SAMPLES + RAMP_END}
     engine = pipeline_engine(tied, stage, dtype, {**section, "estimator": "median"})
     applied, iteration = [], 0
@@ -245,7 +245,7 @@ def test_probe_leaves_no_trace(case: tuple[int, str]) -> None:
 
 
 def say(what: str) -> tuple[str, str]:
-    """What attaching says to an engine that it cannot take, or to one that needs a rule."""
+    """Message of attaching to an unsupported engine, or to one that needs a rule."""
     import mols_ds
     from mols_ds.errors import MolsError
 
@@ -267,7 +267,7 @@ def say(what: str) -> tuple[str, str]:
 
 
 def attach_sliced(section: dict[str, Any]) -> tuple[str, str]:
-    """A topology whose ranks hold slices of the layers' tensors."""
+    """A topology whose ranks have slices of the layers' tensors."""
     import deepspeed
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology

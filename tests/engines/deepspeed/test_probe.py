@@ -131,7 +131,7 @@ def test_no_trace(case: str) -> None:
         assert set(probed["alphas"].values()) == {1.0} and probed["bytes"] == 0
         for before, after, inside in probed["windows"]:
             assert [key for key in before if before[key] != after[key]] == []
-            # the window did draw random numbers of its own, other ones for each sample
+            # the window drew separate random numbers, different for each sample
             assert inside[-1] is None and len({*inside, before["random"]}) == SAMPLES + 1
         assert len(stock["steps"]) == len(probed["steps"]) == STEPS
         for step, (expected, seen) in enumerate(zip(stock["steps"], probed["steps"], strict=True)):

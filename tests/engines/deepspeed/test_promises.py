@@ -51,7 +51,7 @@ def announced(stage: int, way: str) -> dict[str, Any]:
 
 
 def order() -> dict[str, str]:
-    """Attached late, and after a checkpoint was loaded: what is raised or warned of."""
+    """Attach late, and after loading a checkpoint. Returns errors and warnings."""
     first = engine_of(config(2, SECTION, micros=1))
     stock = engine_of(config(2, micros=1), initialize=deepspeed.initialize)
     for step in range(7):
@@ -101,7 +101,7 @@ def order() -> dict[str, str]:
 
 
 def refusals() -> dict[str, str]:
-    """What users hand over in the place of the engine."""
+    """Objects that users pass instead of the engine."""
     engine = engine_of(config(2, micros=1), initialize=deepspeed.initialize)
     things = {
         "model": torch.nn.Linear(4, 4),

@@ -1,4 +1,4 @@
-"""What rank 0 alone says and writes cannot end it: with two ranks, every fault there leaves both in step."""
+"""Failures while rank 0 alone prints or writes do not end it: with two ranks, both continue together."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_deepspeeds_monitor_cannot_end_a_job() -> None:
 
 
 def locked() -> list[list[str]]:
-    """What both kinds of jobs say, on each rank, of a lock that a killed compilation left."""
+    """Messages of both kinds of jobs, on each rank, about a lock of a killed compilation."""
     from mols_ds.training import megatron_build, ranks
 
     found = []

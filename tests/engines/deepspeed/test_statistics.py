@@ -98,7 +98,7 @@ def start_of(dtype: str) -> int:
 
 
 def measure(model: str, stage: int, mode: str, dtype: str, estimator: str) -> dict[str, Any]:
-    """On each rank: run the user's loop through one calibration, return what the engine says."""
+    """On each rank: run the user's loop through one calibration and return the engine's report."""
     start = start_of(dtype)
     section = {
         "mode": mode,

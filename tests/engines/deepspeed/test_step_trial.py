@@ -57,6 +57,21 @@ def test_the_settings_of_the_group_count() -> None:
     assert step_trial.refusal(Bounded(two, bound=1.0)) is not None
 
 
+@pytest.mark.parametrize("parent", [Bounded, torch.optim.SGD, torch.optim.AdamW])
+def test_a_name_of_the_catalog_is_not_enough(parent: type[Optimizer]) -> None:
+    """Somebody else's class that is called AdamW, its own or a subclass of one that is known."""
+
+    @torch.no_grad()
+    def step(self: Optimizer, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.sub_(min(group["lr"], 1e-3) * weight.grad.sign())
+
+    own: Any = type("AdamW", (parent,), {"__module__": "elsewhere", "step": step})
+    found = step_trial.class_refusal(own(weights(), lr=1e-3))
+    assert found is not None and found[0].startswith("AdamW (its step is not proportional")
+
+
 @pytest.mark.parametrize("name", ["AdaBelief", "AdamP", "Tiger", "Yogi", "AdEMAMix", "ADOPT", "StableAdamW"])
 def test_proportional(name: str) -> None:
     with warnings.catch_warnings():
@@ -98,7 +113,7 @@ def test_nothing_is_left_behind() -> None:
 
 
 def attach(stage: int) -> str:
-    """What an engine says of an optimizer whose step is not proportional to lr."""
+    """Message of an engine about an optimizer whose step is not proportional to lr."""
     with pytest.raises(MolsUnsupportedError) as error:
         engine_of(config(stage, {"total_steps": 20}), "llama", lambda p: pytorch_optimizer.MADGRAD(p, lr=1e-3))
     return str(error.value)

@@ -37,7 +37,7 @@ ENGINES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "3 offload all": (3, "fp32", OFFLOAD_ALL),
 }
 AT_THE_END = ("module .generator", "tracker")
-"""Keys of `visible` that are given back at the end of the window, because each sample draws other numbers."""
+"""Keys of `visible` that are restored at the end of the window, because each sample draws different numbers."""
 STOCK = {
     "probed": "stock",
     "detached": "stock",
@@ -92,7 +92,7 @@ def iterate(engine: Any, iteration: int, by_hand: bool, broken: bool = False) ->
 
 
 def trained(way: str, name: str) -> dict[str, Any]:
-    """STEPS updates, with a probe window or without; what is visible after each, and what the window moved."""
+    """STEPS updates, with a probe window or without; visible state after each, and the changes of the window."""
     engine = built(name, way)
     engine.module.train("eval" not in way)
     result: dict[str, Any] = {"steps": [], "batches": []}
@@ -124,7 +124,7 @@ def trained(way: str, name: str) -> dict[str, Any]:
 
 
 def resumed(engine: Any, name: str) -> Any:
-    """Save between two micro-batches of a sample, and go on in another engine."""
+    """Save between two micro-batches of a sample, and continue in another engine."""
     folder = name.replace(" ", "-")
     engine.backward(engine(batch(900, 0)))
     engine.save_checkpoint(folder, tag="inside")

@@ -21,7 +21,7 @@ SECTION: dict[str, Any] = {"start": 0, "ramp_end": 8, "samples": 4, "noise_floor
 
 
 def gan(folder: str) -> tuple[Any, ...]:
-    """On each rank: what two engines report that train in turns, what lies on the disk, and the warnings."""
+    """On each rank: reports of two engines that train in turns, files on disk, and warnings."""
     section = {**SECTION, "report_dir": folder}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -43,7 +43,7 @@ def test_each_of_two_engines_keeps_its_report(tmp_path: Path) -> None:
     (reports, again, said), (others, _, quiet) = run_ranks(gan, 2, str(folder))
     assert reports == others and quiet == []
     assert load_report(folder) == reports[0]
-    # The second engine was detached and attached anew: its folder was free, and is taken as before.
+    # The second engine was detached and attached again: its folder was free, and is used as before.
     assert load_report(f"{folder}-2") == again != reports[1]
     assert len(said) == 2 and all(f"{folder}-2" in line for line in said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reports", "reports-2"]

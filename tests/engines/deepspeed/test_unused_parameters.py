@@ -30,7 +30,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     **{f"{stage} {mode} offload": (stage, mode, OFFLOAD) for stage in (1, 2, 3) for mode in ("probe", "online")},
 }
 FROZEN = [f"{name} frozen" for name in CASES]
-"""The same, with parameters that are frozen when the first sample is taken, in the place of some that are not used."""
+"""The same, with parameters that are frozen when the first sample is taken, instead of unused ones."""
 
 
 class Skipping(PlainLM):

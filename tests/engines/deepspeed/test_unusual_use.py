@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import mols_ds
+from mols_ds.engines.deepspeed import loads
 from mols_ds.errors import MolsError, MolsUnsupportedError, MolsWarning
 from tests.engines.deepspeed.engines import config, engine_of
 from tests.engines.deepspeed.loops import iterate
@@ -77,7 +79,7 @@ def test_mode_moments_with_other_betas_in_a_group() -> None:
 
 
 class Coupled(torch.optim.Optimizer):
-    """Adam without bias correction of somebody else's, which adds weight decay to the gradient."""
+    """A foreign Adam without bias correction that adds weight decay to the gradient."""
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: Any = (0.9, 0.95), weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
@@ -104,7 +106,7 @@ DECAYS = {
 
 
 def decayed() -> dict[str, str]:
-    """What attach says to each optimizer in mode "moments"."""
+    """Message of attach for each optimizer in mode "moments"."""
     said = {}
     for name, (kind, settings) in DECAYS.items():
         try:
@@ -123,7 +125,7 @@ def test_mode_moments_with_decay_that_is_added_to_the_gradient() -> None:
 
 
 def cycled(moves: bool) -> str:
-    """What a calibration in mode "moments" says to betas that a schedule moves, or moved long before."""
+    """Message of a calibration in mode "moments" for betas that a schedule changes, or changed long before."""
     engine = engine_of(config(1, {**SECTION, "mode": "moments", "start": 2}, micros=1), PlainLM(), two_rates)
     inner = engine.optimizer.optimizer
     try:
@@ -151,6 +153,17 @@ def test_mode_moments_with_betas_that_move() -> None:
 def test_sparse_embeddings() -> None:
     (said,) = run_ranks(refused, 1, "probe", None, True)
     assert "sparse gradients (an embedding with sparse=True)" in said
+
+
+def compiled() -> str:
+    with pytest.raises(MolsUnsupportedError) as error:
+        engine_of({**config(1, SECTION), "compile": {"deepcompile": True}}, PlainLM())
+    return str(error.value)
+
+
+def test_deepcompile_is_refused_by_name() -> None:
+    (said,) = run_ranks(compiled, 1)
+    assert said.startswith("MoLS does not support DeepCompile")
 
 
 def hooked(stage: int) -> list[float]:
@@ -210,6 +223,99 @@ def test_wrappers_of_others_stay(before: bool) -> None:
     assert run_ranks(wrapped, 1, before) == [["attached", "detached"]]
 
 
+LOADS = ("plain", "own argument", "subclass", "class")
+
+
+def loaded(how: str, enabled: bool) -> tuple[list[Any], int]:
+    """What loads give through somebody's replacement of `load_checkpoint`, and how often that was called."""
+    kind, calls = deepspeed.DeepSpeedEngine, []
+    stock = kind.load_checkpoint
+
+    @functools.wraps(stock)
+    def own(self: Any, *args: Any, note: str = "", **kwargs: Any) -> Any:
+        calls.append(note)
+        return stock(self, *args, **kwargs)
+
+    def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if how == "subclass":
+            patch.setattr(deepspeed, "DeepSpeedEngine", type("Mine", (kind,), {"load_checkpoint": plain}))
+        elif how == "class":
+            patch.setattr(kind, "load_checkpoint", own)
+        engine = engine_of(config(1, None), PlainLM(), initialize=deepspeed.initialize)
+        if how in ("plain", "own argument"):
+            engine.load_checkpoint = functools.partial(plain if how == "plain" else own, engine)
+        mols = mols_ds.attach(engine, {**SECTION, "start": 9, "enabled": enabled})
+        more = {"note": "a"} if how in ("own argument", "class") else {}
+        found = []
+        with tempfile.TemporaryDirectory() as folder:
+            iterate(engine, 0)
+            engine.save_checkpoint(folder, tag="a", client_state={"mine": 7})
+            iterate(engine, 1)
+            for options in ({"load_module_only": True}, {"load_optimizer_states": False}, {}):
+                path, state = engine.load_checkpoint(folder, "a", **options, **more)
+                found.append((path is not None, state["mine"], "mols" in state, engine.global_steps))
+        mols.detach()
+    return found, len(calls)
+
+
+@pytest.mark.parametrize("how", LOADS)
+@pytest.mark.parametrize("enabled", [True, False])
+def test_loads_through_a_replacement_of_others(how: str, enabled: bool) -> None:
+    (((weights, without, all_), calls),) = run_ranks(loaded, 1, how, enabled)
+    assert weights == (True, 7, False, 2)
+    assert without == all_ == (True, 7, False, 1)
+    assert calls == 3
+
+
+def test_what_a_replacement_of_others_returns_is_passed_on() -> None:
+    """For engines that have no MoLS: their `load_checkpoint` is watched on the class."""
+    (found,) = run_ranks(other_result, 1)
+    assert found == [None, "only a path"]
+
+
+def other_result() -> list[Any]:
+    kind = deepspeed.DeepSpeedEngine
+    found = []
+    for result in (None, "only a path"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kind, "load_checkpoint", lambda self, *args, _result=result, **kwargs: _result)
+            loads.watch_loads()
+            found.append(kind.load_checkpoint(engine_of(config(0, None), PlainLM(), initialize=deepspeed.initialize)))
+    return found
+
+
+def elsewhere(mode: str, device: str) -> tuple[dict[str, float], str, int]:
+    """Alphas, phase and samples of a run whose calls into MoLS are made with a default device, after it is resumed."""
+    torch.manual_seed(0)
+    engine = engine_of(
+        config(0, None, micros=1), PlainLM(), lambda p: torch.optim.SGD(p, lr=0.1), initialize=deepspeed.initialize
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.device(device):
+            mols = mols_ds.attach(engine, {**SECTION, "mode": mode, "samples": "auto", "max_samples": 16})
+        for iteration in range(20):
+            loss = engine(batch(iteration, 0, 0), batch(iteration, 0, 0)).loss
+            engine.backward(loss)
+            with torch.device(device):
+                engine.step()
+                if iteration == 4:
+                    engine.save_checkpoint(folder, tag="a")
+        alphas = mols.alphas
+        with torch.device(device):
+            engine.load_checkpoint(folder, "a")
+    return alphas, mols.phase, mols.samples
+
+
+@pytest.mark.parametrize("mode", ["probe", "online"])
+def test_a_default_device_of_the_users(mode: str) -> None:
+    """What MoLS adds up on the host stays there: the device "meta" keeps no numbers at all."""
+    (ours,), (stock,) = run_ranks(elsewhere, 1, mode, "meta"), run_ranks(elsewhere, 1, mode, "cpu")
+    assert ours == stock and ours[0] and ours[1:] == ("calibrating", 4)
+
+
 def other_section() -> str:
     section = {**SECTION, "ramp_end": 9 + dist.get_rank(), "report_dir": f"report{dist.get_rank()}"}
     with pytest.raises(MolsError) as error:
@@ -223,7 +329,7 @@ def test_a_section_that_differs_between_ranks() -> None:
 
 
 def weights_alone() -> tuple[int, int, list[str]]:
-    """Samples before and after `load_module_only` in a window, and what was said."""
+    """Samples before and after `load_module_only` in a window, and the messages."""
     engine = engine_of(config(2, SECTION, micros=1), PlainLM())
     with tempfile.TemporaryDirectory() as folder:
         iterate(engine, 0, 1)

@@ -40,7 +40,7 @@ def watch(model: str, stage: int) -> dict[str, Any]:
 
 
 def refuse(stage: int) -> str:
-    """On each rank: what a reader says about an optimizer without Adam's moments."""
+    """On each rank: message of a reader about an optimizer without Adam's moments."""
     import mols_ds
     from mols_ds.engines.deepspeed.snr_monitor import SnrWatch
     from mols_ds.errors import MolsUnsupportedError
@@ -68,7 +68,7 @@ def results() -> Results:
 
 @functools.cache
 def oracle(model_name: str) -> list[dict[str, MomentValues]]:
-    """What whole tensors' moments hold at each reading, by group."""
+    """SNR from whole tensors' moments at each reading, by group."""
     model = build(model_name)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=SETTINGS.lr, betas=(SETTINGS.beta1, SETTINGS.beta2), eps=SETTINGS.eps, weight_decay=0.0

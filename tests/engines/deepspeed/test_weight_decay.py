@@ -56,7 +56,7 @@ def train(stage: int, value: str, mode: str, variant: str) -> dict[str, Any]:
 
 
 def refused(stage: int, name: str) -> str:
-    """On each rank: what initialize says of "unscaled" with an optimizer of the config."""
+    """On each rank: message of initialize for "unscaled" with an optimizer of the config."""
     import mols_ds
     from mols_ds.errors import MolsUnsupportedError
 

@@ -66,7 +66,7 @@ class Codebook(nn.Module):
 
 
 def begin() -> None:
-    """Make the tracked generator anew."""
+    """Create the tracked generator again."""
     get_cuda_rng_tracker().reset()
     get_cuda_rng_tracker().add(TRACKED, 9)
 
@@ -92,7 +92,7 @@ class Traced(Tiny):
             x = x * (1 + 0.1 * torch.rand(()).to(x.dtype))
         for layer in self.layers:
             if random.random() < 0.3 and np.random.rand() < 0.5:
-                x = x * 1.0  # a layer left out; its weights get gradients all the same
+                x = x * 1.0  # a layer without effect; its weights still get gradients
             mixed = torch.tanh(layer["q_proj"](x)) * layer["k_proj"](x) + layer["v_proj"](x)
             x = x + (0.5 + np.random.rand()) * self.dropout(layer["down_proj"](torch.tanh(layer["up_proj"](mixed))))
         logits = self.lm_head(self.norm(x))
@@ -104,7 +104,7 @@ TIMES = ("timer", "time")
 ZEROS = ("ds_", "applied_pre_backward_ref_cnt")
 """ZeRO-3's bookkeeping (runtime/zero/parameter_offload.py), which grows in a module without a gradient."""
 STEP = ("_step_applied", "_global_grad_norm", "_running_engine_step")
-"""What an engine says of its last step alone."""
+"""State of an engine that belongs to its last step alone."""
 
 
 def plain(name: str, value: Any) -> Iterator[tuple[str, str]]:

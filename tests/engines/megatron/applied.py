@@ -1,4 +1,4 @@
-"""The rate that an Adam step really applied to each module group, worked out from what it did to the weights."""
+"""Compute the rate that an Adam step applied to each module group from the change of the weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 LEAST = 0.2
-"""Elements whose update is smaller (in units of the rate) are not looked at: rounding of the weight would show."""
+"""Elements whose update is smaller (in units of the rate) are ignored: rounding of the weight would show."""
 
 
 class Applied(NamedTuple):

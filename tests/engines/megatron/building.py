@@ -57,7 +57,7 @@ class Setup:
     gate: bool = False
     mtp: int = 0
     qk_norm: bool = False
-    bias: bool = False  # also LayerNorm in the place of RMSNorm
+    bias: bool = False  # also LayerNorm instead of RMSNorm
     kv_groups: int = 2
     heads: int = 4
     layers: int = 2
@@ -109,7 +109,7 @@ def newest() -> Path | None:
 
 
 def start(setup: Setup) -> None:
-    """Lay the grid of `setup` over the ranks that there are, in the place of the one before."""
+    """Create the process groups of `setup` on the existing ranks, replacing the previous grid."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -418,7 +418,7 @@ def forward_backward(built: Built, iteration: int) -> list[float]:
 
 
 def step(built: Built, optimizer: Any, scheduler: Any, iteration: int) -> Stepped:
-    """One iteration, as Megatron-LM's `train_step`: the scheduler stands still where the optimizer skipped."""
+    """One iteration, as Megatron-LM's `train_step`: the scheduler does not advance if the optimizer skipped."""
     for chunk in built.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()

@@ -168,7 +168,7 @@ def _launch(world: int) -> Results:
 
 
 def outcomes(name: str) -> list[dict[str, Any]]:
-    """What each rank says of the case."""
+    """Result of the case on each rank."""
     case = ALL[name]
     if case.world == 1:
         return _single()["grid", case.setup, case.plan]
@@ -176,7 +176,7 @@ def outcomes(name: str) -> list[dict[str, Any]]:
 
 
 def others(kind: str, *arguments: Any) -> list[Any]:
-    """What each rank says of another kind of case of two ranks, see `grids.work`."""
+    """Result of another kind of case of two ranks on each rank, see `grids.work`."""
     return _launch(2)[kind, *arguments]
 
 

@@ -13,7 +13,7 @@ from tests.engines.megatron.building import Built
 
 
 def metadata(kind: str) -> dict[str, Any]:
-    """What Megatron-LM hands to `sharded_state_dict`; `kind` is the distributed optimizer's sharding type."""
+    """Arguments of Megatron-LM for `sharded_state_dict`; `kind` is the distributed optimizer's sharding type."""
     from megatron.core import parallel_state
 
     return {

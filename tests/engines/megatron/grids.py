@@ -1,4 +1,4 @@
-"""One fixed model and data on many grids of ranks: what each rank says of its run, for several test files.
+"""One fixed model and data on many grids of ranks: results of each rank's run, for several test files.
 
 Imported by the ranks: nothing of the oracle, whose imports are slow.
 """
@@ -70,7 +70,7 @@ def tiny(**more: Any) -> Setup:
 
 
 def run(setup: Setup, plan: Plan) -> dict[str, Any]:
-    """On each rank: the user's loop over all phases; what MoLS says, the weights, who owned which elements."""
+    """On each rank: the user's loop over all phases; reports of MoLS, weights, owners of elements."""
     with cpu_megatron():
         start(setup)
         built = build(setup)
@@ -97,7 +97,7 @@ def run(setup: Setup, plan: Plan) -> dict[str, Any]:
 
 
 def count_latent(setup: Setup) -> dict[str, Any]:
-    """On each rank: elements by group in the report, and what the rank's norms hold."""
+    """On each rank: elements by group in the report, and the rank's norms."""
     with cpu_megatron():
         start(setup)
         built = build(setup)
@@ -148,7 +148,7 @@ def work(kind: str, *arguments: Any) -> Any:
 
 
 def weights(built: Built) -> dict[str, Part]:
-    """This rank's parts, float32, by logical name; the tied copy of a last stage goes by its own name."""
+    """This rank's parts, float32, by logical name; the tied copy of a last stage has its own name."""
     parts = {}
     for chunk in built.chunks:
         for name, parameter in logical_names(chunk, built.setup).items():

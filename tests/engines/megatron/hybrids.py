@@ -37,7 +37,7 @@ class GatedNorm(nn.Module):
 
 
 class Duplicated(nn.Linear):
-    """In the place of Transformer Engine's linear layer that each tensor-parallel rank holds whole."""
+    """Replaces Transformer Engine's linear layer that each tensor-parallel rank has whole."""
 
     parallel_mode = None
 
@@ -79,7 +79,7 @@ def groups_of_layers(pattern: str, settings: dict[str, Any]) -> dict[str, tuple[
 
 
 def delta_net_rows() -> tuple[list[str], list[str]]:
-    """(groups that autograd says, groups of the layout) of the rows of in_proj that this tensor-parallel rank holds."""
+    """(groups by autograd, groups by the layout) of this tensor-parallel rank's rows of in_proj."""
     with cpu_megatron(), _grid() as ranks:
         settings = {"hidden_size": 24, "num_attention_heads": 4, "ffn_hidden_size": 40, **DELTA_NET}
         more = {"tensor_model_parallel_size": ranks, "perform_initialization": True}

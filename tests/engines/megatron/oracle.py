@@ -28,7 +28,7 @@ ROW_GROUPS = ("qk", "qk", "vo", "vo")  # query, key, value, output gate: what ge
 
 
 class Truth(NamedTuple):
-    """What the twin says. weights: after all updates, by logical name; norms, multipliers: of each update."""
+    """Results of the twin. weights: after all updates, by logical name; norms, multipliers: of each update."""
 
     values: Mapping[str, Any]  # GroupValues, MomentValues in mode "moments"
     alphas: dict[str, float]
@@ -61,7 +61,7 @@ def plain(setup: Setup) -> Setup:
 
 
 def build_twin(setup: Setup) -> tuple[nn.Module, nn.Module]:
-    """(GPTModel, what is called: the same, or Megatron's wrapper that casts it to 16 bits)."""
+    """(GPTModel, the module to call: the same, or Megatron's wrapper that casts it to 16 bits)."""
     from megatron.core.transformer.module import Float16Module
 
     config = transformer_config(setup)
@@ -218,6 +218,6 @@ def twin(setup: Setup, plan: Plan) -> Truth:
 
 
 def _moments(adam: ElementwiseAdamW) -> dict[str, MomentValues]:
-    """The statistics in Adam's m and v as they are now."""
+    """Statistics from Adam's current m and v."""
     moments = {name: (adam.m[name], adam.v[name]) for name in adam.masks}
     return moment_values(moments, adam.masks, adam.steps, (adam.settings.beta1, adam.settings.beta2))

@@ -1,4 +1,4 @@
-"""What a Megatron run holds, hashed: equal means equal bit for bit on this rank."""
+"""Digests of a Megatron run's state: equal digests mean equal bits on this rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.helpers.digests import digest
 
 
 def fingerprint(built: Built, optimizer: Any, scheduler: Any, mols: Any = None) -> dict[str, Any]:
-    """Weights, optimizer, parameter groups and scheduler of this rank, and what MoLS holds where it is given.
+    """Weights, optimizer, parameter groups and scheduler of this rank, and the state of MoLS if given.
 
     The state of the random generators is not in it: see `random_state`.
     """

@@ -81,7 +81,7 @@ def make_gpt(
 
 
 def make_t5(**settings: Any) -> nn.Module:
-    """A T5Model of the vanilla spec, one layer each, with an output layer of its own."""
+    """A T5Model of the vanilla spec, one layer each, with a separate output layer."""
     from megatron.core.models.T5 import t5_spec
     from megatron.core.models.T5.t5_model import T5Model
 
@@ -156,7 +156,7 @@ if MEGATRON < (0, 16):  # has no output gate yet
 
 
 def attention_rows(case: str, ranks: int) -> list[tuple[str, list[str], list[str]]]:
-    """(parameter, row groups as autograd says, row groups as its layout says) of the rows of this rank.
+    """(parameter, row groups by autograd, row groups by its layout) of this rank's rows.
 
     A bias moves the same rows as its weight, but is `other` here: the paper's groups are weight matrices. Parameters:
     those that make queries, keys and values in the one layer of `FUSED[case]`, sharded over `ranks`

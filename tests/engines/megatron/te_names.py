@@ -2,8 +2,8 @@
 
 Transformer Engine does not run without a GPU, so the names are derived from those of a real vanilla-spec model, by what
 megatron/core/models/gpt/gpt_layer_specs.py and extensions/transformer_engine.py do differently:
-- LayerNormColumnParallelLinear holds the norm in front of it as `layer_norm_weight` and `layer_norm_bias`;
-- GroupedLinear holds the weight of each expert as `weight0`, `weight1`..., or all in one `weight` (0.19);
+- LayerNormColumnParallelLinear has the norm before it as `layer_norm_weight` and `layer_norm_bias`;
+- GroupedLinear has the weight of each expert as `weight0`, `weight1`..., or all in one `weight` (0.19);
 - FusedMLASelfAttention (0.17 on) has one down projection for queries, keys and values, norm included.
 """
 
@@ -45,7 +45,7 @@ def te_shapes(
 
 
 def _norm(name: str, vanilla: Mapping[str, tuple[int, ...]], fused_down: bool) -> str:
-    """The name of a norm that Transformer Engine puts into the linear layer behind it; other names as they are."""
+    """Return the name of a norm inside Transformer Engine's next linear layer; other names unchanged."""
     match = re.fullmatch(r"(.*?)\.((?:self_attention\.)?\w+_layernorm)\.(weight|bias)", name)
     if match is None:
         return name

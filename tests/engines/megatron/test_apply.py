@@ -37,7 +37,7 @@ def script(setup: Setup) -> dict[str, Any]:
 
 
 def places() -> dict[str, Any]:
-    """Everything that stands in the modules and classes that `apply()` patches."""
+    """All attributes of the modules and classes that `apply()` patches."""
     from megatron.core import dist_checkpointing, optimizer
     from megatron.core.optimizer.optimizer import ChainedOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -98,7 +98,7 @@ def no_scheduler() -> dict[str, Any]:
             found["later"] = (mols.steps, mols.phase)
         finally:
             megatron_patches.undo()
-        megatron_patches.apply({})  # shares of a number of steps that nothing tells
+        megatron_patches.apply({})  # shares of an unknown number of steps
         try:
             built, optimizer = optimizer_alone(Setup())
             found["shares"] = error_of(lambda: building.step(built, optimizer, None, 0))

@@ -20,7 +20,7 @@ WORLD = 2
 
 
 class Given:
-    """What a test hands to `attach`; a mistake changes some of it, on both ranks or on one."""
+    """Arguments of `attach`; a mistake changes some of them, on both ranks or on one."""
 
     def __init__(self, setup: Setup, **settings: Any) -> None:
         building.start(setup)
@@ -186,7 +186,7 @@ NAMES = Cases([*MISTAKES, "SGD"], quick=["unknown name", "fewer layers on one ra
 
 
 def mistaken(name: str) -> tuple[str, bool]:
-    """What `attach` says, and whether the optimizer is as it was."""
+    """Message of `attach`, and whether the optimizer is unchanged."""
     with cpu_megatron():
         given = MISTAKES[name][0]()
         before = set(vars(given.optimizer))

@@ -1,4 +1,4 @@
-"""A Megatron run that resumes with another "mols" section, MoLS off included: what applies, and that it is said."""
+"""A Megatron run resumed with another "mols" section, or with MoLS off: the values that apply, and the messages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def trained(run: Run, folder: str) -> None:
 
 
 def changed(name: str) -> list[str]:
-    """On each rank: what is wrong with what is said of each key."""
+    """On each rank: errors in the messages about each key."""
     wrong, folder = [], f"changed-{name}"
     with cpu_megatron(fused_adam=SETUPS[name].distributed):
         with Run(SETUPS[name], SECTION) as run:
@@ -41,7 +41,7 @@ def changed(name: str) -> list[str]:
                 logged, warned, error = list[str](), list[str](), ""
                 if key != "enabled":
                     run.mols.controller.context.log = logged.append
-                    run.mols.controller.context.rank = 0  # say it on each rank here
+                    run.mols.controller.context.rank = 0  # print on each rank here
                 try:
                     warned = run.load(folder, KIND)
                 except MolsCheckpointError as found:

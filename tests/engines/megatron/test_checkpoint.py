@@ -1,4 +1,4 @@
-"""MoLS state in Megatron's checkpoints: a run that is resumed in the same layout goes on bit for bit."""
+"""MoLS state in Megatron's checkpoints: a run resumed in the same layout continues bit for bit."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def from_stock(distributed: bool) -> dict[str, Any]:
 
 
 def foreign(experts: int) -> dict[str, str]:
-    """What is said to a "mols" entry that is not ours, and whether the run is as it was."""
+    """Message for a "mols" entry that MoLS did not write, and whether the run is unchanged."""
     setup, said = Setup(experts=experts, ep=2 if experts else 1, distributed=False), {}
     with cpu_megatron():
         with Run(setup, section()) as run:

@@ -151,7 +151,7 @@ def load(base: str, name: str, setup: Setup, points: tuple[str, ...], followed: 
 
 
 def told(base: str, name: str, way: str, setup: Setup) -> str:
-    """What a load says that cannot be."""
+    """Message of an impossible load."""
     with cpu_megatron(fused_adam=setup.distributed), Run(setup, SHORT, way) as run:
         try:
             run.load(f"{base}/{name}-ramping", SOURCES[name].kind)

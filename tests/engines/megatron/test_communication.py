@@ -36,7 +36,7 @@ Traffic = Counter[tuple[str, int]]
 
 
 def communicate(setup: Setup, mode: str) -> dict[str, Any]:
-    """On each rank: what is sent from the first iteration of the window to its last; mode "stock" has no MoLS."""
+    """On each rank: messages from the window's first iteration to its last; mode "stock" has no MoLS."""
     from megatron_patches.cpu.emulation import cpu_megatron
     from tests.helpers.recorder import Recorder
 
@@ -120,7 +120,7 @@ def traffic(grid: str, mode: str, rank: int) -> Traffic:
 
 
 def _without_routing(sent: Traffic) -> Traffic:
-    """Tokens go to experts as the weights say, which stand still in a probe: of those calls count the number alone."""
+    """Weights, which a probe does not change, route tokens to experts: only the number of those calls counts."""
     result: Traffic = Counter()
     for (name, size), count in sent.items():
         result[name, 0 if name.startswith("all_to_all") else size] += count
@@ -142,7 +142,7 @@ def test_training_modes_add_one_small_all_reduce(grid: str, mode: str) -> None:
 
 @COMMUNICATED.parametrize("grid", GRIDS, reads=lambda grid: [(grid, "probe")])
 def test_probe_adds_one_small_all_reduce_and_a_flag_a_sample(grid: str) -> None:
-    """The flag stands in the place of what the step that is not taken would have sent: its norm, and the weights."""
+    """The flag replaces the messages of the skipped step: its norm, and the weights."""
     for rank in range(WORLD):
         stock, ours = (_without_routing(traffic(grid, mode, rank)) for mode in ("stock", "probe"))
         extra, saved = ours - stock, stock - ours

@@ -1,4 +1,4 @@
-"""Megatron-core on CPU and gloo: grids hold one model, the context leaves nothing behind, its Adam is torch's."""
+"""Megatron-core on CPU and gloo: all grids have one model, the context leaves no trace, its Adam is torch's."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def train(setup: Setup, fused_adam: bool = False) -> list[tuple[bool, float, flo
 
 
 def case(what: Setup | str) -> Any:
-    """What one launch works through: a setup, the same with the other Adam, or the check of what is left behind."""
+    """Cases of one launch: a setup, the same with the other Adam, or the check for traces."""
     if isinstance(what, Setup):
         return train(what)
     return train(DENSE["TP2"], fused_adam=True) if what == "fused" else left_behind()

@@ -23,7 +23,7 @@ KINDS = {
 
 
 def frozen_at_attach(kind: str) -> tuple[str, list[str], list[str], list[str]]:
-    """Kind of the optimizer, module groups, what is said in a step, and after the weight was unfrozen."""
+    """Kind of the optimizer, module groups, messages in a step, and after the weight was unfrozen."""
     setup = KINDS[kind]
     with cpu_megatron():
         start(setup)
@@ -47,7 +47,7 @@ def runs() -> Results:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_that_is_frozen_at_attach_is_left_out(kind: str) -> None:
-    """It was refused as one that no model chunk has. When it trains again, that is said."""
+    """It was refused as a weight of no model chunk. A warning names it when it trains again."""
     ((name, groups, frozen, trained),) = runs()[kind,]
     assert name == kind and "head" not in groups and "qk" in groups and not frozen
     (line,) = trained

@@ -26,7 +26,7 @@ SETUPS = {
 
 
 def counting(scaler: Any, held: list[int]) -> Any:
-    """`scaler._delta`, which adds to the last number of `held` the elements that it remembers."""
+    """`scaler._delta`, which also adds its copied elements to the last number of `held`."""
     remember = scaler._delta
 
     def delta(*arguments: Any) -> None:
@@ -38,7 +38,7 @@ def counting(scaler: Any, held: list[int]) -> Any:
 
 
 def train(name: str, long_run: int) -> dict[str, Any]:
-    """Weights after some steps, the elements that each scaled step held, and those of `linear_qkv` on this rank."""
+    """Weights after some steps, the copied elements of each scaled step, and those of `linear_qkv` on this rank."""
     setup, lr_scaler.LONG_RUN = SETUPS[name], long_run
     with cpu_megatron():
         building.start(setup)

@@ -146,7 +146,7 @@ def test_a_probe_leaves_no_trace(grid: str) -> None:
         before, window = probed["before"], probed["window"]
         assert len(window) == PROBE.samples
         assert [key for key in before if before[key] != window[-1][key]] == []
-        # the window drew random numbers of its own, other ones for each sample
+        # the window drew separate random numbers, different for each sample
         assert probed["drawn"][-1] == (before["random"], None) and len({*probed["drawn"]}) == PROBE.samples
         assert len(stock["prints"]) == len(probed["prints"]) == PROBE.updates
         for update, (expected, seen) in enumerate(zip(stock["prints"], probed["prints"], strict=True)):

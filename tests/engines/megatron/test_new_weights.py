@@ -1,4 +1,4 @@
-"""Weights that are unfrozen, added or frozen after attach under Megatron-core: what happens, and that it is said."""
+"""Weights unfrozen, added or frozen after attach under Megatron-core: the behaviour, and the warnings."""
 
 from __future__ import annotations
 

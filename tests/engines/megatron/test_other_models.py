@@ -68,7 +68,7 @@ def test_alphas_are_the_same_however_the_model_is_cut(name: str) -> None:
 
 @NAMES.reads("MTP")
 def test_a_parameter_straddles_the_ranks() -> None:
-    """The hard case of the distributed optimizer: ranks own unlike parts, and one weight lies on both."""
+    """The hard case of the distributed optimizer: ranks own different parts, and one weight is on both."""
     first, second = ({name: (start, n) for name, start, n in rank["pieces"]} for rank in outcomes()[Setup(mtp=1),])
     shared = set(first) & set(second)
     assert shared and set(first) != set(second)

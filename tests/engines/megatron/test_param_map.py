@@ -67,7 +67,7 @@ def test_doras_magnitude_is_cut_where_the_rows_of_the_linear_are(row_parallel: b
 
 @pytest.mark.parametrize("shared", [False, True], ids=["each expert", "all experts share"])
 def test_adapters_of_grouped_experts_are_counted_once(shared: bool) -> None:
-    """Two expert-parallel ranks: each holds the adapters of its own experts, or both hold the one of all."""
+    """Two expert-parallel ranks: each has the adapters of its own experts, or both have the shared one."""
     weight = nn.Parameter(torch.zeros(4, 6) if shared else torch.zeros(3, 4, 6))
     weight.allreduce = False  # type: ignore[attr-defined]
     model = adapted("mlp.experts.linear_fc1", low_rank=weight)

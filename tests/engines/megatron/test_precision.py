@@ -1,4 +1,4 @@
-"""What is asked of a machine and refused; what a run reads. The machine is handed in: there is no GPU here."""
+"""Requirements on a machine, and refusals. The machine is an argument: there is no GPU here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_patches import machine as machines
-from megatron_patches.checks import check_classes
+from megatron_patches.checks import check_classes, decay_refusal
 from megatron_patches.machine import RECIPES, Machine
 from megatron_patches.precision import as_versions, check, describe, optimizer_refusals
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
@@ -189,7 +189,7 @@ def test_what_the_statistics_read_is_stated(settings: dict[str, Any], words: str
 
 
 def optimizers() -> dict[str, Any]:
-    """Runs on one rank: what is found of real optimizers, by name of the case."""
+    """Runs on one rank: results for real optimizers, by name of the case."""
     from megatron_patches.cpu.emulation import cpu_megatron
 
     with cpu_megatron():
@@ -197,7 +197,8 @@ def optimizers() -> dict[str, Any]:
 
 
 def applying(optimizer: Any, mode: Any = "probe", fused: bool = True) -> list[str]:
-    return [f"{r.what}; {r.way_out}" for r in optimizer_refusals(optimizer, mode, fused=fused) if r.applies]
+    refusals = [*optimizer_refusals(optimizer, mode, fused=fused), decay_refusal(optimizer, mode)]
+    return [f"{r.what}; {r.way_out}" for r in refusals if r.applies]
 
 
 def class_problem(optimizer: Any) -> list[str]:

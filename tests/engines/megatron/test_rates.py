@@ -64,7 +64,7 @@ def make(setup: Setup, section: dict[str, Any], style: str, kind: str = "", **se
 
 
 def watched(setup: Setup, section: dict[str, Any], style: str, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What each iteration applied, and what the scheduler said."""
+    """Rates of each iteration: applied, and the scheduler's."""
     with cpu_megatron():
         built, optimizer, scheduler, mols = make(setup, section, style, kind, **settings)
         if kind == "tensor":

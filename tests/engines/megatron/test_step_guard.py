@@ -36,7 +36,7 @@ def zipped_step(self: Any, closure: Any = None) -> None:
 
 
 def make_zipped(inner: Any, *, apart: bool) -> None:
-    """Turn Megatron's inner optimizer, whose tensors no new one would take, into the stand-in."""
+    """Change the class of Megatron's inner optimizer to the test class; a new optimizer would not take its tensors."""
     inner.__class__ = type("Zipped", (type(inner),), {"step": zipped_step, "__module__": __name__, "apart": apart})
     inner.param_groups_master = [{"params": [None] * len(group["params"])} for group in inner.param_groups]
     inner._patch_step_function()
@@ -62,7 +62,7 @@ def run(name: str, how: str) -> dict[str, Any]:
 
 
 def steps(name: str, how: str) -> dict[str, Any]:
-    """A step and two scaled ones: what a rank holds, what it raised, and which of its tensors moved."""
+    """A step and two scaled ones: a rank's shards, its error, and its tensors that moved."""
     setup, rank = SETUPS[name], torch.distributed.get_rank()
     building.start(setup)
     built = building.build(setup)
@@ -99,7 +99,7 @@ def runs() -> Results:
 
 
 def test_shards_straddle_ranks_and_are_empty() -> None:
-    """What the tests below stand on: with the distributed optimizer a parameter is cut, and a rank has none of some."""
+    """Preconditions: with the distributed optimizer a parameter is split, and a rank has none of some."""
     ranks = runs()["DP2", "known"]
     assert any(rank["held"][name] < rank["sizes"][name] for rank in ranks for name in rank["held"]), "nothing straddles"
     assert all(len(rank["held"]) < rank["parameters"] for rank in ranks), "no rank lacks a parameter"

@@ -156,7 +156,7 @@ def test_adapters_of_megatron_bridge_follow_what_they_adapt(name: str) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_fused_down_projection_of_mla_is_in_local_order(ranks: int) -> None:
-    """FusedMLASelfAttention splits what each rank holds into [query | latent and rotary key]."""
+    """FusedMLASelfAttention splits each rank's rows into [query | latent and rotary key]."""
     config = {**MLA, "q_lora_rank": 8, "kv_lora_rank": 6, "qk_pos_emb_head_dim": 6, "tensor_model_parallel_size": ranks}
     query, both = torch.zeros(8), torch.tensor([1] * 6 + [0] * 6)  # 1: the latent
     stored = torch.cat([torch.cat(pair) for pair in zip(query.chunk(ranks), both.chunk(ranks), strict=True)])
@@ -240,6 +240,23 @@ def test_rows_that_do_not_add_up_name_the_parameter(
     with pytest.raises(MolsConfigError, match=re.escape(message)) as error:
         tag_layouts({name: shape}, config)
     assert name in str(error.value)
+
+
+def test_a_refusal_names_every_kind_with_rules_that_settle_it() -> None:
+    shapes = {f"decoder.layers.{n}.self_attention.{name}.weight": (8, 8) for n in range(3) for name in ("odd", "rare")}
+    shapes |= {f"decoder.layers.1.mlp.experts.local_experts.{n}.surprise.weight": (8, 8) for n in range(12)}
+    shapes |= {QKV: (70, 24), QKV.replace("7", "8"): (70, 24)}
+    with pytest.raises(MolsConfigError) as error:
+        tag_layouts(shapes, SMALL)
+    message = str(error.value)
+    for kind in ("self_attention.odd", "self_attention.rare", "local_experts.N.surprise", "70 rows"):
+        assert kind in message
+    assert "\n" not in message
+    block = re.search(r'"rules": (\[\[.*?\]\])', message)
+    assert block is not None
+    rules = json.loads(block[1])
+    assert len(rules) == 4
+    assert {layout.groups for layout in tag_layouts(shapes, SMALL, rules).values()} == {("other",)}
 
 
 def test_tag_table_refuses_pieces_of_a_model() -> None:

@@ -1,4 +1,4 @@
-"""Towers of other modalities have groups of their own, and rows by their own config: LLaVA, MIMO, mixed layers."""
+"""Towers of other modalities have their own groups, and rows by their own config: LLaVA, MIMO, mixed layers."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def attached(grid: str) -> dict[str, Any]:
 @pytest.mark.tier("all")
 @pytest.mark.parametrize("grid", ["tp", "pp"])
 def test_ranks_agree_on_the_towers_and_leave_their_rates_alone(grid: str) -> None:
-    """With pipeline parallelism the second rank holds nothing of the tower, and hears of its config."""
+    """With pipeline parallelism the second rank has no part of the tower, and gets its config."""
     ranks = run_cases(attached, 2, [(grid,)], timeout=120)[grid,]
     assert [rank["holds_the_tower"] for rank in ranks] == [True, grid == "tp"]
     for rank in ranks:

@@ -33,7 +33,7 @@ NAMES = Cases([*GRIDS, MUP], full=["PP2 tied", "DP2", "DP2 plain"])
 
 
 def grid(name: str) -> dict[str, Any]:
-    """Calibrate, ramp, save; resume and go on. `name` of `GRIDS`, or `MUP` for the applied rates under it."""
+    """Calibrate, ramp, save, resume, continue. `name` of `GRIDS`, or `MUP` for the applied rates under it."""
     if name == MUP:
         return test_rates.watched(Setup(tp=2), test_rates.PROBE, "cosine", "mup", {})
     setup, section = GRIDS[name], {**SECTION, "mode": "online" if name == "DP2" else "probe"}

@@ -29,7 +29,7 @@ CASES = Cases([*GRIDS, "refused"], quick=["TP2"])
 
 
 def refused() -> dict[str, str]:
-    """On each rank: what attach says of each optimizer."""
+    """On each rank: message of attach for each optimizer."""
     from megatron_patches.cpu.emulation import cpu_megatron
     from mols_ds.errors import MolsError
 
@@ -60,7 +60,7 @@ def outcomes() -> Results:
 
 @functools.cache
 def truth(setup: Setup, decay: str, plan: Plan) -> oracle.Truth:
-    """The twin, in a process of its own."""
+    """The twin, in a separate process."""
     case = ("twin", oracle.plain(setup), plan._replace(decay=decay))
     found: oracle.Truth = run_cases(oracle.work, 1, [case], timeout=90)[case][0]
     return found

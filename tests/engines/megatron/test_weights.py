@@ -75,7 +75,7 @@ def test_tied_copies_stay_the_same_bits(name: str) -> None:
 
 @NAMES.parametrize("name", [name for name, case in GRIDS.items() if case.setup == tiny() or not case.setup.distributed])
 def test_replicas_stay_the_same_bits(name: str) -> None:
-    """Ranks that hold the same slice hold the same bits."""
+    """Ranks with the same slice have the same bits."""
     seen: dict[tuple[str, int], torch.Tensor] = {}
     for outcome in outcomes(name):
         for key, part in outcome["weights"].items():

@@ -1,4 +1,4 @@
-"""Weights by logical name: what one rank without parallelism would hold, and a rank's part of it.
+"""Weights by logical name: those of one rank without parallelism, and a rank's part of them.
 
 Written for the tests alone, by other means than the package's own naming: it is part of the oracle.
 """
@@ -55,7 +55,7 @@ def logical(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def part(name: str, parameter: Tensor, setup: Any) -> Tensor:
-    """What this rank holds of the logical weight `name`: float32, shape of `parameter`."""
+    """This rank's part of the logical weight `name`: float32, shape of `parameter`."""
     if re.search(r"\.experts\.weight[12]$", name):
         return _grouped(name, parameter, setup)
     if setup.tied and name == "output_layer.weight":  # the last stage's copy
@@ -89,7 +89,7 @@ def slice_of(name: str, weight: Tensor, rank: int, size: int, dim: int) -> Tenso
 
 
 class Part(NamedTuple):
-    """What one rank holds of a logical parameter: the `rank`-th of `size` slices along `dim`."""
+    """One rank's part of a logical parameter: the `rank`-th of `size` slices along `dim`."""
 
     values: Tensor
     rank: int

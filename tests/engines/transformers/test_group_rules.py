@@ -13,7 +13,7 @@ from mols_ds.core.groups import GROUPS, group_table
 
 
 class Case(NamedTuple):
-    """config: what is built. expected: elements of a group, by hand; `other` is the rest. total: as published."""
+    """config: the model. expected: elements per group, counted by hand; `other` is the rest. total: as published."""
 
     config: Any
     expected: dict[str, int]

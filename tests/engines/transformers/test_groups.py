@@ -1,4 +1,4 @@
-"""Group tables of models whose config tells how a weight is fused."""
+"""Group tables of models whose config defines how a weight is fused."""
 
 from __future__ import annotations
 

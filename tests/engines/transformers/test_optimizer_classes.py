@@ -1,4 +1,4 @@
-"""What the catalog says of other packages' classes, asked of those classes: weight decay, Adam's moments."""
+"""The catalog's facts about other packages' classes, checked with those classes: weight decay, Adam's moments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a scheduler says that the run is, and its warm-up."""
+"""Length of the run and warm-up from a scheduler."""
 
 from __future__ import annotations
 

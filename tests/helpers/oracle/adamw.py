@@ -1,4 +1,4 @@
-"""AdamW in plain PyTorch: a rate of its own for every element, decoupled weight decay, clipping by the global norm.
+"""AdamW in plain PyTorch: a rate per element, decoupled weight decay, clipping by the global norm.
 
 w <- w - lr_i * wd * w - lr_i * m_hat / (sqrt(v_hat) + eps)        (Loshchilov & Hutter 2019, lr_i per element)
 

@@ -72,7 +72,7 @@ class MomentValues:
         return fewest, most
 
     def v_below_m2(self) -> int:
-        """How many have no ratio because v < m^2, whatever the cut."""
+        """Number of elements without a ratio because v < m^2, for any cut."""
         return int((self.v < self.m2).sum())
 
     def _keeps(self, error: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The libraries' optimizers on whole tensors in one process, with a rate of its own for every element.
+"""The libraries' optimizers on whole tensors in one process, with a rate per element.
 
 The libraries know one rate a tensor; a rate of each element is put on their step afterwards:
 w <- w_old + alpha_i (w_new - w_old), which is what a step proportional to the rate would have been.

@@ -1,6 +1,6 @@
-"""Per-group statistics of K stacked gradients, float64, by the formulas as they stand in the paper and in METHOD.
+"""Per-group statistics of K stacked gradients, float64, by the formulas of the paper and METHOD.md.
 
-Everything is held at once: (K, elements) of one group. Only for tiny models.
+Everything is in memory at once: (K, elements) of one group. Only for tiny models.
 """
 
 from __future__ import annotations

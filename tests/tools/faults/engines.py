@@ -102,7 +102,7 @@ def launch(order: Order) -> dict[str, Any]:
 
 
 def _deepspeed(engine: Engine, order: Order) -> None:
-    """`mols_ds.training.trainer.train` as train.py calls it, with tokens drawn here in the place of a text."""
+    """`mols_ds.training.trainer.train` as train.py calls it, with tokens drawn here instead of a text."""
     import numpy as np
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -61,7 +61,7 @@ BALLAST = "ballast"
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault of one launch. `ranks`: who does it; `mark`: the file that says it was done, and when."""
+    """One fault of one launch. `ranks`: who does it; `mark`: the file that records that and when it was done."""
 
     kind: Kind
     phase: Phase

@@ -49,7 +49,7 @@ class Launched:
 
 
 def run_launch(order: Order) -> Launched:
-    """Start the ranks and wait until all have ended, but for one that is stopped: nobody is helped to end."""
+    """Start the ranks and wait until all have ended, except a stopped one. Ends no rank."""
     engine = ENGINES[order.engine]
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:
         started = _Launch(Path(folder), launch, engine.world, [(order,)], _rank_environment(ENVIRONMENT))

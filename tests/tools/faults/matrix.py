@@ -34,7 +34,7 @@ class Case:
 
 @dataclass
 class Verdict:
-    """What became of a case. `problems` is empty where the run survived; `skipped` says why it could not be tried."""
+    """Result of a case. `problems`: empty if the run survived; `skipped`: why it could not be tried."""
 
     problems: list[str]
     launches: int
@@ -166,12 +166,12 @@ def _between(case: Case, out: Path) -> None:
 
 
 class DiskRefused(Exception):
-    """This process may not mount a file system of its own."""
+    """This process may not mount a file system."""
 
 
 @contextlib.contextmanager
 def _small_disk(place: Path, case: Case) -> Iterator[None]:
-    """A tmpfs at `place`, gone afterwards whatever happens."""
+    """A tmpfs at `place`, always removed afterwards."""
     size = DISK_BYTES.get(case.engine, OTHER_DISK_BYTES)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
     made = subprocess.run(command, capture_output=True, text=True, timeout=20)

@@ -34,7 +34,7 @@ FULL: list[tuple[Kind, Name, Phase]] = [("save-files", "zero1", "end"), ("save-r
 
 
 def label(case: tuple[Kind, Name, Phase]) -> str:
-    """The tier of a case; each is a launch of its own."""
+    """The tier of a case; each is a separate launch."""
     return "quick" if case == QUICK else "full" if case in FULL else "all"
 
 

@@ -180,7 +180,7 @@ def _near(value: Any) -> st.SearchStrategy[Any]:
 @st.composite
 def mutated(draw: st.DrawFn, base: Any, most: int = 3) -> Any:
     """A copy of the JSON-like `base` in which up to `most` entries are removed, replaced, renamed or added;
-    one in fifteen is something else altogether."""
+    one in fifteen is something else."""
     value = copy.deepcopy(base)
     if draw(st.integers(0, 14)) == 14:
         return draw(JSON)
@@ -208,7 +208,7 @@ def mutated(draw: st.DrawFn, base: Any, most: int = 3) -> Any:
 
 @st.composite
 def damaged(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> bytes:
-    """The bytes of a text, often as they are, else cut off, with bytes flipped, or with something put in."""
+    """The bytes of a text: often unchanged, else truncated, with flipped bytes, or with an insertion."""
     content = draw(texts).encode("utf-8", "surrogatepass")
     kind = draw(st.sampled_from(["whole"] * 16 + ["cut", "flip", "put", "random"]))
     at = draw(st.integers(0, max(len(content) - 1, 0)))

@@ -21,7 +21,7 @@ from tests.tools.fuzz.common import ACCEPTED, JSON, REFUSED, Target, refused_by
 
 GROUPS = ("embedding", "head", "qk", "vo", "mlp", "other")
 RATES = {"embedding": 4.0, "head": 0.25, "qk": 2.0, "vo": 1.0, "mlp": 0.5, "other": 1.0}
-"""Powers of two: a scaled step of SGD on small whole numbers is then exact in fp32, in whatever order."""
+"""Powers of two: a scaled step of SGD on small integers is then exact in fp32, in any order."""
 
 PATTERNS = st.lists(st.tuples(st.integers(1, 5), st.sampled_from(GROUPS)), min_size=1, max_size=4).map(tuple)
 LAYOUTS = st.builds(ElementLayout, st.integers(1, 6), PATTERNS)

@@ -117,7 +117,7 @@ def check_deepspeed(case: tuple[bytes, int]) -> str:
 
 
 def check_doctor(content: Any) -> str:
-    """A finding for whatever is wrong, never one that a check itself failed. Refused: it found a problem."""
+    """A finding for every problem, never one that a check itself failed. Refused: it found a problem."""
     from mols_ds.apps.doctor.deepspeed_config import check_config
     from mols_ds.apps.doctor.findings import Findings
 

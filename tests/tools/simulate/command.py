@@ -1,13 +1,13 @@
-"""Every rank of a large world walked on one machine: is each element counted exactly once, and are the shards even?
+"""Simulate every rank of a large world on one machine: is each element counted once, and are the shards even?
 
     python -m mols_ds.plan.simulate --all                                # docs/evidence/simulated_ranks.md
     python -m mols_ds.plan.simulate configs/models/llama_7b.json --stage 3 --ranks 48
     python -m mols_ds.plan.simulate configs/megatron/llama_7b_tp2_pp2.yaml --ranks 64
     mols-ds plan ... --simulate                                               # the plan's own model, config and ranks
 
-Each row runs in a process of its own, so that its time and its peak memory are its own: `zero_world` or
+Each row runs in a separate process, which gives its own time and peak memory: `zero_world` or
 `megatron_world` build the engine's optimizer on the meta device and give the ranges of each rank, `count` checks them.
-Exit status: 0 where all rows hold, 1 where one does not, 2 for a user's mistake.
+Exit status: 0 if all rows pass, 1 if one fails, 2 for a user's mistake.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _job_from(text: str) -> SimulatedJob:
         raise MolsConfigError(f"--one: {validation_message(error, SimulatedJob)}") from None
 
 
-# ------------------------------------------------------------------ rows in processes of their own
+# ------------------------------------------------------------------ rows in separate processes
 
 
 def simulate(job: SimulatedJob, *more: SimulatedJob, seconds: float = SECONDS) -> list[Result]:
@@ -187,7 +187,7 @@ def simulate(job: SimulatedJob, *more: SimulatedJob, seconds: float = SECONDS) -
 
 
 def render(results: Sequence[Result]) -> str:
-    """The rows as a table of about 120 columns, and what does not hold below it."""
+    """The rows as a table of about 120 columns, with the failures below it."""
     from rich.console import Console
     from rich.table import Table
 
@@ -284,7 +284,7 @@ def _jobs(args: argparse.Namespace) -> list[SimulatedJob]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns its status: 1 where a row does not hold, 2 for a user's mistake."""
+    """Run the command. Returns its status: 1 if a row fails, 2 for a user's mistake."""
     return run_program(PROGRAM, lambda: _run(_parser().parse_args(argv)))
 
 

@@ -26,7 +26,7 @@ class Tally(NamedTuple):
     least, mean, most: owned elements of a rank; `most` is at rank `heaviest`.
     balance: the most that a rank owns over the mean of the ranks of its pipeline stage (of all ranks without stages),
         for the stage where that is worst; 1 is even. Stages differ, since one has the embedding and one the head.
-    faults: what is not exactly once, in words; empty where all is.
+    faults: elements that are not counted exactly once, in words; empty if there are none.
     """
 
     ranks: int
@@ -88,7 +88,7 @@ class Count:
                 self._groups[group] = self._groups.get(group, 0) + count
 
     def elements(self, ranges: Sequence[ShardRange]) -> LocalStats:
-        """What a rank with these ranges holds; no memory."""
+        """State of a rank with these ranges, without memory."""
         return LocalStats(ranges, self.table.layouts, list(self.table.elements), torch.device("meta"))
 
     def sum_of(self, ranges: Sequence[ShardRange]) -> dict[str, int]:

@@ -36,7 +36,7 @@ ORDER = "tp-cp-ep-dp-pp"  # of parallel_state.initialize_model_parallel
 
 
 class Stage(NamedTuple):
-    """One rank's model chunks, wrapped, and the grid that it lies in."""
+    """One rank's wrapped model chunks and its grid."""
 
     chunks: list[Any]
     config: Any
@@ -211,7 +211,7 @@ def _alike(members: dict[int, ProcessGrid]) -> list[list[int]]:
 
 @contextlib.contextmanager
 def _no_agreement() -> Iterator[None]:
-    """Every rank says what this one says: Megatron asks the others which kinds of parameter groups they have."""
+    """Every rank answers like this one: Megatron asks the others for their kinds of parameter groups."""
 
     def gather(objects: list[object], mine: object, group: object = None) -> None:
         objects[:] = [mine] * len(objects)

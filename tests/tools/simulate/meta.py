@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class OnMeta(TorchFunctionMode):
-    """Every new tensor is on the meta device, whatever device is asked for, and every move leads there."""
+    """Put every new tensor, and every moved one, on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

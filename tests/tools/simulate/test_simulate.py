@@ -1,4 +1,4 @@
-"""Simulated worlds: exactly once at thousands of ranks, a broken walk is caught, and real ranks own the same pieces."""
+"""Simulated worlds: each element once on thousands of ranks, faults are found, and real ranks own the same pieces."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def test_the_table_has_both_sizes_at_every_number_of_ranks() -> None:
         assert {job.stage for job in jobs if size in job.source} == {None, 1, 2, 3}
 
 
-# ---------------------------------------------------------------------------------------------------- broken walks
+# ------------------------------------------------------------------------------------------------- broken shards
 
 
 class Small(torch.nn.Module):
-    """Names alone tell the groups; odd sizes, so that three ranks need padding."""
+    """Groups come from names alone; odd sizes, so that three ranks need padding."""
 
     def __init__(self) -> None:
         super().__init__()

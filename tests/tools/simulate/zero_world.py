@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 from mols_ds.core.ranges import ShardRange
 
 OPTIONS = ("sub_group_size", "round_robin_gradients", "parameter_alignment", "stage3_param_persistence_threshold")
-"""Keys of "zero_optimization" that say how elements are cut."""
+"""Keys of "zero_optimization" that define the sharding."""
 
 
 def build_model(source: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -157,7 +157,7 @@ def _enter_partition(outer: ZeROOptimizer, rank: int) -> None:
 
 @contextlib.contextmanager
 def _as_rank(rank: int) -> Iterator[None]:
-    """`deepspeed.comm.get_rank` says `rank` in every group: all groups here are the whole world."""
+    """`deepspeed.comm.get_rank` returns `rank` for every group: all groups here are the whole world."""
     with mock.patch("deepspeed.comm.get_rank", lambda group=None: rank):
         yield
 

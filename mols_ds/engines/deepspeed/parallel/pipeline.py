@@ -66,20 +66,20 @@ class PipelineGrid(ParallelGrid):
         mine = _parameters(module, {p: place.range.name for p, place in self.places.items()}, param_group)
         outer = self.engine.optimizer
         groups = len(getattr(outer, "optimizer", outer).param_groups)
-        told: list[Any] = [None] * self.world["pipeline"]
+        records: list[Any] = [None] * self.world["pipeline"]
         record = ({name: tuple(value) for name, value in mine.items()}, _scalars(config_of(module)), groups)
-        dist.all_gather_object(told, record, group=self.processes.get_pipe_parallel_group())
+        dist.all_gather_object(records, record, group=self.processes.get_pipe_parallel_group())
         every: dict[str, StageParameter] = {}
-        for parameters, _, _ in told:
+        for parameters, _, _ in records:
             for name, values in parameters.items():
                 every.setdefault(name, StageParameter(*values))
-        model_config = next((found for _, found, _ in told if found is not None), None)
+        model_config = next((found for _, found, _ in records if found is not None), None)
         shapes = {name: parameter.shape for name, parameter in every.items()}
         presets = (*PRESETS, *_rules_by_type(every))
         layouts = build_layouts(shapes, model_config, config.rules, config.granularity, presets=presets)
         held = {name: p.lr_group for name, p in every.items() if p.lr_group is not None}
         # Stages whose optimizers have other groups number them differently: then each knows only its own rates
-        self.lr_groups = held if len({count for _, _, count in told}) == 1 else dict(param_group)
+        self.lr_groups = held if len({count for _, _, count in records}) == 1 else dict(param_group)
         return self._held(GroupTable(layouts, shapes), held)
 
     def begin_window(self) -> None:
