@@ -69,6 +69,8 @@ def run_script(script: str, arguments: Sequence[str], *, fused_adam: bool = Fals
         with cpu_megatron(fused_adam=fused_adam), _language_model():
             runpy.run_path(script, run_name="__main__")
     finally:
+        if torch.distributed.is_initialized():  # Megatron-LM leaves its groups open
+            torch.distributed.destroy_process_group()
         sys.path[:], sys.argv = path, argv
 
 

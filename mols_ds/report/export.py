@@ -106,12 +106,21 @@ def export(report: Report, framework: str, kinds: Kinds | None = None) -> str:
 
 
 def _names(report: Report, framework: str, given: Kinds | None) -> Kinds:
+    own = report.get("parameters")
+    table = framework == "megatron" or (framework == "torchtitan" and not (own and "tok_embeddings.weight" in own))
+    towers = [group for group in report["groups"] if "." in base_group(group)]
+    if table and towers:
+        raise MolsConfigError(
+            f"--to {framework}: the report has groups of towers ({towers[0]}), whose names there are like those of the "
+            "language model; take --to torch and write the patterns yourself"
+        )
     if framework == "megatron":
         tied = "head" not in report["groups"]  # the last stage's copy of the embedding must learn as the first's
         return MEGATRON | ({"output_layer.weight": ["embedding"]} if tied else {})
-    own = report.get("parameters")
-    if framework == "torchtitan":
-        return own if own and "tok_embeddings.weight" in own else TORCHTITAN
+    if table:
+        return TORCHTITAN
+    if framework == "torchtitan" and own:
+        return own
     if given is None and own is None:
         raise MolsConfigError(
             f"--to {framework}: the report has no names of parameters (an older release wrote it); name the model that "
@@ -125,7 +134,7 @@ def _rates(alphas: Mapping[str, float], kinds: Kinds, patterns: bool) -> Rates:
 
     patterns: for `fnmatch`, else regular expressions.
     """
-    layers = sorted({int(group.partition(".")[2]) for group in alphas if "." in group})
+    layers = sorted({int(group.rpartition(".")[2]) for group in alphas if "." in group})
     found: dict[str, list[tuple[str, int | None]]] = {}
     fused: dict[str, list[str]] = {}
     for kind, owners in kinds.items():
@@ -242,7 +251,9 @@ def _automodel(rates: Rates, report: Report) -> str:
 
 
 def _megatron(rates: Rates, report: Report) -> str:
-    use = "get_megatron_optimizer(config, model, config_overrides(config)), Megatron-core 0.16 or newer"
+    use = (
+        "get_megatron_optimizer(config, model, config_overrides(config)), Megatron-core 0.16 or newer; text models only"
+    )
     tied = "With tied embeddings give output_layer.weight the alpha of the embedding: stages hold copies of it."
     rows = "\n".join(f"    ({alpha!r}, {names}),  # {group}" for group, (alpha, names) in rates.groups.items())
     decay = ", wd_mult=1 / alpha" if _unscaled(report) else ""

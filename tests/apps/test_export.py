@@ -147,7 +147,7 @@ def test_a_fused_parameter_is_named_in_one_line(granularity: Granularity) -> Non
 
 
 def test_a_rule_s_own_group_is_written_or_named() -> None:
-    rules = [[r"layers\.0\.mlp", "first_mlp"]]
+    rules = [[r"layers\.0\.mlp", "new:first_mlp"]]
     net = meta_model(str(ROOT / "configs/models/llama_tiny.json"))
     table = group_table(net, rules)
     report = report_of(table)
@@ -184,6 +184,10 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.Captu
     assert "param_group_overrides:" in said("--to", "automodel", "--model", model)
     assert "ParamKey" in said("--to", "megatron")
     assert "do not fit this model" in said("--to", "torch", "--model", str(ROOT / "configs/models/gpt2_125m.json"))
+    towers = {**report, "groups": {**report["groups"], "vision.qk": report["groups"]["qk"]}}
+    for framework in ("megatron", "torchtitan"):
+        with pytest.raises(MolsConfigError, match=r"groups of towers \(vision.qk\)"):
+            export(towers, framework)
     with pytest.raises(MolsConfigError, match="alphas of single layers cannot be written"):
         export(report_of(table_of("llama_tiny", "layer_type")), "megatron")
 

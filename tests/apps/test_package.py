@@ -19,7 +19,7 @@ from tests.apps.command import ROOT, job_arguments, read_metrics, run, write_job
 from tests.helpers.pages import blocks
 
 EXAMPLE = "patched.py"
-INSTALL_SECONDS = 900.0
+INSTALL_SECONDS = 1800.0  # minutes on a quiet machine
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -116,7 +116,7 @@ def test_a_mistake_in_a_job_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.jobs
 @pytest.mark.tier("full")
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(7200)
 def test_a_wheel_in_a_fresh_environment_does_what_its_page_says(tmp_path: Path) -> None:
     """The commands of docs/package.md and one example, in an empty folder, with nothing but the wheel."""
     source, place = tmp_path / "source", tmp_path / "empty"

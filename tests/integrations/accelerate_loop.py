@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from tests.integrations.runs import (
     Examples,
     Run,
     end_of,
+    kept_in,
     model,
     phase_of,
     saved_in,
@@ -154,7 +154,7 @@ class Loop:
 
     def end(self) -> dict[str, Any]:
         """What the run came to."""
-        kept = sorted(path.name for path in Path(self.run.out).glob("checkpoints/*"))
+        kept = kept_in(self.run.out, "checkpoints/*")
         same = {"evaluations": self.evaluations, "kept": kept, "iterations": self.progress.iteration}
         return {**self.seen, **end_of(self.engine), "logs": self.tracker.rows, "same": same}
 

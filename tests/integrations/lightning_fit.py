@@ -37,6 +37,7 @@ from tests.integrations.runs import (
     Examples,
     Run,
     end_of,
+    kept_in,
     model,
     phase_of,
     saved_in,
@@ -198,7 +199,7 @@ def train(run: Run, way: str = "argument") -> dict[str, Any]:
         os.environ.update(environment)  # Lightning takes WORLD_SIZE away when it is done
     seen: dict[str, Any] = {**watch.seen, **end_of(trainer.strategy.model)}
     metrics = {k: float(v) for k, v in trainer.logged_metrics.items() if not k.startswith("mols/")}
-    kept = sorted(path.name for path in Path(run.out).glob("*.ckpt"))
+    kept = kept_in(run.out, "*.ckpt")
     best = None if keeper is None else (Path(keeper.best_model_path).name, str(keeper.best_model_score))
     logs = [{**row, "lr": lr} for row, lr in zip(logged(run.out)[-len(seen["lrs"]) :], seen["lrs"], strict=False)]
     if not run.evaluate:

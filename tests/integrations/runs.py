@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.engines.deepspeed.state import full_weights
@@ -110,6 +111,12 @@ def end_of(engine: Any) -> dict[str, Any]:
 def saved_in(engine: Any, updates: int) -> dict[str, Any]:
     """In which phase a checkpoint is saved."""
     return {"phase": phase_of(engine), "samples": engine.mols.samples, "updates": updates}
+
+
+def kept_in(folder: str, pattern: str) -> list[str]:
+    """Names of the checkpoints in a folder, after all ranks have written and deleted theirs."""
+    dist.barrier()
+    return sorted(path.name for path in Path(folder).glob(pattern))
 
 
 def own_folder(name: str) -> Path:

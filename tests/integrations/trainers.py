@@ -21,6 +21,7 @@ from tests.integrations.runs import (
     Examples,
     Run,
     end_of,
+    kept_in,
     model,
     phase_of,
     saved_in,
@@ -201,7 +202,7 @@ def train(spec: Spec) -> dict[str, Any]:
         mols_ds.unpatch()
     same = {
         "log": history(trainer, ours=False),
-        "kept": sorted(path.name for path in Path(spec.out).glob("checkpoint*")),
+        "kept": kept_in(spec.out, "checkpoint*"),
         "best": Path(trainer.state.best_model_checkpoint or "").name,
         "flos": trainer.state.total_flos,
         "loaders": len(trainer.accelerator._dataloaders),

@@ -434,3 +434,9 @@ def test_a_rule_that_is_slow_on_every_name_is_refused(monkeypatch: pytest.Monkey
     model = nn.ModuleDict({f"block{n}" + "a" * 22: nn.Linear(2, 2) for n in range(400)})
     with pytest.raises(MolsConfigError, match=r"takes more than 0.2 seconds on all parameter names"):
         group_table(model, [("(a|aa)+$", "mlp"), ("block", "qk")])
+
+
+def test_a_model_without_blocks() -> None:
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    layouts = build_layouts({f"{name}.weight": (8, 8) for name in names}, None)
+    assert [layout.groups for layout in layouts.values()] == [(g,) for g in ("qk", "qk", "vo", "vo", *["mlp"] * 3)]

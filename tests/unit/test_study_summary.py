@@ -12,8 +12,8 @@ import pytest
 from mols_ds.apps.study.curves import Band, Curve, sensitivity, snr_curve, tokens_to_reach, validation_curve
 from mols_ds.apps.study.paired import Difference, compare, holm
 from mols_ds.apps.study.relative import relative_cost
-from mols_ds.apps.study.runs import Chosen, StudyRun
-from mols_ds.apps.study.summary import ArmRow, Summary, setting_text, summarise, to_json
+from mols_ds.apps.study.runs import Chosen, StudyRun, setting_text
+from mols_ds.apps.study.summary import ArmRow, Summary, summarise, to_json
 from tests.unit.study_results import NOISE, SEED_EFFECT, STEPS, TOKENS_PER_STEP, mols_result, result, study
 
 ARMS = {"adam": {"a": 4.0, "b": 3.0}, "adam+mols": {"a": 3.9, "b": 2.95}, "lion": {"a": 4.2}}

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mols_ds.apps.study.runs import Chosen, Store, StudyResults, StudyRun, collect, needed
+from mols_ds.apps.study.runs import Chosen, Store, StudyResults, StudyRun, collect, needed, setting_text
 from mols_ds.apps.study.spec import Study, load_study
 from mols_ds.core.files import write_whole
 from mols_ds.core.json_types import JsonObject
@@ -251,7 +251,5 @@ def report(results: StudyResults, out: Path, command: str) -> None:
 
 
 def _chosen_text(best: Chosen) -> str:
-    values = ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in best.values
-    )
+    values = setting_text(dict(best.values))
     return f"{values}{' (at the edge of its grid)' if best.edge else ''}, tuning loss {best.losses[best.values]:.4f}"

@@ -21,7 +21,8 @@ from mols_ds.apps.study.cells import (
     speed_up_text,
     step_text,
 )
-from mols_ds.apps.study.summary import ENOUGH_SEEDS, Summary, group_order, setting_text
+from mols_ds.apps.study.runs import setting_text
+from mols_ds.apps.study.summary import ENOUGH_SEEDS, Summary, group_order
 from mols_ds.core.json_types import JsonMapping
 from mols_ds.errors import printable
 
@@ -58,6 +59,7 @@ def templates(*, html: bool = False) -> Environment:
         keep_trailing_newline=True,
     )
     found.filters["one_line"] = lambda text: Lines(" ".join(text.split()) + "\n")
+    found.filters["item"] = lambda text: Lines("- " + " ".join(text.split()) + "\n")
     found.filters["number"] = "{:g}".format
     return found
 
@@ -95,7 +97,6 @@ def markdown(
         alphas=_alpha_rows(summary),
         settings=_setting_rows(summary, {**study, **(facts or {})}),
         arms=_arm_rows(summary, study),
-        limits=_limits(summary),
     )  # fmt: skip
 
 
@@ -239,42 +240,3 @@ def _arm_rows(summary: Summary, study: JsonMapping) -> list[list[str]]:
             shown["mols"] = "{}"  # the defaults, which is not the same as none
         rows.append([arm, about, ", ".join(f"{key} {text}" for key, text in shown.items() if text)])
     return rows
-
-
-def _limits(summary: Summary) -> list[str]:
-    rows = summary.rows
-    items = [
-        "An interval tells how a result varies with the seed, that is with initial weights and the order of the data. "
-        "It says nothing about other models, texts, budgets or batch sizes, nor about rates between those tried.",
-        f"{summary.comparisons} comparisons were made. The intervals are not corrected for that; the p-values are "
-        "(Holm's method, over all arms and models together).",
-        "A speed-up is read off a run whose schedule ends at the full budget; a run planned for fewer tokens would end "
-        "at a lower loss there, so it understates what an arm with a shorter schedule could save.",
-    ]
-    if any("measuring passes" in note for row in rows for note in row.notes):
-        items.append(
-            "Measuring passes of MoLS (column `notes`), forward and backward without an update, are not charged to the "
-            "budget: every arm takes the same updates. Each costs about a step."
-        )
-    tried = sorted({row.tried for row in rows})
-    if len(tried) > 1:
-        items.append(
-            f"Arms were tuned over {tried[0]} to {tried[-1]} candidates (column `tried`); more is an advantage."
-        )
-    edges = [f"{row.arm} on {row.model}" for row in rows if row.edge]
-    if edges:
-        items.append(
-            f"The best rate is at the edge of those tried, so a better one may lie outside, for {', '.join(edges)}."
-        )
-    shared = sorted(set(summary.seeds) & set(summary.tune_seeds))
-    if shared:
-        items.append(
-            f"The tuning saw these seeds of the result too, for all arms alike: {', '.join(map(str, shared))}."
-        )
-    if any(not row.cost.in_turns and row.cost.step for row in rows if not row.baseline):
-        items.append("Step times marked `~` are from the training runs, not taken in turns: other work is in them.")
-    how = sorted({row.cost.how for row in rows if row.cost.how})
-    items += [f"Memory: {text}." for text in how]
-    if any(row.cost.accumulators for row in rows):
-        items.append("In the column `memory`, + is what MoLS holds besides while it measures, and frees afterwards.")
-    return items

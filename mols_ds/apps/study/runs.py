@@ -73,6 +73,11 @@ def _short(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def setting_text(values: JsonMapping) -> str:
+    """`lr 0.004, params.rank 128`."""
+    return ", ".join(f"{name} {_short(value)}" for name, value in values.items())
+
+
 def arm_config(study: Study, arm: str, values: Values) -> JsonObject:
     """The DeepSpeed config of an arm at given tuned settings, batch sizes left to `mols_ds.training.ds_config.resolve`.
 

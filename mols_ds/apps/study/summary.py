@@ -16,6 +16,7 @@ from mols_ds.apps.study import curves
 from mols_ds.apps.study.curves import Band, Curve, Sensitivity, SnrCurve, final_loss
 from mols_ds.apps.study.paired import Difference, compare, holm
 from mols_ds.apps.study.relative import RelativeCost, Runs, relative_cost
+from mols_ds.apps.study.runs import setting_text
 from mols_ds.core.json_types import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
@@ -143,13 +144,6 @@ def summarise(results: StudyResults) -> Summary:
         ],
         tuning={model: _tuning(results, model, arms) for model in models},
         pairs=[_pair(results, model, *pair) for model in models for pair in study.get("pairs", ())],
-    )
-
-
-def setting_text(values: JsonMapping) -> str:
-    """`lr 0.004, params.rank 128`."""
-    return ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
     )
 
 
