@@ -141,7 +141,7 @@ _OTHER: tuple[Rule, ...] = (
     Rule(re.compile(r"(?:^|\.)gate(?:\.weight)?$"), "other", _is_router),
     _rule(r"mlp\.gate", "other", families=("inkling_text",)),  # it has rows for the shared experts too
     # Indexers of sparse attention; DeepSeek-V4's pooling of keys and values.
-    _under(r"(?:\w*_)?indexer|scorer"),
+    _under(r"(?:\w*_)?indexer|scorer|forget_gate"),
     _rule(r"compressor\.(?:gate_proj|position_bias)", "other"),
     # Nemotron-H calls each kind of layer `mixer`: the attention and MLP layers are told by their weights' names.
     _rule(r"q_proj|k_proj", "qk", inside="mixer"),
@@ -155,7 +155,6 @@ _OTHER: tuple[Rule, ...] = (
     _rule(r"time_mix_\w+", "other"),
     _rule(r"linear", "other", inside=r"layers\.\d+", families=("zamba", "zamba2")),
     # Decay, write strength and forget gates of linear attention.
-    _under(r"forget_gate"),
     _rule(
         r"a_proj|b_proj|f_proj|f_a_proj|f_b_proj|in_proj_a|in_proj_b|in_proj_ba|dt_proj|A_log|A|D",
         "other",
@@ -170,8 +169,7 @@ _OTHER: tuple[Rule, ...] = (
     ),
     # Hyper-connections, residual mixing and per-layer inputs (DeepSeek-V4, Gemma 3n, Gemma 4, Inkling).
     _under(r"\w+_hc|hc_head|\w*hyper_connection\w*|altup|laurel"),
-    _rule(r"ple\.(?:key|value)_proj", "other"),
-    _rule(r"per_layer_\w+|altup_\w+(?:\.\d+)?|(?:attention|mlp)_input\.query", "other"),
+    _rule(r"per_layer_\w+|ple\.(?:key|value)_proj|altup_\w+(?:\.\d+)?|(?:attention|mlp)_input\.query", "other"),
     # Dense layers before an output layer, poolers, projections of embeddings.
     _rule(r"out|out_mid", "other", inside="encoder", families=_GRANITE_SPEECH),
     _rule(r"proj", "other", inside="decoder", families=("cohere_asr",)),
@@ -237,11 +235,10 @@ _HEADS: tuple[Rule, ...] = (
     _rule(r"(?:\w*\.)?(?:predictions|entity_predictions|lm_head|head)\.decoder|pred_layer\.proj|lm_heads\.\d+", "head"),
     _rule(
         r"(?:classifier|classification_head|cls_head|score)(?:\.(?:out_proj|summary|\d+|linear|linear_out|classifier))?|"
-        r"cls\.seq_relationship|distillation_classifier|cls_classifier|logits_proj",
+        r"cls\.seq_relationship|lm_head\.out_proj|distillation_classifier|cls_classifier|logits_proj",
         "head",
     ),
     Rule(re.compile(r"^(?:model\.)?(?:output|head|decoder)\.weight$"), "head"),
-    _rule(r"lm_head\.out_proj", "head"),
 )
 
 # The order of the rows of a fused query, key and value, by the config's model_type.
