@@ -141,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not script or script.startswith("-"):
             raise MolsConfigError(USAGE)
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-LM insists, and here it means nothing
         run_script(script, rest, fused_adam=fused_adam)
     except MolsConfigError as error:
         print(f"megatron_patches.cpu: {error}", file=sys.stderr)
