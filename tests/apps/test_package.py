@@ -160,6 +160,6 @@ def test_a_wheel_in_a_fresh_environment_does_what_its_page_says(tmp_path: Path) 
     assert where.startswith(str(tmp_path / "venv"))
     assert "configs/ds_mols.json" in call("python -m mols_ds configs", place)
     call(
-        "mols-ds train --steps 2 --out runs/shim --config configs/ds_mols_cpu.json --data configs/data/stdlib.json",
+        "mols-ds train --steps 40 --out runs/shim --config configs/ds_mols_cpu.json --data configs/data/stdlib.json",
         place,
     )
