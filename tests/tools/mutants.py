@@ -654,7 +654,7 @@ MUTANTS = (
     ),
     Mutant(
         "rules: a slow one is tried on every name",
-        "mols_ds/core/groups.py",
+        "mols_ds/core/user_rules.py",
         "        self.left -= time.monotonic() - began\n",
         "",
         ("tests/unit/test_groups.py", "-k", "slow"),
