@@ -1,7 +1,8 @@
 """The table of module groups: which weight of a transformers model (or a plain nanoGPT-like one) is in which group.
 
 A rule is tried on the whole path of a parameter, its module's parents included (wrapper prefixes and adapters taken
-off, see `canonical_name`); the first rule that matches decides. What no rule names is `other` if it is a vector (norms,
+off, see `canonical_name`); the first rule that matches decides. A module that no rule knows is known by its projections
+(`_sibling_group` in groups.py: queries, keys and values beside each other). What no rule names is `other` if it is a vector (norms,
 biases) and refused if it is a weight matrix: a leaf name alone, such as `out_proj`, says nothing.
 
 To add a family: one entry below, in the part that it belongs to, and one row in tests/engines/transformers/
@@ -337,15 +338,7 @@ _ATTENTIONS: tuple[Rule, ...] = (
     _rule(r"v_proj|o_proj", "vo", inside=r"temporal_block|" + _LAYER_ITSELF),
 )
 
-_WITHOUT_BLOCKS: tuple[Rule, ...] = tuple(  # a model whose only layer has no module of its own
-    Rule(re.compile(rf"^(?:{names})(?:\.weight)?$"), group)
-    for names, group in (("q_proj|k_proj", "qk"), ("v_proj|o_proj", "vo"), ("(?:gate|up|down)_proj", "mlp"))
-)
-
-PRESETS: tuple[Rule, ...] = (
-    *(*_OTHER, *_EMBEDDINGS, *_CONVOLUTIONS, *_HEADS, *_FUSED, *_MLPS, *_ATTENTIONS),
-    *_WITHOUT_BLOCKS,
-)
+PRESETS: tuple[Rule, ...] = (*_OTHER, *_EMBEDDINGS, *_CONVOLUTIONS, *_HEADS, *_FUSED, *_MLPS, *_ATTENTIONS)
 """First match wins."""
 
 _FRONT = r"^(?:model\.|thinker\.|vlm\.|git\.)*"

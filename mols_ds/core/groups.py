@@ -10,13 +10,21 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
 
 from mols_ds.core.group_layouts import LayoutError, layer_config, tower_config
-from mols_ds.core.group_rules import PRESETS, TOWER_NAMES, Rule, canonical_name, config_value, strip_wrappers, tower_of
+from mols_ds.core.group_rules import (
+    PRESETS,
+    TOWER_NAMES,
+    Rule,
+    canonical_name,
+    config_value,
+    strip_wrappers,
+    tower_of,
+)
 from mols_ds.core.layout import GROUPS, SCALED_GROUPS, ElementLayout, Granularity, base_group, is_scaled
 from mols_ds.core.param_names import kind_of, kind_pattern, layer_match, layer_number
 from mols_ds.core.user_rules import AS_WEIGHT, UserRule, tower_group
@@ -38,6 +46,10 @@ __all__ = [
     "parameter_kinds",
 ]
 
+_SIBLINGS = (
+    ({"q_proj", "k_proj", "v_proj"}, {"q_proj": "qk", "k_proj": "qk", "v_proj": "vo", "o_proj": "vo"}),
+    ({"up_proj", "down_proj"}, {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}),
+)
 _BLOCK = re.compile(r"(?:^|\.)\w*(?:layers?|h|blocks?)\.\d+\.")
 
 
@@ -72,12 +84,14 @@ class _Resolver:
         names: Iterable[str],
     ) -> None:
         """names: those of all parameters, also frozen ones. They tell whether a tower is beside a model or is it."""
+        names = list(names)
         self.config = config
         self.rules = [UserRule(position, rule, TOWER_NAMES) for position, rule in enumerate(rules or ())]
         self.presets = presets
         outside = (canonical for name in names if not tower_of(canonical := canonical_name(name).name, config))
         self.has_towers = any(_BLOCK.search(name) for name in outside)
         self.refused: dict[str, list[_Refused]] = {}
+        self.names = {canonical_name(name).name for name in names}
 
     def resolve(self, aliases: Sequence[str], shape: tuple[int, ...]) -> tuple[str, ElementLayout] | None:
         """(the alias that decided, layout); None, and the reason noted, for a weight that is in no group.
@@ -152,7 +166,8 @@ class _Resolver:
                     f"parameter {name!r} adapts a fused projection and follows none of its rows; add a rule"
                 )
             return rule.target.layout(name, shape, config, adapter=canonical.adapter == "rows")
-        return None
+        group = _sibling_group(canonical.name, self.names) if len(shape) > 1 else None
+        return None if group is None else ElementLayout.whole(group)
 
     def _refuse(self, name: str, shape: tuple[int, ...], reason: str | None) -> None:
         self.refused.setdefault(kind_of(name), []).append(_Refused(name, shape, reason))
@@ -163,6 +178,15 @@ class _Resolver:
             raise MolsConfigError(_refusal(self.refused))
         for rule in self.rules:
             rule.check_decided()
+
+
+def _sibling_group(name: str, names: Collection[str]) -> str | None:
+    """Return the group of a projection in a module that no rule knows, by its siblings in the model's `names`."""
+    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+    for needed, groups in _SIBLINGS:
+        if leaf in groups and all(f"{parent}.{sibling}.weight".lstrip(".") in names for sibling in needed):
+            return groups[leaf]
+    return None
 
 
 def _refusal(refused: Mapping[str, Sequence[_Refused]]) -> str:

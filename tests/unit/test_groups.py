@@ -436,7 +436,14 @@ def test_a_rule_that_is_slow_on_every_name_is_refused(monkeypatch: pytest.Monkey
         group_table(model, [("(a|aa)+$", "mlp"), ("block", "qk")])
 
 
-def test_a_model_without_blocks() -> None:
+@pytest.mark.parametrize("parent", ["", "first.", "body.unit_1.", "module.base_model.model.first."])
+def test_projections_in_a_module_that_no_rule_knows(parent: str) -> None:
+    """Their siblings tell what the module is; a projection without them is refused."""
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    layouts = build_layouts({f"{name}.weight": (8, 8) for name in names}, None)
+    layouts = build_layouts({f"{parent}{name}.weight": (8, 8) for name in names}, None)
     assert [layout.groups for layout in layouts.values()] == [(g,) for g in ("qk", "qk", "vo", "vo", *["mlp"] * 3)]
+    for alone in ("o_proj", "gate_proj"):
+        with pytest.raises(MolsConfigError, match=f"no rule matches '{parent}{alone}.weight'"):
+            build_layouts({f"{parent}{alone}.weight": (8, 8)}, None)
+    inside = build_layouts({f"layers.0.indexer.{name}.weight": (8, 8) for name in names}, None)
+    assert {layout.groups for layout in inside.values()} == {("other",)}

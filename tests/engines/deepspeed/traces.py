@@ -48,7 +48,7 @@ class Codebook(nn.Module):
         self.passes = 0
         self.norm = torch.zeros(())
         self.seen = torch.zeros(2)
-        self.o_proj = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.attn = nn.ModuleDict({"o_proj": nn.Linear(WIDTH, WIDTH, bias=False)})
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -62,7 +62,7 @@ class Codebook(nn.Module):
             self.vector.data.copy_(vector / vector.norm())
             if self.first is None:
                 self.first = flat[0].clone()
-        return self.o_proj(x + self.mean.to(x.dtype) + self.vector.to(x.dtype)) / (1 + self.hits.max())
+        return self.attn["o_proj"](x + self.mean.to(x.dtype) + self.vector.to(x.dtype)) / (1 + self.hits.max())
 
 
 def begin() -> None:
