@@ -1,9 +1,9 @@
 """The table of module groups: which weight of a transformers model (or a plain nanoGPT-like one) is in which group.
 
 A rule is tried on the whole path of a parameter, its module's parents included (wrapper prefixes and adapters taken
-off, see `canonical_name`); the first rule that matches decides. A module that no rule knows is known by its projections
-(`_sibling_group` in groups.py: queries, keys and values beside each other). What no rule names is `other` if it is a vector (norms,
-biases) and refused if it is a weight matrix: a leaf name alone, such as `out_proj`, says nothing.
+off, see `canonical_name`); the first rule that matches decides. A module that no rule knows goes by its projections:
+queries, keys and values beside each other (`_sibling_group` in groups.py). What no rule names is `other` if it is a
+vector (norms, biases) and refused if it is a weight matrix: a leaf name alone, such as `out_proj`, says nothing.
 
 To add a family: one entry below, in the part that it belongs to, and one row in tests/engines/transformers/
 placements.py. `_rule(names, target)` looks at the last components of the path, `inside=` at the modules before them;

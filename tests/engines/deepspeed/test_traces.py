@@ -251,6 +251,6 @@ def test_what_is_not_given_back_is_named_once() -> None:
     for found in run_cases(work, WORLD, [("named",)], timeout=60)["named",]:
         assert len(found["observed"]) <= 1 and all("the monitor writes events" in text for text in found["observed"])
         late, moved = found["untidy"]
-        assert "Untidy.late" in late and "moved 1 parameters (momentum)" in moved
+        assert "Untidy.late" in late and "changed 1 parameters (momentum)" in moved
         (around,) = found["around"]
         assert "no forward pass of the whole model was seen" in around
