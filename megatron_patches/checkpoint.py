@@ -36,10 +36,12 @@ BY_RANK = re.compile(r"^(?:chained_0\.)?optimizer\.distributed\.dp_group_idx_(\d
 
 
 def layout_problem(names: Sequence[str], *, distributed: bool, model_ranks: int) -> str | None:
-    """Return why a run cannot load an optimizer state with these names (dist_checkpointing's metadata), or None.
+    """Return why a run cannot load an optimizer state, or None. Source: optimizer/*.py of megatron-core 0.16.
 
-    distributed: whether the run has Megatron's distributed optimizer. model_ranks: its tensor times pipeline size.
-    Source: optimizer/distrib_optimizer.py and optimizer/optimizer.py of megatron-core 0.16.
+    Args:
+        names: of the tensors and objects in the checkpoint (dist_checkpointing's metadata).
+        distributed: whether the run has Megatron's distributed optimizer.
+        model_ranks: tensor-parallel times pipeline-parallel size of the run.
     """
     groups = {match[1] for match in map(BY_RANK.match, names) if match}
     whole = any(name.startswith("optimizer.state.param.") for name in names)

@@ -121,11 +121,18 @@ class ElementLayout:
             yield held
 
     def views(self, flat: Tensor, start: int) -> list[tuple[str, Tensor]]:
-        """Return (group, view of flat) pairs that cover `flat` exactly once; at most 3 * len(pattern).
+        """Split a flat tensor into views by group, without a copy. Writing to a view writes to `flat`.
 
-        flat: elements [start, start + flat.numel()) of the parameter; 1-D, any dtype, device and stride.
-        A view is 1-D, or 2-D (periods, elements of the entry) where the pattern repeats inside `flat`. Writing to a
-        view writes to `flat`. Raises ValueError for a `flat` that is not 1-D and for a negative start.
+        Args:
+            flat: elements [start, start + flat.numel()) of the parameter; 1-D, any dtype, device and stride.
+            start: flat index of the first element.
+
+        Returns:
+            At most 3 * len(pattern) pairs (group, view) that cover `flat` exactly once. A view is 1-D, or 2-D (periods,
+            elements of the entry) where the pattern repeats inside `flat`.
+
+        Raises:
+            ValueError: `flat` is not 1-D, or start is negative.
         """
         if flat.dim() != 1:
             raise ValueError(f"views() takes a 1-D tensor, not one of shape {tuple(flat.shape)}")
