@@ -1,9 +1,9 @@
-"""Writes docs/models.md: the module groups of every config class of the installed transformers.
+"""Write docs/models.md: the module groups of every config class of the installed transformers.
 
     make docs-models         (or: python docs/write_models.py)
 
-Each config class is built on the meta device with few layers: no weights, no downloads. The text before the tables is
-written by hand and is kept.
+Builds each config class on the meta device with few layers: no weights, no downloads. Keeps the text before the tables,
+which is written by hand.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from mols_ds.errors import MolsConfigError
 PAGE = Path(__file__).parent / "models.md"
 BEGIN = "<!-- models: written by `make docs-models`, do not edit -->"
 LAYERS = 4
-"""Layers of each stack, or as many as it takes to have a layer of each kind."""
-# In this order: the first class that can be built stands for a config.
+"""Layers per stack, or more to have a layer of each kind."""
+# In this order: the first class that can be built represents a config.
 TASKS = (
     "CAUSAL_LM",
     "IMAGE_TEXT_TO_TEXT",
@@ -72,7 +72,7 @@ DEPTHS = [
     "layers",
 ]
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
-NEEDED: dict[str, dict[str, Any]] = {  # what a config class needs beside its defaults to be a model
+NEEDED: dict[str, dict[str, Any]] = {  # values that a config class needs in addition to its defaults
     "autoformer": {"prediction_length": 4},
     "esm": {"vocab_size": 33},
     "hunyuan_v1_dense": {"head_dim": 64},
@@ -95,9 +95,9 @@ NEEDED: dict[str, dict[str, Any]] = {  # what a config class needs beside its de
 
 
 class Row(NamedTuple):
-    """What MoLS makes of one model. groups: group -> elements, empty where there is no table.
+    """Result of one model. groups: group -> elements, empty without a table.
 
-    problem: why not, "" where it passes. rules: what the refusal says to add.
+    problem: the reason, "" for a model that passes. rules: the rules in the refusal.
     """
 
     model_type: str
@@ -107,7 +107,7 @@ class Row(NamedTuple):
     rules: str = ""
 
     def line(self) -> str:
-        """The row of the page's tables."""
+        """Return the row of the page's tables."""
         if self.groups:
             told = ", ".join(f"{group} {count:,}" for group, count in self.groups.items())
         elif self.rules:
@@ -118,7 +118,7 @@ class Row(NamedTuple):
 
 
 def _parts(config: Any, seen: set[int]) -> Iterator[Any]:
-    """A config and those inside it."""
+    """Yield a config and its nested configs."""
     if id(config) not in seen:
         seen.add(id(config))
         yield config
@@ -129,7 +129,7 @@ def _parts(config: Any, seen: set[int]) -> Iterator[Any]:
 
 
 def shrunk(config: Any) -> Any:
-    """The config with few layers, in place: a layer of each kind is left."""
+    """Reduce the config to few layers, in place. Keep a layer of each kind."""
     for part in _parts(config, set()):
         layers = LAYERS
         for key in KINDS:
@@ -148,7 +148,7 @@ def shrunk(config: Any) -> Any:
 
 
 def classes(model_type: str) -> list[str]:
-    """Names of the model classes of a config, the one that is trained first; classifiers of sequences last."""
+    """Return the names of a config's model classes, in the order of TASKS; other heads last."""
     found: list[str] = []
     tables = [*(f"MODEL_FOR_{task}_MAPPING_NAMES" for task in TASKS), "MODEL_MAPPING_NAMES"]
     for table in tables:
@@ -162,17 +162,17 @@ def classes(model_type: str) -> list[str]:
 
 
 def built(model_type: str, name: str) -> nn.Module | str:
-    """The model on the meta device; where transformers cannot build it, why."""
+    """Return the model on the meta device, or the reason why transformers cannot build it."""
     why = ""
     for small in (True, False):
         try:
             config = configuration_auto.CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {}))
             if model_type == "dbrx":
-                config.attn_config.rope_theta = 10000.0  # the class has no such field, and its model reads it
+                config.attn_config.rope_theta = 10000.0  # its model reads this missing field
             with torch.device("meta"), no_init_weights(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model: Any = getattr(transformers, name)(shrunk(config) if small else config)
-                model.tie_weights()  # `no_init_weights` leaves that out too
+                model.tie_weights()  # `no_init_weights` skips this too
                 return model  # type: ignore[no-any-return]
         except Exception as error:
             text = " ".join(str(error).split())
@@ -182,7 +182,7 @@ def built(model_type: str, name: str) -> nn.Module | str:
 
 
 def row(model_type: str, name: str) -> Row:
-    """The row of one model class."""
+    """Return the row of one model class."""
     model = built(model_type, name)
     if isinstance(model, str):
         return Row(model_type, name, {}, model)
@@ -197,7 +197,7 @@ def row(model_type: str, name: str) -> Row:
 
 
 def rows(model_type: str) -> list[Row]:
-    """The rows of one config class: the first model class that can be built, and the classifier of sequences."""
+    """Return the rows of one config class: its first model class that builds, and its sequence classifier."""
     names = classes(model_type)
     if not names:
         return [Row(model_type, "", {}, "no model class of its own: a part of another config")]
@@ -214,32 +214,32 @@ def rows(model_type: str) -> list[Row]:
 
 
 def sweep(model_types: Iterable[str]) -> list[Row]:
-    """The rows of these config classes."""
+    """Return the rows of these config classes."""
     return [one for model_type in model_types for one in rows(model_type)]
 
 
 def model_types() -> list[str]:
-    """Every config class of the installed transformers."""
+    """Return every config class of the installed transformers."""
     return sorted(configuration_auto.CONFIG_MAPPING_NAMES)
 
 
 def page(text: str, found: Sequence[Row]) -> str:
-    """The page with new tables."""
+    """Return the page with new tables."""
     passed = [one for one in found if one.groups]
     refused = [one for one in found if one.rules]
     unbuilt = [one for one in found if not one.groups and not one.rules]
     head = text[: text.index(BEGIN)] + BEGIN
     parts = [
         head,
-        f"transformers {transformers.__version__}: of {len({one.model_type for one in found})} config classes, "
+        f"transformers {transformers.__version__}: {len({one.model_type for one in found})} config classes, "
         f"{len({one.model_type for one in passed})} pass,\n{len({one.model_type for one in refused})} are refused with "
-        f"the rules to add, {len({one.model_type for one in unbuilt})} have no model class that the defaults build.",
+        f"the rules to add, {len({one.model_type for one in unbuilt})} have no class that builds with the defaults.",
         "## Passes",
-        "\n".join(["| `model_type` | class | elements of each group |", "|---|---|---|", *(o.line() for o in passed)]),
+        "\n".join(["| `model_type` | class | elements per group |", "|---|---|---|", *(o.line() for o in passed)]),
         "## Refused",
-        "\n".join(["| `model_type` | class | the rules to add |", "|---|---|---|", *(o.line() for o in refused)]),
+        "\n".join(["| `model_type` | class | rules to add |", "|---|---|---|", *(o.line() for o in refused)]),
         "## Not built",
-        "\n".join(["| `model_type` | class | why |", "|---|---|---|", *(o.line() for o in unbuilt)]),
+        "\n".join(["| `model_type` | class | reason |", "|---|---|---|", *(o.line() for o in unbuilt)]),
     ]
     return "\n\n".join(parts) + "\n"
 

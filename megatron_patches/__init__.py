@@ -1,12 +1,12 @@
-"""MoLS on Megatron-core: module tags and learning-rate multipliers under TP, PP, EP, CP and DP (docs/megatron.md).
+"""MoLS on Megatron-core: module groups and learning-rate multipliers under TP, PP, EP, CP and DP (docs/megatron.md).
 
     mols = megatron_patches.attach(model_chunks, optimizer, scheduler, {"samples": 32})
 
-or, before a script builds its optimizer, `megatron_patches.apply({...})`. Importing this package changes nothing, and
-does not import megatron.core.
+Or call `megatron_patches.apply({...})` before a script builds its optimizer. Importing this package patches nothing
+and does not import megatron.core.
 """
 
-# Not on first use: the function `apply` has to take the place of the module of the same name.
+# Not lazy: the function `apply` must replace the module of the same name.
 from megatron_patches.apply import apply, attach, current, undo
 from megatron_patches.cpu.emulation import cpu_megatron
 from megatron_patches.group_rules import tag_layouts, tag_table

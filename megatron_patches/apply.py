@@ -1,4 +1,4 @@
-"""The two ways in: `attach` for an optimizer that exists, `apply` for a training script that builds its own."""
+"""Entry points: `attach` for an existing optimizer, `apply` for a training script that builds its own."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ def attach(
     samples_per_step: int | None = None,
     force: bool = False,
 ) -> Handle:
-    """Put MoLS on a Megatron optimizer. Collective: every rank calls it at the same point.
+    """Attach MoLS to a Megatron optimizer. Collective: call it on every rank at the same point.
 
-    Only the instances handed over are touched. Call it after the optimizer is built and before a checkpoint is loaded.
+    Patches only the given instances. Call it after building the optimizer and before loading a checkpoint.
 
     Args:
-        model_chunks: the chunks of this rank that the optimizer was built from (a list, or the one module).
-        optimizer: what `megatron.core.optimizer.get_megatron_optimizer` returned.
-        scheduler: Megatron's OptimizerParamScheduler, which tells the number of steps and of warm-up steps; or None.
+        model_chunks: this rank's chunks, from which the optimizer was built (a list, or a single module).
+        optimizer: from `megatron.core.optimizer.get_megatron_optimizer`.
+        scheduler: Megatron's OptimizerParamScheduler, for the number of steps and warm-up steps; or None.
         config: a "mols" section (dict) or a `MolsConfig`.
-        samples_per_step: what the loop passes to `scheduler.step()`, see `megatron_patches.schedule.scheduler_hints`.
+        samples_per_step: increment passed to `scheduler.step()`, see `megatron_patches.schedule.scheduler_hints`.
         force: attach to a megatron-core outside the tested range.
 
     Returns:
-        The object that is also `optimizer.mols`; its `detach()` makes the optimizer stock again.
+        The handle, also `optimizer.mols`. Its `detach()` restores the stock optimizer.
 
     Raises:
-        MolsConfigError: the section, a rule, a group name or a model config is wrong, or training is past the start.
-        MolsUnsupportedError: the version, the optimizer or a setting of it is not supported; named, with the way out.
-        MolsError: the ranks together do not hold each element of the model once, or MoLS is attached already.
+        MolsConfigError: a wrong section, rule, group name or model config, or training is past the start.
+        MolsUnsupportedError: an unsupported version, optimizer or setting. The message names it and the fix.
+        MolsError: an element is not counted exactly once over all ranks, or MoLS is already attached.
     """
 
     def check() -> list[str]:
@@ -72,7 +72,7 @@ def attach(
 
 
 def _off(optimizer: Any) -> Handle:
-    if not hasattr(optimizer, "chained_optimizers"):  # no ChainedOptimizer: there is nothing to attach to either
+    if not hasattr(optimizer, "chained_optimizers"):  # not a ChainedOptimizer
         return Handle()
     optimizer.mols = MegatronOff(optimizer)
     _ours.add(optimizer)
@@ -80,21 +80,21 @@ def _off(optimizer: Any) -> Handle:
 
 
 _CHUNKS = "_mols_chunks"
-"""Attribute of an optimizer that waits to be attached: the model chunks that it was built from."""
+"""Attribute of an optimizer that is not attached yet: its model chunks."""
 
 
 Method = Callable[..., Any]
-"""A function or method of Megatron's, or what takes its place."""
+"""A function or method of Megatron, or its replacement."""
 
 
 class _Applied:
-    """What `apply` has replaced in megatron.core."""
+    """The patches of `apply` in megatron.core."""
 
     def __init__(self, config: MolsConfig, samples_per_step: int | None, force: bool) -> None:
         self.config, self.samples_per_step, self.force = config, samples_per_step, force
         self.patches = Patches()
         self.chunks: list[nn.Module] = []
-        self.open = False  # whether `chunks` are those of an optimizer that is being built
+        self.open = False  # whether an optimizer is being built from `chunks`
 
     def install(self) -> None:
         from megatron.core import dist_checkpointing, optimizer
@@ -134,14 +134,14 @@ class _Applied:
     def _note_scheduler(self, stock: Method) -> Method:
         def init(scheduler: object, optimizer: object, *args: Any, **kwargs: Any) -> None:
             stock(scheduler, optimizer, *args, **kwargs)
-            if self.open and not hasattr(optimizer, _CHUNKS):  # no ChainedOptimizer: attach() says what is wrong
+            if self.open and not hasattr(optimizer, _CHUNKS):  # not a ChainedOptimizer: attach() raises
                 setattr(optimizer, _CHUNKS, list(self.chunks))
             self._attach(optimizer, scheduler)
 
         return init
 
     def _attach_late(self, name: str, stock: Method) -> Method:
-        """A script without Megatron's scheduler: when it loads a checkpoint, or at the first step."""
+        """Attach in a script without Megatron's scheduler: on loading a checkpoint, or at the first step."""
 
         def method(chained: object, *args: Any, **kwargs: Any) -> object:
             if self._attach(chained, None):
@@ -151,7 +151,7 @@ class _Applied:
         return method
 
     def _attach(self, optimizer: object, scheduler: object) -> bool:
-        """Attach to an optimizer that waits for it; whether that was so."""
+        """Attach to a pending optimizer. Return whether it was pending."""
         global _last
         chunks = getattr(optimizer, _CHUNKS, None)
         if chunks is None:
@@ -160,13 +160,13 @@ class _Applied:
             mols = attach(
                 chunks, optimizer, scheduler, self.config, samples_per_step=self.samples_per_step, force=self.force
             )
-            # Not a strong reference: the optimizer holds it, and lives no longer for our sake.
+            # A weak reference: the optimizer holds the handle, and we must not keep the optimizer alive.
             _last = weakref.ref(mols) if isinstance(mols, MegatronMols) else (lambda: mols)
-        delattr(optimizer, _CHUNKS)  # only now: an error in attach() is raised again rather than passed over
+        delattr(optimizer, _CHUNKS)  # only now: a retry raises the error of attach() again
         return True
 
     def _ask_for_samples(self, stock: Method) -> Method:
-        """A load into a state dict of our optimizer: ask for the accumulators too, if they are there."""
+        """On a load into our optimizer's state dict, request the accumulators too where the checkpoint has them."""
 
         def load(sharded_state_dict: object, checkpoint_dir: object, *args: Any, **kwargs: Any) -> object:
             mols = _last()
@@ -185,20 +185,20 @@ _last: Callable[[], Handle | None] = lambda: None  # noqa: E731
 def apply(
     config: Mapping[str, object] | MolsConfig, *, samples_per_step: int | None = None, force: bool = False
 ) -> None:
-    """Patch megatron.core so that each optimizer that is built from now on gets MoLS; for the top of a training script.
+    """Patch megatron.core to attach MoLS to each optimizer built from now on. Call it first in a training script.
 
-    The optimizer is attached when its OptimizerParamScheduler is built; where it has none, when a checkpoint is loaded
-    into it or at its first step. `current()` gives the result, `undo()` takes the patches off.
+    Attaches when the OptimizerParamScheduler is built. Without a scheduler, attaches when a checkpoint is loaded or at
+    the first step. `current()` returns the handle, `undo()` removes the patches.
 
     Args:
         config: a "mols" section (dict) or a `MolsConfig`.
-        samples_per_step: what the loop passes to `scheduler.step()`; None: Megatron's microbatch calculator tells.
-        force: as `attach`.
+        samples_per_step: increment passed to `scheduler.step()`. None: from Megatron's microbatch calculator.
+        force: as in `attach`.
 
     Raises:
-        MolsConfigError: the section is wrong.
+        MolsConfigError: a wrong section.
         MolsUnsupportedError: megatron-core is missing or outside the tested range.
-        MolsError: called twice, or after an optimizer was built (attach to that one instead).
+        MolsError: called twice, or after an optimizer was built (use `attach` for it).
     """
     global _active, _last
     section = MolsConfig.parse(config)
@@ -219,9 +219,9 @@ def apply(
 
 
 def undo() -> None:
-    """Restore megatron.core. What is attached stays attached: `current().detach()` takes that off.
+    """Restore megatron.core. Attached optimizers stay attached: see `current().detach()`.
 
-    Raises `MolsError` where nothing was applied.
+    Raises `MolsError` without a call of `apply`.
     """
     global _active
     if _active is None:
@@ -231,10 +231,10 @@ def undo() -> None:
 
 
 def current() -> Handle:
-    """What `apply` attached last.
+    """Return the last handle that `apply` attached.
 
     Raises:
-        MolsConfigError: `apply` has attached nothing, or the optimizer does not exist any more.
+        MolsConfigError: `apply` has attached nothing, or the optimizer was garbage-collected.
     """
     mols = _last()
     if mols is None:
@@ -247,8 +247,8 @@ def current() -> Handle:
 
 def _optimizer_exists() -> bool:
     chained, _ = optimizer_classes()
-    # One that nobody holds any more does not count, nor one that had MoLS: the model config, which outlives it, holds
-    # `optimizer.scale_loss` (Megatron-LM's training.py), so that those of a former run would seem to be in use.
+    # Ignore optimizers without references, and those that had MoLS: the model config outlives them and holds
+    # `optimizer.scale_loss` (Megatron-LM's training.py), so optimizers of an earlier run would look alive.
     gc.collect()
     found = [thing for thing in gc.get_objects() if issubclass(type(thing), chained)]
     return any(not hasattr(optimizer, _CHUNKS) and optimizer not in _ours for optimizer in found)

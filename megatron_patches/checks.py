@@ -1,4 +1,4 @@
-"""What MoLS has to know of a Megatron set-up before it attaches, and what it refuses, by name and with the way out."""
+"""Checks of a Megatron setup before MoLS attaches. Each refusal names the setting and the fix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mols_ds.optim.step_trial import class_refusal, decay_in_moments
 
 
 def check_supported(optimizer: object, model_config: object, config: MolsConfig, *, fused: bool) -> None:
-    """Raise `MolsUnsupportedError` for what would silently train wrong. `fused`: some parameter has several groups."""
+    """Raise `MolsUnsupportedError` for settings that would train wrong. fused: some parameter has several groups."""
     compat.check_optimizer(optimizer)
     precision.check(model_config, getattr(optimizer, "config", None))
     unscaled = config.weight_decay == "unscaled"
@@ -26,10 +26,10 @@ def check_supported(optimizer: object, model_config: object, config: MolsConfig,
 
 
 def decay_refusal(optimizer: object, mode: Mode | None) -> precision.Refusal:
-    """Return the refusal of L2 decay in mode "moments". An unknown class is tried out."""
+    """Return the refusal of L2 decay in mode "moments". Runs a trial step for an unknown class."""
     return precision.Refusal(
         mode == "moments" and any(decay_in_moments(one) for one in precision.inner_optimizers(optimizer)),
-        "mode 'moments' with weight decay that is added to the gradient, and so is in Adam's moments",
+        "mode 'moments' with weight decay that is added to the gradient and so changes Adam's moments",
         'decoupled_weight_decay, weight_decay 0, or mode "probe" or "online"',
     )
 
@@ -42,7 +42,7 @@ def check_classes(optimizer: object) -> None:
 
 
 def find_config(model_chunks: Sequence[nn.Module]) -> TransformerConfig:
-    """The TransformerConfig of the chunks. Raises `MolsConfigError` where there is none."""
+    """Return the TransformerConfig of the chunks. Raises `MolsConfigError` without one."""
     if not model_chunks:
         raise MolsConfigError("no model chunk was given: pass the list of modules that the optimizer was built from")
     for module in model_chunks[0].modules():
@@ -50,5 +50,5 @@ def find_config(model_chunks: Sequence[nn.Module]) -> TransformerConfig:
         if hasattr(config, "num_attention_heads") or hasattr(config, "hidden_size"):
             return config
     raise MolsConfigError(
-        f"{type(model_chunks[0]).__name__} has no TransformerConfig as `.config`, which fused layouts are read from"
+        f"{type(model_chunks[0]).__name__} has no TransformerConfig as `.config`, which fused layouts need"
     )

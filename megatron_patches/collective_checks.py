@@ -1,6 +1,6 @@
-"""Building on many ranks at once: a mistake that one rank meets is raised on all of them, so that none is left waiting.
+"""Collective setup: an error on one rank is raised on all ranks, so that no rank hangs.
 
-Used when MoLS attaches, never in a training step. What travels is compressed text of a few bytes to a few KiB a rank.
+Used when MoLS attaches, never in a training step. Ranks exchange compressed text, a few bytes to a few KiB per rank.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ T = TypeVar("T")
 
 
 def together(build: Callable[[], T]) -> list[T]:
-    """What `build` returned on every rank (as JSON gives it back), in the order of the ranks. Collective.
+    """Call `build` on every rank and return all results (converted by JSON), in rank order. Collective.
 
     Raises:
-        MolsError: `build` raised on some rank. There its own error is raised, on the others one of the same class (for
-            an error that is not of this package `MolsError`) that names the first such rank.
+        MolsError: `build` raised on some rank. That rank raises its own error. The others raise the same class
+            (`MolsError` for an error from outside this package) with the first such rank.
     """
     if not dist.is_initialized():
         return [build()]
     mine, error = None, None
     try:
         mine = build()
-    except Exception as caught:  # whatever it is, the other ranks must hear of it
+    except Exception as caught:  # any type: all ranks need the error
         error = caught
     told = None if error is None else [type(error).__name__, _text(error)]
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -61,7 +61,7 @@ def _class_of(kind: str) -> type[MolsError]:
 
 
 def same_everywhere(values: Sequence[Sequence[object]], what: Sequence[str]) -> None:
-    """Raise `MolsError` on every rank unless item i of each rank's value, which is `what[i]`, is that of rank 0."""
+    """Raise `MolsError` on every rank unless item i of each rank, named `what[i]`, equals rank 0's."""
     for rank, value in enumerate(values):
         for name, first, here in zip(what, values[0], value, strict=True):
             if first != here:
@@ -69,7 +69,7 @@ def same_everywhere(values: Sequence[Sequence[object]], what: Sequence[str]) -> 
 
 
 def merge_shapes(told: Sequence[Mapping[str, Sequence[int]]]) -> Shapes:
-    """The logical model from the names and shapes of each rank. Raises `MolsError` where two ranks contradict."""
+    """Merge the names and shapes of all ranks into the logical model. Raises `MolsError` where two ranks differ."""
     shapes: Shapes = {}
     teller: dict[str, int] = {}
     for rank, theirs in enumerate(told):
@@ -85,7 +85,7 @@ def merge_shapes(told: Sequence[Mapping[str, Sequence[int]]]) -> Shapes:
 
 
 def check_locals(locals_: Sequence[LocalParameter], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `MolsError` where a parameter of this rank is not the one that the counting ranks have under its name."""
+    """Raise `MolsError` where a parameter's shape differs from the shape on the rank that counts it."""
     for local in locals_:
         if shapes.get(local.name) == local.shape:
             continue

@@ -1,8 +1,8 @@
-"""The names of megatron.core that this package uses, with the file of each, and the releases that it was tested with.
+"""Names of megatron.core that this package uses, with their files, and the tested releases.
 
-To support a new megatron-core, compare the files named here with the former release, run the tests with it, and widen
-`TESTED`. `check_version` and `check_modules` run when MoLS attaches or is applied, `check_optimizer` when it attaches,
-`check_emulation` when `cpu_megatron` starts. Only these functions import megatron.core.
+To support a new megatron-core, compare the files named here with the previous release, run the tests and extend
+`TESTED`. `attach` and `apply` call `check_version` and `check_modules`, `attach` also calls `check_optimizer`, and
+`cpu_megatron` calls `check_emulation`. Only these functions import megatron.core.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any, Protocol
 from mols_ds.errors import MolsUnsupportedError
 
 TESTED = ((0, 15), (0, 19))
-"""First and last megatron-core release (major, minor): 0.15.3, 0.16.1, 0.17.1, 0.18.0 and 0.19.2 were run with
-tests/engines/megatron/test_versions.py; CI runs 0.16 and the last."""
+"""First and last megatron-core release (major, minor). tests/engines/megatron/test_versions.py ran with 0.15.3, 0.16.1,
+0.17.1, 0.18.0 and 0.19.2; CI runs 0.16 and the last."""
 
 
 TransformerConfig = Any
-"""megatron.core.transformer.TransformerConfig, whose fields differ between releases: read them with a default."""
+"""megatron.core.transformer.TransformerConfig. Its fields differ between releases: read them with a default."""
 
 
 class Wrapper(Protocol):
-    """One of the chained optimizers (optimizer/optimizer.py): a torch optimizer with fp32 copies or shards."""
+    """A chained optimizer (optimizer/optimizer.py): a torch optimizer with fp32 copies or shards."""
 
     config: Any  # OptimizerConfig
     optimizer: Any  # the inner torch optimizer; None where this rank has no parameters
@@ -57,7 +57,7 @@ ATTACHED: dict[str, tuple[str, ...]] = {
     ),
     "megatron.core.tensor_parallel": ("get_cuda_rng_tracker",),
 }
-"""Module -> names that MoLS on an optimizer uses."""
+"""Module -> names that an attached MoLS uses."""
 UNDER_DEEPSPEED: dict[str, tuple[str, ...]] = {
     "megatron.core.parallel_state": (
         *ATTACHED["megatron.core.parallel_state"],
@@ -73,7 +73,7 @@ APPLIED: dict[str, tuple[str, ...]] = {
     "megatron.core.optimizer.optimizer": ("ChainedOptimizer",),
     "megatron.core.optimizer_param_scheduler": ("OptimizerParamScheduler",),
 }
-"""Module -> names that `megatron_patches.apply` replaces or takes methods of."""
+"""Module -> names that `megatron_patches.apply` replaces, or whose methods it replaces."""
 EMULATED: dict[str, tuple[str, ...]] = {
     "megatron.core.tensor_parallel.random": ("_get_cuda_rng_state", "_set_cuda_rng_state"),
     "megatron.core.transformer.torch_norm": ("WrappedTorchNorm",),
@@ -82,26 +82,26 @@ EMULATED: dict[str, tuple[str, ...]] = {
     "megatron.core.transformer.moe.token_dispatcher": (),
     "megatron.core.transformer.moe.moe_utils": (),
 }
-"""Module -> names that `cpu_megatron` replaces. Where only some releases have a name, cpu/specs.py looks."""
+"""Module -> names that `cpu_megatron` replaces. cpu/specs.py checks for names that only some releases have."""
 EMULATED_ADAM: dict[str, tuple[str, ...]] = {
     "megatron.core.optimizer": ("Adam", "USING_PYTORCH_OPTIMIZER"),
     "megatron.core.optimizer.distrib_optimizer": ("Adam", "HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER"),
 }
-"""The same of `cpu_megatron(fused_adam=True)`."""
+"""The same for `cpu_megatron(fused_adam=True)`."""
 LANGUAGE_MODEL: dict[str, tuple[str, ...]] = {
     "megatron.core.datasets.utils": ("compile_helpers",),
     "megatron.legacy.fused_kernels": ("load",),
     "megatron.training.training": ("initialize_megatron",),
 }
-"""The same of `python -m megatron_patches.cpu`; the last two are in Megatron-LM, not in megatron-core (seen with
-core_v0.16.1)."""
+"""The same for `python -m megatron_patches.cpu`. The last two are in Megatron-LM (core_v0.16.1), not in
+megatron-core."""
 TRITON = (
     "megatron.core.transformer.moe.paged_stash",
     "megatron.core.transformer.moe.ops.paged_stash",
     "megatron.core.transformer.custom_layers.batch_invariant_kernels",
 )
-"""Modules that need triton to load. The pipeline schedules import the first (0.18) or the second (from 0.19),
-Megatron-LM's initialize.py the third, unconditionally."""
+"""Modules that import triton. The pipeline schedules import the first (0.18) or the second (from 0.19), Megatron-LM's
+initialize.py imports the third."""
 GROUPED_GEMM = "megatron.core.transformer.moe.grouped_gemm_util"
 """Up to 0.16."""
 
@@ -110,15 +110,15 @@ TRACKERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("megatron.core.transformer.moe.moe_logging", ("_MOE_METRICS_TRACKER", "_metrics")),
     ("megatron.core.transformer.multi_token_prediction", ("MTPLossLoggingHelper", "tracker")),
 )
-"""(module, the way to a dict of sums for logging in it): read where they are there."""
+"""(module, attribute path of a dict of sums for logging), where the release has it."""
 
 MODULE_ATTRIBUTES = ("current_microbatch",)
-"""What the schedules note in modules before each pass (pipeline_parallel/schedules.py)."""
+"""Attributes of modules that the schedules set before each pass (pipeline_parallel/schedules.py)."""
 
 # ------------------------------------------------------------------ objects
 
 CHAINED = ("prepare_grads", "step_with_ready_grads", "get_grad_norm", "sharded_state_dict", "load_state_dict", "step")
-"""Of `ChainedOptimizer` (optimizer/optimizer.py), beside `chained_optimizers`."""
+"""Attributes of `ChainedOptimizer` (optimizer/optimizer.py), besides `chained_optimizers`."""
 WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "DistributedOptimizer": (
         "optimizer/distrib_optimizer.py",
@@ -136,7 +136,7 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "FP32Optimizer": ("optimizer/optimizer.py", ("optimizer",)),
 }
-"""Class of a chained optimizer -> (the file that defines it, what is read of it)."""
+"""Class of a chained optimizer -> (its file, attributes that MoLS reads)."""
 FLAGS: dict[str, tuple[str, ...]] = {
     "optimizer/optimizer.py": ("is_stub_optimizer", "decoupled_grad", "main_grad", "grad_scaler"),
     "optimizer/distrib_optimizer.py": ("distributed_optimizer_instance_id",),
@@ -146,14 +146,14 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "extensions/transformer_engine.py": ("parallel_mode",),
     "models/common/language_module/language_module.py": ("shared", "shared_embedding"),
 }
-"""File -> attributes of optimizers, parameters and modules that are read with a default."""
+"""File -> attributes of optimizers, parameters and modules that MoLS reads with a default."""
 
 
 # ------------------------------------------------------------------ checks
 
 
 def check_version(force: bool) -> None:
-    """Raise `MolsUnsupportedError` for a missing or an untested megatron-core; `force` lets an untested one pass."""
+    """Raise `MolsUnsupportedError` for a missing or untested megatron-core. `force` accepts an untested one."""
     version = _installed()
     number = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if force or TESTED[0] <= number <= TESTED[1]:
@@ -165,24 +165,24 @@ def check_version(force: bool) -> None:
 
 
 def tested() -> str:
-    """The tested releases, as "0.15 to 0.19"."""
+    """Return the tested releases, such as "0.15 to 0.19"."""
     return " to ".join(".".join(map(str, bound)) for bound in TESTED)
 
 
 def check_modules(table: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise `MolsUnsupportedError` unless megatron.core has the modules and names of one of the tables above."""
+    """Raise `MolsUnsupportedError` where megatron.core lacks a module or name of `table`."""
     for name, names in table.items():
         try:
             found = importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not name.startswith(error.name):
-                raise  # something that megatron.core needs
+                raise  # a dependency of megatron.core
             raise _refusal(f"there is no module {error.name}") from None
         _require(name, found, names)
 
 
 def check_optimizer(optimizer: object) -> None:
-    """Raise `MolsUnsupportedError` unless a ChainedOptimizer and its members have what MoLS uses of them."""
+    """Raise `MolsUnsupportedError` where a ChainedOptimizer or a member lacks an attribute that MoLS uses."""
     _require(type(optimizer).__name__, optimizer, CHAINED)
     for wrapper in getattr(optimizer, "chained_optimizers", ()):
         kind = type(wrapper).__name__
@@ -192,7 +192,7 @@ def check_optimizer(optimizer: object) -> None:
 
 
 def optimizer_classes() -> tuple[type[Any], type[Any]]:
-    """(ChainedOptimizer, OptimizerParamScheduler)."""
+    """Return (ChainedOptimizer, OptimizerParamScheduler)."""
     chained: type[Any] = importlib.import_module("megatron.core.optimizer.optimizer").ChainedOptimizer
     scheduler: type[Any] = importlib.import_module("megatron.core.optimizer_param_scheduler").OptimizerParamScheduler
     return chained, scheduler

@@ -1,10 +1,10 @@
 """MoLS on one Megatron-core optimizer: the object that `megatron_patches.attach` returns.
 
-Attaching puts torch step hooks on the inner optimizers (rates, Adam's moments), replaces `step`, `get_grad_norm` and
-the state-dict methods on the one `ChainedOptimizer` instance, and puts a forward pre-hook on the model chunks. No class
-and no module is patched; `detach()` undoes it all. Parameter groups are not split: during each inner step the optimizer
-sees temporary groups with lr x multiplier (see `mols_ds.core.lr_scaler`), so that `OptimizerParamScheduler`, logging
-and checkpoints have the base rate and the stock layout.
+`attach` registers torch step hooks on the inner optimizers (rates, Adam's moments), replaces `step`, `get_grad_norm`
+and the state-dict methods on this `ChainedOptimizer` instance, and registers a forward pre-hook on the model chunks.
+It patches no class or module. `detach()` undoes all of it. Parameter groups are not split: during an inner step the
+optimizer has temporary groups with lr x multiplier (see `mols_ds.core.lr_scaler`). So `OptimizerParamScheduler`,
+logging and checkpoints have the base rate and the stock layout.
 """
 
 from __future__ import annotations
@@ -54,13 +54,12 @@ from mols_ds.report.files import Publisher
 
 
 class MegatronMols(Session):
-    """MoLS on one `ChainedOptimizer` and its model chunks. Made by `attach`, collectively on all ranks.
+    """MoLS on one `ChainedOptimizer` and its model chunks. Create it with `attach`, collectively on all ranks.
 
-    In mode "probe", during the calibration, `optimizer.step()` measures the gradient that the training loop just
-    computed, does not update and returns `(False, None, None)`: to the loop it is one of Megatron's own skipped
-    iterations (as after an fp16 overflow), for which it does not step the scheduler. Weights, buffers (expert biases of
-    routers too), optimizer state and the random numbers of dropout end the window as if those batches had never been
-    run (docs/method.md, "What a probe restores").
+    In mode "probe", during the calibration, `optimizer.step()` measures the training loop's gradient, does not update
+    and returns `(False, None, None)`. The loop treats it as a skipped iteration (as after an fp16 overflow) and does
+    not step the scheduler. After the window, weights, buffers (expert biases of routers too), optimizer state and RNG
+    state are as before these batches (docs/method.md, "What a probe restores").
     """
 
     window: MegatronWindow
@@ -85,7 +84,7 @@ class MegatronMols(Session):
             return [names, optimizer_steps(optimizer), configs_of(model_chunks), frozen]
 
         told = together(collect)
-        # This rank's own configs last: where ranks contradict, the checksums of their layouts differ.
+        # This rank's own configs last: where ranks disagree, the checksums of their layouts differ.
         modules = {name: config for rank in told for name, config in rank[2].items()} | configs_of(model_chunks)
         frozen = list(dict.fromkeys(name for rank in told for name in rank[3]))
         model = LogicalModel(merge_shapes([rank[0] for rank in told]), modules, frozen)
@@ -106,15 +105,15 @@ class MegatronMols(Session):
         self.controller.advance(self.steps)
 
     def resume_from(self, checkpoint_dir: str) -> None:
-        """Ask the next load for the accumulators of a half-done calibration too, if this checkpoint has them.
+        """Load the accumulators of an unfinished calibration in the next load, where this checkpoint has them.
 
-        Call it before `optimizer.sharded_state_dict(..., is_loading=True)`; `apply()` does it by itself. Without it a
-        checkpoint from the middle of a calibration loads too, but the calibration starts over, with a warning.
+        Call it before `optimizer.sharded_state_dict(..., is_loading=True)`. `apply()` calls it automatically. Without
+        it an unfinished calibration starts over, with a warning.
         """
         self.checkpoints.resume_from(checkpoint_dir)
 
     def detach(self) -> None:
-        """Take everything off again: the optimizer steps as stock Megatron from here on. Again: nothing happens."""
+        """Detach: the optimizer steps as stock Megatron from here on. A second call does nothing."""
         if self.optimizer.__dict__.get("mols") is not self:
             return
         for scaler in self.scalers:
@@ -137,7 +136,7 @@ class MegatronMols(Session):
         model: LogicalModel,
         hints: tuple[int | None, int | None],
     ) -> None:
-        """What this rank builds by itself; whatever it raises, the other ranks raise too."""
+        """Build this rank's state. All ranks raise an error of any rank."""
         optimizer, config = self.optimizer, self.config
         check_locals(locals_, model.shapes)
         self.model_config = find_config(model_chunks)
@@ -197,10 +196,10 @@ class MegatronMols(Session):
         early = "unfreeze them before DistributedDataParallel and get_megatron_optimizer"
         again = "call mols.detach() and megatron_patches.attach(...) again"
         params = (p for chunk in model_chunks for p in chunk.parameters())
-        held = [p for p in params if not p.requires_grad and hasattr(p, "main_grad")]  # in the buffers of DDP
+        held = [p for p in params if not p.requires_grad and hasattr(p, "main_grad")]  # parameters in DDP's buffers
         self.new_weights = NewWeights(model_chunks, self.scalers, include=early, train=early, held=held, again=again)
         first = next(((i, 0) for i, part in enumerate(self.shards.parts) if part.inner is not None), None)
-        # A group of which this rank holds nothing has the rate of the first parameter group.
+        # A group without elements on this rank gets the rate of the first parameter group.
         holders = dict.fromkeys(table.elements, first) if first is not None else {}
         self._lr_group = {**holders, **largest_holder(counts, table.elements)}
         self._ranges: dict[int, list[tuple[int, ShardRange]]] = {}
@@ -212,15 +211,15 @@ class MegatronMols(Session):
         self._stock_norm = self._methods.set("get_grad_norm", self._grad_norm)
         self.optimizer.mols = self
 
-    # ------------------------------------------------------------------ what the protocol asks
+    # ------------------------------------------------------------------ methods of the protocol
 
     @property
     def steps(self) -> int:
-        """Optimizer updates so far, skipped iterations not counted; what "mols.start" and "mols.ramp_end" count."""
+        """Optimizer updates so far, without skipped iterations; the unit of "mols.start" and "mols.ramp_end"."""
         return self._updates
 
     def _count_from(self, steps: int) -> None:
-        """Set the number of updates, after a checkpoint was loaded."""
+        """Set the number of updates after loading a checkpoint."""
         self._updates = steps
 
     def base_lrs(self) -> dict[str, float]:
@@ -241,7 +240,7 @@ class MegatronMols(Session):
 
     @torch.no_grad()
     def _step(self) -> tuple[bool, Any, Any]:
-        """In the place of `ChainedOptimizer.step`: measure, or step with the multipliers of this step."""
+        """Replace `ChainedOptimizer.step`: measure, or step with the current multipliers."""
         result: tuple[bool, Any, Any] = (False, None, None)
 
         def stock() -> bool:
@@ -254,27 +253,27 @@ class MegatronMols(Session):
         return result
 
     def _prepare_probe(self) -> bool:
-        """Unscale the reduced gradient. It stays where it is: the loop zeroes it before the next iteration."""
+        """Unscale the reduced gradient in place. The loop zeroes it before the next iteration."""
         self._loss_scales = [(scaler, scaler.state_dict()) for scaler in self._grad_scalers()]
         return not self.optimizer.prepare_grads()
 
     def _grad_scalers(self) -> list[GradScaler]:
-        """Of the chained optimizers, each once."""
+        """Return the distinct grad scalers of the chained optimizers."""
         scalers = [getattr(outer, "grad_scaler", None) for outer in self.optimizer.chained_optimizers]
         return list({id(scaler): scaler for scaler in scalers if scaler is not None}.values())
 
     def _after_discard(self, usable: bool) -> None:
-        """A loss scale falls in the window, so that samples become finite; it does not grow."""
+        """Lower the loss scale after a non-finite sample. It does not grow in the window."""
         if usable:
             for scaler, state in self._loss_scales:
                 scaler.load_state_dict(state)
         self._loss_scales = []
 
     def _grad_norm(self) -> Any:
-        """In the place of `get_grad_norm`, which Megatron calls between `prepare_grads` and clipping.
+        """Replace `get_grad_norm`, which Megatron calls between `prepare_grads` and clipping.
 
-        The norm is the same on every rank and not finite where any gradient is not, so that a bad sample is left out
-        everywhere without a reduction of ours.
+        The norm is equal on all ranks, and non-finite for any non-finite gradient. So all ranks skip a bad sample
+        without an extra reduction.
         """
         norm = self._stock_norm()
         if self.wants_sample and math.isfinite(float(norm)):

@@ -1,27 +1,27 @@
 """Module groups of Megatron-core models: ordered name rules and row layouts for logical (unsharded) parameters.
 
-Rows means dimension 0, the output features; Megatron shards it over tensor-parallel ranks in contiguous blocks, so a
+"Rows" are dimension 0, the output features. Megatron shards rows over tensor-parallel ranks in contiguous blocks, so a
 shard is a range of the logical parameter. Sources: megatron/core/transformer/attention.py, multi_latent_attention.py,
 moe/experts.py, ssm/gated_delta_net of megatron-core 0.15 to 0.19.
 
 Decisions:
-- Biases are `other`, as everywhere in MoLS, those of fused projections (linear_qkv) too.
-- The latent rows of MLA's down projection feed keys and values at once and count as `vo`; the rotary rows feed the
-  keys only and are `qk` (the same choice as for Hugging Face models, see `mols_ds.core.group_rules`).
-- The output gates of attention and of GatedDeltaNet (z) scale the values' path: `vo`. GatedDeltaNet's decay and write
-  strength (alpha, beta), its convolution and all of a Mamba mixer, of a router and of an indexer are `other`.
-- What the paper's groups do not name is `other`, that is measured and not scaled: routers, the gate of shared experts,
-  the projection that mixes hidden state and embedding in multi-token prediction (eh_proj), the indexer of DeepSeek's
-  sparse attention (it learns from a loss of its own), T5's relative position bias, BERT's transform before the output
-  layer and its pooler. A user's rule can name another group for each.
-- Towers of other modalities, and what connects them, have groups of their own: see `mols_ds.core.group_rules.TOWERS`.
-  What no rule knows of a tower (convolutions, modules of transformers) is `other`.
-- Rows of a fused projection are those of the config of its module: a tower and a layer of a heterogeneous model have
-  their own.
+- Biases are `other`, also those of fused projections (linear_qkv).
+- The latent rows of MLA's down projection feed keys and values and are `vo`. The rotary rows feed only the keys and
+  are `qk` (as for Hugging Face models, see `mols_ds.core.group_rules`).
+- The output gates of attention and of GatedDeltaNet (z) scale the values: `vo`. GatedDeltaNet's decay and write
+  strength (alpha, beta) and its convolution are `other`. So are Mamba mixers, routers and indexers as a whole.
+- Everything outside the paper's groups is `other` (measured, not scaled): routers, the gate of shared experts, the
+  projection of hidden state and embedding in multi-token prediction (eh_proj), the indexer of DeepSeek's sparse
+  attention (it has its own loss), T5's relative position bias, BERT's transform before the output layer and its
+  pooler. A user's rule can assign another group.
+- Towers of other modalities, and projectors between them, have their own groups: `mols_ds.core.group_rules.TOWERS`.
+  Unknown weights in a tower (convolutions, modules of transformers) are `other`.
+- The rows of a fused projection follow the config of its module: a tower, or a layer of a heterogeneous model, has its
+  own config.
 
-Two projections are stored in *local* order: each tensor-parallel rank holds a block of every part, so the logical
-parameter repeats the blocks tensor_model_parallel_size times (read from the config): GatedDeltaNet's in_proj and the
-fused down projection of MLA. Adapters of Megatron-Bridge take the group of what they adapt (`canonical_name`).
+Two projections are stored in *local* order: GatedDeltaNet's in_proj and MLA's fused down projection. Each
+tensor-parallel rank has a block of every part, so the logical parameter repeats the blocks tensor_model_parallel_size
+times (from the config). Adapters of Megatron-Bridge have the group of the adapted weight (`canonical_name`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ CONFIG_KEYS = (
     "linear_num_value_heads",
     "tensor_model_parallel_size",
 )
-"""What the rows of fused projections are read from, in a TransformerConfig."""
+"""Keys of a TransformerConfig that determine the rows of fused projections."""
 _PARALLEL_SIZES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -72,7 +72,7 @@ _PARALLEL_SIZES = (
 
 
 def _need(name: str, config: object | None, key: str) -> int:
-    """A positive integer of the TransformerConfig; MolsConfigError naming the parameter and the key otherwise."""
+    """Return a positive integer of the TransformerConfig. Raises MolsConfigError with the parameter and the key."""
     value = config_value(config, key)
     if value is None or int(value) < 1:
         state = "no TransformerConfig was given" if config is None else f"the TransformerConfig says {key}={value}"
@@ -84,13 +84,13 @@ def _need(name: str, config: object | None, key: str) -> int:
 
 
 class _Configs:
-    """The model's config and those of its modules: towers and the layers of a heterogeneous model have their own."""
+    """Configs of the model and of its modules: towers, and layers of a heterogeneous model, have their own."""
 
     def __init__(self, model: object | None, modules: Mapping[str, object]) -> None:
         self.model, self.modules = model, modules
 
     def of(self, name: str) -> object | None:
-        """The config of the module that holds parameter `name`. Raises MolsConfigError for a tower without its own."""
+        """Return the config of the module with parameter `name`. Raises MolsConfigError for a tower without one."""
         module = strip_wrappers(name)
         tower = tower_of(module)
         while module:
@@ -110,10 +110,10 @@ class _Configs:
 
 
 def module_configs(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Of each module whose config differs from that of the module around it, what fused projections read from it.
+    """Return the configs of modules whose config differs from the enclosing module's.
 
     Returns:
-        Module name without wrapper prefixes, "" for the model itself -> CONFIG_KEYS that its config has -> value.
+        Module name without wrapper prefixes ("" for the model) -> key in CONFIG_KEYS that is set -> value.
     """
     found: dict[str, dict[str, int]] = {}
     around: dict[str, dict[str, int] | None] = {}
@@ -131,7 +131,7 @@ def module_configs(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def _tensor_parallel(name: str, config: object | None, **parts: int) -> int:
-    """tensor_model_parallel_size (1 if the config has none), which must divide the rows of each part."""
+    """Return tensor_model_parallel_size (default 1). Raises MolsConfigError unless it divides the rows of each part."""
     size = int(config_value(config, "tensor_model_parallel_size") or 1)
     for part, rows in parts.items():
         if rows % size:
@@ -143,14 +143,14 @@ def _tensor_parallel(name: str, config: object | None, **parts: int) -> int:
 
 
 def _head_size(name: str, config: object | None) -> int:
-    """Features of one attention head (kv_channels, which TransformerConfig derives when it is not given)."""
+    """Return the features per attention head (kv_channels; TransformerConfig has a default for it)."""
     if config_value(config, "kv_channels") is not None:
         return _need(name, config, "kv_channels")
     return _need(name, config, "hidden_size") // _need(name, config, "num_attention_heads")
 
 
 def _checked(name: str, rows: int, periods: int, pattern: Pattern, formula: str) -> Pattern:
-    """The pattern, once `periods` repetitions of it are known to fill the parameter's rows exactly."""
+    """Return the pattern. Raises MolsConfigError unless `periods` repetitions fill the parameter's rows exactly."""
     expected = periods * sum(length for length, _ in pattern)
     if rows != expected:
         raise MolsConfigError(
@@ -164,7 +164,7 @@ def _checked(name: str, rows: int, periods: int, pattern: Pattern, formula: str)
 
 
 def _linear_qkv(name: str, rows: int, config: object | None) -> Pattern:
-    """SelfAttention.linear_qkv: per query group [its queries | (their output gates) | key | value]."""
+    """SelfAttention.linear_qkv: per query group [queries | (output gates) | key | value]."""
     heads, size = _need(name, config, "num_attention_heads"), _head_size(name, config)
     groups = heads if config_value(config, "num_query_groups") is None else _need(name, config, "num_query_groups")
     if heads % groups:
@@ -183,7 +183,7 @@ def _linear_qkv(name: str, rows: int, config: object | None) -> Pattern:
 
 
 def _linear_kv(name: str, rows: int, config: object | None) -> Pattern:
-    """CrossAttention.linear_kv: per head [key | value]; Megatron has no grouped queries there."""
+    """CrossAttention.linear_kv: per head [key | value], without grouped queries."""
     heads, size = _need(name, config, "num_attention_heads"), _head_size(name, config)
     return _checked(name, rows, heads, ((size, "qk"), (size, "vo")), f"{heads} heads x 2 x {size} (key, value)")
 
@@ -204,9 +204,9 @@ def _mla_kv_up(name: str, rows: int, config: object | None) -> Pattern:
 
 
 def _mla_qkv_down(name: str, rows: int, config: object | None) -> Pattern:
-    """FusedMLASelfAttention.linear_qkv_down_proj (0.17 on; it can be sharded from 0.19 on).
+    """FusedMLASelfAttention.linear_qkv_down_proj (from 0.17 on, sharded from 0.19 on).
 
-    On each tensor-parallel rank: [its query latents | its part of (latent of keys and values | rotary key)].
+    Per tensor-parallel rank: [query latents | its part of (latent of keys and values | rotary key)].
     """
     query, latent = _need(name, config, "q_lora_rank"), _need(name, config, "kv_lora_rank")
     rope = _need(name, config, "qk_pos_emb_head_dim")
@@ -221,7 +221,7 @@ def _mla_qkv_down(name: str, rows: int, config: object | None) -> Pattern:
 
 
 def _delta_net(name: str, rows: int, config: object | None) -> Pattern:
-    """GatedDeltaNet.in_proj: on each tensor-parallel rank [its query | key | value | gate z | beta | alpha]."""
+    """GatedDeltaNet.in_proj: per tensor-parallel rank [query | key | value | gate z | beta | alpha]."""
     keys = _need(name, config, "linear_key_head_dim") * _need(name, config, "linear_num_key_heads")
     heads = _need(name, config, "linear_num_value_heads")
     values = _need(name, config, "linear_value_head_dim") * heads
@@ -235,7 +235,7 @@ def _delta_net(name: str, rows: int, config: object | None) -> Pattern:
 
 
 def _fused(pattern: RowPattern) -> Fused:
-    """Rows that `pattern` divides by the config of the parameter's module."""
+    """Make the target of a fused projection from `pattern` and the config of the parameter's module."""
 
     def rows_of(name: str, rows: int, config: object | None) -> Pattern:
         return pattern(name, rows, config.of(name) if isinstance(config, _Configs) else config)
@@ -244,14 +244,14 @@ def _fused(pattern: RowPattern) -> Fused:
 
 
 def _rule(names: str, target: str | RowPattern, leaf: str = r"\.weight") -> Rule:
-    """A rule on the last components of a name."""
+    """Make a rule on the last components of a name."""
     return Rule(re.compile(rf"(?:^|\.)(?:{names}){leaf}$"), target if isinstance(target, str) else _fused(target))
 
 
 MEGATRON_RULES: tuple[Rule, ...] = (
-    # As a whole: a Mamba mixer has an in_proj, an out_proj and convolutions of its own.
+    # As a whole: a Mamba mixer has its own in_proj, out_proj and convolutions.
     Rule(re.compile(r"(?:^|\.)(?:\w*mixer|indexer|router)\."), "other"),
-    # Biases; those of grouped experts are `bias0`, `bias1`... or one 2-D `bias`.
+    # Biases. Grouped experts have `bias0`, `bias1`... or one 2-D `bias`.
     Rule(re.compile(r"(?:^|[._])bias\d*$"), "other"),
     # Fused projections.
     _rule("linear_qkv", _linear_qkv),
@@ -276,15 +276,15 @@ MEGATRON_RULES: tuple[Rule, ...] = (
     _rule("linear_fc1|linear_fc2", "mlp", r"\.weight\d*"),
     _rule("experts", "mlp", r"\.weight[12]"),
     _rule("fc1_latent_proj|fc2_latent_proj", "mlp"),
-    # Heterogeneous models put one linear layer in the place of a whole attention or MLP.
+    # Heterogeneous models can replace an attention or MLP by one linear layer.
     _rule("self_attention", "vo"),
     _rule("mlp", "mlp"),
 )
-"""First match wins; what no rule names is `other` if it is 1-D (norms) and an error if it is a weight matrix."""
+"""The first match wins. Without a match, a 1-D parameter (norm) is `other` and a weight matrix raises."""
 
 
 def _mtp_suffix(layer: int) -> Callable[[str], str]:
-    """Key of granularity "layer_type" -> the same key with another layer number."""
+    """Return the map from a key of granularity "layer_type" to the key with this layer number."""
     return lambda key: key if (base := base_group(key)) == key else f"{base}.{layer}"
 
 
@@ -296,24 +296,24 @@ def tag_layouts(
     modules: Mapping[str, object] | None = None,
     frozen: Iterable[str] = (),
 ) -> dict[str, ElementLayout]:
-    """The layout of each logical parameter of a Megatron-core model.
+    """Assign the elements of each logical parameter of a Megatron-core model to module groups.
 
     Args:
         shapes: logical name (global layer and expert numbers, `module.` prefixes allowed) -> unsharded shape. All names
-            of the model, not those of one pipeline stage: a user's rule that decides nothing is an error.
+            of the model, not of one pipeline stage: a user's rule that decides nothing raises.
         config: TransformerConfig or MLATransformerConfig of the model, or a mapping with the same keys.
         rules: the user's (regular expression, group), tried before MEGATRON_RULES.
         granularity: "type", or "layer_type", which numbers the decoder's layers from 0 ("qk.3") and the layers of
-            multi-token prediction after them ("qk.<num_layers>" is the first), as DeepSeek-V3's checkpoints do.
-        modules: module name -> its config, for modules whose config is not the model's (see `module_configs`).
-        frozen: names of parameters that are not trained; they too tell whether a tower is beside a language model.
+            multi-token prediction after them ("qk.<num_layers>" is the first), as in DeepSeek-V3's checkpoints.
+        modules: module name -> its config, for modules with another config than the model's (`module_configs`).
+        frozen: names of frozen parameters. They help to find towers next to a language model.
 
     Returns:
         Logical name -> layout, in the order of `shapes`.
 
     Raises:
-        MolsConfigError: as `mols_ds.core.groups.build_layouts`, and where the rows of a fused projection are not those
-            of the config (naming the parameter and both numbers).
+        MolsConfigError: as `mols_ds.core.groups.build_layouts`; and where a fused projection's rows do not fit the
+            config, with the parameter and both numbers.
     """
     names = [*shapes, *frozen]
     configs = _Configs(config, modules or {})
@@ -332,21 +332,20 @@ def tag_table(
     rules: Sequence[Sequence[str]] | None = None,
     granularity: Granularity = "type",
 ) -> GroupTable:
-    """The module groups of an un-parallelised Megatron-core model; tied parameters count once, under the first name.
+    """Build the group table of an unsharded Megatron-core model. Tied parameters count once, under the first name.
 
     Args:
         model: the model, or the list of its only chunk; wrapped or not; on any device, also the meta device.
-        config: the model's TransformerConfig; None: the one found on the model.
-        rules: as `tag_layouts`.
-        granularity: as `tag_layouts`.
+        config: the model's TransformerConfig. None: read it from the model.
+        rules: as in `tag_layouts`.
+        granularity: as in `tag_layouts`.
 
     Returns:
-        The table: a row for each group with its parameters, elements and share of all trainable elements.
+        One row per group: parameters, elements, share of all trainable elements.
 
     Raises:
-        MolsConfigError: a model of several chunks, or with a parallel size above 1 in its config (each rank then holds
-            pieces: `megatron_patches.attach(...).report()` shows their table), or without trainable parameters; and as
-            `tag_layouts`.
+        MolsConfigError: several chunks, a parallel size above 1 in the config (for sharded models use
+            `megatron_patches.attach(...).report()`), or no trainable parameters; and as `tag_layouts`.
     """
     chunks = [model] if isinstance(model, nn.Module) else list(model)
     if len(chunks) != 1:
@@ -362,7 +361,7 @@ def tag_table(
         if int(config_value(config, key) or 1) > 1:
             raise MolsConfigError(
                 f"tag_table takes a whole model, but its config has {key}={config_value(config, key)}; "
-                "build the model with size 1 (the meta device will do)"
+                "build the model with size 1 (the meta device is enough)"
             )
     shapes = {name: tuple(p.shape) for name, p in chunks[0].named_parameters() if p.requires_grad}
     layouts = tag_layouts(shapes, config, rules, granularity, modules, frozen_names(chunks[0]))
@@ -370,13 +369,13 @@ def tag_table(
 
 
 def frozen_names(model: nn.Module) -> list[str]:
-    """The first name of each kind (layer and expert numbers apart) of parameter that is not trained."""
+    """Return one name per kind (name without layer and expert numbers) of frozen parameter."""
     names = (strip_wrappers(name) for name, parameter in model.named_parameters() if not parameter.requires_grad)
     return list({kind_of(name): name for name in names}.values())
 
 
 def _find_config(model: nn.Module) -> object | None:
-    """The TransformerConfig of the outermost module that has one."""
+    """Return the TransformerConfig of the outermost module that has one."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if config_value(config, "num_attention_heads") is not None:

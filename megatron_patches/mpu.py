@@ -1,8 +1,8 @@
-"""Megatron-core's process groups under the names that DeepSpeed asks its `mpu` for.
+"""Megatron-core's process groups with the interface of DeepSpeed's `mpu`.
 
-DeepSpeed's engine takes a "model parallel unit" of the first Megatron-LM; `megatron.core.parallel_state` lacks some of
-its functions today and has others with other arguments. "Model parallel" there means all ranks that hold one copy of
-the model: the tensor-parallel ranks, since DeepSpeed does not run Megatron's pipeline schedules.
+DeepSpeed's engine expects the "model parallel unit" of the first Megatron-LM. `megatron.core.parallel_state` lacks some
+of its functions, and others have different arguments. "Model parallel" means all ranks of one copy of the model: the
+tensor-parallel ranks, because DeepSpeed does not run Megatron's pipeline schedules.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mols_ds.errors import MolsUnsupportedError
 class DeepSpeedMpu:
     """Pass `mpu=DeepSpeedMpu()` to `mols_ds.initialize` (or `deepspeed.initialize`) with a Megatron-core model.
 
-    Make it after `parallel_state.initialize_model_parallel(...)`.
+    Create it after `parallel_state.initialize_model_parallel(...)`.
 
     Raises:
-        MolsUnsupportedError: there is no process grid yet, or it has pipeline, context or expert parallelism, which
-            DeepSpeed cannot run with Megatron's modules.
+        MolsUnsupportedError: no process groups yet; or pipeline, context or expert parallelism, which DeepSpeed cannot
+            run with Megatron's modules.
     """
 
     def __init__(self) -> None:

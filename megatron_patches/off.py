@@ -1,4 +1,4 @@
-"""A Megatron optimizer with MoLS off: a stock one, whose checkpoints keep the state of MoLS that it has loaded."""
+"""MoLS switched off on a Megatron optimizer: it steps as stock, and its checkpoints keep a loaded MoLS state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mols_ds.core.replaced_methods import ReplacedMethods
 
 
 class MegatronOff(OffHandle):
-    """Replaces the state-dict methods of one `ChainedOptimizer` instance until `detach()`."""
+    """Replace the state-dict methods of one `ChainedOptimizer` instance until `detach()`."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -18,7 +18,7 @@ class MegatronOff(OffHandle):
         self._stock = {name: self._methods.set(name, getattr(self, f"_{name}")) for name in METHODS}
 
     def detach(self) -> None:
-        """Give the optimizer its own methods back; what was kept is forgotten. Again: nothing happens."""
+        """Restore the optimizer's methods and drop the kept state. A second call does nothing."""
         self._methods.undo()
         if self.optimizer.__dict__.get("mols") is self:
             del self.optimizer.mols

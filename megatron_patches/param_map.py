@@ -1,8 +1,8 @@
-"""Which logical parameter each local parameter is a part of, and which rank counts it.
+"""Map local parameters to logical parameters, and select the rank that counts each.
 
-A *logical* parameter is what one rank would hold without parallelism: its name has the global layer and expert numbers
-and no wrapper prefix, its shape is unsharded. A shard along dimension 0 is a contiguous flat range of it, so the
-layouts of fused projections are those of logical parameters, whatever the tensor-parallel size.
+A *logical* parameter is unsharded. Its name has global layer and expert numbers and no wrapper prefix. A shard along
+dimension 0 is a contiguous flat range of it, so the layouts of fused projections do not depend on the tensor-parallel
+size.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from mols_ds.errors import MolsUnsupportedError
 
 @dataclass(frozen=True, slots=True)
 class ProcessGrid:
-    """Sizes of Megatron's process grid, and this rank's number along each (megatron/core/parallel_state.py).
+    """Sizes of Megatron's process groups, and this rank's index in each (megatron/core/parallel_state.py).
 
-    `data` counts context-parallel ranks too: their gradients are reduced together. `expert_tensor` and `expert_data`
-    are the ranks that shard and replicate one expert.
+    `data` includes context-parallel ranks: their gradients are reduced together. `expert_tensor` ranks shard one
+    expert, `expert_data` ranks replicate it.
     """
 
     tensor: int = 1
@@ -44,12 +44,12 @@ class ProcessGrid:
 
 
 def current_grid() -> ProcessGrid:
-    """The grid of `megatron.core.parallel_state`. Raises `MolsUnsupportedError` where it is not initialised."""
+    """Return the grid of `megatron.core.parallel_state`. Raises `MolsUnsupportedError` before its initialisation."""
     from megatron.core import parallel_state as state
 
     if not state.model_parallel_is_initialized():
         raise MolsUnsupportedError(
-            "megatron.core.parallel_state is not initialised, so that it is unknown which rank holds what: call "
+            "megatron.core.parallel_state is not initialised, so the shards of each rank are unknown: call "
             "parallel_state.initialize_model_parallel() first (process groups that are only passed as a pg_collection "
             "are not supported)"
         )
@@ -74,14 +74,14 @@ class LocalParameter:
     """A trainable parameter of this rank's model chunks.
 
     Attributes:
-        parameter: the model's own (any dtype; FP8 tensors are never viewed, only their shape is read).
-        range: of the logical parameter. For shards along another dimension than the first, whose elements are all of
-            one group, it begins at 0.
-        shape: of the logical parameter.
-        counted: whether this rank's copy is the one that is counted among the copies over tensor- and
-            pipeline-parallel ranks. Data-parallel copies are another matter, see shards.py.
+        parameter: the model's parameter (any dtype; only the shape of FP8 tensors is read).
+        range: range of the logical parameter. It starts at 0 for a shard along another dimension than 0, whose elements
+            are all in one group.
+        shape: shape of the logical parameter.
+        counted: whether this rank counts the parameter, among the copies on tensor- and pipeline-parallel ranks. For
+            data-parallel copies see shards.py.
         expert: whether its gradient is reduced over the expert-data-parallel ranks.
-        names_it: whether this rank tells the others the name and shape: exactly one rank does.
+        names_it: whether this rank reports the name and shape. Exactly one rank does.
     """
 
     parameter: nn.Parameter
@@ -93,7 +93,7 @@ class LocalParameter:
 
     @property
     def name(self) -> str:
-        """Of the logical parameter."""
+        """Name of the logical parameter."""
         return self.range.name
 
 
@@ -102,23 +102,23 @@ _LAYER = re.compile(r"^(?P<stack>.*?\blayers)\.(?P<index>\d+)(?=\.)")
 _LOCAL_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)")
 _TE_EXPERT = re.compile(r"(?<=\.experts\.)(?P<linear>linear_fc\d)\.(?P<leaf>weight|bias)(?P<index>\d+)$")
 _GROUPED = re.compile(r"\.experts\.(?:weight[12]|linear_fc\d\.(?:weight|bias))$")
-"""All experts of a rank in one tensor: GroupedMLP, and Transformer Engine's with one grouped weight."""
+"""All experts of a rank in one tensor: GroupedMLP, and Transformer Engine's grouped linear with a single weight."""
 _GROUPED_ADAPTER = re.compile(r"\.experts\.linear_fc\d\.adapter\.")
-"""Megatron-Bridge's LoRA of grouped experts: 3-D weights of a rank's own experts, or 2-D ones that all experts share
+"""Megatron-Bridge's LoRA of grouped experts: 3-D weights of a rank's experts, or 2-D weights shared by all experts
 (bridge/peft/utils.py, GroupedExpertLinearAdapter and ParallelLinearAdapter)."""
 _EXPERT = re.compile(r"\.experts\.")
 
 
 def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The local shape; under DeepSpeed's ZeRO-3 a parameter itself is empty and says its shape as `ds_shape`."""
+    """Return the local shape. Under DeepSpeed's ZeRO-3 a parameter is empty and has its shape in `ds_shape`."""
     return tuple(int(size) for size in getattr(parameter, "ds_shape", parameter.shape))
 
 
 def local_parameters(model_chunks: Sequence[nn.Module], grid: ProcessGrid) -> list[LocalParameter]:
-    """The trainable parameters of this rank in the order of the chunks; each once, under its first name.
+    """Return this rank's trainable parameters in the order of the chunks, each once, under its first name.
 
     Raises:
-        MolsUnsupportedError: generalised tensor parallelism (gtp), whose shards are not those of the TP rank.
+        MolsUnsupportedError: generalised tensor parallelism (gtp): its shards differ from the TP rank's.
     """
     found: list[LocalParameter] = []
     seen: set[int] = set()
@@ -140,7 +140,7 @@ def local_parameters(model_chunks: Sequence[nn.Module], grid: ProcessGrid) -> li
 
 
 def configs_of(model_chunks: Sequence[nn.Module]) -> dict[str, dict[str, int]]:
-    """`module_configs` of this rank's chunks, under the names of the logical model's modules."""
+    """Return `module_configs` of this rank's chunks, under the logical model's module names."""
     found: dict[str, dict[str, int]] = {}
     for chunk in model_chunks:
         layers = _layer_numbers(chunk)
@@ -149,7 +149,7 @@ def configs_of(model_chunks: Sequence[nn.Module]) -> dict[str, dict[str, int]]:
 
 
 _SHARDED_UNMARKED = ".softmax_offset"
-"""Learnable offsets of the softmax, one for each of this rank's heads: cut along dimension 0 and not marked as such
+"""Learnable softmax offsets, one per local head: sharded along dimension 0, but not marked as tensor parallel
 (transformer/dot_product_attention.py)."""
 
 
@@ -158,7 +158,7 @@ def _local(
 ) -> LocalParameter:
     expert = not getattr(parameter, "allreduce", True)
     of_expert = bool(_EXPERT.search(name))
-    over_experts = expert or of_expert  # without expert parallelism experts are in the dense buffers, but cut the same
+    over_experts = expert or of_expert  # without expert parallelism, experts are in the dense buffers, sharded alike
     size, rank = (grid.expert_tensor, grid.expert_tensor_rank) if over_experts else (grid.tensor, grid.tensor_rank)
     marked = bool(getattr(parameter, "tensor_model_parallel", False)) and not _duplicated(owner, of_expert)
     sharded = marked or name.endswith(_SHARDED_UNMARKED) or _cut_magnitude(owner, name)
@@ -174,7 +174,7 @@ def _local(
         shape[0] *= grid.expert
     copy = _copy_of_embedding(parameter, name, model)
     counted = not copy and (sharded or rank == 0)
-    if adapter is not None and not grouped:  # one adapter of all experts: each expert-parallel rank holds it
+    if adapter is not None and not grouped:  # one adapter for all experts, on each expert-parallel rank
         counted = counted and grid.expert_rank == 0
     replica = grid.expert_data_rank if expert else grid.data_rank
     logical = copy or _number_experts(_number_layers(name, layers), parameter, owner, grid)
@@ -184,25 +184,25 @@ def _local(
 
 
 def _cut_magnitude(owner: nn.Module, name: str) -> bool:
-    """Megatron-Bridge's DoRA magnitude of a column-parallel linear is cut as its rows are, and not marked as such
-    (bridge/peft/dora_layers.py)."""
+    """Return whether this is Megatron-Bridge's DoRA magnitude of a column-parallel linear: sharded like the rows, but
+    not marked as tensor parallel (bridge/peft/dora_layers.py)."""
     return name.endswith(".weight_magnitude") and not getattr(owner, "input_is_parallel", True)
 
 
 def _duplicated(owner: nn.Module, of_expert: bool) -> bool:
-    """Transformer Engine marks every linear weight as tensor parallel, also of a linear that each TP rank holds whole.
+    """Return whether a linear is replicated on all TP ranks. Transformer Engine marks its weight as tensor parallel.
 
-    Those have `parallel_mode` None (`TELinear(parallel_mode="duplicated")`, extensions/transformer_engine.py); experts
-    have it too, where Megatron does the communication itself, and are sharded.
+    Replicated linears have `parallel_mode` None (`TELinear(parallel_mode="duplicated")`,
+    extensions/transformer_engine.py). So do sharded experts with Megatron's own communication.
     """
     return not of_expert and hasattr(owner, "parallel_mode") and owner.parallel_mode is None
 
 
 def _copy_of_embedding(parameter: nn.Parameter, name: str, model: nn.Module) -> str:
-    """The embedding's name for the last pipeline stage's copy of a tied embedding, else "".
+    """Return the embedding's name for the last pipeline stage's copy of a tied embedding, else "".
 
-    With multi-token prediction that stage has an `embedding` of its own, and an `output_layer.weight` that is allocated
-    but never used (models/gpt/gpt_model.py): it is not counted either.
+    With multi-token prediction that stage has its own `embedding`, and an `output_layer.weight` that is allocated but
+    never used (models/gpt/gpt_model.py). It is not counted either.
     """
     embedding = "embedding.word_embeddings.weight"
     if getattr(parameter, "shared", False):
@@ -223,7 +223,7 @@ def _innermost(chunk: nn.Module) -> nn.Module:
 
 
 def _layer_numbers(chunk: nn.Module) -> dict[str, int]:
-    """Name of a layer module, as in this chunk -> its index in the whole model."""
+    """Map the name of a layer module in this chunk to its index in the whole model."""
     numbers = {}
     for raw, module in chunk.named_modules():
         name = _PREFIX.sub("", raw)
@@ -257,31 +257,31 @@ def _experts_of(owner: nn.Module, parameter: nn.Parameter) -> int:
     experts = getattr(getattr(owner, "config", None), "num_moe_experts", None)
     if not experts:
         raise MolsUnsupportedError(
-            f"an expert of shape {list(parameter.shape)} lies in a {type(owner).__name__} whose config has no "
-            "num_moe_experts: which global expert it is cannot be told"
+            f"an expert of shape {list(parameter.shape)} is in a {type(owner).__name__} whose config has no "
+            "num_moe_experts: its global expert number is unknown"
         )
     return int(experts)
 
 
 def local_layout(local: LocalParameter, layouts: dict[str, ElementLayout]) -> ElementLayout:
-    """The layout of the logical parameter. Raises `MolsUnsupportedError` for a fused one that is not cut by rows."""
+    """Return the logical parameter's layout. Raises `MolsUnsupportedError` for a fused one not sharded by rows."""
     layout = layouts[local.name]
     if len(layout.groups) > 1 and shape_of(local.parameter)[1:] != local.shape[1:]:
         raise MolsUnsupportedError(
-            f"parameter {local.name!r} holds elements of {', '.join(layout.groups)} and is cut along another dimension "
-            "than its rows; give it one group with a rule"
+            f"parameter {local.name!r} has elements of {', '.join(layout.groups)} and is sharded along another "
+            "dimension than its rows; give it one group with a rule"
         )
     return layout
 
 
 @dataclass(frozen=True)
 class LogicalModel:
-    """What one rank would hold without parallelism, from what all ranks told.
+    """The unsharded model, from the reports of all ranks.
 
     Attributes:
         shapes: name -> unsharded shape of the trainable parameters.
-        modules: as `configs_of`.
-        frozen: names of parameters that are not trained, one of each kind.
+        modules: as in `configs_of`.
+        frozen: names of frozen parameters, one of each kind.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -289,6 +289,6 @@ class LogicalModel:
     frozen: Sequence[str] = ()
 
     def table(self, config: object, rules: Sequence[Sequence[str]], granularity: str) -> GroupTable:
-        """The group table. Raises `MolsConfigError` as `tag_layouts`."""
+        """Build the group table. Raises `MolsConfigError` as `tag_layouts`."""
         layouts = tag_layouts(self.shapes, config, rules, granularity, self.modules, self.frozen)  # type: ignore[arg-type]
         return GroupTable(layouts, self.shapes)

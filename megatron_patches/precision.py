@@ -1,8 +1,7 @@
-"""What this machine computes in, what the statistics read then, and which Megatron optimizers MoLS cannot work with.
+"""Precision of a Megatron run, precision of its gradient samples, and Megatron optimizers that MoLS does not support.
 
-Megatron-core does not say whether Transformer Engine is there: without it, `TransformerConfig` accepts FP8, names of
-Transformer Engine exist as mocks, and the failure comes late and unnamed. So `megatron_patches.machine` looks for it,
-by name and by a real import.
+Without Transformer Engine, `TransformerConfig` still accepts FP8, names of Transformer Engine are mocks, and the run
+fails late with an unclear error. So `megatron_patches.machine` checks for the package, by name and by a real import.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from mols_ds.optim.traits import has_adam_moments, has_several_betas, reads_grou
 
 @dataclass(frozen=True)
 class Precision:
-    """What a run computes in.
+    """Precision of a run.
 
     Attributes:
-        machine: what is installed.
-        param_dtype: of the model's weights, as "bfloat16"; FP8 and FP4 weights report bfloat16 too.
-        low_precision: "fp8" or "fp4" where matrix products run in it, else None.
+        machine: installed packages and device.
+        param_dtype: dtype of the weights, such as "bfloat16". FP8 and FP4 weights report bfloat16 too.
+        low_precision: "fp8" or "fp4" for matrix products in this format, else None.
         recipe: its recipe, a key of `RECIPES`, or None.
-        primary_weights: whether the weights themselves are kept in that format.
-        wgrad_fusion: whether weight gradients are added into `main_grad` by the matrix product itself.
-        statistics: what a gradient sample reads, in words.
-        optimizer: where the inner optimizer comes from: "transformer_engine", "apex", "torch.optim.AdamW" or a class.
+        primary_weights: whether the weights are stored in this format.
+        wgrad_fusion: whether the weight-gradient matrix product accumulates into `main_grad`.
+        statistics: description of the gradient samples.
+        optimizer: source of the inner optimizer: "transformer_engine", "apex", "torch.optim.AdamW" or a class.
     """
 
     machine: Machine
@@ -49,18 +48,18 @@ class Precision:
 
 
 class Refusal(NamedTuple):
-    """Something that MoLS cannot work with: whether it is there, what it is and why, and the way out."""
+    """An unsupported setting: whether it applies, what it is and why, and the fix."""
 
     applies: bool
     what: str
     way_out: str
 
 
-# ------------------------------------------------------------------ what a config asks for
+# ------------------------------------------------------------------ checks of a config
 
 
 def _asked(config: object) -> tuple[str, str] | None:
-    """("fp8" or "fp4", recipe) that a TransformerConfig asks for, or None."""
+    """Return ("fp8" or "fp4", recipe) of a TransformerConfig, or None."""
     for kind, default in (("fp8", "delayed"), ("fp4", "nvfp4")):
         if getattr(config, kind, None):
             recipe = getattr(config, f"{kind}_recipe", None) or default
@@ -74,15 +73,15 @@ def check(
     *,
     machine: Machine | None = None,
 ) -> None:
-    """Refuse a precision that this machine cannot compute in, before anything is built.
+    """Raise for a precision that this machine does not support, before anything is built.
 
     Takes Megatron's TransformerConfig and OptimizerConfig.
 
     Raises:
-        MolsUnsupportedError: FP8 or FP4 without Transformer Engine, without a device that has it, or with a version
-            that lacks the recipe; fused weight gradients without apex's kernel; primary weights in FP4; CUDA graphs of
-            full iterations.
-        MolsConfigError: an unknown recipe, or model and optimizer that are told different ones.
+        MolsUnsupportedError: FP8 or FP4 without Transformer Engine, on an unsupported device, or with a version that
+            lacks the recipe; fused weight gradients without apex's kernel; primary weights in FP4; CUDA graphs of full
+            iterations.
+        MolsConfigError: an unknown recipe, or different recipes for model and optimizer.
     """
     machine = probe_machine() if machine is None else machine
     asked = _asked(model_config)
@@ -91,15 +90,15 @@ def check(
         _check_agreement(*asked, optimizer_config)
     if getattr(model_config, "gradient_accumulation_fusion", False) and not machine.wgrad_kernel:
         raise MolsUnsupportedError(
-            "gradient_accumulation_fusion needs apex's fused_weight_gradient_mlp_cuda, which is not there (the output "
-            "layer is Megatron's own also with Transformer Engine): build apex with its CUDA extensions or set "
+            "gradient_accumulation_fusion needs apex's fused_weight_gradient_mlp_cuda, which is missing (the output "
+            "layer is Megatron's also with Transformer Engine): build apex with its CUDA extensions or set "
             "gradient_accumulation_fusion to false"
         )
     _check_setting(model_config)
 
 
 def _check_setting(model_config: object) -> None:
-    """What needs a setting that is never made, or passes by the hooks that MoLS relies on, on any machine."""
+    """Raise for settings that do not work on any machine: a missing partner setting, or bypassed forward hooks."""
     if getattr(model_config, "fp4_param", False):
         raise MolsUnsupportedError(
             "MoLS does not support fp4_param (primary weights in FP4): they need the optimizer's fp4_param_gather; set "
@@ -163,15 +162,15 @@ def _check_agreement(kind: str, recipe: str, optimizer: object) -> None:
         raise MolsConfigError(f"fp8_recipe: the model has {recipe!r}, the optimizer {told!r}; give both the same")
 
 
-# ------------------------------------------------------------------ what a run has
+# ------------------------------------------------------------------ description of a run
 
 
 def describe(model_config: object = None, optimizer: object = None, *, machine: Machine | None = None) -> Precision:
-    """What a run computes in and what its gradient samples are; whatever is not given is left out or guessed.
+    """Describe the precision of a run and of its gradient samples. A missing argument gives defaults.
 
     Args:
         model_config: TransformerConfig.
-        optimizer: MegatronOptimizer (or ChainedOptimizer), built.
+        optimizer: a built MegatronOptimizer (or ChainedOptimizer).
     """
     asked = _asked(model_config)
     kind, recipe = asked if asked is not None else (None, None)
@@ -193,7 +192,7 @@ def describe(model_config: object = None, optimizer: object = None, *, machine: 
 def _statistics(
     gradient: str | None, param: str, kind: str | None, recipe: str | None, primary: bool, fusion: bool
 ) -> str:
-    """One phrase: what the numbers are that a gradient sample reads."""
+    """Describe the gradient samples in one phrase."""
     weights = f"{kind} primary weights" if kind and primary else f"{param} weights"
     text = f"{gradient or 'float32'} main_grad of {weights}"
     if kind:
@@ -202,7 +201,7 @@ def _statistics(
 
 
 def as_versions(precision: Precision) -> dict[str, str]:
-    """The entries of the report's "versions"."""
+    """Return the entries of the report's "versions"."""
     machine = precision.machine
     low = f"{precision.low_precision}/{precision.recipe}" if precision.low_precision else "none"
     return {
@@ -214,18 +213,18 @@ def as_versions(precision: Precision) -> dict[str, str]:
 
 
 def _inner(optimizer: object) -> Iterator[Wrapper]:
-    """The Megatron optimizers below a (possibly chained) one."""
+    """Yield the Megatron optimizers of a (possibly chained) optimizer."""
     if optimizer is not None:
         yield from getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def inner_optimizers(optimizer: object) -> list[torch.optim.Optimizer]:
-    """The optimizers that Megatron's own hold; a rank without parameters holds none."""
+    """Return the inner optimizers of Megatron's optimizers. A rank without parameters has none."""
     return [one.optimizer for one in _inner(optimizer) if getattr(one, "optimizer", None) is not None]
 
 
 def _model_parameters(one: Wrapper) -> Iterator[nn.Parameter]:
-    """Model parameters of one Megatron optimizer, which carry `main_grad`."""
+    """Yield the model parameters of one Megatron optimizer. They have `main_grad`."""
     yield from getattr(one, "model_param_gbuf_map", ())
     for name in ("float16_groups", "fp32_from_fp32_groups"):
         for group in getattr(one, name, ()):
@@ -235,7 +234,7 @@ def _model_parameters(one: Wrapper) -> Iterator[nn.Parameter]:
 
 
 def _gradient_dtype(optimizer: object) -> str | None:
-    """dtype of the reduced gradients: float32, or bfloat16 where `grad_reduce_in_fp32` is off."""
+    """Return the dtype of the reduced gradients: float32, or bfloat16 where `grad_reduce_in_fp32` is off."""
     for one in _inner(optimizer):
         for parameter in _model_parameters(one):
             gradient = getattr(parameter, "main_grad", None)
@@ -245,7 +244,7 @@ def _gradient_dtype(optimizer: object) -> str | None:
 
 
 def _optimizer_source(optimizer: object) -> str:
-    """Which package the inner optimizer is from; without a built one, which Adam Megatron would pick."""
+    """Return the package of the inner optimizer; without one, the package of Megatron's default Adam."""
     kinds = [type(one.optimizer) for one in _inner(optimizer) if getattr(one, "optimizer", None) is not None]
     if not kinds:
         from megatron.core import optimizer as module
@@ -261,27 +260,27 @@ def _optimizer_source(optimizer: object) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-# ------------------------------------------------------------------ optimizers that cannot be scaled
+# ------------------------------------------------------------------ unsupported optimizers
 
 
 def _is_a(thing: object, *names: str) -> bool:
-    """Whether a class of one of these names is among the thing's classes, of whatever module and version."""
+    """Return whether a base class has one of these names, in any module and version."""
     return any(kind.__name__ in names for kind in type(thing).__mro__)
 
 
 def optimizer_refusals(
     optimizer: object, mode: Mode | None, *, fused: bool = False, unscaled: bool = False
 ) -> list[Refusal]:
-    """Each thing that MoLS refuses of a Megatron optimizer, with whether it applies.
+    """Return the unsupported settings of a Megatron optimizer, each with whether it applies.
 
     Args:
-        optimizer: what get_megatron_optimizer returned.
-        mode: in which gradients are measured; None where the alphas are given.
-        fused: whether a parameter holds rows of several groups (`linear_qkv`), so that ranges have to be scaled.
-        unscaled: whether weight decay is to stay that of the base rate.
+        optimizer: from get_megatron_optimizer.
+        mode: mode of measurement; None for given alphas.
+        fused: whether a parameter has rows of several groups (`linear_qkv`), so that MoLS scales ranges.
+        unscaled: whether weight decay keeps the base rate.
     """
     every = list(_inner(optimizer))
-    # A chain keeps no config of its own where it is empty; its members' are one and the same object.
+    # An empty chain has no config. Its members share one config object.
     found = [getattr(one, "config", None) for one in (optimizer, *every)]
     configs = [config for config in found if config is not None]
     inner = inner_optimizers(optimizer)
@@ -300,7 +299,7 @@ def optimizer_refusals(
         Refusal(
             any(_is_a(one, "LayerWiseDistributedOptimizer") for one in (optimizer, *every))
             or asks("use_layer_wise_distributed_optimizer"),
-            "the layer-wise distributed optimizer: it deals whole layers to ranks and steps them by its own rule",
+            "the layer-wise distributed optimizer: it assigns full layers to ranks and has its own step",
             "use_distributed_optimizer with optimizer 'adam'",
         ),
         Refusal(
@@ -311,12 +310,12 @@ def optimizer_refusals(
         ),
         Refusal(
             asks("optimizer_cpu_offload") or any(_is_a(one, "HybridDeviceOptimizer") for one in inner),
-            "optimizer_cpu_offload (HybridDeviceOptimizer): it steps copies in optimizers of its own",
+            "optimizer_cpu_offload (HybridDeviceOptimizer): it steps copies in its own optimizers",
             "optimizer_cpu_offload: false; the accumulators of MoLS are in host memory by default",
         ),
         Refusal(
             asks("optimizer_cuda_graph"),
-            "optimizer_cuda_graph: the rates are baked into the captured step",
+            "optimizer_cuda_graph: the captured step has fixed rates",
             "optimizer_cuda_graph: false",
         ),
         Refusal(
@@ -332,7 +331,7 @@ def optimizer_refusals(
         Refusal(
             mode == "probe" and asks("reuse_grad_buf_for_mxfp8_param_ag"),
             "reuse_grad_buf_for_mxfp8_param_ag in mode 'probe': the gradient buffer doubles as the buffer of the "
-            "parameters, so a step that is not taken would leave the next forward without them",
+            "parameters, so a step that is skipped would leave the next forward without them",
             'mode "online", or reuse_grad_buf_for_mxfp8_param_ag: false',
         ),
         Refusal(
@@ -355,7 +354,7 @@ def optimizer_refusals(
 def _moments_refusals(
     mode: Mode | None, inner: Sequence[torch.optim.Optimizer], configs: Sequence[object]
 ) -> list[Refusal]:
-    """What mode "moments" cannot read."""
+    """Return the unsupported settings of mode "moments"."""
     low = [getattr(config, key, torch.float32) for config in configs for key in ("exp_avg_dtype", "exp_avg_sq_dtype")]
     return [
         Refusal(
@@ -377,5 +376,5 @@ def _moments_refusals(
 
 
 def _has_adam_moments(inner: object) -> bool:
-    """As the catalog says; of classes that it does not have, only those that are called Adam."""
+    """Return whether an optimizer has Adam's moments by the catalog, and "adam" in its class name."""
     return has_adam_moments(inner) and "adam" in type(inner).__name__.lower()

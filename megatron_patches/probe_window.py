@@ -1,4 +1,4 @@
-"""What a probe window gives back on a Megatron-core optimizer: see `mols_ds.core.probe_window`."""
+"""State that a probe window restores on a Megatron-core optimizer: see `mols_ds.core.probe_window`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mols_ds.core.probe_window import ProbeWindow
 
 
 class MegatronWindow(ProbeWindow):
-    """Also the generators of CUDA and of Megatron's tracker, and Megatron's sums for logging."""
+    """Also restore the RNG state of CUDA and of Megatron's tracker, and Megatron's sums for logging."""
 
     def __init__(self, model_chunks: Sequence[nn.Module]) -> None:
         super().__init__(ModuleState(model_chunks, MODULE_ATTRIBUTES, trackers))

@@ -1,4 +1,4 @@
-"""The random state of one rank: of its CPU and accelerator generators and of Megatron's tracker."""
+"""RNG state of one rank: CPU and accelerator generators, and Megatron's tracker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Tracker(Protocol):
-    """Megatron's `CudaRNGStatesTracker`: a random state for each name."""
+    """Megatron's `CudaRNGStatesTracker`: name -> RNG state."""
 
     def get_states(self) -> dict[str, Tensor | torch.Generator]: ...
 
@@ -18,13 +18,13 @@ class Tracker(Protocol):
 
 
 class RandomState:
-    """CPU and accelerator generators and Megatron's tensor-parallel tracker (tensor_parallel/random.py)."""
+    """RNG state of the CPU, the accelerator and Megatron's tensor-parallel tracker (tensor_parallel/random.py)."""
 
     def __init__(self) -> None:
         self.saved: dict[str, Any] | None = None
 
     def remember(self) -> None:
-        """Take a copy, unless there is one."""
+        """Save a copy, unless one exists."""
         if self.saved is None:
             self.saved = {
                 "torch": torch.get_rng_state(),
@@ -33,7 +33,7 @@ class RandomState:
             }
 
     def restore(self) -> None:
-        """Give the copy back and drop it; without one, nothing happens."""
+        """Restore the copy and drop it. Does nothing without a copy."""
         saved, self.saved = self.saved, None
         if saved is None:
             return
@@ -43,28 +43,28 @@ class RandomState:
 
 
 def accelerator_state() -> Tensor | None:
-    """Of this rank's CUDA device; None without one."""
+    """Return the RNG state of this rank's CUDA device; None without one."""
     return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
 def set_accelerator_state(state: Tensor | None) -> None:
-    """What `accelerator_state` gave; None: nothing to set."""
+    """Set the RNG state from `accelerator_state`. None: does nothing."""
     if state is not None:
         torch.cuda.set_rng_state(state)
 
 
 def tracker_states() -> dict[str, Tensor]:
-    """Copies of the states of Megatron's tracker."""
+    """Return copies of the states of Megatron's tracker."""
     return {name: _copy(state) for name, state in _tracker().get_states().items()}
 
 
 def set_tracker_states(copies: Mapping[str, Tensor]) -> None:
-    """Set the states of Megatron's tracker as `tracker_states` gave them."""
+    """Set the states of Megatron's tracker from `tracker_states`."""
     tracker = _tracker()
     states = tracker.get_states()
     for name, copy in copies.items():
         live = states.get(name)
-        if isinstance(live, torch.Generator):  # trackers for CUDA graphs hold live generators
+        if isinstance(live, torch.Generator):  # trackers for CUDA graphs hold generators
             live.set_state(copy)
         else:
             states[name] = copy

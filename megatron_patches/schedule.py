@@ -1,4 +1,4 @@
-"""How many steps a Megatron run has taken and will take, as its optimizer and its scheduler tell them."""
+"""Steps taken and planned in a Megatron run, from its optimizer and scheduler."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from mols_ds.errors import MolsConfigError
 
 
 def optimizer_steps(optimizer: object) -> int:
-    """Updates that the inner optimizers of this rank have taken, from Adam's own counters; 0 where there is none."""
+    """Return the number of updates of this rank's inner optimizers, from Adam's counters; 0 without a counter."""
     counts = [0]
     for outer in getattr(optimizer, "chained_optimizers", []):
         if getattr(outer, "is_stub_optimizer", False):
@@ -17,15 +17,15 @@ def optimizer_steps(optimizer: object) -> int:
 
 
 def scheduler_hints(scheduler: object, samples_per_step: int | None) -> tuple[int | None, int | None]:
-    """(total steps, warm-up steps) from an OptimizerParamScheduler, or None each.
+    """Return (total steps, warm-up steps) from an OptimizerParamScheduler; None for an unknown number.
 
-    It counts what the training loop passes to `scheduler.step(increment)`, in Megatron-LM and Megatron-Bridge samples.
-    samples_per_step: that increment; None: the constant global batch size of Megatron's num_microbatches_calculator,
-    if one is set. Without either nothing is assumed, and a share needs "mols.total_steps".
+    The scheduler counts the increments of `scheduler.step(increment)`: samples in Megatron-LM and Megatron-Bridge.
+    samples_per_step: this increment. None: the constant global batch size of Megatron's num_microbatches_calculator.
+    Without either both numbers are None, and a share such as "start": 0.01 needs "mols.total_steps".
     """
     if samples_per_step is not None and samples_per_step < 1:
         raise MolsConfigError(
-            f"samples_per_step is {samples_per_step}; it is what scheduler.step() is given, at least 1"
+            f"samples_per_step is {samples_per_step}; it is the increment of scheduler.step(), at least 1"
         )
     decay, warmup = getattr(scheduler, "lr_decay_steps", None), getattr(scheduler, "lr_warmup_steps", None)
     per = samples_per_step or _global_batch_size()
@@ -39,5 +39,5 @@ def _global_batch_size() -> int | None:
 
     current = getattr(calculator, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR", None)
     if type(current).__name__ != "ConstantNumMicroBatchesCalculator":
-        return None  # none set, or a batch size that grows
+        return None  # not set, or a growing batch size
     return int(calculator.get_current_global_batch_size())

@@ -1,13 +1,13 @@
-"""Where Megatron's optimizers keep their shards: the only file that uses private names of megatron.core.optimizer.
+"""Shards of Megatron's optimizers. The only file that uses private names of megatron.core.optimizer.
 
-Megatron chains one optimizer for the dense and one for the expert parameters. Each steps an inner torch optimizer over
-its own tensors: flat fp32 ranges of the parameters (`DistributedOptimizer`), whole fp32 copies
-(`Float16OptimizerWithFloat16Params`) or the parameters themselves (`FP32Optimizer`). After `prepare_grads()` each
-tensor's gradient is reduced over the data-parallel ranks, unscaled and not yet clipped.
+Megatron chains one optimizer for dense and one for expert parameters. Each has an inner torch optimizer that steps flat
+fp32 ranges of the parameters (`DistributedOptimizer`), full fp32 copies (`Float16OptimizerWithFloat16Params`) or the
+parameters (`FP32Optimizer`). After `prepare_grads()` each gradient is reduced over the data-parallel ranks, unscaled
+and not yet clipped.
 
-Who counts: a rank measures the elements it owns such that each logical element is owned once in the whole world. Copies
-over tensor- and pipeline-parallel ranks are settled in param_map.py; data-parallel replicas (plain DDP, several
-distributed-optimizer instances) split the elements among them. So one SUM over all ranks gives the global sums.
+Each logical element is owned by exactly one rank of the world, which measures it. param_map.py selects the rank among
+copies on tensor- and pipeline-parallel ranks. Data-parallel replicas (plain DDP, several distributed-optimizer
+instances) split the elements. So one SUM over all ranks gives the global sums.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KINDS = ("DistributedOptimizer", "Float16OptimizerWithFloat16Params", "FP32Optim
 class Shard:
     """One tensor that an inner optimizer steps.
 
-    range: the elements of a logical parameter that it consists of; at its offset 0.
+    range: its elements of a logical parameter, at offset 0.
     group: index of its parameter group in the inner optimizer.
     """
 
@@ -45,15 +45,15 @@ class Shard:
     group: int
 
     def gradient(self) -> Tensor | None:
-        """The reduced gradient after `prepare_grads()`, 1-D; precision-aware optimizers keep it apart."""
+        """Return the reduced gradient after `prepare_grads()`, 1-D. Precision-aware optimizers store it separately."""
         gradient = gradient_of(self.tensor)
         return None if gradient is None else gradient.detach().reshape(-1)
 
 
 class ChainedPart:
-    """One of the chained optimizers with the shards of this rank.
+    """A chained optimizer with this rank's shards.
 
-    idle: what the inner optimizer steps for parameters that are frozen now.
+    idle: tensors of the inner optimizer for parameters that are now frozen.
     """
 
     def __init__(self, outer: MegatronOptimizer, shards: list[Shard]) -> None:
@@ -69,13 +69,12 @@ class MegatronShards:
     """The shards of this rank in all chained optimizers.
 
     Attributes:
-        parts: the chained optimizers, in their order.
-        owned: (shard, range in its tensor) of the elements whose statistics this rank keeps, in the order of its
-            accumulators.
-        accumulated: the ranges of `owned` as they are in the accumulators.
+        parts: the chained optimizers, in order.
+        owned: (shard, range in its tensor) of the elements that this rank measures, in the order of the accumulators.
+        accumulated: the ranges of `owned`, with offsets in the accumulators.
 
     Raises:
-        MolsUnsupportedError: an optimizer of another kind, or a parameter of the optimizer that no model chunk has.
+        MolsUnsupportedError: an unknown kind of optimizer, or a parameter of the optimizer that no model chunk has.
     """
 
     def __init__(self, optimizer: MegatronOptimizer, locals_: Sequence[LocalParameter], grid: ProcessGrid) -> None:
@@ -94,7 +93,7 @@ class MegatronShards:
         self.accumulated = pack(item for _, item in self.owned)
 
     def read(self) -> Parts:
-        """(offset among the owned elements, gradient of those elements) after `prepare_grads()`; no collective."""
+        """Return (offset in the owned elements, their gradient) after `prepare_grads()`. No collective."""
         for (shard, item), accumulated in zip(self.owned, self.accumulated, strict=True):
             gradient = shard.gradient()
             if gradient is None:
@@ -104,32 +103,32 @@ class MegatronShards:
                 yield accumulated.offset, item.view(gradient)
 
     def loss_scale(self) -> float:
-        """1: `prepare_grads()` has divided the loss scale out."""
+        """Return 1: `prepare_grads()` has divided by the loss scale."""
         return 1.0
 
     def reduce(self, values: Tensor) -> Tensor:
-        """SUM over all ranks, whose owned elements are disjoint. 1-D float64 in, CPU float64 out."""
+        """Sum over all ranks (their owned elements are disjoint). values: 1-D float64. Returns float64 on the CPU."""
         sums = values.to(collective_device())
         dist.all_reduce(sums)
         return sums.cpu()
 
     def discard(self) -> None:
-        """Nothing: the training loop zeroes the gradient buffers before each iteration."""
+        """Do nothing: the training loop zeroes the gradient buffers before each iteration."""
 
     def finite(self) -> bool:
-        """Whether every gradient that this rank owns is finite."""
+        """Return whether every gradient that this rank owns is finite."""
         return all_finite(gradient for _, gradient in self.read())
 
 
 def collective_device() -> torch.device:
-    """Where this rank's gradients and collectives are."""
+    """Return the device of this rank's gradients and collectives."""
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def _shards(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
-    """Without the parameters that were frozen after the optimizer was made, which `local_parameters` leaves out too."""
+    """Yield the shards, without parameters frozen after building the optimizer: `local_parameters` skips them too."""
     kind = type(outer).__name__
     if kind not in KINDS:
         raise MolsUnsupportedError(
@@ -149,7 +148,7 @@ def _shards(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]
 
 
 def _distributed(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
-    """Ranges of the bucket that this rank owns (optimizer/distrib_optimizer.py)."""
+    """Yield this rank's ranges of the buckets (optimizer/distrib_optimizer.py)."""
     for parameter in filter(_trained, outer.model_param_gbuf_map):
         local = _local(by_parameter, parameter)
         where = outer._get_model_param_range_map(parameter)["param"]
@@ -163,7 +162,7 @@ def _distributed(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParam
 
 
 def _float16(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
-    """Whole fp32 copies of 16-bit parameters, and fp32 parameters themselves (optimizer/optimizer.py)."""
+    """Yield full fp32 copies of 16-bit parameters, and the fp32 parameters (optimizer/optimizer.py)."""
     group_of = {id(t): i for i, group in enumerate(outer.optimizer.param_groups) for t in group["params"]}
     pairs = [
         *zip(outer.float16_groups, outer.fp32_from_float16_groups, strict=True),
@@ -186,13 +185,13 @@ def _local(by_parameter: Mapping[int, LocalParameter], parameter: nn.Parameter) 
     if local is None:
         raise MolsUnsupportedError(
             f"the optimizer holds a parameter of shape {list(parameter.shape)} that no given model chunk has: "
-            "pass all chunks of this rank, those that get_megatron_optimizer was given"
+            "pass all chunks of this rank, as to get_megatron_optimizer"
         )
     return local
 
 
 def _replicas(outer: MegatronOptimizer, shards: Sequence[Shard], grid: ProcessGrid) -> tuple[int, int]:
-    """(this rank's number among the ranks that hold the same shards, how many they are)."""
+    """Return (this rank's index, number of ranks) among the ranks with the same shards."""
     if type(outer).__name__ == "DistributedOptimizer":
         instances = int(getattr(outer.ddp_config, "num_distributed_optimizer_instances", 1) or 1)
         return int(getattr(outer, "distributed_optimizer_instance_id", 0)), instances

@@ -1,4 +1,4 @@
-"""Megatron's sums for logging, which forward passes add to: losses of the routers and of multi-token prediction."""
+"""Megatron's sums for logging, updated in forward passes: losses of routers and of multi-token prediction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mols_ds.core.module_state import Tracker
 
 
 def trackers() -> Sequence[Tracker]:
-    """Those of the modules of megatron.core that were imported; a model without them imports none."""
+    """Return the trackers of the imported modules of megatron.core. Does not import any module."""
     found: list[Tracker] = []
     for name, path in TRACKERS:
         value: object = sys.modules.get(name)

@@ -1,4 +1,4 @@
-"""Adam on CPU tensors with the state of Transformer Engine's and apex's FusedAdam."""
+"""Adam on CPU tensors, with the state layout of Transformer Engine's and apex's FusedAdam."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ParamGroup = dict[str, Any]
 
 
 class CpuFusedAdam(Optimizer):
-    """Adam or AdamW whose step count is a number in the parameter group, as Transformer Engine and apex keep it.
+    """Adam or AdamW with the step count in the parameter group, as in Transformer Engine and apex.
 
-    The state of a parameter is `exp_avg` and `exp_avg_sq`, tensors of its shape and dtype. The arithmetic is that of
-    `torch.optim.AdamW(foreach=False)` (`adam_w_mode`) or `torch.optim.Adam(foreach=False)`, in the same order: the
-    results are the same bits. The step of a group without parameters does not advance, as in Transformer Engine.
+    State of a parameter: `exp_avg` and `exp_avg_sq`, with its shape and dtype. Bit-identical to
+    `torch.optim.AdamW(foreach=False)` (`adam_w_mode`) or `torch.optim.Adam(foreach=False)`: the same operations in the
+    same order. The step of a group without parameters does not advance, as in Transformer Engine.
 
     Raises:
-        ValueError: amsgrad or another option of FusedAdam that this class does not have.
+        ValueError: amsgrad or another option of FusedAdam that this class lacks.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class CpuFusedAdam(Optimizer):
     ) -> None:
         asked = {name: value for name, value in unsupported.items() if value}
         if asked:
-            raise ValueError(f"CpuFusedAdam has no {', '.join(asked)}: it stands for FusedAdam with fp32 states only")
+            raise ValueError(f"CpuFusedAdam has no {', '.join(asked)}: it emulates FusedAdam with fp32 states only")
         self.adam_w_mode = adam_w_mode
         defaults = dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults)
 
     def initialize_state(self, param: Tensor) -> None:
-        """Give `param` zero moments."""
+        """Set the moments of `param` to zeros."""
         self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
 
     @torch.no_grad()
@@ -62,7 +62,7 @@ class CpuFusedAdam(Optimizer):
         return loss
 
     def _update(self, param: Tensor, grad: Tensor, group: ParamGroup) -> None:
-        """Kingma and Ba (2015), algorithm 1; decoupled weight decay after Loshchilov and Hutter (2019)."""
+        """Update by Kingma and Ba (2015), algorithm 1; decoupled decay by Loshchilov and Hutter (2019)."""
         if not self.state[param]:
             self.initialize_state(param)
         lr, decay, (beta1, beta2), step = float(group["lr"]), group["weight_decay"], group["betas"], group["step"]

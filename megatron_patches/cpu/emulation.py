@@ -1,15 +1,15 @@
 """Run an unmodified megatron-core on CPU tensors and gloo, for tests and laptops.
 
-`with cpu_megatron():` is all of it. Megatron-core asks for CUDA by name; inside the context
+Use `with cpu_megatron():`. Megatron-core requests CUDA by name. Inside the context
 
-- a `TorchFunctionMode` turns `device="cuda"` into the CPU, makes `Tensor.cuda()`, `pin_memory` and `record_stream` do
-  nothing, and lets `Tensor.type()` say `torch.cuda.*Tensor`, because optimizers and clipping compare that string;
-- the random state, streams, events and ranges of `torch.cuda` are those of the CPU, or do nothing;
+- a `TorchFunctionMode` replaces `device="cuda"` by the CPU, makes `Tensor.cuda()`, `pin_memory` and `record_stream`
+  no-ops, and makes `Tensor.type()` return `torch.cuda.*Tensor`: optimizers and clipping compare that string;
+- the RNG state of `torch.cuda` is the CPU's; its streams, events and ranges are no-ops;
 - `@jit_fuser` (`torch.compile`) runs eagerly;
-- what the layer specs without Transformer Engine lack is added (`cpu_spec`).
+- the layer specs without Transformer Engine get their missing parts (`cpu.specs`).
 
-Everything is put back on exit. Runs with 0.15.3, 0.16.1, 0.17.1, 0.18.0 and 0.19.2 were seen; context parallelism,
-Transformer Engine, FP8 and the precision-aware optimizer need a GPU.
+On exit everything is restored. Run with 0.15.3, 0.16.1, 0.17.1, 0.18.0 and 0.19.2. Context parallelism, Transformer
+Engine, FP8 and the precision-aware optimizer need a GPU.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from megatron_patches.monkeypatch import Patches
 from mols_ds.errors import MolsUnsupportedError
 
 _CPU = torch.device("cpu")
-_active: set[str] = set()  # what the contexts that are open now have put in place
+_active: set[str] = set()  # patches of the contexts that are open now
 
 
 @contextlib.contextmanager
 def cpu_megatron(*, fused_adam: bool = False) -> Iterator[None]:
-    """Let megatron-core run on CPU tensors inside the `with` block, and put everything back behind it.
+    """Run megatron-core on CPU tensors inside the `with` block. Restore everything on exit.
+
+    A nested context adds only what the outer one lacks. Import Megatron's models inside the context: from 0.18 on they
+    need triton otherwise.
 
     Args:
-        fused_adam: Megatron builds `CpuFusedAdam` in the place of torch's AdamW, as if Transformer Engine were
-            installed. Needed to load checkpoints of DistributedOptimizer, which torch's AdamW cannot (megatron-core
-            asserts on its per-parameter `step`).
-
-    A context inside another adds only what the outer one has not. Import Megatron's models inside the context: from
-    0.18 on they need triton otherwise.
+        fused_adam: build `CpuFusedAdam` instead of torch's AdamW, as if Transformer Engine were installed. Needed to
+            load checkpoints of DistributedOptimizer: megatron-core asserts on the per-parameter `step` of torch's
+            AdamW.
 
     Raises:
-        MolsUnsupportedError: megatron-core is missing or lacks a name that is replaced here, or Transformer Engine or
-            apex is installed, whose kernels megatron-core would call with CPU tensors.
+        MolsUnsupportedError: megatron-core is missing or lacks a patched name; or Transformer Engine or apex is
+            installed, so that megatron-core would call its CUDA kernels with CPU tensors.
     """
     wanted = {"cpu"} | ({"fused_adam"} if fused_adam else set())
     new = wanted - _active
@@ -63,7 +63,7 @@ def cpu_megatron(*, fused_adam: bool = False) -> Iterator[None]:
         if "cpu" in new:
             _check_installed()
             _patch_triton(patches)
-            # First, with torch as it is: torch.compile, which this import sets up, lists torch's functions once.
+            # Before any patch: this import sets up torch.compile, which lists torch's functions once.
             importlib.import_module("megatron.core")
             _patch_cuda(patches)
             stack.enter_context(_CpuMode())
@@ -96,12 +96,12 @@ def _found(module: str) -> bool:
 
 
 def _eager() -> contextlib.AbstractContextManager[None]:
-    """`@jit_fuser` is `torch.compile`, and inductor fails on devices that are only called cuda."""
+    """Run `@jit_fuser` (`torch.compile`) eagerly: inductor fails on emulated CUDA devices."""
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return,unused-ignore]
 
 
 def _patch_adam(patches: Patches) -> None:
-    """Megatron's three places that choose the Adam class and the layout of its state."""
+    """Patch the three places where Megatron selects the Adam class and its state layout."""
     optimizer = importlib.import_module("megatron.core.optimizer")
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     patches.set(optimizer, "Adam", CpuFusedAdam)
@@ -121,7 +121,7 @@ def _is_cuda(device: object) -> bool:
 
 
 class _CpuMode(TorchFunctionMode):
-    """Sends what is asked of CUDA to the CPU."""
+    """Redirect CUDA calls to the CPU."""
 
     def __torch_function__(
         self,
@@ -147,7 +147,7 @@ class _CpuMode(TorchFunctionMode):
 
 
 class _Event:
-    """A CUDA event that has always happened already."""
+    """A CUDA event that is always complete."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -165,7 +165,7 @@ class _Event:
 
 
 class _Stream(contextlib.AbstractContextManager[None]):
-    """A CUDA stream on which all work is done already."""
+    """A CUDA stream whose work is always complete."""
 
     device = _CPU
     cuda_stream = 0
@@ -188,7 +188,7 @@ class _Stream(contextlib.AbstractContextManager[None]):
 
 
 def _nothing() -> Callable[..., None]:
-    """A new function that does nothing: torch.compile's list refuses one function under two names of torch."""
+    """Return a new no-op function: torch.compile rejects one function under two names of torch."""
 
     def nothing(*args: Any, **kwargs: Any) -> None: ...
 
@@ -212,10 +212,10 @@ def _stream_context(stream: object = None) -> contextlib.AbstractContextManager[
 
 
 def _patch_cuda(patches: Patches) -> None:
-    """What megatron-core calls in `torch.cuda` when it trains."""
+    """Patch the functions of `torch.cuda` that megatron-core calls in training."""
     stream = _Stream()
     for name, value in {
-        # A device, not a number: torch takes a number for a CUDA device.
+        # A device, not an index: torch interprets an index as a CUDA device.
         "current_device": lambda: _CPU,
         "is_initialized": lambda: True,
         "get_rng_state": _get_rng_state,
@@ -241,25 +241,25 @@ def _patch_cuda(patches: Patches) -> None:
 
 
 class _NoKernel:
-    """Stands for a triton kernel where triton is missing: it can be named, not launched."""
+    """Placeholder of a triton kernel without triton: raises when launched."""
 
     def __init__(self, function: FunctionType) -> None:
         self.name = function.__qualname__
 
     def __getitem__(self, grid: object) -> NoReturn:
         raise MolsUnsupportedError(
-            f"the kernel {self.name} needs triton, which is not installed, and a GPU: leave out the option that uses it"
+            f"the kernel {self.name} needs a GPU and triton, which is not installed: remove the option that uses it"
             " (moe_paged_stash, --batch-invariant-mode)"
         )
 
 
 def _jit(function: FunctionType | None = None, **options: object) -> Any:
-    """`@triton.jit`, and `@triton.jit(...)`."""
+    """Emulate `@triton.jit` and `@triton.jit(...)`."""
     return _NoKernel if function is None else _NoKernel(function)
 
 
 class _WithoutTriton(SourceFileLoader):
-    """Loads a module without its `import triton`; its kernels refuse to be launched."""
+    """Load a module without its `import triton`. Its kernels raise when launched."""
 
     def source_to_code(self, data: Any, path: Any, **options: Any) -> CodeType:  # type: ignore[override]
         tree = ast.parse(data, path)
@@ -268,7 +268,7 @@ class _WithoutTriton(SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
-        return self.source_to_code(self.get_data(path), path)  # never the cached bytecode of the whole module
+        return self.source_to_code(self.get_data(path), path)  # not the cached bytecode of the unmodified module
 
     def exec_module(self, module: ModuleType) -> None:
         language = ModuleType("triton.language")

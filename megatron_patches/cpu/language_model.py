@@ -1,4 +1,4 @@
-"""Megatron-LM's own training scripts on a CPU: what the package megatron.training needs beside `cpu_megatron`."""
+"""Run Megatron-LM's training scripts on a CPU: patches of megatron.training, in addition to `cpu_megatron`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from megatron_patches.monkeypatch import Patches
 from mols_ds.errors import MolsConfigError
 
 COMPILED = "megatron.core.datasets.helpers_cpp"
-"""What `compile_helpers` compiles; megatron-core's wheel has it."""
+"""The module that `compile_helpers` compiles. megatron-core's wheel contains it."""
 NOISE = "megatron.core.tensor_parallel.random"
-"""Its warning that the CPU's random state has changed is wrong where that stands for CUDA's."""
+"""The logger of a warning about a changed CPU RNG state. Here the CPU's state replaces CUDA's, so it may change."""
 
 FUSED_ADAM = "--fused-adam"
 USAGE = (
@@ -35,7 +35,7 @@ USAGE = (
 
 
 class _Device(NamedTuple):
-    """What Megatron-LM reads of `torch.cuda.get_device_properties`."""
+    """Fields of `torch.cuda.get_device_properties` that Megatron-LM reads."""
 
     name: str = "cpu"
     major: int = 8
@@ -45,19 +45,19 @@ class _Device(NamedTuple):
 
 
 def run_script(script: str, arguments: Sequence[str], *, fused_adam: bool = False) -> None:
-    """Run one of Megatron-LM's training scripts, such as pretrain_gpt.py, on CPU tensors and gloo.
+    """Run a training script of Megatron-LM, such as pretrain_gpt.py, on CPU tensors and gloo.
 
-    megatron.training and the script's own imports come from the script's folder, a checkout of Megatron-LM. The
-    installed megatron-core goes before the checkout's, because it has the dataset helpers compiled.
+    Imports megatron.training and the script's imports from the script's folder, a checkout of Megatron-LM. Imports the
+    installed megatron-core before the checkout's, because it has the compiled dataset helpers.
 
     Args:
         script: path of the script.
         arguments: of the script; `--distributed-backend gloo --transformer-impl local` and no fused kernels.
-        fused_adam: as `cpu_megatron`; needed to load a checkpoint with `--use-distributed-optimizer`.
+        fused_adam: as in `cpu_megatron`; needed to load a checkpoint with `--use-distributed-optimizer`.
 
     Raises:
-        MolsConfigError: there is no such script, or no megatron.training beside it.
-        MolsUnsupportedError: as `cpu_megatron`, or megatron.training lacks a name that is replaced.
+        MolsConfigError: missing script, or no megatron.training next to it.
+        MolsUnsupportedError: as `cpu_megatron`, or megatron.training lacks a patched name.
     """
     folder = os.path.dirname(os.path.abspath(script))
     if not os.path.isfile(script) or not os.path.isdir(os.path.join(folder, "megatron", "training")):
@@ -96,7 +96,7 @@ def _language_model() -> Iterator[None]:
 
 
 def _patch_devices(patches: Patches) -> None:
-    """One device, whose memory nobody counts."""
+    """Patch the device queries: one device, without memory statistics."""
     for name, value in {
         "device_count": lambda: 1,
         "get_device_capability": lambda device=None: (_Device().major, _Device().minor),
@@ -117,7 +117,7 @@ def _zero(*args: object, **kwargs: object) -> int:
 
 
 def _without_script(stock: Callable[[str], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
-    """Processes that a save of torch_dist starts do not need the script, which they would import as it is, on CUDA."""
+    """Start the processes of a torch_dist save without the script: importing it there would run on CUDA."""
 
     def get_preparation_data(name: str) -> dict[str, Any]:
         found = stock(name)
@@ -131,7 +131,7 @@ def _is_no_noise(record: logging.LogRecord) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 0, or 2 for a user's mistake, in one line on stderr."""
+    """Run the command. Return 0, or 2 for a user's mistake, with one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     fused_adam = arguments[:1] == [FUSED_ADAM]
     script, *rest = arguments[fused_adam:] or [""]
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not script or script.startswith("-"):
             raise MolsConfigError(USAGE)
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-LM insists, and here it means nothing
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-LM requires it; no effect on a CPU
         run_script(script, rest, fused_adam=fused_adam)
     except MolsConfigError as error:
         print(f"megatron_patches.cpu: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""What megatron-core's layer specs without Transformer Engine lack, added by `cpu.cpu_megatron`.
+"""Add the missing parts of megatron-core's layer specs without Transformer Engine, for `cpu.cpu_megatron`.
 
-Classes are patched in place, so that every module that has imported them by name sees the change.
+Patches classes in place, so that modules that imported them by name see the change.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NORMS: dict[str, type[nn.Module]] = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.R
 
 
 def patch_specs(patches: Patches) -> None:
-    """Add all of it; what a version has itself, or no longer has, is left alone."""
+    """Apply all patches. Skip names that a release already has, or no longer has."""
     _patch_random(patches)
     _patch_norm(patches)
     _patch_attention(patches)
@@ -34,7 +34,7 @@ def _optional(name: str) -> ModuleType | None:
 
 
 def _patch_random(patches: Patches) -> None:
-    """Megatron's own random state functions go to CUDA's generators; and names that it defines only with TE."""
+    """Patch Megatron's RNG state functions, which use CUDA's generators, and names that it defines only with TE."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     patches.set(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     patches.set(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
@@ -48,7 +48,7 @@ def _patch_random(patches: Patches) -> None:
 
 
 class _NoFp8:
-    """Transformer Engine's state of FP8, where there is none. Selective recomputation asks for it."""
+    """Transformer Engine's FP8 state, always off. Selective recomputation reads it."""
 
     @staticmethod
     def is_fp8_enabled() -> bool:
@@ -56,7 +56,7 @@ class _NoFp8:
 
 
 def _patch_norm(patches: Patches) -> None:
-    """`WrappedTorchNorm` refuses sequence parallelism; apex and TE norms mark their parameters instead."""
+    """Let `WrappedTorchNorm` accept sequence parallelism: mark its parameters, as norms of apex and TE do."""
     wrapped = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
     stock = wrapped.__new__
 
@@ -73,13 +73,13 @@ def _patch_norm(patches: Patches) -> None:
 
 
 def _patch_attention(patches: Patches) -> None:
-    """MLA passes the widths of K and V to its core attention, which only TE's takes; and TE classes that are mocks."""
+    """Let core attention accept MLA's widths of K and V, as TE's does. Replace TE classes that are mocks."""
     attention = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
     stock = attention.__init__
 
     def init(self: Any, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kw: Any) -> None:
         stock(self, *args, **kw)
-        if v_channels is not None:  # the width of what it returns; that of K is read off the tensors
+        if v_channels is not None:  # the output's width; K's is read from the tensors
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
     patches.set(attention, "__init__", init)
@@ -104,19 +104,19 @@ def _patch_experts(patches: Patches) -> None:
 
 
 def _to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
-    """As Megatron's function of this name, which leaves a tensor that is on the host already a tensor."""
+    """Replace Megatron's function of this name, which does not convert a tensor that is already on the host."""
     return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
 
 
 class LoopedGemm:
-    """The one operation of the package grouped_gemm that GroupedMLP uses, as a loop over experts."""
+    """Emulate grouped_gemm's only operation that GroupedMLP uses, as a loop over experts."""
 
     @staticmethod
     def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Tensor:
         """Return rows of `a` times the matrix of their expert.
 
         Args:
-            a: [tokens, k], tokens of one expert behind another.
+            a: [tokens, k], sorted by expert.
             b: [experts, k, n], or [experts, n, k] with `trans_b`.
             batch_sizes: [experts], tokens of each expert.
 

@@ -1,4 +1,4 @@
-"""The document of mols_report.json (contract: docs/report.md), from group sums and alphas. Renders nothing. Pure."""
+"""Build the content of mols_report.json (format: docs/report.md) from group sums and alphas. Pure functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEASURED = (
 
 
 def unmeasured_rows(table: GroupTable, alphas: Mapping[str, float]) -> dict[str, ReportGroup]:
-    """Rows of alphas that no measurement gave (`fixed_alphas`, a failed calibration): every statistic is null."""
+    """Build rows for alphas without a measurement (`fixed_alphas`, a failed calibration): every statistic is null."""
     rows: dict[str, Any] = {
         row.group: {"elements": row.elements} | dict.fromkeys(MEASURED) | {"alpha": alphas[row.group], "clamped": False}
         for row in table
@@ -35,9 +35,9 @@ def measured_rows(
     correction: bool,
     mode: Mode,
 ) -> dict[str, ReportGroup]:
-    """One row a group: "snr" is what the chosen estimator gave, the others are uncorrected, from the same sums.
+    """Build one row per group: "snr" from the chosen estimator, the others uncorrected, from the same sums.
 
-    What is undefined (a group of which no element moved, an interval with too few samples) is null.
+    Undefined values (a group without moving elements, an interval from too few samples) are null.
     """
     chosen = estimate(sums, estimator, correction)
     plain = {name: estimate(sums, name, False) for name in ESTIMATORS}
@@ -60,7 +60,7 @@ def measured_rows(
             "alpha_high": alphas[group].high,
             "never_moved_share": never[group] / seen,
             "constant_share": constant[group] / seen,
-            # Adam's moments do not tell in how many samples an element moved.
+            # Adam's moments do not show in how many samples an element moved.
             "moved_once_share": once[group] / seen if mode != "moments" else math.nan,
             "clamped": alphas[group].clamped,
         }
@@ -80,14 +80,14 @@ def build_report(
     world: Mapping[str, int],
     versions: Mapping[str, str],
 ) -> Report:
-    """A report of these groups.
+    """Build the report.
 
     Args:
         config: the "mols" section of the run.
         table: the groups of the parameters.
-        groups: rows of `measured_rows` or `unmeasured_rows`.
-        step: optimizer step before which the alphas were set.
-        samples, skipped: gradient samples that were used and left out.
+        groups: rows from `measured_rows` or `unmeasured_rows`.
+        step: the alphas were set before this optimizer step.
+        samples, skipped: number of gradient samples used and skipped.
         reference: the reference group.
         world: parallelism -> number of ranks.
         versions: package -> version.

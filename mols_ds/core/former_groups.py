@@ -1,7 +1,7 @@
-"""Which rules keep the module groups of a checkpoint that release 0.4.0 wrote.
+"""Find the rules that keep the module groups of a checkpoint from release 0.4.0.
 
-0.4.0 looked at the last component of a name alone. What it did with it is kept here, without its layouts: a fused
-projection was cut as it is now, but for those that it did not know.
+0.4.0 matched only the last component of a name. Its rules are below. Layouts of fused projections have not changed
+since, except for projections that 0.4.0 did not know.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _last(names: str) -> re.Pattern[str]:
     return re.compile(rf"(?:^|\.)(?:{names})(?:\.weight)?$")
 
 
-_FORMER: tuple[tuple[re.Pattern[str], str | None], ...] = (  # None: as now
+_FORMER: tuple[tuple[re.Pattern[str], str | None], ...] = (  # None: unchanged
     (re.compile(r"(?:^|[._])bias$"), "other"),
     (
         _last(r"wte|wpe|embed_tokens|embed_in|embed_positions|\w+_embeddings?|tok_emb|pos_emb|token_emb|embeddings?"),
@@ -47,16 +47,16 @@ _MEGATRON_BIAS = re.compile(
 def former_rules(
     table: GroupTable, rules: Sequence[Sequence[str]], saved: Mapping[str, object]
 ) -> list[tuple[str, str]]:
-    """The rules that give a model the groups that 0.4.0 gave it.
+    """Return the rules that give a model its groups of release 0.4.0.
 
     Args:
-        table: the groups of the model now.
-        rules: the user's rules that the table was made with.
+        table: current groups of the model.
+        rules: the user's rules behind `table`.
         saved: module group -> element count in the checkpoint.
 
     Returns:
-        (regular expression, target) of each kind of parameter that moved, to put behind the user's own. Empty where
-        these would not give the groups of `saved`.
+        (regular expression, target) per kind of parameter that moved, to append to the user's rules. Empty where these
+        rules do not reproduce the counts in `saved`.
     """
     mine = [UserRule(position, rule, TOWER_NAMES) for position, rule in enumerate(rules)]
     layered = any(base_group(group) != group for group in table.elements)
@@ -79,7 +79,7 @@ def former_rules(
 
 
 def _former(name: str, table: GroupTable, megatron: bool) -> str | None:
-    """The target of a rule that does what 0.4.0 did; None for what it did as now, or refused."""
+    """Return the target of a rule that restores 0.4.0's group; None where 0.4.0 did the same, or raised."""
     if megatron:
         head = "other" if name.endswith("binary_head.weight") else None
         return AS_WEIGHT if _MEGATRON_BIAS.search(name) else head
@@ -92,7 +92,7 @@ def _former(name: str, table: GroupTable, megatron: bool) -> str | None:
 
 
 def _placed(target: str, name: str, table: GroupTable) -> ElementLayout | None:
-    """The layout that a rule with this target gives, by group and not by layer."""
+    """Return the layout from a rule with this target, without layer numbers."""
     layout = table.layouts[name].relabel(base_group)
     if target == AS_WEIGHT:
         weight = table.layouts.get(re.sub(r"bias$", "weight", name))
@@ -103,7 +103,7 @@ def _placed(target: str, name: str, table: GroupTable) -> ElementLayout | None:
 
 
 def advice(table: GroupTable, rules: Sequence[Sequence[str]], saved: Mapping[str, object]) -> str:
-    """What to do to go on with a checkpoint of other module groups."""
+    """Return advice, in one line, for resuming from a checkpoint with other module groups."""
     found = former_rules(table, rules, saved)
     if not found:
         return "use the model, mols.rules and mols.granularity of the run that saved it"

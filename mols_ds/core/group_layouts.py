@@ -1,8 +1,8 @@
-"""Layouts of fused projections, from the model's own config: which output features are queries, keys, values, gates.
+"""Layouts of fused projections, from the model's config: output features of queries, keys, values and gates.
 
-Decisions on weights that feed the keys and the values at once: they count as `vo`. That is the latent part of MLA's
-`kv_a_proj_with_mqa`, DeepSeek-V4's shared `kv_proj`, and `lora_A` of a fused projection. They carry the gradient of the
-value path, which is the larger one while attention is still flat. Output gates scale the values' path: `vo`.
+Weights that feed both keys and values are `vo`: the latent part of MLA's `kv_a_proj_with_mqa`, DeepSeek-V4's shared
+`kv_proj`, `lora_A` of a fused projection. Their gradient from the values is larger than from the keys while attention
+is still flat. Output gates scale the values: `vo`.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Pattern = tuple[tuple[int, str], ...]
-"""(number of output features, group), in order; repeats over the output features of the parameter."""
+"""(number of output features, group) in order. The pattern repeats over the output features of the parameter."""
 PatternOf = Callable[[str, int, object | None], Pattern]
-"""(parameter name, number of output features, model config or None) -> pattern; raises LayoutError when the config
-lacks what it needs or the features do not add up."""
+"""(parameter name, number of output features, model config or None) -> pattern. Raises LayoutError for a missing
+config key or a wrong number of features."""
 
 
 class LayoutError(ValueError):
-    """The config lacks what a layout needs, or does not fit a parameter. `Fused` makes it a MolsConfigError."""
+    """The config lacks a key or does not fit the parameter. `Fused` converts it to MolsConfigError."""
 
 
 # ---------------------------------------------------------------------------------------------------- config access
 
 
 def config_value(config: object | None, *keys: str) -> Any:
-    """The first of `keys` that the config (object or mapping) has and that is not None, else None.
+    """Return the value of the first key in `keys` that is set in the config (object or mapping), else None.
 
-    A key that differs between the layers of a heterogeneous config of transformers is not there: `layer_config`.
+    In a heterogeneous transformers config, a key that differs between layers counts as missing: see `layer_config`.
     """
     for key in keys:
         try:
@@ -43,14 +43,14 @@ _TEXT = ("text_config", "thinker_config", "llm_config", "language_config", "vlm_
 
 
 def text_config(config: object | None) -> object | None:
-    """The language model's part of a multi-modal config, else the config itself."""
+    """Return the language model's part of a multi-modal config, else the config itself."""
     inner = config_value(config, *_TEXT)
     return config if inner is None else text_config(inner)
 
 
 def tower_config(config: object | None, tower: str | None) -> object | None:
-    """The config of a tower, such as `vision_config`; of the language model for None. The text part where the tower has
-    none."""
+    """Return the config of a tower, such as `vision_config`. The language model's config for None, or where the tower
+    has none."""
     found = config
     while tower is not None and found is not None:
         own = config_value(found, f"{tower}_config")
@@ -61,7 +61,7 @@ def tower_config(config: object | None, tower: str | None) -> object | None:
 
 
 def layer_config(config: object | None, layer: int | None) -> object | None:
-    """The config of a layer: heterogeneous models of transformers give each layer its own."""
+    """Return the config of one layer: heterogeneous transformers models have one per layer."""
     if layer is None or not config_value(config, "is_heterogeneous"):
         return config
     layers = config_value(config, "per_layer_config")
@@ -69,7 +69,7 @@ def layer_config(config: object | None, layer: int | None) -> object | None:
 
 
 def need(name: str, config: object | None, *keys: str) -> int:
-    """An integer of the model's config; LayoutError naming the parameter and the key when it is not there."""
+    """Return an integer of the model's config. Raises LayoutError (parameter and key) where it is missing."""
     value = config_value(config, *keys)
     if value is None:
         state = "no model config was given" if config is None else f"the model's config has no {' / '.join(keys)}"
@@ -87,7 +87,7 @@ def need(name: str, config: object | None, *keys: str) -> int:
 
 
 def whole(value: Any, *keys: str) -> int:
-    """The value of a config key as an integer; LayoutError naming the key where it is no number."""
+    """Return the value of a config key as an integer. Raises LayoutError with the key where it is not one."""
     try:
         return int(value)
     except (TypeError, ValueError, OverflowError):
@@ -106,7 +106,7 @@ def _checked(name: str, features: int, expected: int, pattern: Pattern) -> Patte
 
 
 def _heads(name: str, config: object | None) -> tuple[int, int]:
-    """(number of attention heads, features of one head)."""
+    """Return (number of attention heads, features per head)."""
     heads = need(name, config, "num_attention_heads", "n_head", "num_heads")
     explicit = config_value(config, "head_dim")
     return heads, whole(explicit, "head_dim") if explicit else need(name, config, "hidden_size", "n_embd") // heads
@@ -142,7 +142,7 @@ def per_head(name: str, features: int, config: object | None) -> Pattern:
 
 
 def _kv_heads(config: object | None) -> int | None:
-    """Number of key and value heads; None where the config does not say that queries are grouped."""
+    """Return the number of key and value heads; None without grouped queries in the config."""
     found = config_value(config_value(config, "attn_config"), "kv_n_heads")  # DBRX
     found = config_value(config, "num_key_value_heads") if found is None else found
     return None if found is None else whole(found, "num_key_value_heads")
@@ -165,7 +165,7 @@ def qkv(name: str, features: int, config: object | None) -> Pattern:
 
 
 def c_attn(name: str, features: int, config: object | None) -> Pattern:
-    """GPT-2 and nanoGPT; GPT-BigCode has one key and one value head, or goes head by head."""
+    """GPT-2 and nanoGPT: thirds. GPT-BigCode: one key and one value head, or head by head."""
     if config_value(config, "model_type") != "gpt_bigcode":
         return thirds(name, features, config)
     if not config_value(config, "multi_query"):
@@ -188,7 +188,7 @@ def falcon(name: str, features: int, config: object | None) -> Pattern:
 
 
 def codegen(name: str, features: int, config: object | None) -> Pattern:
-    """CodeGen: four blocks (one for each TPU core it was trained on), each [q | v | k]."""
+    """CodeGen: four blocks (one per TPU core in its training), each [q | v | k]."""
     size = _equal(name, features, 12)
     return (size, "qk"), (size, "vo"), (size, "qk")
 
@@ -222,7 +222,7 @@ def delta_net_qkv(name: str, features: int, config: object | None) -> Pattern:
 
 
 def _delta_net(name: str, config: object | None) -> tuple[int, int, int]:
-    """(key heads, features of one, features of all values)."""
+    """Return (key heads, features per key head, features of all values)."""
     heads, key = need(name, config, "linear_num_key_heads"), need(name, config, "linear_key_head_dim")
     return heads, key, need(name, config, "linear_num_value_heads") * need(name, config, "linear_value_head_dim")
 
@@ -241,13 +241,13 @@ def mla_kv_b(name: str, features: int, config: object | None) -> Pattern:
     heads = need(name, config, "num_attention_heads")
     key, value = need(name, config, "qk_nope_head_dim"), need(name, config, "v_head_dim")
     rope = config_value(config, "qk_rope_head_dim") or 0
-    if features == heads * (key + rope + value):  # a layer without rotary positions, whose keys have the same size
+    if features == heads * (key + rope + value):  # a layer without rotary positions; its keys have the same size
         key += rope
     return _checked(name, features, heads * (key + value), ((key, "qk"), (value, "vo")))
 
 
 def by_family(families: Mapping[str, PatternOf]) -> PatternOf:
-    """A name that stands for different orders in different families: the config's model_type must be a known one."""
+    """Return a pattern that depends on the config's model_type. Raises LayoutError for an unknown model_type."""
 
     def pattern(name: str, features: int, config: object | None) -> Pattern:
         family = families.get(str(config_value(config, "model_type")))

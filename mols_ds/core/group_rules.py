@@ -1,20 +1,20 @@
-"""The table of module groups: which weight of a transformers model (or a plain nanoGPT-like one) is in which group.
+"""Rules that map the weights of a transformers model (or a plain nanoGPT-like one) to module groups.
 
-A rule is tried on the whole path of a parameter, its module's parents included (wrapper prefixes and adapters taken
-off, see `canonical_name`); the first rule that matches decides. A module that no rule knows goes by its projections:
-queries, keys and values beside each other (`_sibling_group` in groups.py). What no rule names is `other` if it is a
-vector (norms, biases) and refused if it is a weight matrix: a leaf name alone, such as `out_proj`, says nothing.
+A rule matches the full path of a parameter, without wrapper prefixes and adapters (`canonical_name`). The first match
+wins. In a module that no rule knows, queries, keys and values are recognized by each other (`_sibling_group` in
+groups.py). Without a match a vector (norm, bias) is `other` and a weight matrix raises: a leaf name such as `out_proj`
+does not identify a module.
 
-To add a family: one entry below, in the part that it belongs to, and one row in tests/engines/transformers/
-placements.py. `_rule(names, target)` looks at the last components of the path, `inside=` at the modules before them;
-`_under(names)` takes all that is inside a module; `families=` restricts an entry to a config's model_type.
+To add a family, add one entry below and one row in tests/engines/transformers/placements.py. `_rule(names, target)`
+matches the last components of the path, `inside=` the modules before them. `_under(names)` matches everything inside a
+module. `families=` restricts an entry to a model_type.
 
-Decisions: biases are `other` also where their weight is `qk` or `vo`: the paper's groups are weight matrices. Output
-gates of attention scale the values' path: `vo`. Linear attention (GatedDeltaNet, KDA, lightning attention) has queries,
-keys and values; its decay and write strength are `other`. What the paper's groups do not name is `other`, that is
-measured and not scaled: state-space mixers (Mamba, RG-LRU, mLSTM, RWKV's time mixing, gated short convolutions) as a
-whole, convolutions, routers, the indexers of sparse attention (they learn from a loss of their own), relative
-positions, hyper-connections, the dense layer before an output layer, poolers.
+Decisions: biases are `other`, because the paper's groups are weight matrices. Output gates of attention scale the
+values: `vo`. Linear attention (GatedDeltaNet, KDA, lightning attention) has queries, keys and values; its decay and
+write strength are `other`. Everything outside the paper's groups is `other` (measured, not scaled): state-space mixers
+(Mamba, RG-LRU, mLSTM, RWKV's time mixing, gated short convolutions) as a whole, convolutions, routers, indexers of
+sparse attention (they have their own loss), relative positions, hyper-connections, the dense layer before an output
+layer, poolers.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ __all__ = [
 
 
 class Fused(NamedTuple):
-    """The layout of a parameter whose output features belong to several groups.
+    """Layout of a parameter whose output features belong to several groups.
 
-    pattern: which output features are in which group, see `group_layouts`.
-    long_axis: the output features are the longer of two dimensions (`Conv1D` stores them last, `nn.Linear` first);
-    False: they are always dimension 0.
+    pattern: maps the output features to groups, see `group_layouts`.
+    long_axis: the output features are the longer of two dimensions (`Conv1D` stores them last, `nn.Linear` first).
+    False: they are dimension 0.
     """
 
     pattern: PatternOf
     long_axis: bool = False
 
     def layout(self, name: str, shape: tuple[int, ...], config: object | None, adapter: bool = False) -> ElementLayout:
-        """The layout of parameter `name`; with `adapter` (lora_B, DoRA magnitude) dimension 0 is the output."""
+        """Return the layout of parameter `name`. With `adapter` (lora_B, DoRA magnitude) dimension 0 is the output."""
         if not shape:
-            raise MolsConfigError(f"parameter {name!r} is a scalar, but its name says a fused projection; add a rule")
+            raise MolsConfigError(f"parameter {name!r} is a scalar with the name of a fused projection; add a rule")
         axis = 1 if self.long_axis and not adapter and len(shape) == 2 and shape[1] > shape[0] else 0
         try:
             pattern = self.pattern(name, shape[axis], config)
@@ -76,14 +76,14 @@ class Fused(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """`regex` is searched in the canonical name; `applies` (shape, config) can refuse a match, None accepts each."""
+    """Search `regex` in the canonical name. `applies` (shape, config) can reject a match; None accepts every match."""
 
     regex: re.Pattern[str]
     target: str | Fused
     applies: Callable[[tuple[int, ...], object | None], bool] | None = None
 
 
-# ------------------------------------------------------------------------------------------------ how entries are made
+# -------------------------------------------------------------------------------------------------- helpers for entries
 
 
 def _rule(
@@ -94,13 +94,13 @@ def _rule(
     inside: str = "",
     families: Sequence[str] = (),
 ) -> Rule:
-    """A rule on the last components of the path, right behind the module `inside`; `x` or `x.weight`."""
+    """Make a rule on the last components of the path, directly inside the module `inside`: `x` or `x.weight`."""
     before = rf"(?:^|\.)(?:{inside})\." if inside else r"(?:^|\.)"
     return Rule(re.compile(rf"{before}(?:{names})(?:\.weight)?$"), target, _of(families) if families else applies)
 
 
 def _under(names: str, target: str = "other", *, families: Sequence[str] = ()) -> Rule:
-    """A rule on all that is inside a module of one of these names."""
+    """Make a rule on everything inside a module with one of these names."""
     return Rule(re.compile(rf"(?:^|\.)(?:{names})\."), target, _of(families) if families else None)
 
 
@@ -109,14 +109,14 @@ def _of(families: Sequence[str]) -> Callable[[tuple[int, ...], object | None], b
 
 
 def _is_router(shape: tuple[int, ...], config: object | None) -> bool:
-    """A weight called `gate` is a router only if it has one row per expert; it may be the gate of a gated MLP."""
+    """Return whether a weight named `gate` is a router (one row per expert) and not the gate of a gated MLP."""
     keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
     experts = config_value(config, *keys)
     counts = experts if isinstance(experts, list | tuple) else [experts]
     return len(shape) == 2 and any(count is not None and shape[0] == whole(count, *keys) for count in counts)
 
 
-# Modules, as parents in the path. An attention may hold its projections in a module of its own.
+# Parent modules in the path. An attention module may hold its projections in a submodule.
 _ATTENTION = (
     r"(?:\w*_)?(?:(?:self|cross|co|x|enc|inter|intra|temporal|spatial|window)?_?attn|\w*attentions?|\w*Attention|self_att)"
     r"(?:_layers?|_block)?(?:_?\d+)?(?:\.(?:self|attention|attn|output|self_attention|multihead_attn|\d+|qkv_proj|"
@@ -126,25 +126,25 @@ _MLP = (
     r"(?:\w*_)?(?:mlps?|moe|feed_?forward\d?|ffns?\d?|ff\d?|experts?|DenseReluDense|PositionwiseFeedForward)"
     r"(?:_block|_layer|_in|_out|_macaron)?(?:\.(?:experts?|shared_experts?|expert_\d+|dense|ffn|mlp|w_in|net|ff|\d+))*"
 )
-_LAYER_ITSELF = r"\d+"  # layers.3 and the like; a PipelineModule numbers its layers
+_LAYER_ITSELF = r"\d+"  # such as layers.3; a PipelineModule numbers its layers
 
 _GRANITE_SPEECH = ("granite_speech", "granite_speech_plus", "granite_speech5_ctc", "granite_speech5_encoder")
 
 _OTHER: tuple[Rule, ...] = (
     # Biases first: some are 2-D (one row per expert).
     Rule(re.compile(r"(?:^|[._])bias(?:es)?(?:\d+|_[a-z]\w*)?$"), "other"),
-    # A norm that is more than a vector (A.X K2's gated norm, adaptive norms).
+    # Norms with weight matrices (A.X K2's gated norm, adaptive norms).
     _under(r"(?!norm_)(?:\w+_)?(?:layer|rms|batch|group|ada)?_?norm(?:\d|_in|_out)?"),  # not DBRX's norm_attn_norm
     # Routers and router MLPs.
     _under(r"(?:\w*_)?routers?"),
-    _under(rf"(?:{_MLP})\.gate\.(?!weight$)\w+"),  # a gate that is a module of several layers
+    _under(rf"(?:{_MLP})\.gate\.(?!weight$)\w+"),  # a gate module with several layers
     _rule(r"router|\w*_router|shared_expert_gate|shared_gate|wg|expert_gate|router_weights?", "other"),
     Rule(re.compile(r"(?:^|\.)gate(?:\.weight)?$"), "other", _is_router),
-    _rule(r"mlp\.gate", "other", families=("inkling_text",)),  # it has rows for the shared experts too
+    _rule(r"mlp\.gate", "other", families=("inkling_text",)),  # also has rows for shared experts
     # Indexers of sparse attention; DeepSeek-V4's pooling of keys and values.
     _under(r"(?:\w*_)?indexer|scorer|forget_gate"),
     _rule(r"compressor\.(?:gate_proj|position_bias)", "other"),
-    # Nemotron-H calls each kind of layer `mixer`: the attention and MLP layers are told by their weights' names.
+    # Nemotron-H calls every layer `mixer`: the names of the weights identify attention and MLP layers.
     _rule(r"q_proj|k_proj", "qk", inside="mixer"),
     _rule(r"v_proj|o_proj", "vo", inside="mixer"),
     _rule(r"(?:experts\.|shared_experts\.)?(?:up_proj|down_proj|gate_proj|gate_up_proj)", "mlp", inside="mixer"),
@@ -216,7 +216,7 @@ _EMBEDDINGS: tuple[Rule, ...] = (
 
 _CONVOLUTIONS = (
     _rule(r"subsampling\.layers\.\d+", "other"),
-    # All that is inside a convolution, but for an attention or an MLP there (a backbone may be called conv_encoder).
+    # Everything inside a convolution, except attention and MLPs (a backbone may be called conv_encoder).
     Rule(
         re.compile(
             r"(?:^|\.)(?:convs\d?|convolutions?|conv_\w+|\w+_s?conv|\w+_convolution|short_conv\w*)"
@@ -242,7 +242,7 @@ _HEADS: tuple[Rule, ...] = (
     Rule(re.compile(r"^(?:model\.)?(?:output|head|decoder)\.weight$"), "head"),
 )
 
-# The order of the rows of a fused query, key and value, by the config's model_type.
+# model_type -> order of the rows in a fused query, key and value projection.
 _QUERY_KEY_VALUE = dict.fromkeys(("gpt_neox", "gpt_neox_japanese", "persimmon", "bloom"), fused.per_head)
 _QUERY_KEY_VALUE |= {"falcon": fused.falcon}
 _QKV_PROJ = {
@@ -302,7 +302,7 @@ _MLPS: tuple[Rule, ...] = (
         "mlp",
         inside=_LAYER_ITSELF,
     ),
-    # What connects towers: two linear layers, under many names.
+    # Projectors between towers: two linear layers, under many names.
     _rule(
         r"(?:\w*_)?linear_?(?:fc)?[12]?|mlp\.\d+|fc[12]|proj|(?:down|up|gate)_proj",
         "mlp",
@@ -380,14 +380,13 @@ TOWERS: tuple[tuple[str, re.Pattern[str], tuple[str, ...]], ...] = tuple(
         ("modality", r"modality_submodules\.\w+", ()),
     )
 )
-"""(name of a tower of another modality, or of what connects towers; the modules it is made of; model_types it is one
-in, all without any). The groups of a tower carry its name (`vision.qk`) and are measured, not scaled, unless a rule
-asks for it."""
+"""(tower of another modality or projector, regex of its modules, model_types; no model_types = all). Groups of a tower
+have its name as prefix (`vision.qk`). They are measured, not scaled, unless a user's rule scales them."""
 TOWER_NAMES = tuple(dict.fromkeys(tower for tower, _, _ in TOWERS))
 
 
 def tower_of(name: str, config: object | None = None) -> str | None:
-    """The tower that a canonical name is in; None for the model itself."""
+    """Return the tower that contains a canonical name; None outside of towers."""
     family = str(config_value(config, "model_type"))
     found = (tower for tower, regex, families in TOWERS if (not families or family in families) and regex.search(name))
     return next(found, None)

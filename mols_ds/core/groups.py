@@ -1,8 +1,8 @@
-"""Module groups: ordered name rules over a model's parameters, and the table of what they give.
+"""Module groups: apply ordered name rules to a model's parameters and build the group table.
 
-Groups are those of the paper (arXiv 2605.05794): embedding, head, qk, vo, mlp; all else is `other`. The groups of a
-tower of another modality carry its name (`vision.qk`) and are measured, not scaled. A user's rule can ask for further
-groups (identifiers); those whose name is `other` or starts with `other_` are measured but not scaled.
+The paper (arXiv 2605.05794) has the groups embedding, head, qk, vo and mlp. Everything else is `other`. Groups of a
+tower of another modality have its name as prefix (`vision.qk`). A user's rule can add groups (identifiers). `other`,
+groups that start with `other_` and groups of towers are measured, not scaled.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _BLOCK = re.compile(r"(?:^|\.)\w*(?:layers?|h|blocks?)\.\d+\.")
 
 
 def order_groups(keys: Iterable[str]) -> list[str]:
-    """Distinct keys ordered as GROUPS, then others in order of appearance; layers of one group by index."""
+    """Sort distinct keys: first as in GROUPS, then others in order of appearance; layers of one group by index."""
     distinct = list(dict.fromkeys(keys))
     bases = list(dict.fromkeys([*GROUPS, *(base_group(key) for key in distinct)]))
 
@@ -66,7 +66,7 @@ def order_groups(keys: Iterable[str]) -> list[str]:
 
 
 class _Refused(NamedTuple):
-    """Parameters of one kind that are in no group. reason: what is wrong with them, None where no rule names them."""
+    """A parameter without a group. reason: the error of its rule; None where no rule matches."""
 
     name: str
     shape: tuple[int, ...]
@@ -74,7 +74,7 @@ class _Refused(NamedTuple):
 
 
 class _Resolver:
-    """Finds the layout of each parameter: user rules, then presets, then the default for vectors."""
+    """Find the layout of each parameter: user rules, then presets, then the default for vectors."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class _Resolver:
         presets: Sequence[Rule],
         names: Iterable[str],
     ) -> None:
-        """names: those of all parameters, also frozen ones. They tell whether a tower is beside a model or is it."""
+        """names: of all parameters, frozen ones too. They show whether a tower belongs to a larger model."""
         names = list(names)
         self.config = config
         self.rules = [UserRule(position, rule, TOWER_NAMES) for position, rule in enumerate(rules or ())]
@@ -94,12 +94,12 @@ class _Resolver:
         self.names = {canonical_name(name).name for name in names}
 
     def resolve(self, aliases: Sequence[str], shape: tuple[int, ...]) -> tuple[str, ElementLayout] | None:
-        """(the alias that decided, layout); None, and the reason noted, for a weight that is in no group.
+        """Return (the alias that decided, layout). For a weight without a group, record the reason and return None.
 
-        aliases: all names of one parameter (tied weights). With tied embeddings the name of the embedding decides.
+        aliases: all names of one parameter (tied weights). For tied embeddings the embedding's name decides.
         """
         winner: tuple[str, UserRule] | None = None
-        # Every rule is tried on, so that a shadowed rule is told from one that matches nothing.
+        # Try every rule: `check_decided` tells a shadowed rule from one without a match.
         for rule in self.rules:
             for name in aliases:
                 if rule.matches((name, strip_wrappers(name), canonical_name(name).name)) and winner is None:
@@ -133,7 +133,7 @@ class _Resolver:
             vector = math.prod(shape) == max(shape, default=1) and not canonical_name(names[0]).name.endswith("weight")
             if len(shape) < 2 or vector:
                 return names[0], ElementLayout.whole("other")
-            # What the table does not know of a tower is not scaled, as all of it
+            # An unknown weight in a tower is `other`: towers are not scaled
             known = next((name for name in names if self._tower(name) is not None), None)
             return None if known is None or winner is not None else (known, ElementLayout.whole("other"))
         embedding = next((entry for entry in found if entry[1].groups == ("embedding",)), None)
@@ -162,9 +162,7 @@ class _Resolver:
             if canonical.adapter == "shared":  # lora_A feeds queries, keys and values at once: see group_layouts
                 return ElementLayout.whole("vo")
             if canonical.adapter == "mixed":
-                raise MolsConfigError(
-                    f"parameter {name!r} adapts a fused projection and follows none of its rows; add a rule"
-                )
+                raise MolsConfigError(f"parameter {name!r} adapts a fused projection, but not by its rows; add a rule")
             return rule.target.layout(name, shape, config, adapter=canonical.adapter == "rows")
         group = _sibling_group(canonical.name, self.names) if len(shape) > 1 else None
         return None if group is None else ElementLayout.whole(group)
@@ -173,7 +171,7 @@ class _Resolver:
         self.refused.setdefault(kind_of(name), []).append(_Refused(name, shape, reason))
 
     def finish(self) -> None:
-        """Raises MolsConfigError for weights that are in no group and for user rules that decide nothing."""
+        """Raise MolsConfigError for weights without a group and for user rules that decided nothing."""
         if self.refused:
             raise MolsConfigError(_refusal(self.refused))
         for rule in self.rules:
@@ -190,7 +188,7 @@ def _sibling_group(name: str, names: Collection[str]) -> str | None:
 
 
 def _refusal(refused: Mapping[str, Sequence[_Refused]]) -> str:
-    """One line that names every kind of parameter in no group, with the rules to paste."""
+    """Return one line with every kind of parameter without a group, and the rules to paste."""
     unknown = [
         f"{(kind if len(found) > 1 else found[0].name)!r} of shape {list(found[0].shape)}"
         f"{f' ({len(found)} of them)' if len(found) > 1 else ''}"
@@ -201,23 +199,23 @@ def _refusal(refused: Mapping[str, Sequence[_Refused]]) -> str:
     parts = [f"no rule matches {', '.join(unknown)}"] if unknown else []
     rules = json.dumps([[kind_pattern(found[0].name), "other"] for found in refused.values()])
     return (
-        f'{"; ".join([*parts, *reasons])}; to go on without scaling them: "rules": {rules} (other: measured, not '
+        f'{"; ".join([*parts, *reasons])}; to continue without scaling them: "rules": {rules} (other: measured, not '
         f"scaled; or give them one of {', '.join(SCALED_GROUPS)})"
     )
 
 
 def layer_key(name: str) -> Callable[[str], str]:
-    """group -> key of granularity "layer_type" for the parameter `name`."""
+    """Return the map from group to key of granularity "layer_type" for the parameter `name`."""
     number = layer_number(canonical_name(name).name)
     suffix = "" if number is None else f".{number}"
     return lambda group: group + suffix if is_scaled(group) and group not in ("embedding", "head") else group
 
 
 def parameter_kinds(layouts: Mapping[str, ElementLayout]) -> dict[str, list[str]]:
-    """The parameters' names without their numbers -> their groups without layers; what a report keeps of the names.
+    """Return parameter names without numbers -> groups without layers, for the report.
 
-    The layer's number becomes `{layer}`, other numbers become `*`: `model.layers.{layer}.mlp.experts.*.w1.weight`.
-    Names that differ in numbers only and in groups (a user's rule for the first layer) stay as they are.
+    The layer number becomes `{layer}`, other numbers become `*`: `model.layers.{layer}.mlp.experts.*.w1.weight`. Names
+    of one kind in different groups (a user's rule for the first layer) keep their numbers.
     """
     found: dict[str, dict[str, list[str]]] = {}
     for name, layout in layouts.items():
@@ -240,7 +238,7 @@ def _build(
     presets: Sequence[Rule],
     names: Iterable[str] | None = None,
 ) -> dict[str, ElementLayout]:
-    """Layouts under the first name of each parameter; `parameters`: all names of a parameter -> its shape."""
+    """Return the layouts under the first name of each parameter. parameters: all names of a parameter -> shape."""
     if granularity not in ("type", "layer_type"):
         raise MolsConfigError(f"granularity is {granularity!r}; allowed are 'type' and 'layer_type'")
     every = [name for aliases in parameters for name in aliases] if names is None else names
@@ -264,31 +262,30 @@ def build_layouts(
     presets: Sequence[Rule] = PRESETS,
     names: Iterable[str] | None = None,
 ) -> dict[str, ElementLayout]:
-    """The layout of each trainable parameter: which module group each of its elements belongs to.
+    """Assign the elements of each trainable parameter to module groups.
 
     Args:
         shapes: fully qualified name -> logical (unsharded) shape.
-        model_config: the transformers config (object or dict) with the head numbers of fused projections, or None.
-        rules: the user's (regular expression, group), before the presets. Searched with `re.search` in the name as
-            given, in the name without wrapper prefixes, and in the name of the adapted layer. The first match wins.
+        model_config: transformers config (object or dict) with the head counts of fused projections, or None.
+        rules: the user's (regular expression, group), tried before the presets. `re.search` in the full name, the name
+            without wrapper prefixes and the name of the adapted layer. The first match wins.
         granularity: "type", or "layer_type", which appends the layer's index to the group ("qk.3"). Embedding, head,
             unscaled groups and parameters outside layers keep the plain name.
         presets: the built-in rules.
-        names: those of all parameters, also frozen ones; None: those of `shapes`. A model's towers of other modalities
-            are told by them.
+        names: of all parameters, frozen ones too, to find towers of other modalities. None: the names in `shapes`.
 
     Returns:
         Parameter name -> layout, in the order of `shapes`.
 
     Raises:
-        MolsConfigError: a weight (2-D or more) that no rule matches, a user rule that decides nothing, a bad pattern or
-            group name, a fused parameter whose config is missing or does not fit, an unknown granularity.
+        MolsConfigError: a weight (2-D or more) without a matching rule, a user rule that decides nothing, a bad pattern
+            or group name, a fused parameter with a missing or wrong config, an unknown granularity.
     """
     return _build({(name,): shape for name, shape in shapes.items()}, model_config, rules, granularity, presets, names)
 
 
 class GroupRow(NamedTuple):
-    """One module group: how many parameters hold elements of it, how many elements, share of all trainable ones."""
+    """One module group: number of parameters with elements in it, number of elements, share of trainable elements."""
 
     group: str
     parameters: int
@@ -297,7 +294,7 @@ class GroupRow(NamedTuple):
 
 
 class GroupTable(list[GroupRow]):
-    """Rows in the order of `order_groups`; only groups that exist."""
+    """Rows in the order of `order_groups`, without empty groups."""
 
     layouts: dict[str, ElementLayout]
     """Parameter name -> layout."""
@@ -307,7 +304,7 @@ class GroupTable(list[GroupRow]):
     """Parameter name -> logical shape."""
 
     def __init__(self, layouts: Mapping[str, ElementLayout], shapes: Mapping[str, Sequence[int]]) -> None:
-        """layouts and shapes have the same keys. Raises MolsConfigError when they are empty."""
+        """layouts, shapes: the same keys. Raises MolsConfigError when they are empty."""
         self.layouts = dict(layouts)
         self.shapes = {name: tuple(int(size) for size in shapes[name]) for name in layouts}
         elements: dict[str, int] = {}
@@ -328,15 +325,15 @@ def group_table(
     rules: Sequence[Sequence[str]] | None = None,
     granularity: Granularity = "type",
 ) -> GroupTable:
-    """The module groups of the trainable parameters of a model. Tied parameters count once, under their first name.
+    """Build the group table of a model's trainable parameters. Tied parameters count once, under their first name.
 
     Args:
-        model: any model, also on the meta device or partitioned by `zero.Init` (`ds_shape` is read).
-        rules: the user's (regular expression, group), tried before the built-in rules; the first match wins.
-        granularity: "type", or "layer_type" for a group for each kind of module and layer.
+        model: any model, also on the meta device or partitioned by `zero.Init` (reads `ds_shape`).
+        rules: the user's (regular expression, group), tried before the built-in rules. The first match wins.
+        granularity: "type", or "layer_type" for one group per kind of module and layer.
 
     Returns:
-        The table: a row for each group with its parameters, elements and share of all trainable elements.
+        One row per group: parameters, elements, share of all trainable elements.
 
     Raises:
         MolsConfigError: as `build_layouts`, and for a model without trainable parameters.
@@ -357,18 +354,18 @@ def group_table(
 
 
 def _find_config(model: nn.Module) -> object | None:
-    """The config of the outermost module that has a transformers one (with model_type), else of the unwrapped model."""
+    """Return the outermost module's transformers config (it has model_type), else the unwrapped model's config."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if config_value(config, "model_type") is not None:
             return config
-    while isinstance(inner := getattr(model, "module", None), nn.Module):  # DeepSpeed's engine has a config of its own
+    while isinstance(inner := getattr(model, "module", None), nn.Module):  # DeepSpeed's engine has its own config
         model = inner
     return getattr(model, "config", None)
 
 
 def format_group_table(table: GroupTable) -> str:
-    """The table as aligned plain text, one line a group and a last line with the totals."""
+    """Format the table as aligned plain text: one line per group, then the totals."""
     total = sum(row.elements for row in table)
     rows = [("group", "parameters", "elements", "share")]
     rows += [(row.group, f"{row.parameters:,}", f"{row.elements:,}", f"{100 * row.share:.2f} %") for row in table]

@@ -1,7 +1,7 @@
-"""Which module group each element of a parameter belongs to, without a mask of the parameter's size.
+"""Map the elements of a parameter to module groups, without a mask of the parameter's size.
 
-Two elements of one parameter can belong to different groups (fused projections). All such cases are periodic in the
-flat (row-major) index, so a few integers describe them and every shard of the parameter can be cut from them.
+A fused projection has elements of several groups. The pattern is periodic in the flat (row-major) index, so a few
+integers describe the parameter and each of its shards.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ GROUPS = ("embedding", "head", "qk", "vo", "mlp", "other")
 """The module groups of the paper (arXiv 2605.05794), and `other` for everything else (norms, biases, routers)."""
 
 SCALED_GROUPS = GROUPS[:-1]
-"""The groups whose learning rate is scaled; `other` is measured and reported only."""
+"""Groups with a scaled learning rate. `other` is only measured and reported."""
 
 Granularity = Literal["type", "layer_type"]
-"""One group for each type of module ("qk"), or for each type in each layer ("qk.3")."""
+"""One group per type of module ("qk"), or per type and layer ("qk.3")."""
 
 
 def base_group(key: str) -> str:
-    """The group of a key: "qk.3" (granularity "layer_type") -> "qk"; a plain group and "vision.qk" are themselves."""
+    """Remove the layer number: "qk.3" (granularity "layer_type") -> "qk". "qk" and "vision.qk" do not change."""
     base, _, last = key.rpartition(".")
     return base if base and last.isdigit() else key
 
 
 def is_scaled(key: str) -> bool:
-    """Whether the learning rate of this group is scaled: all but `other`, groups that start with `other_`, and those of
-    towers ("vision.qk")."""
+    """Return whether MoLS scales this group's learning rate: not for `other`, `other_NAME` and groups of towers
+    ("vision.qk")."""
     base = base_group(key)
     return base != "other" and not base.startswith("other_") and "." not in base
 
 
 @dataclass(frozen=True, slots=True)
 class ElementLayout:
-    """A repeating pattern over the flat index of one parameter.
+    """A repeating pattern of groups over the flat index of one parameter.
 
-    Element i belongs to the entry of `pattern` that `(i // inner) mod sum(lengths)` falls in. Fused rows (the output
-    features of an `nn.Linear`): `inner` is the product of the trailing dimensions. Fused columns (those of a
+    Element i belongs to the entry of `pattern` that contains `(i // inner) mod sum(lengths)`. Fused rows (output
+    features of an `nn.Linear`): `inner` is the product of the trailing dimensions. Fused columns (output features of a
     `Conv1D`): `inner` is 1. One entry: the whole parameter is one group.
 
-    inner: elements that share one step of the pattern, >= 1.
+    inner: elements per step of the pattern, >= 1.
     pattern: (length in steps >= 1, group) in the order of the flat index.
-    Raises ValueError when one of these does not hold.
+    Raises ValueError for other values.
     """
 
     inner: int
@@ -57,25 +57,25 @@ class ElementLayout:
 
     @classmethod
     def whole(cls, group: str) -> ElementLayout:
-        """Every element of the parameter in `group`."""
+        """Return a layout with every element in `group`."""
         return cls(1, ((1, group),))
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The distinct groups in order of appearance."""
+        """Distinct groups in order of appearance."""
         return tuple(dict.fromkeys(group for _, group in self.pattern))
 
     @property
     def period(self) -> int:
-        """Number of elements after which the pattern repeats."""
+        """Elements in one repetition of the pattern."""
         return self.inner * sum(length for length, _ in self.pattern)
 
     def relabel(self, rename: Callable[[str], str]) -> ElementLayout:
-        """The same layout with every group name g replaced by rename(g)."""
+        """Return the layout with every group name g replaced by rename(g)."""
         return ElementLayout(self.inner, tuple((length, rename(group)) for length, group in self.pattern))
 
     def counts(self, start: int, numel: int) -> dict[str, int]:
-        """How many of the elements [start, start + numel) belong to each group; groups without any are left out.
+        """Count the elements [start, start + numel) of each group, without empty groups.
 
         Exact integer arithmetic in O(len(pattern)), no tensor. Raises ValueError for a negative argument.
         """
@@ -94,7 +94,7 @@ class ElementLayout:
         return result
 
     def runs(self, start: int, numel: int) -> Iterator[tuple[str, int, int]]:
-        """Maximal contiguous runs (group, offset relative to start, length) of [start, start + numel), in order.
+        """Yield the contiguous runs (group, offset relative to start, length) of [start, start + numel), in order.
 
         Raises ValueError for a negative argument. A column layout has about two runs per row of the parameter:
         prefer `views` for arithmetic.
@@ -105,7 +105,7 @@ class ElementLayout:
             if numel:
                 yield segments[0][2], 0, numel
             return
-        held: tuple[str, int, int] | None = None  # the last run, which the next piece may still extend
+        held: tuple[str, int, int] | None = None  # the last run; the next piece may extend it
         for base in range(start // period * period, stop, period):
             for begin, end, group in segments:
                 low, high = max(base + begin, start), min(base + end, stop)
@@ -121,11 +121,18 @@ class ElementLayout:
             yield held
 
     def views(self, flat: Tensor, start: int) -> list[tuple[str, Tensor]]:
-        """(group, view of flat) pairs that cover `flat` exactly once, without a copy; at most 3 * len(pattern).
+        """Split a flat tensor into views by group, without a copy. Writing to a view writes to `flat`.
 
-        flat: 1-D tensor of any dtype, device and stride that holds elements [start, start + flat.numel()).
-        Each view is 1-D, or 2-D (periods, elements of the entry) where the pattern repeats inside `flat`. Writing to
-        a view writes to `flat`. Raises ValueError when `flat` is not 1-D or start is negative.
+        Args:
+            flat: elements [start, start + flat.numel()) of the parameter; 1-D, any dtype, device and stride.
+            start: flat index of the first element.
+
+        Returns:
+            At most 3 * len(pattern) pairs (group, view) that cover `flat` exactly once. A view is 1-D, or 2-D (periods,
+            elements of the entry) where the pattern repeats inside `flat`.
+
+        Raises:
+            ValueError: `flat` is not 1-D, or start is negative.
         """
         if flat.dim() != 1:
             raise ValueError(f"views() takes a 1-D tensor, not one of shape {tuple(flat.shape)}")
@@ -135,11 +142,11 @@ class ElementLayout:
             return []
         if len(segments) == 1:
             return [(segments[0][2], flat)]
-        first, last = -(-start // period), stop // period  # the whole periods inside the shard are [first, last)
+        first, last = -(-start // period), stop // period  # the shard contains the full periods [first, last)
         if last > first:
             pieces = [(start, first * period), (last * period, stop)]
         else:
-            # at most one period boundary lies inside the shard
+            # at most one period boundary is inside the shard
             boundary = min(first * period, stop)
             pieces = [(start, boundary), (boundary, stop)]
         middle = flat[first * period - start : last * period - start].view(-1, period) if last > first else None
@@ -155,7 +162,7 @@ class ElementLayout:
         return result
 
     def _segments(self) -> list[tuple[int, int, str]]:
-        """(begin, end, group) of one period in elements; neighbours of one group are joined."""
+        """Return (begin, end, group) of one period, in elements. Adjacent entries of one group are joined."""
         segments: list[tuple[int, int, str]] = []
         position = 0
         for length, group in self.pattern:

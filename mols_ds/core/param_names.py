@@ -1,4 +1,4 @@
-"""Names of parameters: the prefixes of wrappers, the adapters of peft, kinds of names, layer numbers."""
+"""Parameter names: wrapper prefixes, adapters (peft, Megatron-Bridge), layer numbers, names without numbers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 from typing import Literal, NamedTuple
 
 Adapter = Literal["rows", "shared", "mixed"]
-"""How an adapter's parameter goes with the output features of the layer that it adapts. "rows": dimension 0 is those
-features (lora_B, DoRA's magnitude). "shared": it feeds all of them (lora_A). "mixed": neither (LoKr's factors)."""
+"""Relation of an adapter's parameter to the adapted layer's output features. "rows": dimension 0 is these features
+(lora_B, DoRA's magnitude). "shared": feeds all of them (lora_A). "mixed": neither (LoKr's factors)."""
 
 
 class CanonicalName(NamedTuple):
-    """name: the layer's own parameter name. adapter: None, or how it goes with the layer's output features."""
+    """name: parameter name in the adapted layer. adapter: its kind, or None for a parameter of the model itself."""
 
     name: str
     adapter: Adapter | None
@@ -32,26 +32,26 @@ _BRIDGE = re.compile(
     r"^(?P<layer>.+?)\.(?:adapter|adapters\.\d+)\.(?:adapter_(?P<part>\w+)\.)?"
     r"(?P<kind>linear_in|linear_out|weight_magnitude)(?:\.weight)?$"
 )
-"""LoRA and DoRA of Megatron-Bridge (bridge/peft); its canonical LoRA has an adapter for each part of a fused layer."""
+"""LoRA and DoRA of Megatron-Bridge (bridge/peft). Its canonical LoRA has one adapter per part of a fused layer."""
 _BIAS_ADAPTER = re.compile(r"^(?P<layer>.+?)\.beft_bias\.[^.]+$")
 _INNER = re.compile(
     r"\.(?:base_layer|_orig_mod|token_adapter|original_module|to_wrap|(?:modules_to_save|ln_tuning_layers)\.[^.]+)(?=\.|$)"
 )
 _ROWS = {"lora_B", "lora_magnitude_vector", "vera_lambda_b", "pvera_lambda_b", "boft_s"}
 _SHARED = {"lora_A", "lora_E", "lora_embedding_A", "lora_embedding_B", "vera_lambda_d", "pvera_lambda_d"}
-_SHARED |= {"trainable_tokens_delta", "hra_u", "oft_R", "boft_R"}  # the last three turn the layer's input
+_SHARED |= {"trainable_tokens_delta", "hra_u", "oft_R", "boft_R"}  # the last three rotate the layer's input
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|decoder_layers)\.(\d+)(?=\.|$)")
 _ANY_INDEX = re.compile(r"(?:^|\.)(?<!experts\.)(\d+)(?=\.|$)")
 _NUMBER = re.compile(r"(?<![^.])(expert_)?\d+(?=\.|$)")
 
 
 def strip_wrappers(name: str) -> str:
-    """The name without the prefixes of DeepSpeed and DDP (`module.`), torch.compile and peft (`base_model.model.`)."""
+    """Remove the prefixes of DeepSpeed and DDP (`module.`), torch.compile and peft (`base_model.model.`)."""
     return _PREFIX.sub("", name)
 
 
 def canonical_name(name: str) -> CanonicalName:
-    """The name that the rules are tried on: an adapter of peft or Megatron-Bridge takes the group of what it adapts."""
+    """Return the name for the rules: an adapter of peft or Megatron-Bridge gets the name of the adapted parameter."""
     stripped = strip_wrappers(name)
     match = _ADAPTER.match(stripped)
     if match is not None:
@@ -69,23 +69,23 @@ def canonical_name(name: str) -> CanonicalName:
 
 
 def layer_match(name: str) -> re.Match[str] | None:
-    """The match whose first group is the number of the layer in a parameter's name; None outside of layers."""
+    """Match the layer number in a parameter's name: group 1 of the match. None outside of layers."""
     return _LAYER.search(name) or _ANY_INDEX.search(name)
 
 
 def layer_number(name: str) -> int | None:
-    """The number of the layer that a canonical name is in; None outside of layers."""
+    """Return the layer number in a canonical name; None outside of layers."""
     match = layer_match(name)
     return None if match is None else int(match[1])
 
 
 def kind_of(name: str) -> str:
-    """The name with N for each number of a layer or expert: one kind of parameter."""
+    """Replace each layer and expert number in the name by N. Equal results are one kind of parameter."""
     return _NUMBER.sub(lambda match: f"{match[1] or ''}N", strip_wrappers(name))
 
 
 def kind_pattern(name: str) -> str:
-    """A regular expression for all names of this kind."""
+    """Return a regular expression that matches every name of this kind."""
     pattern = re.escape(kind_of(name)).replace(r"\.", ".")
     pattern = re.sub(r"(?<![^.])(expert_)?N(?=\.|$)", lambda match: f"{match[1] or ''}#", pattern)
     return "^" + pattern.replace(".", r"\.").replace("#", r"\d+") + "$"

@@ -1,8 +1,8 @@
-"""Ranges of parameters: which elements of a parameter they are, and where a rank keeps them.
+"""Ranges of parameters, and their positions in a rank's tensors.
 
-All indices are flat (row-major). A *logical* parameter is what one rank would hold without parallelism. A rank holds
-ranges of logical parameters in the tensors that its optimizer steps (ZeRO's flat shards, Megatron's fp32 copies), and
-it keeps statistics of some of them in its accumulators.
+All indices are flat (row-major). A *logical* parameter is the unsharded parameter. A rank's optimizer steps tensors
+with ranges of logical parameters (ZeRO's flat shards, Megatron's fp32 copies). The rank's accumulators hold the
+statistics of some of these ranges.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 Key = TypeVar("Key")
-"""Says which tensor a range is in: its number, or the tensor's own record."""
+"""Identifies the tensor of a range: its number, or the engine's record of it."""
 
 
 class ParamRange(NamedTuple):
@@ -24,20 +24,20 @@ class ParamRange(NamedTuple):
     numel: int
 
     def part(self, low: int, high: int) -> ParamRange:
-        """Elements low to high of this range, counted from its first; those outside of it are left out (numel >= 0)."""
+        """Return elements [low, high) relative to this range's first element, clipped to the range (numel >= 0)."""
         first, numel = _clip(low, high, self.numel)
         return ParamRange(self.name, self.start + first, numel)
 
     def at(self, offset: int) -> ShardRange:
-        """The same elements, which are at [offset, offset + numel) of a flat tensor."""
+        """Return the same elements at [offset, offset + numel) of a flat tensor."""
         return ShardRange(self.name, self.start, offset, self.numel)
 
 
 class ShardRange(NamedTuple):
     """Elements [start, start + numel) of the flat logical parameter `name`, at [offset, offset + numel) of a tensor.
 
-    The tensor is one that the optimizer steps, or this rank's accumulators. Checkpoints hold ranges as plain tuples in
-    the order of these fields: a change of it makes half-done calibrations of former releases start over.
+    The tensor is one of the optimizer's, or this rank's accumulators. Checkpoints hold ranges as tuples in this order
+    of fields. Changing the order would restart unfinished calibrations from older releases.
     """
 
     name: str
@@ -46,17 +46,17 @@ class ShardRange(NamedTuple):
     numel: int
 
     def part(self, low: int, high: int) -> ShardRange:
-        """Elements low to high of this range, counted from its first; those outside of it are left out (numel >= 0)."""
+        """Return elements [low, high) relative to this range's first element, clipped to the range (numel >= 0)."""
         first, numel = _clip(low, high, self.numel)
         return ShardRange(self.name, self.start + first, self.offset + first, numel)
 
     def view(self, flat: Tensor) -> Tensor:
-        """These elements of the 1-D tensor that they are in; 1-D, no copy."""
+        """Return a 1-D view of these elements in their 1-D tensor."""
         return flat.narrow(0, self.offset, self.numel)
 
 
 def _clip(low: int, high: int, numel: int) -> tuple[int, int]:
-    """(first, number) of the indices that [low, high) and [0, numel) share."""
+    """Return (first index, count) of the intersection of [low, high) and [0, numel)."""
     first = min(max(low, 0), numel)
     return first, max(min(high, numel) - first, 0)
 
@@ -64,18 +64,17 @@ def _clip(low: int, high: int, numel: int) -> tuple[int, int]:
 def split_among_replicas(
     ranges: Sequence[tuple[Key, ShardRange]], rank: int, replicas: int
 ) -> list[tuple[Key, ShardRange]]:
-    """This rank's share of ranges that several ranks hold alike, so that together they have each element once.
+    """Split replicated ranges among the replicas, so that each element is counted once.
 
-    The ranges are taken as one sequence of elements, which is cut into `replicas` consecutive shares whose sizes differ
-    by at most 1.
+    Concatenates the ranges and cuts them into `replicas` contiguous parts. Their sizes differ by at most 1.
 
     Args:
-        ranges: the same list on every replica. Those that no rank of these is to count are not in it.
-        rank: this rank's number among the replicas, from 0.
+        ranges: the same list on every replica, without ranges that other ranks count.
+        rank: this rank's index among the replicas.
         replicas: number of ranks that hold `ranges`.
 
     Returns:
-        The parts of this rank, in the order of `ranges`, none of them empty. None where there are fewer elements.
+        This rank's non-empty parts, in the order of `ranges`. Empty list: fewer elements than replicas.
     """
     total = sum(item.numel for _, item in ranges)
     low, high = total * rank // replicas, total * (rank + 1) // replicas
@@ -89,7 +88,7 @@ def split_among_replicas(
 
 
 def pack(ranges: Iterable[ShardRange]) -> list[ShardRange]:
-    """The same elements, each range where the one before it ends: their places in this rank's accumulators."""
+    """Set the offsets so that the ranges are contiguous, as in this rank's accumulators."""
     packed, offset = [], 0
     for item in ranges:
         packed.append(item._replace(offset=offset))
@@ -98,7 +97,7 @@ def pack(ranges: Iterable[ShardRange]) -> list[ShardRange]:
 
 
 class Span(NamedTuple):
-    """Elements [source, source + numel) of one flat tensor, which go to [target, target + numel) of another."""
+    """Copy elements [source, source + numel) of one flat tensor to [target, target + numel) of another."""
 
     source: int
     target: int
@@ -106,7 +105,7 @@ class Span(NamedTuple):
 
 
 def merge_neighbours(spans: Iterable[Span]) -> list[Span]:
-    """The same elements in as few spans as their order allows: those that follow each other in both tensors are one."""
+    """Join consecutive spans that are adjacent in both tensors."""
     merged: list[Span] = []
     for span in spans:
         last = merged[-1] if merged else None
@@ -118,10 +117,10 @@ def merge_neighbours(spans: Iterable[Span]) -> list[Span]:
 
 
 def spans_to_accumulators(owned: Sequence[tuple[Key, ShardRange]]) -> dict[Key, list[Span]]:
-    """Which elements of each tensor go where in this rank's accumulators (`pack`).
+    """Map the elements of each tensor to this rank's accumulators (`pack`).
 
-    A flat shard of thousands of parameters without padding between them is one span: what it costs to read a gradient
-    does not depend on the number of parameters.
+    A flat shard without padding is one span, so the cost of reading a gradient does not grow with the number of
+    parameters.
 
     Args:
         owned: (tensor, range in it), in the order of the accumulators.

@@ -1,4 +1,4 @@
-"""The "rules" of the "mols" section: regular expressions over parameter names, and what their targets mean."""
+"""The "rules" of the "mols" section: regular expressions over parameter names, with their target groups."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from mols_ds.core.layout import GROUPS, SCALED_GROUPS, ElementLayout
 from mols_ds.errors import MolsConfigError
 
 RULE_SECONDS = 5.0
-"""Longest search of a user's rule in one parameter name; an ordinary one takes microseconds."""
+"""Time limit, in seconds, for one rule on one parameter name. An ordinary search takes microseconds."""
 RULE_SECONDS_IN_ALL = 60.0
-"""Longest search of a rule in the names of a whole model."""
+"""Time limit, in seconds, for one rule on all names of a model."""
 LONGEST_PATTERN = 10_000
-"""Characters of a rule's pattern: Python takes seconds to compile longer ones."""
+"""Most characters in a pattern: Python takes seconds to compile longer ones."""
 NEW = "new:"
 AS_WEIGHT = "=weight"
 
 
 def tower_group(tower: str, group: str) -> str:
-    """The name of a tower's group: `qk` of `vision` is `vision.qk`; `other` stays `other`."""
+    """Return the name of a tower's group: `qk` of `vision` is `vision.qk`; `other` stays `other`."""
     return f"{tower}.{group}" if group in SCALED_GROUPS else group
 
 
 class UserRule:
-    """A validated rule of the user, which remembers whether it matched and whether it decided.
+    """A validated rule of the user. Records whether it matched and whether it decided a group.
 
-    What its group may be: a known one; `other_NAME`; `vision.qk` and the like; `new:NAME`, a group of the user's own.
-    With `*` in the place of a group's name (`new:NAME_*`, `vision.*`, `*`): each element keeps the group that the table
-    gives it, under that name. `=weight`, for biases: the groups of the weight of the same module, row by row.
+    Valid targets: a built-in group; `other_NAME`; a tower's group (`vision.qk`); `new:NAME` for a new group. `*` is
+    replaced by the group from the built-in rules, per element (`new:NAME_*`, `vision.*`, `*`). `=weight`, for biases:
+    the groups of the weight of the same module, row by row.
     """
 
     def __init__(self, position: int, rule: Sequence[str], towers: Sequence[str]) -> None:
-        """towers: the names of towers, whose groups a rule may name."""
+        """Validate rule number `position`. towers: names of towers, allowed as prefix of a group."""
         pair = isinstance(rule, Sequence) and not isinstance(rule, str) and len(rule) == 2
         if not pair or not all(isinstance(part, str) for part in rule):
             raise MolsConfigError(f'rules[{position}] is {rule!r}; a rule is ["regular expression", "group"]')
@@ -77,22 +77,22 @@ class UserRule:
         examples = ", ".join(f"{name}.qk" for name in towers)
         raise MolsConfigError(
             f"{where} ({self.pattern!r}): {self.target!r} is not a group name; {hint}allowed are {', '.join(GROUPS)}, "
-            f'other_NAME and those of towers ({examples}, ...); a group of your own is asked for by "{NEW}{new}" '
+            f'other_NAME and those of towers ({examples}, ...); for a new group, write "{NEW}{new}" '
             "(letters, digits and underscores, not max)"
         )
 
     @property
     def follows_table(self) -> bool:
-        """Whether the rule keeps or renames what the table gives."""
+        """Whether the rule keeps or renames the groups of the built-in rules."""
         return "*" in self.group
 
     def apply(self, layout: ElementLayout) -> ElementLayout:
-        """The table's layout under the rule's names; unscaled elements keep their group."""
+        """Rename the groups of a built-in layout. Unscaled elements keep their group."""
         return layout.relabel(lambda group: self.group.replace("*", group) if group in SCALED_GROUPS else group)
 
     def matches(self, names: Iterable[str]) -> bool:
-        """Raises MolsConfigError for a pattern that takes longer than RULE_SECONDS on one name, or as long in all as
-        RULE_SECONDS_IN_ALL."""
+        """Return whether the pattern matches one of `names`. Raises MolsConfigError above RULE_SECONDS for one name or
+        RULE_SECONDS_IN_ALL in total."""
         began = time.monotonic()
         limit = min(RULE_SECONDS, max(self.left, 0.001))
         try:
@@ -102,15 +102,15 @@ class UserRule:
             if limit < RULE_SECONDS:
                 what = f"{RULE_SECONDS_IN_ALL:g} seconds on all parameter names"
             raise MolsConfigError(
-                f"rules: {self.pattern!r} takes more than {what} (it repeats a repetition, such as (a|aa)+); "
-                "write it without"
+                f"rules: {self.pattern!r} takes more than {what} (a repetition inside a repetition, such as (a|aa)+); "
+                "rewrite it"
             ) from None
         self.left -= time.monotonic() - began
         self.matched |= found
         return found
 
     def check_decided(self) -> None:
-        """Raises MolsConfigError for a rule that decided nothing."""
+        """Raise MolsConfigError for a rule that decided no group."""
         if self.decided:
             return
         reason = (

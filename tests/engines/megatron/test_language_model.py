@@ -144,7 +144,7 @@ def test_resumed_inside_the_probe_it_prints_what_the_whole_run_prints() -> None:
 @needs_checkout
 def test_the_format_torch_starts_over_and_advises_torch_dist() -> None:
     words = " ".join(outputs()["torch resumed"].split())
-    assert "--ckpt-format torch), which holds what all ranks have alike: save as torch_dist" in words
+    assert "--ckpt-format torch), which holds only the state common to all ranks: save as torch_dist" in words
     assert "apply()" not in words
     assert skipped("torch resumed") == list(range(STOPPED + 1, STOPPED + SAMPLES + 1))
 
