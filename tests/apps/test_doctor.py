@@ -205,7 +205,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     ),
     "a scheduler that moves beta1": (
         {"mols": {"mode": "moments"}, "scheduler": CYCLE},
-        *("warning", "config.scheduler", "moves Adam's beta1", "cycle_momentum"),
+        *("warning", "config.scheduler", "changes Adam's beta1", "cycle_momentum"),
     ),
     "range test": (
         *({"scheduler": {"type": "LRRangeTest", "params": {}}}, "warning", "config.scheduler", "LRRange", "false"),
@@ -453,7 +453,7 @@ def test_who_fills_in_which_auto(tmp_path: Path) -> None:
         "zero_optimization.reduce_bucket_size",
     }
     left, alone = said["warning"]
-    assert left.found.endswith("zero_optimization.overlap_comm") and "ValueError of accelerate" in left.found
+    assert left.found.endswith("zero_optimization.overlap_comm") and "accelerate raises ValueError" in left.found
     assert set(alone.found.partition("): ")[2].split(", ")) == {
         *("train_batch_size", "gradient_clipping", "optimizer.params.lr")
     }

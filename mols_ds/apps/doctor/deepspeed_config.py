@@ -223,7 +223,7 @@ def _not_deepspeeds(findings: Findings, name: str, config: JsonMapping) -> None:
     if not hasattr(torch.optim.lr_scheduler, name):
         findings.add("problem", "config.scheduler", f'"scheduler.type" {name!r} is unknown', f"one of {known}")
     elif zero_stage(config) > 0:
-        found = f"{name} is torch's, and torch's schedulers do not accept ZeRO's optimizers"
+        found = f"{name} is torch's, and torch's schedulers refuse ZeRO's optimizers"
         fix = f"one of {known}; or pass lr_scheduler=lambda optimizer: {name}(...) to initialize"
         findings.add("problem", "config.scheduler", found, fix)
 

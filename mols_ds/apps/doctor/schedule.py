@@ -20,11 +20,11 @@ class RunFacts:
     """Known facts of a run.
 
     Attributes:
-            steps: optimizer steps; None if unknown.
-            warmup: warm-up steps of the learning rate schedule; None if unknown.
-            sequences: sequences per global batch.
-            passes: forward and backward passes per rank and step (gradient accumulation).
-            fp16_scale_power: initial power of two of a dynamic fp16 loss scale; else None.
+        steps: optimizer steps; None if unknown.
+        warmup: warm-up steps of the learning rate schedule; None if unknown.
+        sequences: sequences per global batch.
+        passes: forward and backward passes per rank and step (gradient accumulation).
+        fp16_scale_power: initial power of two of a dynamic fp16 loss scale; else None.
     """
 
     steps: int | None
