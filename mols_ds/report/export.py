@@ -205,7 +205,7 @@ ALPHAS = [
 
 
 def param_groups(model, lr, weight_decay):
-    """A parameter group for each alpha, after one at `lr` for all other parameters."""
+    """Return one parameter group at `lr`, then one per alpha."""
     found = [[] for _ in range(len(ALPHAS) + 1)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -230,7 +230,7 @@ ALPHAS = [
 
 
 def param_groups(lr, weight_decay, **kwargs):
-    """A group for each alpha, and the last one for all other parameters."""
+    """Return one group per alpha, and the last one for all other parameters."""
     return [
         ParamGroupConfig(
             pattern=pattern,
@@ -267,7 +267,7 @@ ALPHAS = [
 
 
 def config_overrides(config):
-    """Megatron's own overrides and one for each alpha. `lr_mult` only tells the groups apart in a checkpoint."""
+    """Return Megatron's own overrides and one per alpha. `lr_mult` only distinguishes the groups in a checkpoint."""
     overrides = get_standard_config_overrides(config)
     for alpha, names in ALPHAS:
         overrides[ParamKey(name=names)] = ParamGroupOverride(

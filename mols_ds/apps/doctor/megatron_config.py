@@ -55,7 +55,7 @@ def _grid(findings: Findings, settings: Settings, world: int | None) -> int:
     grid = GridSizes.of(settings, world or least)
     passes = micro_batches(settings, grid)
     where = f"{grid.world} ranks" + ("" if world else " (the smallest number; --world N checks others)")
-    findings.add("ok", "config.grid", f"{where}, {grid.data} of them data-parallel, {passes} micro-batches a step")
+    findings.add("ok", "config.grid", f"{where}, {grid.data} of them data-parallel, {passes} micro-batches per step")
     return passes
 
 

@@ -52,7 +52,7 @@ def check_memory(findings: Findings, config: MolsConfig, table: GroupTable, worl
         findings.add("ok", "config.accumulators", "none are needed")
         return
     need = sum(table.elements.values()) / world * ACCUMULATOR_BYTES
-    found = f"{need / GIB:,.2f} GiB of accumulators a rank during the calibration"
+    found = f"{need / GIB:,.2f} GiB of accumulators per rank during the calibration"
     if config.accumulators.device == "accelerator" and torch.cuda.is_available():
         free, where = torch.cuda.mem_get_info()[0], "free on the device before the model is loaded"
         fix = '"accumulators": {"device": "cpu"}, which uses no device memory'

@@ -118,7 +118,7 @@ def _cost(findings: Findings, config: MolsConfig, run: RunFacts) -> None:
     most = "at most " if config.samples == "auto" else ""
     found = (
         f"the calibration costs {most}{window} global batches without an update: {window * run.passes} forward and "
-        f"backward passes a rank ({window * run.sequences:,} sequences)"
+        f"backward passes per rank ({window * run.sequences:,} sequences)"
     )
     steps = config.total_steps or run.steps
     share = window / steps if steps else 0.0

@@ -128,7 +128,7 @@ def _forest_panel(axes: Axes, model: str, arms: Sequence[str], rows: Mapping[str
             axes.plot([difference.low, difference.high], [place, place], color=colour, linewidth=1.8)
         axes.plot(difference.mean, place, "o", color=colour, markersize=6)
     _title(axes, model)
-    axes.set_xlabel("loss minus the baseline's (nats a token)", fontsize=9)
+    axes.set_xlabel("loss minus the baseline's (nats per token)", fontsize=9)
     _frame(axes, "x")
 
 
@@ -172,7 +172,7 @@ def _curves(summary: Summary, model: str, styles: Mapping[str, Style]) -> Drawn:
         axes.set_xlabel("tokens trained on", fontsize=9.5)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         _frame(axes, "both")
-    whole.set_ylabel("validation loss, mean of seeds (nats a token)", fontsize=9.5)
+    whole.set_ylabel("validation loss, mean of seeds (nats per token)", fontsize=9.5)
     _legend(figure, [row.arm for row in rows], styles, markers=False)
     whose = "" if len(rows) <= MAX_BANDS else f" (only for {summary.baseline}, because there are many arms)"
     caption = (
@@ -213,7 +213,7 @@ def _sensitivity(summary: Summary, model: str, styles: Mapping[str, Style]) -> D
         _log_ticks(axes.xaxis, rates[-1] / rates[0])
     axes.set_ylim(low - 0.06 * max(top - low, 1e-3), top)
     axes.set_xlabel("base learning rate", fontsize=9.5)
-    axes.set_ylabel("final loss, mean of tuning seeds (nats a token)", fontsize=9.5)
+    axes.set_ylabel("final loss, mean of tuning seeds (nats per token)", fontsize=9.5)
     _frame(axes, "both")
     _legend(figure, list(found), styles, markers=True)
     caption = (
