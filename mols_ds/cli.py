@@ -123,11 +123,7 @@ def export_text(report: Report, framework: str, model: str | None) -> str:
 
 
 def fixed_alphas_text(report: Report, model: str | None) -> str:
-    """Return the alphas of `report` as keys of a "mols" section, in JSON. Check them against `model` where given.
-
-    Raises:
-        MolsConfigError: the groups of `model` (file or checkpoint folder) differ from the report's.
-    """
+    """Return the alphas of `report` as keys of a "mols" section, in JSON. Raises MolsConfigError unless `model` fits."""
     from mols_ds.report.fixed_alphas import fixed_alphas, granularity_of
     from mols_ds.training.models import groups_of
 

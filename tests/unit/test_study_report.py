@@ -195,9 +195,8 @@ def test_an_empty_study_has_a_report(tmp_path: Path) -> None:
     assert [path.name for path in paths] == TEXTS
     text = (tmp_path / "report.md").read_text("utf-8")
     assert "no result of the baseline `adam` yet" in text and "No arm has been tuned on this model yet." in text
-    assert (
-        "No arm has a result on this model yet." in text and "No comparison with the baseline has an interval" in text
-    )
+    assert "No arm has a result on this model yet." in text
+    assert "No comparison with the baseline has an interval" in text
 
 
 def test_without_matplotlib_all_but_the_pictures_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def buffers(plan: MegatronPlan, stage: int) -> list[tuple[int, int, list[Weight]
 
 
 def footprint(plan: MegatronPlan, stage: int) -> Footprint:
-    """Compute the memory of a rank of one pipeline stage."""
+    """Compute the memory of a rank of one pipeline stage, in bytes."""
     gpt, half = plan.gpt, plan.weight_bytes == 2
     weight_bytes = gradient = optimizer = owned = measured = converted = 0
     for size, ranks, weights in buffers(plan, stage):

@@ -137,7 +137,7 @@ def _device(section: object) -> str:
 
 
 def footprint(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, activations: Activations) -> Footprint:
-    """Compute the memory of the heaviest rank."""
+    """Compute the memory of the heaviest of `ranks` data-parallel ranks, in bytes."""
     passing: Bytes = {"activations": activations.kept(zero.checkpointing), "workspace": activations.logits}
     if zero.stage == 0:
         return _replicated(zero, weights, ranks, passing)
