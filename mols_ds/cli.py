@@ -78,9 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     groups.set_defaults(text=groups_text)
     report = commands.add_parser("report", help="print a mols_report.json")
     report.add_argument("report", help="mols_report.json or its folder")
-    report.add_argument("--fixed-alphas", action="store_true", help='its alphas as keys of a "mols" section, in JSON')
+    report.add_argument("--fixed-alphas", action="store_true", help='print alphas as keys of a "mols" section, in JSON')
     report.add_argument(
-        "--to", metavar="FRAMEWORK", choices=FRAMEWORKS, help=f"its alphas as configuration of {', '.join(FRAMEWORKS)}"
+        "--to", metavar="FRAMEWORK", choices=FRAMEWORKS, help=f"print alphas as settings of {', '.join(FRAMEWORKS)}"
     )
     report.add_argument("--model", metavar="FILE", help="model for the alphas: checks its groups, prints its names")
     report.set_defaults(text=report_text)
@@ -123,7 +123,7 @@ def export_text(report: Report, framework: str, model: str | None) -> str:
 
 
 def fixed_alphas_text(report: Report, model: str | None) -> str:
-    """Return the alphas of `report` as keys of a "mols" section, in JSON. Raises MolsConfigError unless `model` fits."""
+    """Return the alphas of `report` as JSON keys of a "mols" section. Raises MolsConfigError if `model` differs."""
     from mols_ds.report.fixed_alphas import fixed_alphas, granularity_of
     from mols_ds.training.models import groups_of
 

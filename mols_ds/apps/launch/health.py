@@ -168,7 +168,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog=PROGRAM, description="Check a node before a job.")
     add = parser.add_argument
     add("--gpus", type=integer(0), metavar="N", help="required GPUs (default: as many as nvidia-smi lists)")
-    add("--shm-gib", type=amount, default=SHM_GIB, metavar="GIB", help="required in /dev/shm (default %(default)s)")
+    add("--shm-gib", type=amount, default=SHM_GIB, metavar="GIB", help="free in /dev/shm (default %(default)s)")
     add(
         "--disk", action="append", metavar="PATH=GIB", type=_place,
         help=f"required free space for PATH; repeatable (default: {DISK_GIB:g} for the run's $OUT)",

@@ -153,7 +153,7 @@ def _gathered(plan: MegatronPlan) -> int:
 
 
 def messages(plan: MegatronPlan, stage: int, accelerators: int) -> list[Message]:
-    """List the messages of a rank of a stage in one step. Includes embedding and loss where the stage has them."""
+    """List the messages of a rank of a stage in one step, with embedding and loss. accelerators: per node."""
     found = [*_data(plan, stage, accelerators)]
     gpt = plan.gpt
     if gpt.tp > 1:

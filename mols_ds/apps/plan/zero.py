@@ -329,7 +329,8 @@ def _stage3(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Byte
 
 
 def messages(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, inside: bool, layers: int) -> list[Message]:
-    """List the messages of a rank in one step. A step that only measures skips those after the gradients."""
+    """List the messages of a rank in one step; one that only measures skips those after the gradients. inside: all
+    `ranks` are in one node; layers: decoder layers."""
     if ranks == 1:
         return []
     numel, size = numel_of(weights), zero.message_bytes
