@@ -1,4 +1,4 @@
-"""The command `mols-ds`: start a job, run a study, show a model's module groups, show a report, copy configs."""
+"""The command `mols-ds`: start jobs, run studies, plan runs, print module groups and reports, copy configs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `mols-ds` on `argv` (default: the command line). Returns its status: 2 for a user's mistake, stated in one
-    line on stderr."""
+    """Run `mols-ds` on `argv` (default: the command line). Return the exit status; 2 after a one-line user error."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--version"]:
         print(f"mols-ds {__version__}")
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mols_ds.apps.launch.deepspeed_cli import main as launch
 
         return launch(arguments[1:])
-    if arguments[:1] == ["doctor"]:  # before anything is imported that may be broken
+    if arguments[:1] == ["doctor"]:  # do not import yet what may be broken
         from mols_ds.apps.doctor.command import main as examine
 
         return examine(arguments[1:])
@@ -62,41 +61,41 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for job, (_, does) in JOBS.items():
         commands.add_parser(job, help=f"{does}; --nproc N: processes", add_help=False)
-    launch = "start a script as DeepSpeed's launcher does: mols-ds launch --config FILE train.py ..."
+    launch = "start a script with DeepSpeed's launcher: mols-ds launch --config FILE train.py ..."
     commands.add_parser("launch", help=launch, add_help=False)
-    study = "train every arm of a study, tuned alike and over seeds, and write the report"
+    study = "train all arms of a study with equal tuning and several seeds, and write the report"
     add_arguments(commands.add_parser("compare", help=study))
-    planned = "what a run will need: memory of each rank, messages, time, and the nearest setting that fits"
+    planned = "predict a run: memory of each rank, communication, time, and the nearest setting that fits"
     add_plan(commands.add_parser("plan", help=planned))
-    doctor = "what is installed and usable, and what is wrong with a config: mols-ds doctor --config FILE ..."
+    doctor = "check the installation and a config: mols-ds doctor --config FILE ..."
     commands.add_parser("doctor", help=doctor, add_help=False)
-    groups = commands.add_parser("groups", help="the module groups of a model, without building its weights")
+    groups = commands.add_parser("groups", help="print the module groups of a model, without its weights")
     groups.add_argument("model", help="model file (configs/models/*.json) or transformers checkpoint folder")
     groups.add_argument(
-        "--config", metavar="FILE", help='DeepSpeed config whose "mols" section has rules or granularity'
+        "--config", metavar="FILE", help='DeepSpeed config: rules and granularity of its "mols" section apply'
     )
-    groups.add_argument("--parameters", action="store_true", help="the groups of each parameter too")
+    groups.add_argument("--parameters", action="store_true", help="print the groups of each parameter too")
     groups.set_defaults(text=groups_text)
-    report = commands.add_parser("report", help="the content of a mols_report.json")
+    report = commands.add_parser("report", help="print a mols_report.json")
     report.add_argument("report", help="mols_report.json or its folder")
-    report.add_argument("--fixed-alphas", action="store_true", help='its alphas as keys of a "mols" section, in JSON')
+    report.add_argument("--fixed-alphas", action="store_true", help='print alphas as keys of a "mols" section, in JSON')
     report.add_argument(
-        "--to", metavar="FRAMEWORK", choices=FRAMEWORKS, help=f"its alphas as configuration of {', '.join(FRAMEWORKS)}"
+        "--to", metavar="FRAMEWORK", choices=FRAMEWORKS, help=f"print alphas as settings of {', '.join(FRAMEWORKS)}"
     )
-    report.add_argument("--model", metavar="FILE", help="the model that will use them: checked against, its names used")
+    report.add_argument("--model", metavar="FILE", help="model for the alphas: checks its groups, prints its names")
     report.set_defaults(text=report_text)
     configs = commands.add_parser("configs", help="list or copy the configs, studies, launch files and examples")
     configs.add_argument("patterns", nargs="*", metavar="PATTERN", help="such as configs/models or 'configs/ds_7b*'")
-    configs.add_argument("--copy", type=Path, metavar="FOLDER", help="copy them there")
+    configs.add_argument("--copy", type=Path, metavar="FOLDER", help="copy the files to FOLDER")
     configs.set_defaults(text=configs_text)
-    completion = commands.add_parser("completion", help="a script that completes this command in a shell")
+    completion = commands.add_parser("completion", help="print a script that completes this command in a shell")
     completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     completion.set_defaults(text=completion_text)
     return parser
 
 
 def report_text(args: argparse.Namespace) -> str:
-    """The report of `args.report` as a table, or its alphas for another run's config."""
+    """Return the report of `args.report` as a table, or its alphas as configuration of another run."""
     from mols_ds.report.files import load_report
     from mols_ds.report.table import format_report
 
@@ -110,7 +109,7 @@ def report_text(args: argparse.Namespace) -> str:
 
 
 def export_text(report: Report, framework: str, model: str | None) -> str:
-    """The alphas of `report` as configuration of `framework`, by the names of `model` (file or checkpoint folder)."""
+    """Return the alphas of `report` as configuration of `framework`, with the names of `model` (file or checkpoint)."""
     from mols_ds.core.groups import group_table, parameter_kinds
     from mols_ds.report.export import export
     from mols_ds.report.fixed_alphas import fixed_alphas, granularity_of
@@ -124,8 +123,7 @@ def export_text(report: Report, framework: str, model: str | None) -> str:
 
 
 def fixed_alphas_text(report: Report, model: str | None) -> str:
-    """The keys of a "mols" section that give a run the alphas of `report`, as JSON; `model`: file or checkpoint folder
-    of the model that will use them, against which they are checked."""
+    """Return the alphas of `report` as JSON keys of a "mols" section. Raises MolsConfigError if `model` differs."""
     from mols_ds.report.fixed_alphas import fixed_alphas, granularity_of
     from mols_ds.training.models import groups_of
 
@@ -134,7 +132,7 @@ def fixed_alphas_text(report: Report, model: str | None) -> str:
 
 
 def configs_text(args: argparse.Namespace) -> str:
-    """The files that come with the package, or where they were copied to."""
+    """Return the paths of the shipped files, or of their copies with --copy."""
     from mols_ds.training.shipped import copy_shipped, shipped_files
 
     names = shipped_files(args.patterns)
@@ -142,7 +140,7 @@ def configs_text(args: argparse.Namespace) -> str:
 
 
 def completion_text(args: argparse.Namespace) -> str:
-    """Source for a shell, by the package shtab."""
+    """Return the completion script for `args.shell`, from the package shtab."""
     try:
         import shtab
     except ImportError as error:
@@ -152,7 +150,7 @@ def completion_text(args: argparse.Namespace) -> str:
 
 
 def groups_text(args: argparse.Namespace) -> str:
-    """The group table of `args.model`: group, parameters (tensors), elements, share of all trainable elements."""
+    """Return the group table of `args.model`: group, parameters (tensors), elements, share of trainable elements."""
     from mols_ds.core.config import MolsConfig
     from mols_ds.core.groups import group_table
     from mols_ds.training.ds_config import read_config

@@ -1,1 +1,1 @@
-"""Rendering of the calibration report: files, text table, plot, fixed alphas."""
+"""Output of a calibration report: files, text table, plot, fixed alphas, export."""

@@ -1,10 +1,10 @@
-"""A report's alphas as native configuration of other frameworks: `mols-ds report REPORT --to FRAMEWORK`.
+"""Export a report's alphas as configuration of other frameworks: `mols-ds report REPORT --to FRAMEWORK`.
 
-Formats, as read in August 2026: torchtitan's `ParamGroupConfig` (torchtitan/components/optimizer/optimizer.py), NeMo
+Formats as of August 2026: torchtitan's `ParamGroupConfig` (torchtitan/components/optimizer/optimizer.py), NeMo
 Automodel's `param_group_overrides` (components/optim/optimizer.py), Megatron-core's `config_overrides`
 (megatron/core/optimizer/__init__.py, 0.16 and 0.19), torch's parameter groups, and our own "fixed_alphas".
 
-All of them scale whole parameters. A fused one whose ranges have different alphas keeps the base rate, and a comment
+All of them scale whole parameters. A fused parameter whose ranges have different alphas keeps the base rate; a comment
 names it.
 """
 
@@ -23,7 +23,7 @@ from mols_ds.report.fixed_alphas import fixed_alphas, granularity_of
 FRAMEWORKS = ("torchtitan", "automodel", "megatron", "deepspeed", "torch")
 
 Kinds = Mapping[str, list[str]]
-"""Parameter names without numbers -> their groups, see `core.groups.parameter_kinds`."""
+"""Parameter names without layer numbers -> their groups; see `core.groups.parameter_kinds`."""
 
 _TITAN_LAYER = {
     "attention.wq.weight": ["qk"],
@@ -49,7 +49,7 @@ TORCHTITAN: Kinds = {
     "output.weight": ["head"],
     **{f"layers.{{layer}}.{name}": groups for name, groups in _TITAN_LAYER.items()},
 }
-"""Names in torchtitan's decoders (llama3, qwen3, deepseek_v3, gpt_oss), old and new."""
+"""Parameter names of torchtitan's decoders (llama3, qwen3, deepseek_v3, gpt_oss), old and new."""
 
 MEGATRON: dict[str, list[str]] = {
     "embedding.*_embeddings.weight": ["embedding"],
@@ -62,30 +62,30 @@ MEGATRON: dict[str, list[str]] = {
     **{f"*.linear_{fused}.weight": ["qk", "vo"] for fused in ("qkv", "kv", "kv_down_proj", "kv_up_proj")},
     "*.linear_qkv_down_proj.weight": ["qk", "vo"],
 }
-"""Names in Megatron-core's decoders, as patterns of `fnmatch`."""
+"""Parameter names of Megatron-core's decoders, as `fnmatch` patterns."""
 
 
 class Rates(NamedTuple):
-    """What can be written: group -> (alpha, pattern), and a line for each thing that cannot."""
+    """Exportable rates: group -> (alpha, pattern), and one line for each alpha that cannot be exported."""
 
     groups: dict[str, tuple[float, str]]
     missing: list[str]
 
 
 def export(report: Report, framework: str, kinds: Kinds | None = None) -> str:
-    """The alphas of `report` in the format of `framework`.
+    """Return the alphas of `report` in the format of `framework`.
 
     Args:
-        report: as `load_report` returns it.
+        report: from `load_report`.
         framework: one of FRAMEWORKS.
-        kinds: names of the model that will use the alphas, by `parameter_kinds`; None: those of the report. torchtitan
-            and Megatron-core have models of their own: theirs are used.
+        kinds: names of the model that will use the alphas, from `parameter_kinds`; None: those of the report.
+            Ignored for megatron and torchtitan, which have their own models.
 
     Returns:
         YAML for automodel, JSON for deepspeed, Python for the others.
 
     Raises:
-        MolsConfigError: the report has no alphas, or no names where they are needed.
+        MolsConfigError: the report has no alphas, or lacks names that the format needs.
     """
     section = fixed_alphas(report)
     if framework == "deepspeed":
@@ -93,13 +93,13 @@ def export(report: Report, framework: str, kinds: Kinds | None = None) -> str:
         return json.dumps({"mols": {**section, **decay}}, indent=2)
     if framework == "megatron" and granularity_of(report) == "layer_type":
         raise MolsConfigError(
-            "--to megatron: alphas of single layers cannot be written, since names number the layers of one pipeline "
-            'stage; measure with "granularity": "type"'
+            "--to megatron: alphas of single layers cannot be exported, because names number the layers of one "
+            'pipeline stage; measure with "granularity": "type"'
         )
     kinds = _names(report, framework, kinds)
     for text in (*section["fixed_alphas"], *kinds):
         if not text.isprintable() or not {"'", '"', "\\"}.isdisjoint(text):
-            raise MolsConfigError(f"--to {framework}: {text!r} in the report is no name of a group or a parameter")
+            raise MolsConfigError(f"--to {framework}: {text!r} in the report is not a name of a group or a parameter")
     rates = _rates(section["fixed_alphas"], kinds, patterns=framework == "megatron")
     write = {"torchtitan": _torchtitan, "automodel": _automodel, "megatron": _megatron, "torch": _torch}[framework]
     return write(rates, report)
@@ -111,11 +111,11 @@ def _names(report: Report, framework: str, given: Kinds | None) -> Kinds:
     towers = [group for group in report["groups"] if "." in base_group(group)]
     if table and towers:
         raise MolsConfigError(
-            f"--to {framework}: the report has groups of towers ({towers[0]}), whose names there are like those of the "
-            "language model; take --to torch and write the patterns yourself"
+            f"--to {framework}: the report has groups of towers ({towers[0]}), whose names equal those of the language "
+            "model there; use --to torch and write the patterns yourself"
         )
     if framework == "megatron":
-        tied = "head" not in report["groups"]  # the last stage's copy of the embedding must learn as the first's
+        tied = "head" not in report["groups"]  # the copy of the embedding on the last stage needs the same rate
         return MEGATRON | ({"output_layer.weight": ["embedding"]} if tied else {})
     if table:
         return TORCHTITAN
@@ -123,16 +123,16 @@ def _names(report: Report, framework: str, given: Kinds | None) -> Kinds:
         return own
     if given is None and own is None:
         raise MolsConfigError(
-            f"--to {framework}: the report has no names of parameters (an older release wrote it); name the model that "
+            f"--to {framework}: the report has no parameter names (an older release wrote it); name the model that "
             "will use the alphas: --model FILE"
         )
     return given or own or {}
 
 
 def _rates(alphas: Mapping[str, float], kinds: Kinds, patterns: bool) -> Rates:
-    """Give each kind of parameter its alpha, in each layer where the alphas differ by layer; alpha 1 needs no entry.
+    """Find the alpha of each kind of parameter, per layer if the alphas differ by layer. Alpha 1 needs no entry.
 
-    patterns: for `fnmatch`, else regular expressions.
+    patterns: write `fnmatch` patterns; else regular expressions.
     """
     layers = sorted({int(group.rpartition(".")[2]) for group in alphas if "." in group})
     found: dict[str, list[tuple[str, int | None]]] = {}
@@ -164,12 +164,12 @@ def _rates(alphas: Mapping[str, float], kinds: Kinds, patterns: bool) -> Rates:
 
 
 def _globs(names: Sequence[tuple[str, int | None]]) -> str:
-    """Source of a tuple of `fnmatch` patterns; names begin with `module.` once Megatron has wrapped the model."""
+    """Return source of a tuple of `fnmatch` patterns. Names start with `module.` after Megatron wraps the model."""
     return repr(tuple(kind if kind.startswith("*") else f"*{kind}" for kind, _ in names))
 
 
 def _regex(names: Sequence[tuple[str, int | None]]) -> str:
-    """A regular expression for parameters, also below wrappers (`module.`, `layers.0._orig_mod.`)."""
+    """Return a regular expression for parameters, also inside wrappers (`module.`, `layers.0._orig_mod.`)."""
     rests: dict[str, list[str]] = {}
     for kind, layer in names:
         before, mark, rest = (re.escape(part).replace(r"\*", r"\d+") for part in kind.partition("{layer}"))
@@ -190,7 +190,7 @@ def _head(rates: Rates, report: Report, *lines: str) -> str:
 
 
 def _table(rates: Rates) -> str:
-    """Python source: a line for each group."""
+    """Return Python source with one line per group."""
     return "\n".join(f'    ({alpha!r}, r"{pattern}"),  # {group}' for group, (alpha, pattern) in rates.groups.items())
 
 
@@ -205,7 +205,7 @@ ALPHAS = [
 
 
 def param_groups(model, lr, weight_decay):
-    """A parameter group for each alpha, after one at `lr` for all other parameters."""
+    """Return one parameter group at `lr`, then one per alpha."""
     found = [[] for _ in range(len(ALPHAS) + 1)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -230,7 +230,7 @@ ALPHAS = [
 
 
 def param_groups(lr, weight_decay, **kwargs):
-    """A group for each alpha, and the last one for all other parameters."""
+    """Return one group per alpha, and the last one for all other parameters."""
     return [
         ParamGroupConfig(
             pattern=pattern,
@@ -267,7 +267,7 @@ ALPHAS = [
 
 
 def config_overrides(config):
-    """Megatron's own overrides and one for each alpha. `lr_mult` only tells the groups apart in a checkpoint."""
+    """Return Megatron's own overrides and one per alpha. `lr_mult` only distinguishes the groups in a checkpoint."""
     overrides = get_standard_config_overrides(config)
     for alpha, names in ALPHAS:
         overrides[ParamKey(name=names)] = ParamGroupOverride(

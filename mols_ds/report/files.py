@@ -1,4 +1,4 @@
-"""The report's files: `mols_report.json` and `mols_report.png`."""
+"""Write and read the report's files: `mols_report.json` and `mols_report.png`."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from mols_ds.report.table import format_report
 JSON_NAME = "mols_report.json"
 PLOT_NAME = "mols_report.png"
 _TAKEN: set[Path] = set()
-"""Folders that hold the report of an engine of this process."""
+"""Folders with the report of an engine in this process."""
 
 
 class Publisher:
-    """What an engine's adapter gives the controller: logs a new report as a table, then writes its files.
+    """Log a new report as a table, then write its files. The adapter of an engine passes it to the controller.
 
-    Two engines of a process (a GAN's, or policy and critic) that name one folder do not replace each other's report:
-    the second one's goes to a folder beside it, with a warning.
+    If two engines of a process (a GAN's, or policy and critic) use the same folder, the second one writes to a folder
+    beside it, with a warning.
 
     Args:
         report_dir: "mols.report_dir".
-        log: prints one message.
+        log: function that prints one message.
     """
 
     def __init__(self, report_dir: str, log: Callable[[str], None]) -> None:
@@ -39,7 +39,7 @@ class Publisher:
         self._folder: Path | None = None
 
     def __call__(self, report: Report) -> None:
-        with contextlib.suppress(Exception):  # of the user's log: the files are written all the same
+        with contextlib.suppress(Exception):  # the user's log failed: write the files anyway
             self.log(format_report(report))
         if self._folder is None:
             self._folder = self._take()
@@ -54,30 +54,29 @@ class Publisher:
         _TAKEN.add(place)
         if place != wanted:
             warn_here(
-                f"mols.report_dir={self.report_dir!r} has the report of another engine of this process; this one's "
-                f"goes to {place}: give each engine a report_dir of its own"
+                f"mols.report_dir={self.report_dir!r} has the report of another engine of this process; writing to "
+                f"{place} instead: give each engine its own report_dir"
             )
         return place
 
     def release(self) -> None:
-        """Give the folder free, for another engine of this process: this one has been detached."""
+        """Release the folder for another engine of this process. Called when this engine is detached."""
         _TAKEN.discard(self._folder or Path())
         self._folder = None
 
 
 def write_report(report: Report, report_dir: str | os.PathLike[str]) -> Path:
-    """Write `mols_report.json` and `mols_report.png` into `report_dir`, which is made if need be. Call it on one rank.
+    """Write `mols_report.json` and `mols_report.png` into `report_dir`; create it if needed. Call on one rank.
 
-    Both files appear whole or not at all: each is written beside its place and then moved there. Numbers that are not
-    finite become null, since JSON has none. Without matplotlib the plot is left out with a `MolsWarning`.
+    Writes are atomic. Non-finite numbers become null. Without matplotlib there is no plot, but a `MolsWarning`.
 
-    Returns the path of the JSON file. Raises `MolsConfigError` where `report_dir` cannot be written, `MolsError` where
-    `report` breaks the schema of `mols_ds.core.schema`.
+    Returns the path of the JSON file. Raises `MolsConfigError` if `report_dir` cannot be written, `MolsError` if
+    `report` violates the schema of `mols_ds.core.schema`.
     """
     clean = _finite(report)
     problem = schema_problem(clean)
     if problem:
-        raise MolsError(f"the report was not written, it breaks its schema: {problem}")
+        raise MolsError(f"the report was not written, because it violates its schema: {problem}")
     folder = Path(report_dir)
     text = json.dumps(clean, indent=2, allow_nan=False) + "\n"
     try:
@@ -93,9 +92,9 @@ def write_report(report: Report, report_dir: str | os.PathLike[str]) -> Path:
 
 
 def load_report(path: str | os.PathLike[str]) -> Report:
-    """Read and check a `mols_report.json`; `path` is the file or the folder that holds it.
+    """Read and check a `mols_report.json`. `path`: the file or its folder.
 
-    Raises `MolsConfigError` with one line for a file that is missing, is not JSON, or is no report of this schema.
+    Raises `MolsConfigError` with one line if the file is missing, not JSON, or not a report of this schema.
     """
     file = Path(path)
     if file.is_dir():
@@ -105,12 +104,12 @@ def load_report(path: str | os.PathLike[str]) -> Report:
     report = read_json(file, f"report {file}")
     problem = schema_problem(report) or not_finite(report)
     if problem:
-        raise MolsConfigError(f"report {file} is no MoLS report of schema {SCHEMA}: {problem}")
+        raise MolsConfigError(f"report {file} is not a MoLS report of schema {SCHEMA}: {problem}")
     return cast(Report, report)
 
 
 def _finite(value: Any) -> Any:
-    """A copy of a JSON-like `value` in which floats that are not finite are None."""
+    """Copy a JSON-like `value`, with None for non-finite floats."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -121,7 +120,7 @@ def _finite(value: Any) -> Any:
 
 
 def _write_plot(report: Report, path: Path) -> None:
-    """Draw the picture. Whatever fails there but the disk is one `MolsWarning`: the report itself is written."""
+    """Draw and write the plot. Any failure except of the disk is a `MolsWarning`: the report itself is written."""
     try:
         from mols_ds.report.plot import draw_report
 
@@ -131,6 +130,6 @@ def _write_plot(report: Report, path: Path) -> None:
         raise
     except ImportError as error:
         warn_here(f"{path.name} was not drawn ({error}); pip install matplotlib", stacklevel=3)
-    except Exception as error:  # of matplotlib, its settings or its own imports: another backend, a damaged font, ...
+    except Exception as error:  # any error of matplotlib: its settings, imports, backend, fonts
         line = f"{type(error).__name__}: {error}"
-        warn_here(f"{path.name} was not drawn ({line}); see to matplotlib and MPLBACKEND", stacklevel=3)
+        warn_here(f"{path.name} was not drawn ({line}); check matplotlib and MPLBACKEND", stacklevel=3)

@@ -1,4 +1,4 @@
-"""Alphas of one run for another: the "fixed_alphas" of a config, from a report, such as a small model's for a 7B."""
+"""Reuse the alphas of a report: return "fixed_alphas" for the config of another run, such as a larger model's."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ class FixedAlphas(TypedDict):
 
 
 def fixed_alphas(report: Report, groups: Sequence[str] | None = None) -> FixedAlphas:
-    """The keys of a "mols" section that give a run the alphas of `report` without a calibration.
+    """Return the keys of a "mols" section that apply the alphas of `report` without a calibration.
 
     Args:
-        report: as `load_report` returns it.
-        groups: the groups of the model that will use the alphas; None: they are not checked.
+        report: from `load_report`.
+        groups: groups of the model that will use the alphas; None: no check.
 
     Returns:
-        {"fixed_alphas": {scaled group: alpha}}, with "granularity" where the groups are those of layers.
+        {"fixed_alphas": {scaled group: alpha}}, with "granularity" if the groups are per layer.
 
     Raises:
-        MolsConfigError: the report has no alphas, `groups` lacks one of its groups, or it lacks a scaled group of
-            `groups`, which would silently keep the base rate.
+        MolsConfigError: the report has no alphas, or its scaled groups and those of `groups` differ; a missing group
+            would silently keep the base rate.
     """
     rows = {name: group["alpha"] for name, group in report["groups"].items() if is_scaled(name)}
     if report.get("failed"):
-        raise MolsConfigError(f"the report holds no alphas: its calibration failed ({report['failed']})")
+        raise MolsConfigError(f"the report has no alphas: its calibration failed ({report['failed']})")
     alphas = {name: alpha for name, alpha in rows.items() if alpha is not None}
     without = [name for name in rows if name not in alphas]
     if without or not alphas:
         which = f"of {', '.join(without)}" if without else "of any scaled group"
-        raise MolsConfigError(f"the report holds no alpha {which}: nothing to hand over")
+        raise MolsConfigError(f"the report has no alpha {which}: nothing to reuse")
     layered = granularity_of(report) == "layer_type"
     if groups is not None:
         _check_groups(alphas, [group for group in groups if is_scaled(group)], layered)
@@ -52,11 +52,11 @@ def _check_groups(alphas: Mapping[str, float], known: Sequence[str], layered: bo
     here, there = [g for g in alphas if g not in known], [g for g in known if g not in alphas]
     if not here and not there:
         return
-    what = f"the report has {_few(here)}, the model has not" if here else f"the model has {_few(there)}, the report not"
+    what = f"the model lacks {_few(here)} of the report" if here else f"the report lacks {_few(there)} of the model"
     hint = (
-        '; alphas of single layers fit a model of the same depth only: measure with "granularity": "type"'
+        '; alphas of single layers fit only a model of the same depth: measure with "granularity": "type"'
         if layered
-        else "; the model's groups come from its rules, give both the same"
+        else "; groups depend on the rules: use the same rules for both"
     )
     raise MolsConfigError(f"the report's alphas do not fit this model: {what}{hint}")
 
@@ -66,5 +66,5 @@ def _few(names: Sequence[str]) -> str:
 
 
 def granularity_of(report: Report) -> Granularity:
-    """The "granularity" of a report's run: "layer_type" where groups are named by layer, such as "qk.3"."""
+    """Return the "granularity" of a report's run: "layer_type" if groups have layer numbers, such as "qk.3"."""
     return "layer_type" if any(base_group(name) != name for name in report["groups"]) else "type"

@@ -1,4 +1,4 @@
-"""The picture of a calibration report. Needs matplotlib (extra `report`); draws off screen, without pyplot's state."""
+"""Plot of a calibration report. Needs matplotlib (extra `report`); draws off screen, without pyplot's state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mols_ds.core.layout import base_group
 from mols_ds.core.schema import Number, Report, ReportGroup
 from mols_ds.report.table import MAX_ROWS, group_cells, headline, statistic_name
 
-# Okabe and Ito's palette, which stays readable for the colour-blind and in grey.
+# Palette of Okabe and Ito: readable for colour-blind people and in grey.
 COLOURS = {
     "embedding": "#0072B2",
     "head": "#D55E00",
@@ -30,10 +30,10 @@ INK, FAINT = "#222222", "#DDDDDD"
 
 
 def draw_report(report: Report) -> Figure:
-    """Three panels: the statistic of each group with its 95 % interval, the alphas, and the group table.
+    """Draw three panels: the statistic of each group with its 95 % interval, the alphas, and the group table.
 
-    Up to `MAX_ROWS` groups stand one below the other; more (granularity `layer_type`) are lines over the layers.
-    The figure belongs to no window and to no global state: save it and let it go.
+    Up to `MAX_ROWS` groups get one row each; more (granularity `layer_type`) are drawn as lines over the layers.
+    The figure has no window and no global state.
     """
     table = group_cells(report)
     groups = report["groups"]
@@ -61,7 +61,7 @@ def draw_report(report: Report) -> Figure:
 
 
 def _intervals(axes: Axes, groups: Mapping[str, ReportGroup], label: str) -> None:
-    """One dot a group on a logarithmic axis. Zero and less have no place there: they stand at its left edge as `<`."""
+    """Draw one dot per group on a logarithmic axis. Values of zero and less are drawn at its left edge as `<`."""
     ends = [group[key] for group in groups.values() for key in ("snr", "snr_low", "snr_high")]
     positive = [end for end in ends if end is not None and end > 0]
     least, greatest = (min(positive) / 1.6, max(positive) * 1.6) if positive else (0.1, 10.0)
@@ -86,7 +86,7 @@ def _intervals(axes: Axes, groups: Mapping[str, ReportGroup], label: str) -> Non
 
 
 def _alphas(axes: Axes, groups: Mapping[str, ReportGroup], reference: str) -> None:
-    """Bars that start at 1 on a logarithmic axis, so that halving and doubling look alike; clamped ones are hatched."""
+    """Draw bars from 1 on a logarithmic axis, so that halving and doubling look alike. Clamped ones are hatched."""
     ends = [
         end for group in groups.values() for end in (group["alpha"], group.get("alpha_low"), group.get("alpha_high"))
     ]
@@ -124,7 +124,7 @@ def _alphas(axes: Axes, groups: Mapping[str, ReportGroup], reference: str) -> No
     axes.axvline(1.0, color=INK, linewidth=1.0)
     axes.set_xscale("log")
     least = min([1.0, *known])
-    # Room for the numbers: a share of the axis's length beyond the outermost bars.
+    # Leave room for the numbers: a share of the axis length beyond the outermost bars.
     axes.set_xlim(least / reach**0.45 if least < 1 else 1 / reach**0.12, max([1.0, *known]) * reach**0.62)
     _log_ticks(axes.xaxis, reach)
     _names(axes, groups)
@@ -132,7 +132,7 @@ def _alphas(axes: Axes, groups: Mapping[str, ReportGroup], reference: str) -> No
 
 
 def _lines(axes: Axes, groups: Mapping[str, ReportGroup], key: Number, label: str) -> None:
-    """One line for each kind of group over the layer index; kinds without layers are a dashed level."""
+    """Draw one line per kind of group over the layer index. Kinds without layers are a dashed level."""
     series: dict[str, list[tuple[int, float]]] = {}
     for name, group in groups.items():
         kind = base_group(name)
@@ -193,7 +193,7 @@ def _frame(axes: Axes, lines: str) -> None:
 
 
 def _log_ticks(axis: Axis, ratio: float) -> None:
-    """Plain numbers instead of powers of ten, at 1, 2 and 5 of each decade as long as there are few decades."""
+    """Set plain numbers as ticks instead of powers of ten: several per decade if there are few decades."""
     decades = math.log10(max(ratio, 1.0001))
     subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 0.8 else (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
@@ -208,5 +208,5 @@ def _footnote(report: Report) -> str:
 
 
 def colour_of(group: str) -> str:
-    """The colour of a group key; `qk.3` has that of `qk`, an unknown group that of `other`."""
+    """Return the colour of a group: `qk.3` has that of `qk`, an unknown group that of `other`."""
     return COLOURS.get(group.split(".", 1)[0], COLOURS["other"])

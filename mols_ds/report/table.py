@@ -1,4 +1,4 @@
-"""A report as text: its groups as rows, their cells, the whole as a table for the terminal."""
+"""A report as text: rows of its groups, their cells, and the table for the terminal."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mols_ds.core.schema import Report, ReportGroup
 from mols_ds.errors import printable
 
 MAX_ROWS = 16
-"""Above this many groups (granularity `layer_type`) a table has one row for each kind of group, with ranges."""
+"""With more groups than this (granularity `layer_type`), a table has one row per kind of group, with ranges."""
 
 
 class Row(NamedTuple):
-    """One group of a report, or one kind of group (`layers` > 1) with the least and greatest value of its layers."""
+    """One group of a report, or one kind of group (`layers` > 1) with the smallest and largest value of its layers."""
 
     name: str
     layers: int
@@ -29,19 +29,19 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Text cells of a report's groups, used by the terminal and the plot alike; `cells[0]` is the head."""
+    """Text cells of a report's groups, for the terminal and the plot; `cells[0]` is the header."""
 
     cells: list[list[str]]
     rows: list[Row]
 
 
 def format_report(report: Report) -> str:
-    """The report as plain text of at most about 100 columns: one line of facts, then the group table."""
+    """Return the report as plain text of up to about 100 columns: one headline, then the group table."""
     cells = group_cells(report).cells
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [headline(report), ""]
     for number, row in enumerate(cells):
-        # The first and the last column are words, all others numbers, which line up at the right.
+        # The first and last columns are text; numbers are aligned right.
         middle = [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
         lines.append("  ".join([row[0].ljust(widths[0]), *middle, row[-1]]).rstrip())
         if number == 0:
@@ -50,13 +50,13 @@ def format_report(report: Report) -> str:
 
 
 def headline(report: Report) -> str:
-    """What was measured when and how, in one line."""
+    """Return one line that says what was measured, when and how."""
     return printable(_headline(report))
 
 
 def _headline(report: Report) -> str:
     if report["mode"] == "fixed":
-        return f"MoLS at step {report['step']}: alphas as given by fixed_alphas, nothing measured"
+        return f"MoLS at step {report['step']}: alphas from fixed_alphas, no measurement"
     if report.get("failed"):
         return f"MoLS at step {report['step']}: calibration FAILED, {report['failed']}"
     return (
@@ -66,7 +66,7 @@ def _headline(report: Report) -> str:
 
 
 def group_rows(report: Report) -> list[Row]:
-    """The report's groups in their order; more than `MAX_ROWS` of them are joined by kind (`qk.0`, `qk.1` -> `qk`)."""
+    """Return the report's groups in order. More than `MAX_ROWS` are joined by kind (`qk.0`, `qk.1` -> `qk`)."""
     groups = report["groups"]
     join = len(groups) > MAX_ROWS
     kinds: dict[str, list[str]] = {}
@@ -77,7 +77,7 @@ def group_rows(report: Report) -> list[Row]:
 
 
 def group_cells(report: Report) -> Table:
-    """The cells of the group table. For the estimator `damping` the statistic is headed `d`, else `SNR`."""
+    """Return the cells of the group table. The statistic's header is `d` for the estimator `damping`, else `SNR`."""
     statistic = statistic_name(report)
     cells = [["group", "elements", "share", statistic, "95 % interval", "alpha", "never moved", "note"]]
     rows = group_rows(report)
@@ -101,12 +101,12 @@ def group_cells(report: Report) -> Table:
 
 
 def statistic_name(report: Report) -> str:
-    """`d` for the estimator `damping`, which averages effective steps, `SNR` for the others."""
+    """Return `d` for the estimator `damping`, which averages effective steps, else `SNR`."""
     return "d" if report["estimator"] == "damping" else "SNR"
 
 
 def _row(kind: str, names: list[str], groups: Mapping[str, ReportGroup], total: int, reference: str) -> Row:
-    """Join the groups `names` to one row. Intervals of several layers are not joined: their range is no interval."""
+    """Join the groups `names` into one row. Intervals of several layers are not joined: a range is not an interval."""
     members = [groups[name] for name in names]
     elements = sum(group["elements"] for group in members)
     one = members[0] if len(members) == 1 else None
@@ -128,7 +128,7 @@ def _row(kind: str, names: list[str], groups: Mapping[str, ReportGroup], total: 
 def _note(row: Row) -> str:
     notes = [f"{row.layers} groups"] if row.layers > 1 else []
     if row.reference:
-        notes.append("reference" if row.layers == 1 else "holds the reference")
+        notes.append("reference" if row.layers == 1 else "includes the reference")
     if row.clamped:
         notes.append("clamped" if row.layers == 1 else f"{row.clamped} clamped")
     return ", ".join(notes)
@@ -147,7 +147,7 @@ def _range(span: tuple[float | None, float | None]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three significant digits, without an exponent where a reader does not need one."""
+    """Format three significant digits, without an exponent unless it is needed."""
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         digits = 3 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
         return f"{value:.{min(digits, 5)}f}"

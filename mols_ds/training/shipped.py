@@ -1,4 +1,4 @@
-"""The files beside the package: configs, studies, launch files, examples. A wheel has them inside (setup.py)."""
+"""Files that ship beside the package: configs, studies, launch files, examples. setup.py puts them into the wheel."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 from mols_ds.errors import MolsConfigError
 
 SHIPPED = ("configs", "studies", "launch", "examples", "train.py", "finetune.py", "train_megatron.py")
-"""Folders and scripts, as README's commands name them; setup.py has the same list."""
+"""Folders and scripts at the top of the checkout. Keep equal to the list in setup.py."""
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped_root() -> Path:
-    """The folder that holds `SHIPPED`: `mols_ds/shipped` of an installed wheel, else the checkout."""
+    """Return the folder that holds `SHIPPED`: `mols_ds/shipped` in an installed wheel, else the checkout."""
     inside = PACKAGE / "shipped"
     return inside if inside.is_dir() else PACKAGE.parent
 
 
 def shipped_files(patterns: Sequence[str] = ()) -> list[str]:
-    """Paths below `shipped_root`, sorted; those that match one of the `fnmatch` patterns or lie below it.
+    """List paths relative to `shipped_root`, sorted. Patterns (`fnmatch`, or a folder) select some.
 
     Raises:
         MolsConfigError: a pattern matches nothing.
@@ -46,15 +46,15 @@ def shipped_files(patterns: Sequence[str] = ()) -> list[str]:
 
 
 def copy_shipped(names: Sequence[str], folder: Path) -> list[Path]:
-    """Copy files of `shipped_files` into `folder`, with their folders and modes. Returns the copies.
+    """Copy `shipped_files` into `folder` with their subfolders and modes. Return the copies.
 
     Raises:
-        MolsConfigError: a file is there with another content (nothing is copied then), or cannot be written.
+        MolsConfigError: a target exists with other content (nothing is copied), or a file cannot be written.
     """
     pairs = [(shipped_root() / name, folder / name) for name in names]
     for source, target in pairs:
         if os.path.lexists(target) and not (target.is_file() and filecmp.cmp(source, target, shallow=False)):
-            raise MolsConfigError(f"configs: {target} is there and differs; nothing was copied, name another folder")
+            raise MolsConfigError(f"configs: {target} exists and differs; nothing was copied, name another folder")
     try:
         for source, target in pairs:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -234,8 +234,8 @@ def test_alphas_of_layers_fit_the_same_depth_only(tmp_path: Path, capsys: pytest
     assert json.loads(capsys.readouterr().out) == {"fixed_alphas": alphas, "granularity": "layer_type"}
     assert cli.main([*given, "--model", str(models / "llama_7b.json")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the same depth only" in line
-    assert "more, the report not" in line
+    assert "only a model of the same depth" in line
+    assert "the report lacks" in line and "more of the model" in line
 
 
 def test_a_report_without_alphas_gives_no_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

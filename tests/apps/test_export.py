@@ -175,7 +175,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.Captu
         file.write_text(json.dumps({**report, "groups": groups}), "utf-8")
         assert "'qk'" in said("--to", "torch")
     file.write_text(json.dumps({**report, "parameters": {"a\nimport os": ["qk"]}}), "utf-8")
-    assert "is no name of a group or a parameter" in said("--to", "torch")
+    assert "is not a name of a group or a parameter" in said("--to", "torch")
     file.write_text(json.dumps({**report, "parameters": ["qk"]}), "utf-8")
     assert "'parameters' does not give" in said("--to", "torch")
     del report["parameters"]
@@ -188,7 +188,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.Captu
     for framework in ("megatron", "torchtitan"):
         with pytest.raises(MolsConfigError, match=r"groups of towers \(vision.qk\)"):
             export(towers, framework)
-    with pytest.raises(MolsConfigError, match="alphas of single layers cannot be written"):
+    with pytest.raises(MolsConfigError, match="alphas of single layers cannot be exported"):
         export(report_of(table_of("llama_tiny", "layer_type")), "megatron")
 
 

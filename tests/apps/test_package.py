@@ -48,7 +48,7 @@ def test_a_copy_never_replaces_a_changed_file(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies/smoke.yaml").write_text("mine", "utf-8")
     assert cli.main(["configs", "--copy", str(tmp_path)]) == 2
-    assert "smoke.yaml is there and differs; nothing was copied" in capsys.readouterr().err
+    assert "smoke.yaml exists and differs; nothing was copied" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["studies"]
     copy_shipped(shipped_files(["configs/data"]), tmp_path)
     copy_shipped(shipped_files(["configs/data"]), tmp_path)  # the same once more

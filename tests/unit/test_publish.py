@@ -78,7 +78,7 @@ def test_the_adapters_publisher_shows_the_table_and_writes_the_files(tmp_path: P
     said: list[str] = []
     made = controller(Publisher(str(tmp_path / "out"), said.append))
     made.advance(2)
-    assert len(said) == 1 and "alphas as given by fixed_alphas" in said[0]
+    assert len(said) == 1 and "alphas from fixed_alphas" in said[0]
     assert load_report(tmp_path / "out" / JSON_NAME) == made.report()
 
 

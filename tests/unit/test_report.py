@@ -213,7 +213,7 @@ def test_format_heads_the_statistic_of_damping_d(report: dict[str, Any]) -> None
 
 
 def test_format_says_that_nothing_was_measured(report: dict[str, Any]) -> None:
-    assert "fixed_alphas, nothing measured" in format_report({**report, "mode": "fixed"})
+    assert "fixed_alphas, no measurement" in format_report({**report, "mode": "fixed"})
     failed = format_report({**report, "failed": "no usable sample"})
     assert "calibration FAILED, no usable sample" in failed
 

@@ -86,7 +86,7 @@ def test_tables_are_whole_and_stand_below_their_command(written: Path) -> None:
     assert cells["notes"] == "diverged with 1 of 5 seeds (2)" and cells["won"] == "0/5"
     assert found[2][1][1] == ["adam", "4.1000", "**4.0000**", "4.1000"]
     assert found[4][1][1][:5] == ["adam+mols", "a", "1,000", "5", "4.30 [4.10, 4.50]*"]
-    assert "not complete" not in text and "not to be relied on" not in text
+    assert "not complete" not in text and "the intervals are unreliable" not in text
     assert "With diverged runs: lion on a." in text
     assert '| machine | {"cores": 2} |' in text and '| versions | {"torch": "2.13"} |' in text
     assert all(f"]({name})" in text and (written / name).read_bytes().startswith(PNG_MAGIC) for name in PICTURES)
@@ -180,12 +180,12 @@ def test_unfinished_studies_say_so_first(tmp_path: Path) -> None:
     write_report(results, tmp_path)
     text = (tmp_path / "report.md").read_text("utf-8")
     first = text[: text.index("## In short")]
-    assert "**This study is not complete**: 2 runs could start now and are missing." in first
-    assert "- `adam+mols` on b: 0 runs, its tuning has not ended\n" in first
+    assert "**This study is not complete**: 2 missing runs can start now." in first
+    assert "- `adam+mols` on b: 0 runs, its tuning is not finished\n" in first
     assert "- `lion` on a: 2 runs (lr 0.001 seed 1; lr 0.001 seed 2)\n" in first
-    assert "**Fewer than 5 evaluation seeds** (1): the intervals are not to be relied on." in first
+    assert "**Fewer than 5 evaluation seeds** (1): the intervals are unreliable." in first
     assert "1 of 3 seeds were run" in text and "+0.2000" in text, "one pair has a difference, but no interval"
-    assert "seeds of the result too, for all arms alike: 0." in text and "for adam on b." in text
+    assert "evaluation seeds too, for all arms alike: 0." in text and "for adam on b." in text
 
 
 def test_an_empty_study_has_a_report(tmp_path: Path) -> None:
@@ -194,8 +194,9 @@ def test_an_empty_study_has_a_report(tmp_path: Path) -> None:
     paths = write_report(results, tmp_path)
     assert [path.name for path in paths] == TEXTS
     text = (tmp_path / "report.md").read_text("utf-8")
-    assert "no result of the baseline `adam` yet" in text and "No arm has been tuned on it yet." in text
-    assert "No arm has a result on it yet." in text and "No comparison with the baseline has an interval" in text
+    assert "no result of the baseline `adam` yet" in text and "No arm has been tuned on this model yet." in text
+    assert "No arm has a result on this model yet." in text
+    assert "No comparison with the baseline has an interval" in text
 
 
 def test_without_matplotlib_all_but_the_pictures_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

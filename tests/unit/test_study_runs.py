@@ -59,7 +59,7 @@ def lr(rate: float) -> tuple[tuple[str, float], ...]:
         ({"budget": {}}, "give either steps or tokens"),
         ({"lr": []}, '"lr"'),
         ({"lr": [-1.0]}, '"lr.0"'),
-        ({"seeds": [1, 1]}, "each one once"),
+        ({"seeds": [1, 1]}, "each seed once"),
         ({"arms": {**ARMS, "x": {"models": ["big"]}}}, '"big" is not one of small'),
         ({"arms": {**ARMS, "x": {"mols": {"samples": 1}}}}, "mols.samples"),
         ({"arms": {**ARMS, "x": {"mols": {"sample": 8}}}}, "did you mean"),

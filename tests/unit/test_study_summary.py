@@ -73,7 +73,7 @@ def test_p_value_agrees_with_closed_forms(t: float) -> None:
 
 
 def test_p_value_is_5_percent_at_the_interval_ends() -> None:
-    """So an interval leaves zero out where p is below 0.05."""
+    """So an interval excludes zero where p is below 0.05."""
     for degrees in [*range(1, 80), 500]:
         found, error = difference(1.0, degrees)
         assert found.high is not None

@@ -1,1 +1,1 @@
-"""`mols-ds doctor`: what is installed and usable here, and what is wrong with a config, each finding with its fix."""
+"""`mols-ds doctor`: check the installation, the machine and a config. Every finding names its fix."""

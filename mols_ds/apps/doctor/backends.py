@@ -1,15 +1,15 @@
-"""One-rank process groups that really reduce something; each is called in a process of its own (`imports`)."""
+"""Process groups of one rank that run a real all-reduce. `imports` calls each in its own process."""
 
 from __future__ import annotations
 
 
 def gloo() -> str:
-    """Makes a gloo group of one rank and sums one number over it."""
+    """Create a gloo group of one rank and all-reduce one number."""
     return _reduce("gloo", "cpu")
 
 
 def nccl() -> str:
-    """Makes an NCCL group of one rank and sums one number over it. Returns NCCL's version."""
+    """Create an NCCL group of one rank and all-reduce one number. Return NCCL's version."""
     import torch
 
     _reduce("nccl", "cuda")

@@ -1,4 +1,4 @@
-"""`mols-ds doctor`: looks at the machine, the packages and a config, and says what to do about what it finds."""
+"""`mols-ds doctor`: check the machine, the packages and a config, and name a fix for each finding."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MEGATRON_SUFFIXES = (".yaml", ".yml")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of the command. Raises MolsConfigError for an unknown or a bad one."""
-    parser = Parser(prog=PROGRAM, description="What is usable here, and what is wrong with a config.")
+    """Parse the command line. Raises MolsConfigError for an unknown or invalid argument."""
+    parser = Parser(prog=PROGRAM, description="Check this installation and a config.")
     add = parser.add_argument
     add(
         "--config",
         metavar="FILE",
         help="DeepSpeed config (JSON, HJSON or base64) or config of train_megatron.py (YAML)",
     )
-    add("--model", metavar="FILE", help="model file or checkpoint folder: rules, groups and memory are checked too")
+    add("--model", metavar="FILE", help="model file or checkpoint folder: checks rules, groups and memory too")
     add("--steps", type=integer(1), metavar="N", help="optimizer steps of the run")
     add(
         "--world",
@@ -43,14 +43,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command. Returns its status: 2 for a user's mistake, stated in one line on stderr."""
+    """Run the command. Return the exit status; 2 after a one-line user error."""
     return run_program(PROGRAM, lambda: doctor(parse_arguments(argv)))
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Prints the findings. Returns 0, or 1 where there is a problem (with --strict also for a warning).
+    """Print the findings. Return 1 if there is a problem (with --strict also for a warning), else 0.
 
-    Raises MolsConfigError for a file that is not there or a number that makes no sense: the user's mistake, status 2.
+    Raises:
+        MolsConfigError: a missing file or an invalid number (exit status 2).
     """
     _check_arguments(args)
     findings, others = Findings(), Findings()
@@ -68,9 +69,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.config is not None and not os.path.exists(args.config):
         from mols_ds.engines.deepspeed.config_reader import read_config
 
-        read_config(args.config)  # a base64 text, or no such file
+        read_config(args.config)  # base64, or raises: no such file
     elif args.config is not None and not Path(args.config).is_file():
-        raise MolsConfigError(f"--config {args.config}: a file is needed, and this is a folder, a pipe or a device")
+        raise MolsConfigError(f"--config {args.config}: not a regular file (a folder, a pipe or a device)")
     if args.world is None and os.environ.get("WORLD_SIZE", "").isdigit():
         args.world = int(os.environ["WORLD_SIZE"])
     for name in ("steps", "world"):
@@ -78,11 +79,11 @@ def _check_arguments(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise MolsConfigError(f"--{name} {value} is not at least 1")
     if args.model is not None and args.config is not None and args.config.endswith(MEGATRON_SUFFIXES):
-        raise MolsConfigError("--model: a Megatron config describes its model itself; leave --model out")
+        raise MolsConfigError("--model: a Megatron config contains its model; leave --model out")
 
 
 def _examine(findings: Findings, args: argparse.Namespace) -> int | None:
-    """Packages, then the config where they work. Returns the elements of --model, where they are known."""
+    """Check the packages, then the config if they work. Return the elements of --model, or None if unknown."""
     tried = try_all(_tasks())
     check_torch(findings, tried)
     with findings.guard("packages"), silence():
@@ -94,7 +95,7 @@ def _examine(findings: Findings, args: argparse.Namespace) -> int | None:
     wanted += ["transformers"] if model else []
     if broken := [name for name in wanted if not tried[name].works]:
         found = f"not checked, because {', '.join(broken)} cannot be imported"
-        findings.add("problem", "config", found, "mend that first")
+        findings.add("problem", "config", found, "fix the import first")
         return None
     with findings.guard("config"):
         return _check_config(findings, args)
@@ -120,7 +121,7 @@ def _check_config(findings: Findings, args: argparse.Namespace) -> int | None:
 
 
 def _tasks() -> list[str]:
-    """What is tried in a process of its own: torch and what can be made with it, and every package that is there."""
+    """List what to try in a separate process: torch, its backends, and every installed package."""
     there = [name for name in ("transformer_engine", "apex") if importlib.util.find_spec(name) is not None]
     engine = [name for name in IMPORTS if not name.startswith("transformer_engine") or "transformer_engine" in there]
     return ["torch", GLOO, NCCL, *engine, *(APEX if "apex" in there else ())]

@@ -1,5 +1,5 @@
-"""A DeepSpeed config without an engine: what this package or DeepSpeed refuses, and what would train otherwise than
-meant. Each check calls the code that raises; a stand-in takes the engine's place."""
+"""Check a DeepSpeed config without an engine. Report what this package or DeepSpeed refuses, and what may train
+differently than intended. Each check calls the code that raises, with a stand-in for the engine."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 TRIED_STEPS = 64
-"""Steps of a scheduler that are tried, to see whether it keeps the groups' own rates and the betas."""
+"""Steps to try with a scheduler: does it keep the rates of the groups and the betas?"""
 OWN_WARMUP = 0.10
-"""Warm-up of train.py's own schedule, where the config names none (`mols_ds.training.batches` and METHOD: 10 %)."""
-KEYS_FIX = "correct the keys that are named; docs/config.md lists the section's, deepspeed.ai/docs/config-json the rest"
+"""Warm-up share of train.py's own schedule, if the config has none (`mols_ds.training.batches`; METHOD: 10 %)."""
+KEYS_FIX = "correct these keys; docs/config.md lists those of MoLS, deepspeed.ai/docs/config-json the others"
 
 
 def check_config(
     findings: Findings, path: str, *, model: str | None, steps: int | None, world: int | None
 ) -> int | None:
-    """Everything about one DeepSpeed config. Returns the elements of `model`, where it is given and right."""
+    """Run all checks of one DeepSpeed config. Return the elements of `model`, or None without a valid model."""
     from mols_ds.training.ds_config import check_with_deepspeed, read_config, resolve
 
     before = len(findings.items)
@@ -58,7 +58,7 @@ def check_config(
         resolved = resolve(config, world=ranks, steps=steps or 1, out=Path("runs"))
     if resolved is not None:
         with findings.guard("config.deepspeed", KEYS_FIX), silence():
-            # DeepSpeed multiplies by the number of ranks of this process's group, which is one
+            # DeepSpeed multiplies by the world size of this process, which is 1
             share = resolved["train_batch_size"] // ranks
             check_with_deepspeed({**resolved, "train_batch_size": share}, path)
     if not any(item.level == "problem" for item in findings.items[before:]):
@@ -84,7 +84,7 @@ def check_config(
 def _model(findings: Findings, model: str | None, section: MolsConfig, ranks: int) -> int | None:
     if model is None:
         if section.rules or section.fixed_alphas or section.granularity != "type":
-            found = "rules and group names are checked against a model only"
+            found = "rules and group names can be checked only against a model"
             findings.add("note", "config.groups", found, "mols-ds doctor --model FILE")
         return None
     table = None
@@ -98,7 +98,7 @@ def _model(findings: Findings, model: str | None, section: MolsConfig, ranks: in
 
 
 def _ranks_meant(config: JsonMapping) -> int:
-    """The number of ranks that the three batch sizes imply; 1 where they leave it open."""
+    """Return the number of ranks that the three batch sizes imply; 1 if they do not determine it."""
     from mols_ds.training.ds_config import BATCH_KEYS
 
     total, micro, passes = (config.get(key) for key in BATCH_KEYS)
@@ -108,7 +108,7 @@ def _ranks_meant(config: JsonMapping) -> int:
 
 
 def _misspelt(findings: Findings, config: JsonMapping) -> None:
-    """DeepSpeed ignores top-level keys that it does not know: warn of those that nearly are one of its own."""
+    """Warn of unknown top-level keys that resemble a key of DeepSpeed. DeepSpeed ignores unknown keys."""
     known = _known_keys()
     for key in config:
         if key not in known and key != "mols":
@@ -119,7 +119,7 @@ def _misspelt(findings: Findings, config: JsonMapping) -> None:
 
 
 def _known_keys() -> set[str]:
-    """Words that DeepSpeed's config modules name; more than the top-level keys, never fewer."""
+    """Collect all lowercase strings of DeepSpeed's config modules: the top-level keys, and more."""
     known = set[str]()
     for name in ("constants", "zero.config", "config", "activation_checkpointing.config"):
         module = deepspeed_module(f"deepspeed.runtime.{name}")
@@ -128,7 +128,7 @@ def _known_keys() -> set[str]:
 
 
 def _auto(findings: Findings, config: JsonMapping) -> None:
-    """Who fills in each "auto": train.py and finetune.py all that they accept, a Trainer some, DeepSpeed none."""
+    """Report who fills each "auto": train.py and finetune.py all they accept, a Trainer some, DeepSpeed none."""
     from mols_ds.engines.deepspeed.auto_values import ACCELERATE, DEFAULTED, TRAINER, auto_keys, refused_by_deepspeed
 
     keys, library = auto_keys(config), _is_library(config)
@@ -138,34 +138,34 @@ def _auto(findings: Findings, config: JsonMapping) -> None:
     if filled:
         findings.add("ok", "config.auto", f'"auto" that a Trainer fills: {", ".join(filled)}')
     if given := [key for key in keys if key in ACCELERATE]:
-        found = f'"auto" that accelerate fills with settings of its own, under a Trainer too: {", ".join(given)}'
+        found = f'"auto" that accelerate fills with its own settings, under a Trainer too: {", ".join(given)}'
         findings.add("note", "config.auto", found)
     if left:
-        found = f'"auto" that no Trainer fills, a ValueError of accelerate: {", ".join(left)}'
+        found = f'"auto" that no Trainer fills (accelerate raises ValueError): {", ".join(left)}'
         findings.add("warning", "config.auto", found, "give values, if a Trainer or accelerate reads this config")
     if refused:
         found = 'mols_ds.initialize and deepspeed.initialize cannot take "auto" (TypeError in DeepSpeed)'
-        fix = "right under a Trainer, train.py and finetune.py, which fill it in before; elsewhere give values"
+        fix = "fine under a Trainer, train.py and finetune.py, which fill it before; elsewhere give values"
         findings.add("warning", "config.auto", f"{found}: {', '.join(refused)}", fix)
     if defaulted := [key for key in keys if key.startswith(DEFAULTED)]:
-        found = '"auto" that DeepSpeed alone takes for its own default (fp16 and bf16: off; stage: 0)'
+        found = '"auto" that DeepSpeed itself replaces by its default (fp16 and bf16: off; stage: 0)'
         findings.add("note", "config.auto", f"{found}: {', '.join(defaulted)}")
 
 
 def _is_library(config: JsonMapping) -> bool:
-    """Whether the optimizer is built by this package, for which "auto" is its own default."""
+    """Return True if this package builds the optimizer: "auto" then means its default."""
     from mols_ds.optim.build import requested
 
     section = config.get("optimizer")
     if not isinstance(section, Mapping) or not isinstance(section.get("type"), str):
         return False
-    with contextlib.suppress(MolsError):  # "config.values" says what is wrong
+    with contextlib.suppress(MolsError):  # the finding "config.values" reports it
         return requested(section) is not None
     return False
 
 
 def _plain_json(findings: Findings, given: str) -> None:
-    """A note where DeepSpeed reads a file and the clients that read it as JSON do not."""
+    """Add a note if DeepSpeed can read the file, but clients that need plain JSON cannot."""
     if not os.path.isfile(given):
         return
     try:
@@ -181,15 +181,15 @@ def _plain_json(findings: Findings, given: str) -> None:
 def _scheduler(
     findings: Findings, config: JsonMapping, section: MolsConfig | None, steps: int | None
 ) -> tuple[int | None, int | None]:
-    """(steps, warm-up) of the run, from the "scheduler" section, which is built and stepped on a stand-in."""
+    """Return (steps, warm-up) of the run. Build the scheduler on a stand-in and step it."""
     named = config.get("scheduler")
     if not isinstance(named, Mapping) or not named.get("type"):
         warmup = None if steps is None else round(OWN_WARMUP * steps)
         findings.add(
             "ok",
             "config.scheduler",
-            "none in the config: train.py warms up over 10 % and follows a cosine; another loop's own is read when it "
-            "is given to initialize",
+            "none in the config: train.py warms up over 10 % and decays by a cosine; for another loop, pass its "
+            "scheduler to initialize",
         )
         return steps, warmup
     from mols_ds.optim.scheduler_hints import scheduler_hints
@@ -202,14 +202,14 @@ def _scheduler(
     optimizer = _two_groups()
     try:
         scheduler = getattr(lr_schedules, name)(optimizer, **(named.get("params") or {}))
-    except Exception as error:  # DeepSpeed's schedulers check little: any type, from wherever the value is used
-        fix = f'correct "scheduler.params"; they are the arguments of deepspeed.runtime.lr_schedules.{name}'
+    except Exception as error:  # DeepSpeed's schedulers check little; any type can come from where a value is used
+        fix = f'correct "scheduler.params": arguments of deepspeed.runtime.lr_schedules.{name}'
         findings.add("problem", "config.scheduler", f"{name} refuses its params: {last_line(error)}", fix)
         return steps, None
     _step_it(findings, name, scheduler, optimizer, section)
     total, warmup = scheduler_hints(scheduler)
     if total is not None and steps is not None and total != steps:
-        found = f"{name} is made for {total} steps, and the run has {steps}"
+        found = f"{name} has {total} steps, but the run has {steps}"
         findings.add("warning", "config.scheduler", found, f'"scheduler.params.total_num_steps": {steps}')
     return (steps if steps is not None else total), warmup
 
@@ -229,7 +229,7 @@ def _not_deepspeeds(findings: Findings, name: str, config: JsonMapping) -> None:
 
 
 def _two_groups() -> Optimizer:
-    """A stand-in with two parameter groups of different rates."""
+    """Build a stand-in optimizer with two parameter groups of different rates."""
     import torch
 
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
@@ -237,10 +237,10 @@ def _two_groups() -> Optimizer:
 
 
 class _Scheduler(Protocol):
-    """What DeepSpeed's schedulers have in common."""
+    """Common interface of DeepSpeed's schedulers."""
 
     def step(self) -> None:
-        """Sets the next rate."""
+        """Set the next rate."""
 
 
 def _step_it(
@@ -257,23 +257,23 @@ def _step_it(
         flattened &= rates[0] == rates[1]
     before = len(findings.items)
     if name == "LRRangeTest":
-        found = "LRRangeTest raises the rate without end to find one: a ramp of multipliers on top tells neither"
+        found = "LRRangeTest raises the rate to find its limit; a ramp of multipliers on top would blur the result"
         findings.add("warning", "config.scheduler", found, '"mols": {"enabled": false} for a range test')
     if flattened:
-        found = f"{name} gives all parameter groups one rate, also where you gave them different ones"
-        fix = "multipliers sit on top and are not lost; groups with their own rates need WarmupCosineLR or a client's"
+        found = f"{name} gives all parameter groups the same rate, even if you set different ones"
+        fix = "multipliers are applied on top and stay; for different rates use WarmupCosineLR or your own scheduler"
         findings.add("note", "config.scheduler", found, fix)
     if [group["betas"] for group in optimizer.param_groups] != betas:
         moments = section is not None and section.mode == "moments"
         findings.add(
             "warning" if moments else "note",
             "config.scheduler",
-            f"{name} moves Adam's beta1 from step to step"
-            + (', and mode "moments" takes it for constant' if moments else "; it goes with MoLS"),
+            f"{name} changes Adam's beta1 at every step"
+            + (', but mode "moments" assumes a constant beta1' if moments else "; this works with MoLS"),
             '"cycle_momentum": false, or "mode": "probe"' if moments else "",
         )
     if len(findings.items) == before:
-        findings.add("ok", "config.scheduler", f"{name} goes with MoLS: multipliers never enter its state")
+        findings.add("ok", "config.scheduler", f"{name} works with MoLS: multipliers never enter its state")
 
 
 def _run(resolved: JsonMapping, steps: int | None, warmup: int | None) -> RunFacts:
@@ -288,11 +288,11 @@ def _run(resolved: JsonMapping, steps: int | None, warmup: int | None) -> RunFac
     )
 
 
-# ------------------------------------------------------------------ what attach would refuse
+# ------------------------------------------------------------------ refusals of attach
 
 
 def _engine(findings: Findings, resolved: JsonMapping, section: MolsConfig) -> None:
-    """The refusals of `mols_ds.attach`, on a stand-in for the engine that this config would make."""
+    """Report the refusals of `mols_ds.attach`, on a stand-in for this config's engine."""
     from mols_ds.engines.deepspeed.checks import _engine_refusals, _optimizer_refusals
 
     stand_in = engine_stand_in(resolved)
@@ -306,7 +306,7 @@ def _engine(findings: Findings, resolved: JsonMapping, section: MolsConfig) -> N
 
 
 def _kernels(findings: Findings, config: JsonMapping) -> None:
-    """Kernels that DeepSpeed compiles for this config, and whether it can here."""
+    """Report which kernels DeepSpeed compiles for this config, and whether it can compile them here."""
     from deepspeed.accelerator import get_accelerator
 
     kernels = deepspeed_module("deepspeed.ops.op_builder.all_ops").ALL_OPS
@@ -316,12 +316,12 @@ def _kernels(findings: Findings, config: JsonMapping) -> None:
             found = f"{why} needs DeepSpeed's kernel {kernel}, which cannot be compiled here"
             findings.add("problem", "config.kernels", found, way_out)
         else:
-            found = f"{why} needs DeepSpeed's kernel {kernel}, which is compiled when it is first used (minutes)"
-            findings.add("note", "config.kernels", found, f"compile it before: ds_report tells; or {way_out}")
+            found = f"{why} needs DeepSpeed's kernel {kernel}, which is compiled at first use (minutes)"
+            findings.add("note", "config.kernels", found, f"compile it before (see ds_report); or {way_out}")
 
 
 def _needed(config: JsonMapping, device: str) -> list[tuple[str, str, str]]:
-    """(kernel, what needs it, the way out)."""
+    """Return (kernel, what needs it, alternative) for each kernel of this config."""
     from mols_ds.optim.build import offload_device, requested
 
     section = config.get("optimizer")

@@ -1,5 +1,5 @@
-"""What the doctor found: findings as text, as JSON and as an exit status. Needs the standard library only, so that a
-broken installation can be reported by it."""
+"""Findings of the doctor as text, JSON and exit status. Imports only the standard library (and `mols_ds.errors`), so
+that it works in a broken installation."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ COLORS: dict[Level, str] = {"ok": "green", "note": "cyan", "warning": "yellow", 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        level: ok; note (worth knowing, nothing to do); warning (runs, likely not as meant); problem (will not run).
-        name: dotted and stable, for scripts: "deepspeed.version", "config.schedule".
-        found: what is there.
-        fix: what to do about it; "" where there is nothing to do.
+        level: ok; note (for information); warning (runs, but probably not as intended); problem (will not run).
+        name: dotted, stable across releases for scripts: "deepspeed.version", "config.schedule".
+        found: the observation.
+        fix: what to do; "" if nothing.
     """
 
     level: Level
@@ -42,33 +42,33 @@ class Finding:
 
 @dataclass
 class Findings:
-    """The findings in the order of the checks."""
+    """Findings in the order of the checks."""
 
     items: list[Finding] = field(default_factory=list)
 
     def add(self, level: Level, name: str, found: str, fix: str = "") -> None:
-        """Add one finding; foreign text in it is made safe to print, on one line."""
+        """Add one finding. Makes foreign text printable, on one line."""
         self.items.append(Finding(level, printable(name), printable(found), printable(fix)))
 
     def refused(self, name: str, error: MolsError, fix: str) -> None:
-        """A problem from an error of this package, whose message ends with the way out; else `fix` is it."""
+        """Add a problem from an error of this package. Its message may end with the fix; else use `fix`."""
         what, way_out = split_way_out(str(error))
         self.add("problem", name, what, way_out or fix)
 
     def guard(self, name: str, fix: str = "", level: Level = "problem") -> Guard:
-        """`with findings.guard(...)`: whatever the check raises becomes a finding, and each MoLS warning of it too."""
+        """Return a context manager that turns exceptions and MoLS warnings into findings."""
         return Guard(self, name, fix, level)
 
     def count(self, level: Level) -> int:
-        """How many findings have this level."""
+        """Count the findings of one level."""
         return sum(item.level == level for item in self.items)
 
     def status(self, *, strict: bool) -> int:
-        """Exit status: 1 with a problem, with `strict` also with a warning; else 0."""
+        """Return the exit status: 1 with a problem (with `strict`, also with a warning), else 0."""
         return int(self.count("problem") > 0 or (strict and self.count("warning") > 0))
 
     def as_json(self, *, strict: bool) -> str:
-        """`{"schema": 1, "status", "counts": {level: n}, "findings": [{"level", "name", "found", "fix"}]}`."""
+        """Return `{"schema": 1, "status", "counts": {level: n}, "findings": [{"level", "name", "found", "fix"}]}`."""
         content = {
             "schema": SCHEMA,
             "status": self.status(strict=strict),
@@ -78,11 +78,11 @@ class Findings:
         return json.dumps(content, indent=2)
 
     def as_text(self, *, width: int | None = None) -> str:
-        """A table by rich, or plain lines where rich cannot be used, and a last line with the counts."""
+        """Return a table (by rich; plain lines if rich fails) and a last line with the counts."""
         counts = ", ".join(f"{self.count(level)} {level}" for level in LEVELS)
         try:
             body = self._table(width)
-        except Exception:  # a broken rich raises anything, and what was found must still be said
+        except Exception:  # a broken rich may raise anything; print the findings anyway
             body = "\n".join(self._plain())
         return f"{body.rstrip()}\n{counts}"
 
@@ -114,7 +114,7 @@ class Findings:
 
 
 class Guard:
-    """Lets nothing out but the user's Ctrl-C: a broken package may raise anything, `SystemExit` too."""
+    """Catch every exception except KeyboardInterrupt: a broken package may raise anything, even `SystemExit`."""
 
     def __init__(self, findings: Findings, name: str, fix: str, level: Level) -> None:
         self.findings, self.name, self.fix, self.level = findings, name, fix, level
@@ -141,8 +141,8 @@ class Guard:
 
 
 def split_way_out(text: str) -> tuple[str, str]:
-    """(what is wrong, the way out) of a message of this package: after its "; ", or of a refusal after the last ": "
-    that does not follow a quoted key. (the message, "") where there is none."""
+    """Split a message of this package into (what is wrong, fix). The fix follows "; ", or in a refusal the last ": "
+    that does not follow a quoted key. Return (message, "") if there is no fix."""
     text = " ".join(text.split())
     if text.count("; ") > 1:  # several mistakes in one line
         return text, ""
@@ -156,14 +156,14 @@ def split_way_out(text: str) -> tuple[str, str]:
 
 
 def last_line(error: BaseException) -> str:
-    """An exception as one line: its type and the last line of its message, where packages say what is missing."""
+    """Format an exception as one line: type and last line of its message, where packages say what is missing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Swallow what packages print and log while they are looked at: stdout belongs to the findings."""
+    """Suppress output and logs of packages during a check: stdout is for the findings."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

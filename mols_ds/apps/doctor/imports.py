@@ -1,9 +1,9 @@
-"""Imports packages in a process of their own, where one that crashes, hangs or ends the process does no harm.
+"""Import packages in a separate process, so that a crash, a hang or an exit does no harm.
 
     python -m mols_ds.apps.doctor.imports TASK ...
 
-A task is a module to import, or `module:function` to call. One JSON line goes to the file that `MOLS_DOCTOR_FILE`
-names before a task starts, and one with what it came to. (What packages print goes nowhere.)
+A task is a module to import, or `module:function` to call. Before each task one JSON line is written to the file named
+by `MOLS_DOCTOR_FILE`, after it another with the result. Output of the packages is discarded.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mols_ds.apps.doctor.findings import last_line
 
 FILE = "MOLS_DOCTOR_FILE"
 TIME_LIMIT = 240.0
-"""Seconds that all tasks together may take; a busy machine needs half a minute for all of them."""
+"""Time limit in seconds for all tasks together. A busy machine needs about 30 s."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """What came of one task: `version` (or the function's answer) where it worked, else `error`, in one line."""
+    """Result of one task: `version` (or the function's return value) if it worked, else `error`, one line."""
 
     version: str = ""
     error: str = ""
@@ -38,8 +38,8 @@ class Tried:
 
 
 def try_all(tasks: Sequence[str], limit: float = TIME_LIMIT) -> dict[str, Tried]:
-    """Tries every task, with the module search path of this process. One that kills the process is blamed by name and
-    the others go on in a new one."""
+    """Try every task in a subprocess with this process's sys.path. A task that kills the subprocess gets the error; a
+    new subprocess runs the others. `limit`: seconds per subprocess."""
     found: dict[str, Tried] = {}
     while left := [task for task in tasks if task not in found]:
         done, running, ending = _run(left, limit)
@@ -52,7 +52,7 @@ def try_all(tasks: Sequence[str], limit: float = TIME_LIMIT) -> dict[str, Tried]
 
 
 def _run(tasks: Sequence[str], limit: float) -> tuple[dict[str, Tried], str | None, str]:
-    """(what was finished, the task that it ended in, how it ended) of one process."""
+    """Run one subprocess. Return (finished tasks, the task during which it ended or None, how it ended)."""
     command = [sys.executable, "-P", "-m", "mols_ds.apps.doctor.imports", *tasks]
     nowhere = subprocess.DEVNULL
     with tempfile.TemporaryDirectory(prefix="mols-doctor-") as folder:
@@ -75,7 +75,7 @@ def _run(tasks: Sequence[str], limit: float) -> tuple[dict[str, Tried], str | No
 
 
 def attempt(task: str) -> Tried:
-    """One task in this process. Whatever it raises is the answer."""
+    """Run one task in this process. Any exception becomes the result."""
     module, _, function = task.partition(":")
     try:
         loaded = importlib.import_module(module)
@@ -87,13 +87,13 @@ def attempt(task: str) -> Tried:
 
 
 def main(tasks: Sequence[str]) -> int:
-    """The process of `try_all`."""
+    """Run the subprocess of `try_all`."""
     with Path(os.environ[FILE]).open("w", encoding="utf-8") as file:
         for task in tasks:
             print(json.dumps({"task": task}), file=file, flush=True)
             tried = attempt(task)
             print(json.dumps({"task": task, "version": tried.version, "error": tried.error}), file=file, flush=True)
-    os._exit(0)  # packages' exit handlers are not what is tried
+    os._exit(0)  # skip the packages' exit handlers
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The machine and torch: Python, compilers, devices, process groups, limits, disk."""
+"""Checks of the machine and of torch: Python, compilers, devices, process groups, limits, disk."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ LEAST_PYTHON = (3, 11)
 GLOO, NCCL = "mols_ds.apps.doctor.backends:gloo", "mols_ds.apps.doctor.backends:nccl"
 MIB, GIB = 2**20, 2**30
 LEAST_SHARED = 512 * MIB
-"""Of /dev/shm: where `deepspeed.env_report` warns too; NCCL and data loaders pass buffers through it."""
+"""Least size of /dev/shm, as in `deepspeed.env_report`: NCCL and data loaders pass buffers through it."""
 LEAST_FILES = 4096
-"""Open files: a rank holds sockets to all others, data files and checkpoint shards; 1,024 is many systems' default."""
+"""Open files: a rank opens sockets to all others, data files and checkpoint shards. Many systems allow 1,024."""
 CHECKPOINT_BYTES = 14
-"""An element of a checkpoint: bf16 weight, fp32 weight, two fp32 moments of Adam."""
+"""Bytes per element of a checkpoint: bf16 weight, fp32 weight, two fp32 moments of Adam."""
 
 
 def check_machine(findings: Findings, out: Path, elements: int | None) -> None:
-    """Python, compilers and limits. `out`: where a run would write; `elements`: of the model, where it is known."""
+    """Check Python, compilers, limits and disk. `out`: output folder of a run; `elements`: of the model, if known."""
     for name, check in (
         ("python", _python),
         ("compiler", _compiler),
@@ -53,7 +53,7 @@ def _python(findings: Findings) -> None:
 
 
 def _compiler(findings: Findings) -> None:
-    """What DeepSpeed compiles its kernels with, when one is first used."""
+    """Check what DeepSpeed needs to compile its kernels."""
     command = os.environ.get("CXX", "c++")
     missing = []
     if shutil.which(command) is None and shutil.which("g++") is None:
@@ -63,7 +63,7 @@ def _compiler(findings: Findings) -> None:
     if shutil.which("ninja") is None:
         missing.append("no ninja: pip install ninja")
     if not missing:
-        findings.add("ok", "compiler", "C++ compiler, Python headers and ninja are there")
+        findings.add("ok", "compiler", "C++ compiler, Python headers and ninja found")
         return
     found = "; ".join(entry.split(": ")[0] for entry in missing)
     fix = "; ".join(entry.split(": ", 1)[1] for entry in missing)
@@ -88,7 +88,7 @@ def _threads(findings: Findings) -> None:
         findings.add(
             "warning",
             "omp_num_threads",
-            f"OMP_NUM_THREADS={given}, and this machine has {cores} cores",
+            f"OMP_NUM_THREADS={given}, but this machine has {cores} cores",
             "set it to cores / ranks",
         )
     else:
@@ -110,13 +110,13 @@ def _shared_memory(findings: Findings) -> None:
 
 def _open_files(findings: Findings) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found = f"{soft} files can be open at a time"
+    found = f"limit of {soft} open files"
     if soft == resource.RLIM_INFINITY or soft >= LEAST_FILES:
         findings.add("ok", "open_files", found if soft != resource.RLIM_INFINITY else "no limit of open files")
         return
     most = "unlimited" if hard == resource.RLIM_INFINITY else hard
     fix = f"ulimit -n {min(65536, hard) if hard > 0 else 65536} before the launch (this user may go to {most})"
-    findings.add("note", "open_files", f"{found}: little for many ranks on a machine", fix)
+    findings.add("note", "open_files", f"{found}: low for many ranks on a machine", fix)
 
 
 def _compile_locks(findings: Findings) -> None:
@@ -130,7 +130,7 @@ def _compile_locks(findings: Findings) -> None:
 def _kernel_caches(findings: Findings) -> None:
     problems = cache_problems()
     if not problems:
-        findings.add("ok", "kernel_caches", "the caches of compiled kernels are this user's alone")
+        findings.add("ok", "kernel_caches", "only this user can write to the caches of compiled kernels")
     for problem in problems:
         refused = os.getuid() != 0 and BY_GROUP not in problem[0]
         findings.add("problem" if refused else "warning", "kernel_caches", *problem)
@@ -151,7 +151,7 @@ def _disk(findings: Findings, out: Path, elements: int | None) -> None:
     need = elements * CHECKPOINT_BYTES
     found += f", and a checkpoint with Adam's state takes {need / GIB:,.1f} GiB"
     if free < 2 * need:
-        fix = "free some, or write elsewhere; an old checkpoint is removed only after the new one is whole"
+        fix = "free space, or write elsewhere; the old checkpoint is removed only after the new one is complete"
         findings.add("problem" if free < need else "warning", "disk", found, fix)
     else:
         findings.add("ok", "disk", found)
@@ -161,7 +161,7 @@ def _disk(findings: Findings, out: Path, elements: int | None) -> None:
 
 
 def check_torch(findings: Findings, tried: Mapping[str, Tried]) -> None:
-    """torch, its devices, and the backends of its process groups."""
+    """Check torch, its devices and the backends of its process groups."""
     torch_tried = tried["torch"]
     if not torch_tried.works:
         findings.add(
@@ -216,5 +216,5 @@ def _nccl(findings: Findings, tried: Tried | None) -> None:
         findings.add("ok", "nccl", f"an NCCL {tried.version} group works")
     else:
         error = tried.error if tried is not None else "it was not tried"
-        fix = "NCCL_DEBUG=INFO says more; check the driver, and that /dev/shm is large enough"
+        fix = "NCCL_DEBUG=INFO shows more; check the driver, and that /dev/shm is large enough"
         findings.add("problem", "nccl", f"an NCCL group of one rank fails: {error}", fix)

@@ -1,4 +1,4 @@
-"""A config file of train_megatron.py without a process group: what Megatron-core or this package refuses of it."""
+"""Check a config of train_megatron.py without a process group: what Megatron-core or this package refuses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mols_ds.core.config import MolsConfig
 if TYPE_CHECKING:
     from mols_ds.training.megatron_settings import Settings
 
-KEYS_FIX = "correct the keys that are named; docs/megatron.md lists them, configs/megatron/ has examples"
+KEYS_FIX = "correct these keys; docs/megatron.md lists all, configs/megatron/ has examples"
 
 
 def check_yaml(findings: Findings, path: str, *, steps: int | None, world: int | None) -> None:
-    """Everything about one Megatron config. `steps` takes the place of run.steps, as --set run.steps=N does."""
+    """Run all checks of one Megatron config. `steps` replaces run.steps, as --set run.steps=N does."""
     from mols_ds.training import megatron_settings as job
 
     settings: job.Settings | None = None
@@ -47,15 +47,15 @@ def check_yaml(findings: Findings, path: str, *, steps: int | None, world: int |
 
 
 def _grid(findings: Findings, settings: Settings, world: int | None) -> int:
-    """Micro-batches of a rank in a step, for `world` ranks or the least that the config allows."""
+    """Return the micro-batches per rank and step, for `world` ranks or the smallest number that fits."""
     from mols_ds.training.megatron_config import GridSizes, micro_batches
 
     parallel = settings.parallel
     least = parallel.pp * max(parallel.tp * parallel.cp, parallel.ep * (parallel.etp or parallel.tp))
     grid = GridSizes.of(settings, world or least)
     passes = micro_batches(settings, grid)
-    where = f"{grid.world} ranks" + ("" if world else " (the least; --world N checks others)")
-    findings.add("ok", "config.grid", f"{where}, {grid.data} of them data-parallel, {passes} micro-batches a step")
+    where = f"{grid.world} ranks" + ("" if world else " (the smallest number; --world N checks others)")
+    findings.add("ok", "config.grid", f"{where}, {grid.data} of them data-parallel, {passes} micro-batches per step")
     return passes
 
 

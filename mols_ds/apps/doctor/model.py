@@ -1,4 +1,4 @@
-"""What a model file makes of a "mols" section: rules, groups, fused parameters, the accumulators' memory."""
+"""Checks of a model file with a "mols" section: rules, groups, fused parameters, memory of the accumulators."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from mols_ds.errors import MolsError
 
 GIB = 2**30
 ACCUMULATOR_BYTES = 8.07
-"""An owned element during a calibration (`mols_ds.core.accumulators.Accumulators`)."""
+"""Bytes per owned element during a calibration (`mols_ds.core.accumulators.Accumulators`)."""
 
 
 def check_model(findings: Findings, source: str, config: MolsConfig) -> GroupTable | None:
-    """The group table of a model file, without its weights; None where there is none, which is a finding.
+    """Build the group table of a model file without its weights. Return None (and add a finding) if rules do not fit.
 
-    Raises MolsConfigError where the model file itself is wrong.
+    Raises:
+        MolsConfigError: the model file itself is invalid.
     """
     import torch
 
@@ -39,22 +40,22 @@ def check_model(findings: Findings, source: str, config: MolsConfig) -> GroupTab
     fused = [name for name, layout in table.layouts.items() if len(layout.groups) > 1]
     if fused:
         found = f"{len(fused)} fused parameters hold several groups ({fused[0]}, ...): scaled by ranges"
-        findings.add("note", "config.fused", found, "under AutoTP they have to be cut into contiguous rows")
+        findings.add("note", "config.fused", found, "under AutoTP each must be split into contiguous rows")
     return table
 
 
 def check_memory(findings: Findings, config: MolsConfig, table: GroupTable, world: int) -> None:
-    """Whether a rank's accumulators fit where the section puts them."""
+    """Check whether the accumulators of one of `world` ranks fit into the memory of their device."""
     import torch
 
     if config.fixed_alphas is not None or config.mode == "moments":
         findings.add("ok", "config.accumulators", "none are needed")
         return
     need = sum(table.elements.values()) / world * ACCUMULATOR_BYTES
-    found = f"{need / GIB:,.2f} GiB of accumulators a rank during the calibration"
+    found = f"{need / GIB:,.2f} GiB of accumulators per rank during the calibration"
     if config.accumulators.device == "accelerator" and torch.cuda.is_available():
-        free, where = torch.cuda.mem_get_info()[0], "free on the device before the model is there"
-        fix = '"accumulators": {"device": "cpu"}, which takes no memory of the device'
+        free, where = torch.cuda.mem_get_info()[0], "free on the device before the model is loaded"
+        fix = '"accumulators": {"device": "cpu"}, which uses no device memory'
         tight = need > free / 4
     else:
         psutil = importlib.import_module("psutil")

@@ -1,4 +1,4 @@
-"""The packages around torch: DeepSpeed and its kernels, Megatron-core, Transformer Engine, apex, the optional ones."""
+"""Checks of packages: DeepSpeed and its kernels, Megatron-core, Transformer Engine, apex, optional packages."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ IMPORTS = (
     *("deepspeed", "megatron.core", ENGINE, "transformers", "datasets", "tokenizers", "tensorboard", "matplotlib"),
     *("rich", "peft", "bitsandbytes", "pytorch_optimizer"),
 )
-"""Modules that are imported to see whether they can be, in a process of its own; `lm_eval` is only looked for."""
+"""Modules to import, in a separate process. `lm_eval` is not imported."""
 APEX = ("amp_C", "apex.optimizers")
-"""What `find_apex` imports; tried in a process of its own first."""
+"""Modules that `find_apex` imports, tried first in a separate process."""
 APEX_FIX = (
     "pip uninstall apex, then build NVIDIA's from github.com/NVIDIA/apex (with --cpp_ext and --cuda_ext); or leave it "
-    "out: Megatron-core takes Transformer Engine's FusedAdam or torch's AdamW"
+    "out: Megatron-core then uses Transformer Engine's FusedAdam or torch's AdamW"
 )
 
 
 def check_packages(findings: Findings, tried: Mapping[str, Tried]) -> None:
-    """Every package; `tried`: what came of importing `IMPORTS` (those that are installed)."""
+    """Check every package. `tried`: results of importing the installed ones of `IMPORTS`."""
     with findings.guard("requirements"):
         _requirements(findings, tried)
     if not tried["torch"].works:
@@ -51,7 +51,7 @@ def check_packages(findings: Findings, tried: Mapping[str, Tried]) -> None:
         _optimizers(findings, tried)
 
 
-# ------------------------------------------------------------------ what our own metadata asks for
+# ------------------------------------------------------------------ requirements of our own metadata
 
 
 def _module(distribution: str) -> str:
@@ -59,7 +59,7 @@ def _module(distribution: str) -> str:
 
 
 def _requirements(findings: Findings, tried: Mapping[str, Tried]) -> None:
-    """Installed versions against the package's own requirements, extra by extra; and whether they can be imported."""
+    """Check the installed versions against the package's requirements, per extra, and whether each imports."""
     from packaging.requirements import Requirement
 
     try:
@@ -104,7 +104,7 @@ def _extra(findings: Findings, extra: str, wanted: list[Requirement], tried: Map
 
 
 def _install(wanted: list[Requirement]) -> str:
-    """The command for these packages. It names them, not an extra of mols-ds, which is not on PyPI."""
+    """Return the pip command for these packages: their names, not an extra, because mols-ds is not on PyPI."""
     return "pip install --upgrade " + " ".join(f"'{package.name}{package.specifier}'" for package in wanted)
 
 
@@ -115,21 +115,21 @@ def _deepspeed(findings: Findings, tried: Tried) -> None:
     if not tried.works:
         raise ImportError(tried.error)
     if tried.version.split("+")[0] == DEEPSPEED_TESTED:
-        findings.add("ok", "deepspeed", f"DeepSpeed {tried.version}, the tested one")
+        findings.add("ok", "deepspeed", f"DeepSpeed {tried.version}, the tested version")
     else:
-        found = f"DeepSpeed {tried.version}; tested is {DEEPSPEED_TESTED}"
+        found = f"DeepSpeed {tried.version}; tested with {DEEPSPEED_TESTED}"
         findings.add("warning", "deepspeed", found, f"pip install deepspeed=={DEEPSPEED_TESTED}, or run the tests")
     with findings.guard("deepspeed.ops", level="warning"), silence():
         _ops(findings)
 
 
 def _ops(findings: Findings) -> None:
-    """Kernels: built with the package, compiled here before, or to be compiled when they are first used."""
+    """Report kernels that are prebuilt, compiled before, or to be compiled at first use."""
     import torch
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
 
-    report = deepspeed_module("deepspeed.env_report")  # what `ds_report` prints
+    report = deepspeed_module("deepspeed.env_report")  # as `ds_report` prints
     kernels = report.ALL_OPS
     root = Path(cpp_extension.get_default_build_root())
     compiled = {file.stem for file in root.glob("**/*.so")} | {
@@ -142,7 +142,7 @@ def _ops(findings: Findings) -> None:
     accelerator = get_accelerator().device_name()
     lists = (("can be compiled", able), ("cannot", unable), ("compiled already", sorted(compiled)))
     found = "; ".join(f"{what}: {', '.join(names) or 'none'}" for what, names in lists)
-    fix = "--config says whether a config needs one of those that cannot" if unable else ""
+    fix = "--config checks whether a config needs one that cannot be compiled" if unable else ""
     findings.add("ok" if able else "note", "deepspeed.ops", f"on {accelerator}, {found}", fix)
     if accelerator == "cuda" and torch.version.hip is None:
         version = report.nvcc_version()
@@ -152,7 +152,7 @@ def _ops(findings: Findings) -> None:
         else:
             findings.add("ok", "deepspeed.nvcc", f"nvcc {version}")
     for lock in sorted(root.glob("**/lock")):
-        found = f"{lock} was left by a compilation that was killed, or one is running: the next use waits for it"
+        found = f"{lock}: a compilation is running, or one was killed; the next use waits for it"
         findings.add("warning", "deepspeed.lock", found, "delete it if nothing is compiling")
 
 
@@ -173,7 +173,7 @@ def _megatron(findings: Findings, tried: Tried) -> None:
 
 def _transformer_engine(findings: Findings, tried: Tried | None) -> None:
     if tried is None:
-        found = "Transformer Engine is not installed: no FP8 or FP4, and no context parallelism, on Megatron"
+        found = "Transformer Engine is not installed: no FP8, FP4 or context parallelism with Megatron"
         findings.add("note", "transformer_engine", found, "on Hopper or newer: pip install transformer_engine[pytorch]")
     elif not tried.works:
         found = f"Transformer Engine is installed but cannot be imported: {tried.error}"
@@ -193,7 +193,7 @@ def _apex(findings: Findings, tried: Mapping[str, Tried]) -> None:
     from megatron_patches.machine import find_apex
 
     if importlib.util.find_spec("apex") is None:
-        findings.add("note", "apex", "NVIDIA apex is not installed (Megatron-core then takes another Adam)")
+        findings.add("note", "apex", "NVIDIA apex is not installed (Megatron-core then uses another Adam)")
         return
     crashes = [tried[name].error for name in APEX if name in tried and tried[name].error.startswith("it ")]
     usable, why = (False, f"apex cannot be imported: {crashes[0]}") if crashes else find_apex()
@@ -221,7 +221,7 @@ def _low_precision(findings: Findings) -> None:
 
 
 def _optimizers(findings: Findings, tried: Mapping[str, Tried]) -> None:
-    """Of the table of optimizers, those whose package is absent or broken."""
+    """Report the optimizers whose package is missing or broken."""
     from mols_ds.optim.catalog import OPTIMIZERS
 
     packages: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""When a config's calibration and ramp happen, against the learning rate's schedule. Engine-free."""
+"""Compare the calibration and ramp of a config with the learning rate schedule. Needs no engine."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from mols_ds.core.phases import Schedule, resolve_schedule
 from mols_ds.errors import MolsError
 
 PROBE_SHARE = 1 / 3
-"""Extra forward and backward passes, as a share of the run's, from which on the doctor warns. The paper's runs pay
-32 / 10,000 and less (arXiv 2605.05794, section 4)."""
-DEFAULT_FIX = "docs/config.md lists every key of the section with what is allowed"
+"""Warn if the calibration needs more than this share of the run's forward and backward passes. The paper's runs use at
+most 32 / 10,000 (arXiv 2605.05794, section 4)."""
+DEFAULT_FIX = "docs/config.md lists every key of the section with its allowed values"
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run.
+    """Known facts of a run.
 
     Attributes:
-        steps: optimizer steps of it, None where nothing tells.
-        warmup: warm-up steps of the rate's schedule, None where nothing tells.
-        sequences: of a global batch.
-        passes: forward and backward passes of a rank in one step (gradient accumulation).
-        fp16_scale_power: with a dynamic fp16 loss scale, the power of two that it starts from; else None.
+        steps: optimizer steps; None if unknown.
+        warmup: warm-up steps of the learning rate schedule; None if unknown.
+        sequences: sequences per global batch.
+        passes: forward and backward passes per rank and step (gradient accumulation).
+        fp16_scale_power: initial power of two of a dynamic fp16 loss scale; else None.
     """
 
     steps: int | None
@@ -35,9 +35,9 @@ class RunFacts:
 
 
 def check_schedule(findings: Findings, config: MolsConfig, run: RunFacts) -> None:
-    """Findings on start, window, ramp and cost of the "mols" section `config`."""
+    """Check start, window, ramp and cost of the "mols" section `config`."""
     if not config.enabled:
-        findings.add("note", "config.mols", '"enabled" is false: the engine is stock and nothing is measured')
+        findings.add("note", "config.mols", '"enabled" is false: stock engine, no measurement')
         return
     unknown = config.total_steps is None and run.steps is None
     shares = [key for key in ("start", "ramp_end") if isinstance(getattr(config, key), float)]
@@ -45,7 +45,7 @@ def check_schedule(findings: Findings, config: MolsConfig, run: RunFacts) -> Non
         findings.add(
             "warning",
             "config.total_steps",
-            f"{' and '.join(shares)} are shares of all steps, and nothing here tells how many there are",
+            f"{' and '.join(shares)} are shares of all steps, and the number of steps is unknown",
             'set "mols.total_steps" (train.py fills in its --steps); mols-ds doctor --steps N checks the rest',
         )
         return
@@ -53,8 +53,8 @@ def check_schedule(findings: Findings, config: MolsConfig, run: RunFacts) -> Non
         findings.add(
             "warning",
             "config.total_steps",
-            f'"mols.total_steps" is {config.total_steps}, and the run has {run.steps} steps: shares are of the former',
-            "give both the same number, or leave total_steps out",
+            f'"mols.total_steps" is {config.total_steps}, but the run has {run.steps} steps: shares use the former',
+            "make both equal, or leave total_steps out",
         )
     try:
         schedule = resolve_schedule(config, run.steps, run.warmup)
@@ -71,7 +71,7 @@ def check_schedule(findings: Findings, config: MolsConfig, run: RunFacts) -> Non
 
 
 def _window_of(config: MolsConfig) -> int:
-    """Gradient samples of a calibration at most."""
+    """Return the largest number of gradient samples of a calibration."""
     return config.max_samples if config.samples == "auto" else config.samples
 
 
@@ -83,9 +83,9 @@ def _ramp(findings: Findings, config: MolsConfig, schedule: Schedule, run: RunFa
         findings.add(
             "note",
             "config.ramp",
-            f"the ramp ends at step {schedule.ramp_end}, after the warm-up (step {run.warmup}): multipliers still move "
-            "at the peak rate (the paper ends both together)",
-            '"ramp_end": "auto" takes the warm-up of a scheduler that tells it',
+            f"the ramp ends at step {schedule.ramp_end}, after the warm-up (step {run.warmup}): multipliers still "
+            "change at the peak rate (the paper ends both together)",
+            '"ramp_end": "auto" takes the warm-up of the scheduler, if it has one',
         )
     if run.warmup is not None and schedule.start >= run.warmup > 0:
         found = f"the calibration starts at step {schedule.start}, when the warm-up (step {run.warmup}) is over"
@@ -102,13 +102,13 @@ def _window(findings: Findings, config: MolsConfig, schedule: Schedule, run: Run
             "warning",
             "config.mode",
             f'mode "{config.mode}" measures the training steps {schedule.start} to {end}, past the end of ramp or '
-            f"warm-up (step {limit}): the weights move at the full rate while they are measured, which came out as the "
-            "worst arms in docs/evidence/results.md, and the ramp is put off",
+            f"warm-up (step {limit}): the weights change at the full rate during the measurement (the worst arms in "
+            "docs/evidence/results.md), and the ramp starts later",
             f'"mode": "probe"; or a warm-up and ramp_end of at least {end} steps, or fewer samples',
         )
     else:
         found = f'mode "{config.mode}" measures steps {schedule.start} to {end} of {limit} of warm-up while they train'
-        findings.add("note", "config.mode", found, '"probe" is what docs/evidence/results.md finds best')
+        findings.add("note", "config.mode", found, '"probe" is the best mode in docs/evidence/results.md')
 
 
 def _cost(findings: Findings, config: MolsConfig, run: RunFacts) -> None:
@@ -118,7 +118,7 @@ def _cost(findings: Findings, config: MolsConfig, run: RunFacts) -> None:
     most = "at most " if config.samples == "auto" else ""
     found = (
         f"the calibration costs {most}{window} global batches without an update: {window * run.passes} forward and "
-        f"backward passes a rank ({window * run.sequences:,} sequences)"
+        f"backward passes per rank ({window * run.sequences:,} sequences)"
     )
     steps = config.total_steps or run.steps
     share = window / steps if steps else 0.0
@@ -135,8 +135,8 @@ def _loss_scale(findings: Findings, config: MolsConfig, schedule: Schedule, run:
     findings.add(
         "warning",
         "config.fp16",
-        f"fp16 with a dynamic loss scale from 2^{power}, and a probe at step {schedule.start}: until the scale is "
-        f"low enough (at most {power} overflows, each a step) samples overflow, and in the window nothing lowers it",
+        f"fp16 with a dynamic loss scale from 2^{power}, and a probe at step {schedule.start}: samples overflow until "
+        f"the scale is low enough (at most {power} overflows, one per step), and nothing lowers it inside the window",
         f'"start" of {power} steps or later, a lower "initial_scale_power", or bf16',
     )
 
@@ -149,7 +149,7 @@ def _again(findings: Findings, config: MolsConfig, schedule: Schedule) -> None:
         findings.add(
             "warning",
             "config.recalibrate",
-            f"every {config.recalibrate.every} steps a calibration is due, and a ramp takes {ramp}: multipliers are "
-            "never constant",
-            "recalibrate after several times the ramp's length, or not at all",
+            f"a calibration every {config.recalibrate.every} steps, and a ramp of {ramp}: the multipliers are never "
+            "constant",
+            "recalibrate at intervals of several ramps, or not at all",
         )

@@ -1,4 +1,4 @@
-"""A stand-in for the engine that a DeepSpeed config would make, for the checks of `mols_ds.attach`."""
+"""Stand-in for the engine of a DeepSpeed config, for the checks of `mols_ds.attach`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mols_ds.errors import MolsConfigError
 
 BUILT = {"adam": "Adam", "adamw": "AdamW", "adagrad": "Adagrad", "lamb": "FusedLamb", "lion": "FusedLion",
          "muon": "MuonWithAuxAdam", "muadam": "Adam", "muadamw": "AdamW", "musgd": "SGD"}  # fmt: skip
-"""What DeepSpeed builds for the names that are its own (runtime/engine.py, _configure_basic_optimizer). Adam, AdamW and
-Adagrad are torch's or kernels, whatever else the config says: torch's stand for both."""
+"""Classes that DeepSpeed builds for its own names (runtime/engine.py, _configure_basic_optimizer). Adam, AdamW and
+Adagrad are torch's or kernels, depending on the config; the stand-in is torch's."""
 
 
 def engine_stand_in(resolved: JsonMapping) -> SimpleNamespace:
-    """What the checks of `mols_ds.attach` read of an engine.
+    """Build an object with the attributes of an engine that the checks of `mols_ds.attach` read.
 
     Args:
         resolved: a DeepSpeed config without "auto".
@@ -49,8 +49,8 @@ def engine_stand_in(resolved: JsonMapping) -> SimpleNamespace:
 
 
 def _inner(resolved: JsonMapping) -> object:
-    """A stand-in of the class and the settings of this config's optimizer. One of torch's, which needs no kernel and
-    no library, is built."""
+    """Build a stand-in with the class and settings of this config's optimizer. Build torch's own optimizers for real:
+    they need no kernel and no package."""
     import torch
 
     from mols_ds.optim.build import split_config
@@ -69,12 +69,12 @@ def _inner(resolved: JsonMapping) -> object:
         name = section["type"]
         try:
             return getattr(torch.optim, name)([torch.nn.Parameter(torch.zeros(2))], **params)
-        except Exception as error:  # of any type, from wherever the value is used
+        except Exception as error:  # any type can come from where a value is used
             raise MolsConfigError(
                 f'torch.optim.{name} refuses its params: {last_line(error)}; correct "optimizer.params"'
             ) from error
     group = {"weight_decay": 0.0, **({"betas": (0.9, 0.95)} if "adam" in name.lower() else {}), **params}
-    if name == "Adam":  # whose decay DeepSpeed decouples by default
+    if name == "Adam":  # DeepSpeed decouples its weight decay by default
         group["decoupled_weight_decay"] = params.get("adam_w_mode", True)
     module = "torch.optim" if hasattr(torch.optim, name) else "deepspeed.ops"
     return type(name, (), {"__module__": module, "param_groups": [group], "step": None})()

@@ -1,1 +1,1 @@
-"""Starting ranks: the launcher, its signals, health checks."""
+"""Start ranks: the launcher, its signals, health checks."""

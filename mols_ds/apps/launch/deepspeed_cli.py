@@ -1,12 +1,12 @@
-"""`deepspeed --config FILE script.py`: DeepSpeed's own launcher with one more option.
+"""`deepspeed --config FILE script.py`: DeepSpeed's launcher with one more option.
 
-The launcher's parser takes `--config`, so that every other option means what it always means and a `--config` behind
-the script stays the script's. The file reaches the script as `--deepspeed --deepspeed_config FILE`: as arguments,
-because environment variables do not travel to other nodes. Every rank runs the script by run_script.py (beside this
-file), which turns `mols_ds.patch()` on.
+The launcher's parser gets `--config`: all other options keep their meaning, and a `--config` after the script belongs
+to the script. The script gets the file as the arguments `--deepspeed --deepspeed_config FILE`, because environment
+variables do not reach other nodes. Every rank runs the script through run_script.py (beside this file), which calls
+`mols_ds.patch()`.
 
-SIGTERM and SIGUSR1 go to the ranks, wherever they are, so that they save a checkpoint and exit with 0 and the launcher
-with them; what DeepSpeed's launcher does by itself is in mols_ds/apps/launch/signals.py.
+SIGTERM and SIGUSR1 go to the ranks on all nodes: they save a checkpoint and exit with 0, then the launcher exits.
+mols_ds/apps/launch/signals.py describes what DeepSpeed's launcher does by itself.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from deepspeed.launcher.multinode_runner import MultiNodeRunner
 
 Hosts = dict[str, list[int]]
-"""Host -> the slots of it that the job uses."""
+"""Host -> its slots that the job uses."""
 Process = subprocess.Popen[bytes]
 Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 PROGRAM = "deepspeed"
@@ -45,11 +45,11 @@ ROOT = str(Path(__file__).resolve().parents[3])
 RUNNER = "deepspeed.launcher.runner"
 RUN_SCRIPT = str(Path(__file__).with_name("run_script.py").resolve())
 UNMAPPED = ("OpenMPIRunner", "MVAPICHRunner", "SlurmRunner")
-"""Runners of DeepSpeed (launcher/multinode_runner.py) that start the script itself and tell it no master address."""
+"""Runners of DeepSpeed (launcher/multinode_runner.py) that start the script directly, without a master address."""
 
 
 class RunnerParser(Parser):
-    """The parser of DeepSpeed's runner, with `--config`."""
+    """Parser of DeepSpeed's runner, with `--config`."""
 
     def __init__(self, description: str | None = None, **options: Any) -> None:
         super().__init__(description=description, **options)
@@ -57,7 +57,7 @@ class RunnerParser(Parser):
 
 
 def _copy_with(module: object, **changes: object) -> ModuleType:
-    """A copy of `module` (or of what stands for one) with other attributes, to be put in its place in the runner."""
+    """Return a copy of `module` with changed attributes, to replace it in the runner."""
     copy = ModuleType("copy")
     copy.__dict__.update(vars(module))
     copy.__dict__.update(changes)
@@ -65,7 +65,7 @@ def _copy_with(module: object, **changes: object) -> ModuleType:
 
 
 def script_arguments(user_args: Sequence[str], config: str | None) -> list[str]:
-    """The script's arguments with the config added, unless the user's own name one."""
+    """Append the config to the script's arguments, unless they already name one. Return the arguments."""
     named = any(arg.split("=", 1)[0] in CONFIG_OPTIONS for arg in user_args)
     if config is None or named:
         return list(user_args)
@@ -74,28 +74,28 @@ def script_arguments(user_args: Sequence[str], config: str | None) -> list[str]:
 
 
 def _run_patched(parsed: argparse.Namespace) -> None:
-    """Have the ranks run the user's script or module by RUN_SCRIPT. What `--no_python` starts cannot be reached."""
+    """Make the ranks run the user's script or module through RUN_SCRIPT. Impossible with `--no_python`."""
     if parsed.no_python:
-        print_line(PROGRAM, "--no_python: MoLS is not turned on for the program; a script of it calls mols_ds.patch()")
+        print_line(PROGRAM, "--no_python: MoLS is off for the program; call mols_ds.patch() in its script")
         return
     parsed.user_args = [*(["-m"] if parsed.module else []), parsed.user_script, *parsed.user_args]
     parsed.user_script, parsed.module = RUN_SCRIPT, False
 
 
 class _Job:
-    """One call of DeepSpeed's runner: what it was asked for, and the process that it started."""
+    """One call of DeepSpeed's runner: its arguments and the process that it started."""
 
     def __init__(self) -> None:
         self.args = argparse.Namespace()
         self.active: Hosts = {}
         self.process: Any = None
         self.end: Any = None
-        """What the runner itself would do on SIGTERM: with pdsh, kill the launchers of all nodes."""
+        """The runner's own SIGTERM handler: with pdsh, it kills the launchers of all nodes."""
 
-    # -- what takes the place of the runner's own
+    # -- replacements of the runner's functions
 
     def parse(self, stock: Callable[..., argparse.Namespace]) -> Callable[..., argparse.Namespace]:
-        """The runner's `parse_args`, taking `--config` and refusing files that are not there."""
+        """Wrap the runner's `parse_args`: add `--config`, raise MolsConfigError for a missing file."""
 
         def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
             runner: Any = compat.module(RUNNER)
@@ -106,7 +106,7 @@ class _Job:
             finally:
                 runner.argparse = stock_argparse
             if parsed.ds_config is not None and not os.path.isfile(parsed.ds_config):
-                read_config(parsed.ds_config)  # a base64 text, or no such file
+                read_config(parsed.ds_config)  # base64, or raises: no such file
             if not parsed.module and not parsed.no_python and not os.path.isfile(parsed.user_script):
                 raise MolsConfigError(f"{parsed.user_script}: no such script")
             parsed.user_args = script_arguments(parsed.user_args, parsed.ds_config)
@@ -117,7 +117,7 @@ class _Job:
         return parse_args
 
     def remember(self, stock: Callable[[Hosts], str]) -> Callable[[Hosts], str]:
-        """The runner's `encode_world_info`, which is called once with the hosts and slots that are used."""
+        """Wrap the runner's `encode_world_info`. The runner calls it once, with the hosts and slots of the job."""
 
         def encode_world_info(world_info: Hosts) -> str:
             self.active = dict(world_info)
@@ -126,7 +126,7 @@ class _Job:
         return encode_world_info
 
     def start(self, stock: Callable[..., Process]) -> Callable[..., Process]:
-        """The runner's `Popen`; the first process is the job, others are how the runner ends it."""
+        """Wrap the runner's `Popen`. The first process is the job; the runner starts others to end it."""
 
         def popen(command: Sequence[str], **options: object) -> Process:
             process = stock(command, **options)
@@ -136,7 +136,7 @@ class _Job:
         return popen
 
     def listen(self, number: int, handler: Handler) -> Handler:
-        """The runner's `signal.signal`, which it calls with pdsh only."""
+        """Replace the runner's `signal.signal`, which it calls only with pdsh."""
         if number not in SIGNALS:
             return signal.signal(number, handler)
         self.end = handler
@@ -145,8 +145,8 @@ class _Job:
     # -- signals
 
     def forward(self, number: int, frame: FrameType | None) -> None:
-        """Hands SIGTERM or SIGUSR1 to the ranks. Processes that hand signals on themselves get SIGUSR1, which mpirun
-        and srun pass to all ranks: SIGTERM would make mpirun kill them."""
+        """Forward SIGTERM or SIGUSR1 to the ranks. Launchers that forward signals (mpirun, srun) get SIGUSR1, which
+        they pass to all ranks; on SIGTERM, mpirun would kill the ranks."""
         if self.process is None:
             sys.exit(shell_status(-number))
         several = (len(self.active) > 1 or self.args.force_multi) and not self.args.no_ssh
@@ -161,8 +161,8 @@ class _Job:
             later.start()
 
     def reached(self, number: int) -> bool:
-        """Whether any host has got a signal to its ranks: none, as long as none has started any. Where one has, others
-        may find theirs gone: all ranks end with the first that is told."""
+        """Send a signal to the ranks on all hosts. Return False if no host has a rank yet. One host is enough: all
+        ranks end together, so others may find theirs gone."""
         done = subprocess.run(
             self.remote(number), env=self.remote_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, check=False,
@@ -171,14 +171,14 @@ class _Job:
         return SENT in done.stdout
 
     def remote(self, number: int) -> list[str]:
-        """The pdsh command that sends a signal to the ranks on all hosts of this job."""
+        """Build the pdsh command that sends a signal to the ranks on all hosts of this job."""
         args = self.args
         words = [sys.executable, "-m", "mols_ds.signals", "send", signal.Signals(number).name]
         there = f"cd /; PYTHONPATH={shlex.quote(ROOT)} {shlex.join(words)} --port {args.master_port}"
         return ["pdsh", "-S", "-w", ",".join(self.active), *shlex.split(args.launcher_args), there]
 
     def remote_environment(self) -> dict[str, str]:
-        """What DeepSpeed's PDSHRunner adds to pdsh's environment."""
+        """Return the environment of pdsh, as DeepSpeed's PDSHRunner sets it."""
         port = self.args.ssh_port
         more = (
             {} if port is None else {"PDSH_SSH_ARGS_APPEND": f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} -p {port}"}
@@ -187,8 +187,8 @@ class _Job:
 
 
 def _with_master(runner_class: type[MultiNodeRunner]) -> type[MultiNodeRunner]:
-    """A runner of DeepSpeed that also tells the ranks where rank 0 is; they take their number from the launcher's
-    variables, see mols_ds/training/rank_env.py."""
+    """Return a subclass of a DeepSpeed runner that also exports the address of rank 0. Ranks get their number from the
+    launcher's variables (mols_ds/training/rank_env.py)."""
 
     class Runner(runner_class):  # type: ignore[misc]
         def get_cmd(self, environment: dict[str, str], active_resources: Hosts) -> list[str]:
@@ -202,7 +202,7 @@ def _with_master(runner_class: type[MultiNodeRunner]) -> type[MultiNodeRunner]:
 
 @contextlib.contextmanager
 def _changed(runner: ModuleType, job: _Job) -> Iterator[None]:
-    """DeepSpeed's runner with what `job` and `_with_master` put into it."""
+    """Patch DeepSpeed's runner with the functions of `job` and with `_with_master`."""
     changes = {
         "parse_args": job.parse(runner.parse_args),
         "encode_world_info": job.remember(runner.encode_world_info),
@@ -220,7 +220,7 @@ def _changed(runner: ModuleType, job: _Job) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _listening(job: _Job) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 go to the job's ranks, where nobody else has asked for them."""
+    """Forward SIGTERM and SIGUSR1 to the job's ranks, unless another handler is set."""
     main_thread = threading.current_thread() is threading.main_thread()
     ours = [number for number in SIGNALS if main_thread and signal.getsignal(number) is signal.SIG_DFL]
     for number in ours:
@@ -233,9 +233,8 @@ def _listening(job: _Job) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs DeepSpeed's launcher on `argv` (default: the command line). Returns its status, or 2 for a user's mistake;
-    the launcher itself hands on the status of the first process that failed, but for one that a signal ended (its
-    status is negative): 128 + the signal."""
+    """Run DeepSpeed's launcher on `argv` (default: the command line). Return 2 after a one-line user error, else its
+    status: that of the first process that failed, or 128 + the signal that ended it."""
     job = _Job()
     try:
         runner = compat.module(RUNNER)
@@ -244,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except (ValueError, RuntimeError, AssertionError, MolsUnsupportedError) as error:
-        # The first three are how the launcher refuses hosts, slots and counts.
+        # the launcher raises the first three for wrong hosts, slots and counts
         print_line(PROGRAM, error)
         return USER_MISTAKE
     return shell_status(getattr(job.process, "returncode", 0))

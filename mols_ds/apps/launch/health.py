@@ -1,8 +1,8 @@
-"""Is this node fit for the job? Run on every node before it: python -m mols_ds.health [--gpus 8] [--collective].
+"""Check a node before a job. Run on every node: python -m mols_ds.health [--gpus 8] [--collective].
 
-Each check is one line on stdout; the exit status is 0 where none failed, and 1 otherwise. What cannot be looked at on
-this machine (no nvidia-smi, a kernel log that only root may read) is said and does not fail. With --collective it runs
-as one of the job's ranks, under any launcher of the job, and all ranks add up a tensor over the job's own network.
+Each check prints one line to stdout. The exit status is 1 if a check failed, else 0. A check that this machine does not
+allow (no nvidia-smi, kernel log readable by root only) prints a note and does not fail. With --collective the program
+runs as a rank of the job, under any of its launchers, and all ranks all-reduce a tensor over the job's network.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ECC_FIELDS = ("index", "ecc.errors.uncorrected.volatile.total", "remapped_rows.p
 
 @dataclass(frozen=True)
 class Check:
-    """One check: its name, FINE, NOTED or FAILED, and what was seen."""
+    """Result of one check: its name; FINE, NOTED or FAILED; the observation."""
 
     check: str
     state: str
@@ -41,7 +41,7 @@ class Check:
 
 
 def gpus(expected: int | None) -> Check:
-    """Whether torch sees as many GPUs as expected (None: as many as nvidia-smi) and each of them computes."""
+    """Check that torch sees `expected` GPUs (None: as many as nvidia-smi lists) and that each one computes."""
     import torch
 
     listed = _nvidia_smi("index")
@@ -57,12 +57,12 @@ def gpus(expected: int | None) -> Check:
         except RuntimeError as error:
             return Check("gpus", FAILED, f"GPU {device}: {next(iter(str(error).splitlines()), error)}")
         if not right:
-            return Check("gpus", FAILED, f"GPU {device} multiplies wrongly: take the node out")
+            return Check("gpus", FAILED, f"GPU {device} computes a wrong product: remove the node")
     return Check("gpus", FINE, f"{seen} seen" + ("" if seen else ": training runs on the CPU"))
 
 
 def _nvidia_smi(*fields: str) -> list[list[str]] | None:
-    """A row of `fields` for each GPU of this machine, or None where nvidia-smi is not there or fails."""
+    """Return a row of `fields` for each GPU of this machine, or None if nvidia-smi is missing or fails."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
@@ -72,24 +72,24 @@ def _nvidia_smi(*fields: str) -> list[list[str]] | None:
 
 
 def memory_errors() -> Check:
-    """Uncorrectable ECC errors since the driver was loaded, and rows that wait for a reset or cannot be remapped."""
+    """Check for uncorrectable ECC errors since the driver was loaded, and for pending or failed row remaps."""
     rows = _nvidia_smi(*ECC_FIELDS)
     if rows is None:
-        return Check("ecc", NOTED, "not looked at: nvidia-smi is not there or does not answer")
+        return Check("ecc", NOTED, "not checked: nvidia-smi is missing or does not answer")
     for index, uncorrected, pending, failed in rows:
         if uncorrected.isdigit() and int(uncorrected):
             return Check("ecc", FAILED, f"GPU {index}: {uncorrected} uncorrectable errors: reset it or leave it out")
         if "yes" in (pending.lower(), failed.lower()) or "1" in (pending, failed):
-            return Check("ecc", FAILED, f"GPU {index}: rows to be remapped ({pending}) or not ({failed}): reset it")
+            return Check("ecc", FAILED, f"GPU {index}: row remap pending ({pending}) or failed ({failed}): reset it")
     return Check("ecc", FINE, f"none on {len(rows)} GPUs")
 
 
 def driver_errors() -> Check:
-    """Xid lines of the kernel's log: what the driver reported since the machine was started, old or new."""
+    """Count Xid lines in the kernel log: errors that the driver reported since the machine started."""
     try:
         log = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return Check("xid", NOTED, "not looked at: the kernel's log cannot be read as this user")
+        return Check("xid", NOTED, "not checked: this user cannot read the kernel log")
     lines = [line for line in log.splitlines() if "NVRM: Xid" in line]
     if lines:
         return Check("xid", NOTED, f"{len(lines)} since the machine was started, the last: {lines[-1].strip()[:160]}")
@@ -97,7 +97,7 @@ def driver_errors() -> Check:
 
 
 def space(name: str, place: Path, gib: float) -> Check:
-    """Whether the file system of `place`, or of the nearest folder above that exists, has `gib` GiB free."""
+    """Check that the file system of `place`, or of its nearest existing parent, has `gib` GiB free."""
     existing = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free / GIB
     text = f"{free:.1f} GiB free in {place}"
@@ -110,8 +110,8 @@ def space(name: str, place: Path, gib: float) -> Check:
 
 
 def master(address: str, port: int, first: bool) -> Check:
-    """Whether the first node's name is known here and, on that node, its port is free. That the port is reached can
-    be seen only when rank 0 listens: --collective."""
+    """Check that the master address resolves here and, on the `first` node, that its port is free. Only --collective
+    can check that other nodes reach the port: rank 0 must listen."""
     try:
         found = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)})
     except OSError as error:
@@ -127,10 +127,10 @@ def master(address: str, port: int, first: bool) -> Check:
 
 
 def collective(mib: int, timeout: float) -> Check:
-    """Adds up a tensor of `mib` MiB over all ranks, twice, over NCCL where there are GPUs and gloo elsewhere.
+    """All-reduce a tensor of `mib` MiB over all ranks, twice, with NCCL on GPUs and gloo elsewhere. `timeout`: seconds.
 
-    The sum of rank + 1 over ranks is exact in float32. The rate is what nccl-tests call bus bandwidth: 2 (n - 1) / n
-    times bytes a second.
+    The sum of rank + 1 over ranks is exact in float32. The rate is the bus bandwidth of nccl-tests: 2 (n - 1) / n times
+    bytes per second.
     """
     import torch
     from torch import distributed as dist
@@ -165,22 +165,22 @@ def collective(mib: int, timeout: float) -> Check:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog=PROGRAM, description="Checks a node before a job.")
+    parser = Parser(prog=PROGRAM, description="Check a node before a job.")
     add = parser.add_argument
-    add("--gpus", type=integer(0), metavar="N", help="GPUs that must be there (default: those that nvidia-smi lists)")
+    add("--gpus", type=integer(0), metavar="N", help="required GPUs (default: as many as nvidia-smi lists)")
     add("--shm-gib", type=amount, default=SHM_GIB, metavar="GIB", help="free in /dev/shm (default %(default)s)")
     add(
         "--disk", action="append", metavar="PATH=GIB", type=_place,
-        help=f"free for PATH, may be given several times (default: {DISK_GIB:g} for the run's $OUT)",
+        help=f"required free space for PATH; repeatable (default: {DISK_GIB:g} for the run's $OUT)",
     )  # fmt: skip
-    add("--collective", action="store_true", help="as one of the job's ranks, add up a tensor over all of them")
+    add("--collective", action="store_true", help="run as a rank of the job and all-reduce a tensor")
     add("--mib", type=integer(1), default=COLLECTIVE_MIB, help="size of that tensor (default %(default)s)")
     add(
         "--timeout",
         type=above_zero,
         default=120.0,
         metavar="SECONDS",
-        help="for the ranks to meet (default %(default)s)",
+        help="time limit to connect the ranks (default %(default)s)",
     )
     args = parser.parse_args(argv)
     if args.disk is None:
@@ -196,7 +196,7 @@ def _place(text: str) -> tuple[Path, float]:
 
 
 def _first_node() -> tuple[str, int] | None:
-    """Name and port at which the ranks are to meet: rank 0's, or those of launch/torchrun.sh's rendezvous."""
+    """Return (address, port) of rank 0, or of the rendezvous of launch/torchrun.sh."""
     if os.environ.get("MASTER_ADDR"):
         return os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT") or DEFAULT_PORT)
     host, _, port = os.environ.get("RDZV_ENDPOINT", "").rpartition(":")
@@ -204,7 +204,7 @@ def _first_node() -> tuple[str, int] | None:
 
 
 def findings(args: argparse.Namespace) -> Iterator[Check]:
-    """The checks of a node, one rank a node, and the collective of all ranks where it is asked for."""
+    """Run the checks of a node, on one of its ranks, and with --collective the all-reduce on all ranks."""
     several = args.collective and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not several or os.environ.get("LOCAL_RANK", "0") == "0":
         checks: list[Callable[[], Check]] = [partial(gpus, args.gpus), memory_errors, driver_errors]
@@ -216,12 +216,12 @@ def findings(args: argparse.Namespace) -> Iterator[Check]:
             yield master(*where, first=os.environ.get("RANK") == "0" and not several)
     if args.collective:
         if "RANK" not in os.environ:
-            raise MolsConfigError("--collective is for a rank: start it with torchrun, srun or DeepSpeed's launcher")
+            raise MolsConfigError("--collective needs a rank: start it with torchrun, srun or DeepSpeed's launcher")
         yield collective(args.mib, args.timeout)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0, 1 where a check failed, 2 for a user's mistake."""
+    """Run the command line. Return 0, 1 if a check failed, 2 after a user error."""
     return run_program(PROGRAM, lambda: _check(_arguments(argv)))
 
 

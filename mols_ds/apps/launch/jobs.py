@@ -1,7 +1,7 @@
 """`mols-ds train`, `finetune` and `train-megatron`: start a job on this machine, or be a rank of one.
 
-Where a launcher has started this process (torchrun, DeepSpeed's, srun, mpirun), it is a rank. Else `--nproc N` starts N
-of them by torchrun; the default is one for each GPU. SIGTERM and SIGUSR1 go to the ranks (`mols_ds.signals run`).
+A process that a launcher started (torchrun, DeepSpeed's, srun, mpirun) is a rank. Otherwise torchrun starts `--nproc N`
+ranks; the default is one per GPU. SIGTERM and SIGUSR1 go to the ranks (`mols_ds.signals run`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ JOBS = {
     "finetune": ("mols_ds.apps.finetune.main", "fine-tune on instructions with DeepSpeed: finetune.py"),
     "train-megatron": ("mols_ds.apps.train_megatron.main", "pre-train with Megatron-core: train_megatron.py"),
 }
-"""Command -> module whose `main` is a rank, what it does."""
+"""Command -> (module whose `main` runs one rank, description)."""
 
 
 def split_nproc(job: str, argv: Sequence[str]) -> tuple[int | None, list[str]]:
-    """The number of `--nproc` and the arguments of the job's script."""
+    """Split `argv` into the number of `--nproc` (None if missing) and the arguments of the job's script."""
     parser = Parser(prog=f"mols-ds {job}", add_help=False, allow_abbrev=False)
     parser.add_argument("--nproc", type=positive)
     args, rest = parser.parse_known_args(argv)
@@ -31,7 +31,7 @@ def split_nproc(job: str, argv: Sequence[str]) -> tuple[int | None, list[str]]:
 
 
 def start_job(job: str, argv: Sequence[str]) -> int:
-    """Run a job with the arguments of its script, and `--nproc`. Returns the exit status."""
+    """Run a job with `--nproc` and the arguments of its script. Return the exit status."""
     nproc, rest = split_nproc(job, argv)
     if "RANK" in os.environ or rank_environment(os.environ) or {"-h", "--help"} & set(rest):
         return _rank(job, rest)

@@ -1,9 +1,9 @@
-"""Runs a user's script with `mols_ds.patch()` in effect. `launch/deepspeed` and `mols-ds launch` start every rank so.
+"""Run a user's script with `mols_ds.patch()` in effect. `launch/deepspeed` and `mols-ds launch` start every rank so.
 
     python .../mols_ds/apps/launch/run_script.py [--local_rank=N] SCRIPT|-m MODULE ARGUMENTS ...
 
-Nothing is imported that the script does not import: the patch waits for the import of DeepSpeed. DeepSpeed's launcher
-puts `--local_rank` before the script here; the script gets it as its first argument, as without this file.
+The patch is applied when the script imports DeepSpeed; nothing else is imported. DeepSpeed's launcher puts
+`--local_rank` before the script; the script gets it as its first argument, as it would without this file.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ CONFIG = "--deepspeed_config"
 
 
 class PatchOnImport(MetaPathFinder):
-    """Calls `mols_ds.patch()` as soon as DeepSpeed has been imported."""
+    """Import hook that calls `mols_ds.patch()` after the import of DeepSpeed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """DeepSpeed's spec as the other finders give it. Looking for it (`is_deepspeed_available`) is no import yet."""
+        """Return DeepSpeed's spec from the other finders. A look-up (`is_deepspeed_available`) patches nothing."""
         if fullname != ENGINE:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     launcher = []
     while rest and rest[0].startswith("--local_rank="):
         launcher.append(rest.pop(0))
-    if importlib.util.find_spec("mols_ds") is None:  # the shim alone is used; the package is not installed
+    if importlib.util.find_spec("mols_ds") is None:  # only the shim is used; the package is not installed
         sys.path.append(ROOT)
     sys.meta_path.insert(0, PatchOnImport())
     try:
@@ -79,7 +79,7 @@ def _run(rest: list[str], launcher: list[str]) -> None:
 
 
 def _say_left_out(arguments: Sequence[str]) -> None:
-    """Say on rank 0 that the script gave the "mols" section of the launcher's config to no engine."""
+    """Print on rank 0 that the script did not pass the "mols" section of the launcher's config to an engine."""
     given = arguments[arguments.index(CONFIG) + 1 :] if CONFIG in arguments else []
     asked = {"-h", "--help"} & set(arguments)
     if not given or asked or os.environ.get("RANK", "0") != "0" or not os.path.isfile(given[0]):

@@ -1,14 +1,14 @@
-"""Signals for the ranks of a job, past the launcher that started them.
+"""Send signals to the ranks of a job directly, not through their launcher.
 
-Training saves a checkpoint and exits with 0 on SIGTERM and SIGUSR1 (mols_ds/training/preemption.py). Launchers do not
-hand a signal on like that: torchrun (torch/distributed/elastic/agent/server/api.py, `run`) passes SIGTERM on, kills
-what is left 30 s later and fails all the same, and dies of SIGUSR1 without a word to its ranks; DeepSpeed's
-launcher/launch.py ends one rank after the other, each within 30 s, and fails. A signal sent to the ranks themselves
-lets them end well, and then the launcher does too. The ranks agree among themselves, so those of one node are enough.
+On SIGTERM and SIGUSR1, training saves a checkpoint and exits with 0 (mols_ds/training/preemption.py). Launchers do not
+forward signals like that. torchrun (torch/distributed/elastic/agent/server/api.py, `run`) forwards SIGTERM, kills the
+ranks 30 s later and always fails; SIGUSR1 kills it without a signal to its ranks. DeepSpeed's launcher/launch.py ends
+the ranks one by one, with up to 30 s each, and fails. Ranks that get the signal directly end cleanly, and so does the
+launcher. The ranks agree on the step among themselves, so a signal to those of one node is enough.
 
-    python -m mols_ds.signals run torchrun --nnodes 2 ... train.py ...   in the place of `torchrun ...`
+    python -m mols_ds.signals run torchrun --nnodes 2 ... train.py ...   instead of `torchrun ...`
     python -m mols_ds.signals send SIGUSR1 --port 29500                  to the ranks on this machine, from anywhere
-    python -m mols_ds.signals finished runs/7b                           status 0 where the run came to its last step
+    python -m mols_ds.signals finished runs/7b                           status 0 if the run finished its last step
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from mols_ds.training.preemption import SIGNALS
 
 PROGRAM = "mols_ds.apps.launch.signals"
 METRICS = ("metrics.jsonl", "mols/metrics.jsonl")
-"""Of a run, and of the second arm of a comparison; training writes their last line after the last step."""
+"""Metrics files of a run, and of the second arm of a comparison. Training writes the last line after its last step."""
 SENT = "was sent to"
 GRACE_SECONDS = 600.0
-"""How long ranks may take to end a step and save; the cluster's own limit is what usually counts."""
+"""Seconds that ranks get to finish a step and save. The cluster's own limit is usually shorter."""
 IDLE_SECONDS = 30.0
-"""How long a launcher without ranks is left alone after a signal: they may just have ended, told by those of another
-node, and the launcher is about to find out."""
+"""Seconds that a launcher without ranks gets after a signal. The ranks may just have ended because those of another
+node got the signal, and the launcher is about to notice."""
 KILL_SECONDS = 40.0
-"""After that, the time that a launcher has to end its ranks: torchrun and DeepSpeed give theirs 30 s."""
+"""Seconds that the launcher then gets to end its ranks: torchrun and DeepSpeed give theirs 30 s."""
 _POLL_SECONDS = 0.2
 
 
 def _is_rank(process: psutil.Process, port: int | None) -> bool:
-    """Whether a launcher gave `process`, or one above it, a local rank (of the job on `port`)."""
+    """Return True if a launcher gave `process` or its ancestor a local rank (in the job on `port`)."""
     try:
         environment = process.environ()
     except psutil.Error:
@@ -65,10 +65,10 @@ def _is_rank(process: psutil.Process, port: int | None) -> bool:
 
 
 def ranks_among(processes: Iterable[psutil.Process], port: int | None = None) -> list[psutil.Process]:
-    """The ranks among `processes`: those with a LOCAL_RANK in their environment whose parent has none.
+    """Return the ranks among `processes`: those with LOCAL_RANK in their environment whose parent has none.
 
-    What a rank starts itself (workers that load data) has its environment too, and is left to the rank. LOCAL_RANK and
-    not RANK: Kubeflow gives every pod a RANK.
+    Child processes of a rank (data workers) inherit its environment and are left to the rank. RANK does not work here:
+    Kubeflow sets it in every pod.
     """
     found = {process.pid: process for process in processes if _is_rank(process, port)}
     return [process for process in found.values() if _parent(process) not in found]
@@ -82,7 +82,7 @@ def _parent(process: psutil.Process) -> int | None:
 
 
 def ranks_below(pid: int) -> list[psutil.Process]:
-    """The ranks among the descendants of process `pid`."""
+    """Return the ranks among the descendants of process `pid`."""
     try:
         return ranks_among(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
@@ -90,7 +90,7 @@ def ranks_below(pid: int) -> list[psutil.Process]:
 
 
 def ranks_here(port: int) -> list[psutil.Process]:
-    """The ranks on this machine that belong to this user and to the job whose MASTER_PORT is `port`."""
+    """Return the ranks on this machine that belong to this user and to the job whose MASTER_PORT is `port`."""
     mine = [process for process in psutil.process_iter() if _owner(process) == os.getuid()]
     return ranks_among(mine, port)
 
@@ -103,7 +103,7 @@ def _owner(process: psutil.Process) -> int | None:
 
 
 def send(processes: Iterable[psutil.Process], number: int) -> int:
-    """Sends a signal; returns how many processes were there to get it."""
+    """Send signal `number`. Return how many processes got it."""
     count = 0
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -113,7 +113,7 @@ def send(processes: Iterable[psutil.Process], number: int) -> int:
 
 
 def finished(out: Path) -> bool:
-    """Whether the run that writes to `out` came to its last step: a run that a signal ended exits with 0 as well."""
+    """Return True if the run in `out` finished its last step. A run that a signal ended exits with 0 too."""
     for path in (out / name for name in METRICS):
         with contextlib.suppress(MolsError):
             lines = read_text(path, str(path)).splitlines() if path.is_file() else []
@@ -124,7 +124,7 @@ def finished(out: Path) -> bool:
 
 
 class Supervisor:
-    """Runs a launcher and hands SIGTERM and SIGUSR1 to its ranks. Main thread only."""
+    """Run a launcher and forward SIGTERM and SIGUSR1 to its ranks. Main thread only."""
 
     def __init__(self, command: Sequence[str], grace: float = GRACE_SECONDS) -> None:
         self.command, self.grace = list(command), grace
@@ -137,9 +137,8 @@ class Supervisor:
         self._first = self._first or number
 
     def run(self) -> int:
-        """Returns the launcher's exit status, 128 + n where signal n ended it; also where it was to end and had no
-        rank yet."""
-        # Ignored in the launcher and, until they listen, in its ranks: SIGUSR1 is for those that train already
+        """Run the launcher. Return its exit status, or 128 + n if signal n ended it, also before any rank started."""
+        # The launcher and new ranks ignore SIGUSR1 until they handle it: it is for ranks that already train.
         former = {number: signal.getsignal(number) for number in SIGNALS}
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         process = subprocess.Popen(self.command)
@@ -165,19 +164,19 @@ class Supervisor:
         return status
 
     def _forward(self, pid: int, number: int) -> bool:
-        """Tells the ranks. Returns whether there are any."""
+        """Forward a signal to the ranks. Return True if there are any."""
         ranks = ranks_below(pid)
         self._told |= {rank.pid for rank in ranks}
         print_line(PROGRAM, f"{signal.Signals(number).name} goes to {len(ranks)} ranks")
         return send(ranks, number) > 0
 
     def _began_again(self, pid: int) -> bool:
-        """Whether the launcher has started ranks after the signal: it took the end of the others for a failure."""
+        """Return True if the launcher started new ranks after the signal: it mistook the exit for a failure."""
         return any(rank.pid not in self._told for rank in ranks_below(pid))
 
     def _end(self, process: subprocess.Popen[bytes]) -> int:
-        """Ends the launcher and everything below it."""
-        print_line(PROGRAM, "the launcher is ended")
+        """End the launcher and all its descendants."""
+        print_line(PROGRAM, "ending the launcher")
         everything = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -199,18 +198,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     run = commands.add_parser("run", help="run a launcher; SIGTERM and SIGUSR1 go to its ranks")
     run.add_argument(
         "--grace", type=above_zero, default=GRACE_SECONDS, metavar="SECONDS",
-        help="time that ranks have to save and end (default %(default)s)",
+        help="time limit for ranks to save and exit (default %(default)s)",
     )  # fmt: skip
     run.add_argument("--out", type=Path, metavar="DIR", help="the run's --out, for --unfinished")
     run.add_argument(
         "--unfinished", type=integer(0), default=0, metavar="STATUS",
-        help="exit status where all went well but the run in --out is not at its last step (default %(default)s)",
+        help="exit status if the launcher succeeded but the run in --out is unfinished (default %(default)s)",
     )  # fmt: skip
     run.add_argument("command", nargs=argparse.REMAINDER, help="the launcher and its arguments")
     tell = commands.add_parser("send", help="send a signal to the ranks on this machine")
     tell.add_argument("signal", choices=[number.name for number in SIGNALS])
     tell.add_argument("--port", type=integer(1), required=True, help="the job's MASTER_PORT")
-    done = commands.add_parser("finished", help="whether a run came to its last step, as the exit status")
+    done = commands.add_parser("finished", help="exit with 0 if a run finished its last step")
     done.add_argument("out", type=Path, help="the run's --out")
     args = parser.parse_args(argv)
     if args.what == "run" and args.unfinished and args.out is None:
@@ -223,8 +222,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the status of what was run; 1 where `send` found no rank or `finished` no end, 2 for a
-    user's mistake."""
+    """Run the command line. Return the launcher's status; 1 if `send` found no rank or a run is unfinished; 2 after a
+    user error."""
     return run_program(PROGRAM, lambda: _command(_parse(argv)))
 
 
@@ -248,7 +247,7 @@ def _run(args: argparse.Namespace) -> int:
         print_line(PROGRAM, f"{args.command[0]}: {error.strerror or error}")
         return COMMAND_NOT_FOUND
     if status == 0 and args.unfinished and not finished(args.out):
-        print_line(PROGRAM, f"{args.out}: the run is not at its last step; start it again to go on")
+        print_line(PROGRAM, f"{args.out}: the run is not at its last step; start it again to continue")
         return int(args.unfinished)
     return status
 

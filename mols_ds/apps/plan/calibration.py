@@ -1,4 +1,4 @@
-"""What MoLS adds: bytes of the accumulators, messages, and time."""
+"""Cost of MoLS: bytes of the accumulators and messages of a calibration."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mols_ds.core.host_copies import CHUNK_BYTES
 
 Device = Literal["cpu", "accelerator"]
 BLOCK = 8
-"""Samples of a block (`mols_ds.core.accumulators.Accumulators`)."""
+"""Samples per block (`mols_ds.core.accumulators.Accumulators`)."""
 AGREEMENT = 8
-"""Bytes of the all-reduce by which the ranks agree whether a sample is usable."""
+"""Bytes of the all-reduce in which the ranks agree that a sample is usable."""
 
 
 class AccumulatorBytes(NamedTuple):
-    """Bytes on one rank while it calibrates. kept: what `engine.mols.accumulator_bytes` says; scratch: of one pass."""
+    """Bytes on one rank during a calibration. kept: `engine.mols.accumulator_bytes`; scratch: of one update."""
 
     kept: int
     scratch: int
@@ -31,9 +31,11 @@ class AccumulatorBytes(NamedTuple):
 def accumulators(
     elements: int, device: Device, groups: int = 6, threads: int = 1, *, crosses: bool = False
 ) -> AccumulatorBytes:
-    """Of a rank that measures `elements` elements (`mols_ds.core.accumulators`): fp32 mean and squared deviations, both
-    again and a group number for every 127th element, and the scratch of one pass; where gradients cross from the
-    accelerator to the host, also the buffers of `mols_ds.core.host_copies`."""
+    """Compute the accumulator bytes of a rank that measures `elements` elements (`mols_ds.core.accumulators`).
+
+    fp32 mean and squared deviations; both again plus a group number for every 127th element; scratch of one update.
+    crosses: gradients go from the accelerator to the host, through the buffers of `mols_ds.core.host_copies`.
+    """
     sampled = subsample(0, elements)[2]
     index = sampled * (1 if groups <= 255 else 2)
     chunk = CPU_CHUNK * max(1, min(threads, 8) // 2) if device == "cpu" else DEVICE_CHUNK
@@ -42,6 +44,6 @@ def accumulators(
 
 
 def sums_bytes(groups: tuple[str, ...], samples: int) -> int:
-    """Bytes of the one all-reduce at the end of a calibration: the packed group sums."""
+    """Return the bytes of the all-reduce at the end of a calibration: the packed group sums."""
     packed: torch.Tensor = GroupSums.zeros(groups, noise_floor(samples), samples // BLOCK, BLOCK).pack()
     return packed.numel() * packed.element_size()

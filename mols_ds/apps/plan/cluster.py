@@ -1,4 +1,4 @@
-"""The machines that a plan is for: a YAML file (configs/clusters/*.yaml), or numbers on the command line."""
+"""The machines of a plan, from a YAML file (configs/clusters/*.yaml) or from numbers on the command line."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ _UNITS = {"gib": GIB, "gb": GB, "tib": 2**40, "tb": 10**12, "mib": 2**20, "mb": 
 
 
 class Cluster(Frozen):
-    """Equal nodes. Figures of a vendor are nominal: what a link or a chip reaches is below them.
+    """Equal nodes. Vendors' figures are nominal; a real link or chip reaches less.
 
     Units: GiB = 2^30 bytes, GB/s = 10^9 bytes a second, in one direction; TFLOP/s = 10^12 operations a second.
     """
 
     name: str = "cluster"
     device: Literal["cuda", "cpu"] = "cuda"
-    """What the ranks compute on. cpu: Megatron-core runs its own layers there, not Transformer Engine's."""
+    """Device of the ranks. cpu: Megatron-core uses its own layers instead of Transformer Engine's."""
     nodes: Annotated[int, Field(ge=1)] = 1
     accelerators: Annotated[int, Field(ge=1)] = 8
-    """In one node."""
+    """Accelerators per node."""
     memory_gib: Positive
-    """Of one accelerator."""
+    """Memory of one accelerator."""
     usable_share: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """The part of it that tensors may fill; the rest is for the driver's context, NCCL's buffers and fragmentation."""
+    """Share of it that tensors may fill. The rest is for the driver's context, NCCL's buffers and fragmentation."""
     host_memory_gib: Positive = 1024.0
-    """Of one node, shared by its ranks."""
+    """Host memory per node, shared by its ranks."""
     nvme_gib: Annotated[float, Field(ge=0)] = 0.0
-    """Of one node."""
+    """NVMe per node."""
     intra_node_gbs: Positive = 300.0
-    """From one accelerator to the others of its node."""
+    """Bandwidth from one accelerator to the others of its node."""
     inter_node_gbs: Positive = 50.0
-    """From one accelerator to other nodes: the node's network over its accelerators."""
+    """Bandwidth from one accelerator to other nodes: the node's network divided by its accelerators."""
     host_link_gbs: Positive = 25.0
-    """From one accelerator to its host."""
+    """Bandwidth from one accelerator to its host."""
     memory_gbs: Positive = 2000.0
-    """Of one accelerator's memory, reads and writes together."""
+    """Bandwidth of one accelerator's memory, reads and writes together."""
     host_memory_gbs: Positive = 200.0
-    """Of one node's memory, reads and writes together, shared by its ranks."""
+    """Bandwidth of one node's host memory, reads and writes together, shared by its ranks."""
     fp32_tflops: Positive = 19.5
     bf16_tflops: Positive = 312.0
     fp8_tflops: Positive | None = None
-    """Peaks of dense matrix products; no fp8: the hardware has none."""
+    """Peak rates of dense matrix products; fp8 None: the hardware has no fp8."""
     mfu: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Expected share of the peak that a whole training step reaches, its communication included."""
+    """Expected share of the peak that a whole training step reaches, including communication."""
 
     @property
     def ranks(self) -> int:
-        """One rank an accelerator."""
+        """Number of ranks: one per accelerator."""
         return self.nodes * self.accelerators
 
     @property
@@ -76,12 +76,12 @@ class Cluster(Frozen):
         return int(self.nvme_gib * GIB / self.accelerators)
 
     def with_nodes(self, nodes: int) -> Cluster:
-        """The same machines, another number of them."""
+        """Return the same machines with another number of nodes."""
         return self.model_copy(update={"nodes": nodes})
 
     @classmethod
     def parse(cls, values: JsonObject, where: str) -> Cluster:
-        """Raises MolsConfigError with one line that names every wrong key."""
+        """Validate `values`. Raises MolsConfigError with one line that names every wrong key."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -89,7 +89,7 @@ class Cluster(Frozen):
 
 
 def read_cluster(path: str) -> JsonObject:
-    """The content of a cluster file. Raises MolsConfigError where it is missing or no YAML mapping."""
+    """Read a cluster file. Raises MolsConfigError if it is missing or not a YAML mapping."""
     content = read_yaml(path, f"cluster {path}")
     if not isinstance(content, dict):
         raise MolsConfigError(f"cluster {path}: keys and values are needed, not {type(content).__name__}")
@@ -97,7 +97,7 @@ def read_cluster(path: str) -> JsonObject:
 
 
 def gib(text: str) -> float:
-    """GiB from text such as 80GiB, 80GB or 80 (GiB). Raises MolsConfigError."""
+    """Parse a size such as 80GiB, 80GB or 80 (GiB) into GiB. Raises MolsConfigError."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
     unit = match[2].lower() if match else ""
     if not match or (unit and unit not in _UNITS) or float(match[1]) <= 0:

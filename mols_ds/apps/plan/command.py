@@ -1,4 +1,4 @@
-"""`mols-ds plan`: the arguments, and the way from files to a plan."""
+"""`mols-ds plan`: parse the arguments, read the files, build and print the plan."""
 
 from __future__ import annotations
 
@@ -26,45 +26,45 @@ if TYPE_CHECKING:
 
 Number = int | float
 OVERRIDES: tuple[tuple[str, str, Callable[[str], Number], str], ...] = (
-    ("nodes", "--nodes", int, "how many nodes"),
-    ("accelerators", "--accelerators-per-node", int, "accelerators (= ranks) of a node"),
-    ("memory_gib", "--memory", gib, "of one accelerator, such as 80GiB"),
-    ("host_memory_gib", "--host-memory", gib, "of one node, such as 2TiB"),
-    ("usable_share", "--usable-share", float, "part of the accelerator's memory that tensors may fill"),
+    ("nodes", "--nodes", int, "number of nodes"),
+    ("accelerators", "--accelerators-per-node", int, "accelerators (= ranks) per node"),
+    ("memory_gib", "--memory", gib, "memory of one accelerator, such as 80GiB"),
+    ("host_memory_gib", "--host-memory", gib, "host memory of one node, such as 2TiB"),
+    ("usable_share", "--usable-share", float, "share of the accelerator's memory that tensors may fill"),
     ("intra_node_gbs", "--intra-node", float, "GB/s between accelerators of a node"),
-    ("inter_node_gbs", "--inter-node", float, "GB/s of one accelerator to other nodes"),
+    ("inter_node_gbs", "--inter-node", float, "GB/s from one accelerator to other nodes"),
     ("mfu", "--mfu", float, "expected share of the peak rate"),
 )
 SEQUENCE = 2048
 YAML = (".yaml", ".yml")
-"""Endings of Megatron configs."""
+"""Suffixes of Megatron configs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `mols-ds plan`."""
+    """Add the arguments of `mols-ds plan`."""
     add = parser.add_argument
-    add("model", nargs="?", help="model file or checkpoint folder; not needed with a Megatron config, which holds it")
+    add("model", nargs="?", help="model file or checkpoint folder; leave out with a Megatron config, which contains it")
     add("--config", required=True, metavar="FILE", help="DeepSpeed config (JSON), or Megatron config (YAML)")
     add("--cluster", metavar="FILE", help="the machines (configs/clusters/*.yaml)")
     for key, flag, kind, text in OVERRIDES:
-        add(flag, dest=key, type=_checked(kind), metavar="N", help=f"{text}, in the place of the file's")
-    add("--sequence", type=int, metavar="N", help=f"tokens a sequence (default {SEQUENCE}, or the Megatron config's)")
-    add("--micro-batch", type=int, metavar="N", help="sequences of a forward pass, in the place of the config's")
-    add("--steps", type=int, metavar="N", help="optimizer steps of the run (default: what the config says)")
-    add("--activation-checkpointing", action="store_true", help="as of train.py (DeepSpeed configs)")
+        add(flag, dest=key, type=_checked(kind), metavar="N", help=f"{text}; replaces the file's")
+    add("--sequence", type=int, metavar="N", help=f"tokens per sequence (default {SEQUENCE}, or the Megatron config's)")
+    add("--micro-batch", type=int, metavar="N", help="sequences per forward pass; replaces the config's")
+    add("--steps", type=int, metavar="N", help="optimizer steps of the run (default: the config's)")
+    add("--activation-checkpointing", action="store_true", help="as in train.py (DeepSpeed configs)")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a key of a Megatron config")
     add("--json", action="store_true", help="print the plan as JSON")
-    add("--plot", metavar="FILE", help="write the memory of each phase as a plot")
+    add("--plot", metavar="FILE", help="plot the memory of each phase")
     add(
         "--simulate",
         action="store_true",
-        help="check too that each element counts once over the shards of all ranks (in a checkout of mols-ds)",
+        help="also check that the shards of all ranks count each element once (only in a checkout of mols-ds)",
     )
     parser.set_defaults(text=None)
 
 
 def _checked(kind: Callable[[str], Number]) -> Callable[[str], Number]:
-    """A type of argparse whose own message is kept."""
+    """Wrap a conversion so that argparse prints its own error message."""
 
     def convert(text: str) -> Number:
         try:
@@ -77,7 +77,7 @@ def _checked(kind: Callable[[str], Number]) -> Callable[[str], Number]:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """Prints the plan. Returns 0 where the run fits, 1 where it does not. Raises MolsConfigError for a mistake."""
+    """Print the plan. Return 0 if the run fits, else 1. Raises MolsConfigError for a user error."""
     from mols_ds.apps.plan.document import document
     from mols_ds.apps.plan.plot import save
     from mols_ds.apps.plan.text import render
@@ -105,7 +105,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _simulation(args: argparse.Namespace) -> str:
-    """The table of --simulate: the plan's model and config on the ranks of its cluster."""
+    """Return the table of --simulate: the plan's model and config on the ranks of its cluster."""
     ranks, tool = cluster_of(args).ranks, simulator()
     if Path(args.config).suffix.lower() in YAML:
         job = tool.SimulatedJob(source=args.config, ranks=ranks, changes=tuple(args.set))
@@ -115,12 +115,12 @@ def _simulation(args: argparse.Namespace) -> str:
 
 
 def simulator() -> ModuleType:
-    """The module tests.tools.simulate.command of this checkout. Raises MolsConfigError for an installed package."""
+    """Import tests.tools.simulate.command from this checkout. Raises MolsConfigError in an installed package."""
     root = Path(__file__).resolve().parents[3]
     if not (root / "tests/tools/simulate/command.py").is_file():
         raise MolsConfigError(
-            "simulated ranks are a tool of the tests, which an installed package does not have: run the command in a "
-            "checkout of mols-ds (pip install -e .), or leave out --simulate"
+            "--simulate needs the tests, which an installed package does not have: run it in a checkout of mols-ds "
+            "(pip install -e .), or leave out --simulate"
         )
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
@@ -128,21 +128,21 @@ def simulator() -> ModuleType:
 
 
 def cluster_of(args: argparse.Namespace) -> Cluster:
-    """The cluster file with the command line's numbers on top. Raises MolsConfigError."""
+    """Combine the cluster file with the numbers on the command line. Raises MolsConfigError."""
     values = read_cluster(args.cluster) if args.cluster else {}
     given = {key: getattr(args, key) for key, *_ in OVERRIDES if getattr(args, key) is not None}
     if "memory_gib" not in values | given:
-        raise MolsConfigError("the memory of an accelerator is needed: --memory 80GiB, or --cluster FILE")
+        raise MolsConfigError("the memory of an accelerator is missing: give --memory 80GiB or --cluster FILE")
     return Cluster.parse(values | given, f"cluster {args.cluster}" if args.cluster else "cluster")
 
 
 def build(args: argparse.Namespace) -> ZeroJob | MegatronJob:
-    """The job that the arguments describe: a ZeroJob, or a MegatronJob for a YAML config."""
+    """Build the job of the arguments: a MegatronJob for a YAML config, else a ZeroJob. Raises MolsConfigError."""
     cluster = cluster_of(args)
     if Path(args.config).suffix.lower() in YAML:
         return _grid(args, cluster)
     if args.model is None:
-        raise MolsConfigError("a DeepSpeed config does not hold the model: mols-ds plan MODEL --config FILE")
+        raise MolsConfigError("a DeepSpeed config does not contain the model: mols-ds plan MODEL --config FILE")
     return _zero(args, cluster)
 
 
@@ -165,12 +165,12 @@ def _zero(args: argparse.Namespace, cluster: Cluster) -> ZeroJob:
     if args.micro_batch is not None:
         raw |= {"train_micro_batch_size_per_gpu": args.micro_batch, "gradient_accumulation_steps": AUTO}
     brain = raw.setdefault("bf16", {"enabled": AUTO})
-    if brain.get("enabled") == AUTO:  # of the cluster's accelerators, not of this machine's
+    if brain.get("enabled") == AUTO:  # depends on the cluster's accelerators, not on this machine's
         brain["enabled"] = (raw.get("fp16") or {}).get("enabled") is not True
     mols = _section(raw.get("mols"))
     steps = args.steps or (mols.total_steps if mols else None) or _scheduled(raw)
     if steps is None:
-        raise MolsConfigError('the length of the run is not known: --steps N, or "mols.total_steps"')
+        raise MolsConfigError('the length of the run is unknown: give --steps N or "mols.total_steps"')
     config = resolve(raw, world=cluster.ranks, steps=steps, out=Path("runs"))
     decoder = load(args.model, mols.rules if mols else (), mols.granularity if mols else "type")
     return ZeroJob(
@@ -228,7 +228,7 @@ def _grid(args: argparse.Namespace, cluster: Cluster) -> MegatronJob:
 
 
 def _as_on(settings: Settings, cluster: Cluster) -> Settings:
-    """Settings whose dtype "auto" is what the cluster's ranks make of it."""
+    """Replace dtype "auto" by the dtype that the cluster's ranks choose."""
     precision = settings.precision
     if precision.dtype != "auto":
         return settings
@@ -238,8 +238,8 @@ def _as_on(settings: Settings, cluster: Cluster) -> Settings:
 
 
 def _local(settings: Settings, cluster: Cluster) -> Local | None:
-    """Megatron's own layers where the job runs them on the cluster: on processors, or where the config wants them. A
-    cluster's GPUs are taken to have Transformer Engine, whatever this machine has."""
+    """Return Megatron's own layers if the job uses them: on CPUs, or if the config asks for them. The plan assumes that
+    a cluster's GPUs have Transformer Engine, even if this machine has not."""
     from megatron_patches.machine import Machine
     from mols_ds.apps.plan.gpt import Local
     from mols_ds.training.megatron_config import transformer_config, uses_engine

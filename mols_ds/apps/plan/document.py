@@ -1,4 +1,4 @@
-"""A plan as plain values: what `mols-ds plan --json` prints, and what the text and the plot are made from."""
+"""A plan as plain values: the JSON of `mols-ds plan --json`, and the source of the text and the plot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SCHEMA = 1
 
 
 def document(job: Planned) -> JsonObject:
-    """The plan of a job. Sizes in bytes, times in seconds; every key is always there (docs/planning_model.md)."""
+    """Compute the plan of a job. Bytes and seconds; every key is always present (docs/planning_model.md)."""
     footprints = job.footprints()
     number = job.heaviest()
     footprint = footprints[number]

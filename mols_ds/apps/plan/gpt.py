@@ -1,7 +1,7 @@
-"""Megatron-core's GPTModel cut over tensor, pipeline and expert ranks: parameters of each stage, and its activations.
+"""Megatron-core's GPTModel sharded over tensor, pipeline and expert ranks: parameters and activations of each stage.
 
-Shapes follow megatron-core 0.16.1 (core/models/gpt, core/transformer); a test compares them with the real model's.
-Pipeline stages hold equal numbers of layers, the first also the embedding, the last the final norm and the head.
+Shapes follow megatron-core 0.16.1 (core/models/gpt, core/transformer); a test compares them with the real model.
+Pipeline stages have equal numbers of layers. The first has the embedding too, the last the final norm and the head.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ REFUSED = (
     "moe_layer_freq",
     "moe_latent_size",
 )
-"""Keys of `model` whose parameters or stages are cut otherwise than here."""
+"""Keys of `model` that change the parameters or stages in a way that this plan does not support."""
 
 
 @dataclass(frozen=True, eq=False)
 class Local:
-    """Megatron's own layers, whose activations are traced (`local.activation_bytes`). position, tied: as GPTModel's
-    arguments `position_embedding_type` and `share_embeddings_and_output_weights`."""
+    """Megatron's own layers, whose activations are traced (`local.activation_bytes`). position, tied: the arguments
+    `position_embedding_type` and `share_embeddings_and_output_weights` of GPTModel."""
 
     config: TransformerConfig
     position: str = "rope"
@@ -45,7 +45,7 @@ class Local:
 
 @dataclass(frozen=True)
 class Gpt:
-    """Sizes of a Megatron model and of its grid; `kv`: query groups; `ffn`: of an expert in a mixture."""
+    """Sizes of a Megatron model and its grid. `kv`: query groups; `ffn`: MLP width, of one expert in a mixture."""
 
     layers: int
     hidden: int
@@ -73,15 +73,15 @@ class Gpt:
     recompute: str
     flash: bool
     local: Local | None = None
-    """Megatron's own layers, to be traced; None: Transformer Engine's, by formula."""
+    """Megatron's own layers, traced; None: Transformer Engine's, by formula."""
 
     @classmethod
     def of(cls, settings: Settings, *, flash: bool, local: Local | None) -> Gpt:
-        """From train_megatron.py's settings. Raises MolsUnsupportedError for what is laid out otherwise."""
+        """Read the settings of train_megatron.py. Raises MolsUnsupportedError for unsupported keys (`REFUSED`)."""
         model, parallel, more = settings.model, settings.parallel, settings.model.further
         for key in REFUSED:
             if more.get(key) not in (None, False, 0, 1):
-                raise MolsUnsupportedError(f'plan: "model.{key}" is not known to the plan; leave it out')
+                raise MolsUnsupportedError(f'plan: "model.{key}" is not supported by the plan; leave it out')
         experts = int(more.get("num_moe_experts") or 0)
         dense = model.ffn_hidden_size or 4 * model.hidden_size
         return cls(
@@ -117,13 +117,13 @@ class Gpt:
 
     @property
     def chunk(self) -> int:
-        """Layers of one model chunk."""
+        """Layers per model chunk."""
         return self.layers // (self.pp * self.vp)
 
     # -------------------------------------------------------------- parameters
 
     def weights(self, stage: int) -> list[Weight]:
-        """What one rank of a pipeline stage holds, in the order of `parameters()`; experts' names hold ".experts."."""
+        """List the parameters of a rank, in the order of `parameters()`. Experts' names contain ".experts."."""
         found: list[Weight] = []
         for chunk in range(self.vp):
             first, last = stage == 0 and chunk == 0, stage == self.pp - 1 and chunk == self.vp - 1
@@ -190,7 +190,7 @@ class Gpt:
     # -------------------------------------------------------------- operations
 
     def flops(self, sequences: int, length: int) -> float:
-        """Forward and backward of `sequences` whole sequences over the whole model; see `Decoder.flops`."""
+        """Count forward and backward operations of `sequences` sequences in the whole model; see `Decoder.flops`."""
         dense = self.layers * (self.heads + self.kv) * 2 * self.channels * self.hidden
         mlp = (3 if self.gated else 2) * self.hidden
         dense += self.layers * mlp * (self.ffn * self.topk + self.shared_ffn) + self.vocab * self.hidden
@@ -201,13 +201,13 @@ class Gpt:
     # -------------------------------------------------------------- activations
 
     def layer_bytes(self, tokens: int, length: int, size: int) -> int:
-        """Of one layer and micro-batch of `tokens` tokens (before cp) in sequences of `length`: what backward needs.
+        """Return the bytes that one layer keeps for backward, for a micro-batch of `tokens` tokens (before cp).
 
         Korthikanti et al. 2205.05198, section 4, count the same tensors for LayerNorm, GELU and dropout (34 sbh with
-        16-bit elements, and 5 as^2b of scores). Here without dropout; per token, in elements: the input and the output
-        of both norms 4h (over tp with sequence parallelism), queries, keys, values and the attention's output
-        2(a + k)d / tp, and the MLP's inside 3f / tp (2f without a gate). Fused attention keeps no scores but an fp32 a
-        row; without it, an fp32 and a 16-bit copy of them (unless attention is recomputed).
+        16-bit elements, and 5 as^2b of scores). Here without dropout, elements per token: the input and output of both
+        norms 4h (over tp with sequence parallelism); queries, keys, values and attention output 2(a + k)d / tp; inside
+        of the MLP 3f / tp (2f without a gate). Fused attention keeps no scores, but one fp32 per row; otherwise scores
+        are kept in fp32 and 16 bits, unless attention is recomputed. length: tokens per sequence.
         """
         local, tp = tokens // self.cp, self.tp
         rows = local // tp if self.sp else local
@@ -223,13 +223,13 @@ class Gpt:
         inside = 3 if self.gated else 2
         if not self.experts:
             return local * inside * self.ffn // self.tp * size
-        # Tokens are taken to be spread evenly over the experts.
+        # Assumes that the router spreads tokens evenly over the experts.
         routed = (local // self.tp) * self.topk * (self.etp * self.hidden * 2 + inside * self.ffn) * size
         return routed + rows * self.experts * 4 + local * inside * self.shared_ffn // self.tp * size
 
     def in_flight(self, stage: int, micro_batches: int) -> int:
-        """Most chunks of micro-batches of which a stage keeps the activations at a time: 1F1B, or interleaved
-        (core/pipeline_parallel/schedules.py)."""
+        """Return the largest number of micro-batch chunks whose activations a stage keeps at the same time: 1F1B, or
+        interleaved (core/pipeline_parallel/schedules.py)."""
         if self.pp == 1:
             return 1
         if self.vp == 1:
@@ -237,7 +237,7 @@ class Gpt:
         return min(micro_batches * self.vp, 2 * (self.pp - stage - 1) + (self.vp - 1) * self.pp + 1)
 
     def activation_bytes(self, stage: int, tokens: int, length: int, size: int, micro_batches: int) -> int:
-        """Of one rank with Transformer Engine's layers, by formula."""
+        """Return the activation bytes of one rank with Transformer Engine's layers, by formula."""
         layer = self.layer_bytes(tokens, length, size)
         rows = tokens // self.cp // (self.tp if self.sp else 1)
         if self.recompute == "full":
@@ -249,11 +249,11 @@ class Gpt:
         return held
 
     def head_bytes(self, stage: int, tokens: int, size: int) -> int:
-        """Copies of the logits around the loss, for a moment."""
+        """Return the bytes of temporary copies of the logits around the loss."""
         return tokens // self.cp * self.vocab // self.tp * (4 + size) if stage == self.pp - 1 else 0
 
     def total(self) -> int:
-        """Elements of the whole model, each once."""
+        """Count the elements of the whole model, each once."""
         whole = [weight for stage in range(self.pp) for weight in self.weights(stage)]
         count = 0
         for weight in whole:

@@ -1,8 +1,8 @@
-"""Memory and messages of a rank under Megatron-core's tensor, pipeline, expert and data parallelism.
+"""Memory and messages of a rank with Megatron-core's tensor, pipeline, expert and data parallelism.
 
-Follows megatron-core 0.16.1: core/distributed/param_and_grad_buffer.py for the buffers and their padding,
-core/optimizer/distrib_optimizer.py and core/optimizer/optimizer.py for the optimizer, core/tensor_parallel/layers.py
-and mappings.py for what a layer sends.
+Follows megatron-core 0.16.1: buffers and their padding are from core/distributed/param_and_grad_buffer.py, the
+optimizer from core/optimizer/distrib_optimizer.py and core/optimizer/optimizer.py, the messages of a layer from
+core/tensor_parallel/layers.py and mappings.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mols_ds.core.layout import ElementLayout
 
 @dataclass(frozen=True)
 class MegatronPlan:
-    """What of a Megatron config decides memory and messages."""
+    """Settings of a Megatron config that determine memory and messages."""
 
     gpt: Gpt
     ranks: int
@@ -36,12 +36,12 @@ class MegatronPlan:
     micro_batches: int
     length: int
     gathers: int = 1
-    """How often a step gathers the updated weights: with experts, each of the two chained DistributedOptimizers gathers
-    all of them, unless that overlaps with the next forward pass."""
+    """Gathers of the updated weights per step: with experts, each of the two chained DistributedOptimizers gathers all
+    of them, unless that overlaps with the next forward pass."""
 
     @property
     def data(self) -> int:
-        """Ranks that share the dense parameters (context ranks among them)."""
+        """Ranks that share the dense parameters, including context-parallel ranks."""
         return self.ranks // (self.gpt.tp * self.gpt.pp)
 
     @property
@@ -50,13 +50,13 @@ class MegatronPlan:
 
     @property
     def tokens(self) -> int:
-        """Of one micro-batch, over all context ranks."""
+        """Tokens of one micro-batch, over all context-parallel ranks."""
         return self.micro_batch * self.length
 
 
 def buffer_elements(weights: Sequence[Weight], ranks: int, *, distributed: bool, bucket: int | None) -> int:
-    """Elements of a flat gradient buffer: with the distributed optimizer, parameters begin at multiples of 64 and
-    buckets end at multiples of 128 and of the ranks."""
+    """Return the elements of a flat gradient buffer. With the distributed optimizer, parameters start at multiples of
+    64, and buckets end at multiples of 128 and of the number of ranks."""
     at = begin = 0
     for weight in reversed(weights):
         at = (up(at, 64) if distributed else at) + weight.numel
@@ -66,13 +66,13 @@ def buffer_elements(weights: Sequence[Weight], ranks: int, *, distributed: bool,
 
 
 def split_experts(weights: Sequence[Weight]) -> tuple[list[Weight], list[Weight]]:
-    """(dense parameters, parameters of routed experts), which have buffers and ranks of their own."""
+    """Split into (dense parameters, parameters of routed experts). Each part has its own buffers and ranks."""
     experts = [weight for weight in weights if ".experts." in weight.name]
     return [weight for weight in weights if ".experts." not in weight.name], experts
 
 
 def _chunks(weights: Sequence[Weight]) -> list[list[Weight]]:
-    """Parameters by model chunk: each has buffers of its own."""
+    """Split the parameters by model chunk. Each chunk has its own buffers."""
     found: dict[str, list[Weight]] = {}
     for weight in weights:
         key = weight.name.split(".")[1] if weight.name.startswith("chunk.") else ""
@@ -81,7 +81,7 @@ def _chunks(weights: Sequence[Weight]) -> list[list[Weight]]:
 
 
 def buffers(plan: MegatronPlan, stage: int) -> list[tuple[int, int, list[Weight]]]:
-    """(elements, ranks that share it, parameters) of each flat buffer of a rank."""
+    """Return (elements, ranks that share it, parameters) of each flat buffer of a rank."""
     found = []
     for chunk in _chunks(plan.gpt.weights(stage)):
         for part, ranks in zip(split_experts(chunk), (plan.data, plan.expert_data), strict=True):
@@ -93,7 +93,7 @@ def buffers(plan: MegatronPlan, stage: int) -> list[tuple[int, int, list[Weight]
 
 
 def footprint(plan: MegatronPlan, stage: int) -> Footprint:
-    """Of a rank of one pipeline stage."""
+    """Compute the memory of a rank of one pipeline stage, in bytes."""
     gpt, half = plan.gpt, plan.weight_bytes == 2
     weight_bytes = gradient = optimizer = owned = measured = converted = 0
     for size, ranks, weights in buffers(plan, stage):
@@ -120,9 +120,9 @@ def footprint(plan: MegatronPlan, stage: int) -> Footprint:
 
 
 def held(plan: MegatronPlan, stage: int, reference: str) -> int:
-    """Elements that a scaled step holds at most: of fused projections, whose rows are of two groups.
+    """Return the most elements that a scaled step copies: fused projections, whose rows belong to two groups.
 
-    Not stepped on views: Transformer Engine's FusedAdam, which a job on GPUs has, and the stand-in for it on the CPU.
+    Transformer Engine's FusedAdam (on GPUs) and its stand-in on the CPU cannot step on views.
     """
     gpt = plan.gpt
     layout = ElementLayout(gpt.hidden, (((gpt.heads // gpt.kv + 1) * gpt.channels, "qk"), (gpt.channels, "vo")))
@@ -136,7 +136,7 @@ def held(plan: MegatronPlan, stage: int, reference: str) -> int:
 
 
 def _activation_bytes(plan: MegatronPlan, stage: int) -> int:
-    """Of Megatron's own layers by a trace, of Transformer Engine's by formula. Raises what the trace does."""
+    """Return the activation bytes: traced for Megatron's own layers, by formula for Transformer Engine's."""
     gpt = plan.gpt
     if gpt.local is not None:
         return local.activation_bytes(gpt.local, gpt, stage, plan.tokens, plan.length, plan.micro_batches)
@@ -144,7 +144,7 @@ def _activation_bytes(plan: MegatronPlan, stage: int) -> int:
 
 
 def _gathered(plan: MegatronPlan) -> int:
-    """Sequence parallelism gathers the whole input of a layer into one buffer (core/utils.py, GlobalMemoryBuffer)."""
+    """Return the bytes of the buffer into which sequence parallelism gathers a layer's input (GlobalMemoryBuffer)."""
     gpt = plan.gpt
     return plan.tokens // gpt.cp * gpt.hidden * plan.weight_bytes if gpt.sp else 0
 
@@ -153,7 +153,7 @@ def _gathered(plan: MegatronPlan) -> int:
 
 
 def messages(plan: MegatronPlan, stage: int, accelerators: int) -> list[Message]:
-    """What a rank of a stage sends in one step, embedding and loss included where the stage has them."""
+    """List the messages of a rank of a stage in one step, with embedding and loss. accelerators: per node."""
     found = [*_data(plan, stage, accelerators)]
     gpt = plan.gpt
     if gpt.tp > 1:
@@ -186,8 +186,8 @@ def _data(plan: MegatronPlan, stage: int, accelerators: int) -> list[Message]:
 
 
 def _tensor(plan: MegatronPlan, stage: int, inside: bool) -> list[Message]:
-    """A layer: without sequence parallelism two all-reduces forward and two backward; with it, two gathers and two
-    scatters each way, and two more gathers for the weights' gradients. The embedding and the head: one more of them."""
+    """List the tensor-parallel messages. A layer without sequence parallelism: two all-reduces forward, two backward.
+    With it: two gathers and two scatters each way, two gathers for weight gradients. Embedding and head: one more."""
     gpt, times = plan.gpt, plan.micro_batches
     whole = plan.tokens // gpt.cp * gpt.hidden * plan.weight_bytes
     layers = gpt.chunk * gpt.vp * (1 if gpt.experts else 2)

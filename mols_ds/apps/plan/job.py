@@ -1,4 +1,4 @@
-"""One run to be planned, on DeepSpeed or on Megatron-core: what it needs, and the changes that may make it fit."""
+"""A run to plan, on DeepSpeed or Megatron-core: its needs, and the changes that may make it fit."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mols_ds.core.layout import base_group
 from mols_ds.core.phases import resolve_schedule
 
 THREADS = 8
-"""Of a rank on the host, which decide the accumulators' scratch (`mols_ds.core.accumulators`)."""
+"""Host threads of a rank. They determine the scratch of the accumulators (`mols_ds.core.accumulators`)."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """label: for people; cost: the smaller, the less it slows the run (an order, not seconds); apply: the changed job,
-    or None where it cannot be made."""
+    """A change of a job. label: text for people; cost: order by slow-down (not seconds); apply: return the changed job,
+    or None if the change is impossible."""
 
     label: str
     cost: int
@@ -35,7 +35,7 @@ class Change:
 
 
 class Phase(NamedTuple):
-    """What the heaviest rank holds in a phase of MoLS: kind -> bytes, at the moment of a step that needs most."""
+    """Memory of the heaviest rank in one phase of MoLS: kind -> bytes, at the peak moment of a step."""
 
     name: str
     moment: str
@@ -45,7 +45,7 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class PlanJob(ABC):
-    """mols: None for a run without it. steps: optimizer steps of the whole run. device: of the accumulators."""
+    """A run to plan. mols: None without MoLS; steps: optimizer steps of the run; device: of the accumulators."""
 
     cluster: Cluster
     mols: MolsConfig | None
@@ -61,27 +61,27 @@ class PlanJob(ABC):
 
     @abstractmethod
     def footprints(self) -> list[Footprint]:
-        """Of each kind of rank."""
+        """Return the memory of each kind of rank."""
 
     @abstractmethod
     def messages_of(self, footprint: int) -> list[Message]:
-        """Of a step of the rank with that number among `footprints`."""
+        """List the messages of one step, for the rank with this index in `footprints`."""
 
     @abstractmethod
     def flops(self) -> float:
-        """Of one rank in one step."""
+        """Return the operations of one rank in one step."""
 
     @abstractmethod
     def precision(self) -> str:
-        """fp32, bf16 or fp8: which peak counts."""
+        """Return fp32, bf16 or fp8: selects the peak rate."""
 
     @abstractmethod
     def axes(self) -> list[list[Change]]:
-        """Alternatives by kind, of each of which at most one is made."""
+        """List alternative changes by kind. At most one of each kind is made."""
 
     @abstractmethod
     def summary(self) -> list[str]:
-        """Lines that say what is planned."""
+        """Describe the planned run in a few lines."""
 
     @property
     def mode(self) -> Mode:
@@ -89,31 +89,31 @@ class PlanJob(ABC):
 
     @property
     def samples(self) -> int:
-        """Gradient samples of a calibration; the most that "auto" takes."""
+        """Gradient samples of a calibration; the maximum for "auto"."""
         if self.mols is None or self.mode == "fixed":
             return 0
         return self.mols.max_samples if self.mols.samples == "auto" else int(self.mols.samples)
 
     def start(self) -> int | None:
-        """The step at which the calibration begins."""
+        """Return the step at which the calibration starts; None without MoLS."""
         return None if self.mols is None else resolve_schedule(self.mols, self.steps, self.steps // 10).start
 
     def calibrations(self) -> int:
-        """How many the run makes."""
+        """Count the calibrations of the run."""
         if self.mode == "fixed":
             return 0
         again = self.mols.recalibrate.every if self.mols is not None and self.mols.recalibrate else 0
         return 1 + (max(0, self.steps - 1 - (self.start() or 0)) // again if again else 0)
 
     def accumulators(self, footprint: Footprint) -> AccumulatorBytes:
-        """Nothing where no gradient is accumulated."""
+        """Return the accumulator bytes; 0 if no gradient is accumulated."""
         if self.mode not in ("probe", "online"):
             return AccumulatorBytes(0, 0)
         crosses = self.device == "cpu" and self.cluster.device == "cuda" and "gradients" not in footprint.host
         return accumulators(footprint.measured, self.device, len(self.groups), THREADS, crosses=crosses)
 
     def phases(self, footprint: Footprint) -> list[Phase]:
-        """The phases of MoLS, or one of training without it."""
+        """Return the memory in each phase of MoLS, or in the one phase "training" without it."""
         held = {"accumulators": self.accumulators(footprint).total}
         found = []
         for name in PHASES if self.mols is not None else ("training",):
@@ -128,22 +128,22 @@ class PlanJob(ABC):
 
     @property
     def _scales_while_calibrating(self) -> bool:
-        """Whether the steps of a second calibration have the multipliers of the first."""
+        """True if a repeated calibration runs while the multipliers of the first one apply."""
         return self.mols is not None and self.mols.recalibrate is not None and self.mode in ("online", "moments")
 
     @property
     def reference(self) -> str:
-        """The group whose multiplier is 1; "" where it is not known before."""
+        """The group whose multiplier is 1; "" if it is unknown before the calibration."""
         known = self.mols is not None and self.mode != "fixed" and self.mols.reference != "max"
         return base_group(self.mols.reference) if known and self.mols is not None else ""
 
     def heaviest(self) -> int:
-        """Number of the footprint that needs most on the accelerator."""
+        """Return the index of the footprint with the largest accelerator memory."""
         every = self.footprints()
         return max(range(len(every)), key=lambda i: max(sum(p.device.values()) for p in self.phases(every[i])))
 
     def problems(self) -> list[str]:
-        """What does not fit, on any rank, in words."""
+        """Describe everything that does not fit, on any rank."""
         found = dict[str, None]()
         for footprint in self.footprints():
             for phase in self.phases(footprint):
@@ -161,7 +161,7 @@ class PlanJob(ABC):
         return not self.problems()
 
     def sums(self) -> int:
-        """Bytes of the all-reduce at the end of a calibration."""
+        """Return the bytes of the all-reduce at the end of a calibration."""
         return sums_bytes(self.groups, max(self.samples, MIN_SAMPLES_CORRECTED)) if self.mode != "fixed" else 0
 
     def times(self) -> Times:
@@ -204,7 +204,7 @@ class ZeroJob(PlanJob):
         return [replace(found, copies=self._copies() if self.mols is not None else 0)]
 
     def _copies(self) -> int:
-        """Bytes of `Footprint.copies`."""
+        """Compute the bytes of `Footprint.copies`."""
         z, weights, layouts = self.zero, self.decoder.weights, self.decoder.table.layouts
         views = steps_on_views(z.optimizer)
         if z.stage == 0:
@@ -246,7 +246,7 @@ class ZeroJob(PlanJob):
         return self.changed(micro_batch=micro, accumulation=self.batch // (micro * self.ranks))
 
     def with_nodes(self, nodes: int) -> ZeroJob | None:
-        """Another number of nodes for the same batch: the micro batch stays, or becomes what divides."""
+        """Use another number of nodes with the same batch. Keep the micro-batch, or reduce it until it divides."""
         cluster = self.cluster.with_nodes(nodes)
         if self.batch % cluster.ranks:
             return None
@@ -334,7 +334,7 @@ class MegatronJob(PlanJob):
         ]
 
     def regrid(self, *, micro: int | None = None, **values: Any) -> MegatronJob | None:
-        """Another grid or micro batch for the same ranks and batch; None where it does not divide."""
+        """Use another grid or micro-batch for the same ranks and batch. Return None if it does not divide."""
         gpt = replace(self.plan.gpt, **values)
         micro = micro or self.plan.micro_batch
         model = gpt.tp * gpt.pp * gpt.cp
@@ -350,7 +350,7 @@ class MegatronJob(PlanJob):
         return replace(self, plan=plan)
 
     def with_nodes(self, nodes: int) -> MegatronJob | None:
-        """More data-parallel ranks."""
+        """Use another number of nodes: more data-parallel ranks."""
         return replace(self, cluster=self.cluster.with_nodes(nodes)).regrid()
 
     def axes(self) -> list[list[Change]]:

@@ -1,8 +1,8 @@
-"""ZeRO stage 3: which parameters are gathered, how often, and how many are whole at the same time.
+"""ZeRO stage 3: which parameters are gathered, how often, and how many are gathered at the same time.
 
-Follows DeepSpeed's runtime/zero/partitioned_param_coordinator.py: modules are used in the order of a traced step. After
-its use a module's parameters are released, unless the trace uses them again within `max_reuse_distance` elements.
-Prefetching gathers up to `prefetch_bucket_size` elements ahead, as far as `max_live_parameters` allows.
+Follows DeepSpeed's runtime/zero/partitioned_param_coordinator.py: modules run in the order of a traced step. After its
+use a module's parameters are released, unless the trace uses them again within `max_reuse_distance` elements.
+Prefetching gathers up to `prefetch_bucket_size` elements ahead, within `max_live_parameters`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mols_ds.apps.plan.optimizers import Weight
 
 
 class Gathered(NamedTuple):
-    """Of one micro-step. elements: sum over all gathers; calls: at least; live: most elements whole at a time."""
+    """Gathers of one micro-step. elements: sum of all gathers; calls: least number; live: most elements at a time."""
 
     elements: int
     calls: int
@@ -26,8 +26,8 @@ class Gathered(NamedTuple):
 def gathered(
     weights: Sequence[Weight], *, reuse: int, prefetch: int, most: int, checkpointing: bool, layers: int
 ) -> Gathered:
-    """weights: the partitioned ones, in order of use. With checkpointing, a layer's forward runs again before its
-    backward pass. Modules are taken to be as large as single parameters (a norm and a projection are)."""
+    """Simulate the gathers of one micro-step. weights: the partitioned ones in order of use. With checkpointing, the
+    forward of a layer runs again before its backward. Approximation: one module per parameter."""
     order = _trace(weights, checkpointing, layers)
     following = _next_use(order, weights)
     everything = sum(weight.numel for weight in weights)
@@ -47,7 +47,7 @@ def gathered(
 
 
 def _trace(weights: Sequence[Weight], checkpointing: bool, layers: int) -> list[int]:
-    """Numbers of the parameters in the order in which forward and backward use them."""
+    """Return parameter indices in the order in which forward and backward use them."""
     forward = list(range(len(weights)))
     if not checkpointing:
         return forward + forward[::-1]
@@ -59,7 +59,7 @@ def _trace(weights: Sequence[Weight], checkpointing: bool, layers: int) -> list[
 
 
 def _blocks(weights: Sequence[Weight], layers: int) -> list[list[int]]:
-    """Consecutive parameters of one decoder layer (`...layers.7....`, `...h.7....`); others stand alone."""
+    """Group consecutive parameters of a decoder layer (`...layers.7....`, `...h.7....`); others are alone."""
     blocks: list[list[int]] = []
     last = None
     for number, weight in enumerate(weights):
@@ -74,7 +74,7 @@ def _blocks(weights: Sequence[Weight], layers: int) -> list[list[int]]:
 
 
 def _next_use(order: Sequence[int], weights: Sequence[Weight]) -> list[float]:
-    """Elements that the trace passes between the use at each position and the next use of the same parameter."""
+    """Return, for each position, the elements used before the next use of the same parameter; inf if there is none."""
     before = list(itertools.accumulate((weights[index].numel for index in order), initial=0))
     result, seen = [math.inf] * len(order), dict[int, int]()
     for at in range(len(order) - 1, -1, -1):

@@ -1,7 +1,7 @@
-"""What Megatron-core's own layers, those without Transformer Engine, keep for the backward pass.
+"""Trace what Megatron-core's own layers (without Transformer Engine) keep for the backward pass.
 
-The real `GPTModel` runs forward under torch's fake tensors, as one rank of a fake tensor-parallel group, and what
-autograd saves is counted, each storage once. Unlike Transformer Engine's kernels these layers keep fp32 scores and
+The real `GPTModel` runs forward under torch's fake tensors, as one rank of a fake tensor-parallel group. The bytes that
+autograd saves are counted, each storage once. Unlike Transformer Engine's kernels, these layers keep fp32 scores and
 their softmax, copies of grouped keys and values for each head, and each step of norms, rotary positions and gated MLPs.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class TraceSettings(NamedTuple):
-    """How the traced model is sharded and fed; ffn: 0 for the config's own MLP."""
+    """Sharding and input of the traced model. ffn: MLP width; 0: the config's."""
 
     vocab: int
     tp: int
@@ -40,9 +40,9 @@ class TraceSettings(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Bytes of one micro-batch. layer: as it is kept until its backward pass; whole: of a layer whose backward pass is
-    under way (with recomputation more than `layer`); first, last, between: besides the layers, on a pipeline stage with
-    the embedding, with the head, with neither; alone: with both."""
+    """Bytes of one micro-batch. layer: kept until its backward pass; whole: of a layer during its backward pass (with
+    recomputation larger than `layer`). Outside the layers, by pipeline stage: first (embedding), last (head), between
+    (neither), alone (both)."""
 
     layer: int
     whole: int
@@ -52,36 +52,36 @@ class Saved(NamedTuple):
     alone: int
 
     def stage(self, gpt: Gpt, stage: int) -> int:
-        """Besides the layers of a stage; with interleaved stages, of the chunk with most."""
+        """Return the bytes outside the layers of a stage; with interleaved stages, of its largest chunk."""
         if gpt.pp == 1:
             return self.alone
         return self.first if stage == 0 else self.last if stage == gpt.pp - 1 else self.between
 
 
 def activation_bytes(local: Local, gpt: Gpt, stage: int, tokens: int, length: int, micro_batches: int) -> int:
-    """Of one rank at its peak, all micro-batches in flight together; tokens: of one micro-batch.
+    """Return the peak activation bytes of one rank, over all micro-batches in flight. tokens: of one micro-batch.
 
     Raises:
         MolsUnsupportedError: megatron-core is not installed, or this process is part of a process group.
-        MolsConfigError: what Megatron refuses or cannot be traced.
+        MolsConfigError: Megatron refuses the model, or it cannot be traced.
     """
     saved = of(local, gpt, tokens // length, length)
     chunks = gpt.in_flight(stage, micro_batches)
-    passes = math.ceil(chunks / gpt.vp)  # through one and the same chunk
+    passes = math.ceil(chunks / gpt.vp)  # through the same chunk
     layers = chunks * gpt.chunk * saved.layer
-    again = saved.whole - saved.layer  # the head's are gone when the last layer is computed again
+    again = saved.whole - saved.layer  # the head's tensors are freed before the last layer is recomputed
     held = passes * saved.stage(gpt, stage)
     headless = passes * (saved.first if stage == 0 else saved.between) if gpt.recompute else 0
     return layers + max(held, headless + again)
 
 
 def of(local: Local, gpt: Gpt, batch: int, length: int) -> Saved:
-    """Of `batch` sequences. Linear in them, so that two passes tell every size; experts see their even share."""
+    """Compute the bytes of `batch` sequences: linear in it, so two traces suffice. Experts get an even share."""
     settings = TraceSettings(gpt.vocab, gpt.tp, gpt.sp, gpt.recompute, length)
     dense = _sequences(local, settings, batch)
     if not gpt.experts:
         return dense
-    # An MLP keeps in proportion to its width: so much for one unit of it and all tokens.
+    # The bytes of an MLP are linear in its width: `unit` is one unit of width for all tokens.
     narrow, wide = (_sequences(local, settings._replace(ffn=n * gpt.tp), batch) for n in (64, 128))
     unit = (wide.whole - narrow.whole) / 64
     bare = narrow.whole - 64 * unit
@@ -105,7 +105,7 @@ def _saved(local: Local, settings: TraceSettings, batch: int) -> Saved:
     def ends(settings: TraceSettings, *, first: bool, last: bool, layers: int = 1) -> int:
         try:
             return _trace(local, settings, batch, layers, first=first, last=last)
-        except Exception as error:  # whatever Megatron's code does with shapes alone
+        except Exception as error:  # any error of Megatron's code with fake tensors
             raise MolsConfigError(f"Megatron's layers cannot be traced: {one_line(error)}") from error
 
     with _fake(settings.tp):
@@ -127,14 +127,14 @@ def _saved(local: Local, settings: TraceSettings, batch: int) -> Saved:
 
 @contextlib.contextmanager
 def fake_world(rank: int, ranks: int) -> Iterator[None]:
-    """Be rank `rank` of `ranks` in `torch.distributed`, alone: the collectives of torch's backend "fake" return at once
-    and leave their outputs as they are.
+    """Make this process rank `rank` of `ranks` in `torch.distributed`, alone. The collectives of torch's backend "fake"
+    return at once and leave their outputs unchanged.
 
-    Raises MolsUnsupportedError where this process has joined a process group already.
+    Raises MolsUnsupportedError if this process has joined a process group.
     """
     if dist.is_initialized():
         raise MolsUnsupportedError(
-            "simulated ranks need a process of their own, and this one is part of a process group: run "
+            "simulated ranks need a separate process, but this one has joined a process group: run "
             "python -m mols_ds.plan.simulate"
         )
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -148,7 +148,7 @@ def fake_world(rank: int, ranks: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fake(ranks: int) -> Iterator[None]:
-    """Be rank 0 of a tensor-parallel group that is not there, on the CPU."""
+    """Make this process rank 0 of a fake tensor-parallel group on the CPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from megatron_patches.cpu.emulation import cpu_megatron
@@ -168,7 +168,7 @@ def _fake(ranks: int) -> Iterator[None]:
 
 
 def _config(local: Local, settings: TraceSettings, layers: int) -> TransformerConfig:
-    """A dense model of `layers` layers on one pipeline stage; its checks have been made for the job's own."""
+    """Build a config of a dense model with `layers` layers on one pipeline stage. The job's own config is validated."""
     config = copy.copy(local.config)
     changes: dict[str, object] = {
         "num_layers": layers,
@@ -197,7 +197,7 @@ def _config(local: Local, settings: TraceSettings, layers: int) -> TransformerCo
 
 
 def _trace(local: Local, settings: TraceSettings, batch: int, layers: int, *, first: bool, last: bool) -> int:
-    """Bytes of the distinct storages that a forward pass saves, parameters left out."""
+    """Return the bytes of the distinct storages that a forward pass saves, without parameters."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -223,7 +223,7 @@ def _trace(local: Local, settings: TraceSettings, batch: int, layers: int, *, fi
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """What Float16Module does, for fake tensors, whose parameters cannot be changed in place."""
+    """Do what Float16Module does. Parameters that are fake tensors cannot be changed in place."""
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.dtype != dtype:

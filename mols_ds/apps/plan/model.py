@@ -1,4 +1,4 @@
-"""The model of a plan: its real parameters on the meta device, and what its forward pass keeps for the backward."""
+"""The model of a plan: its real parameters on the meta device, and the activations that its forward pass keeps."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hid
 
 
 class Activations(NamedTuple):
-    """Bytes that a forward pass of one micro-batch leaves for the backward pass.
+    """Bytes that a forward pass of one micro-batch keeps for the backward pass.
 
-    layer: each decoder layer; fixed: embedding, last norm, head and loss; boundary: a layer's input alone, which is
-    what activation checkpointing keeps; logits: copies of the head's output around the loss, for a moment.
+    layer: each decoder layer; fixed: embedding, last norm, head and loss; boundary: the input of a layer, which
+    activation checkpointing keeps; logits: temporary copies of the head's output around the loss.
     """
 
     layers: int
@@ -38,7 +38,7 @@ class Activations(NamedTuple):
     logits: int
 
     def kept(self, checkpointing: bool) -> int:
-        """With checkpointing: the input of each layer, and all of the one layer that is being recomputed."""
+        """Return the bytes kept. With checkpointing: the input of each layer, and one full layer that is recomputed."""
         if not checkpointing:
             return self.fixed + self.layers * self.layer
         return self.fixed + self.layers * self.boundary + self.layer
@@ -49,10 +49,10 @@ class Decoder:
     """A causal language model of transformers.
 
     Attributes:
-        weights: in the order of `model.parameters()`, which is the order of ZeRO's flat buffers; tied ones once.
+        weights: in the order of `model.parameters()`, which is that of ZeRO's flat buffers; tied ones once.
         table: its module groups.
-        matmul: elements of matrices that a token is multiplied with (of experts: the chosen ones), head included.
-        attention: layers x width of all query heads, for the products whose cost grows with the sequence.
+        matmul: elements of the matrices that a token is multiplied with, with the head; of experts, the chosen ones.
+        attention: layers x width of all query heads, for the products whose cost grows with the sequence length.
     """
 
     source: str
@@ -67,24 +67,24 @@ class Decoder:
         return sum(weight.numel for weight in self.weights)
 
     def flops(self, tokens: int, length: int, *, recompute: bool) -> float:
-        """Operations of forward and backward for `tokens` tokens in sequences of `length`.
+        """Count the operations of forward and backward for `tokens` tokens in sequences of `length`.
 
-        6 a matrix element and token, and 12 a layer, feature and earlier position for the attention products
-        (Korthikanti et al. 2205.05198, appendix A; Chowdhery et al. 2204.02311, appendix B). Recomputing adds a
-        forward pass, a third of it.
+        6 per matrix element and token, and 12 per layer, feature and earlier position for the attention products
+        (Korthikanti et al. 2205.05198, appendix A; Chowdhery et al. 2204.02311, appendix B). Recomputation adds one
+        forward pass, a third of that.
         """
         plain = tokens * (6.0 * self.matmul + 12.0 * self.attention * length)
         return plain * (4 / 3 if recompute else 1.0)
 
     def activations(self, batch: int, length: int, dtype: torch.dtype) -> Activations:
-        """Of `batch` sequences of `length` tokens. Linear in `batch`, so that two passes tell every size."""
+        """Return the bytes of `batch` sequences of `length` tokens: linear in `batch`, so two traces suffice."""
         one, two = (_activations(self.source, n, length, dtype) for n in (1, 2))
         pairs = zip(one[1:], two[1:], strict=True)
         return Activations(one.layers, *(a + (batch - 1) * (b - a) for a, b in pairs))
 
 
 def load(source: str, rules: tuple[tuple[str, str], ...] = (), granularity: Granularity = "type") -> Decoder:
-    """The model of a file (configs/models/*.json) or checkpoint folder, without its weights. Raises MolsConfigError."""
+    """Load a model file (configs/models/*.json) or checkpoint folder without its weights. Raises MolsConfigError."""
     config = load_model_config(source)
     with _quiet():
         model = meta_model(source)
@@ -107,7 +107,7 @@ def _expert_share(config: PretrainedConfig) -> float:
 
 
 def _matmul(model: PreTrainedModel, weights: tuple[Weight, ...]) -> int:
-    """A tied embedding is the head's matrix too; one that is not tied is a look-up and no product."""
+    """Count matrix elements. A tied embedding is also the head's matrix; an untied one is only a look-up."""
     tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     head = model.get_output_embeddings()
     used = tables - ({id(head.weight)} if head is not None else set())
@@ -132,11 +132,11 @@ def _activations(source: str, batch: int, length: int, dtype: torch.dtype) -> Ac
 
 
 def _saved(config: PretrainedConfig, layers: int, batch: int, length: int, dtype: torch.dtype) -> int:
-    """Bytes of the distinct storages that autograd saves in a forward pass of the real model with `layers` layers, its
-    parameters left out. The tensors are fake: they have shapes and storages, and no memory.
+    """Return the bytes of the distinct storages that autograd saves in a forward pass of the real model with `layers`
+    layers, without parameters. Fake tensors have shapes and storages, but no memory.
 
-    Attention runs as on the CPU, whose fused kernel saves what the GPUs' flash attention does: query, key, value,
-    output and a number a row and head. Dropout is taken to be off.
+    Attention runs as on the CPU. Its fused kernel saves the same tensors as flash attention on GPUs: query, key, value,
+    output and one number per row and head. Dropout is off.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
@@ -159,17 +159,17 @@ def _saved(config: PretrainedConfig, layers: int, batch: int, length: int, dtype
             return saved_bytes(model, lambda: model(input_ids=ids, labels=ids))
     except MolsConfigError:
         raise
-    except Exception as error:  # whatever the model's code does with shapes alone
+    except Exception as error:  # any error of the model's code with fake tensors
         raise MolsConfigError(f"the activations of this model cannot be traced: {one_line(error)}") from error
 
 
 def saved_bytes(model: torch.nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes of the distinct storages that autograd saves in `forward()`, the model's parameters left out."""
+    """Return the bytes of the distinct storages that autograd saves in `forward()`, without the model's parameters."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage  # kept, so that no other storage gets its address
+        storages[storage._cdata] = storage  # keep it, so that no other storage gets its address
         return tensor
 
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -180,7 +180,7 @@ def saved_bytes(model: torch.nn.Module, forward: Callable[[], object]) -> int:
 
 @contextmanager
 def _as_on_devices() -> Iterator[None]:
-    """transformers builds a mask, and copies grouped keys and values to all heads, where it sees fake tensors."""
+    """Stop transformers from building a mask and copying grouped keys and values, as it does for fake tensors."""
     from transformers import masking_utils
 
     plain = {"is_tracing": lambda *_: False, "find_packed_sequence_indices": lambda *_: None}

@@ -1,4 +1,4 @@
-"""Bytes of optimizer state besides the fp32 weights, by the formulas of the optimizers' catalog."""
+"""Bytes of optimizer state without the fp32 weights, by the formulas of the optimizer catalog."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mols_ds.optim.settings import ReadSettings
 
 
 class Weight(NamedTuple):
-    """A trainable parameter. group: its (first) module group. dtype_bytes is the config's, not its own."""
+    """A trainable parameter. group: its (first) module group."""
 
     name: str
     shape: tuple[int, ...]
     group: str
     active: float = 1.0
-    """Share of its elements that a token uses: topk / experts of an expert, else 1."""
+    """Share of its elements that a token uses: topk / experts for an expert, else 1."""
 
     @property
     def numel(self) -> int:
@@ -28,24 +28,24 @@ class Weight(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """A map between features inside the blocks, which Muon and its kin treat apart."""
+        """True for matrices inside the blocks, which Muon and similar optimizers treat separately."""
         return len(self.shape) >= 2 and base_group(self.group) not in NOT_MATRICES
 
 
 def state_bytes(name: str, settings: ReadSettings, weights: Iterable[Weight]) -> int:
-    """State of whole parameters. Raises MolsUnsupportedError for an optimizer whose state is not known.
+    """Return the state bytes of whole parameters. Raises MolsUnsupportedError for an optimizer without a formula.
 
-    settings: the optimizer's, and "hidden", the model's width.
+    settings: those of the optimizer, and "hidden", the width of the model.
     """
     row = row_of(name)
     if row is None or row.state is None:
         known = [key for key, entry in NAMES.items() if entry.state is not None]
-        raise MolsUnsupportedError(f'plan: the state of optimizer "{name}" is not known; known are {", ".join(known)}')
+        raise MolsUnsupportedError(f'plan: the state of optimizer "{name}" is unknown; known are {", ".join(known)}')
     formula = row.state
     return sum(formula(weight.shape, weight.is_matrix, settings) for weight in weights)
 
 
 def state_of_shard(name: str, settings: ReadSettings, weights: Iterable[Weight], elements: int) -> int:
-    """State of `elements` of a flat shard: the whole parameters' bytes an element times that many."""
+    """Return the state bytes of `elements` elements of a flat shard, from the mean bytes per element."""
     every = list(weights)
     return round(state_bytes(name, settings, every) / sum(weight.numel for weight in every) * elements)

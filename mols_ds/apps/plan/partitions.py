@@ -1,4 +1,4 @@
-"""How DeepSpeed cuts the flat parameters over ranks, and into buckets, at ZeRO stages 1 and 2."""
+"""How DeepSpeed partitions the flat parameters over ranks and into buckets, at ZeRO stages 1 and 2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def numel_of(weights: Sequence[Weight]) -> int:
 
 @dataclass(frozen=True)
 class Partition:
-    """One rank's part of ZeRO's flat buffer. whole: elements of the parameters of which it owns any part."""
+    """One rank's partition of ZeRO's flat buffer. whole: elements of all parameters that it owns at least partly."""
 
     flat: int
     size: int
@@ -27,7 +27,7 @@ class Partition:
 
 
 def partitions(weights: Sequence[Weight], ranks: int) -> list[Partition]:
-    """Of every rank (stage_1_and_2.py: alignment of 2 elements a rank, `get_data_parallel_partitions`)."""
+    """Return all ranks' partitions (stage_1_and_2.py: 2 elements alignment a rank, `get_data_parallel_partitions`)."""
     edges = list(itertools.accumulate((w.numel for w in weights), initial=0))
     flat = up(edges[-1], 2 * ranks)
     size = flat // ranks
@@ -41,7 +41,7 @@ def partitions(weights: Sequence[Weight], ranks: int) -> list[Partition]:
 
 
 def buckets(weights: Sequence[Weight], size: int) -> list[list[Weight]]:
-    """The buckets as they are filled: a parameter that does not fit any more begins the next one."""
+    """Fill buckets in order. A parameter that does not fit starts the next bucket."""
     result: list[list[Weight]] = []
     held = 0
     for weight in weights:

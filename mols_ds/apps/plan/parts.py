@@ -1,4 +1,4 @@
-"""What a plan is made of: bytes by kind at the moments of a step, messages, and the phases of MoLS."""
+"""Parts of a plan: bytes by kind at the moments of a step, messages, phases of MoLS."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 KINDS = ("weights", "gradients", "optimizer", "accumulators", "activations", "buffers", "workspace", "copies")
-"""buffers: buckets, gathered parameters, flattened copies. workspace: an estimate of what arithmetic takes for a
-moment: copies of the head's output around the loss, and of an optimizer that works on whole arrays. copies: of the
-weights that a scaled step corrects (`mols_ds.apps.plan.scaling`)."""
+"""buffers: buckets, gathered parameters, flattened copies. workspace: an estimate of temporary tensors, such as copies
+of the head's output around the loss, and of optimizers that work on whole arrays. copies: of weights that a scaled step
+corrects (`mols_ds.apps.plan.scaling`)."""
 PHASES = ("waiting", "calibrating", "ramping")
-"""Phases of MoLS; "fixed" needs what "ramping" needs."""
+"""Phases of MoLS. "fixed" needs the memory of "ramping"."""
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send and receive"]
 Bytes = dict[str, int]
 """Kind -> bytes."""
@@ -22,12 +22,12 @@ class Footprint:
     """Memory of one rank without the accumulators.
 
     Attributes:
-        resident: on the accelerator at all times.
-        moments: name of a moment of the step -> what is on the accelerator then and not always.
-        host: in the host's memory, at all times or at the step's peak. nvme: bytes on NVMe.
-        owned: elements that this rank's part of the optimizer steps, without padding.
-        measured: elements whose statistics it keeps: of those that several ranks step, its part.
-        copies: bytes that a scaled step holds besides; on the host where the optimizer is there.
+        resident: bytes that are always on the accelerator.
+        moments: name of a moment of the step -> further bytes on the accelerator at that moment.
+        host: bytes in host memory, always or at the peak of the step. nvme: bytes on NVMe.
+        owned: elements that this rank's optimizer steps, without padding.
+        measured: elements whose statistics this rank keeps; its part if several ranks step them.
+        copies: further bytes during a scaled step; on the host if the optimizer is there.
     """
 
     resident: Bytes
@@ -40,7 +40,7 @@ class Footprint:
     copies: int = 0
 
     def peak(self, *, scaled: bool = False) -> tuple[str, Bytes]:
-        """(the moment at which the accelerator holds most, kind -> bytes then). scaled: the step has multipliers."""
+        """Return (moment with the most accelerator memory, kind -> bytes). scaled: the step applies multipliers."""
         moments = dict(self.moments)
         if scaled and self.steps_on_device:
             moments["step"] = add(moments["step"], {"copies": self.copies})
@@ -49,7 +49,7 @@ class Footprint:
 
     @property
     def steps_on_device(self) -> bool:
-        """Whether the optimizer's step is on the accelerator; else its tensors are in the host's memory."""
+        """True if the optimizer steps on the accelerator; otherwise its tensors are in host memory."""
         return "step" in self.moments
 
 
@@ -57,9 +57,9 @@ class Message(NamedTuple):
     """Collectives of one kind that a rank takes part in during one step.
 
     Attributes:
-        over: which ranks: "data", "tensor", "pipeline" or "expert"; size: how many they are.
-        calls: of a step; bytes: of all calls together, each counted as the whole tensor that is reduced or gathered.
-        inside: whether the ranks of the group are in one node.
+        over: kind of the ranks: "data", "tensor", "pipeline" or "expert"; size: their number.
+        calls: per step; bytes: of all calls together, each one the whole tensor that is reduced or gathered.
+        inside: True if all ranks of the group are in one node.
         measuring: bytes in a step that only measures (mode "probe").
     """
 
@@ -74,13 +74,13 @@ class Message(NamedTuple):
 
     @property
     def sent(self) -> int:
-        """Bytes that a rank sends with ring algorithms (Patarasuk and Yuan 2009): of an all-reduce of B bytes over n
-        ranks 2 B (n - 1) / n, of a gather or a scatter B (n - 1) / n."""
+        """Bytes that a rank sends with ring algorithms (Patarasuk and Yuan 2009): 2 B (n - 1) / n for an all-reduce of
+        B bytes over n ranks, B (n - 1) / n for a gather or scatter."""
         return ring(self.operation, self.bytes, self.size)
 
 
 def ring(operation: Operation, size: int, ranks: int) -> int:
-    """See `Message.sent`."""
+    """Return the bytes that a rank sends; see `Message.sent`."""
     if operation == "send and receive":
         return size
     share = size * (ranks - 1) // ranks
@@ -88,10 +88,10 @@ def ring(operation: Operation, size: int, ranks: int) -> int:
 
 
 def add(*parts: Mapping[str, int]) -> Bytes:
-    """Kind -> sum; kinds in the order of KINDS."""
+    """Sum the bytes by kind, in the order of KINDS."""
     return {kind: total for kind in KINDS if (total := sum(part.get(kind, 0) for part in parts))}
 
 
 def up(number: int, multiple: int) -> int:
-    """`number` rounded up to a multiple."""
+    """Round `number` up to a multiple."""
     return -(-number // multiple) * multiple

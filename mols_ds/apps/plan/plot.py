@@ -1,4 +1,4 @@
-"""The plan's memory as stacked bars, one a phase, against what an accelerator holds."""
+"""Plot the memory of a plan: one stacked bar per phase, and the usable memory as a line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 def save(plan: JsonMapping, path: str) -> None:
-    """Write the plot; the file's ending chooses the format. Raises MolsConfigError where it cannot be written."""
+    """Write the plot; the suffix selects the format. Raises MolsConfigError if it cannot be written."""
     try:
         figure = draw(plan)
     except ImportError as error:
@@ -32,7 +32,7 @@ def save(plan: JsonMapping, path: str) -> None:
 
 
 def draw(plan: JsonMapping) -> Figure:
-    """One panel for the accelerator, and one for the host where something is there. Raises ImportError."""
+    """Draw one panel for the accelerator, and one for the host if it holds anything. Raises ImportError."""
     from matplotlib.figure import Figure  # without pyplot, which reads MPLBACKEND
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -42,7 +42,7 @@ def draw(plan: JsonMapping) -> Figure:
         _bars(axis, plan, where)
     figure.suptitle(textwrap.fill(plan["run"]["summary"][0], 80), fontsize=9)
     drawn = dict(found for axis in axes for found in zip(*axis.get_legend_handles_labels()[::-1], strict=True))
-    names = [name for name in ("usable", *KINDS[::-1]) if name in drawn]  # as they are stacked
+    names = [name for name in ("usable", *KINDS[::-1]) if name in drawn]  # in stacking order
     figure.legend([drawn[name] for name in names], names, loc="outside right upper", frameon=False, fontsize=8)
     return figure
 

@@ -1,4 +1,4 @@
-"""The nearest setting that fits: fewest changes first, then those that slow the run least."""
+"""Search the nearest setting that fits: fewest changes first, then least slow-down."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Planned = ZeroJob | MegatronJob
 
 @dataclass(frozen=True)
 class Found:
-    """labels: the changes; job: with all of them made. nodes: how many it needs."""
+    """A setting that fits. labels: its changes; job: with all changes."""
 
     labels: tuple[str, ...]
     job: Planned
@@ -25,8 +25,8 @@ class Found:
 
 
 def nearest(job: Planned) -> Found | None:
-    """The first of the lattice that fits; else the fewest nodes, doubled and doubled again, on which some setting of it
-    does, with that setting; None where none does up to MOST_NODES nodes."""
+    """Return the first combination of changes that fits. If none fits, double the nodes until one does, then find the
+    smallest number of nodes. Return None if nothing fits on MOST_NODES nodes."""
     found = _search(job)
     if found is not None:
         return found
@@ -41,7 +41,7 @@ def nearest(job: Planned) -> Found | None:
 
 
 def _fewest(job: Planned, low: int, high: Found) -> Found:
-    """The smallest number of nodes between one that does not do and one that does, by halving."""
+    """Bisect the number of nodes between `low`, which does not fit, and `high`, which fits."""
     at = high.nodes
     while at - low > 1:
         middle = (low + at) // 2
@@ -55,7 +55,7 @@ def _fewest(job: Planned, low: int, high: Found) -> Found:
 
 
 def _search(job: Planned) -> Found | None:
-    """Of one number of nodes, the job as it is first."""
+    """Return the first combination of changes that fits on this number of nodes, the unchanged job first."""
     for changes in _lattice(job.axes()):
         made: Planned | None = job
         for change in changes:
@@ -68,6 +68,6 @@ def _search(job: Planned) -> Found | None:
 
 
 def _lattice(axes: list[list[Change]]) -> Iterator[tuple[Change, ...]]:
-    """All choices of at most one change an axis, by number and then by cost; the axes' order is that of applying."""
+    """Yield all choices of at most one change per axis, sorted by number and then cost; applied in axis order."""
     choices = [tuple(c for c in pick if c is not None) for pick in itertools.product(*([None, *axis] for axis in axes))]
     yield from sorted(choices, key=lambda changes: (len(changes), sum(change.cost for change in changes)))

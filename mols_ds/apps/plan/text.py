@@ -1,4 +1,4 @@
-"""A plan for people: tables of rich, 100 columns wide at most."""
+"""A plan as text: tables of rich, up to 100 columns wide."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 def render(plan: JsonMapping) -> str:
-    """Raises MolsConfigError where rich is not installed."""
+    """Return the plan as text. Raises MolsConfigError if rich is not installed."""
     try:
         from rich.console import Console
     except ImportError as error:
@@ -44,7 +44,7 @@ def _mols(mols: JsonMapping) -> str:
     if not mols["enabled"]:
         return "no MoLS"
     if mols["mode"] == "fixed":
-        return "MoLS with fixed alphas: nothing is measured" + _copies(mols)
+        return "MoLS with fixed alphas: no measurement" + _copies(mols)
     where = "on the host" if mols["accumulators"] == "cpu" else "on the accelerator"
     held = f", accumulators {where}" if mols["mode"] != "moments" else ""
     return f"MoLS: {mols['mode']}, {mols['samples']} samples from step {mols['start']}{held}{_copies(mols)}"
@@ -66,7 +66,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def size(count: float) -> str:
-    """Bytes as B, KiB, MiB or GiB."""
+    """Format bytes as B, KiB, MiB or GiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -133,7 +133,7 @@ def _seconds(plan: JsonMapping) -> Table:
 def _verdict(plan: JsonMapping) -> list[str]:
     seconds = plan["seconds"]
     slow = (
-        ["A step's messages alone take longer than a step at this mfu: expect a lower one (--mfu), or less to send."]
+        ["A step's messages alone take longer than a step at this mfu: lower --mfu, or send less."]
         if seconds["messages_of_a_step"] > seconds["step"]
         else []
     )
@@ -142,14 +142,14 @@ def _verdict(plan: JsonMapping) -> list[str]:
     lines = [*slow, "It does not fit:", *(f"  {problem}" for problem in plan["problems"])]
     near = plan["nearest"]
     if near is None:
-        return [*lines, "Nothing fits: no setting that was tried, on up to 4,096 nodes."]
+        return [*lines, "No setting fits on up to 4,096 nodes."]
     more = near["nodes"] > plan["cluster"]["nodes"]
     lines.append(
-        f"On {plan['cluster']['nodes']} nodes nothing fits; the fewest that do, and the nearest setting:"
+        f"Nothing fits on {plan['cluster']['nodes']} nodes. The smallest number that fits, and the nearest setting:"
         if more
         else "The nearest setting that fits:"
     )
     lines.append(f"  {', '.join(near['changes'])}")
     lines += [f"  {line}" for line in near["summary"]]
-    lines.append(f"  accelerator {size(near['device_total'])}, host {size(near['host_total'])} a rank")
+    lines.append(f"  accelerator {size(near['device_total'])}, host {size(near['host_total'])} per rank")
     return lines

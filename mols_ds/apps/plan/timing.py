@@ -1,4 +1,4 @@
-"""Seconds of a step and what a calibration adds to a run, from nominal figures of the machines."""
+"""Time of a step and of a calibration, from nominal figures of the machines."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from mols_ds.apps.plan.parts import Message, ring
 
 Mode = Literal["probe", "online", "moments", "fixed"]
 UPDATE_BYTES = {"cpu": 20, "accelerator": 40}
-"""Memory traffic of one accumulator update, bytes an element with an fp32 gradient. On the CPU, where a chunk stays in
-the cache: gradient read, mean and squared deviations read and written (benchmarks/accumulator.py). On an accelerator,
-whose chunks do not: difference 12, mean 12, squared deviations 16."""
+"""Memory traffic of one accumulator update, bytes per element with an fp32 gradient. On the CPU a chunk stays in the
+cache: read the gradient, read and write mean and squared deviations (benchmarks/accumulator.py). On an accelerator it
+does not: difference 12, mean 12, squared deviations 16."""
 READ_BYTES = {"probe": 4, "online": 0}
-"""The gradient is read once more to see whether it is finite."""
+"""Bytes per element to check that the gradient is finite: one more read."""
 MOMENTS_BYTES = 8
-"""Mode "moments" reads Adam's two moments once."""
+"""Bytes per element: mode "moments" reads Adam's two moments once."""
 SUMS_BYTES = 8
-"""At the end of a calibration mean and squared deviations are read once."""
+"""Bytes per element at the end of a calibration: mean and squared deviations are read once."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds. step: one optimizer step; the rest: of the whole calibration, and what it adds to the run."""
+    """Seconds. step, messages: of one optimizer step; the others: of the whole calibration."""
 
     step: float
     messages: float
@@ -39,22 +39,22 @@ class Times:
         return self.passes + self.updates + self.transfer + self.reduction
 
     def overhead(self, steps: int) -> float:
-        """Added seconds over those of `steps` steps without MoLS."""
+        """Return the added seconds divided by those of `steps` steps without MoLS."""
         return self.added / (steps * self.step)
 
 
 def message_seconds(cluster: Cluster, messages: Sequence[Message]) -> float:
-    """Of a step's messages one after the other at nominal bandwidths; what overlaps with arithmetic is not known."""
+    """Return the seconds of a step's messages, one after the other at nominal bandwidth, without any overlap."""
     return sum(m.sent / (bandwidth(cluster, m.inside) * GB) for m in messages)
 
 
 def bandwidth(cluster: Cluster, inside: bool) -> float:
-    """GB/s of one accelerator's link."""
+    """Return the GB/s of one accelerator's link."""
     return cluster.intra_node_gbs if inside else cluster.inter_node_gbs
 
 
 def step_seconds(cluster: Cluster, flops: float, precision: str) -> float:
-    """`flops`: of one rank in one step. Its messages are part of the expected utilisation."""
+    """Return the seconds of a step. flops: of one rank; mfu includes communication."""
     peak = {"fp32": cluster.fp32_tflops, "fp8": cluster.fp8_tflops or cluster.bf16_tflops}
     return flops / (peak.get(precision, cluster.bf16_tflops) * 1e12 * cluster.mfu)
 
@@ -71,8 +71,8 @@ def times(
     host_gradients: bool,
     sums: int,
 ) -> Times:
-    """elements: that a rank measures; host_gradients: they lie in the host's memory already (offload); sums: bytes of
-    the all-reduce at the end. A probe step is taken to last as long as a step that updates."""
+    """Compute the times of a run. elements: measured by a rank; host_gradients: gradients are in host memory (offload);
+    sums: bytes of the final all-reduce. Assumes that a probe step takes as long as a training step."""
     inside = cluster.nodes == 1
     share = cluster.memory_gbs if device == "accelerator" else cluster.host_memory_gbs / cluster.accelerators
     sampled = samples if mode in ("probe", "online") else 0

@@ -1,14 +1,14 @@
-"""Memory and messages of a rank under DeepSpeed ZeRO, stages 0 to 3.
+"""Memory and messages of a rank with DeepSpeed ZeRO, stages 0 to 3.
 
 Follows DeepSpeed 0.19.8: runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/fp16/unfused_optimizer.py,
-runtime/bf16_optimizer.py and runtime/engine.py. What is surprising there and counts here:
+runtime/bf16_optimizer.py and runtime/engine.py. Surprising behaviour that this plan counts:
 
-- stages 1 and 2 reduce gradients with an all-reduce of whole buckets, not with a reduce-scatter
-  (`use_multi_rank_bucket_allreduce`), and copy a bucket that several ranks own in parts (`flatten`);
-- a bucket is allocated in full, however small the model is;
-- a rank keeps gradients of whole parameters where it owns any part (`grads_in_partition`), at stage 2 with accumulation
-  two copies at once;
-- stage 3 keeps fp32 copies of the weights beside the weights in fp32 training too.
+- stages 1 and 2 all-reduce whole buckets of gradients instead of reduce-scattering them
+  (`use_multi_rank_bucket_allreduce`), and copy a bucket that belongs to several ranks (`flatten`);
+- a bucket is allocated in full, even for a small model;
+- a rank keeps the gradient of every parameter that it owns at least partly (`grads_in_partition`); stage 2 with
+  accumulation keeps two copies at once;
+- stage 3 keeps fp32 copies of the weights, in fp32 training too.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ REFUSED = {
     "zero_quantized_gradients": False,
     "zenflow": None,
 }
-"""Keys of "zero_optimization" that this plan does not know, with the value that leaves them off."""
+"""Unsupported keys of "zero_optimization", with the value that turns them off."""
 SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 STAGE0_BUCKET = 500_000_000
-"""Elements of a stage-0 all-reduce (runtime/engine.py)."""
+"""Elements per all-reduce at stage 0 (runtime/engine.py)."""
 LOW_PRECISION = ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads")
 
 
 @dataclass(frozen=True)
 class ZeroPlan:
-    """What of a DeepSpeed config decides memory and messages. Sizes are elements unless named bytes."""
+    """Settings of a DeepSpeed config that determine memory and messages. Sizes in elements, unless named bytes."""
 
     stage: int
     weight_bytes: int
@@ -70,18 +70,18 @@ class ZeroPlan:
 
     @classmethod
     def of(cls, config: JsonMapping, *, checkpointing: bool, hidden: int = 0) -> ZeroPlan:
-        """From a resolved config; `hidden` is the model's width, which some optimizers take a rank from.
+        """Read a resolved config. hidden: width of the model, from which some optimizers compute a rank.
 
-        Raises MolsConfigError where DeepSpeed refuses it, MolsUnsupportedError for options that are not known.
+        Raises MolsConfigError if DeepSpeed refuses the config, MolsUnsupportedError for unsupported options.
         """
         section = dict(config.get(SECTION) or {})
         for key, off in REFUSED.items():
             if section.get(key, off) not in (off, None):
-                raise MolsUnsupportedError(f'plan: "{SECTION}.{key}" is not known to the plan; leave it out')
+                raise MolsUnsupportedError(f'plan: "{SECTION}.{key}" is not supported by the plan; leave it out')
         precision = next((name for name in ("bf16", "fp16") if (config.get(name) or {}).get("enabled")), "fp32")
         for key in LOW_PRECISION:
             if (config.get(precision) or {}).get(key):
-                raise MolsUnsupportedError(f'plan: "{precision}.{key}" is not known to the plan; leave it out')
+                raise MolsUnsupportedError(f'plan: "{precision}.{key}" is not supported by the plan; leave it out')
         zero_config = module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
         try:
             zero = zero_config(**section)
@@ -116,14 +116,14 @@ class ZeroPlan:
         )
 
     def with_stage(self, stage: int) -> ZeroPlan:
-        """Another stage; overlapping messages is the default of stage 3 alone."""
+        """Return a plan at another stage. Only stage 3 overlaps messages by default."""
         return replace(self, stage=stage, double_bucket=self.double_bucket and stage in (1, 2))
 
 
 def _size(name: str) -> int:
     key = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(name, name)
     if key not in SIZES:
-        raise MolsUnsupportedError(f'plan: data type "{name}" is not known; known are {", ".join(SIZES)}')
+        raise MolsUnsupportedError(f'plan: data type "{name}" is unknown; known are {", ".join(SIZES)}')
     return SIZES[key]
 
 
@@ -137,7 +137,7 @@ def _device(section: object) -> str:
 
 
 def footprint(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, activations: Activations) -> Footprint:
-    """Of the rank that needs most."""
+    """Compute the memory of the heaviest of `ranks` data-parallel ranks, in bytes."""
     passing: Bytes = {"activations": activations.kept(zero.checkpointing), "workspace": activations.logits}
     if zero.stage == 0:
         return _replicated(zero, weights, ranks, passing)
@@ -153,13 +153,13 @@ def _state(zero: ZeroPlan, weights: Sequence[Weight], elements: int) -> int:
 
 
 def _work(zero: ZeroPlan, elements: int) -> int:
-    """Bytes that the optimizer's own arithmetic takes while it steps: torch's Adam, which works on all tensors of a
-    list at a time, one fp32 array (the roots of the second moments); DeepSpeed's fused ones none."""
+    """Return the temporary bytes of the optimizer's step. torch's Adam works on all tensors of a list at a time and
+    needs one fp32 array (roots of the second moments); DeepSpeed's fused optimizers need none."""
     return 4 * elements if zero.optimizer_settings.get("torch_adam") else 0
 
 
 def _replicated(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
-    """Stage 0: everything on every rank. In 16 bits, fp32 copies of weights, and of gradients while it steps."""
+    """Stage 0: every rank has everything. In 16 bits also fp32 weights, and fp32 gradients during the step."""
     numel, half = numel_of(weights), zero.weight_bytes == 2
     bucket = min(numel, STAGE0_BUCKET) * zero.message_bytes if ranks > 1 else 0
     masters = 4 * numel if half else 0
@@ -174,7 +174,7 @@ def _replicated(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: 
 
 
 def _straddling(weights: Sequence[Weight], size: int, partition: int) -> int:
-    """Elements of the largest bucket that belongs to more than one rank and is copied for that."""
+    """Return the elements of the largest bucket that belongs to more than one rank and is therefore copied."""
     end, largest = numel_of(weights), 0
     for bucket in buckets(list(reversed(weights)), size):
         numel = numel_of(bucket)
@@ -185,8 +185,8 @@ def _straddling(weights: Sequence[Weight], size: int, partition: int) -> int:
 
 
 def _stage1_peak(zero: ZeroPlan, weights: Sequence[Weight], part: Partition) -> int:
-    """Elements of all gradients once this rank begins to keep its own: the buckets so far are gone (in the order of the
-    parameters, since stage 1 reduces after the backward pass), and its part is there in full."""
+    """Return the elements of all gradients when this rank starts to keep its own. Earlier buckets are freed, in the
+    order of the parameters (stage 1 reduces after the backward pass), and its part is complete."""
     left, at, begin = numel_of(weights), 0, part.rank * part.size
     for bucket in buckets(weights, zero.reduce_bucket):
         left -= numel_of(bucket)
@@ -226,8 +226,8 @@ def _stage12(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Byt
 
 
 def _stepping(zero: ZeroPlan, kept: int, elements: int) -> dict[str, Bytes]:
-    """The moments of a step: gradients of `elements` elements, `kept` bytes, are flattened (for a moment in their own
-    type too) and converted to fp32; then they alone are left."""
+    """Return the moments of a step: gradients of `elements` elements (`kept` bytes) are flattened, in their own type
+    first, and converted to fp32. Only the fp32 gradients remain."""
     flat = zero.accumulation_bytes * elements if zero.accumulation_bytes != 4 else 0
     return {
         "convert": {"gradients": kept, "buffers": 4 * elements, "workspace": flat},
@@ -236,7 +236,7 @@ def _stepping(zero: ZeroPlan, kept: int, elements: int) -> dict[str, Bytes]:
 
 
 def _offloaded12(zero: ZeroPlan, weights: Sequence[Weight], part: Partition, passing: Bytes, buffers: int) -> Footprint:
-    """Masters, state and gradients in the host's memory; buffers of the largest parameter on both sides."""
+    """Offload at stages 1 and 2: masters, state, gradients in host memory; buffers of the largest parameter on both."""
     largest = max(weight.numel for weight in weights) * zero.weight_bytes
     whole = numel_of(weights) * zero.accumulation_bytes if zero.stage == 1 else 0
     held = part.whole * zero.accumulation_bytes if zero.accumulation > 1 else 0
@@ -252,7 +252,7 @@ def _offloaded12(zero: ZeroPlan, weights: Sequence[Weight], part: Partition, pas
 
 
 def _bf16_optimizer(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Bytes) -> Footprint:
-    """Stage 1 in bf16 with fp32 accumulation: a whole flat fp32 gradient on every rank (runtime/bf16_optimizer.py)."""
+    """Stage 1 in bf16 with fp32 accumulation: every rank has a full fp32 gradient (runtime/bf16_optimizer.py)."""
     part = max(partitions(weights, ranks), key=lambda p: p.owned)
     resident = {
         "weights": part.flat * zero.weight_bytes,
@@ -269,13 +269,13 @@ def _bf16_optimizer(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passi
 
 
 def split_persistent(zero: ZeroPlan, weights: Sequence[Weight]) -> tuple[list[Weight], list[Weight]]:
-    """(parameters that every rank keeps whole as well, the others): below `param_persistence_threshold`."""
+    """Split into (persistent, other) parameters. Every rank keeps those up to `param_persistence_threshold` in full."""
     small = [weight for weight in weights if weight.numel <= zero.persistence]
     return small, [weight for weight in weights if weight.numel > zero.persistence]
 
 
 def gathers(zero: ZeroPlan, weights: Sequence[Weight], layers: int) -> Gathered:
-    """Of one micro-step at stage 3."""
+    """Simulate the gathers of one micro-step at stage 3."""
     return gathered(
         split_persistent(zero, weights)[1],
         reuse=zero.reuse,
@@ -293,8 +293,8 @@ def _stage3(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Byte
     layers = 1 + max((int(p) for w in weights for p in w.name.split(".") if p.isdigit()), default=0)
     live = gathers(zero, weights, layers).live
     bucket = zero.reduce_bucket * zero.message_bytes if zero.contiguous else 0
-    # Parameters that were gathered together lie in one buffer, which goes with the last of them: the first bucket is
-    # scattered before any is gone. What is scattered is a copy of it, and so is what comes of it.
+    # Parameters that were gathered together share one buffer, which is freed with the last of them. So the first bucket
+    # is scattered before any is freed. The scatter input and its result are copies.
     copy = min(zero.reduce_bucket, numel_of(weights)) * zero.message_bytes * (ranks + 1) // ranks if ranks > 1 else 0
     passing = {**passing, "buffers": live * zero.weight_bytes + copy}
     passing["gradients"] = max(weight.numel for weight in weights) * zero.weight_bytes
@@ -321,7 +321,7 @@ def _stage3(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Byte
         host |= {"gradients": gradient + 4 * part, "optimizer": state if zero.offload_optimizer == "cpu" else 0}
         nvme += state + 4 * part if zero.offload_optimizer == "nvme" else 0
         if zero.offload_optimizer == "nvme":
-            host |= {"gradients": gradient, "buffers": 4 * 4 * sub_group}  # buffer_count of 4 fp32 buffers
+            host |= {"gradients": gradient, "buffers": 4 * 4 * sub_group}  # buffer_count: 4 fp32 buffers
     return Footprint(resident, {"backward": passing, **moments}, owned, owned, host, nvme)
 
 
@@ -329,7 +329,8 @@ def _stage3(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Byte
 
 
 def messages(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, inside: bool, layers: int) -> list[Message]:
-    """What a rank sends in one step. A step that only measures skips what comes after the gradients."""
+    """List the messages of a rank in one step; one that only measures skips those after the gradients. inside: all
+    `ranks` are in one node; layers: decoder layers."""
     if ranks == 1:
         return []
     numel, size = numel_of(weights), zero.message_bytes

@@ -1,1 +1,1 @@
-"""Studies: arms tuned alike, compared over seeds, and their report (`mols-ds compare`)."""
+"""Studies: tune arms equally, compare them over seeds, write the report (`mols-ds compare`)."""

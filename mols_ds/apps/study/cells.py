@@ -1,4 +1,4 @@
-"""How numbers are written in the tables of a study's report: losses with four decimals, perplexities with two."""
+"""Formats of numbers in the tables of a study's report: losses with four decimals, perplexities with two."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mols_ds.apps.study.summary import ArmRow
 
 
 def loss_text(value: float | None) -> str:
-    """Four decimals; `diverged` for infinity, `-` where nothing is there."""
+    """Format with four decimals; `diverged` for infinity, `-` for None."""
     return "-" if value is None else f"{value:.4f}" if math.isfinite(value) else "diverged"
 
 
 def difference_text(value: Difference | None) -> str:
-    """`-0.0969 [-0.1235, -0.0702]`, bold where the interval leaves zero out."""
+    """Format as `-0.0969 [-0.1235, -0.0702]`; bold if the interval excludes zero."""
     if value is None:
         return "-"
     if not math.isfinite(value.mean):
@@ -31,12 +31,12 @@ def difference_text(value: Difference | None) -> str:
 
 
 def p_text(value: float | None) -> str:
-    """Three decimals."""
+    """Format with three decimals."""
     return "-" if value is None else "< 0.001" if value < 0.0005 else f"{value:.3f}"
 
 
 def perplexity_text(value: Band | None) -> str:
-    """Mean with the least and the greatest seed's."""
+    """Format the mean, with the smallest and largest seed."""
     if value is None:
         return "-"
     low, high = (f"{end:.2f}" if math.isfinite(end) else "inf" for end in value[1:])
@@ -44,7 +44,7 @@ def perplexity_text(value: Band | None) -> str:
 
 
 def speed_up_text(row: ArmRow) -> str:
-    """`1.31`, and in brackets with measuring passes charged where there are any; `-` where it is never reached."""
+    """Format as `1.31`, in brackets the value with measuring passes charged; `-` if the arm never reaches the loss."""
     if row.speed_up is None or row.speed_up_charged is None:
         return "-"
     charged = f" ({row.speed_up_charged:.2f})" if row.speed_up_charged != row.speed_up else ""
@@ -52,7 +52,7 @@ def speed_up_text(row: ArmRow) -> str:
 
 
 def step_text(cost: RelativeCost) -> str:
-    """Median ratio and quartiles; `~`: not taken in turns."""
+    """Format the median ratio with quartiles; `~` if the engines did not take turns."""
     if cost.step is None:
         return "-"
     middle, low, high = cost.step
@@ -60,7 +60,7 @@ def step_text(cost: RelativeCost) -> str:
 
 
 def memory_text(cost: RelativeCost) -> str:
-    """Ratio, and MiB that MoLS holds besides while it measures."""
+    """Format the ratio, and the MiB that MoLS adds during the measurement."""
     if cost.memory_ratio is None:
         return "-"
     more = f" (+{cost.accumulators / 2**20:.1f} MiB)" if cost.accumulators else ""
@@ -68,7 +68,7 @@ def memory_text(cost: RelativeCost) -> str:
 
 
 def alpha_text(value: Band | None) -> str:
-    """Three digits, with the range where it is not a point."""
+    """Format three digits, with the range unless it is a point."""
     if value is None:
         return "-"
     middle, low, high = (f"{number:#.3g}".rstrip(".") for number in value)
@@ -76,7 +76,7 @@ def alpha_text(value: Band | None) -> str:
 
 
 def compact(value: object) -> str:
-    """A setting in one line; empty for one that is not set. Of an absolute path only the name is shown."""
+    """Format a setting in one line; empty if it is not set. An absolute path is cut to its name."""
     if value is None or value == {} or value == [] or value == "":
         return ""
     if isinstance(value, str):

@@ -1,7 +1,7 @@
-"""`mols-ds compare STUDY.yaml`: runs a study to its end, or goes on with it, and writes its report.
+"""`mols-ds compare STUDY.yaml`: run or continue a study and write its report.
 
-On one machine, `--jobs` processes train one run each. Where one run needs many ranks, all of them are started on the
-same study by a launcher, and train its runs one after the other:
+On one machine, `--jobs` processes train one run each. If a run needs many ranks, a launcher starts all of them on the
+same study; they train its runs one after the other:
 
     mols-ds compare studies/laptop.yaml --jobs 2
     torchrun --nproc_per_node 8 -m mols_ds.study studies/paper-1b.yaml
@@ -37,18 +37,18 @@ MOST_JOBS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command."""
+    """Add the arguments of the command."""
     parser.add_argument("study", metavar="STUDY.yaml", help="study file, such as studies/laptop.yaml")
     parser.add_argument("--out", type=Path, help="folder for results and report (default: runs/NAME of the study)")
-    parser.add_argument("--jobs", type=integer(1), help=f"runs at a time here (default: cores, at most {MOST_JOBS})")
+    parser.add_argument("--jobs", type=integer(1), help=f"parallel runs here (default: cores, at most {MOST_JOBS})")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms, and the baseline")
-    parser.add_argument("--seeds", nargs="+", type=integer(0), metavar="SEED", help="evaluation seeds, not the study's")
-    parser.add_argument("--report-only", action="store_true", help="train nothing: write the report of what there is")
+    parser.add_argument("--seeds", nargs="+", type=integer(0), metavar="SEED", help="replace the evaluation seeds")
+    parser.add_argument("--report-only", action="store_true", help="train nothing, report the finished runs")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Runs the command. Returns 0, or 1 where a run failed. Raises MolsError for a user's mistake."""
+    """Run the command. Return 1 if a run failed, else 0. Raises MolsError for a user error."""
     study = load_study(args.study)
     if args.arms:
         study = _only(study, args.arms)
@@ -57,7 +57,7 @@ def compare(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / study.name
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if args.jobs is not None and (args.jobs < 1 or launched):
-        raise MolsConfigError("--jobs: at least 1, and not in a launched job, whose ranks train one run at a time")
+        raise MolsConfigError("--jobs: at least 1; not in a launched job, whose ranks train one run at a time")
     _can_report()
     _prepare(study, out)
     store = Store(study, out)
@@ -75,15 +75,15 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m mols_ds.study`: the command as a launcher starts it on every rank."""
+    """Run `python -m mols_ds.study`: a launcher starts it on every rank."""
     parser = Parser(prog="mols_ds.apps.study", description=__doc__)
     add_arguments(parser)
-    silent = int(os.environ.get("RANK", "0")) != 0  # rank 0 meets the same mistake
+    silent = int(os.environ.get("RANK", "0")) != 0  # rank 0 prints the same error
     return run_program("mols-ds", lambda: compare(parser.parse_args(argv)), silent=silent)
 
 
 def default_jobs() -> int:
-    """One run at a time on an accelerator; on the CPU one a core, at most MOST_JOBS."""
+    """Return the default of --jobs: 1 on an accelerator; on the CPU one per core, at most MOST_JOBS."""
     from deepspeed.accelerator import get_accelerator
 
     return min(MOST_JOBS, os.cpu_count() or 1) if get_accelerator().device_name() == "cpu" else 1
@@ -98,14 +98,14 @@ def _only(study: Study, arms: Sequence[str]) -> Study:
 
 
 def reseeded(study: Study, seeds: Sequence[int]) -> Study:
-    """The study with other evaluation seeds. Raises MolsConfigError for one that is negative or stands there twice."""
+    """Replace the evaluation seeds. Raises MolsConfigError for a negative or repeated seed."""
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise MolsConfigError(f"--seeds {' '.join(map(str, seeds))}: each one once, none negative")
+        raise MolsConfigError(f"--seeds {' '.join(map(str, seeds))}: each seed once, none negative")
     return study.model_copy(update={"seeds": tuple(seeds)})
 
 
 def _can_report() -> None:
-    """Hours before it is written. Raises MolsConfigError where a package of the report is missing."""
+    """Import the packages of the report now, not after hours. Raises MolsConfigError if one is missing."""
     try:
         importlib.import_module("mols_ds.apps.study.report")
     except ModuleNotFoundError as error:
@@ -127,7 +127,7 @@ PACKAGES = ("deepspeed", "transformers", "pytorch-optimizer", "bitsandbytes")
 
 
 def machine() -> JsonObject:
-    """What the runs are made on, without its name."""
+    """Describe the machine of the runs, without its name."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -147,7 +147,7 @@ def _device(name: str) -> str:
 
 
 class _Lines:
-    """One line a finished run, with how many are known to come."""
+    """Print one line per finished run, with the number of known runs to come."""
 
     def __init__(self, study: Study, store: Store) -> None:
         self.study, self.store = study, store
@@ -173,7 +173,7 @@ class _Lines:
 
 
 def _costs_wanted(study: Study, store: Store) -> list[Task]:
-    """The arms whose step has not been timed at the settings that were chosen for them, after all runs."""
+    """List the arms without a cost measurement at their chosen settings, once all runs are finished."""
     from mols_ds.apps.study.workers import CostTask
 
     if not study.costs:
@@ -193,7 +193,7 @@ def _costs_wanted(study: Study, store: Store) -> list[Task]:
 
 
 def _here(study: Study, store: Store, jobs: int) -> list[Failure]:
-    """Every run in processes of this machine, then the costs one at a time."""
+    """Execute all runs in processes on this machine, then the costs one at a time."""
     from mols_ds.apps.study.workers import Pool, runs_wanted
 
     lines = _Lines(study, store)
@@ -214,7 +214,7 @@ def _here(study: Study, store: Store, jobs: int) -> list[Failure]:
 
 
 def _launched(study: Study, store: Store) -> list[Failure]:
-    """Every run on all ranks of this job together."""
+    """Execute all runs on all ranks of this job together."""
     from mols_ds.apps.study.work import RankInfo, Worker
     from mols_ds.apps.study.workers import quiet_engines, runs_wanted, together
     from mols_ds.training.ranks import start_ranks
@@ -228,7 +228,7 @@ def _launched(study: Study, store: Store) -> list[Failure]:
 
 
 def _leave() -> None:
-    """All ranks end together: one that exits while another still trains or writes makes the launcher end the job."""
+    """End all ranks together. If one exits while another works, the launcher ends the job."""
     import torch.distributed
 
     from mols_ds.training.ranks import leave_ranks
@@ -241,7 +241,7 @@ def _leave() -> None:
 
 
 def report(results: StudyResults, out: Path, command: str) -> None:
-    """Write the report and say where it is, after the choices in a few lines."""
+    """Print the chosen settings, write the report and print its files."""
     for (model, arm), best in results.chosen.items():
         tell(f"{model} {arm}: {_chosen_text(best)}")
     from mols_ds.apps.study.report import write_report

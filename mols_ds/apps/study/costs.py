@@ -1,4 +1,4 @@
-"""What an arm costs beside the baseline: time of a step, taken in turns in one process, and bytes of live tensors."""
+"""Cost of an arm relative to the baseline: step time, with both engines taking turns, and bytes of live tensors."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ HOW = "bytes of the live tensors of one rank: weights, gradients, optimizer stat
 
 
 def measure(worker: Worker, baseline: StudyRun, run: StudyRun) -> JsonObject:
-    """Step time and memory of an arm over the baseline's, at their tuned settings and after the calibration.
+    """Measure step time and memory of an arm relative to the baseline, at tuned settings and after the calibration.
 
-    Both engines take steps in turns on the same batches, so that a machine that becomes slower does so for both: the
-    figure is the quartiles of the ratio within a round. Steps that calibrate are not in it; what they cost is
-    `probe_passes` of a run's result, and `accumulators` here: bytes held while they last.
+    Both engines take turns on the same batches in one process, so a slower machine slows both. The result is the
+    quartiles of the ratio within a round. Calibration steps are not included: their number is `probe_passes` of a run's
+    result, their memory is `accumulators` here, in bytes.
     """
     runs = [baseline, run]
     engines = [_engine(worker, one) for one in runs]
@@ -61,7 +61,7 @@ def measure(worker: Worker, baseline: StudyRun, run: StudyRun) -> JsonObject:
 
 
 def _engine(worker: Worker, run: StudyRun, *, calibrating: bool = False) -> DeepSpeedEngine:
-    """An engine of this run's arm; with MoLS past its calibration (the run's own alphas), or at the start of one."""
+    """Build the engine of this run's arm. With MoLS: use the run's alphas, or start calibrating."""
     import mols_ds
 
     out = worker.store.out / "running" / "costs"
@@ -92,7 +92,7 @@ def _step(engine: DeepSpeedEngine, batches: Iterable[torch.Tensor]) -> float:
 
 
 def _accumulators(worker: Worker, run: StudyRun) -> int:
-    """Bytes of this rank's accumulators during the calibration; 0 without one."""
+    """Return the bytes of this rank's accumulators during the calibration; 0 without one."""
     section = worker.config(run, worker.store.out).get("mols")
     if section is None or section.get("mode") == "moments" or section.get("fixed_alphas"):
         return 0
@@ -109,7 +109,7 @@ def _accumulators(worker: Worker, run: StudyRun) -> int:
 
 
 def live_bytes(engine: DeepSpeedEngine, batches: list[torch.Tensor]) -> int:
-    """Bytes of weights, gradients (between backward and step) and optimizer state of this rank, each storage once."""
+    """Return the bytes of this rank's weights, gradients (after backward) and optimizer state, each storage once."""
     *head, last = batches
     for ids in head:
         engine.backward(engine(input_ids=ids, labels=ids).loss)

@@ -1,4 +1,4 @@
-"""What a study's curves say: mean validation curves, tokens to a loss, SNR over training, rate sensitivity. Pure."""
+"""Curves of a study: mean validation curves, tokens to a loss, SNR over training, rate sensitivity. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from mols_ds.apps.study.spec import Values
 
 RunResult = JsonMapping
-"""The result of one run, as its JSON file holds it."""
+"""Result of one run, as in its JSON file."""
 
 
 SNR_SERIES = {"effective": "groups", "mean": "mean", "median": "median", "pooled": "pooled"}
-"""Estimator -> its key in a run's "snr". "effective": the SNR that has the mean effective step d, d^2 / (1 - d^2)."""
+"""Estimator -> its key in a run's "snr". "effective": SNR of the mean effective step d, d^2 / (1 - d^2)."""
 
 
 class Band(NamedTuple):
-    """Mean over seeds with the least and the greatest value of them."""
+    """Mean over seeds, with the smallest and largest value."""
 
     mean: float
     low: float
@@ -30,9 +30,9 @@ class Band(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Validation loss over tokens trained on: the mean over seeds and their range, at the evaluations all seeds have.
+    """Validation loss over training tokens: mean and range over seeds, at the evaluations that all seeds have.
 
-    Infinite from where the first seed diverged.
+    Infinite from the evaluation at which the first seed diverged.
     """
 
     tokens: list[int]
@@ -40,16 +40,16 @@ class Curve:
 
     @property
     def final(self) -> float:
-        """The mean at the last evaluation; infinite for an empty curve."""
+        """Mean at the last evaluation; infinite for an empty curve."""
         return self.loss[-1].mean if self.loss else math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class SnrCurve:
-    """SNR of each kind of module group over the steps of a run: geometric mean over seeds and layers, and their range.
+    """SNR of each kind of module group over steps: geometric mean and range over seeds and layers.
 
-    steps[i] belongs to snr[g][i], which is None where no seed has a positive reading. dropped[g]: share of readings
-    that were not positive and are left out.
+    steps[i] belongs to snr[g][i]; None if no seed has a positive reading. dropped[g]: share of readings that were not
+    positive and are left out.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -60,7 +60,7 @@ class SnrCurve:
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """Mean final loss over the tuning seeds at each base rate, best over the other tuned settings; inf: diverged."""
+    """Mean final loss over tuning seeds at each base rate, best over the other tuned settings; inf: diverged."""
 
     rates: list[float]
     losses: list[float]
@@ -68,23 +68,23 @@ class Sensitivity:
 
 
 def final_loss(run: RunResult) -> float:
-    """Final validation loss in nats a token; infinite where the run diverged."""
+    """Return the final validation loss in nats per token; infinite if the run diverged."""
     value = run["val_loss"]
     return math.inf if value is None or not math.isfinite(value) else float(value)
 
 
 def band(values: Sequence[float]) -> Band:
-    """Arithmetic mean and range; a mean with an infinite member is infinite."""
+    """Compute the arithmetic mean and range; infinite if a value is."""
     return Band(math.fsum(values) / len(values), min(values), max(values))
 
 
 def geometric(values: Sequence[float]) -> Band:
-    """Geometric mean and range of positive values: halving and doubling count alike, as for multipliers they should."""
+    """Compute the geometric mean and range of positive values: halving and doubling count alike, as for multipliers."""
     return Band(math.exp(math.fsum(map(math.log, values)) / len(values)), min(values), max(values))
 
 
 def validation_curve(runs: Iterable[RunResult]) -> Curve:
-    """The mean curve of one arm's seeds. Each seed's ends with its final loss, if its evaluations do not."""
+    """Compute the mean curve over an arm's seeds. The curve of each seed ends with its final loss."""
     curves = [_points(run) for run in runs]
     if not curves:
         return Curve([], [])
@@ -92,7 +92,7 @@ def validation_curve(runs: Iterable[RunResult]) -> Curve:
     tokens: list[int] = []
     loss: list[Band] = []
     for at in every:
-        # A diverged run has no further evaluation: from its end on it counts as infinite.
+        # A diverged run has no further evaluations; it counts as infinite from its end on.
         values = [points.get(at, None if math.isfinite(last) else math.inf) for points, last in curves]
         known = [value for value in values if value is not None]
         if len(known) == len(values):
@@ -102,7 +102,7 @@ def validation_curve(runs: Iterable[RunResult]) -> Curve:
 
 
 def _points(run: RunResult) -> tuple[dict[int, float], float]:
-    """Evaluations of one run, tokens -> loss, and its final loss."""
+    """Return the evaluations of one run, tokens -> loss, and its final loss."""
     curve = run.get("val_curve") or {}
     values = zip(curve.get("tokens", ()), curve.get("loss", ()), strict=True)
     points = {int(t): math.inf if v is None or not math.isfinite(v) else float(v) for t, v in values}
@@ -112,10 +112,10 @@ def _points(run: RunResult) -> tuple[dict[int, float], float]:
 
 
 def tokens_to_reach(curve: Curve, target: float) -> float | None:
-    """Tokens at which the mean curve first is at `target` or below, by linear interpolation between evaluations.
+    """Return the tokens at which the mean curve first reaches `target`, interpolated linearly between evaluations.
 
-    None where it never is. A curve that is there at its first evaluation gives that evaluation's tokens: what came
-    before is not known.
+    None if it never does. A curve that reaches it at its first evaluation returns the tokens of that evaluation,
+    because earlier losses are unknown.
     """
     for i, (tokens, point) in enumerate(zip(curve.tokens, curve.loss, strict=True)):
         if point.mean > target:
@@ -130,7 +130,7 @@ def tokens_to_reach(curve: Curve, target: float) -> float | None:
 
 
 def sensitivity(losses: Mapping[Values, float], chosen: JsonMapping) -> Sensitivity | None:
-    """Loss over rate from every candidate tried; None where no setting is called `lr`."""
+    """Compute the loss over rates from every candidate; None if no setting is named `lr`."""
     best: dict[float, float] = {}
     for values, loss in losses.items():
         rate = dict(values).get("lr")
@@ -143,21 +143,21 @@ def sensitivity(losses: Mapping[Values, float], chosen: JsonMapping) -> Sensitiv
 
 
 def kind_of(group: str) -> str:
-    """`qk` for `qk` and for `qk.3` (granularity `layer_type`)."""
+    """Return `qk` for `qk` and for `qk.3` (granularity `layer_type`)."""
     return group.split(".", 1)[0]
 
 
 def snr_curves(runs: Sequence[RunResult]) -> dict[str, SnrCurve]:
-    """The SNR curves of one arm, by estimator as far as its runs have them; empty where none has any."""
+    """Return the SNR curves of one arm by estimator; empty if its runs have none."""
     found = {name: snr_curve(runs, key) for name, key in SNR_SERIES.items()}
     return {name: curve for name, curve in found.items() if curve is not None}
 
 
 def snr_curve(runs: Iterable[RunResult], key: str = "groups") -> SnrCurve | None:
-    """Join the readings `run["snr"][key]` of one arm's seeds; None where no run has any.
+    """Join the readings `run["snr"][key]` of one arm's seeds. Return None if no run has any.
 
-    Readings of zero and less (no signal above the noise floor) or of null have no place on a logarithmic axis: they
-    are left out, and their share is kept.
+    A logarithmic axis cannot show null, zero or negative readings (no signal above the noise floor). They are left
+    out, and their share is kept.
     """
     readings: dict[str, dict[int, list[float]]] = {}
     total: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What a study's report says: the lists, the rows of its tables and the text, by templates/report.md."""
+"""Text of a study's report: its lists, the rows of its tables, and the Markdown from templates/report.md."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from mols_ds.core.json_types import JsonMapping
 from mols_ds.errors import printable
 
 MAX_LISTED = 6
-"""Up to this many missing runs of an arm are named one by one; of more, the number is told."""
+"""List up to this many missing runs of an arm by name; if more are missing, only their number."""
 
 
 class Picture(NamedTuple):
-    """A PNG beside the report; `caption` says what is drawn and serves those who cannot see it."""
+    """A PNG beside the report. `caption` describes it, also for readers who cannot see it."""
 
     file: str
     title: str
@@ -39,16 +39,16 @@ class Picture(NamedTuple):
 
 
 class Lines(str):
-    """Markdown of several lines, which is printed as it is; any other value is made safe to print on one line."""
+    """Markdown of several lines, printed unchanged. Any other value is made printable, on one line."""
 
 
 WORDS = frozenset({"arm", "compared with", "model", "tuned settings", "notes", "setting", "value", "about", "settings"})
-"""Columns that are read as text; all others are lined up as numbers."""
+"""Columns of text; all others are aligned as numbers."""
 
 
 @functools.cache
 def templates(*, html: bool = False) -> Environment:
-    """The templates of the report; `html`: what they are given is escaped, unless it is `Markup`."""
+    """Return the templates of the report. `html`: escape all values except `Markup`."""
     found = Environment(
         loader=PackageLoader("mols_ds.apps.study"),
         undefined=StrictUndefined,
@@ -71,10 +71,10 @@ def markdown(
     pictures: Sequence[Picture],
     facts: JsonMapping | None = None,
 ) -> str:
-    """The report as GitHub's Markdown; pictures are linked by their file names.
+    """Return the report as GitHub's Markdown; pictures are linked by their file names.
 
-    `command` made the results and stands above each table. `pictures`: what was drawn; empty where matplotlib is
-    missing. `facts`: further settings, such as the machine.
+    `command`: what produced the results, printed above each table. `pictures`: empty without matplotlib. `facts`:
+    further settings, such as the machine.
     """
     pairs = [row.difference.pairs for row in summary.rows if row.difference is not None]
     return templates().get_template("report.md").render(
@@ -101,14 +101,14 @@ def markdown(
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown. A bar in a cell is escaped."""
+    """Return a Markdown table. A bar in a cell is escaped."""
     marks = "|" + "|".join("---" if name in WORDS else "---:" for name in head) + "|"
     head, *lines = ("| " + " | ".join(printable(c).replace("|", "\\|") for c in row) + " |" for row in (head, *rows))
     return "\n".join([head, marks, *lines])
 
 
 def _missing(summary: Summary) -> list[str]:
-    """One line an arm and model that lacks something."""
+    """Return one line per arm and model with missing runs."""
     runs: dict[tuple[str, str], list[str]] = {pair: [] for pair in summary.absent}
     for run in summary.missing:
         text = f"{setting_text(run['values'])} seed {run['seed']}"
@@ -117,7 +117,7 @@ def _missing(summary: Summary) -> list[str]:
     for (model, arm), named in runs.items():
         text = f"`{arm}` on {model}: {len(named)} runs"
         text += f" ({'; '.join(named)})" if 0 < len(named) <= MAX_LISTED else ""
-        items.append(text + (", its tuning has not ended" if (model, arm) in summary.absent else ""))
+        items.append(text + (", its tuning is not finished" if (model, arm) in summary.absent else ""))
     return items
 
 
@@ -127,7 +127,7 @@ def _in_short(summary: Summary) -> list[str]:
         rows = summary.of(model)
         base = next((row for row in rows if row.baseline and row.mean is not None), None)
         if base is None:
-            items.append(f"{model}: no result of the baseline `{summary.baseline}` yet, so nothing to compare with.")
+            items.append(f"{model}: no result of the baseline `{summary.baseline}` yet, so no comparison.")
             continue
         text = f"{model}: `{base.arm}` ends at perplexity {perplexity_text(base.perplexity)}"
         others = [row for row in rows if not row.baseline and row.mean is not None and math.isfinite(row.mean)]
@@ -193,7 +193,7 @@ def _result_rows(summary: Summary, model: str) -> list[list[str]]:
 
 
 def _pair_rows(summary: Summary) -> list[list[str]]:
-    """The comparisons that the study names beside those with the baseline."""
+    """Return the rows of the comparisons in the study's `pairs`."""
     return [
         [row.model, row.arm, row.other, difference_text(row.difference), f"{row.difference.won}/{row.difference.pairs}"]
         for row in summary.pairs
@@ -237,6 +237,6 @@ def _arm_rows(summary: Summary, study: JsonMapping) -> list[list[str]]:
         about = str(settings.pop("about", "") or "")
         shown = {key: compact(value) for key, value in settings.items()}
         if settings.get("mols") == {}:
-            shown["mols"] = "{}"  # the defaults, which is not the same as none
+            shown["mols"] = "{}"  # the defaults, unlike no section
         rows.append([arm, about, ", ".join(f"{key} {text}" for key, text in shown.items() if text)])
     return rows

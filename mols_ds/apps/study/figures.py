@@ -1,4 +1,4 @@
-"""The pictures of a study's report. Needs matplotlib (extra `report`); draws off screen, without pyplot's state."""
+"""Figures of a study's report. Needs matplotlib (extra `report`); draws off screen, without pyplot's state."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from mols_ds.apps.study.document import Picture
 from mols_ds.apps.study.summary import AlphaRow, ArmRow, Summary, group_order
 from mols_ds.report.plot import FAINT, INK, _log_ticks, colour_of
 
-# Okabe and Ito's palette without its black, which is the baseline's, and its yellow, which is too light for lines.
+# Palette of Okabe and Ito, without black (the baseline's) and yellow (too light for lines).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.4)), (0, (6, 1.6, 1.2, 1.6)))
 MARKERS = "osD^vPX*"
 OUTLIER = 5.0
-"""A difference this many times the median one is drawn as an arrow at the edge, so that the others can be read."""
+"""Draw differences above this many times the median as arrows at the edge, so that the others stay readable."""
 MAX_BANDS = 8
-"""With more arms than this, only the baseline's curve has the band of its seeds."""
+"""With more arms than this, only the curve of the baseline has a band over seeds."""
 TITLE = 26
-"""Letters of a line above a panel."""
+"""Characters per line above a panel."""
 MAX_TICKS = 12
-"""Up to this many rates are each named on the axis."""
+"""Label each rate on the axis up to this number of rates."""
 GAP = Band(math.nan, math.nan, math.nan)
 Drawn = tuple[Picture, Figure]
 
 
 class Style(NamedTuple):
-    """How an arm looks in every picture."""
+    """Line style of an arm in every figure."""
 
     colour: str
     dash: Any
@@ -44,9 +44,9 @@ class Style(NamedTuple):
 
 
 def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, Style]:
-    """A look of its own for each of up to 28 arms; the baseline is black. `lion+mols` has the colour of `lion`.
+    """Return a distinct style for each of up to 28 arms; the baseline is black. `lion+mols` has the colour of `lion`.
 
-    An arm's family is its name up to the first `+`; a family of more than four goes on with the next colour.
+    The family of an arm is its name up to the first `+`. A family of more than four continues with the next colour.
     """
     styles = {baseline: Style(INK, "-", "o")}
     colours: dict[str, int] = {}
@@ -66,7 +66,7 @@ def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, Style]:
 
 
 def draw(summary: Summary) -> Iterator[Drawn]:
-    """Every picture for which there are numbers, with its caption."""
+    """Draw every figure that has data, with its caption."""
     styles = arm_styles(summary.arms, summary.baseline)
     if any(row.difference is not None for row in summary.rows):
         yield _forest(summary)
@@ -100,7 +100,7 @@ def _forest(summary: Summary) -> Drawn:
     grid[0, 0].set_ylim(len(arms) - 0.4, -0.6)
     caption = (
         f"Final validation loss of every arm minus that of {summary.baseline}, paired by seed, with 95 % intervals; "
-        "left of zero is better. Coloured: the interval leaves zero out. Arrows: outside of the picture."
+        "left of zero is better. Coloured: the interval excludes zero. Arrows: outside the picture."
     )
     return Picture("forest.png", "Differences to the baseline", caption), figure
 
@@ -128,12 +128,12 @@ def _forest_panel(axes: Axes, model: str, arms: Sequence[str], rows: Mapping[str
             axes.plot([difference.low, difference.high], [place, place], color=colour, linewidth=1.8)
         axes.plot(difference.mean, place, "o", color=colour, markersize=6)
     _title(axes, model)
-    axes.set_xlabel("loss minus the baseline's (nats a token)", fontsize=9)
+    axes.set_xlabel("loss minus the baseline's (nats per token)", fontsize=9)
     _frame(axes, "x")
 
 
 def _reach(rows: Sequence[ArmRow]) -> float:
-    """Half the width of a forest panel: the farthest end of an interval that is no outlier."""
+    """Return half the width of a forest panel: the farthest interval end that is not an outlier."""
     found = [row.difference for row in rows if row.difference and math.isfinite(row.difference.mean)]
     ends = [max(abs(d.mean), abs(d.low or 0.0), abs(d.high or 0.0)) for d in found]
     if not any(ends):
@@ -172,11 +172,11 @@ def _curves(summary: Summary, model: str, styles: Mapping[str, Style]) -> Drawn:
         axes.set_xlabel("tokens trained on", fontsize=9.5)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         _frame(axes, "both")
-    whole.set_ylabel("validation loss, mean of seeds (nats a token)", fontsize=9.5)
+    whole.set_ylabel("validation loss, mean of seeds (nats per token)", fontsize=9.5)
     _legend(figure, [row.arm for row in rows], styles, markers=False)
-    whose = "" if len(rows) <= MAX_BANDS else f" (of {summary.baseline} alone, as there are many arms)"
+    whose = "" if len(rows) <= MAX_BANDS else f" (only for {summary.baseline}, because there are many arms)"
     caption = (
-        "Mean over the evaluation seeds at each arm's tuned settings; the bands reach from the least to the greatest "
+        "Mean over the evaluation seeds at each arm's tuned settings; the bands span the smallest to the largest "
         f"seed{whose}. Dotted: the final loss of {summary.baseline}, which the speed-up refers to. A curve stops where "
         "a seed diverged."
     )
@@ -190,7 +190,7 @@ def _sensitivity(summary: Summary, model: str, styles: Mapping[str, Style]) -> D
     finite = [loss for curve in found.values() for loss in curve.losses if math.isfinite(loss)]
     kept = [min(curve.losses) for curve in found.values() if math.isfinite(min(curve.losses))]
     low = min(finite, default=0.0)
-    # Arms far above the others and rates far from the best would squash what matters.
+    # Arms and rates with a much higher loss would compress the rest.
     limit = low + OUTLIER * max(statistics.median(kept) - low if kept else 0.0, 1e-3)
     near = [loss for loss in kept if loss <= limit]
     top = max([*near, min(_quantile(finite, 0.85), limit)], default=1.0)
@@ -213,7 +213,7 @@ def _sensitivity(summary: Summary, model: str, styles: Mapping[str, Style]) -> D
         _log_ticks(axes.xaxis, rates[-1] / rates[0])
     axes.set_ylim(low - 0.06 * max(top - low, 1e-3), top)
     axes.set_xlabel("base learning rate", fontsize=9.5)
-    axes.set_ylabel("final loss, mean of tuning seeds (nats a token)", fontsize=9.5)
+    axes.set_ylabel("final loss, mean of tuning seeds (nats per token)", fontsize=9.5)
     _frame(axes, "both")
     _legend(figure, list(found), styles, markers=True)
     caption = (
@@ -237,7 +237,7 @@ def _snr(summary: Summary, model: str) -> Drawn:
             curve = by.get(name)
             for group in group_order(curve.snr) if curve else []:
                 assert curve is not None
-                # A gap, not a line, where no seed has a reading that a logarithmic axis could show.
+                # Leave a gap where no seed has a positive reading.
                 points = [point or GAP for point in curve.snr[group]]
                 low, high = [p.low for p in points], [p.high for p in points]
                 colour = colour_of(group)
@@ -351,7 +351,7 @@ def _legend(figure: Figure, arms: Sequence[str], styles: Mapping[str, Style], ma
 
 
 def _limit_y(axes: Axes, values: Sequence[float], share: float = 1.0) -> None:
-    """Limits that hold the lower `share` of the finite values."""
+    """Set limits that include the lower `share` of the finite values."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return
@@ -361,6 +361,6 @@ def _limit_y(axes: Axes, values: Sequence[float], share: float = 1.0) -> None:
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` of them lie; 1 for none."""
+    """Return the value below which `share` of them are; 1 for none."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, math.floor(share * len(ordered)))] if ordered else 1.0

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: pictures are inside, no request leaves the page, no script."""
+"""The report as one self-contained HTML file: pictures inside, no request, no script."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from markupsafe import Markup
 from mols_ds.apps.study.document import templates
 
 PLAIN = ("autolink", "entity", "escape", "html_block", "html_inline", "link", "reference", "code", "fence")
-"""What users' words are not read as."""
+"""Markdown rules that are off for users' text."""
 TOGETHER = re.compile(r"\[\S+, \S+\]|\([\d.]+ to \S+\)|\(\+\S+ MiB\)|&lt; 0\.001")
-"""`[-0.1235, -0.0702]`, `(19.30 to 20.72)`, `(+4.8 MiB)`: not broken over two lines."""
+"""`[-0.1235, -0.0702]`, `(19.30 to 20.72)`, `(+4.8 MiB)`: never broken over two lines."""
 
 
 def page(markdown: str, images: Mapping[str, bytes]) -> str:
-    """The whole HTML text of a report in Markdown. `images`: PNG file name -> its bytes; others are left out."""
+    """Convert a report from Markdown to one HTML text. `images`: PNG file name -> bytes; other images are left out."""
     reader = MarkdownIt("commonmark", {"html": False}).enable("table").disable(PLAIN)
     reader.add_render_rule("image", _image)
     reader.add_render_rule("table_open", lambda *_: '<div class="scroll" tabindex="0"><table>\n')

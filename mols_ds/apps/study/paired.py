@@ -1,4 +1,4 @@
-"""Student's t for differences that are paired by seed, and Holm's adjustment for many comparisons. Pure numbers."""
+"""Student's t for differences paired by seed, and Holm's adjustment for many comparisons. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from scipy import stats
 
 
 class Difference(NamedTuple):
-    """An arm's final loss minus the baseline's over the seeds that both have, in nats a token.
+    """An arm's final loss minus the baseline's over their common seeds, in nats per token.
 
-    mean: infinite where the arm diverged with one of these seeds, minus infinite where the baseline did, NaN where both
-        did. low, high: paired 95 % t-interval of the mean. p: two-sided p-value of "no difference". All three are None
-        with fewer than two pairs or a diverged run. pairs: seeds that both have. won: those of them where the arm's
-        loss is lower; a diverged run loses to a finite one.
+    mean: infinite if the arm diverged with one of these seeds, minus infinite if the baseline did, NaN if both did.
+    low, high: paired 95 % t-interval of the mean. p: two-sided p-value of "no difference". All three are None with
+        fewer than two pairs or a diverged run.
+    pairs: common seeds. won: those where the arm's loss is lower; a diverged run loses to a finite one.
     """
 
     mean: float
@@ -28,19 +28,19 @@ class Difference(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """True if the interval excludes zero."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def compare(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
-    """The difference of two arms' final losses (seed -> loss, infinite where diverged); None without a common seed."""
+    """Compare the final losses of two arms (seed -> loss, infinite if diverged). Return None without a common seed."""
     seeds = [seed for seed in arm if seed in baseline]
     if not seeds:
         return None
     mine, theirs = [arm[seed] for seed in seeds], [baseline[seed] for seed in seeds]
     won = sum(a < b for a, b in zip(mine, theirs, strict=True))
     if not all(map(math.isfinite, [*mine, *theirs])):
-        # As means with an infinite member: inf - finite, finite - inf, or inf - inf, which is NaN.
+        # Means with an infinite value: inf - finite, finite - inf, or inf - inf, which is NaN.
         return Difference(math.fsum(mine) - math.fsum(theirs), None, None, None, len(seeds), won)
     differences = [a - b for a, b in zip(mine, theirs, strict=True)]
     mean = statistics.fmean(differences)
@@ -55,10 +55,10 @@ def compare(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Differen
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given: the i-th smallest of m times m + 1 - i, made monotone, at most 1.
+    """Return Holm's adjusted p-values in input order: the i-th smallest of m times m + 1 - i, monotone, at most 1.
 
-    Rejecting where they are below 0.05 keeps the chance of one false rejection or more among all m below 5 %, whatever
-    the dependence between the comparisons (Holm 1979).
+    Rejecting below 0.05 keeps the probability of any false rejection among all m below 5 %, for any dependence between
+    the comparisons (Holm 1979).
     """
     adjusted = [0.0] * len(values)
     highest = 0.0

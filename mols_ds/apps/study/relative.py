@@ -1,4 +1,4 @@
-"""What an arm costs relative to the baseline: time of a step and memory. Pure numbers."""
+"""Step time and memory of an arm relative to the baseline. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mols_ds.core.json_types import JsonMapping
 PARTS = ("weights", "gradients", "optimizer")
 
 Runs = Mapping[int, JsonMapping]
-"""An arm's evaluation runs on one model: seed -> result."""
+"""Evaluation runs of an arm on one model: seed -> result."""
 
 
 class RelativeCost(NamedTuple):
-    """Wall-clock and memory of a step relative to the baseline.
+    """Step time and memory relative to the baseline. None: unknown.
 
-    step: median and quartiles of the paired ratios; step_seconds: the arm's own. memory_bytes, memory_ratio: of what
-    `how` says. accumulators: bytes that MoLS holds besides while it measures. in_turns: measured with the baseline in
-    turns; False: from the runs themselves, which other work on the machine makes unreliable. None: not known.
+    step: median and quartiles of the paired ratios; step_seconds: of the arm. memory_bytes, memory_ratio: as `how`
+    describes. accumulators: further bytes of MoLS during the measurement. in_turns: True if both engines took turns;
+    False if the times are from the runs themselves, where other work on the machine makes them unreliable.
     """
 
     step: tuple[float, float, float] | None
@@ -32,7 +32,7 @@ class RelativeCost(NamedTuple):
 
 
 def relative_cost(measured: JsonMapping | None, runs: Runs, baseline: Runs) -> RelativeCost:
-    """From the cost measurement if there is one, else from the runs of both arms, paired by seed."""
+    """Return the measured cost if there is one, else estimate it from the runs of both arms, paired by seed."""
     if not measured:
         return _from_runs(runs, baseline)
     ratio = measured.get("step_ratio")
@@ -68,7 +68,7 @@ def _from_runs(runs: Runs, baseline: Runs) -> RelativeCost:
 
 
 def memory_bytes(run: JsonMapping, peak: bool) -> float | None:
-    """Bytes of a run: its peak, or weights, gradients and optimizer state together; None where that is not known."""
+    """Return a run's peak bytes, or the sum of weights, gradients and optimizer state; None if unknown."""
     memory = run.get("memory") or {}
     parts = [memory.get(part) for part in (("peak",) if peak else PARTS)]
     known = [float(part) for part in parts if part is not None]
@@ -76,7 +76,7 @@ def memory_bytes(run: JsonMapping, peak: bool) -> float | None:
 
 
 def ratios(mine: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> tuple[float, float, float] | None:
-    """Median and quartiles of the ratios at the keys (seeds) that both have; None where there is none."""
+    """Return median and quartiles of the ratios at common keys (seeds); None without any."""
     pairs = [(value, theirs[key]) for key, value in mine.items() if key in theirs]
     found = [a / b for a, b in pairs if a is not None and b]
     if not found:

@@ -1,4 +1,4 @@
-"""Writes the report of a study: Markdown, CSV, JSON, PNG and one HTML page, all from the same numbers."""
+"""Write the report of a study: Markdown, CSV, JSON, PNG and one HTML page, all from the same numbers."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 COMMAND = "mols-ds compare STUDY.yaml --out OUT"
 DPI = 130
-"""Dots an inch of the pictures."""
+"""Resolution of the pictures in dots per inch."""
 MEMORY = ("weights", "gradients", "optimizer", "accumulators", "peak")
 
 
 def write_report(results: StudyResults, out: Path, command: str = COMMAND) -> list[Path]:
     """Write report.md, report.html, results.csv, table.csv, summary.json and the pictures into `out`.
 
-    `command` is what made the results; it stands above every table. An unfinished study gives a report that says so.
-    Without matplotlib the pictures are left out with a `MolsWarning`, everything else is written.
+    `command`: what produced the results, printed above every table. The report of an unfinished study says so. Without
+    matplotlib there are no pictures, but a `MolsWarning`.
 
-    Returns the files written, the two to be read first. Raises `MolsConfigError` where `out` cannot be written.
+    Returns the files, the two main ones first. Raises `MolsConfigError` if `out` cannot be written.
     """
     summary = summarise(results)
     try:
@@ -57,12 +57,12 @@ def write_report(results: StudyResults, out: Path, command: str = COMMAND) -> li
     except OSError as error:
         raise MolsConfigError(
             f"the report cannot be written to {str(out)!r} ({error.strerror or error}); "
-            "name a folder with --out that this user may write to"
+            "name a folder that this user may write to: --out"
         ) from error
 
 
 def made_on(out: Path) -> JsonObject:
-    """Machine and versions of the newest call, out of OUT/study.json; empty where that file is not there or damaged."""
+    """Read machine and versions of the newest call from OUT/study.json; empty if it is missing or damaged."""
     try:
         content = json.loads((out / "study.json").read_text("utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
@@ -71,7 +71,7 @@ def made_on(out: Path) -> JsonObject:
 
 
 def _draw(summary: Summary) -> tuple[dict[str, bytes], list[Picture]]:
-    """PNG files by name, and what is said about each."""
+    """Draw the figures. Return PNG bytes by file name, and the pictures with their captions."""
     try:
         from mols_ds.apps.study.figures import draw
     except ImportError as error:
@@ -94,15 +94,15 @@ def _draw(summary: Summary) -> tuple[dict[str, bytes], list[Picture]]:
 
 
 def csv_text(records: Sequence[JsonMapping]) -> str:
-    """One line a record; the columns are the records' keys in the order of their first appearance."""
-    # Floats in full, infinity as `inf`, yes and no as 1 and 0, what is not known as nothing
+    """Return CSV text with one line per record. Columns are the keys in order of first appearance."""
+    # Floats in full, infinity as `inf`, booleans as 1 and 0, None as an empty cell
     plain = [{key: int(v) if isinstance(v, bool) else v for key, v in record.items()} for record in records]
     frame = pandas.DataFrame(plain, dtype=object)
     return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 def run_records(results: StudyResults) -> list[JsonObject]:
-    """results.csv: one record a finished run, tuning runs too, sorted by model, arm, settings and seed."""
+    """Return the records of results.csv: one per finished run (tuning too), sorted by model, arm, settings and seed."""
     study = results.study
     settings = sorted({name for run in results.runs for name, _ in run.values})
     groups = group_order(group for result in results.runs.values() for group in result.get("alphas") or {})
@@ -135,7 +135,7 @@ def run_records(results: StudyResults) -> list[JsonObject]:
 
 
 def table_records(summary: Summary) -> list[JsonObject]:
-    """table.csv: one record an arm and model, as in the main table."""
+    """Return the records of table.csv: one per arm and model, as in the main table."""
     records = []
     alphas = {(row.model, row.arm): row.alphas for row in summary.alphas}
     groups = group_order(group for row in alphas.values() for group in row)

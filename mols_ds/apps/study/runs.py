@@ -1,8 +1,8 @@
-"""The runs of a study: what each is called, which come next, and their results on disk.
+"""The runs of a study: their names, the next ones to execute, and their results on disk.
 
-A finished run is one JSON file in OUT/runs, written under another name and renamed when complete. Its name carries a
-hash of every setting that the result depends on, so a study that was stopped goes on where it was, an arm that is added
-later repeats nothing, and a changed setting never passes off old results as its own.
+A finished run is one JSON file in OUT/runs, written atomically. Its name contains a hash of every setting that affects
+the result. So a stopped study continues where it was, a new arm repeats nothing, and results of other settings are
+never mixed in.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True, order=True)
 class StudyRun:
-    """One training: model, arm, tuned settings and seed."""
+    """One training run: model, arm, tuned settings and seed."""
 
     model: str
     arm: str
@@ -35,21 +35,21 @@ class StudyRun:
 
     @property
     def lr(self) -> float:
-        """The base rate."""
+        """Base learning rate."""
         return float(dict(self.values)["lr"])
 
     @property
     def label(self) -> str:
-        """For people and file names: block-mols-lr0.004-s1."""
+        """Short name for people and files: block-mols-lr0.004-s1."""
         settings = [f"{name.rsplit('.', 1)[-1]}{_short(value)}" for name, value in self.values]
         return "-".join([self.model, self.arm, *settings, f"s{self.seed}"])
 
 
 class Chosen(NamedTuple):
-    """How an arm was tuned on a model.
+    """Tuning result of an arm on a model.
 
-    values: the best candidate. losses: every candidate tried -> mean final validation loss over the tuning seeds
-    (infinite where one diverged). edge: the best rate is the smallest or largest one tried.
+    values: the best candidate. losses: every candidate -> mean final validation loss over the tuning seeds (infinite if
+    one diverged). edge: the best rate is the smallest or largest one tried.
     """
 
     values: Values
@@ -59,7 +59,7 @@ class Chosen(NamedTuple):
 
 @dataclass
 class StudyResults:
-    """What a report is made of."""
+    """Input of a report."""
 
     study: JsonObject
     baseline: str
@@ -74,14 +74,14 @@ def _short(value: Value) -> str:
 
 
 def setting_text(values: JsonMapping) -> str:
-    """`lr 0.004, params.rank 128`."""
+    """Format settings: `lr 0.004, params.rank 128`."""
     return ", ".join(f"{name} {_short(value)}" for name, value in values.items())
 
 
 def arm_config(study: Study, arm: str, values: Values) -> JsonObject:
-    """The DeepSpeed config of an arm at given tuned settings, batch sizes left to `mols_ds.training.ds_config.resolve`.
+    """Return the DeepSpeed config of an arm at tuned settings; `mols_ds.training.ds_config.resolve` sets batch sizes.
 
-    fp32 and ZeRO stage 0, unless the study or the arm says otherwise.
+    Default: fp32 and ZeRO stage 0.
     """
     spec = study.arms[arm]
     config: JsonObject = {"zero_optimization": {"stage": 0}, "gradient_clipping": study.clip}
@@ -91,7 +91,7 @@ def arm_config(study: Study, arm: str, values: Values) -> JsonObject:
     for extra in (study.deepspeed, spec.deepspeed):
         _merge(config, extra)
     if "fp16" not in config:
-        config.setdefault("bf16", {"enabled": False})  # never what this machine happens to be good at
+        config.setdefault("bf16", {"enabled": False})  # fixed, so that it does not depend on this machine
     tuned = dict(values)
     config["optimizer"] = {"type": spec.optimizer, "params": {**spec.params, "lr": tuned.pop("lr")}}
     if spec.source is not None:
@@ -118,13 +118,13 @@ def _merge(into: JsonObject, extra: JsonMapping) -> None:
 
 
 class Store:
-    """Results of a study's runs below `out`."""
+    """Results of a study's runs in the folder `out`."""
 
     def __init__(self, study: Study, out: Path) -> None:
         self.study, self.out = study, out
 
     def key(self, run: StudyRun) -> str:
-        """Label and hash of a run: its file name without suffix."""
+        """Return the label and hash of a run: its file name without suffix."""
         study = self.study
         state = [
             SCHEMA,
@@ -143,39 +143,39 @@ class Store:
         return f"{run.label}-{digest}"
 
     def file(self, run: StudyRun) -> Path:
-        """Where the result of a finished run is."""
+        """Return the path of a finished run's result."""
         return self.out / "runs" / f"{self.key(run)}.json"
 
     def folder(self, run: StudyRun) -> Path:
-        """What a run writes while it trains; removed when its result is there."""
+        """Return the folder of a run in progress. It is removed when the result is saved."""
         return self.out / "running" / self.key(run)
 
     def load(self, run: StudyRun) -> JsonObject | None:
-        """The result of a run, or None if it has not finished. Raises MolsConfigError for a file that is damaged."""
+        """Return the result of a run, or None if it is not finished. Raises MolsConfigError for a damaged file."""
         file = self.file(run)
         if not file.is_file():
             return None
-        return _read(file, "the run is repeated")
+        return _read(file, "the run repeats")
 
     def save(self, run: StudyRun, result: JsonMapping) -> None:
-        """Write a finished run, complete or not at all."""
+        """Write the result of a finished run atomically."""
         file = self.file(run)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(result) + "\n")
 
     def costs(self) -> dict[str, dict[str, JsonObject]]:
-        """Model -> arm -> what `costs.measure` found, and the key of the "run" that it was found for."""
+        """Return model -> arm -> result of `costs.measure`, with the key of its run as "run"."""
         file = self.out / "costs.json"
         return _read(file, "the costs are measured again") if file.is_file() else {}
 
     def save_cost(self, run: StudyRun, cost: JsonMapping) -> None:
-        """Add the costs of a run's arm, complete or not at all."""
+        """Add the costs of a run's arm, atomically."""
         costs = self.costs()
         costs.setdefault(run.model, {})[run.arm] = {**cost, "run": self.key(run)}
         write_whole(self.out / "costs.json", json.dumps(costs, indent=1) + "\n")
 
     def loss(self, run: StudyRun) -> float | None:
-        """Final validation loss: infinite where the run diverged, None where it has not finished."""
+        """Return the final validation loss: infinite if the run diverged, None if it is not finished."""
         result = self.load(run)
         if result is None:
             return None
@@ -193,10 +193,10 @@ def _read(file: Path, then: str) -> JsonObject:
 
 
 def tuning(study: Study, store: Store, model: str, arm: str) -> tuple[list[StudyRun], Chosen | None]:
-    """The tuning runs that an arm still needs on a model; when there are none, what was chosen.
+    """Return the tuning runs that an arm still needs on a model; if there are none, what was chosen.
 
-    The candidates are the whole grid. While the best rate is at an edge of what was tried, the next one by a factor
-    of 2 is added on that side with the best values of the other settings, `study.extend` times at most.
+    Candidates are the whole grid. While the best rate is at an edge, the next rate on that side, by a factor of 2, is
+    added with the best values of the other settings, at most `study.extend` times.
     """
     losses: dict[Values, float] = {}
     wanted = study.candidates(arm)
@@ -217,7 +217,7 @@ def tuning(study: Study, store: Store, model: str, arm: str) -> tuple[list[Study
 
 
 def _beyond(best: Values, tried: Iterable[Values]) -> Values | None:
-    """The candidate beyond the edge that the best rate lies at; None if it lies inside or only one rate was given."""
+    """Return the candidate beyond the edge of the best rate; None if it is not at an edge or there is only one rate."""
     settings = dict(best)
     rates = sorted({float(dict(values)["lr"]) for values in tried})
     rate = float(settings["lr"])
@@ -228,9 +228,9 @@ def _beyond(best: Values, tried: Iterable[Values]) -> Values | None:
 
 
 def needed(study: Study, store: Store) -> tuple[list[StudyRun], dict[tuple[str, str], Chosen]]:
-    """Every run that can be started now, in order, and what has been chosen so far.
+    """Return every run that can start now, in order, and the settings chosen so far.
 
-    Arms come in the file's order, so that a study that is stopped has its first arms complete.
+    Arms are in the file's order, so that a stopped study has its first arms complete.
     """
     todo: list[StudyRun] = []
     chosen: dict[tuple[str, str], Chosen] = {}
@@ -249,7 +249,7 @@ def needed(study: Study, store: Store) -> tuple[list[StudyRun], dict[tuple[str, 
 
 
 def collect(study: Study, store: Store) -> StudyResults:
-    """Every finished run of the study as it stands now."""
+    """Collect every finished run of the study."""
     missing, chosen = needed(study, store)
     runs: dict[StudyRun, JsonObject] = {}
     for (model, arm), best in chosen.items():

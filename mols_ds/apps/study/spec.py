@@ -1,7 +1,7 @@
-"""A study: one YAML file that says which arms are compared, on what, and how they are tuned. Unknown keys are refused.
+"""A study file (YAML): which arms are compared, on what, and how they are tuned. Unknown keys raise an error.
 
-Every arm sees the same model weights (per seed), the same batches in the same order and the same budget; each arm's
-settings are tuned over its grid with the tuning seeds, and its result is that of the evaluation seeds at the best one.
+Every arm gets the same initial weights (per seed), the same batches in the same order and the same budget. Its settings
+are tuned over its grid with the tuning seeds; its result is from the evaluation seeds at the best settings.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from mols_ds.training.yaml_text import read_yaml
 
 Value = int | float | str
 Values = tuple[tuple[str, Value], ...]
-"""The tuned settings of a run, (name, value) sorted by name; ("lr", rate) is always among them."""
+"""Tuned settings of a run: (name, value) sorted by name, always with ("lr", rate)."""
 Positive = Annotated[StrictInt, Field(ge=1, le=2**53)]
 Rate = Annotated[float, Field(strict=True, gt=0)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"
 
 
 class StudyData(Frozen):
-    """Text, as train.py's data arguments (mols_ds/training/sources.py); a path may be relative to the study file. The
-    tokenizer is trained to each model's vocabulary."""
+    """Text, as in train.py's data arguments (mols_ds/training/sources.py). Paths may be relative to the study file. A
+    tokenizer is trained for each model's vocabulary."""
 
     source: str = "stdlib"
     text_key: str | None = None
@@ -41,7 +41,7 @@ class StudyData(Frozen):
 
 
 class StudyBudget(Frozen):
-    """How long a run is: optimizer steps or tokens."""
+    """Length of a run: optimizer steps or tokens."""
 
     steps: Positive | None = None
     tokens: Annotated[float, Field(strict=True, gt=0, le=2**53)] | None = None
@@ -54,7 +54,7 @@ class StudyBudget(Frozen):
 
 
 class StudyBatch(Frozen):
-    """The global batch of every run: `sequences` of `length` tokens, `micro` of them a forward pass."""
+    """Global batch of every run: `sequences` of `length` tokens; `micro`: sequences per forward pass."""
 
     sequences: Positive
     length: Positive
@@ -62,25 +62,25 @@ class StudyBatch(Frozen):
 
 
 class StudyEvaluation(Frozen):
-    """Held-out loss: `sequences` of the held-out documents, every `every` steps and at the end."""
+    """Held-out loss: `sequences` held-out sequences, every `every` steps and at the end."""
 
     sequences: Positive = 256
     every: Positive | None = None
 
 
 class StudySnr(Frozen):
-    """SNR of every group from Adam's moments, read every `every` steps in the evaluation runs of these arms."""
+    """SNR of every group from Adam's moments, every `every` steps in the evaluation runs of these arms."""
 
     every: Positive
     arms: tuple[str, ...] = ()
 
 
 class StudyArm(Frozen):
-    """What one arm trains with.
+    """Settings of one arm.
 
-    `optimizer` and `params` are as in a DeepSpeed config; `mols` is the "mols" section (absent: no MoLS); `deepspeed`
-    is merged into the DeepSpeed config. `lr` replaces the study's rates. `grid` lists more settings that are tuned:
-    dotted names below `params.`, `mols.` or `deepspeed.`. `models` restricts the arm to some models.
+    `optimizer` and `params` are as in a DeepSpeed config; `mols` is the "mols" section (None: no MoLS); `deepspeed` is
+    merged into the DeepSpeed config. `lr` replaces the study's rates. `grid` lists further tuned settings: dotted names
+    that start with `params.`, `mols.` or `deepspeed.`. `models` restricts the arm to some models.
     """
 
     optimizer: str = "AdamW"
@@ -108,9 +108,9 @@ class StudyArm(Frozen):
 
 
 class Study(Frozen):
-    """One study file. Raises MolsConfigError through `load_study`.
+    """A study file. `load_study` reads it and raises MolsConfigError.
 
-    `pairs` are comparisons beside those with the baseline: (arm, the arm that it is compared with).
+    `pairs`: further comparisons besides those with the baseline: (arm, other arm).
     """
 
     name: Annotated[StrictStr, Field(pattern=NAME)]
@@ -136,7 +136,7 @@ class Study(Frozen):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of a global batch."""
+        """Tokens per global batch."""
         return self.batch.sequences * self.batch.length
 
     @property
@@ -149,7 +149,7 @@ class Study(Frozen):
 
     @property
     def eval_every(self) -> int:
-        """Steps between evaluations; by default a twentieth of the run."""
+        """Steps between evaluations; default: a twentieth of the run."""
         return self.evaluation.every or max(1, self.steps // 20)
 
     @model_validator(mode="after")
@@ -177,15 +177,15 @@ class Study(Frozen):
         for key in ("seeds", "tune_seeds"):
             values = getattr(self, key)
             if len(set(values)) < len(values) or min(values) < 0:
-                raise ValueError(f"{key}: each one once, none negative")
+                raise ValueError(f"{key}: each seed once, none negative")
         return self
 
     def arms_of(self, model: str) -> list[str]:
-        """The arms that run on a model, in the file's order."""
+        """Return the arms that run on a model, in the file's order."""
         return [name for name, arm in self.arms.items() if arm.models is None or model in arm.models]
 
     def candidates(self, arm: str) -> list[Values]:
-        """Every combination of the arm's rates and grid: what is tuned over before the rates are extended."""
+        """Return every combination of the arm's rates and grid, before the rates are extended."""
         spec = self.arms[arm]
         axes: dict[str, tuple[Value, ...]] = {"lr": spec.lr or self.lr, **spec.grid}
         names = sorted(axes)
@@ -193,18 +193,18 @@ class Study(Frozen):
 
 
 def load_study(path: str | Path) -> Study:
-    """Read a study file. Raises MolsConfigError, in one line that names the key, where it is missing or wrong."""
+    """Read a study file. Raises MolsConfigError with one line that names the key, if it is missing or invalid."""
     file = Path(path)
     if not file.is_file():
         raise MolsConfigError(f"study {path}: no such file (see studies/)")
     content = read_yaml(file, f"study {path}")
     if not isinstance(content, Mapping):
-        raise MolsConfigError(f"study {path}: a mapping of settings is needed")
+        raise MolsConfigError(f"study {path}: not a mapping of settings")
     try:
         study = Study.model_validate(dict(content))
     except ValidationError as error:
         raise MolsConfigError(f"study {path}: {validation_message(error, Study)}") from None
-    except UnicodeEncodeError as error:  # pydantic fails to say what is wrong with such a text
+    except UnicodeEncodeError as error:  # pydantic cannot format an error for such text
         raise MolsConfigError(f"study {path}: half of a surrogate pair in {error.object!r}") from None
     models = {name: _model(value, file.parent) for name, value in study.models.items()}
     data = study.data
@@ -214,7 +214,7 @@ def load_study(path: str | Path) -> Study:
 
 
 def _model(value: str | JsonObject, folder: Path) -> str | JsonObject:
-    """The model's settings: those of a model file (its path is relative to the study file), or written in the study."""
+    """Return the settings of a model: inline, or from a model file with a path relative to the study file."""
     if isinstance(value, dict):
         return value
     path = folder / value
@@ -224,5 +224,5 @@ def _model(value: str | JsonObject, folder: Path) -> str | JsonObject:
         raise MolsConfigError(f"study: model {value}: no such file below {folder}")
     settings = read_json(path, f"study: model {value}")
     if not isinstance(settings, dict):
-        raise MolsConfigError(f"study: model {value}: a JSON object is needed")
+        raise MolsConfigError(f"study: model {value}: not a JSON object")
     return settings

@@ -1,7 +1,7 @@
-"""The numbers of a study's report, from its runs: one row an arm and model, alphas by model, costs. Pure functions.
+"""Numbers of a study's report: one row per arm and model, alphas by model, costs. Pure functions.
 
-Every arm counts at the settings that its tuning chose, at the end of its budget, over the evaluation seeds; differences
-are paired by seed (same initial weights, same batches). Diverged runs have an infinite loss and are never left out.
+Every arm is evaluated at its tuned settings, at the end of its budget, over the evaluation seeds. Differences are
+paired by seed (same initial weights and batches). Diverged runs have an infinite loss and are never left out.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 ENOUGH_SEEDS = 5
-"""With fewer evaluation seeds a t-interval is not to be relied on."""
+"""With fewer evaluation seeds a t-interval is unreliable."""
 GROUP_ORDER = ("embedding", "head", "qk", "vo", "mlp", "other")
 
 
 @dataclass(frozen=True, slots=True)
 class ArmRow:
-    """One arm on one model. Losses in nats a token; `losses` by evaluation seed, infinite where the run diverged.
+    """One arm on one model. Losses in nats per token; `losses` by evaluation seed, infinite if the run diverged.
 
-    mean, sd, perplexity (exp of the mean, least and greatest seed): None where no evaluation run is there; infinite
-    with a diverged seed (sd: None). planned: evaluation seeds of the study. tried: candidates of the tuning.
-    adjusted: Holm's p-value over every comparison of the study. reached: tokens at which the mean curve is at the
-    baseline's final loss, `speed_up` the baseline's tokens over these, and `speed_up_charged` the same with the tokens
-    of MoLS's measuring passes added to the arm's.
+    mean, sd, perplexity (exp of the mean, smallest and largest seed): None without evaluation runs; infinite with a
+    diverged seed (sd: None). planned: evaluation seeds of the study. tried: tuning candidates. adjusted: Holm's p-value
+    over all comparisons of the study. reached: tokens at which the mean curve reaches the baseline's final loss.
+    speed_up: the baseline's tokens divided by these; speed_up_charged: the same with the tokens of MoLS's measuring
+    passes added to the arm's.
     """
 
     model: str
@@ -63,15 +63,15 @@ class ArmRow:
 
     @property
     def diverged(self) -> int:
-        """Evaluation runs that diverged."""
+        """Number of evaluation runs that diverged."""
         return sum(math.isinf(loss) for loss in self.losses.values())
 
 
 @dataclass(frozen=True, slots=True)
 class AlphaRow:
-    """Alphas of one arm on one model: geometric mean over seeds (and layers) by kind of group, with the range.
+    """Alphas of one arm on one model: geometric mean and range over seeds (and layers), by kind of group.
 
-    clamped: kinds whose alpha was held at a bound in at least one run.
+    clamped: kinds with an alpha at a bound in at least one run.
     """
 
     model: str
@@ -84,7 +84,7 @@ class AlphaRow:
 
 @dataclass(frozen=True, slots=True)
 class PairRow:
-    """A comparison that the study asks for beside those with the baseline: `arm` minus `other`, paired by seed."""
+    """A comparison from the study's `pairs`: `arm` minus `other`, paired by seed."""
 
     model: str
     arm: str
@@ -94,7 +94,7 @@ class PairRow:
 
 @dataclass(slots=True)
 class Summary:
-    """All numbers of a report. `models`, `arms`: in the order of the study, the baseline first."""
+    """All numbers of a report. `models`, `arms`: in the study's order, the baseline first."""
 
     name: str
     baseline: str
@@ -113,12 +113,12 @@ class Summary:
     pairs: list[PairRow] = field(default_factory=list)
 
     def of(self, model: str) -> list[ArmRow]:
-        """The rows of one model."""
+        """Return the rows of one model."""
         return [row for row in self.rows if row.model == model]
 
 
 def summarise(results: StudyResults) -> Summary:
-    """Every number of the report. Arms without finished tuning are in `absent`, runs that could start in `missing`."""
+    """Compute the report. `absent`: arms whose tuning is not finished; `missing`: runs that can start now."""
     study = results.study
     models = _ordered(list(study.get("models", ())), (model for model, _ in results.chosen))
     arms = _ordered([results.baseline, *study.get("arms", ())], (arm for _, arm in results.chosen))
@@ -148,13 +148,13 @@ def summarise(results: StudyResults) -> Summary:
 
 
 def group_order(groups: Iterable[str]) -> list[str]:
-    """Module groups in the paper's order, unknown ones last."""
+    """Sort module groups in the paper's order, unknown ones last."""
     known = {name: i for i, name in enumerate(GROUP_ORDER)}
     return sorted(set(groups), key=lambda group: (known.get(group, len(known)), group))
 
 
 def to_json(summary: Summary) -> JsonObject:
-    """All of `summary` as a dict for summary.json; numbers that are not finite are null (`diverged` counts them)."""
+    """Return `summary` as a dict for summary.json. Non-finite numbers become null (`diverged` counts them)."""
     content = asdict(summary)
     for record, row in zip(content["rows"], summary.rows, strict=True):
         record["diverged"] = row.diverged
@@ -163,7 +163,7 @@ def to_json(summary: Summary) -> JsonObject:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: named tuples as objects, numbers that are not finite as null."""
+    """Convert to JSON values: named tuples to objects, non-finite numbers to null."""
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, Mapping):
@@ -183,7 +183,7 @@ def _planned(study: JsonMapping, model: str, arm: str) -> bool:
 
 
 def _evaluated(results: StudyResults, model: str, arm: str) -> dict[int, JsonObject]:
-    """Evaluation runs of an arm at its chosen settings, by seed in the study's order."""
+    """Return the evaluation runs of an arm at its chosen settings, by seed in the study's order."""
     chosen = results.chosen.get((model, arm))
     if chosen is None:
         return {}
@@ -196,7 +196,7 @@ def _evaluated(results: StudyResults, model: str, arm: str) -> dict[int, JsonObj
 
 
 def _row(results: StudyResults, model: str, arm: str) -> ArmRow | None:
-    """None for an arm that is not tuned yet."""
+    """Return the row of an arm; None if its tuning is not finished."""
     chosen = results.chosen.get((model, arm))
     if chosen is None:
         return None
@@ -238,7 +238,7 @@ def _pair(results: StudyResults, model: str, arm: str, other: str) -> PairRow:
 
 
 def _perplexity(losses: list[float]) -> Band | None:
-    """exp of the mean loss, and of the least and greatest seed's."""
+    """Compute exp of the mean loss, and of the smallest and largest seed's."""
     if not losses:
         return None
     mean = math.fsum(losses) / len(losses)
@@ -246,10 +246,10 @@ def _perplexity(losses: list[float]) -> Band | None:
 
 
 def _speed_up(runs: Runs, baseline: Runs) -> tuple[float | None, float | None, float | None]:
-    """Tokens to the baseline's final loss, the speed-up, and the speed-up with measuring passes charged.
+    """Return tokens to the baseline's final loss, the speed-up, and the speed-up with measuring passes charged.
 
-    Over the seeds that both have. The target is the end of the baseline's own mean curve: the same evaluation as the
-    points that it is compared with. None where it is not reached or a run diverged.
+    Over common seeds. The target is the end of the baseline's own mean curve, from the same evaluation as the points
+    that it is compared with. None if it is not reached or a run diverged.
     """
     seeds = [seed for seed in runs if seed in baseline]
     mine, theirs = [runs[seed] for seed in seeds], [baseline[seed] for seed in seeds]
@@ -267,7 +267,7 @@ def _speed_up(runs: Runs, baseline: Runs) -> tuple[float | None, float | None, f
 def _notes(
     chosen: Chosen, runs: Runs, losses: Mapping[int, float], planned: int, base_losses: Mapping[int, float]
 ) -> tuple[str, ...]:
-    """What a reader of the row must know."""
+    """Return the notes of a row: divergence, missing seeds, failed calibrations, measuring passes, edge of the grid."""
     notes = []
     if math.isinf(chosen.losses.get(chosen.values, 0.0)):
         notes.append("diverged with every setting tried")
@@ -291,7 +291,7 @@ def _notes(
 
 
 def _adjust(rows: list[ArmRow]) -> tuple[list[ArmRow], int]:
-    """Fill in Holm's p-values over every comparison of the study; returns how many there are."""
+    """Fill in Holm's p-values over all comparisons of the study. Return the rows and the number of comparisons."""
     tested = [(i, row.difference.p) for i, row in enumerate(rows) if row.difference and row.difference.p is not None]
     adjusted = dict(zip((i for i, _ in tested), holm([p for _, p in tested]), strict=True))
     return [replace(row, adjusted=adjusted.get(i)) for i, row in enumerate(rows)], len(tested)
@@ -308,7 +308,7 @@ def _sensitivities(results: StudyResults, model: str, arms: Iterable[str]) -> di
 
 
 def _tuning(results: StudyResults, model: str, arms: Iterable[str]) -> dict[str, dict[str, float]]:
-    """Every candidate tried -> mean final loss over the tuning seeds."""
+    """Return arm -> candidate -> mean final loss over the tuning seeds."""
     chosen = {arm: results.chosen[model, arm] for arm in arms if (model, arm) in results.chosen}
     return {
         arm: {setting_text(dict(values)): loss for values, loss in sorted(best.losses.items())}
@@ -317,13 +317,13 @@ def _tuning(results: StudyResults, model: str, arms: Iterable[str]) -> dict[str,
 
 
 def _snr(results: StudyResults, model: str, arms: Iterable[str]) -> dict[str, dict[str, SnrCurve]]:
-    """Arm -> estimator -> curve, of the arms that have any."""
+    """Return arm -> estimator -> curve, for arms with SNR readings."""
     found = {arm: curves.snr_curves(list(_evaluated(results, model, arm).values())) for arm in arms}
     return {arm: curve for arm, curve in found.items() if curve}
 
 
 def _alphas(results: StudyResults, model: str, arm: str) -> AlphaRow | None:
-    """None for an arm without multipliers."""
+    """Return the alphas of an arm; None without multipliers."""
     runs = _evaluated(results, model, arm)
     values: dict[str, list[float]] = {}
     clamped: set[str] = set()

@@ -1,4 +1,4 @@
-"""One run of a study, from its settings to its result. Every rank of the job calls `execute` with the same run."""
+"""Execute one run of a study, from its settings to its result. Every rank calls `execute` with the same run."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ if TYPE_CHECKING:
 
 READINGS = "snr.jsonl"
 CURVE_POINTS = 200
-"""Points of the training loss that a result keeps, at most; each is the mean of the steps since the one before."""
+"""Largest number of training loss points in a result; each is the mean of the steps since the one before."""
 
 
 @dataclass
 class RankInfo:
-    """This process's place in a job that runs one run at a time: `world` ranks."""
+    """Rank of this process in a job of `world` ranks that executes one run at a time."""
 
     rank: int = 0
     world: int = 1
 
 
 class Worker:
-    """Executes runs of one study, keeping tokenizers and token files open between them."""
+    """Executes runs of one study. Keeps tokenizers and token files open between runs."""
 
     def __init__(self, study: Study, store: Store, rank_info: RankInfo) -> None:
         self.study, self.store, self.rank_info = study, store, rank_info
         self.tokens = lru_cache(maxsize=None)(self._prepare)
 
     def model_source(self, model: str) -> str:
-        """A model file or checkpoint folder that `mols_ds.training.models` reads."""
+        """Return the path of a model file or checkpoint folder for `mols_ds.training.models`."""
         settings = self.study.models[model]
         if isinstance(settings, str):
             return settings
@@ -82,7 +82,7 @@ class Worker:
         return spec, tokenizer, tokens
 
     def config(self, run: StudyRun, out: Path) -> JsonObject:
-        """The resolved DeepSpeed config of a run. Raises MolsConfigError where DeepSpeed refuses it."""
+        """Return the resolved DeepSpeed config of a run. Raises MolsConfigError if DeepSpeed refuses it."""
         config = arm_config(self.study, run.arm, run.values)
         if "mols" in config:
             config["mols"].setdefault("report_dir", str(out / "mols_report"))
@@ -91,7 +91,7 @@ class Worker:
         return config
 
     def job(self, run: StudyRun, out: Path, watch: Callable[[DeepSpeedEngine], None] | None = None) -> TrainJob:
-        """The job of a run, for `mols_ds.training.trainer.train`. `watch` is called after every update."""
+        """Return the job of a run for `mols_ds.training.trainer.train`. `watch` is called after every update."""
         study, ranks = self.study, self.rank_info
         spec, tokenizer, tokens = self.tokens(run.model)
         config = self.config(run, out)
@@ -125,14 +125,14 @@ class Worker:
             eval_every=study.eval_every,
             save_every=study.save_every,
             resume=has_checkpoint(out),
-            probe_ahead=tokens.train is not None,  # a stream can only go on, so it is measured on batches of its own
+            probe_ahead=tokens.train is not None,  # a stream cannot be rewound: it is measured on separate batches
             keep_last=False,
             stop_diverged=True,
             shown=False,
         )
 
     def model(self, run: StudyRun, config: JsonObject, tokenizer: Tokenizer) -> torch.nn.Module:
-        """The model of a run: equal weights for equal seeds, whatever the arm."""
+        """Build the model of a run. Equal seeds give equal weights in all arms."""
         sharded = zero_init(config)
         model = build_model(
             self.model_source(run.model),
@@ -147,10 +147,10 @@ class Worker:
         return model
 
     def execute(self, run: StudyRun) -> JsonObject:
-        """Train a run to its end and, on rank 0, save its result. Returns the result.
+        """Train a run to its end and save its result on rank 0. Return the result.
 
-        A run that was interrupted goes on from its newest checkpoint, if the study saves any (`save_every`), else it
-        starts over.
+        An interrupted run continues from its newest checkpoint if the study saves any (`save_every`), else it starts
+        over. Raises MolsError on all ranks if the result cannot be saved.
         """
         out = self.store.folder(run)
         first = self.rank_info.rank == 0
@@ -183,7 +183,7 @@ class Worker:
         return result
 
     def _keep(self, run: StudyRun, outcome: Outcome, result: JsonObject) -> str | None:
-        """Saves a run's result, with its report and curves. Returns why that cannot be, for all ranks, or None."""
+        """Save a run's result with its report and curves. Return an error message for all ranks, or None."""
         out = self.store.folder(run)
         try:
             result["report"] = read_json(outcome.report, str(outcome.report)) if outcome.report else {}
@@ -196,7 +196,7 @@ class Worker:
 
 
 class KeptWatch(SnrWatch):
-    """A `SnrWatch` whose readings lie in a file beside the checkpoints, so that an interrupted run keeps its curve."""
+    """A `SnrWatch` that writes its readings beside the checkpoints, so that an interrupted run keeps its curve."""
 
     def __init__(self, every: int, path: Path, writes: bool) -> None:
         super().__init__(every)
@@ -217,7 +217,7 @@ class KeptWatch(SnrWatch):
 
 
 class Facts:
-    """What an engine tells once: number of weights, elements of each group."""
+    """Constants of an engine: number of weights, elements of each group."""
 
     def __init__(self) -> None:
         self.weights = 0
@@ -234,7 +234,7 @@ class Facts:
 
 
 def curves(path: Path, tokens_per_step: int) -> JsonObject:
-    """Training and validation loss over steps and tokens, and the median step time, out of a metrics file."""
+    """Read training and validation loss over steps and tokens, and the median step time, from a metrics file."""
     steps = [line for line in read_lines(path) if "step" in line]
     stride = max(1, math.ceil(len(steps) / CURVE_POINTS))
     blocks = [steps[i : i + stride] for i in range(0, len(steps), stride)]

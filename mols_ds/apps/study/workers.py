@@ -1,5 +1,5 @@
-"""Who executes the runs of a study: processes of this machine that train one run each, or all ranks of a launched job
-together, one run after the other."""
+"""Execute the runs of a study: in processes of this machine, one run each, or on all ranks of a launched job together,
+one run after the other."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that raised: it has no result, and the study goes on without it."""
+    """A run that raised. It has no result; the study continues without it."""
 
     run: StudyRun
     why: str
     mistake: bool
-    """Whether it was a user's mistake (a MolsError), told in one line; otherwise `why` is a traceback."""
+    """True for a user error (MolsError), printed in one line; otherwise `why` is a traceback."""
 
 
 @dataclass(frozen=True)
 class CostTask:
-    """The task of timing an arm against the baseline, both at these tuned settings."""
+    """Measure the cost of an arm relative to the baseline, both at these tuned settings."""
 
     baseline: StudyRun
     run: StudyRun
@@ -55,7 +55,7 @@ Done = Callable[[StudyRun, JsonObject], None]
 
 
 def perform(worker: Worker, task: Task) -> JsonObject:
-    """Execute one task with everything that it prints going to OUT/logs."""
+    """Execute one task. Redirect its output to OUT/logs."""
     run = task if isinstance(task, StudyRun) else task.run
     kind = "" if isinstance(task, StudyRun) else "cost-"
     with _logged(worker.store.out / "logs" / f"{kind}{worker.store.key(run)}.log", worker.rank_info.rank):
@@ -81,7 +81,7 @@ def _logged(path: Path, rank: int) -> Iterator[None]:
 
 
 def quiet_engines() -> None:
-    """DeepSpeed's and transformers' own messages below warnings are left out."""
+    """Hide messages of DeepSpeed and transformers below warnings."""
     from deepspeed.utils import logger
     from transformers.utils import logging as transformers_logging
 
@@ -91,7 +91,7 @@ def quiet_engines() -> None:
 
 
 def start_alone() -> None:
-    """A process group of this process, with a store inside it: no port that two processes could both pick."""
+    """Create a process group of one rank with an in-process store: no port that two processes could both choose."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     import deepspeed
     import torch.distributed
@@ -113,7 +113,7 @@ def start_alone() -> None:
 
 
 def _serve(connection: Connection, study: Study, out: Path, threads: int, parent: int) -> None:
-    """One worker process: takes tasks from the pipe until it closes."""
+    """Run one worker process: execute tasks from the pipe until it closes."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     start_alone()
@@ -127,25 +127,25 @@ def _serve(connection: Connection, study: Study, out: Path, threads: int, parent
             connection.send((task, perform(worker, task), None))
         except MolsError as error:
             connection.send((task, None, (" ".join(str(error).split()), True)))
-        except Exception:  # the study goes on with its other arms and says what failed at the end
+        except Exception:  # the study continues with other arms and reports the failure at the end
             connection.send((task, None, (traceback.format_exc(), False)))
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when the one that started it is gone, however it went."""
+    """End this process when its parent is gone, for whatever reason."""
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
     os._exit(1)
 
 
 class Pool:
-    """`jobs` processes that execute runs as they are needed."""
+    """`jobs` processes that execute runs."""
 
     def __init__(self, study: Study, store: Store, jobs: int) -> None:
         self.study, self.store = study, store
         spawn = multiprocessing.get_context("spawn")
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # read by torch when the children import it
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # child processes read it when they import torch
         self.free: list[Connection] = []
         self.busy: dict[Connection, Task] = {}
         self.processes = []
@@ -159,14 +159,14 @@ class Pool:
             self.free.append(mine)
 
     def close(self) -> None:
-        """End the workers; a run that is under way is lost."""
+        """End the workers. Runs in progress are lost."""
         for process in self.processes:
             process.terminate()
         for process in self.processes:
             process.join()
 
     def run(self, wanted: Callable[[], list[Task]], done: Callable[[Task, JsonObject], None]) -> list[Failure]:
-        """Execute what `wanted` names until it names nothing new; it is asked again after every result."""
+        """Execute the tasks of `wanted` until it returns no new ones. It is called again after every result."""
         failures: dict[Task, Failure] = {}
         while True:
             todo = [task for task in wanted() if task not in failures and task not in self.busy.values()]
@@ -204,9 +204,9 @@ def _name(task: Task) -> str:
 def together(
     worker: Worker, wanted: Callable[[], list[Task]], done: Callable[[Task, JsonObject], None]
 ) -> list[Failure]:
-    """Execute what rank 0's `wanted` names, one after the other, on every rank. `done` is called on rank 0.
+    """Execute the tasks of rank 0's `wanted` on every rank, one after the other. `done` is called on rank 0.
 
-    A MolsError is raised alike on every rank, so the study goes on without that run; any other error ends the job.
+    Every rank raises the same MolsError, so the study continues without that run. Any other error ends the job.
     """
     failures: dict[Task, Failure] = {}
     while True:
@@ -228,5 +228,5 @@ def together(
 
 
 def runs_wanted(study: Study, store: Store) -> list[Task]:
-    """The runs that can be started now."""
+    """Return the runs that can start now."""
     return list(needed(study, store)[0])

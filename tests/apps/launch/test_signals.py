@@ -94,7 +94,7 @@ def test_supervisor_ends_a_launcher_that_begins_again(tmp_path: Path) -> None:
         ready(running, out)
         running.process.send_signal(signal.SIGTERM)
         assert running.wait() == 128 + signal.SIGTERM
-    assert "the launcher is ended" in running.text
+    assert "ending the launcher" in running.text
 
 
 def test_supervisor_hands_the_status_on(tmp_path: Path) -> None:
