@@ -54,7 +54,7 @@ def check_schedule(findings: Findings, config: MolsConfig, run: RunFacts) -> Non
             "warning",
             "config.total_steps",
             f'"mols.total_steps" is {config.total_steps}, but the run has {run.steps} steps: shares use the former',
-            "make both equal, or leave total_steps out",
+            "set both to one value, or leave total_steps out",
         )
     try:
         schedule = resolve_schedule(config, run.steps, run.warmup)
