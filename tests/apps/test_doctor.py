@@ -182,7 +182,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
         *({"mols": {"start": 150, "ramp_end": 1.0, "total_steps": 100}}, "problem", "config.schedule"),
         *("is after", "start earlier"),
     ),
-    "two lengths": ({"mols": {"total_steps": 50}}, "warning", "config.total_steps", "run has 100", "set both to one value"),
+    "two lengths": ({"mols": {"total_steps": 50}}, "warning", "config.total_steps", "run has 100", "to one value"),
     "auto without warm-up": (
         *({"mols": {"ramp_end": "auto"}, "scheduler": {"type": "OneCycle", "params": {}}}, "problem"),
         *("config.scheduler", "refuses its params", "lr_schedules.OneCycle"),
