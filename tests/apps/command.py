@@ -83,7 +83,7 @@ def run(*argv: str | Path, cwd: Path, timeout: float = TIME_LIMIT) -> Done:
         stdout, stderr = process.communicate()
         raise AssertionError(f"{argv} took over {timeout:.0f} s\n{stdout[-3000:]}\n{stderr[-3000:]}") from None
     assert process.returncode != 0 or LEFT not in stderr, f"{argv}: {LEFT}"
-    return Done(process.returncode, stdout, stderr)
+    return Done(process.returncode, stdout, stderr.replace(f"{LEFT}\n", ""))
 
 
 def write_text(path: Path, documents: int = 60) -> Path:
