@@ -338,7 +338,15 @@ _ATTENTIONS: tuple[Rule, ...] = (
     _rule(r"v_proj|o_proj", "vo", inside=r"temporal_block|" + _LAYER_ITSELF),
 )
 
-PRESETS: tuple[Rule, ...] = (*_OTHER, *_EMBEDDINGS, *_CONVOLUTIONS, *_HEADS, *_FUSED, *_MLPS, *_ATTENTIONS)
+_WITHOUT_BLOCKS: tuple[Rule, ...] = tuple(  # a small model whose layer is the model, or an entry of an nn.Sequential
+    Rule(re.compile(rf"^(?:(?:\d+|model|net|body|backbone|transformer)\.)*(?:{names})(?:\.weight)?$"), group)
+    for names, group in (("q_proj|k_proj", "qk"), ("v_proj|o_proj", "vo"), ("(?:gate|up|down)_proj", "mlp"))
+)
+
+PRESETS: tuple[Rule, ...] = (
+    *(*_OTHER, *_EMBEDDINGS, *_CONVOLUTIONS, *_HEADS, *_FUSED, *_MLPS, *_ATTENTIONS),
+    *_WITHOUT_BLOCKS,
+)
 """First match wins."""
 
 _FRONT = r"^(?:model\.|thinker\.|vlm\.|git\.)*"

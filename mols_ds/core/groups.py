@@ -46,10 +46,7 @@ __all__ = [
     "parameter_kinds",
 ]
 
-_SIBLINGS = (
-    ({"q_proj", "k_proj", "v_proj"}, {"q_proj": "qk", "k_proj": "qk", "v_proj": "vo", "o_proj": "vo"}),
-    ({"up_proj", "down_proj"}, {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}),
-)
+_ATTENTION = {"q_proj": "qk", "k_proj": "qk", "v_proj": "vo", "o_proj": "vo"}
 _BLOCK = re.compile(r"(?:^|\.)\w*(?:layers?|h|blocks?)\.\d+\.")
 
 
@@ -179,12 +176,18 @@ class _Resolver:
 
 
 def _sibling_group(name: str, names: Collection[str]) -> str | None:
-    """Return the group of a projection in a module that no rule knows, by its siblings in the model's `names`."""
+    """Return the group of a projection in a module that no rule knows, by its siblings in the model's `names`.
+
+    Queries, keys and values are known by each other. Attention gates are called `gate_proj` too: it needs both others.
+    """
     parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-    for needed, groups in _SIBLINGS:
-        if leaf in groups and all(f"{parent}.{sibling}.weight".lstrip(".") in names for sibling in needed):
-            return groups[leaf]
-    return None
+    known = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
+    beside = {other for other in known if other != leaf and f"{parent}.{other}.weight".removeprefix(".") in names}
+    if leaf in _ATTENTION:
+        return _ATTENTION[leaf] if beside & {"q_proj", "k_proj", "v_proj"} else None
+    if leaf == "gate_proj":
+        return "mlp" if beside >= {"up_proj", "down_proj"} else None
+    return "mlp" if leaf in known and beside else None
 
 
 def _refusal(refused: Mapping[str, Sequence[_Refused]]) -> str:

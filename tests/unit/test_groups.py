@@ -436,12 +436,24 @@ def test_a_rule_that_is_slow_on_every_name_is_refused(monkeypatch: pytest.Monkey
         group_table(model, [("(a|aa)+$", "mlp"), ("block", "qk")])
 
 
-@pytest.mark.parametrize("parent", ["", "first.", "body.unit_1.", "module.base_model.model.first."])
+@pytest.mark.parametrize("name", ["{}", "model.{}", "3.{}", "module.net.0.{}", "layers.1.{}", "blocks.0.{}"])
+def test_projections_of_a_model_without_blocks(name: str) -> None:
+    """Nothing else tells what they are; each may be alone."""
+    for leaf, group in (("q_proj", "qk"), ("v_proj", "vo"), ("o_proj", "vo"), ("up_proj", "mlp"), ("gate_proj", "mlp")):
+        (layout,) = build_layouts({f"{name.format(leaf)}.weight": (8, 8)}, None).values()
+        assert layout.groups == (group,)
+
+
+@pytest.mark.parametrize("parent", ["first.", "body.unit_1.", "module.base_model.model.first."])
 def test_projections_in_a_module_that_no_rule_knows(parent: str) -> None:
     """Their siblings tell what the module is; a projection without them is refused."""
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     layouts = build_layouts({f"{parent}{name}.weight": (8, 8) for name in names}, None)
     assert [layout.groups for layout in layouts.values()] == [(g,) for g in ("qk", "qk", "vo", "vo", *["mlp"] * 3)]
+    few = build_layouts({f"{parent}{name}.weight": (8, 8) for name in ("q_proj", "v_proj", "up_proj")}, None)
+    assert [layout.groups for layout in few.values()] == [("qk",), ("vo",), ("mlp",)]
+    with pytest.raises(MolsConfigError, match="gate_proj"):  # maybe an attention's gate
+        build_layouts({f"{parent}{name}.weight": (8, 8) for name in ("q_proj", "v_proj", "gate_proj")}, None)
     for alone in ("o_proj", "gate_proj"):
         with pytest.raises(MolsConfigError, match=f"no rule matches '{parent}{alone}.weight'"):
             build_layouts({f"{parent}{alone}.weight": (8, 8)}, None)
