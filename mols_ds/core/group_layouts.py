@@ -107,7 +107,7 @@ def _checked(name: str, features: int, expected: int, pattern: Pattern) -> Patte
 
 def _heads(name: str, config: object | None) -> tuple[int, int]:
     """Return (number of attention heads, features per head)."""
-    heads = need(name, config, "num_attention_heads", "n_head", "num_heads")
+    heads = need(name, config, "num_attention_heads", "n_head", "num_heads", "n_heads")
     explicit = config_value(config, "head_dim")
     return heads, whole(explicit, "head_dim") if explicit else need(name, config, "hidden_size", "n_embd") // heads
 
@@ -141,10 +141,14 @@ def per_head(name: str, features: int, config: object | None) -> Pattern:
     return _checked(name, features, 3 * heads * size, ((2 * size, "qk"), (size, "vo")))
 
 
+KV_HEADS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_kv_head", "n_query_groups")
+"""Keys of grouped queries: transformers', Llama's own, ModernBERT-like, nanoGPT-like, litgpt's."""
+
+
 def _kv_heads(config: object | None) -> int | None:
     """Return the number of key and value heads; None without grouped queries in the config."""
     found = config_value(config_value(config, "attn_config"), "kv_n_heads")  # DBRX
-    found = config_value(config, "num_key_value_heads") if found is None else found
+    found = config_value(config, *KV_HEADS) if found is None else found
     return None if found is None else whole(found, "num_key_value_heads")
 
 
@@ -167,7 +171,7 @@ def qkv(name: str, features: int, config: object | None) -> Pattern:
 def c_attn(name: str, features: int, config: object | None) -> Pattern:
     """GPT-2 and nanoGPT: thirds. GPT-BigCode: one key and one value head, or head by head."""
     if config_value(config, "model_type") != "gpt_bigcode":
-        return thirds(name, features, config)
+        return qkv(name, features, config)
     if not config_value(config, "multi_query"):
         return per_head(name, features, config)
     heads, size = _heads(name, config)

@@ -127,7 +127,9 @@ class _Resolver:
             return found[0][0], winner[1].apply(found[0][1])
         found = [(name, self._in_tower(name, layout)) for name, layout in found]
         if not found:
-            vector = math.prod(shape) == max(shape, default=1) and not canonical_name(names[0]).name.endswith("weight")
+            follows = winner is not None and winner[1].group == AS_WEIGHT  # the bias of a norm: its weight is `other`
+            weight = canonical_name(names[0]).name.endswith("weight") and not follows
+            vector = math.prod(shape) == max(shape, default=1) and not weight
             if len(shape) < 2 or vector:
                 return names[0], ElementLayout.whole("other")
             # An unknown weight in a tower is `other`: towers are not scaled
@@ -183,6 +185,8 @@ def _sibling_group(name: str, names: Collection[str]) -> str | None:
     parent, _, leaf = name.removesuffix(".weight").rpartition(".")
     known = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
     beside = {other for other in known if other != leaf and f"{parent}.{other}.weight".removeprefix(".") in names}
+    if leaf == "out_proj":  # torch.nn.MultiheadAttention
+        return "vo" if f"{parent}.in_proj_weight".removeprefix(".") in names else None
     if leaf in _ATTENTION:
         return _ATTENTION[leaf] if beside & {"q_proj", "k_proj", "v_proj"} else None
     if leaf == "gate_proj":

@@ -70,12 +70,19 @@ def run_command(program: str, command: Callable[[], None]) -> int:
     return 0
 
 
-def leave_ranks() -> None:
-    """Destroys the process group, if there is one: a thread of gloo that is not joined may abort the exit (SIGABRT).
+LAST_TENSORS_SECONDS = 0.1
+"""Time for the threads of gloo to drop the tensors of the last collective; they need microseconds."""
 
+
+def leave_ranks() -> None:
+    """Destroy the process group, if there is one.
+
+    A thread of gloo that still drops a tensor when the interpreter ends aborts the process (SIGABRT, "terminate called
+    without an active exception": ProcessGroupGloo's runLoop waits for the GIL). So release the GIL for a moment first.
     Not after an error: the threads may be in a collective that another rank never joins.
     """
     if torch.distributed.is_initialized():
+        time.sleep(LAST_TENSORS_SECONDS)
         torch.distributed.destroy_process_group()
 
 

@@ -18,6 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from mols_ds.training.ranks import leave_ranks
 from tests.integrations.runs import (
     LR,
     SAMPLES,
@@ -135,7 +136,7 @@ def main() -> None:
     stage, wholes = config["zero_optimization"]["stage"], {}
     seen = {part: runs_of(lambda run: train(run, build), stage, part, wholes, {}) for part in args.parts.split(",")}
     Path(f"seen.{dist.get_rank()}.pkl").write_bytes(pickle.dumps(seen))
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 if __name__ == "__main__":

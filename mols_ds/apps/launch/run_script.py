@@ -85,7 +85,7 @@ def _say_left_out(arguments: Sequence[str]) -> None:
     if not given or asked or os.environ.get("RANK", "0") != "0" or not os.path.isfile(given[0]):
         return
     api = sys.modules.get("mols_ds.engines.deepspeed.api")
-    if (api is not None and api.sections_used) or "mols" not in Path(given[0]).read_text("utf-8"):
+    if (api is not None and api.sections_used) or b"mols" not in Path(given[0]).read_bytes():
         return
     from mols_ds.engines.deepspeed.config_reader import read_config
     from mols_ds.errors import MolsConfigError
