@@ -116,6 +116,7 @@ def work(args: argparse.Namespace) -> None:
             ratios = [a / b for a, b in zip(times[arm], times["stock"], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
             print(f"{arm:8}{statistics.median(times[arm]):>12.4f} s{middle:>18.4f}   ({low:.4f} to {high:.4f})")
+    deepspeed.comm.barrier()
     deepspeed.comm.destroy_process_group()
 
 

@@ -42,4 +42,5 @@ while updates < UPDATES:
         if updates == UPDATES:
             break
 show(mols)
-accelerator.end_training()  # destroys the process group: without it a thread of gloo may abort the exit
+accelerator.wait_for_everyone()  # without these two lines a thread of gloo may abort the exit
+accelerator.end_training()

@@ -50,4 +50,5 @@ if __name__ == "__main__":
     )
     trainer.fit(Module(), torch.utils.data.DataLoader(sequences(), batch_size=4))
     show(callback.mols)
-    torch.distributed.destroy_process_group()  # or a thread of gloo may abort the exit
+    torch.distributed.barrier()  # without these two lines a thread of gloo may abort the exit
+    torch.distributed.destroy_process_group()

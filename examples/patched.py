@@ -34,4 +34,5 @@ while engine.global_steps < 24:  # not the number of batches: mode "probe" measu
     engine.step()
     step += 1
 show(engine.mols)
-torch.distributed.destroy_process_group()  # or a thread of gloo may abort the exit
+torch.distributed.barrier()  # without these two lines a thread of gloo may abort the exit
+torch.distributed.destroy_process_group()

@@ -50,4 +50,5 @@ trainer = SFTTrainer(
 callback = MolsCallback(SECTION).bind(trainer)  # <- MoLS
 trainer.train()
 show(callback.mols)
-torch.distributed.destroy_process_group()  # or a thread of gloo may abort the exit
+torch.distributed.barrier()  # without these two lines a thread of gloo may abort the exit
+torch.distributed.destroy_process_group()

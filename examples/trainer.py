@@ -36,4 +36,5 @@ trainer = Trainer(model=model(), args=arguments, train_dataset=sequences())
 callback = MolsCallback().bind(trainer)  # <- MoLS
 trainer.train()
 show(callback.mols)
-torch.distributed.destroy_process_group()  # or a thread of gloo may abort the exit
+torch.distributed.barrier()  # without these two lines a thread of gloo may abort the exit
+torch.distributed.destroy_process_group()

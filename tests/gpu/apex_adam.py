@@ -101,6 +101,7 @@ def main() -> None:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(alone, MASTER_PORT=sys.argv[2])
     print(json.dumps(train(kind)), flush=True)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -35,6 +35,7 @@ import __main__
 print("SEEN", json.dumps({
     "phase": engine.mols.phase if hasattr(engine, "mols") else "stock", "late": late, "argv": sys.argv,
     "main": __main__.Model is Model, "file": __file__, "rank": args.local_rank}))
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 CONFIG = {
