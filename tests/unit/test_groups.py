@@ -459,3 +459,24 @@ def test_projections_in_a_module_that_no_rule_knows(parent: str) -> None:
             build_layouts({f"{parent}{alone}.weight": (8, 8)}, None)
     inside = build_layouts({f"layers.0.indexer.{name}.weight": (8, 8) for name in names}, None)
     assert {layout.groups for layout in inside.values()} == {("other",)}
+
+
+@pytest.mark.parametrize("key", ["num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_kv_head", "n_query_groups"])
+@pytest.mark.parametrize("name", ["h.0.attn.qkv.weight", "h.0.attn.Wqkv.weight", "h.0.attn.c_attn.weight"])
+def test_grouped_queries_by_the_names_of_other_frameworks(key: str, name: str) -> None:
+    """4 heads of 3 features and one of keys and values: 12 + 3 rows of queries and keys, 3 of values."""
+    config = {"n_head": 4, "n_embd": 12, key: 1}
+    assert build_layouts({name: (18, 12)}, config)[name].pattern == ((15, "qk"), (3, "vo"))
+
+
+def test_torchs_attention_in_a_module_of_any_name() -> None:
+    shapes = {"layers.0.cross.in_proj_weight": (24, 8), "layers.0.cross.out_proj.weight": (8, 8)}
+    found = build_layouts(shapes, None)
+    assert found["layers.0.cross.in_proj_weight"].pattern == ((16, "qk"), (8, "vo"))
+    assert found["layers.0.cross.out_proj.weight"].groups == ("vo",)
+
+
+def test_biases_go_with_their_weights_also_where_these_are_norms() -> None:
+    shapes = {"h.0.attn.q_proj.bias": (8,), "h.0.attn.q_proj.weight": (8, 8), "h.0.ln_1.bias": (8,)}
+    found = build_layouts(shapes, None, [["bias$", "=weight"]])
+    assert [layout.groups for layout in found.values()] == [("qk",), ("qk",), ("other",)]
