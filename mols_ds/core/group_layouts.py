@@ -165,7 +165,9 @@ def qkv(name: str, features: int, config: object | None) -> Pattern:
     kv_heads, heads = _kv_heads(config), config_value(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
     if kv_heads is None or heads is None or kv_heads == whole(heads, "num_attention_heads"):
         return thirds(name, features, config)
-    return grouped(name, features, config)
+    heads, size = _heads(name, config)
+    # GPT-2 has no grouped queries, whatever its config says
+    return (thirds if features == 3 * heads * size else grouped)(name, features, config)
 
 
 def c_attn(name: str, features: int, config: object | None) -> Pattern:
