@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from megatron_patches.collective_checks import same_everywhere, together
 from megatron_patches.compat import APPLIED, ATTACHED, check_modules, check_version, optimizer_classes
 from megatron_patches.engine import MegatronMols
 from megatron_patches.monkeypatch import Patches
 from megatron_patches.off import MegatronOff
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
+from mols_ds.core.rank_checks import same_everywhere, together
 from mols_ds.errors import MolsConfigError, MolsError
 
 

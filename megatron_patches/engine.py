@@ -21,7 +21,7 @@ from torch import distributed as dist
 from megatron_patches import precision
 from megatron_patches.checkpoint import MegatronCheckpoints
 from megatron_patches.checks import check_supported, find_config
-from megatron_patches.collective_checks import check_locals, merge_shapes, same_everywhere, together
+from megatron_patches.collective_checks import check_locals, merge_shapes
 from megatron_patches.compat import GradScaler
 from megatron_patches.group_rules import frozen_names
 from megatron_patches.param_map import (
@@ -39,15 +39,16 @@ from megatron_patches.shards import MegatronShards, collective_device
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Controller
 from mols_ds.core.groups import GroupTable
+from mols_ds.core.layout import largest_holder
 from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.new_weights import NewWeights
 from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.protocols import Context
 from mols_ds.core.ranges import ShardRange
-from mols_ds.core.rank_checks import check_counts
+from mols_ds.core.rank_checks import check_counts, same_everywhere, together
 from mols_ds.core.replaced_methods import ReplacedMethods
-from mols_ds.core.session import Session, largest_holder
+from mols_ds.core.session import Session
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only, unscaled_decay
 from mols_ds.report.files import Publisher
@@ -97,7 +98,7 @@ class MegatronMols(Session):
 
         same_everywhere(together(build), ["the schedule of MoLS", "the checksum of the parameters' layouts"])
         table = self.controller.table
-        check_counts(table, self.controller.elements.ranges, self.reduce)
+        check_counts(table, self.controller.elements, self.reduce)
         self.window = MegatronWindow(model_chunks)
         self._hooks: list[Any] = []
         self._install(model_chunks, table)

@@ -15,7 +15,8 @@ from mols_ds.errors import (
 if TYPE_CHECKING:
     from mols_ds.core.config import MolsConfig
     from mols_ds.core.groups import ElementLayout, GroupTable, group_table
-    from mols_ds.engines.deepspeed.api import attach, initialize
+    from mols_ds.engines.api import attach
+    from mols_ds.engines.deepspeed.api import initialize
     from mols_ds.engines.deepspeed.patching import patch, unpatch
 
 __version__ = "0.4.0"
@@ -39,7 +40,8 @@ __all__ = [
 _PLACES = {
     "MolsConfig": "core.config",
     **dict.fromkeys(("ElementLayout", "GroupTable", "group_table"), "core.groups"),
-    **dict.fromkeys(("attach", "initialize"), "engines.deepspeed.api"),
+    "attach": "engines.api",
+    "initialize": "engines.deepspeed.api",
     **dict.fromkeys(("patch", "unpatch"), "engines.deepspeed.patching"),
 }
 

@@ -19,7 +19,7 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.document import build_report, measured_rows, unmeasured_rows
 from mols_ds.core.former_groups import advice
 from mols_ds.core.group_stats import GroupSums
-from mols_ds.core.groups import GroupTable, base_group, format_group_table, is_scaled
+from mols_ds.core.groups import ElementLayout, GroupTable, base_group, format_group_table, is_scaled
 from mols_ds.core.local_stats import LocalStats
 from mols_ds.core.log import warn_here
 from mols_ds.core.phases import Calibration, Phase, Schedule
@@ -42,19 +42,26 @@ class Controller:
         owned: element ranges that this rank owns.
         schedule: start and ramp end in optimizer steps.
         context: rank, device, reduction and output of the engine.
+        layouts: of the owned ranges, where they are not ranges of the logical parameters; None: the table's.
 
     Raises:
         MolsConfigError: the reference group or a group of `fixed_alphas` does not exist in this model.
     """
 
     def __init__(
-        self, config: MolsConfig, table: GroupTable, owned: Sequence[ShardRange], schedule: Schedule, context: Context
+        self,
+        config: MolsConfig,
+        table: GroupTable,
+        owned: Sequence[ShardRange],
+        schedule: Schedule,
+        context: Context,
+        layouts: Mapping[str, ElementLayout] | None = None,
     ) -> None:
         self.config = config
         self.table = table
         self.context = context
         self.groups: tuple[str, ...] = tuple(row.group for row in table)
-        self.elements = LocalStats(owned, table.layouts, self.groups, context.device)
+        self.elements = LocalStats(owned, layouts or table.layouts, self.groups, context.device)
         self.state = Calibration(
             schedule, config.samples, config.max_samples, config.recalibrate.every if config.recalibrate else None
         )

@@ -6,12 +6,13 @@ integers describe the parameter and each of its shards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
+Key = TypeVar("Key")
 GROUPS = ("embedding", "head", "qk", "vo", "mlp", "other")
 """The module groups of the paper (arXiv 2605.05794), and `other` for everything else (norms, biases, routers)."""
 
@@ -178,3 +179,15 @@ class ElementLayout:
 def _check_range(start: int, numel: int) -> None:
     if start < 0 or numel < 0:
         raise ValueError(f"start and numel must not be negative: start={start}, numel={numel}")
+
+
+def largest_holder(layout_counts: Iterable[tuple[Key, Mapping[str, int]]], groups: Iterable[str]) -> dict[str, Key]:
+    """Return module group -> the parameter group with most of its elements; absent if it has none.
+
+    `layout_counts`: (parameter group, elements of each module group) per parameter.
+    """
+    held: dict[str, dict[Key, int]] = {group: {} for group in groups}
+    for key, counts in layout_counts:
+        for group, count in counts.items():
+            held[group][key] = held[group].get(key, 0) + count
+    return {group: max(keys, key=lambda key: keys[key]) for group, keys in held.items() if keys}

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mols_ds.core.layout import ElementLayout
-from mols_ds.core.pieces import gradient_of
+from mols_ds.core.pieces import gradient_of, local_part
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.state_slices import Sliced, align_counters, copied, sliceable, slices_of, write_back
 from mols_ds.core.step_guard import StepGuard
@@ -289,10 +289,11 @@ class LRScaler:
         self, tensor: Tensor, plan: SegmentPlan, multipliers: Mapping[str, float], decay: float | Tensor | None
     ) -> None:
         """Copy the weights of every scaled range of a tensor that is stepped at the base rate."""
+        part = local_part(tensor).detach()
         if len(plan.segments) == 1 and not plan.interleaved:
-            self._delta(tensor.detach(), plan.segments[0].rate(multipliers), decay)
+            self._delta(part, plan.segments[0].rate(multipliers), decay)
             return
-        flat = tensor.detach().view(-1)
+        flat = part.view(-1)
         for segment in plan.segments:
             if len(segment.groups) == 1:
                 self._delta(flat[segment.lo : segment.hi], segment.rate(multipliers), decay)
@@ -332,7 +333,7 @@ class LRScaler:
                 runs[-1] = (runs[-1][0], hi, rate)
             else:
                 runs.append((lo, hi, rate))
-        flat, decay = tensor.detach().view(-1), self._base_decay(tensor, group)
+        flat, decay = local_part(tensor).detach().view(-1), self._base_decay(tensor, group)
         stepped = [(runs[0][2], tensor)] if len(runs) == 1 else self._views(tensor, flat, runs)
         if stepped is None:
             self._correct(tensor, plan, multipliers, decay)

@@ -1,11 +1,13 @@
-"""Warn once about weights that were unfrozen, or added to the optimizer, after MoLS was attached."""
+"""Warn about weights in no optimizer, and once about those that arrive there after MoLS was attached."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 from torch import Tensor, nn
 
+from mols_ds.core.groups import GroupTable
+from mols_ds.core.log import warn_here
 from mols_ds.core.lr_scaler import LRScaler
 
 SHOWN = 3
@@ -60,6 +62,23 @@ class NewWeights:
 
     def _named(self) -> Iterable[tuple[str, Tensor]]:
         return (named for module in self.modules for named in module.named_parameters())
+
+
+def without_untrained(table: GroupTable, held: Container[str], rank: int) -> GroupTable:
+    """Return the table without the parameters of no optimizer. Rank 0 warns about them.
+
+    held: names of the parameters in this rank's optimizers.
+    """
+    left_out = [name for name in table.layouts if name not in held]
+    if left_out and rank == 0:
+        warn_here(
+            f"{len(left_out)} trainable parameters are not in the optimizer and stay unscaled: {left_out[:SHOWN]}",
+            stacklevel=6,
+        )
+    return GroupTable(
+        {name: layout for name, layout in table.layouts.items() if name in held},
+        {name: shape for name, shape in table.shapes.items() if name in held},
+    )
 
 
 def _trains(count: int, names: Sequence[str], include: str) -> str:

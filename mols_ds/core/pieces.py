@@ -31,6 +31,13 @@ def gradient_of(tensor: Tensor) -> Tensor | None:
     return tensor.grad if gradient is None else gradient
 
 
+@torch.no_grad()
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor (its elements, as a view); any other tensor unchanged."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
 def flat_pieces(tensor: Tensor, start: int, numel: int) -> Iterator[Tensor]:
     """Yield elements [start, start + numel) of a tensor in row-major order, as 1-D pieces.
 

@@ -49,6 +49,15 @@ def window_of_own_loop(samples: int) -> str:
     )
 
 
+def window_of_others_schedule(samples: int, schedule: str = "") -> str:
+    """Describe a probe window to a loop that steps its own schedule. `schedule`: what happens to it, if known."""
+    schedule = schedule or f"a schedule that the loop steps itself advances by {samples} steps meanwhile"
+    return (
+        f"the next {samples} steps of the training loop measure gradients and do not update; a loop that counts "
+        f"its own iterations trains {samples} updates fewer; {schedule}"
+    )
+
+
 @dataclass
 class Context:
     """Facts of the engine for the controller.

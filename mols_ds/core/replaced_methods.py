@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -23,9 +24,10 @@ class ReplacedMethods:
         stock: Method = getattr(self._owner, name)
 
         @functools.wraps(stock)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def function(owner: Any, *args: Any, **kwargs: Any) -> Any:
             return (method if self._active else stock)(*args, **kwargs)
 
+        call = types.MethodType(function, self._owner)  # torch's schedulers read `optimizer.step.__func__`
         self._replaced.append((name, call, vars(self._owner).get(name, _MISSING)))
         setattr(self._owner, name, call)
         return stock

@@ -10,16 +10,16 @@ An engine adapter subclasses `Session` and passes the engine's own step to `take
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from mols_ds.core.adam_moments import SteadyBetas, adam_moments, moment_pieces
+from mols_ds.core.adam_moments import SteadyBetas, adam_moments, moment_pieces, moments_of
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Controller
 from mols_ds.core.forward_hook import ForwardHook
@@ -27,16 +27,25 @@ from mols_ds.core.group_stats import NoiseFloor
 from mols_ds.core.handle import Handle
 from mols_ds.core.lr_scaler import LRScaler
 from mols_ds.core.new_weights import NewWeights
-from mols_ds.core.pieces import zero_pieces
+from mols_ds.core.pieces import local_part, zero_pieces
 from mols_ds.core.probe_window import ProbeWindow
 from mols_ds.core.protocols import GradientSource
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.resume_rules import changed, reenabled_warning, section_of
-from mols_ds.errors import MolsError, MolsUnsupportedError
+from mols_ds.errors import MolsError
 
-Key = TypeVar("Key")
 GUARDED_STEPS = 2
 """Number of scaled steps to watch: one that creates optimizer state, one that finds it."""
+
+
+class OpenStep(NamedTuple):
+    """An update that has begun: its number t, the scheduler's rates, whether it ends a "moments" window, whether
+    `StepGuard` watches it."""
+
+    t: int
+    base_lrs: dict[str, float]
+    reads_moments: bool
+    guarded: bool
 
 
 class Session(Handle, ABC):
@@ -121,33 +130,45 @@ class Session(Handle, ABC):
         Raises:
             MolsError: on every rank, if the optimizer left out a tensor or stepped it twice (first scaled steps only).
         """
-        controller = self.controller
-        if controller.discards_steps:
+        if self.controller.discards_steps:
             self._probe()
             return False
-        t, base = self.steps, self.base_lrs()
+        opened = self._open_step()
+        try:
+            self._before_step()
+            updated = stock()
+        finally:
+            self._leave_step()
+        self._close_step(opened, updated)
+        return True
+
+    def _open_step(self) -> OpenStep:
+        """Before an update: fix its rates, and find out what it measures."""
+        controller = self.controller
+        t = self.steps
         self._sampling, self._sampled = controller.measuring and self.config.mode == "online", False
-        reads_moments = controller.reads_moments_next
         self._step_number, self._stepping = t + 1, True
         guarded = self._steps_to_guard > 0 and any(rate != 1.0 for rate in controller.rates(t).values())
         for scaler in self.scalers:
             scaler.watching = guarded
             scaler.keep_order()
-        try:
-            self._before_step()
-            updated = stock()
-        finally:
-            self._stepping = False
-            for scaler in self.scalers:
-                scaler.restore()
+        return OpenStep(t, self.base_lrs(), controller.reads_moments_next, guarded)
+
+    def _leave_step(self) -> None:
+        """Restore the optimizers' parameter groups, also after a step that raised."""
+        self._stepping = False
+        for scaler in self.scalers:
+            scaler.restore()
+
+    def _close_step(self, opened: OpenStep, updated: bool) -> None:
+        """After an update, or one that the engine skipped: record its rates, end its sample, move on."""
         if updated:
-            controller.applied(t, base)
-            self.new_weights.check(lambda line: controller.warn(line, every_rank=True))
-        if updated and guarded:
+            self.controller.applied(opened.t, opened.base_lrs)
+            self.new_weights.check(lambda line: self.controller.warn(line, every_rank=True))
+        if updated and opened.guarded:
             self._check_stepped()
-        self._close_step(updated, reads_moments)
-        controller.advance(self.steps)
-        return True
+        self._close_sample(updated, opened.reads_moments)
+        self.controller.advance(self.steps)
 
     def _check_stepped(self) -> None:
         """End a guarded step: raise on all ranks if one saw a wrong step. One reduction of 8 bytes."""
@@ -163,11 +184,7 @@ class Session(Handle, ABC):
     def _probe(self) -> None:
         """Measure this boundary's gradient and discard it. One 8-byte reduction replaces the norm's."""
         controller, t = self.controller, self.steps
-        self._sampled = False
-        found_finite = self._prepare_probe()
-        usable = self.agree(found_finite and self.source.finite())
-        if usable:
-            self.take_sample(1.0 / self.source.loss_scale())
+        usable = self._measure()
         self.source.discard()
         self._after_discard(usable)
         self._restore_batch()
@@ -178,6 +195,15 @@ class Session(Handle, ABC):
         if not controller.discards_steps:
             self._close_window()
         controller.advance(t)
+
+    def _measure(self) -> bool:
+        """Take this boundary's gradient as a sample if it is finite on every rank. Returns whether it is."""
+        self._sampled = False
+        found_finite = self._prepare_probe()
+        usable = self.agree(found_finite and self.source.finite())
+        if usable:
+            self.take_sample(1.0 / self.source.loss_scale())
+        return usable
 
     def _restore_batch(self) -> None:
         """Restore module state after a discarded batch. Warns about state that cannot be restored."""
@@ -208,7 +234,7 @@ class Session(Handle, ABC):
                 every_rank=True,
             )
 
-    def _close_step(self, updated: bool, reads_moments: bool) -> None:
+    def _close_sample(self, updated: bool, reads_moments: bool) -> None:
         controller = self.controller
         if self._sampling:
             self._sampling = False
@@ -272,7 +298,7 @@ class Session(Handle, ABC):
         for group in optimizer.param_groups:
             for tensor in group["params"]:
                 for number, item in self.owned_in(tensor):
-                    self._add_moments(_moments_of(optimizer, tensor), group, number, item)
+                    self._add_moments(moments_of(optimizer, tensor), group, number, item)
         self._open_moments()
 
     def _add_moments(self, state: Mapping[str, Any], group: Mapping[str, Any], number: int, item: ShardRange) -> None:
@@ -282,7 +308,7 @@ class Session(Handle, ABC):
                 self.controller.elements.add_squares(number, nothing, nothing, at)
             return
         step = int(state.get("step", group.get("step", self._step_number)))
-        mean, square = (item.view(state[key].detach().reshape(-1)) for key in ("exp_avg", "exp_avg_sq"))
+        mean, square = (item.view(local_part(state[key]).detach().reshape(-1)) for key in ("exp_avg", "exp_avg_sq"))
         for at, mu2, s2, noise_weight in moment_pieces(mean, square, step, *group["betas"]):
             self._open_moments(noise_weight)
             self.controller.elements.add_squares(number, mu2, s2, at)
@@ -364,33 +390,3 @@ class Session(Handle, ABC):
             f"{what} at step {start}",
             forget=True,
         )
-
-
-def _moments_of(optimizer: Optimizer, tensor: Tensor) -> Mapping[str, Any]:
-    """Return the state of a tensor with both of Adam's moments per element; empty if it was never stepped.
-
-    Raises:
-        MolsUnsupportedError: another kind of state, from an optimizer class that is not in the catalog.
-    """
-    state: Mapping[str, Any] = optimizer.state.get(tensor, {})
-    if not state.keys() - {"step"}:
-        return {}
-    for key in ("exp_avg", "exp_avg_sq"):
-        if not isinstance(state.get(key), Tensor) or state[key].numel() < tensor.numel():
-            raise MolsUnsupportedError(
-                f'MoLS does not support mode "moments" with {type(optimizer).__name__}, whose state has no {key} of '
-                'each element: use "mode": "probe" or "online"'
-            )
-    return state
-
-
-def largest_holder(layout_counts: Iterable[tuple[Key, Mapping[str, int]]], groups: Iterable[str]) -> dict[str, Key]:
-    """Return module group -> the parameter group with most of its elements; absent if it has none.
-
-    `layout_counts`: (parameter group, elements of each module group) per parameter.
-    """
-    held: dict[str, dict[Key, int]] = {group: {} for group in groups}
-    for key, counts in layout_counts:
-        for group, count in counts.items():
-            held[group][key] = held[group].get(key, 0) + count
-    return {group: max(keys, key=lambda key: keys[key]) for group, keys in held.items() if keys}

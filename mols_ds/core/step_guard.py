@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mols_ds.core.pieces import gradient_of
+from mols_ds.core.pieces import gradient_of, local_part
 
 Numbers = tuple[float, ...]
 ROUNDING = 64.0
@@ -81,12 +81,15 @@ class StepGuard:
 def _watch(optimizer: Optimizer, tensor: Tensor, lr: float) -> _Watched | None:
     """Return None for a tensor without a gradient, with a zero or non-finite one, or with lr 0."""
     gradient = gradient_of(tensor)
-    if gradient is None or gradient.numel() == 0 or gradient.layout != torch.strided:
+    if gradient is None or gradient.layout != torch.strided:
+        return None
+    gradient, part = local_part(gradient), local_part(tensor)
+    if gradient.numel() == 0:
         return None
     flat = gradient.detach().reshape(-1)
     at = torch.stack([flat.argmax(), flat.argmin()])
     largest = float(flat[at].abs().max())
-    if lr == 0.0 or not 0.0 < largest < float("inf") or gradient.numel() != tensor.numel():
+    if lr == 0.0 or not 0.0 < largest < float("inf") or gradient.numel() != part.numel():
         return None
     weights = _at(tensor, at)
     rounding = torch.finfo(tensor.dtype).eps * max(abs(weight) for weight in weights)
@@ -96,7 +99,8 @@ def _watch(optimizer: Optimizer, tensor: Tensor, lr: float) -> _Watched | None:
 
 
 def _at(tensor: Tensor, at: Tensor) -> Numbers:
-    return tuple(tensor.detach().reshape(-1)[at.to(tensor.device)].double().tolist())
+    part = local_part(tensor).detach()
+    return tuple(part.reshape(-1)[at.to(part.device)].double().tolist())
 
 
 def _state_numbers(optimizer: Optimizer, tensor: Tensor, at: Tensor) -> dict[str, Numbers]:
@@ -104,8 +108,9 @@ def _state_numbers(optimizer: Optimizer, tensor: Tensor, at: Tensor) -> dict[str
     found: dict[str, Numbers] = {}
     for key, value in optimizer.state.get(tensor, {}).items():
         if isinstance(value, Tensor) and value.numel() > 0 and not value.is_complex():
-            same = value.numel() == tensor.numel()
-            found[key] = _at(value, at if same else torch.tensor([0, value.numel() - 1], device="cpu"))
+            part = local_part(value)
+            same = part.numel() == local_part(tensor).numel()
+            found[key] = _at(part, at if same else torch.tensor([0, part.numel() - 1], device="cpu"))
         elif isinstance(value, int | float):
             found[key] = (float(value),)
     return found

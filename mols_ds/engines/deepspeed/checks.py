@@ -9,9 +9,8 @@ from mols_ds.engines.deepspeed import compat
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.catalog import class_facts
+from mols_ds.optim.refusals import Refusal, optimizer_refusals
 from mols_ds.optim.scheduler_hints import scheduler_hints as scheduler_hints
-from mols_ds.optim.step_trial import class_refusal, decay_in_moments
-from mols_ds.optim.traits import has_adam_moments, has_several_betas, unscaled_refusal
 
 
 def check_supported(engine: Engine, config: MolsConfig) -> None:
@@ -20,10 +19,6 @@ def check_supported(engine: Engine, config: MolsConfig) -> None:
     for refuse, what, way_out in _engine_refusals(engine, config) + _optimizer_refusals(engine, config):
         if refuse:
             raise MolsUnsupportedError(f"MoLS does not support {what}: {way_out}")
-
-
-Refusal = tuple[bool, str, str]
-"""(whether it applies, what is not supported, what to do)."""
 
 
 def _engine_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
@@ -78,8 +73,6 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
     inner = getattr(outer, "optimizer", outer)
     wrapper, name = type(outer).__name__, type(inner).__name__
     facts = class_facts(inner)
-    refused = class_refusal(inner)
-    decay = unscaled_refusal(inner) if config.weight_decay == "unscaled" else None
     return [
         (
             outer is None or name == "DummyOptim",
@@ -112,23 +105,7 @@ def _optimizer_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
             'set "zero_optimization.stage": 0, or name one that sums over the shards: Lamb, AdamMini or SGG with '
             '"source": "library"',
         ),
-        (refused is not None, *(refused or ("", ""))),
-        (decay is not None, *(decay or ("", ""))),
-        (
-            config.measures == "moments" and not has_adam_moments(inner),
-            f'mode "moments" with {name}, which keeps no Adam moments',
-            'use "mode": "probe" or "online"',
-        ),
-        (
-            config.measures == "moments" and has_several_betas(inner),
-            'mode "moments" with different betas in the parameter groups',
-            'use "mode": "probe" or "online"',
-        ),
-        (
-            config.measures == "moments" and decay_in_moments(inner),
-            f'mode "moments" with the weight_decay of {name}, which is added to the gradient and so is in its moments',
-            'use AdamW, weight_decay 0, or "mode": "probe" or "online"',
-        ),
+        *optimizer_refusals(inner, config),
     ]
 
 

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Controller
 from mols_ds.core.groups import GroupTable
+from mols_ds.core.layout import largest_holder
 from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.new_weights import NewWeights
 from mols_ds.core.phases import resolve_schedule
-from mols_ds.core.protocols import Context, window_of_own_loop
+from mols_ds.core.protocols import Context, window_of_others_schedule, window_of_own_loop
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.rank_checks import check_counts, check_section
 from mols_ds.core.replaced_methods import ReplacedMethods
-from mols_ds.core.session import Session, largest_holder
+from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed.checkpoint import EngineCheckpoints
 from mols_ds.engines.deepspeed.checks import batch_observers, check_supported
 from mols_ds.engines.deepspeed.loads import check_order
@@ -70,7 +71,7 @@ class EngineMols(Session):
         table = self.grid.table(config, self.shards.param_group)
         self._controller = Controller(config, table, self.shards.accumulated, schedule, self._context())
         check_section(config, self.reduce)
-        check_counts(table, self.controller.elements.ranges, self.reduce)
+        check_counts(table, self.controller.elements, self.reduce)
         self._lr_group = self._groups_of_lr(table)
         self._scale_before = 1.0
         self._install(table)
@@ -170,16 +171,13 @@ class EngineMols(Session):
             )
         if self.engine.lr_scheduler is not None:
             return window_of_own_loop(samples)
-        schedule = f"a schedule that the loop steps itself advances by {samples} steps meanwhile"
+        schedule = ""
         if self.loop == "client" and hasattr(self.engine.optimizer, "overflow"):
             schedule = (
                 "a schedule that waits for optimizer_step_was_skipped (Trainer, Accelerate) does not advance, another "
                 f"one advances by {samples} steps meanwhile"
             )
-        return (
-            f"the next {samples} steps of the training loop measure gradients and do not update; a loop that counts "
-            f"its own iterations trains {samples} updates fewer; {schedule}"
-        )
+        return window_of_others_schedule(samples, schedule)
 
     def _groups_of_lr(self, table: GroupTable) -> dict[str, int]:
         """Module group -> index of the parameter group with most of its elements."""

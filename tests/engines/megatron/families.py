@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_patches.collective_checks import merge_shapes, together
+from megatron_patches.collective_checks import merge_shapes
 from megatron_patches.cpu.emulation import cpu_megatron
 from megatron_patches.param_map import LogicalModel, configs_of, current_grid, local_layout, local_parameters
 from mols_ds.core.groups import group_table
+from mols_ds.core.rank_checks import together
 from tests.engines.megatron.hybrids import DELTA_NET, MAMBA, make_hybrid
 from tests.engines.megatron.tag_models import make_gpt
 

@@ -18,8 +18,8 @@ from torch import nn
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_rules import config_value
 from mols_ds.core.groups import GroupTable, group_table
-from mols_ds.core.log import warn_here
 from mols_ds.core.module_state import Tracker
+from mols_ds.core.new_weights import without_untrained
 from mols_ds.core.ranges import ParamRange
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.errors import MolsUnsupportedError
@@ -86,23 +86,10 @@ class ParallelGrid:
         """
         full = self._full_table(config)
         self.lr_groups = dict(param_group)
-        return self._held(full, param_group)
+        return without_untrained(full, param_group, self.engine.global_rank)
 
     def _full_table(self, config: MolsConfig) -> GroupTable:
         return group_table(self.engine.module, config.rules, config.granularity)
-
-    def _held(self, full: GroupTable, held: Mapping[str, int]) -> GroupTable:
-        """Return `full` without the parameters of no optimizer; warns about them."""
-        left_out = [name for name in full.layouts if name not in held]
-        if left_out and self.engine.global_rank == 0:
-            warn_here(
-                f"{len(left_out)} trainable parameters are not in the optimizer and stay unscaled: {left_out[:3]}",
-                stacklevel=6,
-            )
-        return GroupTable(
-            {name: layout for name, layout in full.layouts.items() if name in held},
-            {name: shape for name, shape in full.shapes.items() if name in held},
-        )
 
     def begin_window(self) -> None:
         """Save what forward passes advance, beside torch's own RNG state. Call before a window's first forward pass."""

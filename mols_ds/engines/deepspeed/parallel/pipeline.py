@@ -17,6 +17,7 @@ from torch import nn
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_rules import PRESETS, Rule, canonical_name, config_value, text_config
 from mols_ds.core.groups import GroupTable, build_layouts
+from mols_ds.core.new_weights import without_untrained
 from mols_ds.engines.deepspeed.compat import PipelineEngine
 from mols_ds.engines.deepspeed.parallel.base import ParallelGrid, Place, config_of, local_range, local_shape
 from mols_ds.errors import MolsUnsupportedError
@@ -80,7 +81,7 @@ class PipelineGrid(ParallelGrid):
         held = {name: p.lr_group for name, p in every.items() if p.lr_group is not None}
         # Stages whose optimizers have other groups number them differently: then each knows only its own rates
         self.lr_groups = held if len({count for _, _, count in records}) == 1 else dict(param_group)
-        return self._held(GroupTable(layouts, shapes), held)
+        return without_untrained(GroupTable(layouts, shapes), held, self.engine.global_rank)
 
     def begin_window(self) -> None:
         """Save the counter of forward passes: `seed_layers` seeds dropout by it."""

@@ -1,0 +1,67 @@
+"""Entry point: `mols_ds.attach(optimizer, model, section, total_steps=N)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from mols_ds.core.config import MolsConfig
+from mols_ds.core.handle import Handle
+from mols_ds.engines.torch.engine import TorchMols
+from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
+
+WRAPPERS = ("AcceleratedOptimizer", "LightningOptimizer")
+"""Classes around an optimizer that call its `step`."""
+
+
+def attach(
+    optimizer: Any,
+    model: object,
+    section: Mapping[str, object] | MolsConfig | None,
+    total_steps: int | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
+) -> Handle:
+    """See `mols_ds.attach`."""
+    if not isinstance(model, nn.Module):
+        raise MolsConfigError(
+            f"mols_ds.attach: the model is a {type(model).__name__}, not an nn.Module: "
+            'mols_ds.attach(optimizer, model, {"mode": "probe", ...}, total_steps=N)'
+        )
+    if section is None:
+        raise MolsConfigError('mols_ds.attach: no "mols" section; pass one after the model, {} for the defaults')
+    config = MolsConfig.parse(section)
+    optimizers = optimizers_of(optimizer)
+    if any(isinstance(getattr(one, "mols", None), TorchMols) for one in optimizers):
+        raise MolsError("this optimizer has MoLS already; call optimizer.mols.detach() first")
+    if not config.enabled:
+        return Handle()
+    return TorchMols(optimizers, model, config, total_steps, grad_scaler)
+
+
+def optimizers_of(given: Any) -> list[Optimizer]:
+    """Return the torch optimizers of one, of a list of them, or of a container with `.optimizers` (torchtitan).
+
+    Raises:
+        MolsConfigError: there is none.
+        MolsUnsupportedError: a container whose optimizers step inside of the backward pass.
+    """
+    if type(given).__name__ == "OptimizersInBackwardContainer":
+        raise MolsUnsupportedError(
+            "MoLS does not support optimizers that step inside of the backward pass (OptimizersInBackwardContainer): "
+            "set early_step_in_backward to false"
+        )
+    inner = getattr(given, "optimizers", None)
+    if isinstance(inner, Iterable):
+        given = inner
+    every: list[Any] = [given] if isinstance(given, Optimizer) else list(given) if isinstance(given, Iterable) else []
+    found = [one.optimizer if type(one).__name__ in WRAPPERS else one for one in every]
+    if not found or not all(isinstance(one, Optimizer) for one in found):
+        raise MolsConfigError(
+            f"mols_ds.attach: {type(given).__name__} is not a torch optimizer, a list of them, or an object with "
+            '".optimizers"'
+        )
+    return found

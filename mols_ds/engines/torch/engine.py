@@ -1,0 +1,353 @@
+"""MoLS on plain torch optimizers: `optimizer.mols`.
+
+Attaching adds torch step hooks to the optimizers (rates, Adam's moments), replaces `step` on the instances, and adds
+forward hooks to the model for mode "probe". `detach()` undoes all of it. Classes and modules stay unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from mols_ds.core.config import MolsConfig
+from mols_ds.core.controller import Controller
+from mols_ds.core.groups import group_table
+from mols_ds.core.layout import largest_holder
+from mols_ds.core.log import say, versions
+from mols_ds.core.lr_scaler import LRScaler, make_plan
+from mols_ds.core.new_weights import NewWeights, without_untrained
+from mols_ds.core.phases import resolve_schedule
+from mols_ds.core.protocols import Context, window_of_others_schedule
+from mols_ds.core.ranges import ShardRange
+from mols_ds.core.rank_checks import check_counts, same_everywhere, together
+from mols_ds.core.replaced_methods import ReplacedMethods
+from mols_ds.core.resume_rules import section_of
+from mols_ds.core.session import OpenStep, Session
+from mols_ds.engines.torch.checks import check_supported, unwrapped
+from mols_ds.engines.torch.gradient_watch import GradientWatch
+from mols_ds.engines.torch.loss_scaler import LossScaler
+from mols_ds.engines.torch.shards import TorchShards
+from mols_ds.engines.torch.window import TorchWindow
+from mols_ds.errors import MolsConfigError, MolsError
+from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only, unscaled_decay
+from mols_ds.report.files import Publisher
+
+
+class TorchMols(Session):
+    """MoLS on the optimizers of one model. Created by `attach`, collectively on all ranks.
+
+    In mode "probe", during the calibration, `optimizer.step()` measures the gradient of the loop's batch and does not
+    update. Weights, buffers, optimizer state and the random numbers of the model end as if those batches had never run
+    (docs/method.md, "What a probe restores"). A scheduler, a counter or a loader of the loop goes on.
+
+    With several optimizers, one step is one call of each one's `step()`.
+    """
+
+    window: TorchWindow
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        model: nn.Module,
+        config: MolsConfig,
+        total_steps: int | None,
+        grad_scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        super().__init__(config)
+        self.model, self.optimizers = model, list(optimizers)
+        self._updates = 0
+        self._round: set[int] = set()  # optimizers that have stepped in the current step
+        self._discarding = self._updated = False
+        self._opened: OpenStep | None = None
+        self._early: bool | None = None  # result of `read_gradients` for the current step
+        self._read_after = 0  # backward passes before it
+        self._hooks: list[Any] = []
+
+        def build() -> list[object]:
+            self._build(total_steps)
+            shapes = zlib.crc32(
+                repr(sorted((n, s, self._table.layouts[n]) for n, s in self._table.shapes.items())).encode()
+            )
+            section = {key: value for key, value in section_of(config).items() if key != "report_dir"}
+            return [section, shapes, self._updates]
+
+        same_everywhere(
+            together(build), ['the "mols" section', "the checksum of the model's parameters", "the optimizer's steps"]
+        )
+        params = {name: p for name, p in self._named() if name in self._table.layouts}
+        self.source = self.shards = TorchShards(params, self._table, self.optimizers)
+        self._controller = Controller(
+            config, self._table, self.shards.accumulated, self._schedule, self._context(), self.shards.layouts
+        )
+        check_counts(self._table, self.controller.elements, self.reduce)
+        self.window = TorchWindow(unwrapped(model), self._device)
+        self.watch = GradientWatch(params.values())
+        self.loss_scaler = None if grad_scaler is None else LossScaler(grad_scaler, self.watch)
+        self._install()
+        self.controller.advance(self.steps)
+        self._follow()
+
+    def detach(self) -> None:
+        """Remove MoLS: the optimizers step as stock ones from now on. A second call does nothing."""
+        if getattr(self.optimizers[0], "mols", None) is not self:
+            return
+        for scaler in self.scalers:
+            scaler.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self.window.restore()
+        self.watch.stop()
+        if self.loss_scaler is not None:
+            self.loss_scaler.remove()
+        for methods in self._methods:
+            methods.undo()
+        self.controller.elements.free()
+        self._publisher.release()
+        for optimizer in self.optimizers:
+            del optimizer.mols
+
+    # ------------------------------------------------------------------ build
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        """The model's trainable parameters by name, without the prefixes of DDP and torch.compile."""
+        return [(name, p) for name, p in unwrapped(self.model).named_parameters() if p.requires_grad]
+
+    def _build(self, total_steps: int | None) -> None:
+        """Check this rank's optimizers and model. All ranks raise an error of any rank."""
+        config = self.config
+        check_supported(self.optimizers, self.model, config)
+        self._group_of = {
+            id(p): (number, index)
+            for number, optimizer in enumerate(self.optimizers)
+            for index, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+        }
+        named = self._named()
+        held = {name: self._group_of[id(p)] for name, p in named if id(p) in self._group_of}
+        if not held:
+            raise MolsConfigError(
+                "mols_ds.attach: no trainable parameter of this model is in the optimizer: pass the model that the "
+                "optimizer was built from, and build the optimizer after fully_shard and parallelize_module"
+            )
+        self._device = next(p.device for _, p in named)
+        table = group_table(unwrapped(self.model), config.rules, config.granularity)
+        self._table = without_untrained(table, held, _rank())
+        counts = (
+            (held[n], layout.counts(0, math.prod(self._table.shapes[n]))) for n, layout in self._table.layouts.items()
+        )
+        self._lr_group = largest_holder(counts, self._table.elements)
+        self._schedule = resolve_schedule(config, total_steps, None)
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        self._updates = max((int(state["step"]) for state in states if "step" in state), default=0)
+
+    def _context(self) -> Context:
+        self._publisher = Publisher(self.config.report_dir, say)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        tensor = max((_tensor_parallel(p) for _, p in self._named()), default=1)
+        on_cpu = self.config.accumulators.device == "cpu"
+        return Context(
+            reduce=self.reduce,
+            device=torch.device("cpu") if on_cpu else self._device,
+            rank=_rank(),
+            world={"data": world // tensor, "tensor": tensor, "pipeline": 1, "expert": 1},
+            versions=versions(("transformers",)),
+            log=say,
+            publish=self._publisher,
+            announce=window_of_others_schedule,
+        )
+
+    def _install(self) -> None:
+        names = {id(p): name for name, p in self.shards.params.items()}
+        self._ranges: dict[int, list[tuple[int, ShardRange]]] = {}
+        for number, (name, item) in enumerate(self.shards.owned):
+            self._ranges.setdefault(id(self.shards.params[name]), []).append((number, item))
+        self._methods = []
+        self._stock: list[Callable[[], object]] = []
+        for number, optimizer in enumerate(self.optimizers):
+            elementwise = is_elementwise(optimizer)
+            tensors = [p for group in optimizer.param_groups for p in group["params"] if id(p) in names]
+            plans = {
+                id(p): make_plan(item.numel, [item], self.shards.layouts, elementwise=elementwise)
+                for p in tensors
+                for item in [self.shards.ranges[names[id(p)]]]
+            }
+            scaler = LRScaler(
+                optimizer,
+                plans,
+                lambda: self.controller.rates(self.steps),
+                elementwise=elementwise,
+                shared_counter=has_shared_counter(optimizer),
+                groups_only=reads_groups_only(optimizer),
+                parallel_list=parallel_list(optimizer),
+                unscaled_decay=unscaled_decay(optimizer, self.config.weight_decay),
+            )
+            self.scalers.append(scaler)
+            self._hooks.append(optimizer.register_step_post_hook(self._read_moments))
+            methods = ReplacedMethods(optimizer)
+            self._stock.append(methods.set("step", functools.partial(self._step, number)))
+            self._methods.append(methods)
+            optimizer.mols = self  # type: ignore[attr-defined]
+        again = "call optimizer.mols.detach() and mols_ds.attach(...) again"
+        self.new_weights = NewWeights(
+            [unwrapped(self.model)], self.scalers, include=again, train="add them to the optimizer", again=again
+        )
+        if self.config.measures == "probe":
+            self._hooks += self._watch_passes(self.model)
+
+    # ------------------------------------------------------------------ hooks of the protocol
+
+    @property
+    def steps(self) -> int:
+        """Updates so far; the unit of "mols.start" and "mols.ramp_end"."""
+        return self._updates
+
+    def base_lrs(self) -> dict[str, float]:
+        return {
+            group: float(self.optimizers[number].param_groups[index]["lr"])
+            for group, (number, index) in self._lr_group.items()
+        }
+
+    def owned_in(self, tensor: Tensor) -> Sequence[tuple[int, ShardRange]]:
+        return self._ranges.get(id(tensor), ())
+
+    def adam_settings(self, step: int) -> tuple[int, float, float]:
+        """Read the settings from any state, else from the step count."""
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        counts = [int(state["step"]) for state in states if "step" in state]
+        return max(counts, default=max(2, step)), *self.optimizers[0].param_groups[0]["betas"]
+
+    # ------------------------------------------------------------------ steps
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _step(self, number: int, closure: Callable[[], Any] | None = None) -> Any:
+        """Replace `optimizer.step` of optimizer `number`: measure, or step with this step's multipliers."""
+        if torch._C._current_graph_task_id() != -1:
+            raise MolsError(
+                "optimizer.step() was called inside of a backward pass, where other gradients are not ready: MoLS "
+                "does not support optimizers that step in hooks of backward"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if number in self._round:  # the others were left out, by a GradScaler or by the loop
+            self._close_round()
+        if not self._round:
+            self._open_round()
+        elif self._measures and not self.agree(self._early is not None or not self._changed(number)):
+            raise MolsError(_CHANGED.format("the gradients of a later optimizer changed after an earlier one stepped"))
+        self._round.add(number)
+        if not self._discarding:
+            self._take_own_step(number)
+        if len(self._round) == len(self.optimizers):
+            self._close_round()
+        return loss
+
+    def _open_round(self) -> None:
+        self._measures = self.controller.measuring and self.config.mode != "moments"
+        self._discarding, self._updated = self.controller.discards_steps, False
+        if self._discarding:
+            self._probe()
+        else:
+            self._opened = self._open_step()
+            if self._sampling:
+                self._sampled = self._measure()
+
+    def _take_own_step(self, number: int) -> None:
+        optimizer = self.optimizers[number]
+        skips = getattr(optimizer, "found_inf", None)  # of a GradScaler, for a fused optimizer
+        skipped = skips is not None and bool(skips.item())
+        try:
+            self._stock[number]()
+        except BaseException:
+            self._leave_step()
+            raise
+        self._updated = self._updated or not skipped
+
+    def _close_round(self) -> None:
+        """End the step in which every optimizer was called, or some were left out."""
+        self._round.clear()
+        if not self._discarding and self._opened is not None:
+            self._leave_step()
+            self._updates += self._updated
+            self._close_step(self._opened, self._updated)
+        self._opened = self._early = None
+        self.watch.forget()
+        self._follow()
+
+    def _follow(self) -> None:
+        """Watch the gradients while they are measured."""
+        if self.controller.measuring and self.config.mode != "moments":
+            self.watch.start()
+        else:
+            self.watch.stop()
+
+    # ------------------------------------------------------------------ gradients
+
+    def read_gradients(self) -> None:
+        """Read this step's gradients now: after the backward pass, before they are clipped. Collective.
+
+        Needed where the loop changes gradients between the backward pass and `optimizer.step()`. Does nothing in a step
+        that is not measured. With a GradScaler call it after `scaler.unscale_(optimizer)`.
+        """
+        if self._round or not self.controller.measuring or self.config.mode == "moments":
+            return
+        if self._early and self.watch.passes == self._read_after:
+            return
+        if not self.agree(not self._early):
+            raise MolsError("mols.read_gradients() was called again before optimizer.step(): call it once a step")
+        self._early = self._read()
+
+    def _measure(self) -> bool:
+        if self._early is not None:
+            if not self.agree(self.watch.passes == self._read_after):
+                raise MolsError(
+                    "a backward pass ran between mols.read_gradients() and optimizer.step(): call read_gradients() "
+                    "after the last one"
+                )
+            return self._early
+        problem = self.watch.problem()
+        if not self.agree(not problem):
+            raise MolsError(_CHANGED.format(problem or "the gradients of another rank changed before optimizer.step()"))
+        return self._read()
+
+    def _read(self) -> bool:
+        usable = super()._measure()
+        self.watch.record()
+        self._read_after = self.watch.passes
+        return usable
+
+    def _changed(self, number: int) -> bool:
+        return bool(self.watch.problem(p for group in self.optimizers[number].param_groups for p in group["params"]))
+
+    def _after_discard(self, usable: bool) -> None:
+        if self.loss_scaler is not None:
+            self.loss_scaler.hold()
+
+
+_CHANGED = (
+    "{}, and MoLS measures unclipped gradients: call mols.read_gradients() after the backward pass and before you clip "
+    "(with a GradScaler: pass it to mols_ds.attach, and call read_gradients() after scaler.unscale_)"
+)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _tensor_parallel(parameter: nn.Parameter) -> int:
+    """Size of the mesh dimension that is named as tensor parallel; 1: none."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    names = parameter.device_mesh.mesh_dim_names or ()
+    sizes = zip(names, parameter.device_mesh.shape, strict=False)
+    return math.prod(size for name, size in sizes if name in ("tp", "tensor", "tensor_parallel"))

@@ -1,0 +1,142 @@
+"""This rank's gradients of plain torch parameters: whole copies (DDP), and the local parts of DTensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from mols_ds.core.groups import GroupTable
+from mols_ds.core.layout import ElementLayout
+from mols_ds.core.pieces import FlatList, Parts, all_finite, local_part, zero_pieces
+from mols_ds.core.ranges import ShardRange, pack, split_among_replicas
+from mols_ds.core.rank_checks import together
+from mols_ds.engines.torch.placement import block_of
+from mols_ds.errors import MolsUnsupportedError
+
+
+class TorchShards:
+    """The trained parameters of one model on this rank.
+
+    Attributes:
+        params: parameter name -> parameter.
+        layouts: parameter name -> layout of its local elements (`placement.Block`).
+        ranges: parameter name -> its local elements, at the start of its flat local tensor.
+        owned: (name, range) of the elements that this rank measures, its share of those that several ranks hold.
+        accumulated: the ranges of `owned` in the accumulators.
+    """
+
+    def __init__(self, params: Mapping[str, nn.Parameter], table: GroupTable, optimizers: Sequence[Optimizer]) -> None:
+        """Collective."""
+        self.params, self.optimizers = dict(params), optimizers
+
+        def place() -> list[list[int]]:
+            blocks = {name: block_of(name, p, table.layouts[name]) for name, p in self.params.items()}
+            self.layouts: dict[str, ElementLayout] = {name: block.layout for name, block in blocks.items()}
+            self.ranges: dict[str, ShardRange] = {name: block.range.at(0) for name, block in blocks.items()}
+            return [list(mesh) for mesh in self._meshes()]
+
+        told = together(place)
+        self.owned = self._split(told)
+        self.accumulated = pack(item for _, item in self.owned)
+
+    def _meshes(self) -> dict[tuple[int, ...], list[str]]:
+        """The distinct sets of ranks that hold a copy of a parameter together -> names of the parameters.
+
+        A plain tensor is held by one rank: (its number,).
+        """
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        found: dict[tuple[int, ...], list[str]] = {}
+        for name, parameter in self.params.items():
+            ranks = tuple(parameter.device_mesh.mesh.flatten().tolist()) if isinstance(parameter, DTensor) else (rank,)
+            found.setdefault(ranks, []).append(name)
+        return found
+
+    def _split(self, told: Sequence[Sequence[Sequence[int]]]) -> list[tuple[str, ShardRange]]:
+        """Return this rank's share of the elements. told: `_meshes` of every rank."""
+        owned: list[tuple[str, ShardRange]] = []
+        for number, (mesh, names) in enumerate(self._meshes().items()):
+            same = sorted({tuple(sets[number]) for sets in told if number < len(sets)})
+            if sum(map(len, same)) != len(told):
+                raise MolsUnsupportedError(
+                    f"MoLS does not support parameter {names[0]!r}, which {sum(map(len, same))} of {len(told)} ranks "
+                    "hold: every rank must have a part or a copy of each parameter (no pipeline or expert parallelism)"
+                )
+            held: dict[tuple[bool, ...], list[str]] = {}
+            for name in names:
+                held.setdefault(_copied(self.params[name]), []).append(name)
+            for copied, alike in held.items():
+                index, copies = _copy(self.params[alike[0]], copied)
+                ranges = [(name, self.ranges[name]) for name in alike]
+                owned += split_among_replicas(ranges, same.index(mesh) * copies + index, len(same) * copies)
+        return owned
+
+    # ------------------------------------------------------------------ GradientSource
+
+    def read(self) -> Parts:
+        """Yield (offset in the owned elements, 1-D gradient times `loss_scale()`). No gradient counts as zeros."""
+        for (name, item), packed in zip(self.owned, self.accumulated, strict=True):
+            gradient = self.gradient(self.params[name])
+            if gradient is None:
+                pieces = zero_pieces(item.numel)
+            else:
+                pieces = FlatList([gradient]).pieces(item.offset, item.numel)
+            for at, piece in pieces:
+                yield packed.offset + at, piece
+
+    @staticmethod
+    def gradient(parameter: nn.Parameter) -> Tensor | None:
+        """Return the local part of a parameter's gradient; None if it has none."""
+        return None if parameter.grad is None else local_part(parameter.grad).detach()
+
+    def gradients(self) -> Iterable[Tensor]:
+        """The local part of every gradient."""
+        return (found for p in self.params.values() if (found := self.gradient(p)) is not None)
+
+    def loss_scale(self) -> float:
+        """Factor that torch's GradScaler leaves in the gradients of a fused optimizer, which divides by it itself."""
+        scales = [getattr(optimizer, "grad_scale", None) for optimizer in self.optimizers]
+        return next((float(scale) for scale in scales if scale is not None), 1.0)
+
+    def finite(self) -> bool:
+        """Whether this rank's gradients are finite."""
+        return all_finite(self.gradients())
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """SUM over all ranks. 1-D float64 in, CPU float64 out."""
+        if not dist.is_initialized():
+            return values.cpu()
+        sums = values.to(collective_device())
+        dist.all_reduce(sums)
+        return sums.cpu()
+
+    def discard(self) -> None:
+        """Do nothing: as after any step, the loop zeroes its gradients."""
+
+
+def _copied(parameter: nn.Parameter) -> tuple[bool, ...]:
+    """Whether each dimension of a DTensor's mesh has copies; () for a plain tensor."""
+    placements = parameter.placements if isinstance(parameter, DTensor) else ()
+    return tuple(placement.is_replicate() for placement in placements)
+
+
+def _copy(parameter: nn.Parameter, copied: Sequence[bool]) -> tuple[int, int]:
+    """Return (this rank's index, number of ranks) among the copies inside of a parameter's mesh."""
+    index, copies = 0, 1
+    if isinstance(parameter, DTensor):
+        coordinate: Sequence[int] = parameter.device_mesh.get_coordinate() or []
+        for is_copied, here, size in zip(copied, coordinate, parameter.device_mesh.shape, strict=True):
+            if is_copied:
+                index, copies = index * size + here, copies * size
+    return index, copies
+
+
+def collective_device() -> torch.device:
+    """Return the device of this rank's collectives."""
+    if "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
