@@ -17,9 +17,9 @@ from tests.engines.deepspeed.engines import CLIP, MICROS, STAGES, config, engine
 from tests.engines.deepspeed.loops import iterate
 from tests.engines.deepspeed.state import owned
 from tests.helpers.harness import Results, run_cases
-from tests.helpers.oracle import histogram
 from tests.helpers.oracle.adamw import AdamSettings, ElementwiseAdamW
 from tests.helpers.oracle.models import GROUPS, MODELS, build, cast_parameters, masks
+from tests.helpers.oracle.reports import EXACT_MEDIAN_RTOL, check_rows, row_of
 from tests.helpers.oracle.statistics import (
     ESTIMATORS,
     GroupValues,
@@ -37,8 +37,6 @@ REFERENCE = "vo"
 
 RTOL = 1e-5  # the requirement; fp32 against fp64 gradients in the oracle alone differ by up to 1e-6 here
 ONLINE_RTOL = 1e-5  # the trajectory adds its own float noise, see SETTINGS
-EXACT_MEDIAN_RTOL = 0.01  # the product's median comes from bins of at most 1 % relative width
-MOVED_ONCE_RTOL = 2e-5  # the product tells "moved once" by |K SNR_i - 1| <= 1e-5, which a few others meet by chance
 BF16_MARGIN = 1.5  # room for kernels that round by memory layout; measured: 1.00, median aside
 
 # lr small and eps large against the gradients' float noise (1e-8), which Adam's first steps would turn into full steps
@@ -157,46 +155,18 @@ def oracle(
     return group_values(samples, mask)
 
 
-def _row(rows: dict[str, Any], group: str, estimator: str) -> float:
-    return float(rows[group]["damping" if estimator == "damping" else f"snr_{estimator}"])
-
-
 def _check_fp32(case: Case, world: int, rtol: float) -> None:
     model, _, mode, dtype, chosen = case
     truth = oracle(model, mode, dtype, world, "float32")
     for outcome in results(world)[case]:
         rows = outcome["report"]["groups"]
-        assert list(rows) == list(truth)
-        for group, values in truth.items():
-            assert rows[group]["elements"] == values.elements
-            assert rows[group]["never_moved_share"] == values.never_moved / values.elements
-            once = round(rows[group]["moved_once_share"] * values.elements)
-            assert values.moved_once <= once <= values.looks_moved_once(MOVED_ONCE_RTOL), group
-            for estimator in ("mean", "pooled", "damping"):
-                expected = values.estimate(estimator, corrected=False)
-                assert _row(rows, group, estimator) == pytest.approx(expected, rel=rtol), (group, estimator)
-            low, high = histogram.median_bounds(values.snr, rtol)
-            assert low <= rows[group]["snr_median"] <= high, group
-            exact = values.estimate("median", corrected=False)
-            assert rows[group]["snr_median"] == pytest.approx(exact, rel=EXACT_MEDIAN_RTOL), group
-            _check_chosen(rows[group], values, chosen, rtol)
+        check_rows(rows, truth, chosen, rtol)
         snr = {group: row["snr"] for group, row in rows.items()}
         expected_alphas = alphas(
             snr, REFERENCE, damping=chosen == "damping", low=BOUNDS["alpha_min"], high=BOUNDS["alpha_max"]
         )
         for group, alpha in expected_alphas.items():
             assert rows[group]["alpha"] == pytest.approx(alpha, rel=rtol), group
-
-
-def _check_chosen(row: dict[str, Any], values: GroupValues, chosen: str, rtol: float) -> None:
-    """`snr` is the chosen estimator with the noise floor taken off; its error is that of the uncorrected value."""
-    k = values.samples
-    expected = values.estimate(chosen, corrected=True)
-    if chosen == "median":
-        low, high = ((k - 3) / (k - 1) * bound - 1 / k for bound in histogram.median_bounds(values.snr, rtol))
-        assert low <= row["snr"] <= high
-    else:
-        assert row["snr"] == pytest.approx(expected, rel=rtol, abs=rtol / k)
 
 
 def _name(key: tuple[int, Case]) -> str:
@@ -233,7 +203,7 @@ def test_bf16_within_the_oracles_own_error(case: Case) -> None:
         bin_width = EXACT_MEDIAN_RTOL if estimator == "median" else 0.0
         for group, value in exact.items():
             assert rows[group]["elements"] == truth[group].elements
-            error = abs(_row(rows, group, estimator) / value - 1)
+            error = abs(row_of(rows, group, estimator) / value - 1)
             assert error <= BF16_MARGIN * own + bin_width, (group, estimator, error, own)
 
 
