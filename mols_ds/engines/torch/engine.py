@@ -321,7 +321,11 @@ class TorchMols(Session):
         return self._read()
 
     def _read(self) -> bool:
-        usable = super()._measure()
+        self.shards.open()
+        try:
+            usable = super()._measure()
+        finally:
+            self.shards.close()
         self.watch.record()
         self._read_after = self.watch.passes
         return usable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class TorchShards:
     def __init__(self, params: Mapping[str, nn.Parameter], table: GroupTable, optimizers: Sequence[Optimizer]) -> None:
         """Collective."""
         self.params, self.optimizers = dict(params), optimizers
+        self._moved: dict[str, Tensor] = {}
 
         def place() -> list[list[int]]:
             blocks = {name: block_of(name, p, table.layouts[name]) for name, p in self.params.items()}
@@ -80,7 +81,7 @@ class TorchShards:
     def read(self) -> Parts:
         """Yield (offset in the owned elements, 1-D gradient times `loss_scale()`). No gradient counts as zeros."""
         for (name, item), packed in zip(self.owned, self.accumulated, strict=True):
-            gradient = self.gradient(self.params[name])
+            gradient = self._moved[name] if name in self._moved else _local_gradient(self.params[name])
             if gradient is None:
                 pieces = zero_pieces(item.numel)
             else:
@@ -88,14 +89,21 @@ class TorchShards:
             for at, piece in pieces:
                 yield packed.offset + at, piece
 
-    @staticmethod
-    def gradient(parameter: nn.Parameter) -> Tensor | None:
-        """Return the local part of a parameter's gradient; None if it has none."""
-        return None if parameter.grad is None else local_part(parameter.grad).detach()
+    @torch.no_grad()
+    def open(self) -> None:
+        """Bring gradients to the placements of their parameters, where a backward pass left others. Call before `read`.
 
-    def gradients(self) -> Iterable[Tensor]:
-        """The local part of every gradient."""
-        return (found for p in self.params.values() if (found := self.gradient(p)) is not None)
+        Tensor parallelism leaves whole gradients for sharded embeddings (no communication), and partial sums for the
+        norms of sequence parallelism: these are all-reduced here, as the optimizer's step does again.
+        """
+        for name, p in self.params.items():
+            gradient = p.grad
+            if isinstance(p, DTensor) and isinstance(gradient, DTensor) and gradient.placements != p.placements:
+                self._moved[name] = gradient.redistribute(p.device_mesh, p.placements).to_local()
+
+    def close(self) -> None:
+        """Drop what `open` made."""
+        self._moved = {}
 
     def loss_scale(self) -> float:
         """Factor that torch's GradScaler leaves in the gradients of a fused optimizer, which divides by it itself."""
@@ -104,7 +112,7 @@ class TorchShards:
 
     def finite(self) -> bool:
         """Whether this rank's gradients are finite."""
-        return all_finite(self.gradients())
+        return all_finite(found for p in self.params.values() if (found := _local_gradient(p)) is not None)
 
     def reduce(self, values: Tensor) -> Tensor:
         """SUM over all ranks. 1-D float64 in, CPU float64 out."""
@@ -116,6 +124,11 @@ class TorchShards:
 
     def discard(self) -> None:
         """Do nothing: as after any step, the loop zeroes its gradients."""
+
+
+def _local_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """Return the local part of a parameter's gradient; None if it has none."""
+    return None if parameter.grad is None else local_part(parameter.grad).detach()
 
 
 def _copied(parameter: nn.Parameter) -> tuple[bool, ...]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -85,8 +85,20 @@ def tensor_parallel(model: nn.Module, mesh: Any) -> nn.Module:
     columns |= {f"mlp.{name}_proj": ColwiseParallel(use_local_output=False) for name in ("gate", "up")}
     for layer in layers_of(model):
         parallelize_module(layer, mesh, {**rows, **columns})
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            replicated(norm, mesh)
+    replicated(model.model.norm, mesh)
     head = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
     return parallelize_module(model, mesh, {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate()), **head})
+
+
+def replicated(module: nn.Module, mesh: Any) -> None:
+    """Make its parameters replicated DTensors, because torch's optimizers and clipping do not mix kinds of tensors."""
+
+    def enter(module: nn.Module, args: Any, mesh: Any) -> Any:
+        return tuple(DTensor.from_local(value, mesh, [Replicate()]) for value in args)
+
+    distribute_module(module, mesh, None, enter, lambda module, output, mesh: output.to_local())
 
 
 def backward(how: str, run: nn.Module, iteration: int, spoil: Callable[[Tensor], Tensor] = lambda loss: loss) -> None:
