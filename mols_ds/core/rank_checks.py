@@ -85,14 +85,18 @@ def check_section(config: MolsConfig, reduce: Reduce) -> None:
         MolsError: on every rank.
     """
     compared = {key: value for key, value in section_of(config).items() if key != "report_dir"}
-    number = zlib.crc32(repr(sorted(compared.items())).encode())
-    mark = torch.tensor(list(number.to_bytes(4, "big")), dtype=torch.float64, device="cpu")
-    ranks, *sums = reduce(torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), mark, mark.square()])).tolist()
-    # n * sum(b^2) = (sum b)^2 only if all n values are equal; integers below 2^53, so this is exact
-    if any(ranks * squares != total * total for total, squares in zip(sums[:4], sums[4:], strict=True)):
+    if not alike(zlib.crc32(repr(sorted(compared.items())).encode()), reduce):
         raise MolsError(
             'the "mols" section is not the same on every rank (an old config on one machine?): use one config on all'
         )
+
+
+def alike(number: int, reduce: Reduce) -> bool:
+    """Whether a number below 2^32 is the same on every rank. One reduction of 72 bytes."""
+    mark = torch.tensor(list(number.to_bytes(4, "big")), dtype=torch.float64, device="cpu")
+    ranks, *sums = reduce(torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), mark, mark.square()])).tolist()
+    # n * sum(b^2) = (sum b)^2 only if all n values are equal; integers below 2^53, so this is exact
+    return all(ranks * squares == total * total for total, squares in zip(sums[:4], sums[4:], strict=True))
 
 
 def check_counts(table: GroupTable, owned: LocalStats, reduce: Reduce) -> None:

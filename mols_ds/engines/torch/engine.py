@@ -91,7 +91,7 @@ class TorchMols(Session):
         check_counts(self._table, self.controller.elements, self.reduce)
         self.window = TorchWindow(unwrapped(model), self._device)
         self.watch = GradientWatch(params.values())
-        self.loss_scaler = None if grad_scaler is None else LossScaler(grad_scaler, self.watch)
+        self.loss_scaler = None if grad_scaler is None else LossScaler(grad_scaler, self.watch, self._has_read)
         self._install()
         self.controller.advance(self.steps)
         self._follow()
@@ -253,6 +253,7 @@ class TorchMols(Session):
         return loss
 
     def _open_round(self) -> None:
+        self._passes_before = self.watch.passes
         self._measures = self.controller.measuring and self.config.mode != "moments"
         self._discarding, self._updated = self.controller.discards_steps, False
         if self._discarding:
@@ -281,12 +282,15 @@ class TorchMols(Session):
             self._updates += self._updated
             self._close_step(self._opened, self._updated)
         self._opened = self._early = None
-        self.watch.forget()
+        if self.watch.passes == self._passes_before:  # else the gradients are of the next step already
+            self.watch.forget()
         self._follow()
 
     def _follow(self) -> None:
-        """Watch the gradients while they are measured."""
-        if self.controller.measuring and self.config.mode != "moments":
+        """Watch the gradients while they are measured, and from one step before on: an optimizer that is left out ends
+        its step in the next one, when the backward pass has run."""
+        soon = self.controller.measuring or self.controller.state.due(self.steps + 1)
+        if soon and self.config.measures in ("probe", "online"):
             self.watch.start()
         else:
             self.watch.stop()
@@ -326,9 +330,17 @@ class TorchMols(Session):
             usable = super()._measure()
         finally:
             self.shards.close()
+        if usable and self.controller.samples == 0 and not self.shards.copies_agree():
+            raise MolsError(
+                "the ranks have different gradients of the same parameters, so their weights drift apart: wrap the "
+                "model in DistributedDataParallel, or average the gradients before optimizer.step()"
+            )
         self.watch.record()
         self._read_after = self.watch.passes
         return usable
+
+    def _has_read(self) -> bool:
+        return self._early is not None and self.watch.passes == self._read_after
 
     def _changed(self, number: int) -> bool:
         return bool(self.watch.problem(p for group in self.optimizers[number].param_groups for p in group["params"]))

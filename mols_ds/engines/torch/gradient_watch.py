@@ -15,7 +15,7 @@ from torch.autograd import Variable
 from mols_ds.core.pieces import local_part
 
 Versions = dict[int, tuple[int, int]]
-"""id of a parameter -> (id of its gradient, version counter of the gradient's local part)."""
+"""id of a parameter -> (address, version counter) of its gradient's local part."""
 
 
 class GradientWatch:
@@ -64,7 +64,8 @@ class GradientWatch:
         self.record()
 
     def _versions(self) -> Versions:
-        return {id(p): (id(p.grad), local_part(p.grad)._version) for p in self._params if p.grad is not None}
+        every = ((id(p), local_part(p.grad)) for p in self._params if p.grad is not None)
+        return {key: (gradient.data_ptr(), gradient._version) for key, gradient in every}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_gradient(self, parameter: Tensor) -> None:

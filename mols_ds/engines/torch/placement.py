@@ -61,7 +61,7 @@ def block_of(name: str, parameter: nn.Parameter, layout: ElementLayout) -> Block
 
 def describe(parameter: Tensor) -> str:
     """Return the placements of a DTensor as text; "" for a plain tensor."""
-    return ", ".join(map(str, parameter.placements)) if isinstance(parameter, DTensor) else ""
+    return ", ".join(map(repr, parameter.placements)) if isinstance(parameter, DTensor) else ""
 
 
 def _held(name: str, parameter: DTensor) -> list[Indices]:
@@ -69,7 +69,7 @@ def _held(name: str, parameter: DTensor) -> list[Indices]:
     for placement in parameter.placements:
         if not (placement.is_replicate() or hasattr(placement, "dim")):
             raise MolsUnsupportedError(
-                f"MoLS does not support parameter {name!r} with the placement {placement}: use Shard or Replicate"
+                f"MoLS does not support parameter {name!r} with the placement {placement!r}: use Shard or Replicate"
             )
     if parameter.device_mesh.get_coordinate() is None:
         raise MolsUnsupportedError(

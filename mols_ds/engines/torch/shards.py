@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.layout import ElementLayout
+from mols_ds.core.module_state import INTEGERS
 from mols_ds.core.pieces import FlatList, Parts, all_finite, local_part, zero_pieces
 from mols_ds.core.ranges import ShardRange, pack, split_among_replicas
-from mols_ds.core.rank_checks import together
+from mols_ds.core.rank_checks import alike, together
 from mols_ds.engines.torch.placement import block_of
 from mols_ds.errors import MolsUnsupportedError
 
@@ -70,9 +71,9 @@ class TorchShards:
             held: dict[tuple[bool, ...], list[str]] = {}
             for name in names:
                 held.setdefault(_copied(self.params[name]), []).append(name)
-            for copied, alike in held.items():
-                index, copies = _copy(self.params[alike[0]], copied)
-                ranges = [(name, self.ranges[name]) for name in alike]
+            for copied, named in held.items():
+                index, copies = _copy(self.params[named[0]], copied)
+                ranges = [(name, self.ranges[name]) for name in named]
                 owned += split_among_replicas(ranges, same.index(mesh) * copies + index, len(same) * copies)
         return owned
 
@@ -113,6 +114,13 @@ class TorchShards:
     def finite(self) -> bool:
         """Whether this rank's gradients are finite."""
         return all_finite(found for p in self.params.values() if (found := _local_gradient(p)) is not None)
+
+    @torch.no_grad()
+    def copies_agree(self) -> bool:
+        """Whether every rank has the same bits in the gradients of plain parameters, which DDP keeps alike."""
+        plain = [p.grad for p in self.params.values() if not isinstance(p, DTensor) and p.grad is not None]
+        sums = [gradient.view(INTEGERS[gradient.element_size()]).sum() for gradient in plain]
+        return alike(int(torch.stack(sums).sum()) % 2**32 if sums else 0, self.reduce)
 
     def reduce(self, values: Tensor) -> Tensor:
         """SUM over all ranks. 1-D float64 in, CPU float64 out."""

@@ -75,7 +75,7 @@ def train(how: str, model: str, mode: str, estimator: str) -> dict[str, Any]:
 
 
 def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
 def twin(

@@ -117,11 +117,16 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def placed(model: nn.Module, mesh: Any, placements: Callable[[str, nn.Parameter], Any]) -> nn.Module:
     """Replace every parameter by a DTensor. Such a model is not run: its gradients come from another one."""
-    for name, parameter in list(model.named_parameters()):
-        *path, leaf = name.split(".")
-        module = model.get_submodule(".".join(path))
-        shards = distribute_tensor(parameter.detach(), mesh, placements(name, parameter))
-        setattr(module, leaf, nn.Parameter(shards))
+    shards = {
+        parameter: nn.Parameter(
+            distribute_tensor(parameter.detach(), mesh, placements(name, parameter), src_data_rank=None)
+        )
+        for name, parameter in model.named_parameters()
+    }
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = shards[parameter]
     return model
 
 
