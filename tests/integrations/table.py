@@ -128,7 +128,7 @@ def main(clients: Sequence[str]) -> int:
         sys.exit(f"no such client: {', '.join(sorted(unknown))}; clients: {', '.join(CLIENTS)}")
     text = PAGE.read_text("utf-8")
     places = [place for place in PLACES if place[0] in (clients or CLIENTS)]
-    CASES.every = [case for case in CASES if case[2] in (clients or CLIENTS)]
+    CASES.every = tuple(case for case in CASES if case[2] in (clients or CLIENTS))
     failed = {cell for cell in read(text) if cell[:3] not in places}
     for place in places:
         wrong = {(*place, column): error for column in COLUMNS if (error := error_of(*place, column))}
