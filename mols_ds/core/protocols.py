@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mols_ds.core.layout import ElementLayout
 from mols_ds.core.pieces import Parts
 from mols_ds.core.schema import Report
 
@@ -71,6 +72,8 @@ class Context:
         log: logs one message; called on rank 0 alone.
         publish: shows and writes a new report; called on rank 0 alone. None: no report.
         announce: number of samples -> the effect of a probe window on the training loop, in words.
+        layouts: parameter name -> layout of the owned ranges, where these are no ranges of the logical parameters.
+            None: the table's.
     """
 
     reduce: Callable[[Tensor], Tensor]
@@ -81,3 +84,4 @@ class Context:
     log: Callable[[str], None] = print
     publish: Callable[[Report], None] | None = None
     announce: Callable[[int], str] = window_of_own_loop
+    layouts: Mapping[str, ElementLayout] | None = None

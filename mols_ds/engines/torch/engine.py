@@ -85,9 +85,7 @@ class TorchMols(Session):
         )
         params = {name: p for name, p in self._named() if name in self._table.layouts}
         self.source = self.shards = TorchShards(params, self._table, self.optimizers)
-        self._controller = Controller(
-            config, self._table, self.shards.accumulated, self._schedule, self._context(), self.shards.layouts
-        )
+        self._controller = Controller(config, self._table, self.shards.accumulated, self._schedule, self._context())
         check_counts(self._table, self.controller.elements, self.reduce)
         self.window = TorchWindow(unwrapped(model), self._device)
         self.watch = GradientWatch(params.values())
@@ -163,6 +161,7 @@ class TorchMols(Session):
             log=say,
             publish=self._publisher,
             announce=window_of_others_schedule,
+            layouts=self.shards.layouts,
         )
 
     def _install(self) -> None:
