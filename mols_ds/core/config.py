@@ -17,7 +17,7 @@ from mols_ds.core.plain_data import check_plain
 from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError
 
-Estimator = Literal["mean", "median", "pooled", "damping"]
+Estimator = Literal["mean", "median", "pooled", "damping", "step_rms"]
 Mode = Literal["probe", "online", "moments"]
 LARGEST_COUNT = 2**53
 """Larger counts are not exact as float64."""

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mols_ds.core.config import Mode, MolsConfig
-from mols_ds.core.estimators import ESTIMATORS, Alpha, Estimator, estimate, intervals
+from mols_ds.core.config import Estimator, Mode, MolsConfig
+from mols_ds.core.estimators import ESTIMATORS, Alpha, estimate, intervals
 from mols_ds.core.group_stats import GroupSums
 from mols_ds.core.groups import GroupTable, parameter_kinds
 from mols_ds.core.schema import SCHEMA, Report, ReportGroup
 
 MEASURED = (
-    *("snr", "snr_mean", "snr_median", "snr_pooled", "damping", "snr_low", "snr_high"),
+    *("snr", "snr_mean", "snr_median", "snr_pooled", "damping", "step_rms", "snr_low", "snr_high"),
     *("never_moved_share", "constant_share", "moved_once_share"),
 )
 
@@ -53,6 +53,7 @@ def measured_rows(
             "snr_median": plain["median"][group],
             "snr_pooled": plain["pooled"][group],
             "damping": plain["damping"][group],
+            "step_rms": plain["step_rms"][group],
             "snr_low": spread[group][0],
             "snr_high": spread[group][1],
             "alpha": alphas[group].alpha,

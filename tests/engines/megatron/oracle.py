@@ -162,7 +162,8 @@ class _Rates:
     def measured(self, values: Mapping[str, GroupValues | MomentValues], update: int) -> None:
         plan = self.plan
         found = {group: estimate(v, plan) for group, v in values.items()}
-        self.alphas = alphas(found, REFERENCE, damping=plan.estimator == "damping", low=plan.low, high=plan.high)
+        steps = plan.estimator in ("damping", "step_rms")
+        self.alphas = alphas(found, REFERENCE, steps=steps, low=plan.low, high=plan.high)
         self.since = update
 
     def of(self, update: int) -> dict[str, float]:

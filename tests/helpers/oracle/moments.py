@@ -90,6 +90,8 @@ class MomentValues:
             return histogram_median(snr) - floor
         if estimator == "pooled":
             return float(m2.sum() / s2.sum()) - floor
+        if estimator == "step_rms":
+            return max(0.0, float(((snr - floor) / (snr + 1 - floor)).mean())) ** 0.5
         signal = (snr - floor).clamp(min=0.0)
         return float((signal / (1 + signal)).sqrt().mean())
 
@@ -118,16 +120,16 @@ def check_rows(rows: Mapping[str, Mapping[str, Any]], values: Mapping[str, Momen
         assert row["never_moved_share"] == (elements - expected.m2.numel()) / elements
         left_out, (fewest, most) = round(row["constant_share"] * elements), expected.left_out()
         assert fewest <= left_out <= most <= fewest + AT_THE_CUT, group
-        for estimator in ("mean", "median", "pooled", "damping"):
+        for estimator in ("mean", "median", "pooled", "damping", "step_rms"):
             low, high = expected.bounds(estimator, False, left_out)
             assert high - low <= NARROW * low, (group, estimator, low, high)
-            found = row["damping" if estimator == "damping" else f"snr_{estimator}"]
+            found = row[estimator if estimator in ("damping", "step_rms") else f"snr_{estimator}"]
             assert low <= found <= high, (group, estimator, low, found, high)
 
 
 def alpha_bounds(values: Mapping[str, MomentValues], estimator: str, reference: str) -> dict[str, tuple[float, float]]:
-    """The interval of each uncorrected, unbounded alpha: (SNR_ref / SNR_m)^(1/2), or d_ref / d_m for `damping`."""
-    power = 1.0 if estimator == "damping" else 0.5
+    """The interval of each uncorrected, unbounded alpha: (SNR_ref / SNR_m)^(1/2), or d_ref / d_m for steps."""
+    power = 1.0 if estimator in ("damping", "step_rms") else 0.5
     bounds = {group: value.bounds(estimator, False) for group, value in values.items()}
     low, high = bounds[reference]
     result = {group: ((low / b) ** power, (high / a) ** power) for group, (a, b) in bounds.items()}

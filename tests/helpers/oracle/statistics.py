@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.helpers.oracle.models import GROUPS, batch, loss_of
 
-ESTIMATORS = ("mean", "median", "pooled", "damping")
+ESTIMATORS = ("mean", "median", "pooled", "damping", "step_rms")
 
 
 def gradient_sample(
@@ -92,6 +92,10 @@ class GroupValues:
         if estimator == "pooled":
             signal = self.mu2 - self.s2 / self.samples if corrected else self.mu2
             return float(signal.sum() / self.s2.sum())
+        if estimator == "step_rms":
+            ratio = self.snr
+            floor = 1 / self.samples if corrected else 0.0
+            return math.sqrt(max(0.0, float(((ratio - floor) / (ratio + 1 - floor)).mean())))
         if corrected:
             positive = snr.clamp(min=0.0)
             return float((positive / (1.0 + positive)).sqrt().mean())
@@ -125,13 +129,13 @@ def exact_median(values: Tensor) -> float:
     return float(ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
-def alphas(values: Mapping[str, float], reference: str, *, damping: bool, low: float, high: float) -> dict[str, float]:
-    """alpha_m = sqrt(SNR_ref / SNR_m), or d_ref / d_m for `damping`; `other` stays 1; clamped to [low, high]."""
+def alphas(values: Mapping[str, float], reference: str, *, steps: bool, low: float, high: float) -> dict[str, float]:
+    """alpha_m = sqrt(SNR_ref / SNR_m), or d_ref / d_m for effective steps; `other` stays 1; clamped to [low, high]."""
     result = {}
     for group, value in values.items():
         if group == "other":
             result[group] = 1.0
             continue
         ratio = math.inf if value <= 0 else values[reference] / value
-        result[group] = min(max(ratio if damping else math.sqrt(ratio), low), high)
+        result[group] = min(max(ratio if steps else math.sqrt(ratio), low), high)
     return result
