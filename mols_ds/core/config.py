@@ -14,10 +14,10 @@ from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, Vali
 from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.core.layout import Granularity
 from mols_ds.core.plain_data import check_plain
+from mols_ds.core.schema import Estimator
 from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError
 
-Estimator = Literal["mean", "median", "pooled", "damping", "step_rms"]
 Mode = Literal["probe", "online", "moments"]
 LARGEST_COUNT = 2**53
 """Larger counts are not exact as float64."""

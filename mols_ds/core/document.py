@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mols_ds.core.config import Estimator, Mode, MolsConfig
+from mols_ds.core.config import Mode, MolsConfig
 from mols_ds.core.estimators import ESTIMATORS, Alpha, estimate, intervals
 from mols_ds.core.group_stats import GroupSums
 from mols_ds.core.groups import GroupTable, parameter_kinds
-from mols_ds.core.schema import SCHEMA, Report, ReportGroup
+from mols_ds.core.schema import SCHEMA, Estimator, Report, ReportGroup
 
 MEASURED = (
     *("snr", "snr_mean", "snr_median", "snr_pooled", "damping", "step_rms", "snr_low", "snr_high"),

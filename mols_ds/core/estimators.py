@@ -13,10 +13,9 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from mols_ds.core.config import Estimator
 from mols_ds.core.group_stats import BLOCK_COLUMN, COLUMN, N_BINS, N_EDGES, GroupSums, bin_edge, noise_floor
 from mols_ds.core.layout import base_group, is_scaled
-from mols_ds.core.schema import STEPS
+from mols_ds.core.schema import STEPS, Estimator
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)

@@ -23,7 +23,8 @@ import math
 from typing import Literal, NotRequired, TypedDict, get_args
 
 SCHEMA = 1
-STEPS = ("damping", "step_rms")
+Estimator = Literal["mean", "median", "pooled", "damping", "step_rms"]
+STEPS: tuple[Estimator, ...] = ("damping", "step_rms")
 """Estimators whose value is an effective step d in [0, 1]. The value of the others is an SNR."""
 Number = Literal[
     "snr",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mols_ds.core.config import Estimator
+from mols_ds.core.schema import Estimator
 from tests.tools.estimator_bias import MIXES, main, readings, truth
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(400)
