@@ -69,6 +69,13 @@ class RecalibrateConfig(Documented):
     multipliers."""
 
 
+class SummedRate(Documented):
+    """Where the calibration starts, by the learning rates of the steps before it."""
+
+    summed_rate: Annotated[Number, Field(gt=0)]
+    """Sum of the learning rates of all steps before the start, divided by the peak rate."""
+
+
 class MolsConfig(Documented):
     """The "mols" section. In `start` and `ramp_end` a float is a share of all steps, an integer is a step.
 
@@ -80,9 +87,10 @@ class MolsConfig(Documented):
     """`false`: stock DeepSpeed or Megatron-core, bit for bit."""
     preset: Literal["robust", "paper"] = "robust"
     """Defaults of the other keys. Keys that you write override the preset."""
-    start: StepOrShare = 0.01
+    start: StepOrShare | SummedRate = 0.01
     """Where the calibration starts. A float in [0, 1] is a share of all steps, an integer is a step: `1.0` is the end
-    of the run, `1` is its second step."""
+    of the run, `1` is its second step. `{"summed_rate": 4}`: where the rates of the steps before add up to 4 times the
+    peak rate, see [Start](#start-by-the-summed-rate)."""
     samples: Annotated[StrictInt, Field(ge=2, le=LARGEST_COUNT)] | Literal["auto"] = 32
     """K, the number of gradient samples. At least 4 with `noise_floor_correction`. `"auto"`: until the 95 % interval of
     every alpha is within `alpha_rtol`; not for mode `moments`."""

@@ -329,6 +329,7 @@ class Controller:
             samples=self.state.samples,
             skipped=self.state.skipped,
             reference=reference,
+            summed_rate=self.state.schedule.summed_rate,
             world=self.context.world,
             versions=self.context.versions,
         )

@@ -78,6 +78,7 @@ def build_report(
     samples: int,
     skipped: int,
     reference: str,
+    summed_rate: float | None,
     world: Mapping[str, int],
     versions: Mapping[str, str],
 ) -> Report:
@@ -90,10 +91,11 @@ def build_report(
         step: the alphas were set before this optimizer step.
         samples, skipped: number of gradient samples used and skipped.
         reference: the reference group.
+        summed_rate: `Schedule.summed_rate`.
         world: parallelism -> number of ranks.
         versions: package -> version.
     """
-    return {
+    report: Report = {
         "schema": SCHEMA,
         "step": step,
         "samples": samples,
@@ -108,3 +110,6 @@ def build_report(
         "groups": groups,
         "parameters": parameter_kinds(table.layouts),
     }
+    if summed_rate is not None:
+        report["start_summed_rate"] = summed_rate
+    return report

@@ -10,7 +10,7 @@ The report is a plain dict: any tool can read the file without this package.
 The controller adds "noise_floor_correction", "weight_decay" ("scaled" or "unscaled"), "skipped_samples", and for each
 group "step_rms", "alpha_low", "alpha_high" and "constant_share" (elements without noise, which no estimator counts).
 "mode" is "fixed" for given alphas. "parameters": see `groups.parameter_kinds`. "failed" is the reason of a failed
-calibration. Readers must work without these keys.
+calibration. "start_summed_rate": `Schedule.summed_rate`. Readers must work without these keys.
 
 `snr` is the value of the chosen estimator (for `STEPS` the effective step d in [0, 1]). An undefined value is
 null, such as the SNR of a group in which nothing moved. `document.py` builds reports; `mols_ds.report` writes and
@@ -90,6 +90,7 @@ class Report(TypedDict):
     noise_floor_correction: NotRequired[bool]
     skipped_samples: NotRequired[int]
     weight_decay: NotRequired[str]
+    start_summed_rate: NotRequired[float]
     parameters: NotRequired[dict[str, list[str]]]
     failed: NotRequired[str]
 

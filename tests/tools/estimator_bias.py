@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mols_ds.core.schema import Estimator
 from mols_ds.core.estimators import ESTIMATORS, estimate
 from mols_ds.core.group_stats import GroupSums, noise_floor
+from mols_ds.core.schema import Estimator
 
 MIXES: dict[str, Sequence[float]] = {
     "0": [0.0],
