@@ -168,6 +168,7 @@ class MegatronMols(Session):
             versions=versions(("megatron-core", "transformer-engine")) | self._precision(),
             log=say,
             publish=self._publisher,
+            reduce_max=self.shards.reduce_max,
         )
 
     def _precision(self) -> dict[str, str]:

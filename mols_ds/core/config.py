@@ -34,6 +34,7 @@ PRESETS: dict[str, JsonObject] = {
     # The paper as written: average of SNR_i (sec. 3.2), no correction, no bounds, the largest SNR is the reference.
     "paper": {
         "estimator": "mean",
+        "unseen_rows": "include",
         "noise_floor_correction": False,
         "reference": "max",
         "alpha_min": None,
@@ -104,6 +105,9 @@ class MolsConfig(Documented):
     """How the elements of a group become one number, see [Estimators](#estimators)."""
     noise_floor_correction: StrictBool = True
     """Subtract what pure noise would read, about 1/K. Needs K of 4 or more."""
+    unseen_rows: Literal["exclude", "include"] = "exclude"
+    """Rows of the output head, and of a tied embedding, whose token does not occur in the samples: `"exclude"` leaves
+    them out of the estimators, see [Unseen rows](#unseen-rows)."""
     reference: Name = "vo"
     """The group with multiplier 1. It must exist in the model. `"max"`: the scaled group with the largest value."""
     alpha_min: Annotated[Alpha, Field(le=1)] | None = 0.1

@@ -199,6 +199,13 @@ def compute_alphas(
     return name, alphas
 
 
+def narrow(alpha: Alpha, rtol: float) -> bool:
+    """Return whether half the 95 % interval of a multiplier is at most this share of it."""
+    if not (math.isfinite(alpha.low) and math.isfinite(alpha.high)):
+        return False
+    return (alpha.high - alpha.low) / 2.0 <= rtol * alpha.alpha
+
+
 def histogram_median(histogram: Tensor) -> float:
     """Compute the median (mean of the two middle values) of a 1-D histogram with `N_BINS` bins, by interpolation.
 

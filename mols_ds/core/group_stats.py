@@ -30,6 +30,8 @@ COLUMNS = (
     "never_moved",  # s^2 == 0 and mu == 0
     "constant",  # s^2 == 0 and mu != 0, also where the fp32 square underflowed: not in the estimators
     "moved_once",  # exactly one of K samples is non-zero; included in "count"
+    "unseen",  # in a row whose token did not occur (`vocabulary`), moved or not: not in the estimators
+    "left_out",  # of "unseen": not in "never_moved"
     "total",
 )
 COLUMN = {name: index for index, name in enumerate(COLUMNS)}
@@ -168,6 +170,15 @@ class GroupSums:
             mu = _unscaled(mean_c, exponent)
             self._accumulate(row, mu * mu, _variance(m2_c, samples, exponent), samples)
 
+    def leave_out(self, group: str, mean: Tensor, m2: Tensor) -> None:
+        """Count elements of rows whose token did not occur. Arguments as in `add` or `add_squares`, 1-D."""
+        line = self.table[self._check(group, mean, m2)]
+        still = int(((mean == 0) & (m2 == 0)).sum())
+        line[COLUMN["never_moved"]] += still
+        line[COLUMN["unseen"]] += mean.numel()
+        line[COLUMN["left_out"]] += mean.numel() - still
+        line[COLUMN["total"]] += mean.numel()
+
     def add_squares(self, group: str, mu2: Tensor, s2: Tensor) -> None:
         """Add elements given as squares: plain mu_i^2 (noise included) and s_i^2, shapes as in `add`.
 
@@ -229,7 +240,7 @@ class GroupSums:
 
     def not_finite(self) -> dict[str, float]:
         """Number of elements per group with overflowed or NaN statistics. No estimator counts them."""
-        seen = sum(self.table[:, COLUMN[name]] for name in ("count", "never_moved", "constant"))
+        seen = sum(self.table[:, COLUMN[name]] for name in ("count", "never_moved", "constant", "left_out"))
         return dict(zip(self.groups, (self.table[:, COLUMN["total"]] - seen).tolist(), strict=True))
 
     def _check(self, group: str, first: Tensor, second: Tensor) -> int:

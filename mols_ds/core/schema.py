@@ -72,6 +72,7 @@ class ReportGroup(TypedDict):
     never_moved_share: float | None
     constant_share: NotRequired[float | None]
     moved_once_share: float | None
+    unseen_share: NotRequired[float | None]
     clamped: bool
 
 

@@ -161,6 +161,8 @@ class EngineMols(Session):
             log=say,
             publish=self._publisher,
             announce=self._announce,
+            reduce_max=self.shards.reduce_max,
+            columns=self.grid.columns,
         )
 
     def _announce(self, samples: int) -> str:

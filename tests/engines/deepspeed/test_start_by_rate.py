@@ -1,4 +1,4 @@
-"""`"start": {"summed_rate": ...}` with DeepSpeed's schedulers: the calibration starts where the applied rates add up."""
+"""`"start": {"summed_rate": ...}` with DeepSpeed's schedulers: where the applied rates add up."""
 
 from __future__ import annotations
 

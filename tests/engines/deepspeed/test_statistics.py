@@ -20,6 +20,7 @@ from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle import histogram
 from tests.helpers.oracle.adamw import AdamSettings, ElementwiseAdamW
 from tests.helpers.oracle.models import GROUPS, MODELS, build, cast_parameters, masks
+from tests.helpers.oracle.sizes import VOCABULARY
 from tests.helpers.oracle.statistics import (
     ESTIMATORS,
     GroupValues,
@@ -27,6 +28,7 @@ from tests.helpers.oracle.statistics import (
     bias_added_after_rounding,
     gradient_sample,
     group_values,
+    tokens_of,
 )
 from tests.helpers.tiers import Cases
 
@@ -154,7 +156,7 @@ def oracle(
         if iteration < start or mode == "online":
             optimizer.step(sample)
             assert optimizer.norm > CLIP, "clipping must act"
-    return group_values(samples, mask)
+    return group_values(samples, mask, tokens_of(range(start, start + SAMPLES), world, MICROS, VOCABULARY))
 
 
 def _row(rows: dict[str, Any], group: str, estimator: str) -> float:
@@ -170,6 +172,7 @@ def _check_fp32(case: Case, world: int, rtol: float) -> None:
         for group, values in truth.items():
             assert rows[group]["elements"] == values.elements
             assert rows[group]["never_moved_share"] == values.never_moved / values.elements
+            assert rows[group]["unseen_share"] == values.unseen / values.elements
             once = round(rows[group]["moved_once_share"] * values.elements)
             assert values.moved_once <= once <= values.looks_moved_once(MOVED_ONCE_RTOL), group
             for estimator in ("mean", "pooled", "damping", "step_rms"):

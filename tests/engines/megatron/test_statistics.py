@@ -53,6 +53,7 @@ def check_values(rows: dict[str, Any], values: dict[str, GroupValues], rtol: flo
     for group, expected in values.items():
         assert rows[group]["elements"] == expected.elements
         assert rows[group]["never_moved_share"] == expected.never_moved / expected.elements
+        assert rows[group]["unseen_share"] == expected.unseen / expected.elements
         for estimator in ("mean", "pooled", "damping", "step_rms"):
             exact = expected.estimate(estimator, corrected=False)
             assert row_of(rows, group, estimator) == pytest.approx(exact, rel=rtol), (group, estimator)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,16 @@ def gradient_sample(
     return {name: gradient.detach().float() for name, gradient in total.items()}
 
 
+def tokens_of(iterations: Iterable[int], ranks: int, micros: int, rows: int) -> Tensor:
+    """Which tokens occur in these iterations' batches: bool (rows,)."""
+    seen = torch.zeros(rows, dtype=torch.bool)
+    for iteration in iterations:
+        for micro in range(micros):
+            for rank in range(ranks):
+                seen[batch(iteration, micro, rank).unique()] = True
+    return seen
+
+
 @contextlib.contextmanager
 def bias_added_after_rounding() -> Iterator[None]:
     """`F.linear` rounds the product before it adds the bias, as ZeRO-3's linear does; a difference in bf16 only."""
@@ -68,6 +78,7 @@ class GroupValues:
     s2: Tensor
     never_moved: int
     moved_once: int
+    unseen: int = 0
 
     @property
     def snr(self) -> Tensor:
@@ -102,24 +113,44 @@ class GroupValues:
         return float((self.mu2 / (self.mu2 + self.s2)).sqrt().mean())
 
 
-def group_values(samples: Sequence[Mapping[str, Tensor]], masks: Mapping[str, Tensor]) -> dict[str, GroupValues]:
-    """The values of each group that the model has, from K gradient samples."""
-    result = {}
+def rows_of(tokens: Tensor | None, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Per parameter, which elements are in rows of tokens that occurred; all of them where rows are no tokens.
+
+    tokens: bool (rows,); None: every row counts.
+    """
+    kept = {name: torch.ones_like(mask, dtype=torch.bool) for name, mask in masks.items()}
+    for name, mask in masks.items():
+        whole = bool((mask == GROUPS.index("embedding")).all()) or bool((mask == GROUPS.index("head")).all())
+        if tokens is not None and whole and mask.ndim == 2 and len(mask) == len(tokens):
+            kept[name] &= tokens[:, None]
+    return kept
+
+
+def group_values(
+    samples: Sequence[Mapping[str, Tensor]], masks: Mapping[str, Tensor], tokens: Tensor | None = None
+) -> dict[str, GroupValues]:
+    """The values of each group that the model has, from K gradient samples.
+
+    tokens: bool (rows,), which tokens occurred; rows of the others are in no value. None: every row counts.
+    """
+    result, kept = {}, rows_of(tokens, masks)
     for index, group in enumerate(GROUPS):
         stacked = torch.stack(
             [torch.cat([sample[name][mask == index] for name, mask in masks.items()]) for sample in samples]
         ).double()
         if not stacked.shape[1]:
             continue
+        seen = torch.cat([kept[name][mask == index] for name, mask in masks.items()])
         mu, s2 = stacked.mean(dim=0), stacked.var(dim=0, correction=1)
-        counted, moves = s2 > 0, (stacked != 0).sum(dim=0)
+        counted, moves = (s2 > 0) & seen, (stacked != 0).sum(dim=0)
         result[group] = GroupValues(
             elements=stacked.shape[1],
             samples=len(samples),
             mu2=mu[counted] ** 2,
             s2=s2[counted],
             never_moved=int((moves == 0).sum()),
-            moved_once=int((moves == 1).sum()),
+            moved_once=int(((moves == 1) & seen).sum()),
+            unseen=int((~seen).sum()),
         )
     return result
 
