@@ -27,7 +27,6 @@ from mols_ds.core.phases import Calibration, Phase, Schedule
 from mols_ds.core.protocols import Context
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.schema import Report, ReportGroup
-from mols_ds.core.seen_rows import find_seen
 from mols_ds.core.state_check import STATE_VERSION, check_saved
 from mols_ds.core.vocabulary import find_vocabulary
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
@@ -54,7 +53,7 @@ class Controller:
         self.table = table
         self.context = context
         self.groups: tuple[str, ...] = tuple(row.group for row in table)
-        vocabulary = find_vocabulary(table, context.columns)
+        vocabulary = find_vocabulary(table.layouts, table.shapes, context.columns)
         self.elements = LocalStats(owned, table.layouts, self.groups, context.device, vocabulary)
         self.state = Calibration(
             schedule, config.samples, config.max_samples, config.recalibrate.every if config.recalibrate else None
@@ -210,9 +209,9 @@ class Controller:
             self.end_calibration(t, self._gradient_sums())
 
     def find_seen(self, by_gradient: Callable[[], Tensor]) -> None:
-        """Find the tokens that occurred, see `seen_rows.find_seen`. Collective; each warning once."""
+        """Find the tokens that occurred, see `LocalStats.find_seen`. Collective; each warning once."""
         if self.config.unseen_rows == "exclude":
-            problem = find_seen(self.elements, by_gradient, self.context.reduce_max)
+            problem = self.elements.find_seen(by_gradient, self.context.reduce_max)
             if problem and problem != self._said_unseen:
                 self.warn(problem)
             self._said_unseen = problem or self._said_unseen

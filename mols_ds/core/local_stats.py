@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mols_ds.core.accumulators import STRIDE, Accumulators, AccumulatorsState
 from mols_ds.core.group_stats import GroupSums, NoiseFloor, noise_floor
-from mols_ds.core.groups import ElementLayout
+from mols_ds.core.layout import ElementLayout
 from mols_ds.core.ranges import ShardRange
-from mols_ds.core.vocabulary import Vocabulary, mark_ids, mark_rows, row_mask
+from mols_ds.core.vocabulary import Vocabulary, mark_ids, mark_rows, row_mask, seen_tokens
 from mols_ds.errors import MolsCheckpointError
 
 
@@ -41,6 +42,16 @@ def group_index(owned: Sequence[ShardRange], layouts: Mapping[str, ElementLayout
 
 PIECE = 1 << 22
 """Elements of a matrix with rows for tokens that are split at a time."""
+
+
+UNKNOWN = (
+    "rows of tokens that do not occur in the samples are measured too, because the tokens are unknown: no "
+    "word embedding with the rows of the head was called (inputs_embeds, a compiled model, another number of rows?). "
+    '"mols.unseen_rows": "include" accepts this'
+)
+OF_0_4_0 = (
+    "the checkpoint's samples were begun by release 0.4.0: rows of tokens that do not occur in them are measured too"
+)
 
 
 class SavedStats(TypedDict):
@@ -116,6 +127,18 @@ class LocalStats:
 
     # ------------------------------------------------------------------ rows of tokens
 
+    def find_seen(self, by_gradient: Callable[[], Tensor], reduce_max: Callable[[Tensor], Tensor]) -> str | None:
+        """Set `seen`. Collective. Returns a warning where every row counts although the model has a head, else None.
+
+        by_gradient, reduce_max: as in `vocabulary.seen_tokens`.
+        """
+        if self.vocabulary is None:
+            return UNKNOWN if "head" in self.groups else None
+        if self.of_0_4_0:
+            return OF_0_4_0
+        self.seen = seen_tokens(self.vocabulary, self.rows_by_ids, by_gradient, reduce_max)
+        return UNKNOWN if self.seen is None else None
+
     def see_ids(self, ids: Tensor) -> None:
         """Record the ids of a look-up; any integer dtype, shape and device."""
         if self.vocabulary is None:
@@ -138,6 +161,28 @@ class LocalStats:
             if item.name in self.vocabulary.embeddings:
                 mean, m2 = item.view(self.accumulators.mean), item.view(self.accumulators.m2)
                 self.mark_rows(flags, number, (mean != 0) | (m2 != 0))
+        return flags
+
+    def rows_by_moments(
+        self, optimizers: Iterable[Optimizer], owned_in: Callable[[Tensor], Sequence[tuple[int, ShardRange]]]
+    ) -> Tensor:
+        """Rows of word embeddings whose exp_avg_sq is not 0: those that ever had a gradient. uint8 (rows,) on the CPU.
+
+        Moments on NVMe are not read: their rows count as not seen.
+
+        Args:
+            optimizers: the inner ones of this rank.
+            owned_in: as `Session.owned_in`.
+        """
+        assert self.vocabulary is not None
+        flags = torch.zeros(self.vocabulary.rows, dtype=torch.uint8, device="cpu")
+        for optimizer in optimizers:
+            for tensor in (tensor for group in optimizer.param_groups for tensor in group["params"]):
+                square = optimizer.state.get(tensor, {}).get("exp_avg_sq")
+                for number, item in owned_in(tensor):
+                    in_memory = isinstance(square, Tensor) and square.numel() >= item.offset + item.numel
+                    if in_memory and self.ranges[number].name in self.vocabulary.embeddings:
+                        self.mark_rows(flags, number, item.view(square.detach().reshape(-1)) != 0)
         return flags
 
     def mark_rows(self, flags: Tensor, index: int, moved: Tensor, at: int = 0) -> None:

@@ -32,7 +32,6 @@ from mols_ds.core.probe_window import ProbeWindow
 from mols_ds.core.protocols import GradientSource
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.resume_rules import changed, reenabled_warning, section_of
-from mols_ds.core.seen_rows import rows_with_moments
 from mols_ds.core.vocabulary import TokenIds
 from mols_ds.errors import MolsError
 
@@ -133,7 +132,7 @@ class Session(Handle, ABC):
         reads_moments = controller.reads_moments_next
         if reads_moments:
             optimizers = [scaler.optimizer for scaler in self.scalers]
-            controller.find_seen(lambda: rows_with_moments(optimizers, self.owned_in, controller.elements))
+            controller.find_seen(lambda: controller.elements.rows_by_moments(optimizers, self.owned_in))
         self._step_number, self._stepping = t + 1, True
         guarded = self._steps_to_guard > 0 and any(rate != 1.0 for rate in controller.rates(t).values())
         for scaler in self.scalers:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mols_ds.core.forward_hook import ForwardHook
-from mols_ds.core.groups import GroupTable
+from mols_ds.core.layout import ElementLayout
 
 CHUNK = 1 << 18
 """Rows per all-reduce of one byte each: 256 KiB."""
@@ -39,24 +39,26 @@ class Vocabulary(NamedTuple):
     widths: Mapping[str, int]
 
 
-def find_vocabulary(table: GroupTable, columns: Mapping[str, int]) -> Vocabulary | None:
+def find_vocabulary(
+    layouts: Mapping[str, ElementLayout], shapes: Mapping[str, tuple[int, ...]], columns: Mapping[str, int]
+) -> Vocabulary | None:
     """Find the vocabulary of a model.
 
     The head with most elements gives the number of rows (adapters of a head have others too), without a head the word
     embedding with most elements.
 
     Args:
-        table: groups and logical shapes.
+        layouts, shapes: of the logical parameters.
         columns: as in `protocols.Context`.
 
     Returns:
         None if no parameter has rows for tokens, if the embedding and the head differ in rows, or if rows are in an
         unknown order.
     """
-    matrices = {name: shape for name, shape in table.shapes.items() if len(shape) == 2}
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
     of_group: dict[str, list[str]] = {"embedding": [], "head": []}
     for name in matrices:
-        group = table.layouts[name].groups
+        group = layouts[name].groups
         if group in (("embedding",), ("head",)) and not (group == ("embedding",) and _NO_TOKENS.search(name)):
             of_group[group[0]].append(name)
     chosen = of_group["head"] or of_group["embedding"]
