@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -35,6 +35,10 @@ class GradientSource(Protocol):
 
     def reduce(self, values: Tensor) -> Tensor:
         """SUM over the ranks with disjoint owned elements. 1-D float64 in, CPU float64 out."""
+        ...
+
+    def reduce_max(self, values: Tensor) -> Tensor:
+        """MAX over the same ranks. 1-D uint8 on the CPU in and out."""
         ...
 
     def discard(self) -> None:
@@ -72,6 +76,9 @@ class Context:
         log: logs one message; called on rank 0 alone.
         publish: shows and writes a new report; called on rank 0 alone. None: no report.
         announce: number of samples -> the effect of a probe window on the training loop, in words.
+        reduce_max: MAX over the ranks of `reduce`; uint8 CPU tensor in and out. Default: one rank.
+        columns: parameter whose columns are split among ranks -> this rank's number of columns; 0 for rows in an
+            unknown order.
         layouts: parameter name -> layout of the owned ranges, where these are no ranges of the logical parameters.
             None: the table's.
     """
@@ -84,4 +91,6 @@ class Context:
     log: Callable[[str], None] = print
     publish: Callable[[Report], None] | None = None
     announce: Callable[[int], str] = window_of_own_loop
+    reduce_max: Callable[[Tensor], Tensor] = lambda values: values
+    columns: Mapping[str, int] = field(default_factory=dict)
     layouts: Mapping[str, ElementLayout] | None = None

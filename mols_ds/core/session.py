@@ -32,6 +32,7 @@ from mols_ds.core.probe_window import ProbeWindow
 from mols_ds.core.protocols import GradientSource
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.resume_rules import changed, reenabled_warning, section_of
+from mols_ds.core.vocabulary import TokenIds
 from mols_ds.errors import MolsError
 
 GUARDED_STEPS = 2
@@ -75,6 +76,7 @@ class Session(Handle, ABC):
         self._steps_to_guard = GUARDED_STEPS
         self._kept_buffers: set[str] = set()
         self._warned_no_forward = False
+        self._token_ids = TokenIds(self._see_ids)
 
     @property
     def controller(self) -> Controller:
@@ -147,6 +149,9 @@ class Session(Handle, ABC):
         controller = self.controller
         t = self.steps
         self._sampling, self._sampled = controller.measuring and self.config.mode == "online", False
+        if controller.reads_moments_next:
+            optimizers = [scaler.optimizer for scaler in self.scalers]
+            controller.find_seen(lambda: controller.elements.rows_by_moments(optimizers, self.owned_in))
         self._step_number, self._stepping = t + 1, True
         guarded = self._steps_to_guard > 0 and any(rate != 1.0 for rate in controller.rates(t).values())
         for scaler in self.scalers:
@@ -265,17 +270,28 @@ class Session(Handle, ABC):
             for offset, gradient in parts:
                 self.controller.elements.add(offset, gradient, factor)
 
-    def _watch_passes(self, module: nn.Module) -> list[RemovableHandle]:
+    def _watch_passes(self, module: nn.Module) -> list[RemovableHandle | TokenIds]:
         """Hook the forward passes of the model, or of a part that is called on its own."""
         return [
+            self._token_ids,
             module.register_forward_pre_hook(ForwardHook(self._before_forward)),
             module.register_forward_hook(ForwardHook(self._after_forward), always_call=True),
         ]
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model: open a pass of the probe window. Ignores passes without gradients."""
+        vocabulary = self.controller.elements.vocabulary
+        if not self.controller.measuring:
+            self._token_ids.remove()
+        elif vocabulary is not None and torch.is_grad_enabled():
+            self._token_ids.watch(module, vocabulary.rows)
         if self.controller.discards_steps and torch.is_grad_enabled():
             self.window.open_pass()
+
+    def _see_ids(self, ids: Tensor) -> None:
+        """Record the ids of an embedding's look-up in a measured pass."""
+        if self.controller.measuring and torch.is_grad_enabled():
+            self.controller.elements.see_ids(ids)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model; runs even if the pass raised."""

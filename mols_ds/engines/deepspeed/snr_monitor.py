@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 
 from mols_ds.core import estimators
 from mols_ds.core.adam_moments import adam_moments, moment_pieces
-from mols_ds.core.config import Estimator, MolsConfig
+from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_stats import NoiseFloor
 from mols_ds.core.local_stats import LocalStats
+from mols_ds.core.schema import Estimator
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.shards import find_shards

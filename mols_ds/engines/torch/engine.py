@@ -161,6 +161,8 @@ class TorchMols(Session):
             log=say,
             publish=self._publisher,
             announce=window_of_others_schedule,
+            reduce_max=self.shards.reduce_max,
+            columns=self.shards.columns,
             layouts=self.shards.layouts,
         )
 
@@ -199,8 +201,7 @@ class TorchMols(Session):
         self.new_weights = NewWeights(
             [unwrapped(self.model)], self.scalers, include=again, train="add them to the optimizer", again=again
         )
-        if self.config.measures == "probe":
-            self._hooks += self._watch_passes(self.model)
+        self._hooks += self._watch_passes(self.model)
 
     # ------------------------------------------------------------------ hooks of the protocol
 

@@ -30,10 +30,12 @@ class Block(NamedTuple):
     """The local elements of a parameter.
 
     range: of the logical parameter, or from 0 on in the block's own layout. layout: of this range's flat index.
+    columns: elements of a row of a matrix on this rank; 0: the rows are no range.
     """
 
     range: ParamRange
     layout: ElementLayout
+    columns: int = 0
 
 
 def block_of(name: str, parameter: nn.Parameter, layout: ElementLayout) -> Block:
@@ -48,7 +50,7 @@ def block_of(name: str, parameter: nn.Parameter, layout: ElementLayout) -> Block
         MolsUnsupportedError: a placement that cannot be expressed; names the parameter.
     """
     if not isinstance(parameter, DTensor):
-        return Block(ParamRange(name, 0, parameter.numel()), layout)
+        return Block(ParamRange(name, 0, parameter.numel()), layout, math.prod(parameter.shape[1:]))
     held = _held(name, parameter)
     block = _block(name, tuple(parameter.shape), held, layout)
     if block is None:
@@ -113,9 +115,10 @@ def _block(name: str, shape: tuple[int, ...], held: Sequence[Indices], layout: E
     whole = [len(indices) == size for indices, size in zip(held, shape, strict=True)]
     if not shape or numel == 0 or (all(whole[1:]) and _contiguous(held[0])):
         start = held[0][0] * math.prod(shape[1:]) if shape and numel else 0
-        return Block(ParamRange(name, start, numel), layout)
+        return Block(ParamRange(name, start, numel), layout, math.prod(shape[1:]))
     if len(layout.groups) == 1:
-        return Block(ParamRange(name, 0, numel), layout)
+        columns = math.prod(map(len, held[1:])) if _contiguous(held[0]) else 0
+        return Block(ParamRange(name, held[0][0] * columns, numel), layout, columns)
     dim = _fused_dimension(shape, layout)
     if dim is None:
         return None

@@ -27,6 +27,7 @@ class TorchShards:
         params: parameter name -> parameter.
         layouts: parameter name -> layout of its local elements (`placement.Block`).
         ranges: parameter name -> its local elements, at the start of its flat local tensor.
+        columns: as in `protocols.Context`, the same parameters on every rank.
         owned: (name, range) of the elements that this rank measures, its share of those that several ranks hold.
         accumulated: the ranges of `owned` in the accumulators.
     """
@@ -36,14 +37,17 @@ class TorchShards:
         self.params, self.optimizers = dict(params), optimizers
         self._moved: dict[str, Tensor] = {}
 
-        def place() -> list[list[int]]:
+        def place() -> tuple[list[list[int]], list[str]]:
             blocks = {name: block_of(name, p, table.layouts[name]) for name, p in self.params.items()}
             self.layouts: dict[str, ElementLayout] = {name: block.layout for name, block in blocks.items()}
             self.ranges: dict[str, ShardRange] = {name: block.range.at(0) for name, block in blocks.items()}
-            return [list(mesh) for mesh in self._meshes()]
+            self.columns = {name: block.columns for name, block in blocks.items()}
+            unknown = [name for name, columns in self.columns.items() if not columns]
+            return [list(mesh) for mesh in self._meshes()], unknown
 
         told = together(place)
-        self.owned = self._split(told)
+        self.columns |= {name: 0 for _, unknown in told for name in unknown}
+        self.owned = self._split([meshes for meshes, _ in told])
         self.accumulated = pack(item for _, item in self.owned)
 
     def _meshes(self) -> dict[tuple[int, ...], list[str]]:
@@ -129,6 +133,14 @@ class TorchShards:
         sums = values.to(collective_device())
         dist.all_reduce(sums)
         return sums.cpu()
+
+    def reduce_max(self, values: Tensor) -> Tensor:
+        """MAX over all ranks. 1-D uint8 on the CPU in and out."""
+        if not dist.is_initialized():
+            return values
+        largest = values.to(collective_device())
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.cpu()
 
     def discard(self) -> None:
         """Do nothing: as after any step, the loop zeroes its gradients."""

@@ -20,6 +20,7 @@ from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.adamw import AdamSettings, ElementwiseAdamW
 from tests.helpers.oracle.models import GROUPS, MODELS, build, cast_parameters, masks
 from tests.helpers.oracle.reports import EXACT_MEDIAN_RTOL, check_rows, row_of
+from tests.helpers.oracle.sizes import VOCABULARY
 from tests.helpers.oracle.statistics import (
     ESTIMATORS,
     GroupValues,
@@ -27,6 +28,7 @@ from tests.helpers.oracle.statistics import (
     bias_added_after_rounding,
     gradient_sample,
     group_values,
+    tokens_of,
 )
 from tests.helpers.tiers import Cases
 
@@ -152,7 +154,7 @@ def oracle(
         if iteration < start or mode == "online":
             optimizer.step(sample)
             assert optimizer.norm > CLIP, "clipping must act"
-    return group_values(samples, mask)
+    return group_values(samples, mask, tokens_of(range(start, start + SAMPLES), world, MICROS, VOCABULARY))
 
 
 def _check_fp32(case: Case, world: int, rtol: float) -> None:
@@ -163,7 +165,7 @@ def _check_fp32(case: Case, world: int, rtol: float) -> None:
         check_rows(rows, truth, chosen, rtol)
         snr = {group: row["snr"] for group, row in rows.items()}
         expected_alphas = alphas(
-            snr, REFERENCE, damping=chosen == "damping", low=BOUNDS["alpha_min"], high=BOUNDS["alpha_max"]
+            snr, REFERENCE, steps=chosen in ("damping", "step_rms"), low=BOUNDS["alpha_min"], high=BOUNDS["alpha_max"]
         )
         for group, alpha in expected_alphas.items():
             assert rows[group]["alpha"] == pytest.approx(alpha, rel=rtol), group

@@ -12,7 +12,8 @@ import mols_ds
 from tests.engines.torch.parallel import CLIP, DATA, MICROS, backward, full_weights, tiny, wrapped
 from tests.helpers.oracle.adamw import AdamSettings, ElementwiseAdamW, multipliers, ramp
 from tests.helpers.oracle.models import groups_of, masks
-from tests.helpers.oracle.statistics import GroupValues, gradient_sample, group_values
+from tests.helpers.oracle.sizes import VOCABULARY
+from tests.helpers.oracle.statistics import GroupValues, gradient_sample, group_values, tokens_of
 
 START, SAMPLES, RAMP_END, UPDATES = 1, 6, 10, 12
 REFERENCE = "vo"
@@ -95,7 +96,8 @@ def twin(
         if t >= START and len(samples) < SAMPLES:
             samples.append(sample)
             if len(samples) == SAMPLES:
-                truth = group_values(samples, mask)
+                seen = tokens_of(range(START, START + SAMPLES), DATA[how], MICROS, VOCABULARY)
+                truth = group_values(samples, mask, seen)
             if mode == "probe":
                 continue
         optimizer.step(sample, 1.0, multipliers(alphas, ramp(t, ended, RAMP_END, "linear")))

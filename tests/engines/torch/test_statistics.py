@@ -11,12 +11,13 @@ import functools
 import pytest
 
 from tests.engines.torch.life import RAMP_END, REFERENCE, SAMPLES, SETTINGS, START, UPDATES, train, twin
-from tests.engines.torch.parallel import WORLD
+from tests.engines.torch.parallel import DATA, MICROS, WORLD
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle import moments
 from tests.helpers.oracle.models import masks
 from tests.helpers.oracle.reports import check_rows
-from tests.helpers.oracle.statistics import ESTIMATORS, alphas
+from tests.helpers.oracle.sizes import VOCABULARY
+from tests.helpers.oracle.statistics import ESTIMATORS, alphas, tokens_of
 from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
@@ -83,11 +84,13 @@ def test_equals_the_twin(case: Case) -> None:
     truth, weights = twin(how, model, mode, found)
     if mode == "moments":
         betas = SETTINGS.beta1, SETTINGS.beta2
-        moments.check_rows(rows, moments.moment_values(first["moments"], _masks(model), START + SAMPLES, betas))
+        seen = tokens_of(range(START + SAMPLES), DATA[how], MICROS, VOCABULARY)
+        values = moments.moment_values(first["moments"], _masks(model), START + SAMPLES, betas, seen)
+        moments.check_rows(rows, values)
     else:
         check_rows(rows, truth, estimator, RTOL)
     snr = {group: row["snr"] for group, row in rows.items()}
-    for group, alpha in alphas(snr, REFERENCE, damping=estimator == "damping", low=0.1, high=10.0).items():
+    for group, alpha in alphas(snr, REFERENCE, steps=estimator in ("damping", "step_rms"), low=0.1, high=10.0).items():
         assert rows[group]["alpha"] == pytest.approx(alpha, rel=RTOL), group
     errors = {name: float((first["weights"][name] - w).abs().max()) for name, w in weights.items()}
     assert max(errors.values()) <= ATOL, max(errors.items(), key=lambda item: item[1])

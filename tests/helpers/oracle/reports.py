@@ -18,7 +18,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 def row_of(rows: Rows, group: str, estimator: str) -> float:
     """The uncorrected value of an estimator."""
-    return float(rows[group]["damping" if estimator == "damping" else f"snr_{estimator}"])
+    return float(rows[group][estimator if estimator in ("damping", "step_rms") else f"snr_{estimator}"])
 
 
 def check_rows(rows: Rows, truth: Mapping[str, GroupValues], chosen: str, rtol: float) -> None:
@@ -27,9 +27,10 @@ def check_rows(rows: Rows, truth: Mapping[str, GroupValues], chosen: str, rtol: 
     for group, values in truth.items():
         assert rows[group]["elements"] == values.elements
         assert rows[group]["never_moved_share"] == values.never_moved / values.elements
+        assert rows[group]["unseen_share"] == values.unseen / values.elements
         once = round(rows[group]["moved_once_share"] * values.elements)
         assert values.moved_once <= once <= values.looks_moved_once(MOVED_ONCE_RTOL), group
-        for estimator in ("mean", "pooled", "damping"):
+        for estimator in ("mean", "pooled", "damping", "step_rms"):
             expected = values.estimate(estimator, corrected=False)
             assert row_of(rows, group, estimator) == pytest.approx(expected, rel=rtol), (group, estimator)
         low, high = histogram.median_bounds(values.snr, rtol)
@@ -46,5 +47,7 @@ def _check_chosen(row: Mapping[str, Any], values: GroupValues, chosen: str, rtol
     if chosen == "median":
         low, high = ((k - 3) / (k - 1) * bound - 1 / k for bound in histogram.median_bounds(values.snr, rtol))
         assert low <= row["snr"] <= high
+    elif chosen == "step_rms":  # its square has the error of a mean
+        assert row["snr"] ** 2 == pytest.approx(expected**2, rel=2 * rtol, abs=rtol / k)
     else:
         assert row["snr"] == pytest.approx(expected, rel=rtol, abs=rtol / k)
