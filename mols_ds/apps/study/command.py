@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder for results and report (default: runs/NAME of the study)")
     parser.add_argument("--jobs", type=integer(1), help=f"parallel runs here (default: cores, at most {MOST_JOBS})")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms, and the baseline")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="only these models")
     parser.add_argument("--seeds", nargs="+", type=integer(0), metavar="SEED", help="replace the evaluation seeds")
     parser.add_argument("--report-only", action="store_true", help="train nothing, report the finished runs")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -52,6 +53,8 @@ def compare(args: argparse.Namespace) -> int:
     study = load_study(args.study)
     if args.arms:
         study = _only(study, args.arms)
+    if args.models:
+        study = _only_models(study, args.models)
     if args.seeds:
         study = reseeded(study, args.seeds)
     out = args.out or Path("runs") / study.name
@@ -95,6 +98,13 @@ def _only(study: Study, arms: Sequence[str]) -> Study:
             raise MolsConfigError(f'--arms: "{arm}" is not one of {", ".join(study.arms)}')
     kept = {name: arm for name, arm in study.arms.items() if name in arms or name == study.baseline}
     return study.model_copy(update={"arms": kept})
+
+
+def _only_models(study: Study, models: Sequence[str]) -> Study:
+    for model in models:
+        if model not in study.models:
+            raise MolsConfigError(f'--models: "{model}" is not one of {", ".join(study.models)}')
+    return study.model_copy(update={"models": {name: study.models[name] for name in study.models if name in models}})
 
 
 def reseeded(study: Study, seeds: Sequence[int]) -> Study:
@@ -184,11 +194,12 @@ def _costs_wanted(study: Study, store: Store) -> list[Task]:
     known = store.costs()
     wanted: list[Task] = []
     for (model, arm), best in chosen.items():
-        run = StudyRun(model, arm, best.values, study.seeds[0])
+        seed = study.at(model).seeds[0]
+        run = StudyRun(model, arm, best.values, seed)
         base = chosen.get((model, study.baseline))
         done = known.get(model, {}).get(arm, {}).get("run") == store.key(run)
         if base is not None and store.load(run) is not None and not done:
-            wanted.append(CostTask(StudyRun(model, study.baseline, base.values, study.seeds[0]), run))
+            wanted.append(CostTask(StudyRun(model, study.baseline, base.values, seed), run))
     return wanted
 
 

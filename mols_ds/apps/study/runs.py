@@ -1,8 +1,8 @@
 """The runs of a study: their names, the next ones to execute, and their results on disk.
 
-A finished run is one JSON file in OUT/runs, written atomically. Its name contains a hash of every setting that affects
-the result. So a stopped study continues where it was, a new arm repeats nothing, and results of other settings are
-never mixed in.
+A finished run is one JSON file in OUT/runs, written atomically, or one line of the study's `rows`. A hash of every
+setting that affects the result names it. So a stopped study continues where it was, a new arm repeats nothing, and
+results of other settings are never mixed in. In `rows`, arms with the same settings share their runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from mols_ds.apps.study.rows import Rows
 from mols_ds.apps.study.spec import Study, Value, Values
 from mols_ds.core.files import write_whole
 from mols_ds.core.json_text import read_json
@@ -118,14 +119,15 @@ def _merge(into: JsonObject, extra: JsonMapping) -> None:
 
 
 class Store:
-    """Results of a study's runs in the folder `out`."""
+    """Results of a study's runs: in the folder `out`, or in the study's `rows`."""
 
     def __init__(self, study: Study, out: Path) -> None:
         self.study, self.out = study, out
+        self.rows = None if study.rows is None else Rows(Path(study.rows))
 
-    def key(self, run: StudyRun) -> str:
-        """Return the label and hash of a run: its file name without suffix."""
-        study = self.study
+    def digest(self, run: StudyRun) -> str:
+        """Return the hash of every setting that affects the result of a run; the arm's name does not."""
+        study = self.study.at(run.model)
         state = [
             SCHEMA,
             study.models[run.model],
@@ -139,8 +141,11 @@ class Store:
         ]
         if study.snr is not None and run.arm in study.snr.arms:
             state.append(study.snr.every)
-        digest = hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=6).hexdigest()
-        return f"{run.label}-{digest}"
+        return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+    def key(self, run: StudyRun) -> str:
+        """Return the label and hash of a run: its file name without suffix."""
+        return f"{run.label}-{self.digest(run)}"
 
     def file(self, run: StudyRun) -> Path:
         """Return the path of a finished run's result."""
@@ -152,6 +157,8 @@ class Store:
 
     def load(self, run: StudyRun) -> JsonObject | None:
         """Return the result of a run, or None if it is not finished. Raises MolsConfigError for a damaged file."""
+        if self.rows is not None:
+            return self.rows.read().get(self.digest(run))
         file = self.file(run)
         if not file.is_file():
             return None
@@ -159,6 +166,9 @@ class Store:
 
     def save(self, run: StudyRun, result: JsonMapping) -> None:
         """Write the result of a finished run atomically."""
+        if self.rows is not None:
+            self.rows.add(self.digest(run), result)
+            return
         file = self.file(run)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(result) + "\n")
@@ -242,10 +252,13 @@ def needed(study: Study, store: Store) -> tuple[list[StudyRun], dict[tuple[str, 
             if best is not None:
                 chosen[model, arm] = best
                 if math.isfinite(best.losses[best.values]):
-                    runs = [StudyRun(model, arm, best.values, seed) for seed in study.seeds]
+                    runs = [StudyRun(model, arm, best.values, seed) for seed in study.at(model).seeds]
                     missing = [run for run in runs if store.load(run) is None]
-            todo += [run for run in missing if run not in todo]
-    return todo, chosen
+            todo += missing
+    different: dict[object, StudyRun] = {}
+    for run in todo:
+        different.setdefault(store.digest(run) if store.rows else run, run)
+    return list(different.values()), chosen
 
 
 def collect(study: Study, store: Store) -> StudyResults:
@@ -254,7 +267,7 @@ def collect(study: Study, store: Store) -> StudyResults:
     runs: dict[StudyRun, JsonObject] = {}
     for (model, arm), best in chosen.items():
         every = [StudyRun(model, arm, values, seed) for values in best.losses for seed in study.tune_seeds]
-        every += [StudyRun(model, arm, best.values, seed) for seed in study.seeds]
+        every += [StudyRun(model, arm, best.values, seed) for seed in study.at(model).seeds]
         for run in every:
             result = store.load(run)
             if result is not None:
@@ -262,6 +275,6 @@ def collect(study: Study, store: Store) -> StudyResults:
     costs: dict[str, dict[str, JsonObject]] = {}
     for (model, arm), best in chosen.items():
         known = store.costs().get(model, {}).get(arm, {})
-        if known.get("run") == store.key(StudyRun(model, arm, best.values, study.seeds[0])):
+        if known.get("run") == store.key(StudyRun(model, arm, best.values, study.at(model).seeds[0])):
             costs.setdefault(model, {})[arm] = known
     return StudyResults(study.model_dump(mode="json"), study.baseline, runs, chosen, costs, missing)

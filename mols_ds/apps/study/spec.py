@@ -107,10 +107,21 @@ class StudyArm(Frozen):
         return self
 
 
+class StudyChange(Frozen):
+    """What is different on one model. `params` is merged into the optimizer settings of every arm."""
+
+    batch: StudyBatch | None = None
+    budget: StudyBudget | None = None
+    params: JsonObject = Field(default_factory=dict)
+    seeds: tuple[StrictInt, ...] | None = None
+
+
 class Study(Frozen):
     """A study file. `load_study` reads it and raises MolsConfigError.
 
-    `pairs`: further comparisons besides those with the baseline: (arm, other arm).
+    `pairs`: further comparisons besides those with the baseline: (arm, other arm). `changes`: model -> what is
+    different there. `rows`: file that gets one line per finished run and replaces the result files, so that results can
+    be kept in git; relative to the study file.
     """
 
     name: Annotated[StrictStr, Field(pattern=NAME)]
@@ -125,6 +136,8 @@ class Study(Frozen):
     seeds: Annotated[tuple[StrictInt, ...], Field(min_length=1)]
     baseline: str = "adam"
     pairs: tuple[tuple[str, str], ...] = ()
+    changes: dict[str, StudyChange] = Field(default_factory=dict)
+    rows: str | None = None
     arms: Annotated[dict[str, StudyArm], Field(min_length=1)]
     deepspeed: JsonObject = Field(default_factory=dict)
     clip: Annotated[float, Field(strict=True, ge=0)] = 1.0
@@ -168,17 +181,33 @@ class Study(Frozen):
                     raise ValueError(f'arms.{name}.models: "{model}" is not one of {", ".join(self.models)}')
         if self.arms[self.baseline].models is not None:
             raise ValueError(f"arms.{self.baseline}.models: the baseline runs on every model")
+        for name in self.changes:
+            if name not in self.models:
+                raise ValueError(f'changes: "{name}" is not one of the models {", ".join(self.models)}')
         for arm_name in itertools.chain(*self.pairs):
             if arm_name not in self.arms:
                 raise ValueError(f'pairs: "{arm_name}" is not one of the arms')
         for arm_name in self.snr.arms if self.snr else ():
             if arm_name not in self.arms:
                 raise ValueError(f'snr.arms: "{arm_name}" is not one of the arms')
-        for key in ("seeds", "tune_seeds"):
-            values = getattr(self, key)
+        named = {"seeds": self.seeds, "tune_seeds": self.tune_seeds}
+        named |= {f"changes.{name}.seeds": change.seeds for name, change in self.changes.items() if change.seeds}
+        for key, values in named.items():
             if len(set(values)) < len(values) or min(values) < 0:
                 raise ValueError(f"{key}: each seed once, none negative")
         return self
+
+    def at(self, model: str) -> Study:
+        """Return the study as it is on a model: with its `changes`."""
+        change = self.changes.get(model)
+        if change is None:
+            return self
+        own = {"batch": change.batch, "budget": change.budget, "seeds": change.seeds}
+        arms = {
+            name: arm.model_copy(update={"params": {**arm.params, **change.params}}) for name, arm in self.arms.items()
+        }
+        known = {key: value for key, value in own.items() if value is not None}
+        return self.model_copy(update={**known, "arms": arms, "changes": {}})
 
     def arms_of(self, model: str) -> list[str]:
         """Return the arms that run on a model, in the file's order."""
@@ -210,7 +239,8 @@ def load_study(path: str | Path) -> Study:
     data = study.data
     if (file.parent / data.source).exists():
         data = data.model_copy(update={"source": str(file.parent / data.source)})
-    return study.model_copy(update={"models": models, "data": data})
+    rows = None if study.rows is None else str(file.parent / study.rows)
+    return study.model_copy(update={"models": models, "data": data, "rows": rows})
 
 
 def _model(value: str | JsonObject, folder: Path) -> str | JsonObject:
