@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from mols_ds.apps.study.rows import BITS
+from mols_ds.apps.study.rows import difference
 from mols_ds.apps.study.runs import Store, StudyRun
 from mols_ds.apps.study.spec import Study
 from mols_ds.apps.study.workers import Failure, Pool
@@ -47,10 +47,3 @@ def _run(study: Study, store: Store, key: str, row: JsonMapping) -> StudyRun | N
     run = StudyRun(row["model"], row["arm"], tuple(sorted(row["values"].items())), row["seed"])
     known = run.model in study.models and run.arm in study.arms
     return run if known and store.digest(run) == key else None
-
-
-def difference(old: JsonMapping, new: JsonMapping) -> str:
-    """Return which results of two rows differ, and what made the rows if that differs too; empty for the same bits."""
-    changed = [f"{name} {old[name]} is now {new[name]}" for name in BITS if old[name] != new[name]]
-    then, now = ({name: value for name, value in row["made"].items() if name != "ended"} for row in (old, new))
-    return "; ".join(changed) + (f" (made by {then}, now {now})" if changed and then != now else "")

@@ -72,6 +72,13 @@ def row_of(key: str, result: JsonMapping) -> JsonObject:
     return row
 
 
+def difference(old: JsonMapping, new: JsonMapping) -> str:
+    """Return which results of two rows differ, and what made the rows if that differs too; empty for the same bits."""
+    changed = [f"{name} {old[name]} is now {new[name]}" for name in BITS if old[name] != new[name]]
+    then, now = ({name: value for name, value in row["made"].items() if name != "ended"} for row in (old, new))
+    return "; ".join(changed) + (f" (made by {then}, now {now})" if changed and then != now else "")
+
+
 def _rounded(value: object) -> object:
     if isinstance(value, dict):
         return {name: _rounded(item) for name, item in value.items()}

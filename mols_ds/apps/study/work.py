@@ -172,8 +172,9 @@ class Worker:
             if watch is not None:
                 watch(engine)
 
+        job = self.job(run, out, after_update)
         began = time.process_time()
-        outcome = train(self.job(run, out, after_update))
+        outcome = train(job)
         result: JsonObject = {"schema": SCHEMA, "model": run.model, "arm": run.arm, "values": dict(run.values)}
         result |= {"seed": run.seed, "steps": study.steps, "tokens": outcome.tokens}
         result |= {"tokens_per_step": study.tokens_per_step, "probe_passes": outcome.probe_steps}
