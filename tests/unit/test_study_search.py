@@ -12,6 +12,7 @@ from mols_ds.apps.study.runs import Store, StudyRun, arm_config, needed, tuning
 from mols_ds.apps.study.search import PREFIX, Searched, search
 from mols_ds.apps.study.spec import Study, Values
 from mols_ds.errors import MolsConfigError
+from tests.unit.test_study_rows import LATER
 from tests.unit.test_study_runs import ARMS, lr, pretend, study_of
 
 GROUPS = ("embedding", "head", "vo")
@@ -98,8 +99,9 @@ def test_a_study_waits_for_the_start_of_a_search_and_evaluates_what_it_found(tmp
         ({"mols": {}, "search": {"start": "sgd"}}, 'search.start: "sgd" is not one of the arms'),
         ({"mols": {}, "search": {"start": "x"}}, 'search.start: "x" searches too'),
         ({"mols": {}, "search": {"start": "adam", "run": 3}}, "unknown key"),
+        ({"mols": {}, "search": {"start": "other"}}, 'arms.x.search.start: "other" does not run on small'),
     ],
 )
 def test_a_mistake_in_a_search_is_named(tmp_path: Path, arm: dict[str, object], said: str) -> None:
     with pytest.raises(MolsConfigError, match=said):
-        study_of(tmp_path, arms={**ARMS, "x": arm})
+        study_of(tmp_path, models=LATER["models"], arms={**ARMS, "other": {"models": ["long"]}, "x": arm})

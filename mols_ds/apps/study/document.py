@@ -162,8 +162,10 @@ def _in_short(summary: Summary) -> list[str]:
     kept = sum(row.adjusted is not None and row.adjusted < 0.05 for row in lower)
     if not tested:
         return [*items, "No comparison with the baseline has an interval yet."]
-    text = f"Of {len(tested)} adjusted comparisons with the baseline, {len(lower)} have an interval below zero (better; {kept} "
-    text += f"of them with Holm's p below 0.05), {len(higher)} one above zero (worse), the others hold zero."
+    text = (
+        f"Of {len(tested)} adjusted comparisons with the baseline, {len(lower)} have an interval below zero (better; "
+    )
+    text += f"{kept} of them with Holm's p below 0.05), {len(higher)} one above zero (worse), the others hold zero."
     without = sum(not row.baseline and not (row.difference and row.difference.p is not None) for row in summary.rows)
     items.append(text + (f" {without} more have no interval (no two pairs, or a diverged run)." if without else ""))
     return items

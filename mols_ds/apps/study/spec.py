@@ -204,10 +204,10 @@ class Study(Frozen):
                     raise ValueError(f'arms.{name}.models: "{model}" is not one of {", ".join(self.models)}')
         if self.arms[self.baseline].models is not None:
             raise ValueError(f"arms.{self.baseline}.models: the baseline runs on every model")
+        tuned = [model for model in self.models if (self.changes.get(model) or StudyChange()).settings_of is None]
         for name, change in self.changes.items():
             if name not in self.models:
                 raise ValueError(f'changes: "{name}" is not one of the models {", ".join(self.models)}')
-            tuned = [model for model in self.models if (self.changes.get(model) or StudyChange()).settings_of is None]
             if change.settings_of is not None and change.settings_of not in tuned:
                 raise ValueError(f'changes.{name}.settings_of: "{change.settings_of}" is not one of {", ".join(tuned)}')
             if change.best is not None and change.settings_of is None:
@@ -226,6 +226,11 @@ class Study(Frozen):
                     raise ValueError(f'{key}: "{arm_name}" is not one of the arms')
                 if key == "search.start" and self.arms[arm_name].search is not None:
                     raise ValueError(f'{key}: "{arm_name}" searches too')
+        for name, arm in self.arms.items():
+            first = arm.search.start if arm.search else name
+            for model in tuned:
+                if name in self.arms_of(model) and first not in self.arms_of(model):
+                    raise ValueError(f'arms.{name}.search.start: "{first}" does not run on {model}')
         named = {"seeds": self.seeds, "tune_seeds": self.tune_seeds}
         named |= {f"changes.{name}.seeds": change.seeds for name, change in self.changes.items() if change.seeds}
         for key, values in named.items():
