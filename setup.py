@@ -26,7 +26,7 @@ class BuildWithFiles(build_py):
         shutil.rmtree(target, ignore_errors=True)  # of an earlier build
         for name in () if self.editable_mode else SHIPPED:
             if (HERE / name).is_dir():
-                shutil.copytree(HERE / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(HERE / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
             else:
                 shutil.copy(HERE / name, target / name)
 

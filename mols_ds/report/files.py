@@ -65,6 +65,14 @@ class Publisher:
         self._folder = None
 
 
+_DRAWS = [True]
+
+
+def draw_no_plots() -> None:
+    """Write reports of this process without their picture: a study trains hundreds of runs."""
+    _DRAWS[0] = False
+
+
 def write_report(report: Report, report_dir: str | os.PathLike[str]) -> Path:
     """Write `mols_report.json` and `mols_report.png` into `report_dir`; create it if needed. Call on one rank.
 
@@ -82,7 +90,8 @@ def write_report(report: Report, report_dir: str | os.PathLike[str]) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / JSON_NAME, text)
-        _write_plot(clean, folder / PLOT_NAME)
+        if _DRAWS[0]:
+            _write_plot(clean, folder / PLOT_NAME)
     except OSError as error:
         raise MolsConfigError(
             f"mols.report_dir={str(report_dir)!r} cannot be written ({error.strerror or error}); "

@@ -1,4 +1,5 @@
-"""Files that ship beside the package: configs, studies, launch files, examples. setup.py puts them into the wheel."""
+"""Files that ship beside the package: configs, studies (not their results), launch files, examples. setup.py puts them
+into the wheel."""
 
 from __future__ import annotations
 
@@ -31,17 +32,16 @@ def shipped_files(patterns: Sequence[str] = ()) -> list[str]:
     root = shipped_root()
     tops = [root / name for name in SHIPPED]
     files = [file for top in tops for file in ([top] if top.is_file() else top.rglob("*"))]
-    names = sorted(
-        file.relative_to(root).as_posix() for file in files if file.is_file() and "__pycache__" not in file.parts
-    )
+    found = [file.relative_to(root) for file in files if file.is_file()]
+    names = sorted(file.as_posix() for file in found if not {"__pycache__", "results"} & set(file.parts))
     if not patterns:
         return names
     chosen: set[str] = set()
     for pattern in patterns:
-        found = {name for name in names if fnmatch(name, pattern) or name.startswith(f"{pattern.rstrip('/')}/")}
-        if not found:
+        matching = {name for name in names if fnmatch(name, pattern) or name.startswith(f"{pattern.rstrip('/')}/")}
+        if not matching:
             raise MolsConfigError(f"configs: no file matches {pattern}; `mols-ds configs` lists them")
-        chosen |= found
+        chosen |= matching
     return sorted(chosen)
 
 

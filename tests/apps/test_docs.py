@@ -181,7 +181,7 @@ def test_the_study_of_the_page_is_read(tmp_path: Path) -> None:
     (block,) = blocks("yaml")
     file = tmp_path / "study.yaml"
     file.write_text(block.text.replace("../configs", str(ROOT / "configs")), "utf-8")
-    assert set(load_study(file).arms) == {"adam", "mols", "hand"}
+    assert set(load_study(file).arms) == {"adam", "mols", "hand", "search"}
 
 
 def use_the_handle() -> dict[str, object]:

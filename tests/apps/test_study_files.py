@@ -32,15 +32,16 @@ def test_shipped_studies_are_what_train_can_start(name: str, tmp_path: Path) -> 
     study = load_study(STUDIES / f"{name}.yaml")
     if name != "smoke":
         assert len(study.seeds) >= 5 and not set(study.seeds) & set(study.tune_seeds)
-    for settings in study.models.values():
+    for shape, settings in study.models.items():
         assert isinstance(settings, dict)
         config = AutoConfig.for_model(**settings)
         assert (getattr(config, "max_position_embeddings", None) or config.n_positions) >= study.batch.length
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        for arm, spec in study.arms.items():
-            for values in (study.candidates(arm)[0], study.candidates(arm)[-1]):
-                resolved = resolve(arm_config(study, arm, values), world=1, steps=study.steps, out=tmp_path)
+        here = study.at(shape)
+        for arm, spec in here.arms.items():
+            for values in (here.candidates(arm)[0], here.candidates(arm)[-1]):
+                resolved = resolve(arm_config(here, arm, values), world=1, steps=here.steps, out=tmp_path)
                 check_with_deepspeed(resolved, name)
             if spec.mols is None:
                 continue

@@ -188,6 +188,27 @@ def test_unfinished_studies_say_so_first(tmp_path: Path) -> None:
     assert "evaluation seeds too, for all arms alike: 0." in text and "for adam on b." in text
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_partial_study_answers_what_it_can_and_names_what_is_missing(tmp_path: Path) -> None:
+    losses = {"adam": {"a": 4.0, "b": 3.0}, "mols": {"a": 3.8, "b": 3.0}, "constant": {"a": 3.9}, "search": {"a": 3.7}}
+    results = study(losses)
+    results.study["arms"]["constant"]["models"] = None
+    results.study |= {"primary": ["mols", "constant"], "secondary": ["mols", "adam"], "searched": "search"}
+    results.study["models"]["long"] = {}
+    results.study["changes"] = {"long": {"settings_of": "a", "best": 2}}
+    write_report(results, tmp_path)
+    text = (tmp_path / "report.md").read_text("utf-8")
+    first = text[: text.index("## In short")]
+    assert "- `constant` on b: 0 runs, its tuning is not finished\n" in first and "not complete" in first
+    assert "- every arm on long: it takes the best arms of a, where not every arm is finished\n" in first
+    asked = text[text.index("## The questions") : text.index("## Share of")]
+    assert "| primary | a | mols | constant | **-0.1" in asked and "| yes |" in asked
+    assert "| primary | b | mols | constant | no result yet | - | - | - |" in asked
+    shares = text[text.index("## Share of") : text.index("## Final validation")]
+    assert "| a | mols | **-0.2" in shares and "67% [" in shares and "| b |" not in shares
+    assert "comparisons of this study but the primary and the secondary one" in text
+
+
 def test_an_empty_study_has_a_report(tmp_path: Path) -> None:
     results = study(ARMS)
     results.runs, results.chosen = {}, {}

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder for results and report (default: runs/NAME of the study)")
     parser.add_argument("--jobs", type=integer(1), help=f"parallel runs here (default: cores, at most {MOST_JOBS})")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms, and the baseline")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="only these models")
     parser.add_argument("--seeds", nargs="+", type=integer(0), metavar="SEED", help="replace the evaluation seeds")
+    parser.add_argument("--rerun", type=integer(1), metavar="N", help="repeat N random finished runs, compare bits")
     parser.add_argument("--report-only", action="store_true", help="train nothing, report the finished runs")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
@@ -50,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def compare(args: argparse.Namespace) -> int:
     """Run the command. Return 1 if a run failed, else 0. Raises MolsError for a user error."""
     study = load_study(args.study)
+    if args.models:
+        study = _only_models(study, args.models)
     if args.arms:
         study = _only(study, args.arms)
     if args.seeds:
@@ -63,6 +67,8 @@ def compare(args: argparse.Namespace) -> int:
     store = Store(study, out)
     command = f"mols-ds compare {args.study}" + ("" if args.out is None else f" --out {args.out}")
     failures: list[Failure] = []
+    if args.rerun is not None:
+        return _again(study, store, args.rerun, launched)
     if not args.report_only:
         failures = _launched(study, store) if launched else _here(study, store, args.jobs or default_jobs())
     if int(os.environ.get("RANK", "0")) == 0:
@@ -93,8 +99,20 @@ def _only(study: Study, arms: Sequence[str]) -> Study:
     for arm in arms:
         if arm not in study.arms:
             raise MolsConfigError(f'--arms: "{arm}" is not one of {", ".join(study.arms)}')
-    kept = {name: arm for name, arm in study.arms.items() if name in arms or name == study.baseline}
+    for model in study.models:
+        if (change := study.changes.get(model)) is not None and change.best is not None:
+            raise MolsConfigError(f"--arms: {model} takes the best of all arms; leave it out with --models")
+    started = {search.start for name in arms if (search := study.arms[name].search) is not None}
+    kept = {name: arm for name, arm in study.arms.items() if name in {*arms, *started, study.baseline}}
     return study.model_copy(update={"arms": kept})
+
+
+def _only_models(study: Study, models: Sequence[str]) -> Study:
+    for model in models:
+        if model not in study.models:
+            raise MolsConfigError(f'--models: "{model}" is not one of {", ".join(study.models)}')
+    kept = {*models, *(study.changes[name].settings_of for name in models if name in study.changes)}
+    return study.model_copy(update={"models": {name: study.models[name] for name in study.models if name in kept}})
 
 
 def reseeded(study: Study, seeds: Sequence[int]) -> Study:
@@ -184,11 +202,12 @@ def _costs_wanted(study: Study, store: Store) -> list[Task]:
     known = store.costs()
     wanted: list[Task] = []
     for (model, arm), best in chosen.items():
-        run = StudyRun(model, arm, best.values, study.seeds[0])
+        seed = study.at(model).seeds[0]
+        run = StudyRun(model, arm, best.values, seed)
         base = chosen.get((model, study.baseline))
         done = known.get(model, {}).get(arm, {}).get("run") == store.key(run)
         if base is not None and store.load(run) is not None and not done:
-            wanted.append(CostTask(StudyRun(model, study.baseline, base.values, study.seeds[0]), run))
+            wanted.append(CostTask(StudyRun(model, study.baseline, base.values, seed), run))
     return wanted
 
 
@@ -225,6 +244,18 @@ def _launched(study: Study, store: Store) -> list[Failure]:
     lines = _Lines(study, store)
     failures = together(worker, lambda: runs_wanted(study, store), lines)
     return failures + together(worker, lambda: _costs_wanted(study, store), lines)
+
+
+def _again(study: Study, store: Store, number: int, launched: bool) -> int:
+    """Run `--rerun`. Return 1 if the bits of a run differ."""
+    from mols_ds.apps.study.rerun import rerun
+
+    if launched:
+        raise MolsConfigError("--rerun: not in a launched job")
+    failures = rerun(study, store, number)
+    for failure in failures:
+        tell(f"mols-ds: {failure.run.label} was not repeated: {failure.why}", sys.stderr)
+    return FAILED if failures else 0
 
 
 def _leave() -> None:

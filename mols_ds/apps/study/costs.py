@@ -70,7 +70,13 @@ def _engine(worker: Worker, run: StudyRun, *, calibrating: bool = False) -> Deep
         result = worker.store.load(run) or {}
         alphas = {group: alpha for group, alpha in result.get("alphas", {}).items() if is_scaled(group)}
         keep = {key: config["mols"][key] for key in ("rules", "granularity", "report_dir") if key in config["mols"]}
-        config["mols"] = {**keep, "fixed_alphas": alphas, "start": 0, "ramp_end": 1, "total_steps": worker.study.steps}
+        config["mols"] = {
+            **keep,
+            "fixed_alphas": alphas,
+            "start": 0,
+            "ramp_end": 1,
+            "total_steps": worker.study.at(run.model).steps,
+        }
     elif "mols" in config:
         config["mols"] |= {"start": 0}
     _, tokenizer, _ = worker.tokens(run.model)

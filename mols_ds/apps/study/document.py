@@ -21,6 +21,7 @@ from mols_ds.apps.study.cells import (
     speed_up_text,
     step_text,
 )
+from mols_ds.apps.study.questions import PairRow
 from mols_ds.apps.study.runs import setting_text
 from mols_ds.apps.study.summary import ENOUGH_SEEDS, Summary, group_order
 from mols_ds.core.json_types import JsonMapping
@@ -42,7 +43,9 @@ class Lines(str):
     """Markdown of several lines, printed unchanged. Any other value is made printable, on one line."""
 
 
-WORDS = frozenset({"arm", "compared with", "model", "tuned settings", "notes", "setting", "value", "about", "settings"})
+WORDS = frozenset(
+    {"question", "arm", "compared with", "model", "tuned settings", "notes", "setting", "value", "about", "settings"}
+)
 """Columns of text; all others are aligned as numbers."""
 
 
@@ -85,12 +88,15 @@ def markdown(
         # Pictures PART.png and MODEL-PART.png
         take=lambda part: [p for p in pictures if p.file == f"{part}.png" or p.file.endswith(f"-{part}.png")],
         table=lambda head, rows: Lines(f"`{printable(command)}`\n\n{table(head, rows)}"),
-        missing=_missing(summary),
+        missing=_missing(summary, study),
         in_short=_in_short(summary),
         title_of=lambda model: _model_title(summary, model),
         result_head=RESULT_HEAD,
         results=lambda model: _result_rows(summary, model),
         pairs=_pair_rows(summary),
+        questions=_question_rows(summary),
+        shares=_share_rows(summary),
+        searched=study.get("searched"),
         rates=lambda model: _rates(summary, model),
         tuning=lambda model: _tuning_rows(summary, model),
         alpha_groups=group_order(group for row in summary.alphas for group in row.alphas),
@@ -107,7 +113,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, marks, *lines])
 
 
-def _missing(summary: Summary) -> list[str]:
+def _missing(summary: Summary, study: JsonMapping) -> list[str]:
     """Return one line per arm and model with missing runs."""
     runs: dict[tuple[str, str], list[str]] = {pair: [] for pair in summary.absent}
     for run in summary.missing:
@@ -118,6 +124,11 @@ def _missing(summary: Summary) -> list[str]:
         text = f"`{arm}` on {model}: {len(named)} runs"
         text += f" ({'; '.join(named)})" if 0 < len(named) <= MAX_LISTED else ""
         items.append(text + (", its tuning is not finished" if (model, arm) in summary.absent else ""))
+    items += [
+        f"every arm on {model}: it takes the best arms of {change['settings_of']}, where not every arm is finished"
+        for model, change in (study.get("changes") or {}).items()
+        if change.get("best") and model in summary.models and not summary.of(model)
+    ]
     return items
 
 
@@ -145,15 +156,17 @@ def _in_short(summary: Summary) -> list[str]:
     ]
     if diverged:
         items.append(f"With diverged runs: {', '.join(diverged)}.")
-    tested = [row for row in summary.rows if row.difference is not None and row.difference.p is not None]
+    tested = [row for row in summary.rows if row.adjusted is not None]
     lower = [row for row in tested if row.difference and row.difference.clear and row.difference.mean < 0]
     higher = [row for row in tested if row.difference and row.difference.clear and row.difference.mean > 0]
     kept = sum(row.adjusted is not None and row.adjusted < 0.05 for row in lower)
     if not tested:
         return [*items, "No comparison with the baseline has an interval yet."]
-    text = f"Of {len(tested)} comparisons with the baseline, {len(lower)} have an interval below zero (better; {kept} "
-    text += f"of them with Holm's p below 0.05), {len(higher)} one above zero (worse), the others hold zero."
-    without = sum(not row.baseline for row in summary.rows) - len(tested)
+    text = (
+        f"Of {len(tested)} adjusted comparisons with the baseline, {len(lower)} have an interval below zero (better; "
+    )
+    text += f"{kept} of them with Holm's p below 0.05), {len(higher)} one above zero (worse), the others hold zero."
+    without = sum(not row.baseline and not (row.difference and row.difference.p is not None) for row in summary.rows)
     items.append(text + (f" {without} more have no interval (no two pairs, or a diverged run)." if without else ""))
     return items
 
@@ -193,11 +206,46 @@ def _result_rows(summary: Summary, model: str) -> list[list[str]]:
 
 
 def _pair_rows(summary: Summary) -> list[list[str]]:
-    """Return the rows of the comparisons in the study's `pairs`."""
+    """Return the rows of the comparisons in the study's `pairs`; with Holm's p in a study with a primary comparison."""
+    with_p = any(pair.question == "primary" for pair in summary.pairs)
+    found = [(pair, cells) for pair, cells in _compared(summary) if not pair.question]
+    return [[*cells, p_text(pair.adjusted)] if with_p else cells for pair, cells in found]
+
+
+def _compared(summary: Summary) -> list[tuple[PairRow, list[str]]]:
     return [
-        [row.model, row.arm, row.other, difference_text(row.difference), f"{row.difference.won}/{row.difference.pairs}"]
-        for row in summary.pairs
-        if row.difference is not None
+        (pair, [pair.model, pair.arm, pair.other, difference_text(found), f"{found.won}/{found.pairs}"])
+        for pair in summary.pairs
+        if (found := pair.difference) is not None
+    ]
+
+
+def _question_rows(summary: Summary) -> list[list[str]]:
+    """Return the rows of the primary and the secondary comparison, also of models without a result."""
+    known = {id(pair): cells for pair, cells in _compared(summary)}
+    rows = []
+    for pair in summary.pairs:
+        if pair.question:
+            high = pair.difference.high if pair.difference else None
+            reached = "-" if high is None else "yes" if high <= 0 else "no"
+            cells = known.get(id(pair), [pair.model, pair.arm, pair.other, "no result yet", "-"])
+            p = pair.difference.p if pair.difference else None
+            rows.append([pair.question, *cells, p_text(p), reached])
+    return rows
+
+
+def _share_rows(summary: Summary) -> list[list[str]]:
+    """Return the rows of the shares of the searched gain."""
+    return [
+        [
+            row.model,
+            row.arm,
+            difference_text(row.difference),
+            "-" if row.share is None else f"{row.share.value:.0%} [{row.share.low:.0%}, {row.share.high:.0%}]",
+            str(row.tuning),
+            f"{row.passes:.2f}",
+        ]
+        for row in summary.shares
     ]
 
 

@@ -54,6 +54,35 @@ def compare(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Differen
     return Difference(mean, mean - half, mean + half, float(2 * student.sf(abs(mean / error))), len(seeds), won)
 
 
+class Ratio(NamedTuple):
+    """A share with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def share(arm: Mapping[int, float], searched: Mapping[int, float], baseline: Mapping[int, float]) -> Ratio | None:
+    """Return the arm's gain over the baseline divided by that of `searched`, over the seeds that all three have.
+
+    Losses by seed. The interval is Fieller's (1954) for the ratio of two means of paired values. None with fewer than
+    two seeds, or unless the 95 % interval of the searched gain is above zero: a share of nothing means nothing.
+    """
+    seeds = [seed for seed in arm if seed in searched and seed in baseline]
+    gains = [(baseline[seed] - arm[seed], baseline[seed] - searched[seed]) for seed in seeds]
+    if len(gains) < 2 or not all(math.isfinite(value) for pair in gains for value in pair):
+        return None
+    mine, theirs = zip(*gains, strict=True)
+    a, b = statistics.fmean(mine), statistics.fmean(theirs)
+    scale = float(stats.t(len(gains) - 1).ppf(0.975)) ** 2 / len(gains)
+    square = b * b - scale * statistics.variance(theirs)
+    if b <= 0 or square <= 0:
+        return None
+    middle = (a * b - scale * statistics.covariance(mine, theirs)) / square
+    root = math.sqrt(max(0.0, middle * middle - (a * a - scale * statistics.variance(mine)) / square))
+    return Ratio(a / b, middle - root, middle + root)
+
+
 def holm(values: Sequence[float]) -> list[float]:
     """Return Holm's adjusted p-values in input order: the i-th smallest of m times m + 1 - i, monotone, at most 1.
 

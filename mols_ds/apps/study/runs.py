@@ -1,8 +1,8 @@
 """The runs of a study: their names, the next ones to execute, and their results on disk.
 
-A finished run is one JSON file in OUT/runs, written atomically. Its name contains a hash of every setting that affects
-the result. So a stopped study continues where it was, a new arm repeats nothing, and results of other settings are
-never mixed in.
+A finished run is one JSON file in OUT/runs, written atomically, or one line of the study's `rows`. A hash of every
+setting that affects the result names it. So a stopped study continues where it was, a new arm repeats nothing, and
+results of other settings are never mixed in. In `rows`, arms with the same settings share their runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from mols_ds.apps.study.rows import Rows
+from mols_ds.apps.study.search import PREFIX, search
 from mols_ds.apps.study.spec import Study, Value, Values
 from mols_ds.core.files import write_whole
 from mols_ds.core.json_text import read_json
@@ -49,12 +51,14 @@ class Chosen(NamedTuple):
     """Tuning result of an arm on a model.
 
     values: the best candidate. losses: every candidate -> mean final validation loss over the tuning seeds (infinite if
-    one diverged). edge: the best rate is the smallest or largest one tried.
+    one diverged). edge: the best rate is the smallest or largest one tried. spent: runs of a search; 0: every candidate
+    ran with every tuning seed.
     """
 
     values: Values
     losses: dict[Values, float]
     edge: bool
+    spent: int = 0
 
 
 @dataclass
@@ -118,14 +122,15 @@ def _merge(into: JsonObject, extra: JsonMapping) -> None:
 
 
 class Store:
-    """Results of a study's runs in the folder `out`."""
+    """Results of a study's runs: in the folder `out`, or in the study's `rows`."""
 
     def __init__(self, study: Study, out: Path) -> None:
         self.study, self.out = study, out
+        self.rows = None if study.rows is None else Rows(Path(study.rows))
 
-    def key(self, run: StudyRun) -> str:
-        """Return the label and hash of a run: its file name without suffix."""
-        study = self.study
+    def digest(self, run: StudyRun) -> str:
+        """Return the hash of every setting that affects the result of a run; the arm's name does not."""
+        study = self.study.at(run.model)
         state = [
             SCHEMA,
             study.models[run.model],
@@ -139,8 +144,11 @@ class Store:
         ]
         if study.snr is not None and run.arm in study.snr.arms:
             state.append(study.snr.every)
-        digest = hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=6).hexdigest()
-        return f"{run.label}-{digest}"
+        return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+    def key(self, run: StudyRun) -> str:
+        """Return the label and hash of a run: its file name without suffix."""
+        return f"{run.label}-{self.digest(run)}"
 
     def file(self, run: StudyRun) -> Path:
         """Return the path of a finished run's result."""
@@ -152,6 +160,8 @@ class Store:
 
     def load(self, run: StudyRun) -> JsonObject | None:
         """Return the result of a run, or None if it is not finished. Raises MolsConfigError for a damaged file."""
+        if self.rows is not None:
+            return self.rows.read().get(self.digest(run))
         file = self.file(run)
         if not file.is_file():
             return None
@@ -159,6 +169,9 @@ class Store:
 
     def save(self, run: StudyRun, result: JsonMapping) -> None:
         """Write the result of a finished run atomically."""
+        if self.rows is not None:
+            self.rows.add(self.digest(run), result)
+            return
         file = self.file(run)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(result) + "\n")
@@ -196,8 +209,14 @@ def tuning(study: Study, store: Store, model: str, arm: str) -> tuple[list[Study
     """Return the tuning runs that an arm still needs on a model; if there are none, what was chosen.
 
     Candidates are the whole grid. While the best rate is at an edge, the next rate on that side, by a factor of 2, is
-    added with the best values of the other settings, at most `study.extend` times.
+    added with the best values of the other settings, at most `study.extend` times. With `settings_of`, the choice on
+    that model. With `search`, see `mols_ds.apps.study.search`.
     """
+    change, spec = study.changes.get(model), study.arms[arm]
+    if change is not None and change.settings_of is not None:
+        return [], tuning(study, store, change.settings_of, arm)[1]
+    if spec.search is not None:
+        return _searching(study, store, model, arm)
     losses: dict[Values, float] = {}
     wanted = study.candidates(arm)
     for _ in range(study.extend + 1):
@@ -214,6 +233,57 @@ def tuning(study: Study, store: Store, model: str, arm: str) -> tuple[list[Study
             return [], Chosen(best, losses, further is not None)
         wanted = [further]
     return [], Chosen(best, losses, _beyond(best, losses) is not None)
+
+
+def _searching(study: Study, store: Store, model: str, arm: str) -> tuple[list[StudyRun], Chosen | None]:
+    """Return the next run of an arm's search, or what it found. Neither before the arm where it starts is tuned."""
+    spec = study.arms[arm].search
+    assert spec is not None
+    first = tuning(study, store, model, spec.start)[1]
+    if first is None:
+        return [], None
+    section = arm_config(study, spec.start, first.values).get("mols") or {}
+    alphas = tuple((PREFIX + group, alpha) for group, alpha in (section.get("fixed_alphas") or {}).items())
+    found = search(
+        (("lr", dict(first.values)["lr"]), *alphas),
+        spec.groups,
+        study.tune_seeds,
+        spec.runs,
+        lambda values, seed: store.loss(StudyRun(model, arm, values, seed)),
+    )
+    if found.wanted is not None:
+        return [StudyRun(model, arm, *found.wanted)], None
+    return [], None if found.best is None else Chosen(found.best, found.losses, False, found.spent)
+
+
+def best_arms(study: Study, store: Store, model: str, number: int) -> list[str] | None:
+    """Return the baseline and the `number` arms with the lowest mean loss over a model's evaluation seeds, best first.
+
+    Of arms with the same settings only the first counts. None while a run is missing.
+    """
+    means: dict[str, float] = {}
+    seen: set[str] = set()
+    for arm in study.arms_of(model):
+        best = tuning(study, store, model, arm)[1]
+        if best is None:
+            return None
+        runs = [StudyRun(model, arm, best.values, seed) for seed in study.at(model).seeds]
+        losses = [store.loss(run) for run in runs] if math.isfinite(best.losses[best.values]) else [math.inf]
+        if None in losses:
+            return None
+        if store.digest(runs[0]) not in seen:
+            means[arm] = math.fsum(loss or 0.0 for loss in losses)
+        seen.add(store.digest(runs[0]))
+    ranked = sorted((arm for arm in means if arm != study.baseline), key=means.__getitem__)
+    return [study.baseline, *ranked[:number]]
+
+
+def arms_wanted(study: Study, store: Store, model: str) -> list[str]:
+    """Return the arms that run on a model; none while the best arms of another model are not known."""
+    change = study.changes.get(model)
+    if change is None or change.settings_of is None or change.best is None:
+        return study.arms_of(model)
+    return best_arms(study, store, change.settings_of, change.best) or []
 
 
 def _beyond(best: Values, tried: Iterable[Values]) -> Values | None:
@@ -234,18 +304,22 @@ def needed(study: Study, store: Store) -> tuple[list[StudyRun], dict[tuple[str, 
     """
     todo: list[StudyRun] = []
     chosen: dict[tuple[str, str], Chosen] = {}
+    arms = {model: arms_wanted(study, store, model) for model in study.models}
     for arm in study.arms:
         for model in study.models:
-            if arm not in study.arms_of(model):
+            if arm not in arms[model]:
                 continue
             missing, best = tuning(study, store, model, arm)
             if best is not None:
                 chosen[model, arm] = best
                 if math.isfinite(best.losses[best.values]):
-                    runs = [StudyRun(model, arm, best.values, seed) for seed in study.seeds]
+                    runs = [StudyRun(model, arm, best.values, seed) for seed in study.at(model).seeds]
                     missing = [run for run in runs if store.load(run) is None]
-            todo += [run for run in missing if run not in todo]
-    return todo, chosen
+            todo += missing
+    different: dict[object, StudyRun] = {}
+    for run in todo:
+        different.setdefault(store.digest(run) if store.rows else run, run)
+    return list(different.values()), chosen
 
 
 def collect(study: Study, store: Store) -> StudyResults:
@@ -254,7 +328,7 @@ def collect(study: Study, store: Store) -> StudyResults:
     runs: dict[StudyRun, JsonObject] = {}
     for (model, arm), best in chosen.items():
         every = [StudyRun(model, arm, values, seed) for values in best.losses for seed in study.tune_seeds]
-        every += [StudyRun(model, arm, best.values, seed) for seed in study.seeds]
+        every += [StudyRun(model, arm, best.values, seed) for seed in study.at(model).seeds]
         for run in every:
             result = store.load(run)
             if result is not None:
@@ -262,6 +336,6 @@ def collect(study: Study, store: Store) -> StudyResults:
     costs: dict[str, dict[str, JsonObject]] = {}
     for (model, arm), best in chosen.items():
         known = store.costs().get(model, {}).get(arm, {})
-        if known.get("run") == store.key(StudyRun(model, arm, best.values, study.seeds[0])):
+        if known.get("run") == store.key(StudyRun(model, arm, best.values, study.at(model).seeds[0])):
             costs.setdefault(model, {})[arm] = known
     return StudyResults(study.model_dump(mode="json"), study.baseline, runs, chosen, costs, missing)

@@ -75,6 +75,15 @@ class StudySnr(Frozen):
     arms: tuple[str, ...] = ()
 
 
+class StudySearch(Frozen):
+    """A random search over the multipliers of `groups` instead of a grid, see `mols_ds.apps.study.search`. It starts at
+    the best settings of the arm `start` and ends after `runs` runs."""
+
+    start: str
+    runs: Positive = 60
+    groups: Annotated[tuple[str, ...], Field(min_length=1)] = ("embedding", "head", "qk", "vo", "mlp")
+
+
 class StudyArm(Frozen):
     """Settings of one arm.
 
@@ -91,10 +100,13 @@ class StudyArm(Frozen):
     lr: tuple[Rate, ...] | None = None
     grid: dict[str, tuple[Value, ...]] = Field(default_factory=dict)
     models: tuple[str, ...] | None = None
+    search: StudySearch | None = None
     about: str = ""
 
     @model_validator(mode="after")
     def _check(self) -> StudyArm:
+        if self.search is not None and (self.mols is None or self.lr is not None or self.grid):
+            raise ValueError("search: needs a mols section, and neither lr nor grid (it starts at another arm's best)")
         for name, values in self.grid.items():
             if name.split(".", 1)[0] not in ("params", "mols", "deepspeed") or "." not in name:
                 raise ValueError(f'grid: "{name}" must be params.NAME, mols.NAME or deepspeed.NAME')
@@ -107,10 +119,29 @@ class StudyArm(Frozen):
         return self
 
 
+class StudyChange(Frozen):
+    """What is different on one model. `params` is merged into the optimizer settings of every arm.
+
+    `settings_of`: nothing is tuned here; every arm has its best settings on that model. `best`: with `settings_of`,
+    only the baseline and the `best` arms of that model by mean loss over its evaluation seeds, once all are known.
+    """
+
+    batch: StudyBatch | None = None
+    budget: StudyBudget | None = None
+    params: JsonObject = Field(default_factory=dict)
+    seeds: tuple[StrictInt, ...] | None = None
+    settings_of: str | None = None
+    best: Positive | None = None
+
+
 class Study(Frozen):
     """A study file. `load_study` reads it and raises MolsConfigError.
 
-    `pairs`: further comparisons besides those with the baseline: (arm, other arm).
+    `pairs`: further comparisons besides those with the baseline: (arm, other arm). `changes`: model -> what is
+    different there. `rows`: file that gets one line per finished run and replaces the result files, so that results can
+    be kept in git; relative to the study file. `primary`, `secondary`: the comparisons (arm, other arm) that the study
+    was made for; with `primary`, Holm's adjustment is over all others, `pairs` too. `searched`: the arm whose gain over
+    the baseline is the upper bound that other arms are compared with.
     """
 
     name: Annotated[StrictStr, Field(pattern=NAME)]
@@ -125,6 +156,11 @@ class Study(Frozen):
     seeds: Annotated[tuple[StrictInt, ...], Field(min_length=1)]
     baseline: str = "adam"
     pairs: tuple[tuple[str, str], ...] = ()
+    primary: tuple[str, str] | None = None
+    secondary: tuple[str, str] | None = None
+    searched: str | None = None
+    changes: dict[str, StudyChange] = Field(default_factory=dict)
+    rows: str | None = None
     arms: Annotated[dict[str, StudyArm], Field(min_length=1)]
     deepspeed: JsonObject = Field(default_factory=dict)
     clip: Annotated[float, Field(strict=True, ge=0)] = 1.0
@@ -168,17 +204,51 @@ class Study(Frozen):
                     raise ValueError(f'arms.{name}.models: "{model}" is not one of {", ".join(self.models)}')
         if self.arms[self.baseline].models is not None:
             raise ValueError(f"arms.{self.baseline}.models: the baseline runs on every model")
-        for arm_name in itertools.chain(*self.pairs):
-            if arm_name not in self.arms:
-                raise ValueError(f'pairs: "{arm_name}" is not one of the arms')
-        for arm_name in self.snr.arms if self.snr else ():
-            if arm_name not in self.arms:
-                raise ValueError(f'snr.arms: "{arm_name}" is not one of the arms')
-        for key in ("seeds", "tune_seeds"):
-            values = getattr(self, key)
+        tuned = [model for model in self.models if (self.changes.get(model) or StudyChange()).settings_of is None]
+        for name, change in self.changes.items():
+            if name not in self.models:
+                raise ValueError(f'changes: "{name}" is not one of the models {", ".join(self.models)}')
+            if change.settings_of is not None and change.settings_of not in tuned:
+                raise ValueError(f'changes.{name}.settings_of: "{change.settings_of}" is not one of {", ".join(tuned)}')
+            if change.best is not None and change.settings_of is None:
+                raise ValueError(f"changes.{name}.best: needs settings_of, the model whose best arms they are")
+        named_arms = {
+            "pairs": itertools.chain(*self.pairs),
+            "primary": self.primary or (),
+            "secondary": self.secondary or (),
+            "searched": (self.searched,) if self.searched else (),
+            "snr.arms": self.snr.arms if self.snr else (),
+            "search.start": (arm.search.start for arm in self.arms.values() if arm.search),
+        }
+        for key, arm_names in named_arms.items():
+            for arm_name in arm_names:
+                if arm_name not in self.arms:
+                    raise ValueError(f'{key}: "{arm_name}" is not one of the arms')
+                if key == "search.start" and self.arms[arm_name].search is not None:
+                    raise ValueError(f'{key}: "{arm_name}" searches too')
+        for name, arm in self.arms.items():
+            first = arm.search.start if arm.search else name
+            for model in tuned:
+                if name in self.arms_of(model) and first not in self.arms_of(model):
+                    raise ValueError(f'arms.{name}.search.start: "{first}" does not run on {model}')
+        named = {"seeds": self.seeds, "tune_seeds": self.tune_seeds}
+        named |= {f"changes.{name}.seeds": change.seeds for name, change in self.changes.items() if change.seeds}
+        for key, values in named.items():
             if len(set(values)) < len(values) or min(values) < 0:
                 raise ValueError(f"{key}: each seed once, none negative")
         return self
+
+    def at(self, model: str) -> Study:
+        """Return the study as it is on a model: with its `changes`."""
+        change = self.changes.get(model)
+        if change is None:
+            return self
+        own = {"batch": change.batch, "budget": change.budget, "seeds": change.seeds}
+        arms = {
+            name: arm.model_copy(update={"params": {**arm.params, **change.params}}) for name, arm in self.arms.items()
+        }
+        known = {key: value for key, value in own.items() if value is not None}
+        return self.model_copy(update={**known, "arms": arms, "changes": {}})
 
     def arms_of(self, model: str) -> list[str]:
         """Return the arms that run on a model, in the file's order."""
@@ -210,7 +280,8 @@ def load_study(path: str | Path) -> Study:
     data = study.data
     if (file.parent / data.source).exists():
         data = data.model_copy(update={"source": str(file.parent / data.source)})
-    return study.model_copy(update={"models": models, "data": data})
+    rows = None if study.rows is None else str(file.parent / study.rows)
+    return study.model_copy(update={"models": models, "data": data, "rows": rows})
 
 
 def _model(value: str | JsonObject, folder: Path) -> str | JsonObject:

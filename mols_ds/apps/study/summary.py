@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mols_ds.apps.study import curves
 from mols_ds.apps.study.curves import Band, Curve, Sensitivity, SnrCurve, final_loss
 from mols_ds.apps.study.paired import Difference, compare, holm
+from mols_ds.apps.study.questions import PairRow, ShareRow, change_of, evaluated, pair_row, seeds_of, share_rows
 from mols_ds.apps.study.relative import RelativeCost, Runs, relative_cost
 from mols_ds.apps.study.runs import setting_text
 from mols_ds.core.json_types import JsonMapping, JsonObject
@@ -34,9 +35,9 @@ class ArmRow:
 
     mean, sd, perplexity (exp of the mean, smallest and largest seed): None without evaluation runs; infinite with a
     diverged seed (sd: None). planned: evaluation seeds of the study. tried: tuning candidates. adjusted: Holm's p-value
-    over all comparisons of the study. reached: tokens at which the mean curve reaches the baseline's final loss.
-    speed_up: the baseline's tokens divided by these; speed_up_charged: the same with the tokens of MoLS's measuring
-    passes added to the arm's.
+    over all comparisons of the study but its primary and secondary one. reached: tokens at which the mean curve reaches
+    the baseline's final loss. speed_up: the baseline's tokens divided by these; speed_up_charged: the same with the
+    tokens of MoLS's measuring passes added to the arm's.
     """
 
     model: str
@@ -82,16 +83,6 @@ class AlphaRow:
     clamped: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class PairRow:
-    """A comparison from the study's `pairs`: `arm` minus `other`, paired by seed."""
-
-    model: str
-    arm: str
-    other: str
-    difference: Difference | None
-
-
 @dataclass(slots=True)
 class Summary:
     """All numbers of a report. `models`, `arms`: in the study's order, the baseline first."""
@@ -111,6 +102,7 @@ class Summary:
     missing: list[JsonObject]
     tuning: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     pairs: list[PairRow] = field(default_factory=list)
+    shares: list[ShareRow] = field(default_factory=list)
 
     def of(self, model: str) -> list[ArmRow]:
         """Return the rows of one model."""
@@ -123,7 +115,10 @@ def summarise(results: StudyResults) -> Summary:
     models = _ordered(list(study.get("models", ())), (model for model, _ in results.chosen))
     arms = _ordered([results.baseline, *study.get("arms", ())], (arm for _, arm in results.chosen))
     found = [_row(results, model, arm) for model in models for arm in arms]
-    rows, comparisons = _adjust([row for row in found if row is not None])
+    asked = [(study[name], name) for name in ("primary", "secondary") if study.get(name)]
+    asked += [(pair, "") for pair in study.get("pairs", ())]
+    compared = [pair_row(results, model, pair[0], pair[1], question) for pair, question in asked for model in models]
+    rows, pairs, comparisons = _adjust([row for row in found if row is not None], compared, study)
     snr = {model: _snr(results, model, arms) for model in models}
     return Summary(
         name=str(study.get("name", "study")),
@@ -143,7 +138,8 @@ def summarise(results: StudyResults) -> Summary:
             for run in results.missing
         ],
         tuning={model: _tuning(results, model, arms) for model in models},
-        pairs=[_pair(results, model, *pair) for model in models for pair in study.get("pairs", ())],
+        pairs=pairs,
+        shares=[row for model in models for row in share_rows(results, model, arms)],
     )
 
 
@@ -179,20 +175,7 @@ def _ordered(first: Iterable[str], more: Iterable[str]) -> list[str]:
 
 def _planned(study: JsonMapping, model: str, arm: str) -> bool:
     only = (study.get("arms", {}).get(arm) or {}).get("models")
-    return only is None or model in only
-
-
-def _evaluated(results: StudyResults, model: str, arm: str) -> dict[int, JsonObject]:
-    """Return the evaluation runs of an arm at its chosen settings, by seed in the study's order."""
-    chosen = results.chosen.get((model, arm))
-    if chosen is None:
-        return {}
-    found = {
-        run.seed: result
-        for run, result in results.runs.items()
-        if (run.model, run.arm, run.values) == (model, arm, chosen.values)
-    }
-    return {seed: found[seed] for seed in results.study.get("seeds", ()) if seed in found}
+    return (only is None or model in only) and not change_of(study, model).get("best")
 
 
 def _row(results: StudyResults, model: str, arm: str) -> ArmRow | None:
@@ -200,11 +183,11 @@ def _row(results: StudyResults, model: str, arm: str) -> ArmRow | None:
     chosen = results.chosen.get((model, arm))
     if chosen is None:
         return None
-    runs, baseline = _evaluated(results, model, arm), _evaluated(results, model, results.baseline)
+    runs, baseline = evaluated(results, model, arm), evaluated(results, model, results.baseline)
     losses = {seed: final_loss(run) for seed, run in runs.items()}
     base_losses = {seed: final_loss(run) for seed, run in baseline.items()}
     values = list(losses.values())
-    planned = len(results.study.get("seeds", ()))
+    planned = len(seeds_of(results.study, model))
     reached, speed_up, charged = _speed_up(runs, baseline)
     first: JsonMapping = next(iter(runs.values()), {})
     return ArmRow(
@@ -230,11 +213,6 @@ def _row(results: StudyResults, model: str, arm: str) -> ArmRow | None:
         curve=curves.validation_curve(runs.values()),
         notes=_notes(chosen, runs, losses, planned, base_losses),
     )
-
-
-def _pair(results: StudyResults, model: str, arm: str, other: str) -> PairRow:
-    mine, theirs = ({s: final_loss(r) for s, r in _evaluated(results, model, a).items()} for a in (arm, other))
-    return PairRow(model, arm, other, compare(mine, theirs))
 
 
 def _perplexity(losses: list[float]) -> Band | None:
@@ -290,11 +268,22 @@ def _notes(
     return tuple(notes)
 
 
-def _adjust(rows: list[ArmRow]) -> tuple[list[ArmRow], int]:
-    """Fill in Holm's p-values over all comparisons of the study. Return the rows and the number of comparisons."""
-    tested = [(i, row.difference.p) for i, row in enumerate(rows) if row.difference and row.difference.p is not None]
-    adjusted = dict(zip((i for i, _ in tested), holm([p for _, p in tested]), strict=True))
-    return [replace(row, adjusted=adjusted.get(i)) for i, row in enumerate(rows)], len(tested)
+def _adjust(rows: list[ArmRow], pairs: list[PairRow], study: JsonMapping) -> tuple[list[ArmRow], list[PairRow], int]:
+    """Fill in Holm's p-values: over all comparisons with the baseline, or, in a study with a primary comparison, over
+    all of these and of `pairs` but the primary and the secondary one. Return the rows and the number of comparisons."""
+    asked = {tuple(study.get(name) or ()) for name in ("primary", "secondary")}
+    with_pairs = study.get("primary") is not None
+    values: dict[tuple[str, int], float] = {}
+    for i, row in enumerate(rows):
+        if row.difference and row.difference.p is not None and (row.arm, study.get("baseline")) not in asked:
+            values["row", i] = row.difference.p
+    for i, pair in enumerate(pairs):
+        if with_pairs and not pair.question and pair.difference and pair.difference.p is not None:
+            values["pair", i] = pair.difference.p
+    adjusted = dict(zip(values, holm(list(values.values())), strict=True))
+    rows = [replace(row, adjusted=adjusted.get(("row", i))) for i, row in enumerate(rows)]
+    pairs = [replace(pair, adjusted=adjusted.get(("pair", i))) for i, pair in enumerate(pairs)]
+    return rows, pairs, len(values)
 
 
 def _sensitivities(results: StudyResults, model: str, arms: Iterable[str]) -> dict[str, Sensitivity]:
@@ -318,13 +307,13 @@ def _tuning(results: StudyResults, model: str, arms: Iterable[str]) -> dict[str,
 
 def _snr(results: StudyResults, model: str, arms: Iterable[str]) -> dict[str, dict[str, SnrCurve]]:
     """Return arm -> estimator -> curve, for arms with SNR readings."""
-    found = {arm: curves.snr_curves(list(_evaluated(results, model, arm).values())) for arm in arms}
+    found = {arm: curves.snr_curves(list(evaluated(results, model, arm).values())) for arm in arms}
     return {arm: curve for arm, curve in found.items() if curve}
 
 
 def _alphas(results: StudyResults, model: str, arm: str) -> AlphaRow | None:
     """Return the alphas of an arm; None without multipliers."""
-    runs = _evaluated(results, model, arm)
+    runs = evaluated(results, model, arm)
     values: dict[str, list[float]] = {}
     clamped: set[str] = set()
     seeds = 0

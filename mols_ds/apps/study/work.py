@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -68,7 +70,7 @@ class Worker:
         return str(path)
 
     def _prepare(self, model: str) -> tuple[DataSpec, Tokenizer, TokenData]:
-        study, data = self.study, self.study.data
+        study, data = self.study.at(model), self.study.data
         spec = DataSpec.parse(data.source, text_key=data.text_key, eval_share=data.eval_share)
         check_hub(spec)
         tokenizer, tokens = prepare(
@@ -83,16 +85,17 @@ class Worker:
 
     def config(self, run: StudyRun, out: Path) -> JsonObject:
         """Return the resolved DeepSpeed config of a run. Raises MolsConfigError if DeepSpeed refuses it."""
-        config = arm_config(self.study, run.arm, run.values)
+        study = self.study.at(run.model)
+        config = arm_config(study, run.arm, run.values)
         if "mols" in config:
             config["mols"].setdefault("report_dir", str(out / "mols_report"))
-        config = resolve(config, world=self.rank_info.world, steps=self.study.steps, out=out)
+        config = resolve(config, world=self.rank_info.world, steps=study.steps, out=out)
         check_with_deepspeed(config, f"of arm {run.arm}")
         return config
 
     def job(self, run: StudyRun, out: Path, watch: Callable[[DeepSpeedEngine], None] | None = None) -> TrainJob:
         """Return the job of a run for `mols_ds.training.trainer.train`. `watch` is called after every update."""
-        study, ranks = self.study, self.rank_info
+        study, ranks = self.study.at(run.model), self.rank_info
         spec, tokenizer, tokens = self.tokens(run.model)
         config = self.config(run, out)
         shape = BatchShape(
@@ -138,7 +141,7 @@ class Worker:
             self.model_source(run.model),
             vocab_size=tokenizer.size,
             end=tokenizer.end,
-            seq_len=self.study.batch.length,
+            seq_len=self.study.at(run.model).batch.length,
             seed=run.seed,
             dtype=model_dtype(config),
             checkpointing=self.study.activation_checkpointing,
@@ -159,8 +162,9 @@ class Worker:
         out.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
         facts, watch = Facts(), None
-        snr = self.study.snr
-        if snr is not None and run.arm in snr.arms and run.seed in self.study.seeds:
+        study = self.study.at(run.model)
+        snr = study.snr
+        if snr is not None and run.arm in snr.arms and run.seed in study.seeds:
             watch = KeptWatch(snr.every, out / READINGS, first)
 
         def after_update(engine: DeepSpeedEngine) -> None:
@@ -168,14 +172,16 @@ class Worker:
             if watch is not None:
                 watch(engine)
 
-        outcome = train(self.job(run, out, after_update))
+        job = self.job(run, out, after_update)
+        began = time.process_time()
+        outcome = train(job)
         result: JsonObject = {"schema": SCHEMA, "model": run.model, "arm": run.arm, "values": dict(run.values)}
-        result |= {"seed": run.seed, "steps": self.study.steps, "tokens": outcome.tokens}
-        result |= {"tokens_per_step": self.study.tokens_per_step, "probe_passes": outcome.probe_steps}
+        result |= {"seed": run.seed, "steps": study.steps, "tokens": outcome.tokens}
+        result |= {"tokens_per_step": study.tokens_per_step, "probe_passes": outcome.probe_steps}
         result |= {"weights": facts.weights, "groups": facts.groups, "alphas": outcome.alphas}
         result["val_loss"] = outcome.val_loss if math.isfinite(outcome.val_loss) else None
         result["snr"] = {} if watch is None else {"step": watch.steps, "groups": watch.as_snr(), **watch.curves}
-        result["seconds"] = outcome.seconds
+        result["seconds"], result["cpu_seconds"] = outcome.seconds, time.process_time() - began
         problem = [self._keep(run, outcome, result) if first else None]
         torch.distributed.broadcast_object_list(problem, src=0)
         if problem[0] is not None:
@@ -187,7 +193,7 @@ class Worker:
         out = self.store.folder(run)
         try:
             result["report"] = read_json(outcome.report, str(outcome.report)) if outcome.report else {}
-            result |= curves(out / METRICS, self.study.tokens_per_step)
+            result |= curves(out / METRICS, self.study.at(run.model).tokens_per_step)
             self.store.save(run, result)
         except (MolsError, OSError) as error:
             return f"the result of {run.label} cannot be saved: {error}"
@@ -234,13 +240,16 @@ class Facts:
 
 
 def curves(path: Path, tokens_per_step: int) -> JsonObject:
-    """Read training and validation loss over steps and tokens, and the median step time, from a metrics file."""
+    """Read training and validation loss over steps and tokens, and the median step time, from a metrics file. "losses":
+    hash of the training loss of every step."""
     steps = [line for line in read_lines(path) if "step" in line]
     stride = max(1, math.ceil(len(steps) / CURVE_POINTS))
     blocks = [steps[i : i + stride] for i in range(0, len(steps), stride)]
     validated = [line for line in steps if "val_loss" in line]
+    every = json.dumps([line["loss"] for line in steps])
     means = [(block[-1]["step"], statistics.fmean(line["loss"] for line in block)) for block in blocks]
     return {
+        "losses": hashlib.blake2b(every.encode(), digest_size=6).hexdigest(),
         "curve": _curve(means, tokens_per_step),
         "val_curve": _curve([(line["step"], line["val_loss"]) for line in validated], tokens_per_step),
         "step_seconds": statistics.median(line["step_seconds"] for line in steps),

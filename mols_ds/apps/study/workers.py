@@ -27,6 +27,7 @@ from mols_ds.apps.study.work import RankInfo, Worker
 from mols_ds.core.json_types import JsonObject
 from mols_ds.engines.deepspeed.compat import skip_shm_kernel
 from mols_ds.errors import MolsError
+from mols_ds.report.files import draw_no_plots
 from mols_ds.training.kernel_caches import check_kernel_caches
 
 POLL_SECONDS = 1.0
@@ -81,9 +82,11 @@ def _logged(path: Path, rank: int) -> Iterator[None]:
 
 
 def quiet_engines() -> None:
-    """Hide messages of DeepSpeed and transformers below warnings."""
+    """Hide messages of DeepSpeed and transformers below warnings. Draw no picture of a run's report."""
     from deepspeed.utils import logger
     from transformers.utils import logging as transformers_logging
+
+    draw_no_plots()
 
     logger.setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
@@ -144,8 +147,10 @@ class Pool:
     def __init__(self, study: Study, store: Store, jobs: int) -> None:
         self.study, self.store = study, store
         spawn = multiprocessing.get_context("spawn")
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # child processes read it when they import torch
+        threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs))))
+        # glibc gives large tensors a mapping of their own and unmaps it when they are freed: page faults in every step
+        os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
+        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**40))
         self.free: list[Connection] = []
         self.busy: dict[Connection, Task] = {}
         self.processes = []
