@@ -144,6 +144,7 @@ class LocalStats:
         """Record the ids of a look-up; any integer dtype, shape and device."""
         if self.vocabulary is None:
             return
+        ids = local_part(ids)
         if self._ids is None:
             self._ids = torch.zeros(self.vocabulary.rows + 1, dtype=torch.uint8, device=ids.device)
         mark_ids(self._ids, ids.to(self._ids.device))
