@@ -14,7 +14,7 @@ from mols_ds.core.group_stats import GroupSums, NoiseFloor, noise_floor
 from mols_ds.core.layout import ElementLayout
 from mols_ds.core.pieces import local_part
 from mols_ds.core.ranges import ShardRange
-from mols_ds.core.vocabulary import Vocabulary, mark_ids, mark_rows, row_mask, seen_tokens
+from mols_ds.core.vocabulary import TokenRows, mark_ids, mark_rows, row_mask, seen_tokens
 from mols_ds.errors import MolsCheckpointError
 
 
@@ -84,7 +84,7 @@ class LocalStats:
         layouts: Mapping[str, ElementLayout],
         groups: Sequence[str],
         device: torch.device,
-        vocabulary: Vocabulary | None = None,
+        vocabulary: TokenRows | None = None,
     ) -> None:
         self.vocabulary = vocabulary
         self.seen: Tensor | None = None

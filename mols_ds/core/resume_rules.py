@@ -81,6 +81,13 @@ def changed(saved: object, config: MolsConfig, phase: Phase) -> tuple[list[str],
     return kept, applied
 
 
+def other_mode(saved: Mapping[str, Any], samples: int, mode: str) -> str | None:
+    """Return why the samples of a partial calibration cannot be continued in this mode; None if they can."""
+    if samples > 0 and saved.get("mode") != mode:
+        return f'its samples are of mode "{saved.get("mode")}", this run\'s mode is "{mode}"'
+    return None
+
+
 def reenabled_warning(saved: Mapping[str, Any], t: int) -> str | None:
     """Return a warning for a state that a run with MoLS off kept and that is loaded at step t; None for others."""
     since = saved.get(SINCE)

@@ -31,7 +31,7 @@ from mols_ds.core.pieces import local_part, zero_pieces
 from mols_ds.core.probe_window import ProbeWindow
 from mols_ds.core.protocols import GradientSource
 from mols_ds.core.ranges import ShardRange
-from mols_ds.core.resume_rules import changed, reenabled_warning, section_of
+from mols_ds.core.resume_rules import changed, other_mode, reenabled_warning, section_of
 from mols_ds.core.vocabulary import TokenIds
 from mols_ds.errors import MolsError
 
@@ -280,11 +280,8 @@ class Session(Handle, ABC):
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model: open a pass of the probe window. Ignores passes without gradients."""
-        vocabulary = self.controller.elements.vocabulary
-        if not self.controller.measuring:
-            self._token_ids.remove()
-        elif vocabulary is not None and torch.is_grad_enabled():
-            self._token_ids.watch(module, vocabulary.rows)
+        tokens = self.controller.elements.vocabulary if self.controller.measuring else None
+        self._token_ids.follow(module, None if tokens is None else tokens.rows)
         if self.controller.discards_steps and torch.is_grad_enabled():
             self.window.open_pass()
 
@@ -376,7 +373,7 @@ class Session(Handle, ABC):
             controller.log(f"MoLS: {line}")
         controller.follow_config(t)
         if controller.measuring:
-            problem = self._mode_problem(saved) or load_samples()
+            problem = other_mode(saved, controller.samples, self.config.mode) or load_samples()
             if problem is not None:
                 self.window.forget()
                 controller.restart(
@@ -387,12 +384,6 @@ class Session(Handle, ABC):
             f"MoLS resumed at step {t}: phase {controller.phase}, {controller.samples} samples, "
             f"alphas {controller.alphas or 'not set yet'}"
         )
-
-    def _mode_problem(self, saved: Mapping[str, Any]) -> str | None:
-        mode = self.config.mode
-        if self.controller.state.samples > 0 and saved.get("mode") != mode:
-            return f'its samples are of mode "{saved.get("mode")}", this run\'s mode is "{mode}"'
-        return None
 
     def resume_without_state(self, t: int) -> None:
         """Continue at step t from a checkpoint that was saved without MoLS."""

@@ -23,7 +23,7 @@ _NO_TOKENS = re.compile(r"(?<![a-z])pos(?:itions?|itional)?(?![a-z])|wpe|token_t
 """Embeddings of positions and of segments."""
 
 
-class Vocabulary(NamedTuple):
+class TokenRows(NamedTuple):
     """Parameters with one row per token, all of `rows` rows.
 
     Attributes:
@@ -41,7 +41,7 @@ class Vocabulary(NamedTuple):
 
 def find_vocabulary(
     layouts: Mapping[str, ElementLayout], shapes: Mapping[str, tuple[int, ...]], columns: Mapping[str, int]
-) -> Vocabulary | None:
+) -> TokenRows | None:
     """Find the vocabulary of a model.
 
     The head with most elements gives the number of rows (adapters of a head have others too), without a head the word
@@ -72,11 +72,11 @@ def find_vocabulary(
     if not all(columns.get(name, 1) for names in found.values() for name in names):
         return None
     widths = {name: columns.get(name, matrices[name][1]) for names in found.values() for name in names}
-    return Vocabulary(rows, found["embedding"], found["head"], widths)
+    return TokenRows(rows, found["embedding"], found["head"], widths)
 
 
 def seen_tokens(
-    vocabulary: Vocabulary,
+    vocabulary: TokenRows,
     by_ids: Callable[[], Tensor],
     by_gradient: Callable[[], Tensor],
     reduce_max: Callable[[Tensor], Tensor],
@@ -122,9 +122,11 @@ class TokenIds:
         self._see = see
         self._hooks: list[RemovableHandle] = []
 
-    def watch(self, model: nn.Module, rows: int) -> None:
-        """Register the hooks on the embeddings with `rows` rows, once."""
-        if not self._hooks:
+    def follow(self, model: nn.Module, rows: int | None) -> None:
+        """Register the hooks on the embeddings with `rows` rows, once; None: remove them. Call before each forward."""
+        if rows is None:
+            self.remove()
+        elif torch.is_grad_enabled() and not self._hooks:
             hook = ForwardHook(self._look)
             self._hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in _embeddings(model, rows)]
 
