@@ -206,6 +206,7 @@ def test_a_partial_study_answers_what_it_can_and_names_what_is_missing(tmp_path:
     assert "| primary | b | mols | constant | no result yet | - | - | - |" in asked
     shares = text[text.index("## Share of") : text.index("## Final validation")]
     assert "| a | mols | **-0.2" in shares and "67% [" in shares and "| b |" not in shares
+    assert "### long\n\nNothing was tuned here: every arm has its settings on a.\n" in text
     assert "comparisons of this study but the primary and the secondary one" in text
 
 

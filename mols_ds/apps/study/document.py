@@ -21,7 +21,7 @@ from mols_ds.apps.study.cells import (
     speed_up_text,
     step_text,
 )
-from mols_ds.apps.study.questions import PairRow
+from mols_ds.apps.study.questions import PairRow, change_of
 from mols_ds.apps.study.runs import setting_text
 from mols_ds.apps.study.summary import ENOUGH_SEEDS, Summary, group_order
 from mols_ds.core.json_types import JsonMapping
@@ -97,6 +97,7 @@ def markdown(
         questions=_question_rows(summary),
         shares=_share_rows(summary),
         searched=study.get("searched"),
+        settings_of=lambda model: change_of(study, model).get("settings_of"),
         rates=lambda model: _rates(summary, model),
         tuning=lambda model: _tuning_rows(summary, model),
         alpha_groups=group_order(group for row in summary.alphas for group in row.alphas),

@@ -120,6 +120,7 @@ def summarise(results: StudyResults) -> Summary:
     compared = [pair_row(results, model, pair[0], pair[1], question) for pair, question in asked for model in models]
     rows, pairs, comparisons = _adjust([row for row in found if row is not None], compared, study)
     snr = {model: _snr(results, model, arms) for model in models}
+    tuned = [model for model in models if not change_of(study, model).get("settings_of")]
     return Summary(
         name=str(study.get("name", "study")),
         baseline=results.baseline,
@@ -130,14 +131,14 @@ def summarise(results: StudyResults) -> Summary:
         rows=rows,
         absent=[(m, a) for m in models for a in arms if (m, a) not in results.chosen and _planned(study, m, a)],
         comparisons=comparisons,
-        sensitivity={model: _sensitivities(results, model, arms) for model in models},
+        sensitivity={model: _sensitivities(results, model, arms) for model in tuned},
         snr={model: found for model, found in snr.items() if found},
         alphas=[row for arm in arms for model in models if (row := _alphas(results, model, arm)) is not None],
         missing=[
             {"model": run.model, "arm": run.arm, "values": dict(run.values), "seed": run.seed}
             for run in results.missing
         ],
-        tuning={model: _tuning(results, model, arms) for model in models},
+        tuning={model: _tuning(results, model, arms) for model in tuned},
         pairs=pairs,
         shares=[row for model in models for row in share_rows(results, model, arms)],
     )

@@ -31,6 +31,8 @@ from mols_ds.report.files import draw_no_plots
 from mols_ds.training.kernel_caches import check_kernel_caches
 
 POLL_SECONDS = 1.0
+KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""For glibc: keep freed memory. Else a tensor of 32 MiB has a mapping of its own, with page faults in every step."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,8 @@ class Pool:
         self.study, self.store = study, store
         spawn = multiprocessing.get_context("spawn")
         threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs))))
-        # glibc gives large tensors a mapping of their own and unmaps it when they are freed: page faults in every step
-        os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
-        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**40))
+        for name, value in KEEP_FREED.items():
+            os.environ.setdefault(name, value)
         self.free: list[Connection] = []
         self.busy: dict[Connection, Task] = {}
         self.processes = []
