@@ -257,7 +257,7 @@ class Session(Handle, ABC):
         vocabulary = self.controller.elements.vocabulary
         if not self.controller.measuring:
             self._token_ids.remove()
-        elif vocabulary is not None and torch.is_grad_enabled():
+        elif vocabulary is not None and self.config.mode != "moments" and torch.is_grad_enabled():
             self._token_ids.watch(module, vocabulary.rows)
         if self.controller.discards_steps and torch.is_grad_enabled():
             self.window.open_pass()
