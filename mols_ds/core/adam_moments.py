@@ -101,9 +101,18 @@ def moments_of(optimizer: Optimizer, tensor: Tensor) -> Mapping[str, Any]:
     return state
 
 
+MOVING_BETAS = (
+    'MoLS does not support mode "moments" with betas that change (a schedule moves them?): keep them (torch: '
+    'cycle_momentum=False; DeepSpeed: "cycle_momentum": false), or use "mode": "probe" or "online"'
+)
+
+
 class SteadyBetas:
     """Whether Adam's moments are of one pair of betas, as far back as they remember. A schedule may move the betas, as
-    OneCycle schedules do; the weights of the gradients in m and v are not those of `adam_moments` then."""
+    OneCycle schedules do; the weights of the gradients in m and v are not those of `adam_moments` then.
+
+    Only updates of this process count: betas that changed before a checkpoint was loaded are not noticed.
+    """
 
     def __init__(self) -> None:
         self._betas: tuple[float, ...] = ()
@@ -117,12 +126,6 @@ class SteadyBetas:
                 self._changed = step
             self._betas = betas
 
-    def check(self, step: int) -> None:
-        """Raises MolsUnsupportedError where the moments after update `step` are of several betas."""
-        if self._changed is None or max(self._betas, default=0.0) ** (step - self._changed + 1) < FORGOTTEN:
-            return
-        raise MolsUnsupportedError(
-            f'MoLS does not support mode "moments" with betas that change (last in update {self._changed}; a schedule '
-            'moves them?): keep them (torch: cycle_momentum=False; DeepSpeed: "cycle_momentum": false), or use "mode": '
-            '"probe" or "online"'
-        )
+    def steady(self, step: int) -> bool:
+        """Return whether the moments after update `step` are of one pair of betas."""
+        return self._changed is None or max(self._betas, default=0.0) ** (step - self._changed + 1) < FORGOTTEN

@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mols_ds.core import estimators
+from mols_ds.core.adam_moments import MOVING_BETAS
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.document import build_report, measured_rows, remarks, unmeasured_rows
 from mols_ds.core.former_groups import advice
@@ -29,7 +31,7 @@ from mols_ds.core.ranges import ShardRange
 from mols_ds.core.schema import Report, ReportGroup
 from mols_ds.core.state_check import STATE_VERSION, check_saved
 from mols_ds.core.vocabulary import find_vocabulary
-from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
+from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning
 
 
 class Controller:
@@ -232,17 +234,21 @@ class Controller:
             _, found = self._compute(self._gradient_sums(), self.config.noise_floor_correction)
         except MolsError:
             return False
-        wide = [g for g, a in found.items() if is_scaled(g) and not estimators.narrow(a, self.config.alpha_rtol)]
-        return not wide
+        return all(estimators.narrow(a, self.config.alpha_rtol) for g, a in found.items() if is_scaled(g))
 
     @property
     def reads_moments_next(self) -> bool:
         """Whether the next step is the last of a "moments" window: its optimizer state is read."""
         return self.measuring and self.config.mode == "moments" and self.state.samples + 1 >= self.state.window
 
-    def close_moments(self, t: int) -> None:
-        """End a "moments" calibration with the sums of all ranks."""
-        self.end_calibration(t, self._reduced(self.elements.take_squares()))
+    def close_moments(self, t: int, steady: bool) -> None:
+        """End a "moments" calibration with the sums of all ranks. Raises on all unless each has `steady` betas."""
+        sums = self.elements.take_squares()
+        packed = self.context.reduce(pad(sums.pack(), (0, 1), value=float(not steady)))
+        if packed[-1]:
+            raise MolsUnsupportedError(MOVING_BETAS)
+        sums.load_packed(packed[:-1])
+        self.end_calibration(t, sums)
 
     # ------------------------------------------------------------------ alphas
 
