@@ -128,6 +128,7 @@ def build_report(
         "estimator": config.estimator,
         "noise_floor_correction": config.noise_floor_correction,
         "reference": reference,
+        "weights_moved": config.measures in ("online", "moments"),
         "weight_decay": config.weight_decay,
         "skipped_samples": skipped,
         "world": dict(world),

@@ -126,6 +126,8 @@ def intervals(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[s
             continue
         spread = _block_values(table, estimator, correction)
         error = t_quantile(blocks - 1) * float(spread.std()) / math.sqrt(blocks)
+        if math.isnan(error):  # blocks of release 0.4.0, for an estimator that it did not have
+            continue
         if estimator == "damping":
             result[group] = (max(0.0, value[group] - error), min(1.0, value[group] + error))
             continue

@@ -36,7 +36,7 @@ COLUMNS = (
 )
 COLUMN = {name: index for index, name in enumerate(COLUMNS)}
 
-BLOCK_COLUMNS = ("count", "snr", "mu2", "s2", "damping", "damping_corrected", "step2", "step2_corrected", "log_snr")
+BLOCK_COLUMNS = ("count", "snr", "mu2", "s2", "damping", "damping_corrected", "log_snr", "step2", "step2_corrected")
 BLOCK_COLUMN = {name: index for index, name in enumerate(BLOCK_COLUMNS)}
 
 BINS_PER_OCTAVE = 70  # 2 ** (1 / 70) = 1.00995: the relative width of a bin, at most 1 %
@@ -307,7 +307,7 @@ def block_table(
         # mu = 0 with s^2 > 0 has no logarithm: use the histogram's lowest edge.
         logs = ratio.clamp(min=2.0**-OCTAVES).log()
         steps = _squared_steps(mu2, s2, floor.floor)
-        values = torch.stack([torch.ones_like(ratio), ratio, mu2, s2, damping, corrected, *steps, logs], dim=1)
+        values = torch.stack([torch.ones_like(ratio), ratio, mu2, s2, damping, corrected, logs, *steps], dim=1)
         table.index_add_(0, index, values)
     return table.cpu()
 

@@ -47,7 +47,8 @@ PIECE = 1 << 22
 
 UNKNOWN = (
     "rows of tokens that do not occur in the samples are measured too, because the tokens are unknown: no "
-    "word embedding with the rows of the head was called (inputs_embeds, a compiled model, another number of rows?). "
+    "word embedding with the rows of the head was called (inputs_embeds, a compiled model, another number of rows?), "
+    'or it is tied in mode "moments". '
     '"mols.unseen_rows": "include" accepts this'
 )
 OF_0_4_0 = (

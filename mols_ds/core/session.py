@@ -280,7 +280,8 @@ class Session(Handle, ABC):
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model: open a pass of the probe window. Ignores passes without gradients."""
-        tokens = self.controller.elements.vocabulary if self.controller.measuring else None
+        reads_ids = self.controller.measuring and self.config.mode != "moments"
+        tokens = self.controller.elements.vocabulary if reads_ids else None
         self._token_ids.follow(module, None if tokens is None else tokens.rows)
         if self.controller.discards_steps and torch.is_grad_enabled():
             self.window.open_pass()

@@ -33,6 +33,9 @@ class Reading(TypedDict):
 class SnrWatch:
     """Read the SNR of each group every `every` updates. Changes nothing in the engine.
 
+    The weights move between the gradients in Adam's moments. What this changes in the gradient counts as noise: a group
+    that oscillates at its rate reads too noisy. Rows of tokens that do not occur are included.
+
     Call it with the engine after each update, on every rank. `steps` and `curves` (estimator -> group -> values,
     without the noise floor of Adam's window) are the same on all ranks. A reading costs one pass over this rank's
     optimizer state and one all-reduce of the group sums.

@@ -204,6 +204,10 @@ def twin(setup: Setup, plan: Plan) -> Truth:
         for iteration in range(plan.samples if half else plan.passes):
             sample = gradient(model, outer, setup, iteration)
             measured = plan.measures(iteration)
+            # Mode "moments": the tokens whose row of an untied embedding ever had a gradient before the last step.
+            before = None
+            if "output_layer.weight" in adam.v:
+                before = (adam.v["embedding.word_embeddings.weight"] != 0).any(1)
             if measured:
                 samples.append(sample)
             if not (measured and plan.mode == "probe"):
@@ -213,7 +217,7 @@ def twin(setup: Setup, plan: Plan) -> Truth:
                 norms.append(adam.norm)
             if len(samples) == plan.samples and not values:
                 occurred = _tokens(setup, range(iteration + 1 - plan.samples, iteration + 1), model)
-                values = _moments(adam, occurred) if plan.mode == "moments" else group_values(samples, masks, occurred)
+                values = _moments(adam, before) if plan.mode == "moments" else group_values(samples, masks, occurred)
                 rates.measured(values, adam.steps)
         weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
         return Truth(values, rates.alphas, masks, initial, weights, norms, applied)
@@ -228,9 +232,7 @@ def _tokens(setup: Setup, iterations: Iterable[int], model: nn.Module) -> Tensor
     return seen
 
 
-def _moments(adam: ElementwiseAdamW, occurred: Tensor) -> dict[str, MomentValues]:
-    """Statistics from Adam's current m and v. occurred: tokens of the window."""
+def _moments(adam: ElementwiseAdamW, occurred: Tensor | None) -> dict[str, MomentValues]:
+    """Statistics from Adam's current m and v. occurred: tokens that occurred, if they are known."""
     moments = {name: (adam.m[name], adam.v[name]) for name in adam.masks}
-    if "output_layer.weight" in moments:
-        occurred = occurred | (adam.v["embedding.word_embeddings.weight"] != 0).any(1)
     return moment_values(moments, adam.masks, adam.steps, (adam.settings.beta1, adam.settings.beta2), occurred)

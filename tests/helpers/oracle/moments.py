@@ -35,20 +35,20 @@ class MomentValues:
     v: Tensor
     c: float
     never_moved: int
-    unseen: int
+    unseen: int | None
 
     @classmethod
     def of(
-        cls, exp_avg: Tensor, exp_avg_sq: Tensor, steps: int, betas: tuple[float, float], kept: Tensor
+        cls, exp_avg: Tensor, exp_avg_sq: Tensor, steps: int, betas: tuple[float, float], kept: Tensor, known: bool
     ) -> MomentValues:
-        """From 1-D m and v as Adam keeps them after `steps` updates; kept: bool, rows of tokens that occurred."""
+        """From 1-D m and v as Adam keeps them after `steps` updates; kept: in rows of tokens that occurred."""
         beta1, beta2 = betas
         shares = [(1 - beta1) * beta1 ** (steps - k) / (1 - beta1**steps) for k in range(1, steps + 1)]
         moves = (exp_avg_sq != 0) | (exp_avg != 0)
         moved = moves & kept
         m = exp_avg[moved].double() / (1 - beta1**steps)
         v = exp_avg_sq[moved].double() / (1 - beta2**steps)
-        still, unseen = int((~moves).sum()), int((~kept).sum())
+        still, unseen = int((~moves).sum()), int((~kept).sum()) if known else None
         return cls(exp_avg.numel(), m**2, v, sum(share**2 for share in shares), still, unseen)
 
     def estimate(self, estimator: str, corrected: bool) -> float:
@@ -119,7 +119,7 @@ def moment_values(
         m, v = (torch.cat([moments[name][i][mask == index] for name, mask in masks.items()]) for i in (0, 1))
         if m.numel():
             kept = torch.cat([rows[name][mask == index] for name, mask in masks.items()])
-            result[group] = MomentValues.of(m, v, steps, betas, kept)
+            result[group] = MomentValues.of(m, v, steps, betas, kept, tokens is not None)
     return result
 
 
@@ -130,7 +130,7 @@ def check_rows(rows: Mapping[str, Mapping[str, Any]], values: Mapping[str, Momen
         row, elements = rows[group], expected.elements
         assert row["elements"] == elements
         assert row["never_moved_share"] == expected.never_moved / elements
-        assert row["unseen_share"] == expected.unseen / elements
+        assert row["unseen_share"] == (None if expected.unseen is None else expected.unseen / elements)
         left_out, (fewest, most) = round(row["constant_share"] * elements), expected.left_out()
         assert fewest <= left_out <= most <= fewest + AT_THE_CUT, group
         for estimator in ("mean", "median", "pooled", "damping", "step_rms"):
