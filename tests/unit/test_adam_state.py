@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mols_ds.core.adam_moments import SteadyBetas
-from mols_ds.core.session import _moments_of
+from mols_ds.core.adam_moments import SteadyBetas, moments_of
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.apollo import Apollo
 from mols_ds.optim.lamb import ShardedLamb
@@ -41,12 +40,12 @@ def stepped(make: Callable[[Any], torch.optim.Optimizer]) -> tuple[torch.optim.O
 def test_adams_moments_are_there_and_are_read(name: str) -> None:
     optimizer, weight = stepped(KEEP[name])
     assert has_adam_moments(optimizer)
-    state = _moments_of(optimizer, weight)
+    state = moments_of(optimizer, weight)
     assert weight.grad is not None
     beta1, beta2 = optimizer.param_groups[0]["betas"]
     torch.testing.assert_close(state["exp_avg"], (1 - beta1) * weight.grad)
     torch.testing.assert_close(state["exp_avg_sq"], (1 - beta2) * weight.grad**2)
-    assert _moments_of(optimizer, torch.nn.Parameter(torch.ones(2))) == {}, "never stepped"
+    assert moments_of(optimizer, torch.nn.Parameter(torch.ones(2))) == {}, "never stepped"
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -56,7 +55,7 @@ def test_other_state_is_refused_at_attach_and_where_it_is_read(name: str) -> Non
     with pytest.raises(
         MolsUnsupportedError, match=rf'mode "moments" with {type(optimizer).__name__}.*"probe"'
     ) as caught:
-        _moments_of(optimizer, weight)
+        moments_of(optimizer, weight)
     assert "\n" not in str(caught.value)
 
 

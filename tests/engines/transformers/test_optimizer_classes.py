@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mols_ds.core.session import _moments_of
+from mols_ds.core.adam_moments import moments_of
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.catalog import class_facts
 from mols_ds.optim.traits import has_adam_moments
@@ -66,4 +66,4 @@ def test_a_class_that_is_not_known_is_found_out_at_the_first_reading() -> None:
     weight.grad = torch.ones(6, 5)
     optimizer.step()
     with pytest.raises(MolsUnsupportedError, match="AdaBelief, whose state has no exp_avg_sq"):
-        _moments_of(optimizer, weight)
+        moments_of(optimizer, weight)
