@@ -18,6 +18,7 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from mols_ds.core.rank_checks import together
 from mols_ds.engines.torch.placement import describe
 from mols_ds.errors import MolsCheckpointError
 
@@ -121,12 +122,9 @@ class TorchCheckpoints:
         """Continue a partial calibration. Returns an error, the same on every rank, or None."""
         if started and self.mols.config.mode == "moments":
             return None  # its state is the optimizer's
-        problem = self._part_problem(state.get(rank_key()))
-        if self.mols.agree(problem is None):
-            return None
-        if not started:
-            return None
-        return f"this or another rank has no usable accumulators ({problem or 'see the message of the other rank'})"
+        told = together(lambda: self._part_problem(state.get(rank_key())))
+        problem = next((f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None), None)
+        return problem if started else None
 
     def _part_problem(self, part: Mapping[str, Any] | None) -> str | None:
         if not part:

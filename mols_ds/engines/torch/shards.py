@@ -54,11 +54,9 @@ class TorchShards:
         """
         found: dict[tuple[int, ...], list[str]] = {}
         for name, parameter in self.params.items():
-            ranks = (
-                tuple(parameter.device_mesh.mesh.flatten().tolist())
-                if isinstance(parameter, DTensor)
-                else (this_rank(),)
-            )
+            ranks: tuple[int, ...] = (this_rank(),)
+            if isinstance(parameter, DTensor):
+                ranks = tuple(parameter.device_mesh.mesh.flatten().tolist())
             found.setdefault(ranks, []).append(name)
         return found
 
