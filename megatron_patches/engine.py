@@ -42,7 +42,7 @@ from mols_ds.core.controller import Controller
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.layout import largest_holder
 from mols_ds.core.log import say, versions
-from mols_ds.core.lr_scaler import LRScaler, make_plan
+from mols_ds.core.lr_scaler import make_plan
 from mols_ds.core.new_weights import NewWeights
 from mols_ds.core.phases import RateCurve, resolve_schedule
 from mols_ds.core.protocols import Context
@@ -52,7 +52,8 @@ from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.core.session import Session
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.rate_curve import rate_curve
-from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only, unscaled_decay
+from mols_ds.optim.scaling import lr_scaler
+from mols_ds.optim.traits import is_elementwise
 from mols_ds.report.files import Publisher
 
 
@@ -187,16 +188,7 @@ class MegatronMols(Session):
                 plans[id(shard.tensor)] = make_plan(item.numel, [item], table.layouts, elementwise=elementwise)
                 counts.append(((number, shard.group), table.layouts[item.name].counts(item.start, item.numel)))
             self.scalers.append(
-                LRScaler(
-                    part.inner,
-                    plans,
-                    lambda: self.controller.rates(self.steps),
-                    elementwise=elementwise,
-                    shared_counter=has_shared_counter(part.inner),
-                    groups_only=reads_groups_only(part.inner),
-                    parallel_list=parallel_list(part.inner),
-                    unscaled_decay=unscaled_decay(part.inner, self.config.weight_decay),
-                )
+                lr_scaler(part.inner, plans, lambda: self.controller.rates(self.steps), self.config.weight_decay)
             )
             self._hooks.append(part.inner.register_step_post_hook(self._read_moments))
         early = "unfreeze them before DistributedDataParallel and get_megatron_optimizer"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mols_ds.core.phases import Phase
+from mols_ds.errors import MolsUnsupportedError
 
 if TYPE_CHECKING:
     from mols_ds.core.controller import Controller
@@ -61,8 +63,20 @@ class Handle:
         """The content of mols_report.json as a dict; empty before the first calibration ends."""
         return {} if self._controller is None else self._controller.report()
 
+    def read_gradients(self) -> None:
+        """Read the gradients of this step, before the loop clips them. Only plain torch needs this call."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint. Only for plain torch: other engines' checkpoints carry it themselves."""
+        raise MolsUnsupportedError("the checkpoints of this engine carry the state of MoLS: save with the engine")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`. Only for plain torch."""
+        raise MolsUnsupportedError("the checkpoints of this engine carry the state of MoLS: load with the engine")
+
     def resume_from(self, checkpoint_dir: str) -> None:
-        """Make the next load read the accumulators of a partial calibration. Only Megatron needs this call."""
+        """Make the next load read the accumulators of a partial calibration. Only Megatron-core, and plain torch with
+        torch.distributed.checkpoint, need this call."""
 
     def detach(self) -> None:
         """Detach MoLS: from now on the engine runs as a stock one."""

@@ -22,7 +22,7 @@ from mols_ds.core.controller import Controller
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.layout import largest_holder
 from mols_ds.core.log import say, versions
-from mols_ds.core.lr_scaler import LRScaler, make_plan
+from mols_ds.core.lr_scaler import make_plan
 from mols_ds.core.new_weights import NewWeights
 from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.protocols import Context, window_of_others_schedule, window_of_own_loop
@@ -38,8 +38,9 @@ from mols_ds.engines.deepspeed.probe_window import EngineWindow
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.rate_curve import rate_curve
+from mols_ds.optim.scaling import lr_scaler
 from mols_ds.optim.scheduler_hints import scheduler_hints
-from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only, unscaled_decay
+from mols_ds.optim.traits import is_elementwise
 from mols_ds.report.files import Publisher
 
 Loop = Literal["own", "client", "extra"]
@@ -111,15 +112,8 @@ class EngineMols(Session):
             for tensor, size, ranges in zip(shards.tensors, shards.sizes, shards.ranges, strict=True)
         }
         sample = shards.inner.register_step_pre_hook(self._on_inner_step)
-        self.scaler = LRScaler(
-            shards.inner,
-            plans,
-            lambda: self.controller.rates(engine.global_steps),
-            elementwise=elementwise,
-            shared_counter=has_shared_counter(shards.inner),
-            groups_only=reads_groups_only(shards.inner),
-            parallel_list=parallel_list(shards.inner),
-            unscaled_decay=unscaled_decay(shards.inner, self.config.weight_decay),
+        self.scaler = lr_scaler(
+            shards.inner, plans, lambda: self.controller.rates(engine.global_steps), self.config.weight_decay
         )
         self.scalers.append(self.scaler)
         reattach = "call engine.mols.detach() and mols_ds.attach(engine, ...) again"

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
 from mols_ds.engines.torch.engine import TorchMols
+from mols_ds.engines.torch.off import TorchOff
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
 
 WRAPPERS = ("AcceleratedOptimizer", "LightningOptimizer")
@@ -38,7 +39,7 @@ def attach(
     if any(isinstance(getattr(one, "mols", None), TorchMols) for one in optimizers):
         raise MolsError("this optimizer has MoLS already; call optimizer.mols.detach() first")
     if not config.enabled:
-        return Handle()
+        return TorchOff(optimizers)
     return TorchMols(optimizers, model, config, total_steps, grad_scaler)
 
 

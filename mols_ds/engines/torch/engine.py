@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from mols_ds.core.config import MolsConfig
@@ -23,7 +22,7 @@ from mols_ds.core.controller import Controller
 from mols_ds.core.groups import group_table
 from mols_ds.core.layout import largest_holder
 from mols_ds.core.log import say, versions
-from mols_ds.core.lr_scaler import LRScaler, make_plan
+from mols_ds.core.lr_scaler import make_plan
 from mols_ds.core.new_weights import NewWeights, without_untrained
 from mols_ds.core.phases import resolve_schedule
 from mols_ds.core.protocols import Context, window_of_others_schedule
@@ -32,13 +31,15 @@ from mols_ds.core.rank_checks import check_counts, same_everywhere, together
 from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.core.resume_rules import section_of
 from mols_ds.core.session import OpenStep, Session
+from mols_ds.engines.torch.checkpoint import TorchCheckpoints
 from mols_ds.engines.torch.checks import check_supported, unwrapped
 from mols_ds.engines.torch.gradient_watch import GradientWatch
 from mols_ds.engines.torch.loss_scaler import LossScaler
-from mols_ds.engines.torch.shards import TorchShards
+from mols_ds.engines.torch.shards import TorchShards, tensor_parallel, this_rank
 from mols_ds.engines.torch.window import TorchWindow
 from mols_ds.errors import MolsConfigError, MolsError
-from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only, unscaled_decay
+from mols_ds.optim.scaling import lr_scaler
+from mols_ds.optim.traits import is_elementwise
 from mols_ds.report.files import Publisher
 
 
@@ -91,6 +92,7 @@ class TorchMols(Session):
         self.watch = GradientWatch(params.values())
         self.loss_scaler = None if grad_scaler is None else LossScaler(grad_scaler, self.watch, self._has_read)
         self._install()
+        self.checkpoints = TorchCheckpoints(self, self.shards, self._count_from)
         self.controller.advance(self.steps)
         self._follow()
 
@@ -138,7 +140,7 @@ class TorchMols(Session):
             )
         self._device = next(p.device for _, p in named)
         table = group_table(unwrapped(self.model), config.rules, config.granularity)
-        self._table = without_untrained(table, held, _rank())
+        self._table = without_untrained(table, held, this_rank())
         counts = (
             (held[n], layout.counts(0, math.prod(self._table.shapes[n]))) for n, layout in self._table.layouts.items()
         )
@@ -150,12 +152,12 @@ class TorchMols(Session):
     def _context(self) -> Context:
         self._publisher = Publisher(self.config.report_dir, say)
         world = dist.get_world_size() if dist.is_initialized() else 1
-        tensor = max((_tensor_parallel(p) for _, p in self._named()), default=1)
+        tensor = max((tensor_parallel(p) for _, p in self._named()), default=1)
         on_cpu = self.config.accumulators.device == "cpu"
         return Context(
             reduce=self.reduce,
             device=torch.device("cpu") if on_cpu else self._device,
-            rank=_rank(),
+            rank=this_rank(),
             world={"data": world // tensor, "tensor": tensor, "pipeline": 1, "expert": 1},
             versions=versions(("transformers",)),
             log=say,
@@ -181,17 +183,9 @@ class TorchMols(Session):
                 for p in tensors
                 for item in [self.shards.ranges[names[id(p)]]]
             }
-            scaler = LRScaler(
-                optimizer,
-                plans,
-                lambda: self.controller.rates(self.steps),
-                elementwise=elementwise,
-                shared_counter=has_shared_counter(optimizer),
-                groups_only=reads_groups_only(optimizer),
-                parallel_list=parallel_list(optimizer),
-                unscaled_decay=unscaled_decay(optimizer, self.config.weight_decay),
+            self.scalers.append(
+                lr_scaler(optimizer, plans, lambda: self.controller.rates(self.steps), self.config.weight_decay)
             )
-            self.scalers.append(scaler)
             self._hooks.append(optimizer.register_step_post_hook(self._read_moments))
             methods = ReplacedMethods(optimizer)
             self._stock.append(methods.set("step", functools.partial(self._step, number)))
@@ -295,6 +289,48 @@ class TorchMols(Session):
         else:
             self.watch.stop()
 
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's MoLS state, of tensors and strings. No communication; call it between two steps.
+
+        Inside of a calibration each rank has a part of its own (accumulators, not copies). The handle is a `Stateful`
+        of torch.distributed.checkpoint.
+
+        Raises:
+            MolsError: an optimizer of several has not stepped yet in this step.
+        """
+        if self._round:
+            raise MolsError(
+                f"state_dict() in the middle of a step: {len(self._round)} of {len(self.optimizers)} optimizers have "
+                "stepped; save after the last one"
+            )
+        return self.checkpoints.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`, bit for bit with the same number of ranks and placements. Collective.
+
+        Load the model, the optimizers and torch's random numbers too. With another number of ranks alphas and ramp
+        continue; a partial calibration starts over, with a warning, except in mode "moments".
+
+        Raises:
+            MolsCheckpointError: not a state of MoLS, or of other module groups.
+        """
+        self._round.clear()
+        self._opened = self._early = None
+        self.watch.stop()
+        self.checkpoints.load(state)
+        self._follow()
+
+    def resume_from(self, checkpoint_dir: str) -> None:
+        """Make the next `dcp.load` read this rank's accumulators from a folder of torch.distributed.checkpoint, where
+        it has them: in a calibration, saved by the same number of ranks."""
+        self.checkpoints.template_of(checkpoint_dir)
+
+    def _count_from(self, steps: int) -> None:
+        """Set the number of updates after loading a checkpoint."""
+        self._updates = steps
+
     # ------------------------------------------------------------------ gradients
 
     def read_gradients(self) -> None:
@@ -354,16 +390,3 @@ _CHANGED = (
     "{}, and MoLS measures unclipped gradients: call mols.read_gradients() after the backward pass and before you clip "
     "(with a GradScaler: pass it to mols_ds.attach, and call read_gradients() after scaler.unscale_)"
 )
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _tensor_parallel(parameter: nn.Parameter) -> int:
-    """Size of the mesh dimension that is named as tensor parallel; 1: none."""
-    if not isinstance(parameter, DTensor):
-        return 1
-    names = parameter.device_mesh.mesh_dim_names or ()
-    sizes = zip(names, parameter.device_mesh.shape, strict=False)
-    return math.prod(size for name, size in sizes if name in ("tp", "tensor", "tensor_parallel"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -55,10 +56,11 @@ class TorchShards:
 
         A plain tensor is held by one rank: (its number,).
         """
-        rank = dist.get_rank() if dist.is_initialized() else 0
         found: dict[tuple[int, ...], list[str]] = {}
         for name, parameter in self.params.items():
-            ranks = tuple(parameter.device_mesh.mesh.flatten().tolist()) if isinstance(parameter, DTensor) else (rank,)
+            ranks: tuple[int, ...] = (this_rank(),)
+            if isinstance(parameter, DTensor):
+                ranks = tuple(parameter.device_mesh.mesh.flatten().tolist())
             found.setdefault(ranks, []).append(name)
         return found
 
@@ -173,3 +175,17 @@ def collective_device() -> torch.device:
     if "nccl" in dist.get_backend():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def this_rank() -> int:
+    """Return this rank; 0 in a single process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def tensor_parallel(parameter: nn.Parameter) -> int:
+    """Size of the mesh dimension that is named as tensor parallel; 1: none."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    names = parameter.device_mesh.mesh_dim_names or ()
+    sizes = zip(names, parameter.device_mesh.shape, strict=False)
+    return math.prod(size for name, size in sizes if name in ("tp", "tensor", "tensor_parallel"))
