@@ -40,55 +40,24 @@ class DeepSpeedMpu:
                     "optimizer and megatron_patches.attach"
                 )
 
-    # --- all ranks of one copy of the model
+    # all ranks of one copy of the model
+    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
 
-    def get_model_parallel_rank(self) -> int:
-        return self.get_tensor_model_parallel_rank()
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
 
-    def get_model_parallel_world_size(self) -> int:
-        return self.get_tensor_model_parallel_world_size()
+    # one stage
+    get_pipeline_model_parallel_rank = staticmethod(lambda: 0)
+    get_pipeline_model_parallel_world_size = staticmethod(lambda: 1)
+    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
 
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.get_tensor_model_parallel_group()
-
-    # --- tensor parallelism
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return int(parallel_state.get_tensor_model_parallel_rank())
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return int(parallel_state.get_tensor_model_parallel_world_size())
-
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
-        return group
-
-    def get_tensor_model_parallel_src_rank(self) -> int:
-        return int(parallel_state.get_tensor_model_parallel_src_rank())
-
-    # --- pipeline parallelism, of one stage
-
-    def get_pipeline_model_parallel_rank(self) -> int:
-        return 0
-
-    def get_pipeline_model_parallel_world_size(self) -> int:
-        return 1
-
-    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
-        group: dist.ProcessGroup = parallel_state.get_pipeline_model_parallel_group()
-        return group
-
-    # --- data parallelism
-
-    def get_data_parallel_rank(self) -> int:
-        return int(parallel_state.get_data_parallel_rank())
-
-    def get_data_parallel_world_size(self) -> int:
-        return int(parallel_state.get_data_parallel_world_size())
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
-        return group
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return list(dist.get_process_group_ranks(self.get_data_parallel_group()))

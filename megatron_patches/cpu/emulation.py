@@ -195,35 +195,24 @@ def _nothing() -> Callable[..., None]:
     return nothing
 
 
-def _get_rng_state(*args: Any, **kwargs: Any) -> Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(state: Tensor, *args: Any, **kwargs: Any) -> None:
-    torch.set_rng_state(state)
-
-
-def _manual_seed(seed: int) -> None:
-    torch.manual_seed(seed)
-
-
-def _stream_context(stream: object = None) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
-
 def _patch_cuda(patches: Patches) -> None:
     """Patch the functions of `torch.cuda` that megatron-core calls in training."""
     stream = _Stream()
+    random = {
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+    }
+    for name, function in random.items():
+        patches.set(torch.cuda, name, function)
+        patches.set(torch.cuda.random, name, function)
     for name, value in {
         # A device, not an index: torch interprets an index as a CUDA device.
         "current_device": lambda: _CPU,
         "is_initialized": lambda: True,
-        "get_rng_state": _get_rng_state,
-        "set_rng_state": _set_rng_state,
-        "manual_seed": _manual_seed,
+        "manual_seed": lambda seed: torch.manual_seed(seed),
         "current_stream": lambda *args, **kwargs: stream,
         "default_stream": lambda *args, **kwargs: stream,
-        "stream": _stream_context,
+        "stream": lambda stream=None: contextlib.nullcontext(),
         "Stream": _Stream,
         "Event": _Event,
         "synchronize": _nothing(),
@@ -231,8 +220,6 @@ def _patch_cuda(patches: Patches) -> None:
         "set_device": _nothing(),
     }.items():
         patches.set(torch.cuda, name, value)
-    patches.set(torch.cuda.random, "get_rng_state", _get_rng_state)
-    patches.set(torch.cuda.random, "set_rng_state", _set_rng_state)
     patches.set(torch.cuda.nvtx, "range_push", _nothing())
     patches.set(torch.cuda.nvtx, "range_pop", _nothing())
 

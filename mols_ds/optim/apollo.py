@@ -20,6 +20,7 @@ from torch.optim.optimizer import ParamsT
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.optim.limits import check_options
 from mols_ds.optim.settings import Settings
+from mols_ds.optim.sharded import loss_of
 
 ScaleType = Literal["channel", "tensor"]
 GROWTH_LIMIT = 1.01
@@ -92,10 +93,7 @@ class Apollo(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch: overloads
         """Update every tensor with a gradient; return the closure's loss, if any."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:

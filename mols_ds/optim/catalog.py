@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -188,37 +188,15 @@ class Entry:
             raise MolsConfigError(f"optimizer {self.name} comes from {self.source}: {remedy} ({error})") from error
 
 
-def _elementwise(
-    name: str,
-    *modules: str,
-    shared_counter: bool = False,
-    adam_moments: bool = True,
-    groups_only_in: tuple[str, ...] = (),
-    decays: tuple[Decay, ...] = (),
-) -> OptimizerClass:
+def _elementwise(name: str, *modules: str, **facts: Any) -> OptimizerClass:
     """A class that may step views if it is from one of these modules."""
-    return OptimizerClass(
-        name=name,
-        elementwise_in=modules,
-        groups_only_in=groups_only_in,
-        shared_counter=shared_counter,
-        adam_moments=adam_moments,
-        decays=decays,
-    )
+    return OptimizerClass(name=name, elementwise_in=modules, **facts)
 
 
-def _tensors(*names: str, adam_moments: bool = True, decays: tuple[Decay, ...] = ()) -> tuple[OptimizerClass, ...]:
+def _tensors(*names: str, **facts: Any) -> tuple[OptimizerClass, ...]:
     """Classes whose update reads whole parameters (a norm, a mean, a matrix)."""
-    return tuple(
-        OptimizerClass(
-            name=name,
-            reads="tensors",
-            adam_moments=adam_moments,
-            decays=decays,
-            groups_only_in=(TORCH, DEEPSPEED, COLLECTED, OURS),
-        )
-        for name in names
-    )
+    anywhere = (TORCH, DEEPSPEED, COLLECTED, OURS)
+    return tuple(OptimizerClass(name=name, reads="tensors", groups_only_in=anywhere, **facts) for name in names)
 
 
 def _refused(reason: str, *names: str) -> tuple[OptimizerClass, ...]:

@@ -33,6 +33,12 @@ StateParts = dict[str, Callable[[], Tensor | int]]
 """Key of a tensor's state -> function that creates its first value."""
 
 
+def loss_of(closure: Callable[[], float] | None) -> float | None:
+    """Call the closure of an optimizer's step, with gradients."""
+    with torch.enable_grad():
+        return None if closure is None else closure()
+
+
 class ShardedOptimizer(Optimizer, ABC):
     """See the module docstring. State is float32 and keyed by tensor; `step` counts a tensor's own steps.
 
@@ -212,10 +218,7 @@ class ShardedOptimizer(Optimizer, ABC):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch: overloads
         """Update the tensors in `param_groups` with a gradient; return the closure's loss, if any."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         self._find_whole()
         self._before_step()
         todo = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]

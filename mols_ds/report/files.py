@@ -81,7 +81,7 @@ def write_report(report: Report, report_dir: str | os.PathLike[str]) -> Path:
     Returns the path of the JSON file. Raises `MolsConfigError` if `report_dir` cannot be written, `MolsError` if
     `report` violates the schema of `mols_ds.core.schema`.
     """
-    clean = _finite(report)
+    clean = finite(report)
     problem = schema_problem(clean)
     if problem:
         raise MolsError(f"the report was not written, because it violates its schema: {problem}")
@@ -117,12 +117,14 @@ def load_report(path: str | os.PathLike[str]) -> Report:
     return cast(Report, report)
 
 
-def _finite(value: Any) -> Any:
-    """Copy a JSON-like `value`, with None for non-finite floats."""
+def finite(value: Any) -> Any:
+    """Copy a JSON-like `value`, with None for non-finite floats, and named tuples as objects."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def test_sizes_of_memory() -> None:
     assert gib("80GiB") == gib("80") == 80
     assert gib("80GB") == pytest.approx(80e9 / 2**30)
     for text in ("", "80 apples", "-1GiB", "0"):
-        with pytest.raises(MolsConfigError, match="not a size"):
+        with pytest.raises(argparse.ArgumentTypeError, match="not a size"):
             gib(text)
 
 

@@ -91,15 +91,9 @@ def ranks_below(pid: int) -> list[psutil.Process]:
 
 def ranks_here(port: int) -> list[psutil.Process]:
     """Return the ranks on this machine that belong to this user and to the job whose MASTER_PORT is `port`."""
-    mine = [process for process in psutil.process_iter() if _owner(process) == os.getuid()]
+    found = psutil.process_iter(["uids"])
+    mine = [process for process in found if (uids := process.info["uids"]) and uids.real == os.getuid()]
     return ranks_among(mine, port)
-
-
-def _owner(process: psutil.Process) -> int | None:
-    try:
-        return int(process.uids().real)
-    except psutil.Error:
-        return None
 
 
 def send(processes: Iterable[psutil.Process], number: int) -> int:

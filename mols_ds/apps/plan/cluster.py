@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import argparse
+import contextlib
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ByteSize, Field, TypeAdapter, ValidationError
 
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.validation import Frozen, validation_message
@@ -15,7 +16,6 @@ from mols_ds.training.yaml_text import read_yaml
 Positive = Annotated[float, Field(gt=0)]
 GIB = 2**30
 GB = 10**9
-_UNITS = {"gib": GIB, "gb": GB, "tib": 2**40, "tb": 10**12, "mib": 2**20, "mb": 10**6}
 
 
 class Cluster(Frozen):
@@ -97,9 +97,10 @@ def read_cluster(path: str) -> JsonObject:
 
 
 def gib(text: str) -> float:
-    """Parse a size such as 80GiB, 80GB or 80 (GiB) into GiB. Raises MolsConfigError."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
-    unit = match[2].lower() if match else ""
-    if not match or (unit and unit not in _UNITS) or float(match[1]) <= 0:
-        raise MolsConfigError(f"{text!r} is not a size such as 80GiB or 80GB")
-    return float(match[1]) * _UNITS.get(unit, GIB) / GIB
+    """Parse a size such as 80GiB, 80GB or 80 (GiB) into GiB. Raises argparse.ArgumentTypeError."""
+    size = 0
+    with contextlib.suppress(ValidationError):
+        size = TypeAdapter(ByteSize).validate_python(text if text.strip()[-1:].isalpha() else f"{text}GiB")
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 80GiB or 80GB")
+    return size / GIB

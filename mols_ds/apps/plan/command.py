@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from mols_ds.apps.plan.job import MegatronJob, ZeroJob
     from mols_ds.training.megatron_settings import Settings
 
-Number = int | float
-OVERRIDES: tuple[tuple[str, str, Callable[[str], Number], str], ...] = (
+OVERRIDES: tuple[tuple[str, str, Callable[[str], float], str], ...] = (
     ("nodes", "--nodes", int, "number of nodes"),
     ("accelerators", "--accelerators-per-node", int, "accelerators (= ranks) per node"),
     ("memory_gib", "--memory", gib, "memory of one accelerator, such as 80GiB"),
@@ -47,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", required=True, metavar="FILE", help="DeepSpeed config (JSON), or Megatron config (YAML)")
     add("--cluster", metavar="FILE", help="the machines (configs/clusters/*.yaml)")
     for key, flag, kind, text in OVERRIDES:
-        add(flag, dest=key, type=_checked(kind), metavar="N", help=f"{text}; replaces the file's")
+        add(flag, dest=key, type=kind, metavar="N", help=f"{text}; replaces the file's")
     add("--sequence", type=int, metavar="N", help=f"tokens per sequence (default {SEQUENCE}, or the Megatron config's)")
     add("--micro-batch", type=int, metavar="N", help="sequences per forward pass; replaces the config's")
     add("--steps", type=int, metavar="N", help="optimizer steps of the run (default: the config's)")
@@ -61,19 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also check that the shards of all ranks count each element once (only in a checkout of mols-ds)",
     )
     parser.set_defaults(text=None)
-
-
-def _checked(kind: Callable[[str], Number]) -> Callable[[str], Number]:
-    """Wrap a conversion so that argparse prints its own error message."""
-
-    def convert(text: str) -> Number:
-        try:
-            return kind(text)
-        except MolsConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    convert.__name__ = getattr(kind, "__name__", "value")
-    return convert
 
 
 def plan(args: argparse.Namespace) -> int:

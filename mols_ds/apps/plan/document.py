@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from mols_ds.apps.plan.job import PlanJob
 from mols_ds.apps.plan.search import Found, Planned, nearest
 from mols_ds.core.json_types import JsonObject
@@ -47,12 +49,7 @@ def document(job: Planned) -> JsonObject:
             "accumulator_bytes": job.accumulators(footprint).kept,
         },
         "seconds": {
-            "step": spent.step,
-            "messages_of_a_step": spent.messages,
-            "passes": spent.passes,
-            "updates": spent.updates,
-            "transfer": spent.transfer,
-            "reduction": spent.reduction,
+            **asdict(spent),
             "added": spent.added * job.calibrations(),
             "run": spent.step * job.steps,
         },

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -245,6 +246,10 @@ class ZeroJob(PlanJob):
             return None
         return self.changed(micro_batch=micro, accumulation=self.batch // (micro * self.ranks))
 
+    def with_stage(self, stage: int) -> ZeroJob:
+        """Use another stage. Only stage 3 overlaps messages by default."""
+        return self.changed(stage=stage, double_bucket=self.zero.double_bucket and stage in (1, 2))
+
     def with_nodes(self, nodes: int) -> ZeroJob | None:
         """Use another number of nodes with the same batch. Keep the micro-batch, or reduce it until it divides."""
         cluster = self.cluster.with_nodes(nodes)
@@ -258,38 +263,21 @@ class ZeroJob(PlanJob):
     def axes(self) -> list[list[Change]]:
         z = self.zero
 
-        def stage(number: int) -> Callable[[ZeroJob], ZeroJob]:
-            return lambda job: replace(job, zero=job.zero.with_stage(number))
-
-        def when(condition: bool, change: Change) -> list[Change]:
-            return [change] if condition else []
+        def to(stages: Sequence[int] = range(4), **values: Any) -> Callable[[ZeroJob], ZeroJob | None]:
+            return lambda job: job.changed(**values) if job.zero.stage in stages else None
 
         micros = [n for n in range(z.micro_batch - 1, 0, -1) if self.batch % (n * self.ranks) == 0]
         return [
-            when(self.device == "accelerator", ON_HOST),
+            [ON_HOST] * (self.device == "accelerator"),
             [Change(f"micro batch {n}, accumulation {self.batch // (n * self.ranks)}", 2 + i,
-                    _micro(n)) for i, n in enumerate(micros)],
-            [Change(f"ZeRO stage {n}", 10 + 2 * n, stage(n)) for n in range(z.stage + 1, 4)],
-            when(not z.checkpointing, Change("activation checkpointing", 20, _checkpointing)),
-            when(z.offload_optimizer == "none", Change("optimizer offloaded to the host", 40, _offload_optimizer)),
-            when(z.offload_param == "none", Change("weights offloaded to the host", 60, _offload_param)),
+                    functools.partial(ZeroJob.with_micro, micro=n)) for i, n in enumerate(micros)],
+            [Change(f"ZeRO stage {n}", 10 + 2 * n, functools.partial(ZeroJob.with_stage, stage=n))
+             for n in range(z.stage + 1, 4)],
+            [Change("activation checkpointing", 20, to(checkpointing=True))] * (not z.checkpointing),
+            [Change("optimizer offloaded to the host", 40, to((1, 2, 3), offload_optimizer="cpu"))]
+            * (z.offload_optimizer == "none"),
+            [Change("weights offloaded to the host", 60, to((3,), offload_param="cpu"))] * (z.offload_param == "none"),
         ]  # fmt: skip
-
-
-def _micro(number: int) -> Callable[[ZeroJob], ZeroJob | None]:
-    return lambda job: job.with_micro(number)
-
-
-def _checkpointing(job: ZeroJob) -> ZeroJob:
-    return job.changed(checkpointing=True)
-
-
-def _offload_optimizer(job: ZeroJob) -> ZeroJob | None:
-    return job.changed(offload_optimizer="cpu") if job.zero.stage else None
-
-
-def _offload_param(job: ZeroJob) -> ZeroJob | None:
-    return job.changed(offload_param="cpu") if job.zero.stage == 3 else None
 
 
 # ------------------------------------------------------------------ Megatron-core
@@ -367,7 +355,7 @@ class MegatronJob(PlanJob):
             "distributed optimizer", 3, lambda job: replace(job, plan=replace(job.plan, distributed=True))
         )
         return [
-            [ON_HOST] if self.device == "accelerator" else [],
+            [ON_HOST] * (self.device == "accelerator"),
             [Change(f"micro batch {n}", 2 + i, to(micro=n)) for i, n in enumerate(micros)],
             [distributed] if not p.distributed else [],
             [Change("sequence parallelism", 4, lambda job: job.regrid(sp=True) if job.plan.gpt.tp > 1 else None)]

@@ -25,10 +25,10 @@ SUMS_BYTES = 8
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds. step, messages: of one optimizer step; the others: of the whole calibration."""
+    """Seconds. step, messages_of_a_step: of one optimizer step; the others: of the whole calibration."""
 
     step: float
-    messages: float
+    messages_of_a_step: float
     passes: float
     updates: float
     transfer: float
@@ -84,7 +84,7 @@ def times(
     sent += samples * ring("all-reduce", AGREEMENT, cluster.ranks) if mode == "probe" else 0
     return Times(
         step=step,
-        messages=message_seconds(cluster, messages),
+        messages_of_a_step=message_seconds(cluster, messages),
         passes=samples * step if mode == "probe" else 0.0,
         updates=traffic / (share * GB),
         transfer=moved / (cluster.host_link_gbs * GB),

@@ -14,7 +14,7 @@ runtime/bf16_optimizer.py and runtime/engine.py. Surprising behaviour that this 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
@@ -114,10 +114,6 @@ class ZeroPlan:
             offload_param=_device(zero.offload_param),
             checkpointing=checkpointing,
         )
-
-    def with_stage(self, stage: int) -> ZeroPlan:
-        """Return a plan at another stage. Only stage 3 overlaps messages by default."""
-        return replace(self, stage=stage, double_bucket=self.double_bucket and stage in (1, 2))
 
 
 def _size(name: str) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.utils._pytree import tree_leaves
 
 from mols_ds.apps.study.runs import StudyRun
 from mols_ds.core.groups import is_scaled
@@ -123,33 +124,19 @@ def live_bytes(engine: DeepSpeedEngine, batches: list[torch.Tensor]) -> int:
     engine.backward(engine(input_ids=last, labels=last).loss)
     outer = engine.optimizer
     inner = getattr(outer, "optimizer", outer)
-    storages: dict[int, int] = {}
-
-    def add(value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            inside = getattr(value, "__tensor_flatten__", None)
-            if inside is not None:
-                for name in inside()[0]:
-                    add(getattr(value, name))
-                return
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-            if value.is_leaf and value.grad is not None:
-                add(value.grad)
-        elif isinstance(value, dict):
-            for item in value.values():
-                add(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                add(item)
-
-    for parameter in engine.module.parameters():
-        add(parameter)
-        add(getattr(parameter, "ds_tensor", None))
-    add([group["params"] for group in inner.param_groups])
-    for state in inner.state.values():
-        add(state)
+    parameters = list(engine.module.parameters())
+    held: list[object] = [parameters, [getattr(parameter, "ds_tensor", None) for parameter in parameters]]
+    held += [[group["params"] for group in inner.param_groups], list(inner.state.values())]
     for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "averaged_gradients"):
-        add(getattr(outer, name, None))
+        held.append(getattr(outer, name, None))
+    tensors = [leaf for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor)]
+    storages: dict[int, int] = {}
+    for tensor in tensors:  # grows: the parts of a tensor that has parts, and gradients
+        if hasattr(tensor, "__tensor_flatten__"):
+            tensors += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+            continue
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if tensor.is_leaf and tensor.grad is not None:
+            tensors.append(tensor.grad)
     engine.step()
     return sum(storages.values())

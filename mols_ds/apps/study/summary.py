@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mols_ds.apps.study import curves
 from mols_ds.apps.study.curves import Band, Curve, Sensitivity, SnrCurve, final_loss
@@ -19,6 +19,7 @@ from mols_ds.apps.study.questions import PairRow, ShareRow, change_of, evaluated
 from mols_ds.apps.study.relative import RelativeCost, Runs, relative_cost
 from mols_ds.apps.study.runs import setting_text
 from mols_ds.core.json_types import JsonMapping, JsonObject
+from mols_ds.report.files import finite
 
 if TYPE_CHECKING:
     from mols_ds.apps.study.runs import Chosen, StudyResults
@@ -155,19 +156,8 @@ def to_json(summary: Summary) -> JsonObject:
     content = asdict(summary)
     for record, row in zip(content["rows"], summary.rows, strict=True):
         record["diverged"] = row.diverged
-    clean: JsonObject = _plain({"schema": SCHEMA, **content})
+    clean: JsonObject = finite({"schema": SCHEMA, **content})
     return clean
-
-
-def _plain(value: Any) -> Any:
-    """Convert to JSON values: named tuples to objects, non-finite numbers to null."""
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _ordered(first: Iterable[str], more: Iterable[str]) -> list[str]:
