@@ -12,9 +12,10 @@ has_checkpoint() {
 resume=()
 case "${RESUME:-auto}" in
     always) resume=(--resume) ;;
-    never) ;;
+    never) resume=(--overwrite) ;;
     # A comparison (--compare adam) keeps those of its first arm in OUT/adam
-    auto) if has_checkpoint "$OUT" || has_checkpoint "$OUT/adam"; then resume=(--resume); fi ;;
+    # A run that failed before its first checkpoint starts anew
+    auto) if has_checkpoint "$OUT" || has_checkpoint "$OUT/adam"; then resume=(--resume); else resume=(--overwrite); fi ;;
     *) echo "rank.sh: RESUME=$RESUME: auto, always or never" >&2; exit 2 ;;
 esac
 exec "$PYTHON" -u "$@" --out "$OUT" ${resume[@]+"${resume[@]}"}

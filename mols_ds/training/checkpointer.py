@@ -30,6 +30,8 @@ LATEST, MANIFEST = "latest", "manifest.json"
 PARTIAL, FORMER = ".partial", ".former"
 _STEP = re.compile(r"step(\d+)")
 _CHUNK = 1 << 24
+ALMOST_FULL = 1 << 20
+"""Free bytes of a disk that a failed write has filled."""
 _T = TypeVar("_T")
 
 
@@ -111,6 +113,8 @@ class Checkpointer:
             if isinstance(error, dist.DistError) or "Connection" in str(error):
                 raise
             line = next(iter(str(error).splitlines()), type(error).__name__)
+            if shutil.disk_usage(self.folder).free < ALMOST_FULL:  # torch's writer does not say so
+                line = "no space left on this disk"
             raise MolsCheckpointError(
                 f"checkpoint {tag} cannot be saved in {self.folder}: {line}; the earlier checkpoints are unchanged"
             ) from error

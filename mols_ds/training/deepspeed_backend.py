@@ -18,6 +18,7 @@ from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import GuardedWriter
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import MicroBatch
+from mols_ds.training.param_groups import group_options, restore_options
 from mols_ds.training.rng_state import load_random, save_random
 from mols_ds.training.task import Task
 from mols_ds.training.train_job import StepResult, TrainBackend, TrainJob
@@ -109,6 +110,8 @@ class DeepSpeedBackend(TrainBackend):
         self.mols: Handle = engine.mols
         self.rank, self.world, self.device = job.shape.rank, job.shape.world, engine.device
         self._monitor = self._guarded_monitor()
+        self._options = group_options(engine.optimizer.param_groups)
+        self._base_lrs = list(getattr(engine.lr_scheduler, "base_lrs", []))
         options = setup.config.get("checkpoint") or {}
         self.universal = bool(options.get("load_universal"))
         self.node_local = bool(options.get("use_node_local_storage"))
@@ -222,6 +225,18 @@ class DeepSpeedBackend(TrainBackend):
             return None
         load_random(Path(path).parent, self.rank, self.world)
         return {**counted, "step": self.engine.global_steps}
+
+    def use_settings(self) -> None:
+        """See `TrainBackend`. torch's and DeepSpeed's optimizers and torch's schedulers load their settings."""
+        groups, scheduler = self.engine.optimizer.param_groups, self.engine.lr_scheduler
+        restore_options(groups, self._options)
+        if isinstance(scheduler, LambdaLR):
+            scheduler.base_lrs = list(self._base_lrs)
+            for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                group["initial_lr"], group["lr"] = base, base * factor(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in groups]
+        elif scheduler is not None and scheduler.last_batch_iteration >= 0:
+            scheduler.step(scheduler.last_batch_iteration)
 
     def close(self) -> None:
         """See `TrainBackend`."""

@@ -200,6 +200,8 @@ def read(path: str, changes: Iterable[str] = ()) -> Settings:
     content = read_yaml(path, f"config {path}")
     if not isinstance(content, dict):
         raise MolsConfigError(f"config {path}: must have sections, not {type(content).__name__}")
+    if {"train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization"} & set(content):
+        raise MolsConfigError(f"config {path}: it is a DeepSpeed config, for train.py and finetune.py")
     for change in changes:
         _change(content, change)
     return validate(content, f"config {path}")

@@ -20,7 +20,7 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.files import append, read_text, write_whole
 from mols_ds.core.json_text import parse_json
 from mols_ds.core.json_types import JsonObject
-from mols_ds.core.log import GuardedWriter
+from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import Stream
 from mols_ds.training.checkpointer import Checkpointer, check_finite, step_of
@@ -92,7 +92,7 @@ class Trainer:
         self.folder = job.out / CHECKPOINTS
         self.checkpointer = Checkpointer(self.folder, node_local=backend.node_local)
         first = job.rank == 0
-        self.metrics = Metrics(job.out / METRICS) if first else None
+        self.metrics = Metrics(job.out / METRICS, job.about) if first else None
         self.bar = Progress(job.out.name, job.steps, shown=first and job.shown)
         self.probes = discards_updates(job.setup.section)
 
@@ -127,15 +127,30 @@ class Trainer:
         counted = backend.load_checkpoint(self.folder, tag)
         if counted is None:
             raise MolsCheckpointError(f"--resume: {self.folder} holds no checkpoint of this program")
+        steps = int(counted["steps"])
         for key, now in self.identity.items():
-            if counted.get(key) != now:
+            longer = key == "steps" and backend.extendable and self.job.steps > steps
+            if counted.get(key) != now and not longer:
                 made = f"{backend.option.format(key)} {counted.get(key)}"
                 raise MolsCheckpointError(f"--resume: the checkpoint was made with {made}, not {now}")
         self.updates, self.probe_steps = int(counted["step"]), int(counted["probe_steps"])
+        if self.job.changed or self.job.steps != steps:
+            self.use_settings(steps)
         self.ahead = int(counted.get("ahead", 0))
         self.saved = step_of(tag or "")
         if self.metrics is not None:
             self.guarded("metrics", partial(self.metrics.rewind, self.updates))
+
+    def use_settings(self, steps: int) -> None:
+        """Apply this run's settings to the loaded checkpoint of a run of `steps` steps, and print the rate."""
+        before = self.backend.base_lr()
+        self.backend.use_settings()
+        after = self.backend.base_lr()
+        if self.job.rank != 0 or (steps == self.job.steps and before == after):
+            return
+        extended = f"extended from {steps} to {self.job.steps} steps; " if steps != self.job.steps else ""
+        rate = f"stays {after:.4g}" if before == after else f"is {after:.4g} instead of {before:.4g}"
+        tell(f"--resume: {extended}by this run's schedule the rate of step {self.updates + 1} {rate}")
 
     # -- training
 
@@ -153,7 +168,7 @@ class Trainer:
             val_loss = math.nan
         if val_loss is None:  # resumed at the end
             val_loss = self.backend.evaluate()
-        if job.keep_last and self.saved != self.updates:
+        if job.save_at_end and self.saved != self.updates:
             self.save()
         return self._outcome(val_loss)
 
@@ -231,10 +246,10 @@ def discards_updates(section: JsonObject | None) -> bool:
 
 
 class Metrics:
-    """OUT/metrics.jsonl: one JSON object per line, flushed at once."""
+    """OUT/metrics.jsonl: one JSON object per line, flushed at once. The first line has `about` under "run"."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, about: JsonObject | None = None) -> None:
+        self.path, self.about, self.empty = path, about, True
 
     def clear(self) -> None:
         """Start an empty file."""
@@ -243,13 +258,16 @@ class Metrics:
 
     def write(self, line: dict[str, object]) -> None:
         """Append a line."""
-        append(self.path, json.dumps(line) + "\n")
+        first = {"run": self.about} if self.empty and self.about else {}
+        append(self.path, json.dumps(line | first) + "\n")
+        self.empty = False
 
     def rewind(self, step: int) -> None:
         """Drop the lines of an interrupted run after the checkpoint at `step`."""
         entries = read_lines(self.path) if self.path.is_file() else []
         kept = [entry for entry in entries if entry.get("step", step + 1) <= step]
         write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self.empty = not kept
 
 
 def read_lines(path: Path) -> list[JsonObject]:

@@ -21,6 +21,7 @@ from mols_ds.errors import MolsError
 from mols_ds.training.megatron_build import Built, build
 from mols_ds.training.megatron_config import GridSizes, transformer_config
 from mols_ds.training.megatron_settings import Settings
+from mols_ds.training.param_groups import group_options, restore_options
 from mols_ds.training.train_job import StepResult, TrainBackend, TrainJob
 
 if TYPE_CHECKING:
@@ -86,11 +87,13 @@ class MegatronBackend(TrainBackend):
     """
 
     option = "run.{}"
+    extendable = False  # Megatron's data set is shuffled for a number of steps
 
     def __init__(self, job: TrainJob, setup: MegatronSetup, built: Built, mols: Handle) -> None:
         self.job, self.setup, self.built, self.mols = job, setup, built, mols
         self.rank, self.world, self.device = job.rank, setup.grid.world, _device()
         self.skipped = 0
+        self._options = group_options(built.optimizer.param_groups)
         self.checkpoint = TorchDistCheckpoint(built, mols, reshardable=setup.settings.run.reshardable_checkpoints)
 
     # -- training
@@ -190,6 +193,11 @@ class MegatronBackend(TrainBackend):
         """See `TrainBackend`."""
         assert tag is not None  # not `universal`
         return self.checkpoint.load(folder, tag)
+
+    def use_settings(self) -> None:
+        """See `TrainBackend`."""
+        restore_options(self.built.optimizer.param_groups, self._options)
+        self.built.scheduler.step(increment=0)
 
     def close(self) -> None:
         """See `TrainBackend`."""
