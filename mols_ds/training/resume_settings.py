@@ -123,7 +123,7 @@ def job_settings(
         text: digests of the data.
     """
     given = {f"--{key.replace('_', '-')}": value for key, value in vars(args).items() if key not in ELSEWHERE}
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+    plain = {key: str(value) if isinstance(value, Path | tuple) else value for key, value in given.items()}
     own = {key: value for key, value in model.items() if key not in ("transformers_version", "_name_or_path")}
     return {
         "program": program,

@@ -298,7 +298,7 @@ def test_a_finished_run_is_extended(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_an_engine_that_cannot_be_extended_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(job_of(tmp_path))
     monkeypatch.setattr(Backend, "extendable", False)
-    with pytest.raises(MolsCheckpointError, match="--steps 8, not 9$"):
+    with pytest.raises(MolsCheckpointError, match=r"--steps 8, not 9$"):
         train(job_of(tmp_path, steps=9, resume=True))
 
 

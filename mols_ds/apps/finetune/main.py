@@ -11,6 +11,7 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -195,7 +196,9 @@ def _train(
     torch.distributed.barrier()  # from here on ranks run together
     if rank == 0:
         _print_summary(args, config, data, held_out, steps, world)
-    resolved = argparse.Namespace(**{**vars(args), "steps": steps, "cutoff": cutoff, "epochs": None})
+    adapters = _adapters(args)
+    lora = {} if adapters is None else {f"lora_{key}": value for key, value in asdict(adapters).items()}
+    resolved = argparse.Namespace(**{**vars(args), **lora, "steps": steps, "cutoff": cutoff, "epochs": None})
     text = {"examples": data.digest, "held_out": held_out.digest}
     settings = job_settings(PROGRAM, resolved, config, model=model_config.to_diff_dict(), text=text, processes=world)
     changed = settle(args.out, settings, resume=args.resume, rank=rank)
