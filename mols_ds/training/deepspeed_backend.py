@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import GuardedWriter
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import MicroBatch
+from mols_ds.training.ds_config import model_dtype
 from mols_ds.training.param_groups import group_options, restore_options
 from mols_ds.training.rng_state import load_random, save_random
+from mols_ds.training.speed import device_name, flops_per_token, peak_flops
 from mols_ds.training.task import Task
 from mols_ds.training.train_job import StepResult, TrainBackend, TrainJob
 
@@ -144,6 +146,28 @@ class DeepSpeedBackend(TrainBackend):
             summed += loss.detach().to("cpu", torch.float64)
             engine.step()
         return StepResult(summed / self.job.shape.accumulation, engine.global_steps != before)
+
+    def grad_norm(self) -> float | None:
+        """See `TrainBackend`."""
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def flops_per_token(self) -> float | None:
+        """See `TrainBackend`. None if some weights are frozen, and for experts: not every token passes all."""
+        module = self.engine.module
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
+        config: Any = getattr(module, "config", None)
+        if not all(trained for _, trained in sizes) or not hasattr(config, "num_hidden_layers"):
+            return None
+        if any(hasattr(config, key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
+            return None
+        looked_up = 0 if config.tie_word_embeddings else module.get_input_embeddings().num_embeddings
+        weights = sum(size for size, _ in sizes) - looked_up * config.hidden_size
+        return flops_per_token(weights, config.num_hidden_layers, config.hidden_size, self.job.shape.length)
+
+    def peak_flops(self) -> float | None:
+        """See `TrainBackend`."""
+        return peak_flops(device_name(self.device), model_dtype(self.setup.config))
 
     def mean_loss(self, losses: Tensor) -> float:
         """See `TrainBackend`: the mean over ranks."""

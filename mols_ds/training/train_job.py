@@ -175,6 +175,18 @@ class TrainBackend(ABC):
     def parameters(self) -> Iterable[Tensor]:
         """Return this rank's weights."""
 
+    def grad_norm(self) -> float | None:
+        """Return the norm of the last update's gradient before clipping, on rank 0; None if the engine has none."""
+        return None
+
+    def flops_per_token(self) -> float | None:
+        """Return the FLOPs of forward and backward for one token; None if they are not known."""
+        return None
+
+    def peak_flops(self) -> float | None:
+        """Return the nominal FLOP/s of one device in the dtype of the model; None if they are not known."""
+        return None
+
     def after_update(self) -> None:  # noqa: B027 - most engines have nothing to do here
         """Run after each update, outside the measured time of the step."""
 

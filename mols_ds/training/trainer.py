@@ -10,7 +10,9 @@ import gc
 import json
 import math
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +29,13 @@ from mols_ds.training.checkpointer import Checkpointer, check_finite, step_of
 from mols_ds.training.checkpointer import has_checkpoint as saved_in
 from mols_ds.training.preemption import Preempted, StopRequest
 from mols_ds.training.progress import Progress
+from mols_ds.training.speed import peak_memory
 from mols_ds.training.train_job import Outcome, TrainBackend, TrainJob
 
 METRICS = "metrics.jsonl"
+TIMED = ("step_seconds", "tokens_per_second", "memory_bytes", "mfu")
+"""Keys of metrics that differ between two equal runs."""
+EVENTS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "mfu", "step_seconds")
 CHECKPOINTS = "checkpoints"
 
 
@@ -94,7 +100,10 @@ class Trainer:
         first = job.rank == 0
         self.metrics = Metrics(job.out / METRICS, job.about) if first else None
         self.bar = Progress(job.out.name, job.steps, shown=first and job.shown)
-        self.probes = discards_updates(job.setup.section)
+        self.probes = probe_samples(job.setup.section)
+        self.unlogged = Interval()
+        self.peak = peak_rate(backend)
+        self.alphas_seen: dict[str, float] = {}
 
     def close(self) -> None:
         """Restore the terminal."""
@@ -138,6 +147,7 @@ class Trainer:
             self.use_settings(steps)
         self.ahead = int(counted.get("ahead", 0))
         self.saved = step_of(tag or "")
+        self.alphas_seen = backend.mols.alphas
         if self.metrics is not None:
             self.guarded("metrics", partial(self.metrics.rewind, self.updates))
 
@@ -184,7 +194,7 @@ class Trainer:
         """Run one step of the engine. Returns the held-out loss if it was evaluated."""
         job, backend = self.job, self.backend
         began = time.monotonic()
-        measures = self.probes and backend.mols.phase == "calibrating"
+        measures = bool(self.probes) and backend.mols.phase == "calibrating"
         stream: Stream = "probe" if measures and not job.probe_ahead else "train"
         position = self.probe_steps if stream == "probe" else self.updates + (self.ahead if measures else 0)
         base_lr = backend.base_lr()
@@ -193,11 +203,12 @@ class Trainer:
         if not updated:
             self.probe_steps += 1
             self.ahead += job.probe_ahead
-            self.guarded("progress", partial(self.bar.probing, self.probe_steps))
+            self.guarded("progress", partial(self.bar.probing, self.probe_steps, self.probes))
             return None
         self.updates += 1
         self.ahead = 0
         seconds = time.monotonic() - began
+        self.unlogged.updates, self.unlogged.seconds = self.unlogged.updates + 1, self.unlogged.seconds + seconds
         backend.after_update()
         return self._after_update(losses, base_lr, seconds)
 
@@ -216,15 +227,42 @@ class Trainer:
 
     def log(self, loss: float, val_loss: float | None, base_lr: float, seconds: float) -> None:
         """Write a line of metrics. `base_lr`: learning rate of this update without multipliers."""
-        multipliers, phase = self.backend.mols.multipliers, self.backend.mols.phase
-        losses = {"loss": loss} if val_loss is None else {"loss": loss, "val_loss": val_loss}
-        if self.metrics is not None:
-            line: dict[str, object] = {"step": self.updates, "tokens": self.backend.tokens(self.updates), **losses}
-            line |= {"lr": base_lr, "multipliers": multipliers, "phase": phase, "step_seconds": round(seconds, 6)}
-            self.guarded("metrics", partial(self.metrics.write, line))
-        scaled = {f"multiplier_{group}": value for group, value in multipliers.items()}
-        self.guarded("monitor", partial(self.backend.write_events, {**losses, **scaled}))
-        self.guarded("progress", partial(self.bar.update, self.updates, loss, val_loss, phase))
+        if self.job.rank == 0:
+            line = self._line(loss, val_loss, base_lr, seconds)
+            if self.metrics is not None:
+                self.guarded("metrics", partial(self.metrics.write, line))
+            self.guarded("monitor", partial(self.backend.write_events, events(line, self.backend.mols.alphas)))
+            self.guarded("progress", partial(self.bar.update, line))
+        self.unlogged = Interval()
+
+    def _line(self, loss: float, val_loss: float | None, base_lr: float, seconds: float) -> JsonObject:
+        mols, backend = self.backend.mols, self.backend
+        line: JsonObject = {"step": self.updates, "tokens": backend.tokens(self.updates), "loss": loss}
+        if val_loss is not None:
+            line["val_loss"] = val_loss
+        line |= {"lr": base_lr, "multipliers": mols.multipliers, "phase": mols.phase}
+        line["step_seconds"] = round(seconds, 6)
+        norm = backend.grad_norm()
+        if norm is not None:
+            line["grad_norm"] = norm
+        tokens = line["tokens"] - backend.tokens(self.updates - self.unlogged.updates)
+        line["tokens_per_second"] = tokens / self.unlogged.seconds
+        line["memory_bytes"] = peak_memory(backend.device)
+        if self.peak is not None:
+            line["mfu"] = line["tokens_per_second"] / self.peak
+        if mols.phase != "disabled":
+            line["applied_lrs"] = mols.applied_lrs
+        snr = self._new_snr()
+        return line if snr is None else {**line, "snr": snr}
+
+    def _new_snr(self) -> dict[str, float] | None:
+        """Return the SNR of each group, once after each calibration; None otherwise, and for fixed alphas."""
+        alphas = self.backend.mols.alphas
+        if alphas == self.alphas_seen:
+            return None
+        self.alphas_seen = alphas
+        groups = self.backend.mols.report().get("groups", {})
+        return {group: values["snr"] for group, values in groups.items()} or None
 
     def _outcome(self, val_loss: float) -> Outcome:
         section = self.job.setup.section
@@ -240,9 +278,34 @@ class Trainer:
         return outcome
 
 
-def discards_updates(section: JsonObject | None) -> bool:
-    """Whether the calibration of a "mols" section has steps without an update (mode "probe")."""
-    return section is not None and MolsConfig.parse(section).mode == "probe"
+@dataclass
+class Interval:
+    """Updates, and their seconds, since the last line of metrics."""
+
+    updates: int = 0
+    seconds: float = 0.0
+
+
+def peak_rate(backend: TrainBackend) -> float | None:
+    """Return the tokens a second of all ranks at the devices' nominal FLOP/s; None if they are not known."""
+    flops, peak = backend.flops_per_token(), backend.peak_flops()
+    return None if flops is None or peak is None else backend.world * peak / flops
+
+
+def events(line: JsonObject, alphas: Mapping[str, float]) -> dict[str, float]:
+    """Return a line of metrics as flat numbers for TensorBoard and W&B, and the alphas."""
+    plain = {key: line[key] for key in EVENTS if key in line}
+    groups = {"multiplier": line["multipliers"], "applied_lr": line.get("applied_lrs", {}), "snr": line.get("snr", {})}
+    by_group = {"alpha": alphas, **groups}
+    return plain | {f"{kind}_{group}": value for kind, values in by_group.items() for group, value in values.items()}
+
+
+def probe_samples(section: JsonObject | None) -> int:
+    """Return how many batches (at most) a calibration measures without an update: 0 in all modes but "probe"."""
+    config = None if section is None else MolsConfig.parse(section)
+    if config is None or config.mode != "probe":
+        return 0
+    return config.max_samples if config.samples == "auto" else config.samples
 
 
 class Metrics:

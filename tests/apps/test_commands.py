@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mols_ds.training.trainer import TIMED
 from tests.apps.command import TINY_CONFIG, TRAIN, Done, free_port, job_arguments, read_metrics, run, write_job
 from tests.helpers.harness import run_ranks
 
@@ -32,7 +33,7 @@ def succeeded(done: Done) -> Done:
 
 def updates(out: Path) -> list[dict[str, Any]]:
     """The metrics without the times, which differ between runs."""
-    return [{key: value for key, value in line.items() if key != "step_seconds"} for line in read_metrics(out)]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in read_metrics(out)]
 
 
 def test_shim_compares_both_arms_on_two_processes(tmp_path: Path) -> None:
@@ -63,8 +64,8 @@ def check_contract(lines: list[dict[str, Any]]) -> None:
     """The keys that other tools rely on."""
     *steps, final = lines
     for line in steps:
-        wanted = {"step", "tokens", "loss", "lr", "multipliers", "phase"}
-        assert set(line) - {"val_loss"} == wanted
+        wanted = {"step", "tokens", "loss", "lr", "multipliers", "phase", "grad_norm", "applied_lrs"}
+        assert set(line) - {"val_loss", "run", "snr"} == wanted
         assert line["tokens"] == line["step"] * 4 * 32
     assert "val_loss" in steps[-1]
     assert set(final) == {"final", "val_loss", "val_ppl", "tokens", "alphas"}

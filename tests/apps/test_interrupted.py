@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from mols_ds.training.trainer import TIMED
 from tests.apps.command import SHIM, TRAIN, free_port, job_arguments, read_metrics, write_job
 from tests.apps.launch.running import TIME_LIMIT, started, variables
 from tests.apps.mains import call
@@ -99,10 +100,22 @@ def train(*arguments: str) -> int:
     return done.status
 
 
+def stopped_at(out: str, step: int, *arguments: str) -> int:
+    """The same; a scheduler signals one rank after `step`."""
+    import torch.distributed as dist
+
+    def send() -> None:
+        until(Path(out), step)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if dist.get_rank() == 1:
+        threading.Thread(target=send, daemon=True).start()
+    return train(*arguments)
+
+
 def comparable(out: Path) -> list[dict[str, Any]]:
     """The metrics without what differs between two runs."""
-    timed = {"step_seconds", "tokens_per_second", "memory_bytes", "mfu", "run"}
-    return [{key: value for key, value in line.items() if key not in timed} for line in read_metrics(out)]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in read_metrics(out)]
 
 
 def weights(out: Path, steps: int) -> dict[str, torch.Tensor]:
@@ -111,17 +124,16 @@ def weights(out: Path, steps: int) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("steps", [40, pytest.param(500, marks=pytest.mark.tier("full"))])
 def test_a_run_killed_twice_and_extended_once_is_the_undisturbed_run(steps: int, tmp_path: Path) -> None:
     arguments, config = job(tmp_path, steps)
     out, whole = tmp_path / "out", tmp_path / "whole"
     longer, shorter = ["--steps", str(steps)], ["--steps", str(steps * 3 // 4)]
     run_ranks(train, 2, *arguments, *config, *longer, "--out", str(whole), timeout=300)
+    assert 0 < len(read_metrics(out)) < steps // 2
     launch = [sys.executable, SHIM, "-q", "--master_port", str(free_port()), "--num_gpus", "2", TRAIN, *arguments]
-    with started([*launch, *config, *shorter], tmp_path) as first:
-        until(out, steps // 5)
-        first.process.send_signal(signal.SIGTERM)
-        assert first.wait() == 0
+    run_ranks(stopped_at, 2, str(out), steps // 5, *arguments, *config, *shorter, timeout=300)
     with terminal([*launch, *config, *shorter, "--resume"], tmp_path) as second:
         until(out, len(read_metrics(out)) + 3)
         second.interrupt()

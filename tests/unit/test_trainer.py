@@ -24,7 +24,7 @@ from mols_ds.training.compare import run_arms
 from mols_ds.training.preemption import SIGNALS, Preempted
 from mols_ds.training.progress import Progress
 from mols_ds.training.train_job import Outcome, StepResult, TrainBackend, TrainJob
-from mols_ds.training.trainer import METRICS, Metrics, Trainer, discards_updates, has_checkpoint, train
+from mols_ds.training.trainer import METRICS, TIMED, Metrics, Trainer, has_checkpoint, probe_samples, train
 
 SHAPE = BatchShape(length=1, micro=1, accumulation=2, rank=0, world=1)
 STEPS, START, SAMPLES = 8, 3, 4
@@ -168,7 +168,7 @@ def setup_of(job: TrainJob) -> Setup:
 
 def lines_of(out: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "step_seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
 
 
 def saved_in(out: Path) -> list[str]:
@@ -205,7 +205,10 @@ def test_lines_of_the_metrics_have_their_keys_in_order(tmp_path: Path) -> None:
     *steps, final = lines_of(tmp_path)
     for line in steps:
         evaluated = ["val_loss"] if line["step"] in (4, 8) else []
-        assert list(line) == ["step", "tokens", "loss", *evaluated, "lr", "multipliers", "phase"]
+        off = ["step_seconds", "tokens_per_second", "memory_bytes"]
+        assert [key for key in line if key not in (*off, "snr")] == [
+            "step", "tokens", "loss", *evaluated, "lr", "multipliers", "phase", "applied_lrs",
+        ]  # fmt: skip
     assert [line["phase"] for line in steps] == ["waiting"] * 2 + ["calibrating"] + ["fixed"] * 5
     assert [line["multipliers"] for line in steps] == [{}] * 3 + [{"qk": 2.0}] * 5
     assert [line["loss"] for line in steps] == [sum(range(step)) for step in range(1, STEPS + 1)]
@@ -390,9 +393,10 @@ def test_ranks_but_the_first_write_no_metrics(tmp_path: Path) -> None:
 
 
 def test_only_mode_probe_discards_updates() -> None:
-    assert discards_updates(PROBE)
-    assert not discards_updates(ONLINE)
-    assert not discards_updates(None)
+    assert probe_samples(PROBE) == SAMPLES
+    assert probe_samples({**PROBE, "samples": "auto", "max_samples": 9}) == 9
+    assert not probe_samples(ONLINE)
+    assert not probe_samples(None)
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from mols_ds.core.handle import Handle
 from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsError
 from mols_ds.training.megatron_build import Built, build
-from mols_ds.training.megatron_config import GridSizes, transformer_config
+from mols_ds.training.megatron_config import GridSizes, dtype_of, padded_vocabulary, transformer_config
 from mols_ds.training.megatron_settings import Settings
 from mols_ds.training.param_groups import group_options, restore_options
+from mols_ds.training.speed import device_name, flops_per_token, peak_flops
 from mols_ds.training.train_job import StepResult, TrainBackend, TrainJob
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class MegatronBackend(TrainBackend):
         self.job, self.setup, self.built, self.mols = job, setup, built, mols
         self.rank, self.world, self.device = job.rank, setup.grid.world, _device()
         self.skipped = 0
+        self._norm: float | None = None
         self._options = group_options(built.optimizer.param_groups)
         self.checkpoint = TorchDistCheckpoint(built, mols, reshardable=setup.settings.run.reshardable_checkpoints)
 
@@ -112,7 +114,8 @@ class MegatronBackend(TrainBackend):
             chunk.zero_grad_buffer()
         self.built.optimizer.zero_grad()
         sums = self._pass(batches, self.job.shape.accumulation)
-        successful, *_ = self.built.optimizer.step()
+        successful, norm, _ = self.built.optimizer.step()
+        self._norm = None if norm is None else float(norm)
         if not measures:
             self._advance(bool(successful), number)
         return StepResult(sums, updated=not measures)
@@ -155,6 +158,25 @@ class MegatronBackend(TrainBackend):
             for one in found or ():
                 sums += one["sums"].to("cpu", torch.float64)
         return sums
+
+    def grad_norm(self) -> float | None:
+        """See `TrainBackend`."""
+        return self._norm
+
+    def flops_per_token(self) -> float | None:
+        """See `TrainBackend`. None for experts, and with pipeline or tensor parallelism: this rank has a part."""
+        config, shape = self.built.config, self.job.shape
+        if config.num_moe_experts or config.tensor_model_parallel_size > 1 or config.pipeline_model_parallel_size > 1:
+            return None
+        model = self.setup.settings.model
+        looked_up = 0 if model.tied_embeddings else padded_vocabulary(self.setup.vocab_size, self.setup.settings)
+        weights = sum(parameter.numel() for parameter in self.parameters()) - looked_up * config.hidden_size
+        width = config.num_attention_heads * config.kv_channels
+        return flops_per_token(weights, config.num_layers, width, shape.length)
+
+    def peak_flops(self) -> float | None:
+        """See `TrainBackend`."""
+        return peak_flops(device_name(self.device), dtype_of(self.setup.settings))
 
     def mean_loss(self, losses: Tensor) -> float:
         """See `TrainBackend`: the mean over targets."""
