@@ -394,7 +394,7 @@ def test_ranks_but_the_first_write_no_metrics(tmp_path: Path) -> None:
 
 def test_only_mode_probe_discards_updates() -> None:
     assert probe_samples(PROBE) == SAMPLES
-    assert probe_samples({**PROBE, "samples": "auto", "max_samples": 9}) == 9
+    assert probe_samples({**PROBE, "samples": "auto", "max_samples": 40}) == 40
     assert not probe_samples(ONLINE)
     assert not probe_samples(None)
 
