@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mols_ds import __version__
 from mols_ds.apps.launch.jobs import JOBS, start_job
 from mols_ds.errors import MolsConfigError, printable_lines
-from mols_ds.training.cli_utils import Parser, run_program
+from mols_ds.training.cli_utils import Parser, positive, run_program
 
 if TYPE_CHECKING:
     from mols_ds.core.schema import Report
@@ -84,6 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--model", metavar="FILE", help="model for the alphas: checks its groups, prints its names")
     report.set_defaults(text=report_text)
+    export = commands.add_parser("export", help="write a checkpoint of train.py as a transformers folder")
+    export.add_argument("out", type=Path, help="the run's --out (of a comparison: OUT/adam or OUT/mols)")
+    export.add_argument("folder", type=Path, help="folder to write: config, safetensors, tokenizer")
+    export.add_argument("--step", type=positive, help="of the checkpoint (default: the newest)")
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the run's)"
+    )
+    export.set_defaults(text=export_run_text)
     configs = commands.add_parser("configs", help="list or copy the configs, studies, launch files and examples")
     configs.add_argument("patterns", nargs="*", metavar="PATTERN", help="such as configs/models or 'configs/ds_7b*'")
     configs.add_argument("--copy", type=Path, metavar="FOLDER", help="copy the files to FOLDER")
@@ -129,6 +137,13 @@ def fixed_alphas_text(report: Report, model: str | None) -> str:
 
     groups = None if model is None else groups_of(model, granularity_of(report))
     return json.dumps(fixed_alphas(report, groups), indent=2)
+
+
+def export_run_text(args: argparse.Namespace) -> str:
+    """Write a checkpoint of the run `args.out` to `args.folder`. Return what was written."""
+    from mols_ds.training.export_weights import export_run
+
+    return export_run(args.out, args.folder, step=args.step, dtype=args.dtype)
 
 
 def configs_text(args: argparse.Namespace) -> str:

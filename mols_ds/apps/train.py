@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from mols_ds.core.json_types import JsonObject
-from mols_ds.core.log import tell
+from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
-from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_timeout, not_negative, positive, share
+from mols_ds.training.checkpointer import Retention
+from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_saving, add_timeout, not_negative, positive, share
 from mols_ds.training.compare import run_arms
 from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import check_keys, check_with_deepspeed, model_dtype, read_config, resolve
+from mols_ds.training.export_weights import save_base
 from mols_ds.training.models import build_model, load_model_config, tokenizer_of, zero_init
 from mols_ds.training.ranks import check_run, run_command, silence_output, start_ranks
 from mols_ds.training.resume_settings import job_settings
-from mols_ds.training.run_folder import add_output_arguments, claim, settle
+from mols_ds.training.run_folder import BASE, add_output_arguments, claim, settle
 from mols_ds.training.shipped import shipped_root
 from mols_ds.training.sources import DataSpec, check_hub
 from mols_ds.training.task import NextTokens
@@ -58,8 +60,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--activation-checkpointing", action="store_true", help="recompute activations in backward")
     run.add_argument("--eval-every", type=not_negative, help="steps between evaluations (default: a fifth of --steps)")
     run.add_argument("--eval-sequences", type=positive, default=256, help="held-out sequences to evaluate")
-    run.add_argument("--save-every", type=not_negative, default=0, help="steps between checkpoints (0: the end only)")
-    run.add_argument("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
+    add_saving(run)
     add_timeout(run)
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="stdlib", help="stdlib, a file, a folder, configs/data/*.json or a hub name")
@@ -154,6 +155,8 @@ def _model(args: argparse.Namespace, config: JsonObject, tokenizer: Tokenizer) -
         checkpointing=args.activation_checkpointing,
     )
     del sharded  # transformers builds sharded models while this object exists
+    if torch.distributed.get_rank() == 0:
+        GuardedWriter()(BASE, lambda: save_base(model.config, tokenizer.identity, args.out))
     return model
 
 
@@ -172,7 +175,7 @@ def _arms(
         setup=DeepSpeedSetup(config, model, held_out, NextTokens(shape)), batches=batches, shape=shape,
         rank=shape.rank, steps=args.steps, out=args.out, seed=args.seed, eval_every=args.eval_every,
         save_every=args.save_every, log_every=args.log_every, resume=args.resume, preemptible=True,
-        changed=changed, about=about,
+        changed=changed, about=about, keep=Retention(args.keep_last, args.keep_every),
     )  # fmt: skip
     run_arms(job, compare=bool(args.compare))
 

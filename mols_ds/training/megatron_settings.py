@@ -164,6 +164,9 @@ class RunSettings(_Section):
     eval_every: Count | None = None
     eval_sequences: Positive = 256
     save_every: Count = 0
+    keep_last: Positive | None = None
+    keep_every: Positive | None = None
+    """Checkpoints to keep: the newest `keep_last`, and those of every `keep_every`-th step. Default: all."""
     reshardable_checkpoints: bool = False
     """Whether another tp or pp can load the checkpoints; costs a gather on data-parallel rank 0."""
     log_every: Positive = 1

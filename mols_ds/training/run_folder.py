@@ -25,7 +25,9 @@ from mols_ds.training.trainer import CHECKPOINTS, METRICS, has_checkpoint
 
 RUN, LOCK = "run.json", "run.lock"
 REPORT, BOARD = "mols_report", "tensorboard"
-_REPLACED = (METRICS, CHECKPOINTS, RUN, REPORT, BOARD, "compare.json", "compare.png")
+BASE = "model_files"
+"""Folder in OUT with the configuration of the trained model and its tokenizer, without weights."""
+_REPLACED = (METRICS, CHECKPOINTS, RUN, REPORT, BOARD, BASE, "compare.json", "compare.png")
 
 
 class MistakeEverywhere(MolsConfigError):
@@ -84,7 +86,7 @@ def claim(out: Path, *, overwrite: bool, rank: int) -> Iterator[None]:
 
     def take() -> None:
         lock.extend(_lock(out))
-        if overwrite:
+        if overwrite and holds_run(out):
             _delete_run(out)
 
     on_first_rank(rank, take)

@@ -19,6 +19,7 @@ from torch import Tensor
 from mols_ds.core.handle import Handle
 from mols_ds.core.json_types import JsonObject
 from mols_ds.training.batches import Batches, BatchShape, MicroBatch
+from mols_ds.training.checkpointer import Retention
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class TrainJob:
         probe_ahead: mode "probe" measures the batches that training uses next, not those of the probe stream. So no arm
             of a comparison sees more text than another.
         save_at_end: save a checkpoint after the last update.
+        keep: which checkpoints stay; None: all.
         stop_diverged: end when the loss is not finite, with a held-out loss of NaN.
         preemptible: SIGTERM and SIGUSR1 end the run with a checkpoint.
         shown: rank 0 shows the progress.
@@ -60,6 +62,7 @@ class TrainJob:
     about: JsonObject = field(default_factory=dict)
     probe_ahead: bool = False
     save_at_end: bool = True
+    keep: Retention | None = None
     stop_diverged: bool = False
     preemptible: bool = False
     shown: bool = True

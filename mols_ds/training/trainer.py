@@ -96,7 +96,7 @@ class Trainer:
         self.guarded = GuardedWriter()
         self.stop = StopRequest()
         self.folder = job.out / CHECKPOINTS
-        self.checkpointer = Checkpointer(self.folder, node_local=backend.node_local)
+        self.checkpointer = Checkpointer(self.folder, node_local=backend.node_local, keep=job.keep)
         first = job.rank == 0
         self.metrics = Metrics(job.out / METRICS, job.about) if first else None
         self.bar = Progress(job.out.name, job.steps, shown=first and job.shown)
@@ -297,7 +297,8 @@ def events(line: JsonObject, alphas: Mapping[str, float]) -> dict[str, float]:
     plain = {key: line[key] for key in EVENTS if key in line}
     groups = {"multiplier": line["multipliers"], "applied_lr": line.get("applied_lrs", {}), "snr": line.get("snr", {})}
     by_group = {"alpha": alphas, **groups}
-    return plain | {f"{kind}_{group}": value for kind, values in by_group.items() for group, value in values.items()}
+    flat = {f"{kind}_{group}": value for kind, values in by_group.items() for group, value in values.items()}
+    return plain | {name: value for name, value in flat.items() if value is not None}
 
 
 def probe_samples(section: JsonObject | None) -> int:

@@ -27,7 +27,17 @@ from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import tell
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training.batches import BatchShape
-from mols_ds.training.cli_utils import USER_MISTAKE, Parser, above_zero, add_timeout, not_negative, positive, share
+from mols_ds.training.checkpointer import Retention
+from mols_ds.training.cli_utils import (
+    USER_MISTAKE,
+    Parser,
+    above_zero,
+    add_saving,
+    add_timeout,
+    not_negative,
+    positive,
+    share,
+)
 from mols_ds.training.compare import run_arms
 from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import (
@@ -93,8 +103,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--activation-checkpointing", action="store_true", help="recompute activations in backward")
     add("--eval-every", type=not_negative, help="steps between held-out losses (default: a fifth of all steps)")
     add("--eval-examples", type=positive, default=256, help="held-out examples to evaluate")
-    add("--save-every", type=not_negative, default=0, help="steps between checkpoints (0: the end only)")
-    add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
+    add_saving(run)
     add_timeout(run)
 
 
@@ -212,7 +221,7 @@ def _train(
         setup=setup, batches=batches, shape=shape, rank=rank, steps=steps, out=args.out, seed=args.seed,
         eval_every=max(1, steps // 5) if args.eval_every is None else args.eval_every,
         save_every=args.save_every, log_every=args.log_every, resume=args.resume, preemptible=True,
-        changed=changed, about=about,
+        changed=changed, about=about, keep=Retention(args.keep_last, args.keep_every),
     )  # fmt: skip
     return run_arms(job, compare=bool(args.compare)), model_dtype(config)
 

@@ -22,6 +22,7 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.log import tell
 from mols_ds.errors import MolsConfigError, MolsWarning, printable
 from mols_ds.training.batches import BatchShape
+from mols_ds.training.checkpointer import Retention
 from mols_ds.training.cli_utils import USER_MISTAKE as USER_MISTAKE
 from mols_ds.training.cli_utils import Parser, add_timeout
 from mols_ds.training.compare import run_arms
@@ -146,7 +147,8 @@ def _train(
         setup=setup, batches=batches, shape=shape, rank=rank, steps=plan.steps, out=args.out, seed=plan.seed,
         eval_every=max(1, plan.steps // 5) if plan.eval_every is None else plan.eval_every,
         save_every=plan.save_every, log_every=plan.log_every, resume=args.resume, preemptible=True,
-        changed=changed, about={"model": args.config, "data": spec.source, "tokenizer": text.tokenizer.name},
+        changed=changed, keep=Retention(plan.keep_last, plan.keep_every),
+        about={"model": args.config, "data": spec.source, "tokenizer": text.tokenizer.name},
     )  # fmt: skip
     run_arms(job, compare=bool(args.compare))
 
