@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     groups.add_argument("--parameters", action="store_true", help="print the groups of each parameter too")
     groups.set_defaults(text=groups_text)
     report = commands.add_parser("report", help="print a mols_report.json")
-    report.add_argument("report", help="mols_report.json or its folder")
+    report.add_argument("report", help="a run's --out, mols_report.json or its folder")
     report.add_argument("--fixed-alphas", action="store_true", help='print alphas as keys of a "mols" section, in JSON')
     report.add_argument(
         "--to", metavar="FRAMEWORK", choices=FRAMEWORKS, help=f"print alphas as settings of {', '.join(FRAMEWORKS)}"
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def report_text(args: argparse.Namespace) -> str:
     """Return the report of `args.report` as a table, or its alphas as configuration of another run."""
-    from mols_ds.report.files import load_report
+    from mols_ds.report.files import load_report, run_places, write_run_plot
     from mols_ds.report.table import format_report
 
     if args.to is not None:
@@ -113,7 +113,18 @@ def report_text(args: argparse.Namespace) -> str:
         return fixed_alphas_text(load_report(args.report), args.model)
     if args.model is not None:
         raise MolsConfigError("--model: only with --to or --fixed-alphas")
-    return format_report(load_report(args.report))
+    text = format_report(load_report(args.report))
+    if not Path(args.report).is_dir():
+        return text
+    from mols_ds.training.trainer import METRICS, read_lines
+
+    metrics = next((place / METRICS for place in run_places(args.report) if (place / METRICS).is_file()), None)
+    if metrics is None:
+        return text
+    lines = [line for line in read_lines(metrics) if "step" in line]
+    picture = metrics.with_name("mols_run.png")
+    drawn = write_run_plot(lines, picture)
+    return f"{text}\n\nSNR and rates over the run: {picture}" if drawn else text
 
 
 def export_text(report: Report, framework: str, model: str | None) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import GuardedWriter, tell
+from mols_ds.engines.deepspeed.snr_monitor import SnrWatch
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
 from mols_ds.training.checkpointer import Retention
@@ -61,6 +62,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--eval-every", type=not_negative, help="steps between evaluations (default: a fifth of --steps)")
     run.add_argument("--eval-sequences", type=positive, default=256, help="held-out sequences to evaluate")
     add_saving(run)
+    run.add_argument(
+        "--snr-every", type=positive, metavar="N", help="log each group's SNR from Adam's moments every N steps"
+    )
     add_timeout(run)
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="stdlib", help="stdlib, a file, a folder, configs/data/*.json or a hub name")
@@ -171,8 +175,9 @@ def _arms(
     changed: bool,
 ) -> None:
     """Train the one arm, or first Adam's, and print the results."""
+    watch = None if args.snr_every is None else SnrWatch(args.snr_every)
     job = TrainJob(
-        setup=DeepSpeedSetup(config, model, held_out, NextTokens(shape)), batches=batches, shape=shape,
+        setup=DeepSpeedSetup(config, model, held_out, NextTokens(shape), watch), batches=batches, shape=shape,
         rank=shape.rank, steps=args.steps, out=args.out, seed=args.seed, eval_every=args.eval_every,
         save_every=args.save_every, log_every=args.log_every, resume=args.resume, preemptible=True,
         changed=changed, about=about, keep=Retention(args.keep_last, args.keep_every),

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import GuardedWriter
+from mols_ds.engines.deepspeed.snr_monitor import SnrWatch
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import MicroBatch
 from mols_ds.training.ds_config import model_dtype
@@ -151,6 +153,13 @@ class DeepSpeedBackend(TrainBackend):
         """See `TrainBackend`."""
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def snr(self) -> dict[str, float] | None:
+        """See `TrainBackend`. By the estimator of the "mols" section."""
+        watch = self.setup.watch
+        if not isinstance(watch, SnrWatch) or watch.steps[-1:] != [self.engine.global_steps]:
+            return None
+        return watch.reading()["curves"][MolsConfig.parse(self.setup.section or {}).estimator]
 
     def flops_per_token(self) -> float | None:
         """See `TrainBackend`. None if some weights are frozen, and for experts: not every token passes all."""

@@ -171,6 +171,9 @@ class RunSettings(_Section):
     """Whether another tp or pp can load the checkpoints; costs a gather on data-parallel rank 0."""
     log_every: Positive = 1
     out: str | None = None
+    tensorboard_dir: str | None = None
+    wandb_project: str | None = None
+    wandb_exp_name: str | None = None
 
 
 class Settings(_Section):

@@ -182,6 +182,10 @@ class TrainBackend(ABC):
         """Return the norm of the last update's gradient before clipping, on rank 0; None if the engine has none."""
         return None
 
+    def snr(self) -> dict[str, float] | None:
+        """Return the SNR of each group from Adam's moments after this update, if it was read; the same on all ranks."""
+        return None
+
     def flops_per_token(self) -> float | None:
         """Return the FLOPs of forward and backward for one token; None if they are not known."""
         return None

@@ -33,6 +33,7 @@ from mols_ds.training.speed import peak_memory
 from mols_ds.training.train_job import Outcome, TrainBackend, TrainJob
 
 METRICS = "metrics.jsonl"
+GROUP_EVENTS = {"applied_lr": "applied_lrs", "snr": "snr", "snr_moments": "snr_moments"}
 TIMED = ("step_seconds", "tokens_per_second", "memory_bytes", "mfu")
 """Keys of metrics that differ between two equal runs."""
 EVENTS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "mfu", "step_seconds")
@@ -217,18 +218,28 @@ class Trainer:
         job, backend, now = self.job, self.backend, self.updates
         due = now >= job.steps or (job.eval_every and now % job.eval_every == 0)
         val_loss = backend.evaluate() if due else None
-        if now % job.log_every == 0 or val_loss is not None:
+        read = backend.snr()
+        if now % job.log_every == 0 or val_loss is not None or read is not None:
             loss = backend.mean_loss(losses)
             self.diverged = job.stop_diverged and not math.isfinite(loss)
-            self.log(loss, val_loss, base_lr, seconds)
+            self.log(loss, val_loss, base_lr, seconds, read)
         if job.save_every and now % job.save_every == 0:
             self.save()
         return val_loss
 
-    def log(self, loss: float, val_loss: float | None, base_lr: float, seconds: float) -> None:
-        """Write a line of metrics. `base_lr`: learning rate of this update without multipliers."""
+    def log(
+        self, loss: float, val_loss: float | None, base_lr: float, seconds: float, read: Mapping[str, float] | None
+    ) -> None:
+        """Write a line of metrics.
+
+        Args:
+            base_lr: learning rate of this update without multipliers.
+            read: SNR of each group from Adam's moments.
+        """
         if self.job.rank == 0:
             line = self._line(loss, val_loss, base_lr, seconds)
+            if read is not None:
+                line["snr_moments"] = dict(read)
             if self.metrics is not None:
                 self.guarded("metrics", partial(self.metrics.write, line))
             self.guarded("monitor", partial(self.backend.write_events, events(line, self.backend.mols.alphas)))
@@ -295,8 +306,8 @@ def peak_rate(backend: TrainBackend) -> float | None:
 def events(line: JsonObject, alphas: Mapping[str, float]) -> dict[str, float]:
     """Return a line of metrics as flat numbers for TensorBoard and W&B, and the alphas."""
     plain = {key: line[key] for key in EVENTS if key in line}
-    groups = {"multiplier": line["multipliers"], "applied_lr": line.get("applied_lrs", {}), "snr": line.get("snr", {})}
-    by_group = {"alpha": alphas, **groups}
+    by_group: dict[str, Mapping[str, float]] = {"alpha": alphas, "multiplier": line["multipliers"]}
+    by_group |= {name: line.get(key, {}) for name, key in GROUP_EVENTS.items()}
     flat = {f"{kind}_{group}": value for kind, values in by_group.items() for group, value in values.items()}
     return plain | {name: value for name, value in flat.items() if value is not None}
 

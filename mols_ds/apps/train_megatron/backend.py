@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from mols_ds.apps.train_megatron.checkpoint import TorchDistCheckpoint
 from mols_ds.apps.train_megatron.dataset import Batch
 from mols_ds.core.handle import Handle
 from mols_ds.core.json_types import JsonObject
+from mols_ds.core.log import GuardedWriter
 from mols_ds.errors import MolsError
 from mols_ds.training.megatron_build import Built, build
 from mols_ds.training.megatron_config import GridSizes, dtype_of, padded_vocabulary, transformer_config
@@ -24,6 +25,7 @@ from mols_ds.training.megatron_settings import Settings
 from mols_ds.training.param_groups import group_options, restore_options
 from mols_ds.training.speed import device_name, flops_per_token, peak_flops
 from mols_ds.training.train_job import StepResult, TrainBackend, TrainJob
+from mols_ds.training.writers import Writers
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -93,10 +95,17 @@ class MegatronBackend(TrainBackend):
     def __init__(self, job: TrainJob, setup: MegatronSetup, built: Built, mols: Handle) -> None:
         self.job, self.setup, self.built, self.mols = job, setup, built, mols
         self.rank, self.world, self.device = job.rank, setup.grid.world, _device()
-        self.skipped = 0
+        self.skipped = self._number = 0
         self._norm: float | None = None
+        self._writers: Writers | None = None
+        if job.rank == 0:
+            GuardedWriter()("monitor", self._open_writers)
         self._options = group_options(built.optimizer.param_groups)
         self.checkpoint = TorchDistCheckpoint(built, mols, reshardable=setup.settings.run.reshardable_checkpoints)
+
+    def _open_writers(self) -> None:
+        settings = self.setup.settings
+        self._writers = Writers(settings.run, self.job.out, settings.model_dump(mode="json", by_alias=True))
 
     # -- training
 
@@ -116,6 +125,7 @@ class MegatronBackend(TrainBackend):
         sums = self._pass(batches, self.job.shape.accumulation)
         successful, norm, _ = self.built.optimizer.step()
         self._norm = None if norm is None else float(norm)
+        self._number = number
         if not measures:
             self._advance(bool(successful), number)
         return StepResult(sums, updated=not measures)
@@ -205,6 +215,11 @@ class MegatronBackend(TrainBackend):
         """See `TrainBackend`."""
         return (parameter for chunk in self.built.chunks for parameter in chunk.parameters())
 
+    def write_events(self, values: Mapping[str, float]) -> None:
+        """See `TrainBackend`. Writes to TensorBoard and W&B, by number of updates."""
+        if self._writers is not None:
+            self._writers(values, self._number)
+
     # -- checkpoints
 
     def checkpoint_writer(self, step: int, counted: JsonObject) -> Callable[[Path], None]:
@@ -224,6 +239,8 @@ class MegatronBackend(TrainBackend):
     def close(self) -> None:
         """See `TrainBackend`."""
         self.mols.detach()
+        if self._writers is not None:
+            GuardedWriter()("monitor", self._writers.close)
 
 
 def _device() -> torch.device:

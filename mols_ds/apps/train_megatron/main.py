@@ -42,6 +42,7 @@ from mols_ds.training.resume_settings import flatten
 from mols_ds.training.run_folder import add_output_arguments, claim, settle
 from mols_ds.training.sources import DataSpec
 from mols_ds.training.train_job import TrainJob
+from mols_ds.training.writers import check_writers
 
 PROGRAM = "train_megatron.py"
 
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
         refuse_streamed(spec)
         if settings.data.tokenizer is not None and not Path(settings.data.tokenizer).is_dir():
             raise MolsConfigError(f"data.tokenizer: {settings.data.tokenizer}: no such folder")
+        check_writers(settings.run)
         check_run(args, {"mols": settings.mols})
         rank, _ = start_ranks(args.timeout)
         with claim(args.out, overwrite=args.overwrite, rank=rank):
