@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mols_ds.core.json_text import read_json
+from mols_ds.engines.deepspeed import compat
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.checkpointer import Checkpointer
 from mols_ds.training.run_folder import BASE, RUN
@@ -84,15 +85,14 @@ def _dtype_of(out: Path) -> str:
 
 def load_weights(checkpoints: Path, tag: str) -> dict[str, torch.Tensor]:
     """Return the whole weights of a DeepSpeed checkpoint in fp32, by name. Raises MolsConfigError."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
+    convert = compat.module("deepspeed.utils.zero_to_fp32").get_fp32_state_dict_from_zero_checkpoint
     place = checkpoints / tag
     if (place / "mp_rank_01_model_states.pt").is_file():
         raise MolsConfigError(f"export: {place} is of a tensor-parallel run, which is not converted")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             if any(place.glob("*zero_pp_rank_*_optim_states.pt")):
-                found: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints), tag=tag)
+                found: dict[str, torch.Tensor] = convert(str(checkpoints), tag=tag)
                 return found
             state = torch.load(place / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
             return {name: value.float() for name, value in state["module"].items()}

@@ -19,9 +19,8 @@ from mols_ds.core.files import write_whole
 from mols_ds.core.json_text import read_json
 from mols_ds.core.log import tell, warn_here
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
-from mols_ds.training.compare import ADAM, MOLS
 from mols_ds.training.resume_settings import Settings, compare
-from mols_ds.training.trainer import CHECKPOINTS, METRICS, has_checkpoint
+from mols_ds.training.trainer import ADAM, CHECKPOINTS, METRICS, MOLS, has_checkpoint
 
 RUN, LOCK = "run.json", "run.lock"
 REPORT, BOARD = "mols_report", "tensorboard"

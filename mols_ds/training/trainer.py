@@ -38,6 +38,8 @@ TIMED = ("step_seconds", "tokens_per_second", "memory_bytes", "mfu")
 """Keys of metrics that differ between two equal runs."""
 EVENTS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "mfu", "step_seconds")
 CHECKPOINTS = "checkpoints"
+ADAM, MOLS = "adam", "mols"
+"""Folders in OUT of the two arms of a comparison."""
 
 
 def has_checkpoint(out: Path) -> bool:
