@@ -131,9 +131,9 @@ def test_a_run_killed_twice_and_extended_once_is_the_undisturbed_run(steps: int,
     out, whole = tmp_path / "out", tmp_path / "whole"
     longer, shorter = ["--steps", str(steps)], ["--steps", str(steps * 3 // 4)]
     run_ranks(train, 2, *arguments, *config, *longer, "--out", str(whole), timeout=300)
-    assert 0 < len(read_metrics(out)) < steps // 2
     launch = [sys.executable, SHIM, "-q", "--master_port", str(free_port()), "--num_gpus", "2", TRAIN, *arguments]
     run_ranks(stopped_at, 2, str(out), steps // 5, *arguments, *config, *shorter, timeout=300)
+    assert 0 < len(read_metrics(out)) < steps // 2
     with terminal([*launch, *config, *shorter, "--resume"], tmp_path) as second:
         until(out, len(read_metrics(out)) + 3)
         second.interrupt()
