@@ -112,9 +112,9 @@ examples: setup-dev
 docs-config: setup
 	$(BIN)/python docs/write_config.py
 
-# The table in docs/clients.md: real clients on gloo, a quarter of an hour.
+# The table in docs/clients.md: real clients on gloo, a quarter of an hour. ARGS="Lightning": the rows of one client.
 clients-table: setup-dev
-	$(RUN_PATH) $(CPU_ENV) python -m tests.integrations.table
+	$(RUN_PATH) $(CPU_ENV) python -m tests.integrations.table $(ARGS)
 
 # The tables in docs/models.md: every config class of the installed transformers, built without weights. A minute.
 docs-models: setup

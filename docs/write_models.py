@@ -174,7 +174,7 @@ def built(model_type: str, name: str) -> nn.Module | str:
                 model: Any = getattr(transformers, name)(shrunk(config) if small else config)
                 model.tie_weights()  # `no_init_weights` skips this too
                 return model  # type: ignore[no-any-return]
-        except Exception as error:
+        except Exception as error:  # transformers raises anything; the page gives the reason
             text = " ".join(str(error).split())
             package = re.search(r"requires the (\w+) library", text)
             why = f"needs {package[1]}" if package else f"{type(error).__name__}: {text[:100]}".replace("|", "/")

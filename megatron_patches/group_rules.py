@@ -14,7 +14,7 @@ Decisions:
   projection of hidden state and embedding in multi-token prediction (eh_proj), the indexer of DeepSeek's sparse
   attention (it has its own loss), T5's relative position bias, BERT's transform before the output layer and its
   pooler. A user's rule can assign another group.
-- Towers of other modalities, and projectors between them, have their own groups: `mols_ds.core.group_rules.TOWERS`.
+- Towers of other modalities, and projectors between them, have their own groups: `mols_ds.core.towers`.
   Unknown weights in a tower (convolutions, modules of transformers) are `other`.
 - The rows of a fused projection follow the config of its module: a tower, or a layer of a heterogeneous model, has its
   own config.
@@ -31,10 +31,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from mols_ds.core.group_rules import Fused, Pattern, Rule, config_value, strip_wrappers, tower_of
+from mols_ds.core.group_rules import Fused, Pattern, Rule, config_value, strip_wrappers
 from mols_ds.core.groups import Granularity, GroupTable, build_layouts
 from mols_ds.core.layout import ElementLayout, base_group
 from mols_ds.core.param_names import kind_of
+from mols_ds.core.towers import tower_of
 from mols_ds.errors import MolsConfigError
 
 __all__ = ["MEGATRON_RULES", "tag_layouts", "tag_table"]

@@ -334,20 +334,27 @@ def optimizer_refusals(
             "parameters, so a step that is skipped would leave the next forward without them",
             'mode "online", or reuse_grad_buf_for_mxfp8_param_ag: false',
         ),
+        *_precision_aware_refusals(asks("use_precision_aware_optimizer_no_fp8_or_ds_fp8"), fused, inner),
+        *_moments_refusals(mode, inner, configs),
+        *(Refusal(True, *refusal) for one in inner if unscaled and (refusal := unscaled_refusal(one)) is not None),
+    ]
+
+
+def _precision_aware_refusals(asked: bool, fused: bool, inner: Sequence[torch.optim.Optimizer]) -> list[Refusal]:
+    """Return the unsupported settings of use_precision_aware_optimizer: its fp32 weights are in its state."""
+    return [
         Refusal(
-            fused and asks("use_precision_aware_optimizer_no_fp8_or_ds_fp8"),
+            asked and fused,
             "use_precision_aware_optimizer with fused parameters (linear_qkv holds rows of two groups): the fp32 "
             "weights are hidden in the optimizer's state, so single rows cannot be scaled",
             "use_precision_aware_optimizer: false, or rules that put a fused parameter in one group",
         ),
         Refusal(
-            asks("use_precision_aware_optimizer_no_fp8_or_ds_fp8") and not all(reads_groups_only(one) for one in inner),
+            asked and not all(reads_groups_only(one) for one in inner),
             "use_precision_aware_optimizer with an optimizer class that is not in the catalog: its fp32 weights are "
             "hidden in its state, so the weights cannot be corrected after its step",
             "use_precision_aware_optimizer: false, or Transformer Engine's FusedAdam",
         ),
-        *_moments_refusals(mode, inner, configs),
-        *(Refusal(True, *refusal) for one in inner if unscaled and (refusal := unscaled_refusal(one)) is not None),
     ]
 
 

@@ -78,8 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     groups.set_defaults(text=groups_text)
     report = commands.add_parser("report", help="print a mols_report.json")
     report.add_argument("report", help="a run's --out, mols_report.json or its folder")
-    report.add_argument("--fixed-alphas", action="store_true", help='print alphas as keys of a "mols" section, in JSON')
-    report.add_argument(
+    either = report.add_mutually_exclusive_group()
+    either.add_argument("--fixed-alphas", action="store_true", help='print alphas as keys of a "mols" section, in JSON')
+    either.add_argument(
         "--to", metavar="FRAMEWORK", choices=FRAMEWORKS, help=f"print alphas as settings of {', '.join(FRAMEWORKS)}"
     )
     report.add_argument("--model", metavar="FILE", help="model for the alphas: checks its groups, prints its names")

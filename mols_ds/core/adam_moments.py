@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mols_ds.errors import MolsConfigError, MolsUnsupportedError
+from mols_ds.errors import MolsConfigError
 
 # Adam's moments cannot resolve the noise of an element whose m^2 is more than 256 times v - m^2, see `adam_moments`.
 MOMENTS_CUT = 2.0**-8
@@ -82,9 +82,18 @@ def moment_pieces(
         yield at, *adam_moments(exp_avg[at : at + PIECE], exp_avg_sq[at : at + PIECE], step, beta1, beta2)
 
 
+MOVING_BETAS = (
+    'MoLS does not support mode "moments" with betas that change (a schedule moves them?): keep them (torch: '
+    'cycle_momentum=False; DeepSpeed: "cycle_momentum": false), or use "mode": "probe" or "online"'
+)
+
+
 class SteadyBetas:
     """Whether Adam's moments are of one pair of betas, as far back as they remember. A schedule may move the betas, as
-    OneCycle schedules do; the weights of the gradients in m and v are not those of `adam_moments` then."""
+    OneCycle schedules do; the weights of the gradients in m and v are not those of `adam_moments` then.
+
+    Only updates of this process count: betas that changed before a checkpoint was loaded are not noticed.
+    """
 
     def __init__(self) -> None:
         self._betas: tuple[float, ...] = ()
@@ -98,12 +107,6 @@ class SteadyBetas:
                 self._changed = step
             self._betas = betas
 
-    def check(self, step: int) -> None:
-        """Raises MolsUnsupportedError where the moments after update `step` are of several betas."""
-        if self._changed is None or max(self._betas, default=0.0) ** (step - self._changed + 1) < FORGOTTEN:
-            return
-        raise MolsUnsupportedError(
-            f'MoLS does not support mode "moments" with betas that change (last in update {self._changed}; a schedule '
-            'moves them?): keep them (torch: cycle_momentum=False; DeepSpeed: "cycle_momentum": false), or use "mode": '
-            '"probe" or "online"'
-        )
+    def steady(self, step: int) -> bool:
+        """Return whether the moments after update `step` are of one pair of betas."""
+        return self._changed is None or max(self._betas, default=0.0) ** (step - self._changed + 1) < FORGOTTEN

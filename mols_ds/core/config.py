@@ -109,7 +109,7 @@ class MolsConfig(Documented):
     """End of the ramp: a share, a step, or `"auto"` for the end of the scheduler's warm-up. Not before `start`."""
     granularity: Granularity = "type"
     """`"type"`: one multiplier per module group. `"layer_type"`: one per module group and layer; the groups are `qk.0`,
-    `qk.1`, ..."""
+    `qk.1`, ... A layer of the encoder and one of the decoder with the same number are in one group."""
     rules: tuple[tuple[Name, Name], ...] = ()
     """`[["regex", "group"], ...]`, searched in the full parameter name before the built-in rules. The first match wins.
     A rule that matches nothing is an error, and so is an unknown group. Groups are `embedding`, `head`, `qk`, `vo`,

@@ -14,7 +14,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from torch.nn.functional import pad
+
 from mols_ds.core import estimators
+from mols_ds.core.adam_moments import MOVING_BETAS
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.document import build_report, measured_rows, unmeasured_rows
 from mols_ds.core.former_groups import advice
@@ -27,7 +30,7 @@ from mols_ds.core.protocols import Context
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.schema import Report, ReportGroup
 from mols_ds.core.state_check import STATE_VERSION, check_saved
-from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
+from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning
 
 CONSTANT_SHARE = 0.1
 """A group is named in a warning when at least this share of its elements has no measurable noise."""
@@ -218,17 +221,21 @@ class Controller:
             _, found = self._compute(self._reduced(self.elements.gradient_sums()), self.config.noise_floor_correction)
         except MolsError:
             return False
-        wide = [g for g, a in found.items() if is_scaled(g) and not _narrow(a, self.config.alpha_rtol)]
-        return not wide
+        return all(_narrow(a, self.config.alpha_rtol) for g, a in found.items() if is_scaled(g))
 
     @property
     def reads_moments_next(self) -> bool:
         """Whether the next step is the last of a "moments" window: its optimizer state is read."""
         return self.measuring and self.config.mode == "moments" and self.state.samples + 1 >= self.state.window
 
-    def close_moments(self, t: int) -> None:
-        """End a "moments" calibration with the sums of all ranks."""
-        self.end_calibration(t, self._reduced(self.elements.take_squares()))
+    def close_moments(self, t: int, steady: bool) -> None:
+        """End a "moments" calibration with the sums of all ranks. Raises on all unless each has `steady` betas."""
+        sums = self.elements.take_squares()
+        packed = self.context.reduce(pad(sums.pack(), (0, 1), value=float(not steady)))
+        if packed[-1]:
+            raise MolsUnsupportedError(MOVING_BETAS)
+        sums.load_packed(packed[:-1])
+        self.end_calibration(t, sums)
 
     # ------------------------------------------------------------------ alphas
 
@@ -282,8 +289,7 @@ class Controller:
                     f'alpha of group "{group}" hit its bound: {alpha.alpha:g} '
                     f"(alpha_min {self.config.alpha_min}, alpha_max {self.config.alpha_max})"
                 )
-            without = rows[group]["constant_share"] or 0.0
-            if without >= CONSTANT_SHARE:
+            if (without := rows[group]["constant_share"] or 0.0) >= CONSTANT_SHARE:
                 self.warn(
                     f'{without:.0%} of the elements of group "{group}" have no measurable noise and are left out: '
                     "the same gradient in all samples, or gradients so small (below 1e-21, "

@@ -11,10 +11,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from mols_ds.core.group_rules import TOWER_NAMES, canonical_name, strip_wrappers
+from mols_ds.core.group_rules import canonical_name, strip_wrappers
 from mols_ds.core.groups import GroupTable, layer_key
 from mols_ds.core.layout import ElementLayout, base_group
 from mols_ds.core.param_names import kind_pattern
+from mols_ds.core.towers import TOWER_NAMES
 from mols_ds.core.user_rules import AS_WEIGHT, UserRule
 
 

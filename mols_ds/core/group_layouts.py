@@ -7,6 +7,7 @@ is still flat. Output gates scale the values: `vo`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -107,7 +108,7 @@ def _checked(name: str, features: int, expected: int, pattern: Pattern) -> Patte
 
 def _heads(name: str, config: object | None) -> tuple[int, int]:
     """Return (number of attention heads, features per head)."""
-    heads = need(name, config, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    heads = need(name, config, *HEADS)
     explicit = config_value(config, "head_dim")
     return heads, whole(explicit, "head_dim") if explicit else need(name, config, "hidden_size", "n_embd") // heads
 
@@ -141,6 +142,7 @@ def per_head(name: str, features: int, config: object | None) -> Pattern:
     return _checked(name, features, 3 * heads * size, ((2 * size, "qk"), (size, "vo")))
 
 
+HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 KV_HEADS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_kv_head", "n_query_groups")
 """Keys of grouped queries: transformers', Llama's own, ModernBERT-like, nanoGPT-like, litgpt's."""
 
@@ -160,9 +162,20 @@ def grouped(name: str, features: int, config: object | None) -> Pattern:
     return _checked(name, features, (heads + 2 * kv_heads) * size, pattern)
 
 
+def need_kv_heads(name: str, shape: tuple[int, ...], features: int, config: object | None) -> None:
+    """Raise LayoutError where the config does not tell how many of a weight's output features are queries."""
+    if _kv_heads(config) is not None or config_value(config, "multi_query") is not None:
+        return
+    if config_value(config, *HEADS) is None or features != 3 * math.prod(_heads(name, config)):
+        raise LayoutError(
+            f"parameter {name!r} of shape {list(shape)} is not queries, keys and values of equal size, and the model's "
+            f"config has no {' / '.join(KV_HEADS)}; give the model's config or add a rule for this parameter"
+        )
+
+
 def qkv(name: str, features: int, config: object | None) -> Pattern:
     """`qkv`, `Wqkv`: [q | k | v], with grouped queries where the config has them."""
-    kv_heads, heads = _kv_heads(config), config_value(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    kv_heads, heads = _kv_heads(config), config_value(config, *HEADS)
     if kv_heads is None or heads is None or kv_heads == whole(heads, "num_attention_heads"):
         return thirds(name, features, config)
     heads, size = _heads(name, config)

@@ -32,8 +32,6 @@ from mols_ds.errors import MolsConfigError
 
 __all__ = [
     "PRESETS",
-    "TOWERS",
-    "TOWER_NAMES",
     "CanonicalName",
     "Fused",
     "Pattern",
@@ -42,7 +40,6 @@ __all__ = [
     "config_value",
     "strip_wrappers",
     "text_config",
-    "tower_of",
 ]
 
 
@@ -52,10 +49,13 @@ class Fused(NamedTuple):
     pattern: maps the output features to groups, see `group_layouts`.
     long_axis: the output features are the longer of two dimensions (`Conv1D` stores them last, `nn.Linear` first).
     False: they are dimension 0.
+    by_heads: the number of key and value heads must be in the config, unless there are three output features for each
+    input feature.
     """
 
     pattern: PatternOf
     long_axis: bool = False
+    by_heads: bool = False
 
     def layout(self, name: str, shape: tuple[int, ...], config: object | None, adapter: bool = False) -> ElementLayout:
         """Return the layout of parameter `name`. With `adapter` (lora_B, DoRA magnitude) dimension 0 is the output."""
@@ -63,6 +63,9 @@ class Fused(NamedTuple):
             raise MolsConfigError(f"parameter {name!r} is a scalar with the name of a fused projection; add a rule")
         axis = 1 if self.long_axis and not adapter and len(shape) == 2 and shape[1] > shape[0] else 0
         try:
+            inputs = shape[1 - axis] if len(shape) > 1 else 1  # 1 for a bias
+            if self.by_heads and not adapter and inputs > 1 and shape[axis] != 3 * inputs:
+                fused.need_kv_heads(name, shape, shape[axis], config)
             pattern = self.pattern(name, shape[axis], config)
         except LayoutError as error:
             raise MolsConfigError(str(error)) from None
@@ -76,11 +79,15 @@ class Fused(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Search `regex` in the canonical name. `applies` (shape, config) can reject a match; None accepts every match."""
+    """Search `regex` in the canonical name. `applies` (shape, config) can reject a match; None accepts every match.
+
+    unless_beside: weights of the same module, each of which rejects every match.
+    """
 
     regex: re.Pattern[str]
     target: str | Fused
     applies: Callable[[tuple[int, ...], object | None], bool] | None = None
+    unless_beside: tuple[str, ...] = ()
 
 
 # -------------------------------------------------------------------------------------------------- helpers for entries
@@ -124,9 +131,11 @@ _ATTENTION = (
 )
 _MLP = (
     r"(?:\w*_)?(?:mlps?|moe|feed_?forward\d?|ffns?\d?|ff\d?|experts?|DenseReluDense|PositionwiseFeedForward)"
-    r"(?:_block|_layer|_in|_out|_macaron)?(?:\.(?:experts?|shared_experts?|expert_\d+|dense|ffn|mlp|w_in|net|ff|\d+))*"
+    r"(?:_block|_layer|_in|_out|_macaron)?(?:\.(?:experts?|shared(?:_experts?)?|expert_\d+|dense|ffn|mlp|w_in|net|ff|\d+))*"
 )
 _LAYER_ITSELF = r"\d+"  # such as layers.3; a PipelineModule numbers its layers
+_NUMBERED = r"(?:layers?|h|blocks?)\.\d+"
+_FUSED_QUERIES = ("qkv", "Wqkv")
 
 _GRANITE_SPEECH = ("granite_speech", "granite_speech_plus", "granite_speech5_ctc", "granite_speech5_encoder")
 
@@ -149,8 +158,16 @@ _OTHER: tuple[Rule, ...] = (
     _rule(r"v_proj|o_proj", "vo", inside="mixer"),
     _rule(r"(?:experts\.|shared_experts\.)?(?:up_proj|down_proj|gate_proj|gate_up_proj)", "mlp", inside="mixer"),
     _rule(r"fc[12]_latent_proj", "mlp", inside="mixer"),
-    # State-space and recurrent mixers as a whole, and short convolutions that mix.
-    _under(r"mamba\w*|mixer|ssm|ssm_\w+|rg_lru|mlstm_layer|slstm_layer|lstm|\w+_lstm|gru|rnn|conv|conv_module"),
+    # State-space and recurrent mixers as a whole, and short convolutions that mix; not what holds attention, an MLP or
+    # whole layers, and not flash-attn's attention, which it calls `mixer`.
+    Rule(
+        re.compile(
+            r"(?:^|\.)(?:mamba\w*|mixer|ssm|ssm_\w+|rg_lru|mlstm_layer|slstm_layer|lstm|\w+_lstm|gru|rnn|conv|conv_module)"
+            rf"\.(?!(?:.*\.)?(?:{_ATTENTION}|{_MLP}|\w*{_NUMBERED})\.)"
+        ),
+        "other",
+        unless_beside=_FUSED_QUERIES,
+    ),
     _rule(r"linear_x|linear_y|linear_out|conv_1d", "other", inside="temporal_block"),  # RecurrentGemma's RG-LRU block
     _rule(r"\w+", "other", inside="attention", families=("rwkv",)),
     _rule(r"time_mix_\w+", "other"),
@@ -181,7 +198,7 @@ _OTHER: tuple[Rule, ...] = (
         "other",
     ),
     _rule(r"dense", "other", families=("eurobert",)),
-    _under(r"pooler|\w+_pooler|transform|sequence_summary|\w+_summary"),
+    _under(r"pooler|\w+_pooler|transform(?=\.dense\.)|sequence_summary|\w+_summary"),
     _rule(
         r"(?:lm_head|classifier|classification_head|head|cls\.predictions|predictions|generator_predictions|"
         r"projection_head)\.dense(?:_\d)?|pooler|pre_classifier|vocab_transform|embeddings_project|"
@@ -193,9 +210,10 @@ _OTHER: tuple[Rule, ...] = (
 _EMBEDDINGS: tuple[Rule, ...] = (
     _rule(
         r"wte|wpe|tok_emb|pos_emb|token_emb|pos_embed|(?:embed|word_embed|tokens_embed|positions_embed)(?!_out)(?:_\w+)?|"
-        r"\w*embeddings?(?:_\w*\d)?|segment_emb|HashBucketCodepointEmbedder_\d|\w+_embeddings\.\d+|shared|embed_tokens\w*(?:\.\d+)?|embed_positions\w*|position_embeds?_layer",
+        r"\w*embeddings?(?:_\w*\d)?|segment_emb|HashBucketCodepointEmbedder_\d|\w+_embeddings\.\d+|embed_tokens\w*(?:\.\d+)?|embed_positions\w*|position_embeds?_layer",
         "embedding",
     ),
+    Rule(re.compile(rf"^(?!.*{_NUMBERED}\.)(?:.*\.)?shared(?:\.weight)?$"), "embedding"),  # T5
     _rule(r"\w+_embed|\w+_embedder", "embedding", inside=r"(?:\w*_)?embeddings?"),
     # Patches of an image, frames of a sound.
     _rule(
@@ -256,10 +274,10 @@ _QUERY_AND_GATE += ["qwen4_exp_text"]
 
 _FUSED: tuple[Rule, ...] = (
     _rule("c_attn", Fused(fused.halves, long_axis=True), inside="crossattention"),  # GPT-2: the query is q_attn
-    _rule("c_attn", Fused(fused.c_attn, long_axis=True)),
+    _rule("c_attn", Fused(fused.c_attn, long_axis=True, by_heads=True)),
     _rule("query_key_value", Fused(fused.by_family(_QUERY_KEY_VALUE))),
     _rule("qkv_proj", Fused(fused.by_family(_QKV_PROJ))),
-    _rule("qkv|Wqkv", Fused(fused.qkv), inside=_ATTENTION),
+    _rule("|".join(_FUSED_QUERIES), Fused(fused.qkv, by_heads=True), inside=rf"mixer|{_ATTENTION}"),
     _rule("att_proj", Fused(fused.thirds), inside=_ATTENTION, families=("bark",)),
     _rule("in_proj", Fused(fused.per_head), inside=_ATTENTION, families=("deberta",)),
     _rule("in_proj_weight", Fused(fused.thirds)),
@@ -348,53 +366,3 @@ PRESETS: tuple[Rule, ...] = (
     *_WITHOUT_BLOCKS,
 )
 """First match wins."""
-
-_FRONT = r"^(?:model\.|thinker\.|vlm\.|git\.)*"
-
-TOWERS: tuple[tuple[str, re.Pattern[str], tuple[str, ...]], ...] = tuple(
-    (tower, re.compile(rf"{_FRONT}(?:{names})(?=\.|$)"), families)
-    for tower, names, families in (
-        ("vision", r"encoder", ("vision-encoder-decoder", "pp_formulanet", "pix2struct")),
-        ("audio", r"encoder", ("speech-encoder-decoder", "granite_speech", "granite_speech_plus")),
-        (
-            "projector",
-            r"(?:encoder\.)?multi_modal_projector|mm_projector|projector|connector|aligner|\w+_aligner|"
-            r"\w+_connector|resampler_model|qformer|query_tokens|language_projection|enc_to_dec_proj|"
-            r"image_to_text_projection|vision_projection|visual_projection|text_projection|audio_projection|"
-            r"merger|vision_adapter|encoder_projector|embedding_proj_layer|high_res_vision_(?:neck|proj|alpha)",
-            (),
-        ),
-        (
-            "vision",
-            r"(?:encoder\.)?vision_tower|vision_model|visual|vision_encoder|image_tower|video_tower|video_model|"
-            r"image_encoder|image_model|img_processor|high_res_vision_model|vqmodel|visual_\w+|generation_\w+|"
-            r"embed_tokens_extend\.image_embed|vision_embed_tokens|image_newline",
-            (),
-        ),
-        (
-            "audio",
-            r"audio_tower|audio_model|audio_encoder|speech_encoder(?:_model)?|codec_model|depth_decoder|"
-            r"\w+_tokenizer_encoder|talker|token2wav|diffusion_head|flow_head|vocoder|audio_lm_head|"
-            r"embed_tokens_extend\.audio_embed|word_timestamp_\w+|audio_prompt_proj|audio_latent_proj|eos_head|"
-            r"loss_weighting|num_speakers_\w+|duration_delta_proj",
-            (),
-        ),
-        ("protein", r"protein_encoder", ()),
-        ("action", r"dit|embed_action_time|action_out_proj", ("pi0",)),
-        # Megatron-core's LLaVA and MIMO, Megatron-Bridge; "modality" is a submodule of MIMO with another name.
-        ("projector", r"sound_projection|embed_(?:vision|audio)|modality_submodules\.\w+\.\w+put_projections", ()),
-        ("vision", r"modality_submodules\.(?:images?|videos?|vision)", ()),
-        ("audio", r"sound_model|modality_submodules\.(?:audios?|sounds?|speech)", ()),
-        ("modality", r"modality_submodules\.\w+", ()),
-    )
-)
-"""(tower of another modality or projector, regex of its modules, model_types; no model_types = all). Groups of a tower
-have its name as prefix (`vision.qk`). They are measured, not scaled, unless a user's rule scales them."""
-TOWER_NAMES = tuple(dict.fromkeys(tower for tower, _, _ in TOWERS))
-
-
-def tower_of(name: str, config: object | None = None) -> str | None:
-    """Return the tower that contains a canonical name; None outside of towers."""
-    family = str(config_value(config, "model_type"))
-    found = (tower for tower, regex, families in TOWERS if (not families or family in families) and regex.search(name))
-    return next(found, None)

@@ -16,17 +16,10 @@ from typing import NamedTuple
 from torch import nn
 
 from mols_ds.core.group_layouts import LayoutError, layer_config, tower_config
-from mols_ds.core.group_rules import (
-    PRESETS,
-    TOWER_NAMES,
-    Rule,
-    canonical_name,
-    config_value,
-    strip_wrappers,
-    tower_of,
-)
+from mols_ds.core.group_rules import PRESETS, Rule, canonical_name, config_value, strip_wrappers
 from mols_ds.core.layout import GROUPS, SCALED_GROUPS, ElementLayout, Granularity, base_group, is_scaled
 from mols_ds.core.param_names import kind_of, kind_pattern, layer_match, layer_number
+from mols_ds.core.towers import TOWER_NAMES, tower_of
 from mols_ds.core.user_rules import AS_WEIGHT, UserRule, tower_group
 from mols_ds.errors import MolsConfigError
 
@@ -156,6 +149,8 @@ class _Resolver:
         for rule in self.presets:
             if not rule.regex.search(canonical.name) or (rule.applies and not rule.applies(shape, config)):
                 continue
+            if _beside(canonical.name, rule.unless_beside, self.names):
+                continue
             if isinstance(rule.target, str):
                 return ElementLayout.whole(rule.target if len(shape) > 1 or canonical.adapter else "other")
             if canonical.adapter == "shared":  # lora_A feeds queries, keys and values at once: see group_layouts
@@ -177,16 +172,23 @@ class _Resolver:
             rule.check_decided()
 
 
+def _beside(name: str, leaves: Iterable[str], names: Collection[str]) -> set[str]:
+    """Return those of `leaves` that are weights in the module of the weight `name`, or such weights themselves."""
+    parent = name.removesuffix(".weight").rpartition(".")[0]
+    paths = {leaf: f"{parent}.{leaf}".removeprefix(".") for leaf in leaves}
+    return {leaf for leaf, path in paths.items() if path in names or f"{path}.weight" in names}
+
+
 def _sibling_group(name: str, names: Collection[str]) -> str | None:
     """Return the group of a projection in a module that no rule knows, by its siblings in the model's `names`.
 
     Queries, keys and values are known by each other. Attention gates are called `gate_proj` too: it needs both others.
     """
-    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+    leaf = name.removesuffix(".weight").rpartition(".")[2]
     known = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
-    beside = {other for other in known if other != leaf and f"{parent}.{other}.weight".removeprefix(".") in names}
-    if leaf == "out_proj":  # torch.nn.MultiheadAttention
-        return "vo" if f"{parent}.in_proj_weight".removeprefix(".") in names else None
+    beside = _beside(name, [other for other in known if other != leaf], names)
+    if leaf == "out_proj":  # torch.nn.MultiheadAttention, flash-attn, ViTs
+        return "vo" if _beside(name, ("in_proj_weight", "Wqkv", "qkv"), names) else None
     if leaf in _ATTENTION:
         return _ATTENTION[leaf] if beside & {"q_proj", "k_proj", "v_proj"} else None
     if leaf == "gate_proj":

@@ -18,6 +18,7 @@ class CanonicalName(NamedTuple):
 
 
 _PREFIX = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+")
+_WRAPPED = re.compile(r"(?<![^.])_(?:checkpoint|fsdp)_wrapped_module\.")
 _KINDS = (  # of peft 0.21: LoRA, DoRA, AdaLoRA, LoHa, LoKr, OFT, BOFT, IA3, VeRA and the others of its tuners
     r"lora_(?:A|B|E|embedding_A|embedding_B|magnitude_vector)|adamss_[AB]|boft_[Rs]|c3a_kernel|deft_[PR]|"
     r"delora_(?:A|B|lambda)|fourierft_spectrum|frod_lambda_(?:l|s_values)|glora_[ABC]|gralora_[AB](?:_general)?|"
@@ -46,8 +47,11 @@ _NUMBER = re.compile(r"(?<![^.])(expert_)?\d+(?=\.|$)")
 
 
 def strip_wrappers(name: str) -> str:
-    """Remove the prefixes of DeepSpeed and DDP (`module.`), torch.compile and peft (`base_model.model.`)."""
-    return _PREFIX.sub("", name)
+    """Remove the prefixes of DeepSpeed and DDP (`module.`), torch.compile and peft (`base_model.model.`).
+
+    Removes the modules of activation checkpointing and FSDP (version 1) anywhere in the name.
+    """
+    return _PREFIX.sub("", _WRAPPED.sub("", name))
 
 
 def canonical_name(name: str) -> CanonicalName:

@@ -217,7 +217,7 @@ class Session(Handle, ABC):
             controller.count(self.steps, usable=updated)
             if reads_moments and updated:
                 self._open_moments()
-                controller.close_moments(self.steps)
+                controller.close_moments(self.steps, self._betas.steady(self._step_number))
 
     # ------------------------------------------------------------------ samples
 
@@ -266,9 +266,8 @@ class Session(Handle, ABC):
         if not self._stepping or self.config.measures != "moments":
             return
         self._betas.see(optimizer.param_groups, self._step_number)
-        if not self.controller.reads_moments_next:
+        if not self.controller.reads_moments_next or not self._betas.steady(self._step_number):
             return
-        self._betas.check(self._step_number)
         for group in optimizer.param_groups:
             for tensor in group["params"]:
                 for number, item in self.owned_in(tensor):

@@ -251,3 +251,5 @@ def test_a_report_without_alphas_gives_no_section(tmp_path: Path, capsys: pytest
     assert "its calibration failed (no sample was finite)" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path), "--model", "x"]) == 2
     assert "only with --to or --fixed-alphas" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path), "--fixed-alphas", "--to", "torch"]) == 2
+    assert "--to: not allowed with argument --fixed-alphas" in capsys.readouterr().err

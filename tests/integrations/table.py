@@ -1,6 +1,7 @@
 """The table of docs/clients.md: every client at ZeRO-2 and 3 on one and two ranks, with what was seen to hold.
 
     make clients-table       # python -m tests.integrations.table: runs all of it and writes it into the page
+    make clients-table ARGS="Lightning"    # some clients by name; the other rows stay as they are
 
 A cell is "yes" where its check (places.py) passed on every rank, and "no" elsewhere.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -57,11 +59,14 @@ CASES = table(
 
 
 @functools.cache
-def by_launcher(client: str, world: int, stage: int) -> dict[str, list[Seen]]:
-    """The wanted parts of a place of a launcher, which is one launch."""
+def by_launcher(client: str, world: int, stage: int) -> dict[str, list[Seen]] | AssertionError:
+    """The wanted parts of a place of a launcher, which is one launch; its error where it failed."""
     parts = [c[4] for c in CASES.wanted if c[:4] == (world, "launched", client, stage)]
     with tempfile.TemporaryDirectory(prefix="launched_") as folder:
-        ranks = launched(client, world, stage, parts, Path(folder))
+        try:
+            ranks = launched(client, world, stage, parts, Path(folder))
+        except AssertionError as error:
+            return error
     return {part: [seen[part] for seen in ranks] for part in parts}
 
 
@@ -69,7 +74,9 @@ def check_cell(client: str, stage: int, world: int, column: str) -> None:
     """Raises AssertionError where the cell does not hold."""
     part = part_of(column)
     if client in LAUNCHERS:
-        check(column, by_launcher(client, world, stage)[part])
+        if isinstance(seen := by_launcher(client, world, stage), AssertionError):
+            raise seen
+        check(column, seen[part])
     else:
         check(column, results(world)[case_of((client, stage, world, part))[1:]])
 
@@ -101,25 +108,47 @@ def rendered(failed: set[Cell]) -> str:
     return "\n".join(lines)
 
 
+def read(page: str) -> set[Cell]:
+    """The cells of a page's table that are "no"."""
+    lines = page.split(BEGIN)[1].split(END)[0].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    values = {(row[0], int(row[1]), int(row[2])): row[3:] for row in rows if row[1:2] and row[1].isdigit()}
+    return {(*place, c) for place, row in values.items() for c, cell in zip(COLUMNS, row, strict=True) if cell != "yes"}
+
+
 def in_page(text: str, made: str) -> str:
     """The page with this table."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}"
 
 
-def main() -> int:
-    """Run every cell and write the table. Status 1 where one does not hold."""
-    failed: set[Cell] = set()
-    for place, column in product(PLACES, COLUMNS):
-        try:
-            check_cell(*place, column)
-        except (AssertionError, RankError) as error:
-            failed.add((*place, column))
-            print(*place, column, error, sep=": ", file=sys.stderr)
-    PAGE.write_text(in_page(PAGE.read_text("utf-8"), rendered(failed)), "utf-8")
+def main(clients: Sequence[str]) -> int:
+    """Run every cell of these clients (default: of all) and write the table. Status 1 where one does not hold."""
+    if unknown := set(clients) - set(CLIENTS):
+        sys.exit(f"no such client: {', '.join(sorted(unknown))}; clients: {', '.join(CLIENTS)}")
+    text = PAGE.read_text("utf-8")
+    places = [place for place in PLACES if place[0] in (clients or CLIENTS)]
+    CASES.every = tuple(case for case in CASES if case[2] in (clients or CLIENTS))
+    failed = {cell for cell in read(text) if cell[:3] not in places}
+    for place in places:
+        wrong = {(*place, column): error for column in COLUMNS if (error := error_of(*place, column))}
+        failed |= set(wrong)
+        print(*place, "no" if wrong else "yes", sep=": ", flush=True)
+        for cell, error in wrong.items():
+            print(*cell, error, sep=": ", file=sys.stderr)
+    PAGE.write_text(in_page(text, rendered(failed)), "utf-8")
     print(f"{PAGE}: {len(PLACES) * len(COLUMNS) - len(failed)} yes, {len(failed)} no")
     return int(bool(failed))
 
 
+def error_of(client: str, stage: int, world: int, column: str) -> Exception | None:
+    """Return what is wrong in a cell."""
+    try:
+        check_cell(client, stage, world, column)
+    except (AssertionError, RankError) as error:
+        return error
+    return None
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

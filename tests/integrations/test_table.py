@@ -23,6 +23,7 @@ from tests.integrations.table import (
     check_cell,
     in_all,
     in_page,
+    read,
     rendered,
 )
 
@@ -56,3 +57,8 @@ def test_the_page_has_the_table() -> None:
     text = PAGE.read_text("utf-8")
     assert text.count(BEGIN) == text.count(END) == 1
     assert in_page(text, rendered(set())) == text
+
+
+def test_rows_that_are_not_run_stay_as_they_are() -> None:
+    failed = {("Lightning", 3, 2, "ramp"), ("Trainer", 2, 1, "logs")}
+    assert read(in_page(PAGE.read_text("utf-8"), rendered(failed))) == failed

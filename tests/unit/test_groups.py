@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -365,52 +363,6 @@ def test_rules_are_not_needed_for_frozen_weights() -> None:
     assert group_table(model).elements == {"head": 36, "other": 9}
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "config", "message"),
-    [
-        ("h.0.query_key_value.weight", (24, 8), None, "no model config was given"),
-        ("h.0.query_key_value.weight", (24, 8), {"model_type": "unheard_of"}, "unheard_of"),
-        ("h.0.query_key_value.weight", (24, 8), {"model_type": "gpt_neox"}, "num_attention_heads"),
-        (
-            "h.0.query_key_value.weight",
-            (32, 8),
-            {"model_type": "gpt_neox", "num_attention_heads": 2, "hidden_size": 8},
-            "32 output features where the model's config says 24",
-        ),
-        ("h.0.qkv_proj.weight", (24, 8), None, "no model config was given"),
-        ("h.0.qkv_proj.weight", (24, 8), {"model_type": "unheard_of"}, "unheard_of"),
-        ("h.0.kv_b_proj.weight", (24, 8), {"num_attention_heads": 2}, "qk_nope_head_dim"),
-        ("h.0.kv_a_proj_with_mqa.weight", (24, 8), {"kv_lora_rank": 16, "qk_rope_head_dim": 4}, "says 20"),
-        ("h.0.kv_a_proj_with_mqa.weight", (24, 8), {"kv_lora_rank": 0, "qk_rope_head_dim": 4}, "kv_lora_rank=0"),
-        ("h.0.attn.c_attn.weight", (8, 25), None, "3 does not divide"),
-    ],
-)
-def test_a_fused_weight_that_does_not_fit_its_config(
-    name: str, shape: tuple[int, ...], config: dict[str, object] | None, message: str
-) -> None:
-    with pytest.raises(MolsConfigError, match=message) as error:
-        build_layouts({name: shape}, config)
-    assert repr(name) in str(error.value) and "rule" in str(error.value)
-    assert build_layouts({name: shape}, config, [(re.escape(name), "qk")]) == {name: whole("qk")}, "the way out works"
-
-
-@pytest.mark.parametrize(
-    ("name", "config", "message"),
-    [
-        (
-            "h.0.kv_a_proj_with_mqa.weight",
-            {"kv_lora_rank": "llama"},
-            "kv_lora_rank='llama', which is not a whole number",
-        ),
-        ("h.0.query_key_value.weight", {"model_type": "gpt_neox", "n_head": 2, "head_dim": [4]}, r"head_dim=\[4\]"),
-        ("h.0.gate.weight", {"num_experts": math.inf}, "num_experts"),
-    ],
-)
-def test_a_config_value_that_is_no_number(name: str, config: dict[str, object], message: str) -> None:
-    with pytest.raises(MolsConfigError, match=message):
-        build_layouts({name: (24, 8)}, config)
-
-
 def test_an_unknown_granularity_is_named() -> None:
     with pytest.raises(MolsConfigError, match=r"'layer'.*'layer_type'"):
         build_layouts(NANO, None, granularity="layer")  # type: ignore[arg-type]
@@ -434,49 +386,3 @@ def test_a_rule_that_is_slow_on_every_name_is_refused(monkeypatch: pytest.Monkey
     model = nn.ModuleDict({f"block{n}" + "a" * 22: nn.Linear(2, 2) for n in range(400)})
     with pytest.raises(MolsConfigError, match=r"takes more than 0.2 seconds on all parameter names"):
         group_table(model, [("(a|aa)+$", "mlp"), ("block", "qk")])
-
-
-@pytest.mark.parametrize("name", ["{}", "model.{}", "3.{}", "module.net.0.{}", "layers.1.{}", "blocks.0.{}"])
-def test_projections_of_a_model_without_blocks(name: str) -> None:
-    """Nothing else tells what they are; each may be alone."""
-    for leaf, group in (("q_proj", "qk"), ("v_proj", "vo"), ("o_proj", "vo"), ("up_proj", "mlp"), ("gate_proj", "mlp")):
-        (layout,) = build_layouts({f"{name.format(leaf)}.weight": (8, 8)}, None).values()
-        assert layout.groups == (group,)
-
-
-@pytest.mark.parametrize("parent", ["first.", "body.unit_1.", "module.base_model.model.first."])
-def test_projections_in_a_module_that_no_rule_knows(parent: str) -> None:
-    """Their siblings tell what the module is; a projection without them is refused."""
-    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    layouts = build_layouts({f"{parent}{name}.weight": (8, 8) for name in names}, None)
-    assert [layout.groups for layout in layouts.values()] == [(g,) for g in ("qk", "qk", "vo", "vo", *["mlp"] * 3)]
-    few = build_layouts({f"{parent}{name}.weight": (8, 8) for name in ("q_proj", "v_proj", "up_proj")}, None)
-    assert [layout.groups for layout in few.values()] == [("qk",), ("vo",), ("mlp",)]
-    with pytest.raises(MolsConfigError, match="gate_proj"):  # maybe an attention's gate
-        build_layouts({f"{parent}{name}.weight": (8, 8) for name in ("q_proj", "v_proj", "gate_proj")}, None)
-    for alone in ("o_proj", "gate_proj"):
-        with pytest.raises(MolsConfigError, match=f"no rule matches '{parent}{alone}.weight'"):
-            build_layouts({f"{parent}{alone}.weight": (8, 8)}, None)
-    inside = build_layouts({f"layers.0.indexer.{name}.weight": (8, 8) for name in names}, None)
-    assert {layout.groups for layout in inside.values()} == {("other",)}
-
-
-@pytest.mark.parametrize("key", ["num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_kv_head", "n_query_groups"])
-@pytest.mark.parametrize("name", ["h.0.attn.qkv.weight", "h.0.attn.Wqkv.weight", "h.0.attn.c_attn.weight"])
-def test_grouped_queries_by_the_names_of_other_frameworks(key: str, name: str) -> None:
-    """4 heads of 3 features and one of keys and values: 12 + 3 rows of queries and keys, 3 of values."""
-    config = {"n_head": 4, "n_embd": 12, key: 1}
-    assert build_layouts({name: (18, 12)}, config)[name].pattern == ((15, "qk"), (3, "vo"))
-
-
-def test_torchs_attention_in_a_module_of_any_name() -> None:
-    shapes = {"layers.0.cross.in_proj_weight": (24, 8), "layers.0.cross.out_proj.weight": (8, 8)}
-    found = build_layouts(shapes, None)
-    assert found["layers.0.cross.in_proj_weight"].pattern == ((16, "qk"), (8, "vo"))
-    assert found["layers.0.cross.out_proj.weight"].groups == ("vo",)
-
-
-def test_biases_go_with_their_weights_also_where_these_are_norms() -> None:
-    shapes = {"h.0.attn.q_proj.bias": (8,), "h.0.attn.q_proj.weight": (8, 8), "h.0.ln_1.bias": (8,)}
-    found = build_layouts(shapes, None, [["bias$", "=weight"]])
-    assert [layout.groups for layout in found.values()] == [("qk",), ("qk",), ("other",)]

@@ -80,7 +80,8 @@ def _run(rest: list[str], launcher: list[str]) -> None:
 
 def _say_left_out(arguments: Sequence[str]) -> None:
     """Print on rank 0 that the script did not pass the "mols" section of the launcher's config to an engine."""
-    given = arguments[arguments.index(CONFIG) + 1 :] if CONFIG in arguments else []
+    words = [word for argument in arguments for word in argument.split("=", argument.startswith(f"{CONFIG}="))]
+    given = words[words.index(CONFIG) + 1 :] if CONFIG in words else []
     asked = {"-h", "--help"} & set(arguments)
     if not given or asked or os.environ.get("RANK", "0") != "0" or not os.path.isfile(given[0]):
         return

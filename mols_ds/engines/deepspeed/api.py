@@ -148,7 +148,8 @@ def _initialize(
     request = None if config is None else split_config(config)
     if config is not None and (section is not None or request is not None):
         read = config if request is None else request.config
-        unread = ("optimizer",) if arguments.get("optimizer") is not None else ()  # the client's takes its place
+        replaced = {"optimizer": "optimizer", "scheduler": "lr_scheduler"}  # section -> the argument in its place
+        unread = [section for section, name in replaced.items() if arguments.get(name) is not None]
         check_no_auto({key: value for key, value in read.items() if key not in unread})
     results = below(*args, **kwargs) if request is None else _initialize_ours(below, arguments, request)
     attach_to(results[0], section or MolsConfig(enabled=False), loop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import functools
 import json
 import warnings
 from argparse import Namespace
@@ -13,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 import mols_ds
@@ -282,6 +284,8 @@ def refused_and_warned() -> dict[str, Any]:
     misspelt = settings()
     misspelt["mosl"] = misspelt.pop("mols")
     large = settings(seed=2**70)
+    auto_scheduler = with_auto("scheduler.params.warmup_max_lr") | {"mols": section}
+    own = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda t: 1.0)
     seen: dict[str, Any] = {}
     for patched in (False, True):
         seen[f"auto {patched}"] = built(auto, patched)
@@ -289,6 +293,8 @@ def refused_and_warned() -> dict[str, Any]:
         seen[f"library {patched}"] = built(library, patched)
         seen[f"misspelt {patched}"] = built(misspelt, patched)
         seen[f"large {patched}"] = built(large, patched)
+        seen[f"scheduler {patched}"] = built(auto_scheduler, patched)
+        seen[f"own {patched}"] = built(auto_scheduler, patched, lr_scheduler=own)
         args = Namespace(deepspeed_config=base64.urlsafe_b64encode(json.dumps(auto).encode()).decode(), local_rank=0)
         seen[f"base64 {patched}"] = built(None, patched, args=args)
     return seen
@@ -300,6 +306,8 @@ def test_no_section_is_left_out_silently() -> None:
     for patched in (False, True):
         for name, key in (("auto", "gradient_clipping"), ("auto lr", "optimizer.params.lr"), ("base64", "gradient_cl")):
             assert seen[f"{name} {patched}"].startswith(f'MolsConfigError: DeepSpeed config: "auto" in {key}'), seen
+        assert 'DeepSpeed config: "auto" in scheduler.params.warmup_max_lr' in seen[f"scheduler {patched}"], seen
+        assert seen[f"own {patched}"] == "waiting", "the argument replaces the section"
         assert (
             "MoLS is off: the DeepSpeed config has no section \"mols\", but a key 'mosl'" in seen[f"misspelt {patched}"]
         )
