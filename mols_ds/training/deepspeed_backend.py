@@ -114,8 +114,6 @@ class DeepSpeedBackend(TrainBackend):
         self.mols: Handle = engine.mols
         self.rank, self.world, self.device = job.shape.rank, job.shape.world, engine.device
         self._monitor = self._guarded_monitor()
-        self._options = group_options(engine.optimizer.param_groups)
-        self._base_lrs = list(getattr(engine.lr_scheduler, "base_lrs", []))
         options = setup.config.get("checkpoint") or {}
         self.universal = bool(options.get("load_universal"))
         self.node_local = bool(options.get("use_node_local_storage"))
@@ -245,6 +243,8 @@ class DeepSpeedBackend(TrainBackend):
 
     def load_checkpoint(self, folder: Path, tag: str | None) -> JsonObject | None:
         """See `TrainBackend`. Without a tag, loads the checkpoint in DeepSpeed's `latest_universal`."""
+        self._options = group_options(self.engine.optimizer.param_groups)
+        self._base_lrs = list(getattr(self.engine.lr_scheduler, "base_lrs", []))
         try:
             strict = not self.task.partial
             path, client = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)

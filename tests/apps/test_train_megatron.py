@@ -31,8 +31,8 @@ from mols_ds.training.megatron_settings import read
 from mols_ds.training.tokens import Tokenizer
 from mols_ds.training.train_job import TrainJob
 from mols_ds.training.trainer import TIMED
-from tests.apps.command import ROOT, read_metrics, run
-from tests.apps.megatron_job import STEPS, TRAIN, whole_and_resumed, write_job
+from tests.apps.command import ROOT, events_of, read_metrics, run
+from tests.apps.megatron_job import STEPS, TINY, TRAIN, whole_and_resumed, write_job
 from tests.helpers.harness import run_ranks
 
 CONTRACT = {"step", "tokens", "loss", "lr", "multipliers", "phase", "step_seconds"}
@@ -218,7 +218,8 @@ def test_skipped_iterations_count_and_only_many_in_a_row_end_the_run(
 
 @pytest.mark.jobs
 def test_torchrun_compares_both_arms_on_two_stages(tmp_path: Path) -> None:
-    path = write_job(tmp_path, parallel={"pp": 2})
+    board = str(tmp_path / "board")
+    path = write_job(tmp_path, parallel={"pp": 2}, run={**TINY["run"], "tensorboard_dir": board})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN]
     out = tmp_path / "out"
     done = run(*launch, "--config", path, "--out", out, "--compare", "adam", cwd=tmp_path)
@@ -252,6 +253,10 @@ def test_torchrun_compares_both_arms_on_two_stages(tmp_path: Path) -> None:
     # Warm-up over a tenth of the steps, here one, then cosine to a tenth of the rate
     assert steps[0]["lr"] == pytest.approx(1e-2)
     assert steps[-1]["lr"] < steps[1]["lr"]
+    found = events_of(Path(board))
+    assert found["applied_lr_qk"][-1] == pytest.approx(steps[-1]["applied_lrs"]["qk"])
+    assert found["snr_qk"][-1] == pytest.approx(next(line["snr"] for line in steps if "snr" in line)["qk"])
+    assert {"loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "alpha_qk"} <= set(found)
 
 
 @pytest.mark.jobs

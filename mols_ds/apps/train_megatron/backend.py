@@ -100,7 +100,6 @@ class MegatronBackend(TrainBackend):
         self._writers: Writers | None = None
         if job.rank == 0:
             GuardedWriter()("monitor", self._open_writers)
-        self._options = group_options(built.optimizer.param_groups)
         self.checkpoint = TorchDistCheckpoint(built, mols, reshardable=setup.settings.run.reshardable_checkpoints)
 
     def _open_writers(self) -> None:
@@ -229,6 +228,7 @@ class MegatronBackend(TrainBackend):
     def load_checkpoint(self, folder: Path, tag: str | None) -> JsonObject | None:
         """See `TrainBackend`."""
         assert tag is not None  # not `universal`
+        self._options = group_options(self.built.optimizer.param_groups)
         return self.checkpoint.load(folder, tag)
 
     def use_settings(self) -> None:
