@@ -14,7 +14,6 @@ import torch
 
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import GuardedWriter, tell
-from mols_ds.engines.deepspeed.snr_monitor import SnrWatch
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
 from mols_ds.training.checkpointer import Retention
@@ -175,6 +174,8 @@ def _arms(
     changed: bool,
 ) -> None:
     """Train the one arm, or first Adam's, and print the results."""
+    from mols_ds.engines.deepspeed.snr_monitor import SnrWatch  # here: it imports DeepSpeed, which `patch` must precede
+
     watch = None if args.snr_every is None else SnrWatch(args.snr_every)
     job = TrainJob(
         setup=DeepSpeedSetup(config, model, held_out, NextTokens(shape), watch), batches=batches, shape=shape,

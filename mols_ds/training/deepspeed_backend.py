@@ -17,7 +17,6 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import GuardedWriter
-from mols_ds.engines.deepspeed.snr_monitor import SnrWatch
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import MicroBatch
 from mols_ds.training.ds_config import model_dtype
@@ -154,6 +153,8 @@ class DeepSpeedBackend(TrainBackend):
 
     def snr(self) -> dict[str, float] | None:
         """See `TrainBackend`. By the estimator of the "mols" section."""
+        from mols_ds.engines.deepspeed.snr_monitor import SnrWatch
+
         watch = self.setup.watch
         if not isinstance(watch, SnrWatch) or watch.steps[-1:] != [self.engine.global_steps]:
             return None

@@ -75,12 +75,13 @@ def terminal(command: Sequence[str | Path], folder: Path) -> Iterator[Terminal]:
                 each.kill()
 
 
-def until(out: Path, step: int) -> None:
-    """Wait until the metrics have line `step`."""
+def until(out: Path, step: int, running: Terminal | None = None) -> None:
+    """Wait until the metrics have line `step`, while `running` runs."""
     limit = time.monotonic() + TIME_LIMIT
     path = out / "metrics.jsonl"
     while not path.is_file() or path.read_bytes().count(b"\n") < step:
         assert time.monotonic() < limit, f"no step {step} within {TIME_LIMIT:.0f} s"
+        assert running is None or os.waitpid(running.pid, os.WNOHANG) == (0, 0), running.text.decode()[-4000:]
         time.sleep(0.02)
 
 
@@ -135,7 +136,7 @@ def test_a_run_killed_twice_and_extended_once_is_the_undisturbed_run(steps: int,
     run_ranks(stopped_at, 2, str(out), steps // 5, *arguments, *config, *shorter, timeout=300)
     assert 0 < len(read_metrics(out)) < steps // 2
     with terminal([*launch, *config, *shorter, "--resume"], tmp_path) as second:
-        until(out, len(read_metrics(out)) + 3)
+        until(out, len(read_metrics(out)) + 3, second)
         second.interrupt()
         assert second.wait() == 0, second.text
     stopped = [line for line in second.text.decode().splitlines() if "stopped by" in line]
