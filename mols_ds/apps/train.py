@@ -64,6 +64,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument(
         "--snr-every", type=positive, metavar="N", help="log each group's SNR from Adam's moments every N steps"
     )
+    run.add_argument("--profile", type=positive, default=0, metavar="N", help="trace N steps: OUT/profile/trace.json")
+    run.add_argument("--attention", metavar="NAME", help="transformers' attn_implementation, such as sdpa or eager")
     add_timeout(run)
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="stdlib", help="stdlib, a file, a folder, configs/data/*.json or a hub name")
@@ -156,6 +158,7 @@ def _model(args: argparse.Namespace, config: JsonObject, tokenizer: Tokenizer) -
         seed=args.seed,
         dtype=model_dtype(config),
         checkpointing=args.activation_checkpointing,
+        attention=args.attention,
     )
     del sharded  # transformers builds sharded models while this object exists
     if torch.distributed.get_rank() == 0:
@@ -181,7 +184,7 @@ def _arms(
         setup=DeepSpeedSetup(config, model, held_out, NextTokens(shape), watch), batches=batches, shape=shape,
         rank=shape.rank, steps=args.steps, out=args.out, seed=args.seed, eval_every=args.eval_every,
         save_every=args.save_every, log_every=args.log_every, resume=args.resume, preemptible=True,
-        changed=changed, about=about, keep=Retention(args.keep_last, args.keep_every),
+        changed=changed, about=about, profile=args.profile, keep=Retention(args.keep_last, args.keep_every),
     )  # fmt: skip
     run_arms(job, compare=bool(args.compare))
 

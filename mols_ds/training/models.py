@@ -119,6 +119,7 @@ def build_model(
     seed: int,
     dtype: torch.dtype,
     checkpointing: bool = False,
+    attention: str | None = None,
 ) -> nn.Module:
     """Build the model for training in `dtype`, with weights drawn with `seed` or from the checkpoint.
 
@@ -141,14 +142,15 @@ def build_model(
             )
         config.vocab_size = vocab_size
     config.use_cache = False
+    options = {} if attention is None else {"attn_implementation": attention}
     config.bos_token_id = config.eos_token_id = end
     torch.manual_seed(seed)
     try:
         if is_checkpoint(source):
-            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
         else:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, OSError, KeyError, TypeError, AssertionError, RuntimeError) as error:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    except (ValueError, ImportError, OSError, KeyError, TypeError, AssertionError, RuntimeError) as error:
         raise MolsConfigError(f"model {source}: cannot be built: {one_line(error)}") from error
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -42,6 +42,7 @@ class TrainJob:
             of a comparison sees more text than another.
         save_at_end: save a checkpoint after the last update.
         keep: which checkpoints stay; None: all.
+        profile: updates to trace on rank 0.
         stop_diverged: end when the loss is not finite, with a held-out loss of NaN.
         preemptible: SIGTERM and SIGUSR1 end the run with a checkpoint.
         shown: rank 0 shows the progress.
@@ -63,6 +64,7 @@ class TrainJob:
     probe_ahead: bool = False
     save_at_end: bool = True
     keep: Retention | None = None
+    profile: int = 0
     stop_diverged: bool = False
     preemptible: bool = False
     shown: bool = True

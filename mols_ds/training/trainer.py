@@ -10,7 +10,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +24,11 @@ from mols_ds.core.json_text import parse_json
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
-from mols_ds.training.batches import Stream
+from mols_ds.training.batches import MicroBatch, Stream
 from mols_ds.training.checkpointer import Checkpointer, check_finite, step_of
 from mols_ds.training.checkpointer import has_checkpoint as saved_in
 from mols_ds.training.preemption import Preempted, StopRequest
+from mols_ds.training.profiling import Trace
 from mols_ds.training.progress import Progress
 from mols_ds.training.speed import peak_memory
 from mols_ds.training.train_job import Outcome, TrainBackend, TrainJob
@@ -104,13 +105,16 @@ class Trainer:
         self.metrics = Metrics(job.out / METRICS, job.about) if first else None
         self.bar = Progress(job.out.name, job.steps, shown=first and job.shown)
         self.probes = probe_samples(job.setup.section)
-        self.unlogged = Interval()
+        self.unlogged, self.waited = Interval(), Waiting()
+        self.trace = Trace(job.out / "profile", job.profile) if first and job.profile else None
         self.peak = peak_rate(backend)
         self.alphas_seen: dict[str, float] = {}
 
     def close(self) -> None:
         """Restore the terminal."""
         self.guarded("progress", self.bar.close)
+        if self.trace is not None:
+            self.guarded("profile", self.trace.close)
 
     # -- checkpoints
 
@@ -181,6 +185,8 @@ class Trainer:
             val_loss = math.nan
         if val_loss is None:  # resumed at the end
             val_loss = self.backend.evaluate()
+        if job.rank == 0 and job.shown and self.waited.share is not None:
+            tell(f"{job.out.name}: {self.waited.share:.1%} of the steps' time was spent waiting for data")
         if job.save_at_end and self.saved != self.updates:
             self.save()
         return self._outcome(val_loss)
@@ -201,8 +207,10 @@ class Trainer:
         stream: Stream = "probe" if measures and not job.probe_ahead else "train"
         position = self.probe_steps if stream == "probe" else self.updates + (self.ahead if measures else 0)
         base_lr = backend.base_lr()
-        batches = job.batches.step(stream, position)
+        batches = self.waited.timed(job.batches.step(stream, position))
         losses, updated = backend.step(batches, number=self.updates + 1, measures=measures)
+        seconds = time.monotonic() - began
+        self.waited.seconds_of_steps += seconds
         if not updated:
             self.probe_steps += 1
             self.ahead += job.probe_ahead
@@ -210,8 +218,9 @@ class Trainer:
             return None
         self.updates += 1
         self.ahead = 0
-        seconds = time.monotonic() - began
         self.unlogged.updates, self.unlogged.seconds = self.unlogged.updates + 1, self.unlogged.seconds + seconds
+        if self.trace is not None:
+            self.guarded("profile", self.trace.step)
         backend.after_update()
         return self._after_update(losses, base_lr, seconds)
 
@@ -297,6 +306,32 @@ class Interval:
 
     updates: int = 0
     seconds: float = 0.0
+
+
+@dataclass
+class Waiting:
+    """Time that this rank waits for batches, of the time of its steps."""
+
+    seconds: float = 0.0
+    seconds_of_steps: float = 0.0
+
+    def timed(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """Yield the batches, and add the time that each takes."""
+        while True:
+            began = time.monotonic()
+            batch = next(batches, END)
+            self.seconds += time.monotonic() - began
+            if batch is END:
+                return
+            yield batch
+
+    @property
+    def share(self) -> float | None:
+        """Seconds of waiting of all; None before the first step."""
+        return self.seconds / self.seconds_of_steps if self.seconds_of_steps else None
+
+
+END = object()
 
 
 def peak_rate(backend: TrainBackend) -> float | None:
