@@ -187,14 +187,15 @@ class Supervisor:
     def _end(self, process: subprocess.Popen[bytes]) -> int:
         """End the launcher and all its descendants."""
         print_line(PROGRAM, "ending the launcher")
-        process.terminate()
         return self._kill(process, KILL_SECONDS)
 
     def _kill(self, process: subprocess.Popen[bytes], patience: float = 0.0) -> int:
-        """Kill the launcher and all its descendants, after `patience` seconds to end by itself."""
+        """Kill the launcher and all its descendants; with `patience`, first ask the launcher to end within seconds."""
         everything = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+        if patience:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
         send(everything, signal.SIGKILL)
         process.wait()
         return -(self._first or signal.SIGTERM)
