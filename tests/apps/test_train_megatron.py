@@ -272,7 +272,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         run={"save_every": 3, "eval_every": 1},
         mols=online,
     )
-    assert run_ranks(whole_and_resumed, 2, str(path), str(tmp_path), 3, timeout=240) == [(0, 0, 0)] * 2
+    assert run_ranks(whole_and_resumed, 2, str(path), str(tmp_path), 3, timeout=240) == [(0, 0, 0, 0, 2)] * 2
 
     def updates(name: str, *without: str) -> list[dict[str, Any]]:
         lines = read_metrics(tmp_path / name)
@@ -281,5 +281,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert [line["phase"] for line in updates("whole")[1:4]] == ["calibrating"] * 3
     assert updates("part") == updates("whole")
     assert updates("blind", "val_loss") == updates("whole", "val_loss")
+    slower = [line["lr"] / other["lr"] for line, other in zip(updates("slower")[:-1], updates("whole"), strict=False)]
+    assert slower == pytest.approx([1.0] * 3 + [0.5] * 3)
     latest = tmp_path / "part" / "checkpoints" / "latest"
     assert latest.read_text("utf-8") == f"step{STEPS}"
