@@ -103,9 +103,14 @@ def test_rank_resumes_where_there_is_a_checkpoint(tmp_path: Path, made: str, res
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
 
     start = ["--steps", "3", "--out", str(out)]
+    assert arguments() == [*start, *(["--resume"] if resumed else [])]
+    assert arguments(RESUME="never") == start
+    assert arguments(RESUME="always") == [*start, "--resume"]
+    place = out / "adam" if made.startswith("adam") else out
+    place.mkdir(exist_ok=True)
+    (place / "metrics.jsonl").write_text("{}", "utf-8")
     assert arguments() == [*start, "--resume" if resumed else "--overwrite"]
     assert arguments(RESUME="never") == [*start, "--overwrite"]
-    assert arguments(RESUME="always") == [*start, "--resume"]
 
 
 def test_example_hostfile() -> None:
