@@ -51,7 +51,11 @@ def _check_keys(given: JsonObject, config: PretrainedConfig, where: str) -> None
     """Check the keys of a model file. transformers keeps unknown ones silently, and reads some former names, so only
     a key that resembles a known one is refused. Raises MolsConfigError."""
     kind = type(config)
-    known = {*vars(kind()), *kind().to_dict(), *kind.attribute_map, "dtype", "torch_dtype", "architectures"}
+    try:
+        default = kind()
+    except Exception:  # a configuration without defaults
+        return
+    known = {*vars(default), *default.to_dict(), *kind.attribute_map, "dtype", "torch_dtype", "architectures"}
     known |= {key for base in kind.__mro__ for key in getattr(base, "__annotations__", {})}
     for key in (key for key in given if key not in known):
         for near in difflib.get_close_matches(key, known, n=1, cutoff=0.8):
