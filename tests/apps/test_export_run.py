@@ -88,6 +88,7 @@ def test_the_exported_folder_has_the_engine_s_logits(
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits.float(), logits[case])
     assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == 300
+    capsys.readouterr()  # transformers' own progress bars
     assert cli.main(["export", str(out), str(tmp_path / "other"), "--step", "3"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"mols-ds: export: checkpoint {out / 'checkpoints' / 'step3'}: there is no step3"
