@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mols_ds.core.rank_checks import together
+from mols_ds.core.session import Session
 from mols_ds.engines.torch.placement import describe
+from mols_ds.engines.torch.shards import TorchShards
 from mols_ds.errors import MolsCheckpointError
-
-if TYPE_CHECKING:
-    from mols_ds.engines.torch.engine import TorchMols
 
 COMMON, STEPS = "common", "steps"
 TENSORS = ("mean", "m2", "block_mean", "block_m2", "block_sums", "exponents")
@@ -57,10 +56,15 @@ def unpack_common(state: object) -> tuple[dict[str, Any], int]:
 
 
 class TorchCheckpoints:
-    """State of one `TorchMols`."""
+    """State of one session.
 
-    def __init__(self, mols: TorchMols) -> None:
-        self.mols = mols
+    Args:
+        mols, shards: of the optimizers.
+        count_from: sets the number of updates.
+    """
+
+    def __init__(self, mols: Session, shards: TorchShards, count_from: Callable[[int], None]) -> None:
+        self.mols, self.shards, self._count_from = mols, shards, count_from
         self._template: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,7 +91,7 @@ class TorchCheckpoints:
         return part
 
     def _placements(self) -> list[str]:
-        return [describe(p) for p in self.mols.shards.params.values()]
+        return [describe(p) for p in self.shards.params.values()]
 
     def template_of(self, checkpoint_id: str) -> None:
         """Make the next `state_dict` a template of this rank's part in a folder of torch.distributed.checkpoint.
@@ -115,7 +119,7 @@ class TorchCheckpoints:
         mols = self.mols
         common, steps = unpack_common(state)
         mols.window.forget()
-        mols.count_from(steps)
+        self._count_from(steps)
         mols.resume(common, steps, lambda: self._load_part(state, bool(common["state"]["samples"])))
 
     def _load_part(self, state: Mapping[str, Any], started: bool) -> str | None:

@@ -92,7 +92,7 @@ class TorchMols(Session):
         self.watch = GradientWatch(params.values())
         self.loss_scaler = None if grad_scaler is None else LossScaler(grad_scaler, self.watch, self._has_read)
         self._install()
-        self.checkpoints = TorchCheckpoints(self)
+        self.checkpoints = TorchCheckpoints(self, self.shards, self._count_from)
         self.controller.advance(self.steps)
         self._follow()
 
@@ -326,8 +326,7 @@ class TorchMols(Session):
         it has them: in a calibration, saved by the same number of ranks."""
         self.checkpoints.template_of(checkpoint_dir)
 
-    def count_from(self, steps: int) -> None:
-        """Set the number of updates after loading a checkpoint."""
+    def _count_from(self, steps: int) -> None:
         self._updates = steps
 
     # ------------------------------------------------------------------ gradients
