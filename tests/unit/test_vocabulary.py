@@ -16,7 +16,7 @@ from mols_ds.core.ranges import ParamRange, pack
 from mols_ds.core.vocabulary import (
     CHUNK,
     TokenIds,
-    Vocabulary,
+    TokenRows,
     find_vocabulary,
     mark_ids,
     mark_rows,
@@ -43,7 +43,7 @@ def alone(values: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- which parameters
 
 
-def found(shapes: dict[str, Any], groups: dict[str, str], columns: dict[str, int] | None = None) -> Vocabulary | None:
+def found(shapes: dict[str, Any], groups: dict[str, str], columns: dict[str, int] | None = None) -> TokenRows | None:
     layouts = {name: ElementLayout.whole(groups[name]) for name in shapes}
     return find_vocabulary(layouts, shapes, columns or {})
 
@@ -52,7 +52,7 @@ def test_embedding_and_head() -> None:
     shapes = {"wte": (50, 8), "wpe": (50, 8), "lm_head": (50, 8), "score": (3, 8), "norm": (8,)}
     groups = {"wte": "embedding", "wpe": "embedding", "lm_head": "head", "score": "head", "norm": "other"}
     one = found(shapes, groups)
-    assert one == Vocabulary(50, frozenset({"wte"}), frozenset({"lm_head"}), {"wte": 8, "lm_head": 8})
+    assert one == TokenRows(50, frozenset({"wte"}), frozenset({"lm_head"}), {"wte": 8, "lm_head": 8})
     cut = found(shapes, groups, {"lm_head": 4})
     assert cut is not None and cut.widths == {"wte": 8, "lm_head": 4}
     assert found(shapes, groups, {"lm_head": 0}) is None  # rows in an unknown order
@@ -69,11 +69,11 @@ def test_positions_and_segments_are_no_tokens(name: str) -> None:
 
 def test_tied_frozen_and_adapted() -> None:
     tied = found({"wte": (50, 8)}, {"wte": "embedding"})
-    assert tied == Vocabulary(50, frozenset({"wte"}), frozenset(), {"wte": 8})
+    assert tied == TokenRows(50, frozenset({"wte"}), frozenset(), {"wte": 8})
     frozen = found({"lm_head": (50, 8)}, {"lm_head": "head"})
-    assert frozen == Vocabulary(50, frozenset(), frozenset({"lm_head"}), {"lm_head": 8})
+    assert frozen == TokenRows(50, frozenset(), frozenset({"lm_head"}), {"lm_head": 8})
     adapted = found({"h.lora_A": (4, 8), "h.lora_B": (50, 4)}, {"h.lora_A": "head", "h.lora_B": "head"})
-    assert adapted == Vocabulary(50, frozenset(), frozenset({"h.lora_B"}), {"h.lora_B": 4})
+    assert adapted == TokenRows(50, frozenset(), frozenset({"h.lora_B"}), {"h.lora_B": 4})
     assert found({"wte": (50, 8), "score": (3, 8)}, {"wte": "embedding", "score": "head"}) is None  # a classifier
     assert found({"q": (8, 8)}, {"q": "qk"}) is None
 
@@ -119,10 +119,10 @@ def test_sources_of_tokens() -> None:
 
     every, none = flags(*range(ROWS)), flags()
     names, head = frozenset({"e"}), frozenset({"h"})
-    untied, tied = Vocabulary(ROWS, names, head, {}), Vocabulary(ROWS, names, frozenset(), {})
-    frozen = Vocabulary(ROWS, frozenset(), head, {})
+    untied, tied = TokenRows(ROWS, names, head, {}), TokenRows(ROWS, names, frozenset(), {})
+    frozen = TokenRows(ROWS, frozenset(), head, {})
 
-    def ids_of(vocabulary: Vocabulary, by_ids: Tensor, moved: Tensor) -> list[int] | None:
+    def ids_of(vocabulary: TokenRows, by_ids: Tensor, moved: Tensor) -> list[int] | None:
         seen = seen_tokens(vocabulary, lambda: by_ids, lambda: moved, alone)
         return None if seen is None else seen.nonzero().flatten().tolist()
 
@@ -145,7 +145,7 @@ def test_collectives_stay_below_256_kib() -> None:
     for rows, calls in ((128_256, 1), (CHUNK, 1), (CHUNK + 1, 2)):
         flags = torch.ones(rows, dtype=torch.uint8)
         sizes.clear()
-        seen_tokens(Vocabulary(rows, frozenset(), frozenset({"h"}), {}), lambda f=flags: f, lambda f=flags: f, record)
+        seen_tokens(TokenRows(rows, frozenset(), frozenset({"h"}), {}), lambda f=flags: f, lambda f=flags: f, record)
         assert len(sizes) == calls and sum(sizes) == rows and max(sizes) <= 262_144
 
 
@@ -169,7 +169,7 @@ def gradients() -> list[dict[str, Tensor]]:
     return samples
 
 
-def measured(cuts: list[int], vocabulary: Vocabulary | None) -> list[LocalStats]:
+def measured(cuts: list[int], vocabulary: TokenRows | None) -> list[LocalStats]:
     """One rank's statistics for each [cuts[r], cuts[r + 1]) of the parameters, laid end to end."""
     ranks = []
     for low, high in pairwise(cuts):
@@ -201,7 +201,7 @@ def total(ranks: list[LocalStats]) -> Any:
 
 SIZE = sum(rows * width for rows, width in SHAPES.values())
 EMBEDDING, HEAD = frozenset({"embed.weight"}), frozenset({"lm_head.weight"})
-UNTIED = Vocabulary(ROWS, EMBEDDING, HEAD, dict.fromkeys([*EMBEDDING, *HEAD], WIDTH))
+UNTIED = TokenRows(ROWS, EMBEDDING, HEAD, dict.fromkeys([*EMBEDDING, *HEAD], WIDTH))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_without_a_vocabulary_every_row_counts() -> None:
 
 
 def test_a_checkpoint_keeps_the_ids() -> None:
-    tied = Vocabulary(ROWS, frozenset({"embed.weight"}), frozenset(), {"embed.weight": WIDTH})
+    tied = TokenRows(ROWS, frozenset({"embed.weight"}), frozenset(), {"embed.weight": WIDTH})
     [rank] = measured([0, SIZE], tied)
     rank.see_ids(TOKENS)
     saved = copy.deepcopy(rank.state_dict())
@@ -270,8 +270,8 @@ class Model(nn.Module):
 def test_hooks_see_the_ids_until_they_are_removed() -> None:
     model, seen = Model(), []
     watch = TokenIds(seen.append)
-    watch.watch(model, ROWS)
-    watch.watch(model, ROWS)
+    watch.follow(model, ROWS)
+    watch.follow(model, ROWS)
     model(TOKENS)
     model(TOKENS, by_name=True)
     assert [ids.tolist() for ids in seen] == [TOKENS.tolist()] * 2  # once each, and none of the positions
@@ -287,6 +287,6 @@ def test_a_model_that_was_compiled_before_tells_no_ids() -> None:
     compiled = torch.compile(model, backend="eager")
     compiled(TOKENS)
     watch = TokenIds(seen.append)
-    watch.watch(model, ROWS)
+    watch.follow(model, ROWS)
     compiled(TOKENS)
     assert seen == []  # so `seen_tokens` must do without them

@@ -56,10 +56,15 @@ def unpack_common(state: object) -> tuple[dict[str, Any], int]:
 
 
 class TorchCheckpoints:
-    """State of one session on plain torch. count_from: sets the number of its updates."""
+    """State of one session.
+
+    Args:
+        mols, shards: of the optimizers.
+        count_from: sets the number of updates.
+    """
 
     def __init__(self, mols: Session, shards: TorchShards, count_from: Callable[[int], None]) -> None:
-        self.mols, self._shards, self._count_from = mols, shards, count_from
+        self.mols, self.shards, self._count_from = mols, shards, count_from
         self._template: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,7 +92,7 @@ class TorchCheckpoints:
         return part
 
     def _placements(self) -> list[str]:
-        return [describe(p) for p in self._shards.params.values()]
+        return [describe(p) for p in self.shards.params.values()]
 
     def template_of(self, checkpoint_id: str) -> None:
         """Make the next `state_dict` a template of this rank's part in a folder of torch.distributed.checkpoint.

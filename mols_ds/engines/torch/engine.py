@@ -328,7 +328,6 @@ class TorchMols(Session):
         self.checkpoints.template_of(checkpoint_dir)
 
     def _count_from(self, steps: int) -> None:
-        """Set the number of updates after loading a checkpoint."""
         self._updates = steps
 
     # ------------------------------------------------------------------ gradients

@@ -23,9 +23,9 @@ MICROS = 2  # gradient accumulation
 CLIP = 0.5  # below the gradient norm of the tiny models (6 to 10), so that clipping always acts
 
 DATA = {"one": 1, "ddp": 2, "fsdp2": 2, "fsdp2 columns": 2, "fsdp2 bf16": 2, "fsdp2 offload": 2, "hsdp": 4, "tp": 1}
-DATA |= {"2d": 2, "ddp tp": 2}
+DATA |= {"2d": 2}
 """Way to run -> number of ranks with data of their own."""
-WORLD = {"one": 1, "hsdp": 4, "2d": 4, "ddp tp": 4}
+WORLD = {"one": 1, "hsdp": 4, "2d": 4}
 """Way to run -> number of ranks, where it is not 2."""
 
 
@@ -45,12 +45,9 @@ def wrapped(how: str, model: nn.Module) -> nn.Module:
         return DistributedDataParallel(model)
     if how == "tp":
         return tensor_parallel(model, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
-    if how in ("2d", "ddp tp"):
+    if how == "2d":
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-        tensor_parallel(model, mesh["tp"])
-        if how == "ddp tp":  # torch's DDP takes no DTensors that are not replicated
-            return model
-        return sharded(model, mesh=mesh["dp"])
+        return sharded(tensor_parallel(model, mesh["tp"]), mesh=mesh["dp"])
     if how == "hsdp":
         return sharded(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
     if how.startswith("fsdp2"):

@@ -33,6 +33,8 @@ MODELS = ("gpt2", "phi3", "neox")
 """With fused columns q | k | v, fused rows q | k | v with grouped queries, and rows interleaved by head."""
 PLACEMENTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
     "rows": ((2,), (Shard(0),)),
+    "rows, whole gradients": ((2,), (Shard(0),)),
+    "copies, partial gradients": ((2,), (Replicate(),)),
     "columns": ((2,), (Shard(1),)),
     "copies": ((2,), (Replicate(),)),
     "last": ((2,), (Shard(-1),)),
@@ -85,16 +87,22 @@ def run(model: str, name: str) -> dict[str, Any]:
         for step in range(STEPS):
             for key, p in module.named_parameters():
                 whole = gradient(key, p.shape, step)
-                p.grad = (
-                    distribute_tensor(whole, mesh, p.placements, src_data_rank=None)
-                    if isinstance(p, DTensor)
-                    else whole
-                )
+                p.grad = _gradient_of(p, whole, name)
             mols.read_gradients()
             optimizer.step()
         cut = [key for key, layout in mols.shards.layouts.items() if len(layout.groups) > 1]
         found[kind] = {"alphas": mols.alphas, "weights": full_weights(module), "cut": len(cut)}
     return found
+
+
+def _gradient_of(parameter: nn.Parameter, whole: Tensor, name: str) -> Tensor:
+    """The gradient as a backward pass leaves it: in the parameter's placements, or in others (tensor parallelism)."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    if "partial" in name:
+        return DTensor.from_local(whole / 2, parameter.device_mesh, [Partial()])
+    placements = [Replicate()] if "whole" in name else parameter.placements
+    return distribute_tensor(whole, parameter.device_mesh, placements, src_data_rank=None)
 
 
 def _for(placement: Any, ndim: int) -> Any:
