@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from megatron_patches.param_map import (
     local_parameters,
 )
 from megatron_patches.probe_window import MegatronWindow
-from megatron_patches.schedule import optimizer_steps, scheduler_hints
+from megatron_patches.schedule import increment_of, optimizer_steps, scheduler_hints
 from megatron_patches.shards import MegatronShards, collective_device
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Controller
@@ -42,13 +43,14 @@ from mols_ds.core.groups import GroupTable
 from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.new_weights import NewWeights
-from mols_ds.core.phases import resolve_schedule
+from mols_ds.core.phases import RateCurve, resolve_schedule
 from mols_ds.core.protocols import Context
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.rank_checks import check_counts
 from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.core.session import Session, largest_holder
 from mols_ds.errors import MolsConfigError
+from mols_ds.optim.rate_curve import rate_curve
 from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only, unscaled_decay
 from mols_ds.report.files import Publisher
 
@@ -91,7 +93,8 @@ class MegatronMols(Session):
         self._updates = max(int(rank[1]) for rank in told)
 
         def build() -> list[Any]:
-            self._build(model_chunks, locals_, model, scheduler_hints(scheduler, samples_per_step))
+            curve = partial(rate_curve, scheduler, increment=increment_of(samples_per_step))
+            self._build(model_chunks, locals_, model, scheduler_hints(scheduler, samples_per_step), curve)
             schedule, layouts = self.controller.state.schedule, self.controller.table.layouts
             return [repr(schedule), zlib.crc32(repr(sorted(layouts.items())).encode())]
 
@@ -135,6 +138,7 @@ class MegatronMols(Session):
         locals_: Sequence[LocalParameter],
         model: LogicalModel,
         hints: tuple[int | None, int | None],
+        curve: RateCurve,
     ) -> None:
         """Build this rank's state. All ranks raise an error of any rank."""
         optimizer, config = self.optimizer, self.config
@@ -144,7 +148,7 @@ class MegatronMols(Session):
         fused = any(len(local_layout(local, table.layouts).groups) > 1 for local in locals_)
         check_supported(optimizer, self.model_config, config, fused=fused)
         self.source = self.shards = MegatronShards(optimizer, locals_, self.grid)
-        schedule = resolve_schedule(config, *hints)
+        schedule = resolve_schedule(config, *hints, curve)
         if self.steps > schedule.start and config.fixed_alphas is None:
             raise MolsConfigError(
                 f'"mols.start" is step {schedule.start}, but the optimizer has taken {self.steps} already: attach '
@@ -164,6 +168,7 @@ class MegatronMols(Session):
             versions=versions(("megatron-core", "transformer-engine")) | self._precision(),
             log=say,
             publish=self._publisher,
+            reduce_max=self.shards.reduce_max,
         )
 
     def _precision(self) -> dict[str, str]:

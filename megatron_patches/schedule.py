@@ -28,10 +28,15 @@ def scheduler_hints(scheduler: object, samples_per_step: int | None) -> tuple[in
             f"samples_per_step is {samples_per_step}; it is the increment of scheduler.step(), at least 1"
         )
     decay, warmup = getattr(scheduler, "lr_decay_steps", None), getattr(scheduler, "lr_warmup_steps", None)
-    per = samples_per_step or _global_batch_size()
+    per = increment_of(samples_per_step)
     if decay is None or per is None:
         return None, None
     return round(decay / per), None if warmup is None else round(warmup / per)
+
+
+def increment_of(samples_per_step: int | None) -> int | None:
+    """Return the argument of each `scheduler.step()`; None if unknown."""
+    return samples_per_step or _global_batch_size()
 
 
 def _global_batch_size() -> int | None:

@@ -112,6 +112,12 @@ class MegatronShards:
         dist.all_reduce(sums)
         return sums.cpu()
 
+    def reduce_max(self, values: Tensor) -> Tensor:
+        """Maximum over all ranks. values: 1-D uint8 on the CPU, as the result."""
+        largest = values.to(collective_device())
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.cpu()
+
     def discard(self) -> None:
         """Do nothing: the training loop zeroes the gradient buffers before each iteration."""
 

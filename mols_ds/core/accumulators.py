@@ -20,6 +20,8 @@ CPU_CHUNK = 1 << 18
 SMALL, GATHERED = 1 << 14, 1 << 16  # elements: pieces up to SMALL are joined until GATHERED elements are together
 DEVICE_CHUNK = 1 << 24  # elements: on an accelerator a few large kernels, and 64 MiB of scratch
 ACCUMULATORS = (torch.float32, torch.float64)
+OF_LATER_RELEASES = 2
+"""Number of the last columns of block sums that release 0.4.0 did not have."""
 
 
 def subsample(offset: int, numel: int) -> tuple[int, int, int]:
@@ -372,6 +374,10 @@ def _checked(state: object, mine: AccumulatorsState) -> AccumulatorsState:
     for key in PER_ELEMENT:
         if theirs[key].shape != mine[key].shape or theirs[key].dtype != mine[key].dtype:
             raise MolsCheckpointError(f"the accumulators' {key!r} is {_kind(theirs[key])}, not {_kind(mine[key])}")
+    missing_columns = mine["block_sums"].shape[-1] - theirs["block_sums"].shape[-1]
+    if missing_columns == OF_LATER_RELEASES:  # release 0.4.0: unknown, so that `step_rms` has no interval
+        unknown = torch.nn.functional.pad(theirs["block_sums"], (0, missing_columns), value=torch.nan)
+        theirs = cast(AccumulatorsState, {**theirs, "block_sums": unknown})
     blocks, ours = theirs["block_sums"], mine["block_sums"]
     if blocks.shape[1:] != ours.shape[1:] or blocks.dtype != ours.dtype:
         raise MolsCheckpointError("the sample blocks in the state are of other groups than this run's")

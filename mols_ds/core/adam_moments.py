@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from mols_ds.errors import MolsConfigError
+from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
 # Adam's moments cannot resolve the noise of an element whose m^2 is more than 256 times v - m^2, see `adam_moments`.
 MOMENTS_CUT = 2.0**-8
@@ -80,6 +81,24 @@ def moment_pieces(
     """Yield (offset, mu2_plain, s2, c) of 1-D moments, `PIECE` elements at a time. See `adam_moments`."""
     for at in range(0, exp_avg.numel(), PIECE):
         yield at, *adam_moments(exp_avg[at : at + PIECE], exp_avg_sq[at : at + PIECE], step, beta1, beta2)
+
+
+def moments_of(optimizer: Optimizer, tensor: Tensor) -> Mapping[str, Any]:
+    """Return the state of a tensor with both of Adam's moments per element; empty if it was never stepped.
+
+    Raises:
+        MolsUnsupportedError: another kind of state, from an optimizer class that is not in the catalog.
+    """
+    state: Mapping[str, Any] = optimizer.state.get(tensor, {})
+    if not state.keys() - {"step"}:
+        return {}
+    for key in ("exp_avg", "exp_avg_sq"):
+        if not isinstance(state.get(key), Tensor) or state[key].numel() < tensor.numel():
+            raise MolsUnsupportedError(
+                f'MoLS does not support mode "moments" with {type(optimizer).__name__}, whose state has no {key} of '
+                'each element: use "mode": "probe" or "online"'
+            )
+    return state
 
 
 MOVING_BETAS = (

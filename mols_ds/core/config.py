@@ -14,10 +14,10 @@ from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, Vali
 from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.core.layout import Granularity
 from mols_ds.core.plain_data import check_plain
+from mols_ds.core.schema import Estimator
 from mols_ds.core.validation import Frozen, validation_message
 from mols_ds.errors import MolsConfigError
 
-Estimator = Literal["mean", "median", "pooled", "damping"]
 Mode = Literal["probe", "online", "moments"]
 LARGEST_COUNT = 2**53
 """Larger counts are not exact as float64."""
@@ -34,6 +34,7 @@ PRESETS: dict[str, JsonObject] = {
     # The paper as written: average of SNR_i (sec. 3.2), no correction, no bounds, the largest SNR is the reference.
     "paper": {
         "estimator": "mean",
+        "unseen_rows": "include",
         "noise_floor_correction": False,
         "reference": "max",
         "alpha_min": None,
@@ -69,6 +70,13 @@ class RecalibrateConfig(Documented):
     multipliers."""
 
 
+class SummedRate(Documented):
+    """Where the calibration starts, by the learning rates of the steps before it."""
+
+    summed_rate: Annotated[Number, Field(gt=0)]
+    """Sum of the learning rates of all steps before the start, divided by the peak rate."""
+
+
 class MolsConfig(Documented):
     """The "mols" section. In `start` and `ramp_end` a float is a share of all steps, an integer is a step.
 
@@ -80,9 +88,10 @@ class MolsConfig(Documented):
     """`false`: stock DeepSpeed or Megatron-core, bit for bit."""
     preset: Literal["robust", "paper"] = "robust"
     """Defaults of the other keys. Keys that you write override the preset."""
-    start: StepOrShare = 0.01
+    start: StepOrShare | SummedRate = 0.01
     """Where the calibration starts. A float in [0, 1] is a share of all steps, an integer is a step: `1.0` is the end
-    of the run, `1` is its second step."""
+    of the run, `1` is its second step. `{"summed_rate": 4}`: where the rates of the steps before add up to 4 times the
+    peak rate, see [Start](#start-by-the-summed-rate)."""
     samples: Annotated[StrictInt, Field(ge=2, le=LARGEST_COUNT)] | Literal["auto"] = 32
     """K, the number of gradient samples. At least 4 with `noise_floor_correction`. `"auto"`: until the 95 % interval of
     every alpha is within `alpha_rtol`; not for mode `moments`."""
@@ -96,6 +105,9 @@ class MolsConfig(Documented):
     """How the elements of a group become one number, see [Estimators](#estimators)."""
     noise_floor_correction: StrictBool = True
     """Subtract what pure noise would read, about 1/K. Needs K of 4 or more."""
+    unseen_rows: Literal["exclude", "include"] = "exclude"
+    """Rows of the output head, and of a tied embedding, whose token does not occur in the samples: `"exclude"` leaves
+    them out of the estimators, see [Unseen rows](#unseen-rows)."""
     reference: Name = "vo"
     """The group with multiplier 1. It must exist in the model. `"max"`: the scaled group with the largest value."""
     alpha_min: Annotated[Alpha, Field(le=1)] | None = 0.1

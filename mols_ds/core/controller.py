@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+from torch import Tensor
 from torch.nn.functional import pad
 
 from mols_ds.core import estimators
 from mols_ds.core.adam_moments import MOVING_BETAS
 from mols_ds.core.config import MolsConfig
-from mols_ds.core.document import build_report, measured_rows, unmeasured_rows
+from mols_ds.core.document import build_report, measured_rows, remarks, unmeasured_rows
 from mols_ds.core.former_groups import advice
 from mols_ds.core.group_stats import GroupSums
 from mols_ds.core.groups import GroupTable, base_group, format_group_table, is_scaled
@@ -30,10 +30,8 @@ from mols_ds.core.protocols import Context
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.schema import Report, ReportGroup
 from mols_ds.core.state_check import STATE_VERSION, check_saved
+from mols_ds.core.vocabulary import find_vocabulary
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning
-
-CONSTANT_SHARE = 0.1
-"""A group is named in a warning when at least this share of its elements has no measurable noise."""
 
 
 class Controller:
@@ -57,13 +55,15 @@ class Controller:
         self.table = table
         self.context = context
         self.groups: tuple[str, ...] = tuple(row.group for row in table)
-        self.elements = LocalStats(owned, table.layouts, self.groups, context.device)
+        vocabulary = find_vocabulary(table.layouts, table.shapes, context.columns)
+        self.elements = LocalStats(owned, table.layouts, self.groups, context.device, vocabulary)
         self.state = Calibration(
             schedule, config.samples, config.max_samples, config.recalibrate.every if config.recalibrate else None
         )
         self.multipliers: dict[str, float] = {}
         self.applied_lrs: dict[str, float] = {}
         self._report: Report | None = None
+        self._said_unseen = ""
         self._check_names()
         self.log(f"MoLS module groups\n{format_group_table(table)}")
         for remark in schedule.remarks:
@@ -208,20 +208,33 @@ class Controller:
         elif self.config.mode == "moments":
             return  # `close_moments` reads the moments after this step
         elif outcome == "complete" or (outcome == "no" and usable and self.state.check_due() and self._precise()):
-            self.end_calibration(t, self._reduced(self.elements.gradient_sums()))
+            self.end_calibration(t, self._gradient_sums())
+
+    def find_seen(self, by_gradient: Callable[[], Tensor]) -> None:
+        """Find the tokens that occurred, see `LocalStats.find_seen`. Collective; each warning once."""
+        if self.config.unseen_rows == "exclude":
+            problem = self.elements.find_seen(by_gradient, self.context.reduce_max)
+            if problem and problem != self._said_unseen:
+                self.warn(problem)
+            self._said_unseen = problem or self._said_unseen
+
+    def _gradient_sums(self) -> GroupSums:
+        """Sums of the samples so far, of all ranks."""
+        self.find_seen(self.elements.rows_by_gradient)
+        return self._reduced(self.elements.gradient_sums())
 
     def _reduced(self, sums: GroupSums) -> GroupSums:
-        """Sum over all ranks: the one all-reduce of a calibration."""
+        """Sum over all ranks: the one all-reduce of group sums of a calibration."""
         sums.load_packed(self.context.reduce(sums.pack()))
         return sums
 
     def _precise(self) -> bool:
         """Whether the 95 % interval of every alpha is within alpha_rtol (samples="auto"). One small all-reduce."""
         try:
-            _, found = self._compute(self._reduced(self.elements.gradient_sums()), self.config.noise_floor_correction)
+            _, found = self._compute(self._gradient_sums(), self.config.noise_floor_correction)
         except MolsError:
             return False
-        return all(_narrow(a, self.config.alpha_rtol) for g, a in found.items() if is_scaled(g))
+        return all(estimators.narrow(a, self.config.alpha_rtol) for g, a in found.items() if is_scaled(g))
 
     @property
     def reads_moments_next(self) -> bool:
@@ -280,23 +293,12 @@ class Controller:
         except MolsError as error:
             self.give_up(t, str(error))
             return
-        rows = measured_rows(self.table, sums, found, self.config.estimator, corrected, self.config.mode)
+        known = self.elements.seen is not None
+        rows = measured_rows(self.table, sums, found, self.config.estimator, corrected, self.config.mode, known)
         self._report = self._new_report(t, reference, rows)
         self._report["noise_floor_correction"] = corrected
-        for group, alpha in found.items():
-            if alpha.clamped:
-                self.warn(
-                    f'alpha of group "{group}" hit its bound: {alpha.alpha:g} '
-                    f"(alpha_min {self.config.alpha_min}, alpha_max {self.config.alpha_max})"
-                )
-            if (without := rows[group]["constant_share"] or 0.0) >= CONSTANT_SHARE:
-                self.warn(
-                    f'{without:.0%} of the elements of group "{group}" have no measurable noise and are left out: '
-                    "the same gradient in all samples, or gradients so small (below 1e-21, "
-                    'in mode "moments" below 3e-18) that fp32 loses their squares; increase the loss scale'
-                )
-            if rows[group]["never_moved_share"] == 1.0:
-                self.warn(f'no element of group "{group}" had a gradient in any sample; its alpha stays 1')
+        for remark in remarks(self.config, rows):
+            self.warn(remark)
         self._finish(t, {group: alpha.alpha for group, alpha in found.items()})
 
     def give_up(self, t: int, why: str) -> None:
@@ -335,6 +337,7 @@ class Controller:
             samples=self.state.samples,
             skipped=self.state.skipped,
             reference=reference,
+            summed_rate=self.state.schedule.summed_rate,
             world=self.context.world,
             versions=self.context.versions,
         )
@@ -392,9 +395,3 @@ class Controller:
         self.state = Calibration(old.schedule, old.wanted, old.max_samples, old.every)
         self._report = None
         self.advance(t)
-
-
-def _narrow(alpha: estimators.Alpha, rtol: float) -> bool:
-    if not (math.isfinite(alpha.low) and math.isfinite(alpha.high)):
-        return False
-    return (alpha.high - alpha.low) / 2.0 <= rtol * alpha.alpha

@@ -8,17 +8,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from mols_ds.core.group_stats import BLOCK_COLUMN, COLUMN, N_BINS, N_EDGES, GroupSums, bin_edge, noise_floor
 from mols_ds.core.layout import base_group, is_scaled
+from mols_ds.core.schema import STEPS, Estimator
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 
-Estimator = Literal["mean", "median", "pooled", "damping"]
-ESTIMATORS: tuple[Estimator, ...] = ("mean", "median", "pooled", "damping")
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 # Two-sided 95 % quantiles of Student's t for 1..30 degrees of freedom (NIST/SEMATECH e-Handbook, table 1.3.6.7.2).
 _T95 = (
@@ -38,7 +38,7 @@ class Alpha(NamedTuple):
 
 
 def estimate(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[str, float]:
-    """Compute SNR_m of every group, or for "damping" its mean effective signal step d_m in [0, 1].
+    """Compute SNR_m of every group, or its effective signal step d_m in [0, 1] (`STEPS`).
 
     N is the number of elements with s_i^2 > 0. shrink and floor are `sums.floor`: (K-3)/(K-1) and 1/K for K samples.
 
@@ -47,9 +47,13 @@ def estimate(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[st
       pooled   sum mu_i^2 / sum s_i^2                        corrected: (sum mu_i^2 - floor * sum s_i^2) / sum s_i^2
       damping  (1/N) sum |mu_i| / sqrt(mu_i^2 + s_i^2)       corrected: (1/N) sum sqrt(c_i / (1 + c_i))
                                                              with c_i = max(0, shrink * SNR_i - floor)
+      step_rms sqrt((1/N) sum mu_i^2 / (mu_i^2 + s_i^2))     corrected: sqrt(max(0, (1/N) sum (mu_i^2 - floor * s_i^2)
+                                                                        / (mu_i^2 + (1 - floor) * s_i^2)))
 
     Corrected `mean` and `pooled` are unbiased for Gaussian noise. Corrected `median` is biased: the median of a skewed
-    distribution is below its mean (pure noise reads -0.5/K). Corrected `damping` has the bias of the clamp.
+    distribution is below its mean (pure noise reads -0.5/K). Corrected `damping` has the bias of the clamp of
+    each element. Corrected `step_rms` is clamped once per group: the mean of d_i^2 is 0 for noise alone, and otherwise
+    too small by a share of about 2 (1 - d_i^2)^2 / K.
     Elements with overflowed or NaN statistics are left out, with a `MolsWarning`.
 
     Args:
@@ -81,6 +85,8 @@ def estimate(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[st
             result[group] = shrink * histogram_median(sums.histogram[row]) - floor
         elif estimator == "pooled":
             result[group] = (line[COLUMN["mu2"]] - floor * line[COLUMN["s2"]]) / line[COLUMN["s2"]]
+        elif estimator == "step_rms":
+            result[group] = math.sqrt(max(0.0, line[COLUMN["step2_corrected" if correction else "step2"]] / count))
         else:
             result[group] = line[COLUMN["damping_corrected" if correction else "damping"]] / count
     return result
@@ -99,6 +105,7 @@ def intervals(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[s
                     the same factor. Applied as a factor on SNR + 1/L.
       damping       the blocks' values, absolute (corrected with the floor of L if K's is): |mu_i|/s_i has an error that
                     falls as 1/sqrt(K) for signal and noise alike.
+      step_rms      the blocks' mean squares, absolute.
 
     Intervals are conservative. Measured on synthetic gradients (K = 32, B = 4, 12,700 elements, up to 81 % of the
     variance shared): 93 to 100 % of the intervals held the estimator's expectation for K samples. Half widths were 1 to
@@ -119,8 +126,14 @@ def intervals(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[s
             continue
         spread = _block_values(table, estimator, correction)
         error = t_quantile(blocks - 1) * float(spread.std()) / math.sqrt(blocks)
+        if math.isnan(error):  # blocks of release 0.4.0, for an estimator that it did not have
+            continue
         if estimator == "damping":
             result[group] = (max(0.0, value[group] - error), min(1.0, value[group] + error))
+            continue
+        if estimator == "step_rms":
+            square = value[group] ** 2
+            result[group] = (math.sqrt(max(0.0, square - error)), math.sqrt(min(1.0, square + error)))
             continue
         level, unit = _level(value[group], sums, estimator, correction)
         if estimator == "median":
@@ -141,7 +154,7 @@ def compute_alphas(
     alpha_min: float | None,
     alpha_max: float | None,
 ) -> tuple[str, dict[str, Alpha]]:
-    """Compute every group's multiplier: sqrt(SNR_ref / SNR_m), or d_ref / d_m for "damping" (eq. 4 of the paper).
+    """Compute every group's multiplier: sqrt(SNR_ref / SNR_m), or d_ref / d_m for `STEPS` (eq. 4 of the paper).
 
     Alpha is 1 for the reference, for groups that are not scaled (`other`) and for groups with no counted element. A
     value <= 0 means no signal above the noise floor and gives alpha_max, clamped.
@@ -171,7 +184,7 @@ def compute_alphas(
         raise MolsConfigError(_absent(sums, name))
     if not values[name] > 0:  # NaN included
         raise MolsError(f"reference group {name!r} has no usable SNR ({estimator}: {values[name]:g}): no multipliers")
-    power = 1.0 if estimator == "damping" else 0.5
+    power = 1.0 if estimator in STEPS else 0.5
     alphas: dict[str, Alpha] = {}
     for group in sums.groups:
         if group == name or not is_scaled(group) or math.isnan(values[group]):
@@ -186,6 +199,13 @@ def compute_alphas(
         alpha, low, high = (_bounded(number, alpha_min, alpha_max) for number in (raw, *ends))
         alphas[group] = Alpha(alpha, alpha != raw, low, high)
     return name, alphas
+
+
+def narrow(alpha: Alpha, rtol: float) -> bool:
+    """Return whether half the 95 % interval of a multiplier is at most this share of it."""
+    if not (math.isfinite(alpha.low) and math.isfinite(alpha.high)):
+        return False
+    return (alpha.high - alpha.low) / 2.0 <= rtol * alpha.alpha
 
 
 def histogram_median(histogram: Tensor) -> float:
@@ -233,8 +253,8 @@ def _block_values(table: Tensor, estimator: Estimator, correction: bool) -> Tens
     """Return the value of each block, (B,), from (B, len(BLOCK_COLUMNS)) sums; for "median" the mean logarithm."""
     if estimator == "pooled":
         return table[:, BLOCK_COLUMN["mu2"]] / table[:, BLOCK_COLUMN["s2"]]
-    damping = "damping_corrected" if correction else "damping"
-    column = {"mean": "snr", "median": "log_snr", "damping": damping}[estimator]
+    column = {"mean": "snr", "median": "log_snr", "damping": "damping", "step_rms": "step2"}[estimator]
+    column += "_corrected" if correction and estimator in STEPS else ""
     return table[:, BLOCK_COLUMN[column]] / table[:, BLOCK_COLUMN["count"]]
 
 

@@ -25,14 +25,18 @@ COLUMNS = (
     "s2",
     "damping",
     "damping_corrected",
+    "step2",
+    "step2_corrected",
     "never_moved",  # s^2 == 0 and mu == 0
     "constant",  # s^2 == 0 and mu != 0, also where the fp32 square underflowed: not in the estimators
     "moved_once",  # exactly one of K samples is non-zero; included in "count"
+    "unseen",  # in a row whose token did not occur (`vocabulary`), moved or not: not in the estimators
+    "left_out",  # of "unseen": not in "never_moved"
     "total",
 )
 COLUMN = {name: index for index, name in enumerate(COLUMNS)}
 
-BLOCK_COLUMNS = ("count", "snr", "mu2", "s2", "damping", "damping_corrected", "log_snr")
+BLOCK_COLUMNS = ("count", "snr", "mu2", "s2", "damping", "damping_corrected", "log_snr", "step2", "step2_corrected")
 BLOCK_COLUMN = {name: index for index, name in enumerate(BLOCK_COLUMNS)}
 
 BINS_PER_OCTAVE = 70  # 2 ** (1 / 70) = 1.00995: the relative width of a bin, at most 1 %
@@ -166,6 +170,15 @@ class GroupSums:
             mu = _unscaled(mean_c, exponent)
             self._accumulate(row, mu * mu, _variance(m2_c, samples, exponent), samples)
 
+    def leave_out(self, group: str, mean: Tensor, m2: Tensor) -> None:
+        """Count elements of rows whose token did not occur. Arguments as in `add` or `add_squares`, 1-D."""
+        line = self.table[self._check(group, mean, m2)]
+        still = int(((mean == 0) & (m2 == 0)).sum())
+        line[COLUMN["never_moved"]] += still
+        line[COLUMN["unseen"]] += mean.numel()
+        line[COLUMN["left_out"]] += mean.numel() - still
+        line[COLUMN["total"]] += mean.numel()
+
     def add_squares(self, group: str, mu2: Tensor, s2: Tensor) -> None:
         """Add elements given as squares: plain mu_i^2 (noise included) and s_i^2, shapes as in `add`.
 
@@ -227,7 +240,7 @@ class GroupSums:
 
     def not_finite(self) -> dict[str, float]:
         """Number of elements per group with overflowed or NaN statistics. No estimator counts them."""
-        seen = sum(self.table[:, COLUMN[name]] for name in ("count", "never_moved", "constant"))
+        seen = sum(self.table[:, COLUMN[name]] for name in ("count", "never_moved", "constant", "left_out"))
         return dict(zip(self.groups, (self.table[:, COLUMN["total"]] - seen).tolist(), strict=True))
 
     def _check(self, group: str, first: Tensor, second: Tensor) -> int:
@@ -252,10 +265,11 @@ class GroupSums:
             mu2, s2 = mu2[counted], s2[counted]
         ratio = mu2 / s2
         damping, corrected = _dampings(mu2, s2, ratio, self.floor)
-        sums = torch.stack([v.sum() for v in (ratio, ratio * ratio, mu2, s2, damping, corrected)]).cpu()
+        values = (ratio, ratio * ratio, mu2, s2, damping, corrected, *_squared_steps(mu2, s2, self.floor.floor))
+        sums = torch.stack([v.sum() for v in values]).cpu()
         line = self.table[row]
         line[COLUMN["count"]] += counts[0]
-        line[COLUMN["snr"] : COLUMN["damping_corrected"] + 1] += sums
+        line[COLUMN["snr"] : COLUMN["step2_corrected"] + 1] += sums
         line[COLUMN["never_moved"]] += counts[1]
         line[COLUMN["constant"]] += counts[2]
         line[COLUMN["total"]] += total
@@ -292,7 +306,8 @@ def block_table(
         damping, corrected = _dampings(mu2, s2, ratio, floor)
         # mu = 0 with s^2 > 0 has no logarithm: use the histogram's lowest edge.
         logs = ratio.clamp(min=2.0**-OCTAVES).log()
-        values = torch.stack([torch.ones_like(ratio), ratio, mu2, s2, damping, corrected, logs], dim=1)
+        steps = _squared_steps(mu2, s2, floor.floor)
+        values = torch.stack([torch.ones_like(ratio), ratio, mu2, s2, damping, corrected, logs, *steps], dim=1)
         table.index_add_(0, index, values)
     return table.cpu()
 
@@ -319,6 +334,15 @@ def _dampings(mu2: Tensor, s2: Tensor, ratio: Tensor, floor: NoiseFloor) -> tupl
     """(d_i, corrected d_i): sqrt(mu^2/(mu^2 + s^2)) and sqrt(c/(1 + c)) with c = max(0, corrected SNR_i)."""
     c = (ratio * floor.shrink - floor.floor).clamp_(min=0.0)
     return (mu2 / (mu2 + s2)).sqrt_(), (c / (1.0 + c)).sqrt_()
+
+
+def _squared_steps(mu2: Tensor, s2: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """(d_i^2, corrected d_i^2): mu^2 / (mu^2 + s^2), and 1 - s^2 / (mu^2 + (1 - floor) s^2), which may be negative.
+
+    With K samples, floor = 1/K, the denominator is the mean of g_k^2: the corrected value is the adjusted R^2 of the
+    K gradients against a constant (Ezekiel 1930). It is exactly 0 for an element that moved in one sample.
+    """
+    return mu2 / (mu2 + s2), (mu2 - floor * s2) / (mu2 + (1.0 - floor) * s2)
 
 
 _UPPER_EDGES: dict[torch.device, Tensor] = {}

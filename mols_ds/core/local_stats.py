@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mols_ds.core.accumulators import STRIDE, Accumulators, AccumulatorsState
 from mols_ds.core.group_stats import GroupSums, NoiseFloor, noise_floor
-from mols_ds.core.groups import ElementLayout
+from mols_ds.core.layout import ElementLayout
 from mols_ds.core.ranges import ShardRange
+from mols_ds.core.vocabulary import Vocabulary, mark_ids, mark_rows, row_mask, seen_tokens
 from mols_ds.errors import MolsCheckpointError
 
 
@@ -38,14 +40,31 @@ def group_index(owned: Sequence[ShardRange], layouts: Mapping[str, ElementLayout
     return index
 
 
+PIECE = 1 << 22
+"""Elements of a matrix with rows for tokens that are split at a time."""
+
+
+UNKNOWN = (
+    "rows of tokens that do not occur in the samples are measured too, because the tokens are unknown: no "
+    "word embedding with the rows of the head was called (inputs_embeds, a compiled model, another number of rows?), "
+    'or it is tied in mode "moments". '
+    '"mols.unseen_rows": "include" accepts this'
+)
+OF_0_4_0 = (
+    "the checkpoint's samples were begun by release 0.4.0: rows of tokens that do not occur in them are measured too"
+)
+
+
 class SavedStats(TypedDict):
     """One rank's part of a partial calibration in a checkpoint.
 
-    owned: `ShardRange`s of the accumulators, as plain tuples. moments: `Accumulators.state_dict()`.
+    owned: `ShardRange`s of the accumulators, as plain tuples. moments: `Accumulators.state_dict()`. ids: tokens that
+    this rank's embeddings looked up, uint8; None without an embedding. Absent in release 0.4.0.
     """
 
     owned: list[tuple[str, int, int, int]]
     moments: AccumulatorsState
+    ids: NotRequired[Tensor | None]
 
 
 class LocalStats:
@@ -54,6 +73,9 @@ class LocalStats:
     Attributes:
         ranges: owned elements in the accumulators, ordered by offset, without gaps.
         accumulators: None before the first sample and after `free`.
+        vocabulary: parameters with one row per token; None: unknown.
+        seen: bool (rows,): tokens that occurred on any rank. None: every row counts.
+        of_0_4_0: the samples were begun by release 0.4.0, which did not record tokens.
     """
 
     def __init__(
@@ -62,7 +84,12 @@ class LocalStats:
         layouts: Mapping[str, ElementLayout],
         groups: Sequence[str],
         device: torch.device,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
+        self.vocabulary = vocabulary
+        self.seen: Tensor | None = None
+        self.of_0_4_0 = False
+        self._ids: Tensor | None = None
         self.ranges = list(ranges)
         self.layouts = layouts
         self.groups = tuple(groups)
@@ -96,20 +123,103 @@ class LocalStats:
         """Free the accumulators."""
         if self.accumulators is not None:
             self.accumulators.free()
-        self.accumulators = self._squares = None
+        self.accumulators = self._squares = self.seen = self._ids = None
+        self.of_0_4_0 = False
 
-    def segments(self) -> list[tuple[ElementLayout, int, int, int]]:
-        """(layout, start, offset, numel) of the owned elements; adjacent ranges of one group are merged."""
-        merged: list[tuple[ElementLayout, int, int, int]] = []
+    # ------------------------------------------------------------------ rows of tokens
+
+    def find_seen(self, by_gradient: Callable[[], Tensor], reduce_max: Callable[[Tensor], Tensor]) -> str | None:
+        """Set `seen`. Collective. Returns a warning where every row counts although the model has a head, else None.
+
+        by_gradient, reduce_max: as in `vocabulary.seen_tokens`.
+        """
+        if self.vocabulary is None:
+            return UNKNOWN if "head" in self.groups else None
+        if self.of_0_4_0:
+            return OF_0_4_0
+        self.seen = seen_tokens(self.vocabulary, self.rows_by_ids, by_gradient, reduce_max)
+        return UNKNOWN if self.seen is None else None
+
+    def see_ids(self, ids: Tensor) -> None:
+        """Record the ids of a look-up; any integer dtype, shape and device."""
+        if self.vocabulary is None:
+            return
+        if self._ids is None:
+            self._ids = torch.zeros(self.vocabulary.rows + 1, dtype=torch.uint8, device=ids.device)
+        mark_ids(self._ids, ids.to(self._ids.device))
+
+    def rows_by_ids(self) -> Tensor:
+        """Tokens that this rank's embeddings looked up: uint8 (rows,) on the CPU."""
+        assert self.vocabulary is not None
+        flags = torch.zeros(self.vocabulary.rows, dtype=torch.uint8, device="cpu")
+        return flags if self._ids is None else self._ids[:-1].cpu()
+
+    def rows_by_gradient(self) -> Tensor:
+        """Rows of word embeddings in which an owned element moved in the samples: uint8 (rows,) on the CPU."""
+        assert self.vocabulary is not None and self.accumulators is not None
+        flags = torch.zeros(self.vocabulary.rows, dtype=torch.uint8, device="cpu")
+        for number, item in enumerate(self.ranges):
+            if item.name in self.vocabulary.embeddings:
+                mean, m2 = item.view(self.accumulators.mean), item.view(self.accumulators.m2)
+                self.mark_rows(flags, number, (mean != 0) | (m2 != 0))
+        return flags
+
+    def rows_by_moments(
+        self, optimizers: Iterable[Optimizer], owned_in: Callable[[Tensor], Sequence[tuple[int, ShardRange]]]
+    ) -> Tensor:
+        """Rows of word embeddings whose exp_avg_sq is not 0: those that ever had a gradient. uint8 (rows,) on the CPU.
+
+        Moments on NVMe are not read: their rows count as not seen.
+
+        Args:
+            optimizers: the inner ones of this rank.
+            owned_in: as `Session.owned_in`.
+        """
+        assert self.vocabulary is not None
+        flags = torch.zeros(self.vocabulary.rows, dtype=torch.uint8, device="cpu")
+        for optimizer in optimizers:
+            for tensor in (tensor for group in optimizer.param_groups for tensor in group["params"]):
+                square = optimizer.state.get(tensor, {}).get("exp_avg_sq")
+                for number, item in owned_in(tensor):
+                    in_memory = isinstance(square, Tensor) and square.numel() >= item.offset + item.numel
+                    if in_memory and self.ranges[number].name in self.vocabulary.embeddings:
+                        self.mark_rows(flags, number, item.view(square.detach().reshape(-1)) != 0)
+        return flags
+
+    def mark_rows(self, flags: Tensor, index: int, moved: Tensor, at: int = 0) -> None:
+        """Set the flags of rows with a moved element. moved: bool, 1-D, of range `index` from its element `at` on."""
+        assert self.vocabulary is not None
+        item = self.ranges[index]
+        mark_rows(flags, item.start + at, moved, self.vocabulary.widths[item.name])
+
+    def _width(self, name: str) -> int:
+        """Elements per row of a parameter with rows for tokens of which some were not seen; else 0."""
+        return self.vocabulary.widths.get(name, 0) if self.vocabulary is not None and self.seen is not None else 0
+
+    def _split(self, start: int, width: int, first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the pairs of (elements in rows that were seen, the others), from element `start` of a parameter on."""
+        assert self.seen is not None
+        mask = row_mask(self.seen, start, first.numel(), width).to(first.device)
+        return [(first[mask], second[mask]), (first[~mask], second[~mask])]
+
+    def segments(self) -> list[tuple[ElementLayout, int, int, int, int]]:
+        """(layout, start, offset, numel, row width) of the owned elements; adjacent ranges of one group are merged.
+
+        The width is 0 where all rows count.
+        """
+        merged: list[tuple[ElementLayout, int, int, int, int]] = []
         for item in self.ranges:
             layout = self.layouts[item.name]
+            if width := self._width(item.name):
+                merged.append((layout, item.start, item.offset, item.numel, width))
+                continue
             if len(layout.groups) == 1:
                 layout = ElementLayout.whole(layout.groups[0])
-                if merged and merged[-1][0] == layout and merged[-1][2] + merged[-1][3] == item.offset:
-                    last = merged[-1]
-                    merged[-1] = (layout, last[1], last[2], last[3] + item.numel)
+                last = merged[-1] if merged else None
+                if last and last[0] == layout and not last[4] and last[2] + last[3] == item.offset:
+                    merged[-1] = (layout, last[1], last[2], last[3] + item.numel, 0)
                     continue
-            merged.append((layout, item.start, item.offset, item.numel))
+            merged.append((layout, item.start, item.offset, item.numel, 0))
         return merged
 
     def gradient_sums(self) -> GroupSums:
@@ -118,10 +228,17 @@ class LocalStats:
         assert measured is not None
         blocks = measured.block_sums
         sums = GroupSums.zeros(self.groups, noise_floor(measured.count), len(blocks), measured.block_length)
-        for layout, start, offset, numel in self.segments():
+        for layout, start, offset, numel, width in self.segments():
             for begin, end, exponent in measured.exponents.parts(offset, numel):
-                mean, m2 = measured.mean[begin:end], measured.m2[begin:end]
-                sums.add_range(layout, start + begin - offset, mean, m2, measured.count, exponent)
+                mean, m2, first = measured.mean[begin:end], measured.m2[begin:end], start + begin - offset
+                if not width:
+                    sums.add_range(layout, first, mean, m2, measured.count, exponent)
+                    continue
+                for at in range(0, end - begin, PIECE):
+                    pieces = (values[at : at + PIECE] for values in (mean, m2))
+                    seen, unseen = self._split(first + at, width, *pieces)
+                    sums.add(layout.groups[0], *seen, measured.count, exponent)
+                    sums.leave_out(layout.groups[0], *unseen)
         sums.add_blocks(blocks)
         return sums
 
@@ -142,6 +259,11 @@ class LocalStats:
         item = self.ranges[index]
         layout = self.layouts[item.name]
         start = item.start + at
+        if width := self._width(item.name):
+            seen, unseen = self._split(start, width, mu2, s2)
+            self._squares.add_squares(layout.groups[0], *seen)
+            self._squares.leave_out(layout.groups[0], *unseen)
+            return
         pairs = zip(layout.views(mu2, start), layout.views(s2, start), strict=True)
         for (group, mean), (_, spread) in pairs:
             self._squares.add_squares(group, mean, spread)
@@ -159,7 +281,7 @@ class LocalStats:
         if self.accumulators is None:
             return None
         owned = [(name, start, offset, numel) for name, start, offset, numel in self.ranges]
-        return SavedStats(owned=owned, moments=self.accumulators.state_dict())
+        return SavedStats(owned=owned, moments=self.accumulators.state_dict(), ids=self._ids)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Load accumulators. Raises `MolsCheckpointError` for another state, or where this rank owns other elements."""
@@ -170,4 +292,9 @@ class LocalStats:
             raise MolsCheckpointError("the saved accumulators belong to other elements than this rank owns")
         accumulators = self._new()
         accumulators.load_state_dict(saved["moments"])
-        self.accumulators = accumulators
+        ids = saved.get("ids")
+        rows = 0 if self.vocabulary is None else self.vocabulary.rows
+        if ids is not None and not (isinstance(ids, Tensor) and ids.dtype == torch.uint8 and ids.shape == (rows + 1,)):
+            raise MolsCheckpointError("the saved tokens of the samples are not those of this vocabulary")
+        self.accumulators, self.of_0_4_0 = accumulators, "ids" not in saved
+        self._ids = None if ids is None else ids.clone()

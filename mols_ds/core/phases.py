@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from mols_ds.core.config import MolsConfig
+from mols_ds.core.config import MolsConfig, SummedRate
 from mols_ds.errors import MolsConfigError
 
 Phase = Literal["waiting", "calibrating", "ramping", "fixed", "disabled"]
+RateCurve = Callable[[float], Sequence[float] | None]
+"""Summed rate over peak rate -> rates of the steps up to there, with the peak; None if unknown (`optim.rate_curve`)."""
 FIRST_AUTO_CHECK = 16
 """With samples="auto", check the intervals after this many samples, then whenever the count has doubled."""
 
@@ -27,6 +29,8 @@ class Schedule:
     shape: Literal["linear", "cosine"] = "linear"
     remarks: tuple[str, ...] = ()
     """Warnings: parts of the section that do not fit into the run."""
+    summed_rate: float | None = field(default=None, compare=False)
+    """Sum of the rates before `start` over the peak rate; None if `start` is not given by it."""
 
     def fraction(self, t: int, begin: int, end: int) -> float:
         """f(t) of METHOD.md: 0 at `begin`, 1 from `end` on; linear, or (1 - cos(pi x)) / 2, between them."""
@@ -38,13 +42,33 @@ class Schedule:
         return x if self.shape == "linear" else (1.0 - math.cos(math.pi * x)) / 2.0
 
 
-def resolve_schedule(config: MolsConfig, total_steps: int | None, warmup_steps: int | None) -> Schedule:
-    """Convert shares and "auto" to steps.
+def summed_rate_step(summed: float, rates: Sequence[float] | None, warmup_steps: int | None) -> tuple[int, float]:
+    """Return (the first step where the rates before it sum up to `summed` times the peak rate; their sum there).
+
+    Unknown rates: a linear warm-up, (i + 1) / warmup_steps of the peak in step i, then the peak. Without a known
+    warm-up every step has the peak rate.
+    """
+    if rates is None:
+        reached = max(1, warmup_steps or 1)
+        rates = [min(1.0, (i + 1) / reached) for i in range(reached + math.ceil(summed))]
+    peak, total = max(rates), 0.0
+    for step, rate in enumerate(rates):
+        if total >= summed * peak:
+            return step, total / peak
+        total += rate
+    return len(rates), total / peak
+
+
+def resolve_schedule(
+    config: MolsConfig, total_steps: int | None, warmup_steps: int | None, curve: RateCurve | None = None
+) -> Schedule:
+    """Convert shares, summed rates and "auto" to steps.
 
     Args:
         config: the "mols" section.
         total_steps: length of the run by the scheduler, or None. The section's `total_steps` overrides it.
         warmup_steps: warm-up of the scheduler, or None; for `"ramp_end": "auto"`.
+        curve: rates of the scheduler, or None; for a `start` by the summed rate.
 
     Raises:
         MolsConfigError: a share without a known number of steps, "auto" without a known warm-up, start after ramp_end,
@@ -62,7 +86,18 @@ def resolve_schedule(config: MolsConfig, total_steps: int | None, warmup_steps: 
             )
         return round(value * total)
 
-    start = steps("start", config.start)
+    summed: float | None = None
+    remarks: list[str] = []
+    if isinstance(config.start, SummedRate):
+        rates = curve(config.start.summed_rate) if curve is not None else None
+        start, summed = summed_rate_step(config.start.summed_rate, rates, warmup_steps)
+        if rates is None:
+            what = "every step with the peak rate" if not warmup_steps else f"a linear warm-up of {warmup_steps} steps"
+            remarks.append(
+                f'"mols.start": the rates of this scheduler are unknown, so summed_rate counts {what}: step {start}'
+            )
+    else:
+        start = steps("start", config.start)
     if config.ramp_end == "auto":
         if warmup_steps is None:
             raise MolsConfigError(
@@ -72,6 +107,12 @@ def resolve_schedule(config: MolsConfig, total_steps: int | None, warmup_steps: 
         ramp_end = warmup_steps
     else:
         ramp_end = steps("ramp_end", config.ramp_end)
+    if isinstance(config.start, SummedRate) and ramp_end <= start:
+        remarks.append(
+            f'"mols.ramp_end": step {ramp_end} is not after the start, where the summed rate is '
+            f"{config.start.summed_rate:g} (step {start}): the ramp ends at step {2 * start} instead"
+        )
+        ramp_end = 2 * start
     if start > ramp_end or (start == ramp_end and total is not None and start >= total):
         raise MolsConfigError(
             f'"mols.start": step {start} is after "mols.ramp_end" (step {ramp_end}); start earlier or ramp longer'
@@ -79,9 +120,10 @@ def resolve_schedule(config: MolsConfig, total_steps: int | None, warmup_steps: 
     if total is not None and start >= total:
         raise MolsConfigError(f'"mols.start": step {start} is past the last of {total} steps; start earlier')
     if total is None:
-        return Schedule(start, ramp_end, config.ramp)
+        return Schedule(start, ramp_end, config.ramp, tuple(remarks), summed)
     _check_window(config, start, total)
-    return Schedule(start, ramp_end, config.ramp, tuple(_remarks(config, start, ramp_end, total)))
+    remarks += _remarks(config, start, ramp_end, total)
+    return Schedule(start, ramp_end, config.ramp, tuple(remarks), summed)
 
 
 def _check_window(config: MolsConfig, start: int, total: int) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -36,6 +36,10 @@ class GradientSource(Protocol):
         """SUM over the ranks with disjoint owned elements. 1-D float64 in, CPU float64 out."""
         ...
 
+    def reduce_max(self, values: Tensor) -> Tensor:
+        """MAX over the same ranks. 1-D uint8 on the CPU in and out."""
+        ...
+
     def discard(self) -> None:
         """Drop the accumulated gradient, as if the engine had not run these batches."""
         ...
@@ -62,6 +66,9 @@ class Context:
         log: logs one message; called on rank 0 alone.
         publish: shows and writes a new report; called on rank 0 alone. None: no report.
         announce: number of samples -> the effect of a probe window on the training loop, in words.
+        reduce_max: MAX over the ranks of `reduce`; uint8 CPU tensor in and out. Default: one rank.
+        columns: parameter whose columns are split among ranks -> this rank's number of columns; 0 for rows in an
+            unknown order.
     """
 
     reduce: Callable[[Tensor], Tensor]
@@ -72,3 +79,5 @@ class Context:
     log: Callable[[str], None] = print
     publish: Callable[[Report], None] | None = None
     announce: Callable[[int], str] = window_of_own_loop
+    reduce_max: Callable[[Tensor], Tensor] = lambda values: values
+    columns: Mapping[str, int] = field(default_factory=dict)

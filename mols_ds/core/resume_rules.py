@@ -22,6 +22,7 @@ RULES: dict[str, Rule] = {
     "mode": "alphas",  # `Session.resume` restarts a partial calibration of another mode, with a warning
     "estimator": "alphas",
     "noise_floor_correction": "alphas",
+    "unseen_rows": "alphas",
     "reference": "alphas",
     "alpha_min": "alphas",
     "alpha_max": "alphas",

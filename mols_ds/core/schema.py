@@ -7,12 +7,13 @@ The report is a plain dict: any tool can read the file without this package.
                        "alpha", "never_moved_share", "moved_once_share": float or null, "clamped": bool}},
      "world": {...}, "versions": {...}}
 
-The controller adds "noise_floor_correction", "weight_decay" ("scaled" or "unscaled"), "skipped_samples", and for each
-group "alpha_low", "alpha_high" and "constant_share" (elements without noise, which no estimator counts). "mode" is
+The controller adds "noise_floor_correction", "weight_decay" ("scaled" or "unscaled"), "skipped_samples",
+"weights_moved" (modes "online" and "moments"), and for each group "step_rms", "alpha_low", "alpha_high", "unseen_share"
+(rows of tokens that did not occur) and "constant_share" (elements without noise, which no estimator counts). "mode" is
 "fixed" for given alphas. "parameters": see `groups.parameter_kinds`. "failed" is the reason of a failed calibration.
-Readers must work without these keys.
+"start_summed_rate": see `Schedule.summed_rate`. Readers must work without these keys.
 
-`snr` is the value of the chosen estimator (for `damping` the mean effective step d in [0, 1]). An undefined value is
+`snr` is the value of the chosen estimator (for `STEPS` the effective step d in [0, 1]). An undefined value is
 null, such as the SNR of a group in which nothing moved. `document.py` builds reports; `mols_ds.report` writes and
 renders them.
 """
@@ -23,6 +24,9 @@ import math
 from typing import Literal, NotRequired, TypedDict, get_args
 
 SCHEMA = 1
+Estimator = Literal["mean", "median", "pooled", "damping", "step_rms"]
+STEPS: tuple[Estimator, ...] = ("damping", "step_rms")
+"""Estimators whose value is an effective step d in [0, 1]. The value of the others is an SNR."""
 Number = Literal[
     "snr",
     "snr_mean",
@@ -60,6 +64,7 @@ class ReportGroup(TypedDict):
     snr_median: float | None
     snr_pooled: float | None
     damping: float | None
+    step_rms: NotRequired[float | None]
     snr_low: float | None
     snr_high: float | None
     alpha: float | None
@@ -68,6 +73,7 @@ class ReportGroup(TypedDict):
     never_moved_share: float | None
     constant_share: NotRequired[float | None]
     moved_once_share: float | None
+    unseen_share: NotRequired[float | None]
     clamped: bool
 
 
@@ -86,6 +92,8 @@ class Report(TypedDict):
     noise_floor_correction: NotRequired[bool]
     skipped_samples: NotRequired[int]
     weight_decay: NotRequired[str]
+    start_summed_rate: NotRequired[float]
+    weights_moved: NotRequired[bool]
     parameters: NotRequired[dict[str, list[str]]]
     failed: NotRequired[str]
 

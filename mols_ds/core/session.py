@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from mols_ds.core.adam_moments import SteadyBetas, adam_moments, moment_pieces
+from mols_ds.core.adam_moments import SteadyBetas, adam_moments, moment_pieces, moments_of
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Controller
 from mols_ds.core.forward_hook import ForwardHook
@@ -32,7 +32,8 @@ from mols_ds.core.probe_window import ProbeWindow
 from mols_ds.core.protocols import GradientSource
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.resume_rules import changed, reenabled_warning, section_of
-from mols_ds.errors import MolsError, MolsUnsupportedError
+from mols_ds.core.vocabulary import TokenIds
+from mols_ds.errors import MolsError
 
 Key = TypeVar("Key")
 GUARDED_STEPS = 2
@@ -66,6 +67,7 @@ class Session(Handle, ABC):
         self._steps_to_guard = GUARDED_STEPS
         self._kept_buffers: set[str] = set()
         self._warned_no_forward = False
+        self._token_ids = TokenIds(self._see_ids)
 
     @property
     def controller(self) -> Controller:
@@ -128,6 +130,9 @@ class Session(Handle, ABC):
         t, base = self.steps, self.base_lrs()
         self._sampling, self._sampled = controller.measuring and self.config.mode == "online", False
         reads_moments = controller.reads_moments_next
+        if reads_moments:
+            optimizers = [scaler.optimizer for scaler in self.scalers]
+            controller.find_seen(lambda: controller.elements.rows_by_moments(optimizers, self.owned_in))
         self._step_number, self._stepping = t + 1, True
         guarded = self._steps_to_guard > 0 and any(rate != 1.0 for rate in controller.rates(t).values())
         for scaler in self.scalers:
@@ -239,17 +244,28 @@ class Session(Handle, ABC):
             for offset, gradient in parts:
                 self.controller.elements.add(offset, gradient, factor)
 
-    def _watch_passes(self, module: nn.Module) -> list[RemovableHandle]:
+    def _watch_passes(self, module: nn.Module) -> list[RemovableHandle | TokenIds]:
         """Hook the forward passes of the model, or of a part that is called on its own."""
         return [
+            self._token_ids,
             module.register_forward_pre_hook(ForwardHook(self._before_forward)),
             module.register_forward_hook(ForwardHook(self._after_forward), always_call=True),
         ]
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model: open a pass of the probe window. Ignores passes without gradients."""
+        vocabulary = self.controller.elements.vocabulary
+        if not self.controller.measuring:
+            self._token_ids.remove()
+        elif vocabulary is not None and self.config.mode != "moments" and torch.is_grad_enabled():
+            self._token_ids.watch(module, vocabulary.rows)
         if self.controller.discards_steps and torch.is_grad_enabled():
             self.window.open_pass()
+
+    def _see_ids(self, ids: Tensor) -> None:
+        """Record the ids of an embedding's look-up in a measured pass."""
+        if self.controller.measuring and torch.is_grad_enabled():
+            self.controller.elements.see_ids(ids)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model; runs even if the pass raised."""
@@ -271,7 +287,7 @@ class Session(Handle, ABC):
         for group in optimizer.param_groups:
             for tensor in group["params"]:
                 for number, item in self.owned_in(tensor):
-                    self._add_moments(_moments_of(optimizer, tensor), group, number, item)
+                    self._add_moments(moments_of(optimizer, tensor), group, number, item)
         self._open_moments()
 
     def _add_moments(self, state: Mapping[str, Any], group: Mapping[str, Any], number: int, item: ShardRange) -> None:
@@ -363,24 +379,6 @@ class Session(Handle, ABC):
             f"{what} at step {start}",
             forget=True,
         )
-
-
-def _moments_of(optimizer: Optimizer, tensor: Tensor) -> Mapping[str, Any]:
-    """Return the state of a tensor with both of Adam's moments per element; empty if it was never stepped.
-
-    Raises:
-        MolsUnsupportedError: another kind of state, from an optimizer class that is not in the catalog.
-    """
-    state: Mapping[str, Any] = optimizer.state.get(tensor, {})
-    if not state.keys() - {"step"}:
-        return {}
-    for key in ("exp_avg", "exp_avg_sq"):
-        if not isinstance(state.get(key), Tensor) or state[key].numel() < tensor.numel():
-            raise MolsUnsupportedError(
-                f'MoLS does not support mode "moments" with {type(optimizer).__name__}, whose state has no {key} of '
-                'each element: use "mode": "probe" or "online"'
-            )
-    return state
 
 
 def largest_holder(layout_counts: Iterable[tuple[Key, Mapping[str, int]]], groups: Iterable[str]) -> dict[str, Key]:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from mols_ds.core.config import MolsConfig
+from mols_ds.core.config import MolsConfig, SummedRate
 from mols_ds.core.handle import Handle
+from mols_ds.core.phases import resolve_schedule
 from mols_ds.errors import MolsConfigError
 
 AUTO = "auto"
@@ -65,13 +66,18 @@ def resolve_section(argument: Mapping[str, Any] | None, config: Mapping[str, Any
 
 
 def fill_section(section: Mapping[str, Any], total_steps: int | None, warmup_steps: int | None = None) -> MolsConfig:
-    """Fill in the number of steps, and the warm-up for `"ramp_end": "auto"`, and validate the section."""
+    """Fill in the number of steps, and what the linear warm-up gives (`ramp_end`, a `start` by the summed rate), and
+    validate the section."""
     filled = dict(section)
     if filled.get("total_steps") in (None, AUTO):
         filled["total_steps"] = total_steps
     if filled.get("ramp_end") == AUTO and warmup_steps is not None:
         filled["ramp_end"] = warmup_steps
-    return MolsConfig.parse(filled)
+    config = MolsConfig.parse(filled)
+    if isinstance(config.start, SummedRate) and warmup_steps is not None:
+        schedule = resolve_schedule(config, total_steps, warmup_steps)
+        config = config.model_copy(update={"start": schedule.start, "ramp_end": schedule.ramp_end})
+    return config
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from mols_ds.core.schema import Report, ReportGroup
+from mols_ds.core.schema import STEPS, Report, ReportGroup
 from mols_ds.errors import printable
 
 MAX_ROWS = 16
@@ -77,7 +77,7 @@ def group_rows(report: Report) -> list[Row]:
 
 
 def group_cells(report: Report) -> Table:
-    """Return the cells of the group table. The statistic's header is `d` for the estimator `damping`, else `SNR`."""
+    """Return the cells of the group table. The statistic's header is that of `statistic_name`."""
     statistic = statistic_name(report)
     cells = [["group", "elements", "share", statistic, "95 % interval", "alpha", "never moved", "note"]]
     rows = group_rows(report)
@@ -101,8 +101,8 @@ def group_cells(report: Report) -> Table:
 
 
 def statistic_name(report: Report) -> str:
-    """Return `d` for the estimator `damping`, which averages effective steps, else `SNR`."""
-    return "d" if report["estimator"] == "damping" else "SNR"
+    """Return `d` for the estimators of effective steps, else `SNR`."""
+    return "d" if report["estimator"] in STEPS else "SNR"
 
 
 def _row(kind: str, names: list[str], groups: Mapping[str, ReportGroup], total: int, reference: str) -> Row:

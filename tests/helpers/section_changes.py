@@ -16,6 +16,7 @@ CHANGES: dict[str, tuple[Any, Outcome]] = {
     "mode": ("online", "kept"),
     "estimator": ("median", "kept"),
     "noise_floor_correction": (True, "kept"),
+    "unseen_rows": ("include", "kept"),
     "reference": ("mlp", "kept"),
     "alpha_min": (0.2, "kept"),
     "alpha_max": (20.0, "kept"),

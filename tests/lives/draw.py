@@ -107,7 +107,7 @@ class _Dealer:
         mode = dice.choice(("probe", "probe", "online", *(("moments",) if self.moments else ())))
         corrected = dice.random() < 0.4
         start = now + dice.choice((0, 1, 2, 3))
-        estimators = ("damping", "damping", "pooled", "median", *(("mean",) if self.precision == "fp32" else ()))
+        estimators = ("damping", "step_rms", "pooled", "median", *(("mean",) if self.precision == "fp32" else ()))
         section: Section = {
             "mode": mode,
             "start": max(start, 2) if mode == "moments" else start,

@@ -61,6 +61,9 @@ class Statistics:
         if estimator == "median":
             ordered = snr.sort().values
             return float(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+        if estimator == "step_rms":
+            steps = (mu2 - floor * s2) / (mu2 + s2 - floor * s2)
+            return math.sqrt(max(0.0, float(steps.mean())))
         positive = snr.clamp(min=0)
         return float((positive / (1 + positive)).sqrt().mean())
 
@@ -125,7 +128,7 @@ def alphas_of(statistics: Mapping[str, Statistics], section: Mapping[str, Any], 
         if value <= 0 and section["alpha_max"] is None:
             raise NoAlphas
         ratio = math.inf if value <= 0 else level / value
-        raw = ratio if section["estimator"] == "damping" else math.sqrt(ratio)
+        raw = ratio if section["estimator"] in ("damping", "step_rms") else math.sqrt(ratio)
         low, high = section["alpha_min"] or 0.0, section["alpha_max"] or math.inf
         found[group] = min(max(raw, low), high)
     return found

@@ -113,20 +113,22 @@ def test_intervals_without_spread_have_no_width() -> None:
         assert low == pytest.approx(high, abs=1e-12)
 
 
-@pytest.mark.parametrize("signal", [0.3, 0.05])
-def test_intervals_cover_the_long_run_value(signal: float) -> None:
-    """200 calibrations of 32 samples; half of each element's variance is noise of rank 4 that all elements share.
+@pytest.mark.parametrize("share", [0.5, 0.0])
+@pytest.mark.parametrize("signal", [0.3, 0.05, 0.0])
+def test_intervals_cover_the_long_run_value(signal: float, share: float) -> None:
+    """200 calibrations of 32 samples. `share` of each element's variance is noise of rank 4 that all elements share.
 
-    The long-run value is the average of the estimates. Measured: 0.985 to 1.0 (with 16 subsampled elements the
-    intervals are 4 to 27 standard deviations wide to either side); nominal is 0.95, and below 0.85 is a failure.
+    The long-run value is the average of the estimates. Nominal is 0.95: of 200 intervals that hold it with probability
+    0.95 fewer than 0.90 do so once in 900 times. Intervals hold it more often, because they are too wide: 16 subsampled
+    elements stand for 2,032, and blocks of 8 samples have more noise than 32 samples.
     """
     n, k, runs, rank = 127 * 16, 32, 200, 4
     generator = torch.Generator().manual_seed(5)
-    mu, mixing = signal * normal(n), normal(n, rank, seed=1) * (0.5 / rank) ** 0.5
+    mu, mixing = signal * normal(n), normal(n, rank, seed=1) * (share / rank) ** 0.5
     found: dict[tuple[Estimator, bool], list[tuple[float, float, float]]] = {}
     for _ in range(runs):
         shared = torch.randn(k, rank, generator=generator) @ mixing.T
-        sums = sums_of(mu + shared + 0.5**0.5 * torch.randn(k, n, generator=generator))
+        sums = sums_of(mu + shared + (1 - share) ** 0.5 * torch.randn(k, n, generator=generator))
         for name in ESTIMATORS:
             for correction in (False, True):
                 ends = intervals(sums, name, correction)["vo"]
@@ -135,7 +137,7 @@ def test_intervals_cover_the_long_run_value(signal: float) -> None:
         value, low, high = torch.tensor(rows, dtype=torch.float64).T
         coverage = float(((low <= value.mean()) & (value.mean() <= high)).double().mean())
         print(f"{key}: {coverage:.3f}, half width {float((high - low).median() / 2 / value.std()):.1f} deviations")
-        assert 0.85 <= coverage <= 1.0, key
+        assert coverage >= 0.90, key
 
 
 # ---------------------------------------------------------------------------------------------- alphas

@@ -54,11 +54,13 @@ def oracle(samples: Tensor, correction: bool) -> dict[str, float]:
     mu2, s2 = mu2[s2 > 0], s2[s2 > 0]
     ratio = mu2 / s2
     snr = (k - 3) / (k - 1) * ratio - 1 / k if correction else ratio
+    floor = 1 / k if correction else 0.0
     return {
         "mean": float(snr.mean()),
         "median": float(snr.quantile(0.5)),
         "pooled": float(((mu2 - s2 / k).sum() if correction else mu2.sum()) / s2.sum()),
         "damping": float((snr.clamp(min=0) / (1 + snr.clamp(min=0))).sqrt().mean()),
+        "step_rms": max(0.0, float(((mu2 - floor * s2) / (mu2 + (1 - floor) * s2)).mean())) ** 0.5,
     }
 
 
@@ -83,6 +85,7 @@ def roundings(samples: Tensor) -> dict[str, float]:
         "median": float((square / s2).max()),
         "pooled": float(square.sum() / s2.sum()),
         "damping": float((e / s2.sqrt()).mean()),
+        "step_rms": math.sqrt(ratio),  # the root near 0; its square has a slope of at most 1 / (1 - 1/k) in the ratio
     }
 
 
@@ -100,6 +103,8 @@ def test_estimators_equal_the_oracle(k: int, n: int, signal: float, correction: 
         tolerance = 1e-5 * (abs(wanted[name]) + floor)
         if name == "median":  # a bin is 1 % wide, and the middle of two far apart values is as uncertain as they are
             tolerance = 0.01 * (abs(wanted[name]) + floor)
+        if name == "step_rms" and correction:
+            tolerance, rounded[name] = 4e-3, 2 * rounded[name]  # the root of 1e-5, at a value of 0
         if name == "damping":  # the square root of a clamped value near 0 amplifies rounding
             tolerance = 1e-5 * wanted[name] + (1e-4 if correction else 0.0)
         assert abs(found - wanted[name]) <= tolerance + rounded[name], name

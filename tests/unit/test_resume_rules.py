@@ -19,6 +19,7 @@ CHANGES: dict[str, Any] = {
     "mode": "online",
     "estimator": "median",
     "noise_floor_correction": False,
+    "unseen_rows": "include",
     "reference": "mlp",
     "alpha_min": 0.5,
     "alpha_max": 1.01,

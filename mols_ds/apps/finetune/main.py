@@ -21,14 +21,15 @@ from mols_ds.apps.finetune import evaluate
 from mols_ds.apps.finetune.data import AnswerBatches, Tokenized, held_out_batches, load_tokenizer, prepare
 from mols_ds.apps.finetune.model import ADAPTER, MODEL, AdapterSettings, build, load_config
 from mols_ds.apps.finetune.task import Answers
-from mols_ds.core.config import MolsConfig
+from mols_ds.core.config import MolsConfig, SummedRate
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import tell
+from mols_ds.core.phases import summed_rate_step
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training.batches import BatchShape
 from mols_ds.training.cli_utils import USER_MISTAKE, Parser, above_zero, add_timeout, not_negative, positive, share
 from mols_ds.training.compare import run_arms
-from mols_ds.training.deepspeed_backend import DeepSpeedSetup
+from mols_ds.training.deepspeed_backend import WARMUP_SHARE, DeepSpeedSetup
 from mols_ds.training.ds_config import BATCH_KEYS, check_with_deepspeed, model_dtype, native_bf16, read_config, resolve
 from mols_ds.training.models import zero_init
 from mols_ds.training.ranks import check_run, run_command, silence_output, start_ranks
@@ -218,7 +219,12 @@ def warn_small(config: JsonObject, examples: int, steps: int, *, adapters: bool)
     if not section.enabled or section.fixed_alphas is not None:
         return
     samples = section.max_samples if section.samples == "auto" else section.samples
-    start = section.start if isinstance(section.start, int) else round(section.start * (section.total_steps or steps))
+    if isinstance(section.start, SummedRate):
+        start, _ = summed_rate_step(section.start.summed_rate, None, round(WARMUP_SHARE * steps))
+    else:
+        start = (
+            section.start if isinstance(section.start, int) else round(section.start * (section.total_steps or steps))
+        )
     if section.mode != "probe" and section.samples != "auto" and start + samples >= steps:
         raise MolsConfigError(
             f'"mols": measuring takes {samples} steps from step {start} on, but there are only {steps}, and no rate '

@@ -252,7 +252,10 @@ def _snr(summary: Summary, model: str) -> Drawn:
         axes.set_xlabel("step", fontsize=9.5)
     handles = [Line2D([], [], color=colour_of(group), linewidth=2.2, label=group) for group in groups]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
-    caption = "SNR of the gradient by kind of module over training, geometric mean and range over the evaluation seeds."
+    caption = (
+        "SNR of the gradient by kind of module over training, geometric mean and range over the evaluation seeds. "
+        "Read from Adam's moments while the weights move: what this changes in the gradient counts as noise."
+    )
     dropped = [
         f"{arm} {name} {group} {share:.0%}"
         for arm, by in found.items()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,7 @@ from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.probe_window import EngineWindow
 from mols_ds.engines.deepspeed.shards import Replicated, find_shards
 from mols_ds.errors import MolsConfigError
+from mols_ds.optim.rate_curve import rate_curve
 from mols_ds.optim.scheduler_hints import scheduler_hints
 from mols_ds.optim.traits import has_shared_counter, is_elementwise, parallel_list, reads_groups_only, unscaled_decay
 from mols_ds.report.files import Publisher
@@ -65,7 +67,8 @@ class EngineMols(Session):
         self.window = EngineWindow(engine, self.grid)
         self.source = self.shards = find_shards(engine, self.grid)
         self._check_options()
-        schedule = resolve_schedule(config, *scheduler_hints(engine.lr_scheduler))
+        curve = partial(rate_curve, engine.lr_scheduler)
+        schedule = resolve_schedule(config, *scheduler_hints(engine.lr_scheduler), curve)
         late = check_order(engine, schedule, config.fixed_alphas is None)
         table = self.grid.table(config, self.shards.param_group)
         self._controller = Controller(config, table, self.shards.accumulated, schedule, self._context())
@@ -158,6 +161,8 @@ class EngineMols(Session):
             log=say,
             publish=self._publisher,
             announce=self._announce,
+            reduce_max=self.shards.reduce_max,
+            columns=self.grid.columns,
         )
 
     def _announce(self, samples: int) -> str:

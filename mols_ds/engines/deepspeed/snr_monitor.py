@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 
 from mols_ds.core import estimators
 from mols_ds.core.adam_moments import adam_moments, moment_pieces
-from mols_ds.core.config import Estimator, MolsConfig
+from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_stats import NoiseFloor
 from mols_ds.core.local_stats import LocalStats
+from mols_ds.core.schema import Estimator
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.shards import find_shards
@@ -31,6 +32,9 @@ class Reading(TypedDict):
 
 class SnrWatch:
     """Read the SNR of each group every `every` updates. Changes nothing in the engine.
+
+    The weights move between the gradients in Adam's moments. What this changes in the gradient counts as noise: a group
+    that oscillates at its rate reads too noisy. Rows of tokens that do not occur are included.
 
     Call it with the engine after each update, on every rank. `steps` and `curves` (estimator -> group -> values,
     without the noise floor of Adam's window) are the same on all ranks. A reading costs one pass over this rank's

@@ -101,6 +101,12 @@ class ZeroShards(ABC):
         dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=self.group)
         return sums.cpu()
 
+    def reduce_max(self, values: Tensor) -> Tensor:
+        """MAX over the same ranks. 1-D uint8 on the CPU in and out."""
+        largest = values.to(get_accelerator().current_device_name())
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return largest.cpu()
+
     def finite(self) -> bool:
         """Whether this rank's gradient is finite."""
         with closing(self.read()) as parts:

@@ -17,6 +17,7 @@ from tests.engines.deepspeed.state import owned
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.adamw import AdamSettings
 from tests.helpers.oracle.models import GROUPS
+from tests.helpers.oracle.sizes import VOCABULARY
 from tests.helpers.recorder import Recorder
 from tests.helpers.tiers import Cases
 
@@ -106,7 +107,7 @@ def weights() -> Results:
 
 @pytest.mark.parametrize("level", ["torch", "deepspeed"])
 @COMMUNICATED.parametrize("stage", STAGES, reads=lambda stage: [(stage, "online")])
-def test_online_adds_one_small_all_reduce(stage: int, level: str) -> None:
+def test_online_adds_two_small_all_reduces(stage: int, level: str) -> None:
     for rank in range(WORLD):
         stock, ours = traffic()[stage, "stock"][rank][level], traffic()[stage, "online"][rank][level]
         assert stock, "the recorder sees the engine's own collectives"
@@ -115,22 +116,22 @@ def test_online_adds_one_small_all_reduce(stage: int, level: str) -> None:
         extra = ours - stock
         if level == "deepspeed" and not extra:
             continue  # sent through torch.distributed, which the other level sees
-        assert sum(extra.values()) == 1, extra
-        (name, size), _ = extra.most_common()[0]
-        assert name.replace("_", "") == "allreduce"
-        assert 0 < size <= ONE_ALL_REDUCE
+        assert {name.replace("_", "") for name, _ in extra} == {"allreduce"}
+        flags, sums = sorted(size for _, size in extra.elements())
+        assert flags == VOCABULARY  # a byte for each token: did it occur?
+        assert VOCABULARY < sums <= ONE_ALL_REDUCE
 
 
 @COMMUNICATED.parametrize("stage", STAGES, reads=lambda stage: [(stage, "probe")])
 def test_probe_sends_nothing_else(stage: int) -> None:
-    """A probe skips the updates, so it may send less than training, and nothing more but its one all-reduce."""
+    """A probe skips the updates, so it may send less than training, and nothing more but its two all-reduces."""
     for rank in range(WORLD):
         stock, ours = (traffic()[stage, mode][rank]["torch"] for mode in ("stock", "probe"))
         assert traffic()[stage, "probe"][rank]["phase"] == "ramping"
         for name in {name for name, _ in ours}:
             calls, sent = _sum(ours, name)
             stock_calls, stock_sent = _sum(stock, name)
-            extra_calls, extra_bytes = (1, ONE_ALL_REDUCE) if name == "allreduce" else (0, 0)
+            extra_calls, extra_bytes = (2, VOCABULARY + ONE_ALL_REDUCE) if name == "allreduce" else (0, 0)
             assert calls <= stock_calls + extra_calls, name
             assert sent <= stock_sent + extra_bytes, name
 

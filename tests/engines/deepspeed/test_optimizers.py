@@ -22,7 +22,8 @@ from tests.helpers.digests import caught, differing
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.models import GROUPS, masks
 from tests.helpers.oracle.optimizers import BETAS, DECAY, EPS, GAP, LIBRARY, LR, RANK, by_element, halves, rates_of
-from tests.helpers.oracle.statistics import GroupValues, gradient_sample, group_values
+from tests.helpers.oracle.sizes import VOCABULARY
+from tests.helpers.oracle.statistics import GroupValues, gradient_sample, group_values, tokens_of
 from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
@@ -311,7 +312,8 @@ def statistics_of(model: str) -> dict[str, GroupValues]:
     """Of the initial weights: a probe that starts at once measures them for any optimizer."""
     twin = lora() if model == "LoRA" else model_of("llama")
     mask = lora_masks(twin) if model == "LoRA" else masks("llama", twin)
-    return group_values([gradient_sample(twin, i, WORLD, 1) for i in range(SAMPLES)], mask)
+    samples = [gradient_sample(twin, i, WORLD, 1) for i in range(SAMPLES)]
+    return group_values(samples, mask, tokens_of(range(SAMPLES), WORLD, 1, VOCABULARY))
 
 
 @PROBED.parametrize(("name", "stage"))

@@ -24,7 +24,8 @@ from tests.engines.deepspeed.state import snapshot
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle import histogram, moments
 from tests.helpers.oracle.adamw import ElementwiseAdamW, multipliers, ramp
-from tests.helpers.oracle.statistics import gradient_sample, group_values
+from tests.helpers.oracle.sizes import VOCABULARY
+from tests.helpers.oracle.statistics import gradient_sample, group_values, tokens_of
 from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
@@ -94,10 +95,13 @@ def oracle(tied: bool, mode: str, ranks: int, clip: bool) -> dict[str, Any]:
         if iteration >= START:
             samples.append(sample)
         if iteration < START or mode != "probe":
+            before = None if tied else (optimizer.v["0.weight"] != 0).any(1)  # which tokens mode "moments" knows
             optimizer.step(sample)
             assert not clip or optimizer.norm > CLIP, "clipping must act"
+    tokens = tokens_of(range(START, START + SAMPLES), ranks, MICROS, VOCABULARY)
     state = {name: (optimizer.m[name].clone(), optimizer.v[name].clone()) for name in mask}
-    return {"values": group_values(samples, mask), "optimizer": optimizer, "twin": twin, "moments": state}
+    values = group_values(samples, mask, tokens)
+    return {"values": values, "optimizer": optimizer, "twin": twin, "moments": state, "before": before}
 
 
 def continued(case: Case, ranks: int, alphas: dict[str, float]) -> dict[str, Tensor]:
@@ -137,6 +141,7 @@ def test_statistics_equal_oracle(world: int, case: Case) -> None:
         for group, values in truth.items():
             assert rows[group]["elements"] == values.elements
             assert rows[group]["never_moved_share"] == values.never_moved / values.elements
+            assert rows[group]["unseen_share"] == values.unseen / values.elements
             for key, estimator in (("snr_mean", "mean"), ("snr_pooled", "pooled"), ("damping", "damping")):
                 assert rows[group][key] == pytest.approx(values.estimate(estimator, corrected=False), rel=RTOL)
             low, high = histogram.median_bounds(values.snr, RTOL)
@@ -179,7 +184,8 @@ def test_moments_equal_adams_own(case: Case) -> None:
     truth = oracle(tied, mode, 1, settings_of(stage, dtype).clip > 0)
     optimizer = truth["optimizer"]
     betas = (optimizer.settings.beta1, optimizer.settings.beta2)
-    values = moments.moment_values(truth["moments"], pipeline_masks(truth["twin"]), optimizer.steps, betas)
+    tokens = truth["before"]
+    values = moments.moment_values(truth["moments"], pipeline_masks(truth["twin"]), optimizer.steps, betas, tokens)
     for outcome in results(2)[case]:
         moments.check_rows(outcome["report"]["groups"], values)
 

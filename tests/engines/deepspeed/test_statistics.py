@@ -20,6 +20,7 @@ from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle import histogram
 from tests.helpers.oracle.adamw import AdamSettings, ElementwiseAdamW
 from tests.helpers.oracle.models import GROUPS, MODELS, build, cast_parameters, masks
+from tests.helpers.oracle.sizes import VOCABULARY
 from tests.helpers.oracle.statistics import (
     ESTIMATORS,
     GroupValues,
@@ -27,6 +28,7 @@ from tests.helpers.oracle.statistics import (
     bias_added_after_rounding,
     gradient_sample,
     group_values,
+    tokens_of,
 )
 from tests.helpers.tiers import Cases
 
@@ -154,11 +156,11 @@ def oracle(
         if iteration < start or mode == "online":
             optimizer.step(sample)
             assert optimizer.norm > CLIP, "clipping must act"
-    return group_values(samples, mask)
+    return group_values(samples, mask, tokens_of(range(start, start + SAMPLES), world, MICROS, VOCABULARY))
 
 
 def _row(rows: dict[str, Any], group: str, estimator: str) -> float:
-    return float(rows[group]["damping" if estimator == "damping" else f"snr_{estimator}"])
+    return float(rows[group][estimator if estimator in ("damping", "step_rms") else f"snr_{estimator}"])
 
 
 def _check_fp32(case: Case, world: int, rtol: float) -> None:
@@ -170,9 +172,10 @@ def _check_fp32(case: Case, world: int, rtol: float) -> None:
         for group, values in truth.items():
             assert rows[group]["elements"] == values.elements
             assert rows[group]["never_moved_share"] == values.never_moved / values.elements
+            assert rows[group]["unseen_share"] == values.unseen / values.elements
             once = round(rows[group]["moved_once_share"] * values.elements)
             assert values.moved_once <= once <= values.looks_moved_once(MOVED_ONCE_RTOL), group
-            for estimator in ("mean", "pooled", "damping"):
+            for estimator in ("mean", "pooled", "damping", "step_rms"):
                 expected = values.estimate(estimator, corrected=False)
                 assert _row(rows, group, estimator) == pytest.approx(expected, rel=rtol), (group, estimator)
             low, high = histogram.median_bounds(values.snr, rtol)
@@ -182,7 +185,7 @@ def _check_fp32(case: Case, world: int, rtol: float) -> None:
             _check_chosen(rows[group], values, chosen, rtol)
         snr = {group: row["snr"] for group, row in rows.items()}
         expected_alphas = alphas(
-            snr, REFERENCE, damping=chosen == "damping", low=BOUNDS["alpha_min"], high=BOUNDS["alpha_max"]
+            snr, REFERENCE, steps=chosen in ("damping", "step_rms"), low=BOUNDS["alpha_min"], high=BOUNDS["alpha_max"]
         )
         for group, alpha in expected_alphas.items():
             assert rows[group]["alpha"] == pytest.approx(alpha, rel=rtol), group
@@ -195,6 +198,8 @@ def _check_chosen(row: dict[str, Any], values: GroupValues, chosen: str, rtol: f
     if chosen == "median":
         low, high = ((k - 3) / (k - 1) * bound - 1 / k for bound in histogram.median_bounds(values.snr, rtol))
         assert low <= row["snr"] <= high
+    elif chosen == "step_rms":  # its square has the error of a mean
+        assert row["snr"] ** 2 == pytest.approx(expected**2, rel=2 * rtol, abs=rtol / k)
     else:
         assert row["snr"] == pytest.approx(expected, rel=rtol, abs=rtol / k)
 

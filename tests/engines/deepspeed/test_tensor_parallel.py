@@ -304,10 +304,12 @@ def auto() -> Results:
 @AUTO.parametrize("case", ids=str)
 def test_autotp_statistics_equal_oracle(case: tuple[str, int, str]) -> None:
     from tests.helpers.oracle.models import build, masks
-    from tests.helpers.oracle.statistics import gradient_sample, group_values
+    from tests.helpers.oracle.sizes import VOCABULARY
+    from tests.helpers.oracle.statistics import gradient_sample, group_values, tokens_of
 
     whole = build(case[0])
-    truth = group_values([gradient_sample(whole, i, 1, 2) for i in range(5)], masks(case[0], whole))
+    tokens = tokens_of(range(5), 1, 2, VOCABULARY)
+    truth = group_values([gradient_sample(whole, i, 1, 2) for i in range(5)], masks(case[0], whole), tokens)
     outcomes = auto()[case]
     for outcome in outcomes:
         assert outcome["cut"] > 10

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -162,7 +162,8 @@ class _Rates:
     def measured(self, values: Mapping[str, GroupValues | MomentValues], update: int) -> None:
         plan = self.plan
         found = {group: estimate(v, plan) for group, v in values.items()}
-        self.alphas = alphas(found, REFERENCE, damping=plan.estimator == "damping", low=plan.low, high=plan.high)
+        steps = plan.estimator in ("damping", "step_rms")
+        self.alphas = alphas(found, REFERENCE, steps=steps, low=plan.low, high=plan.high)
         self.since = update
 
     def of(self, update: int) -> dict[str, float]:
@@ -203,6 +204,10 @@ def twin(setup: Setup, plan: Plan) -> Truth:
         for iteration in range(plan.samples if half else plan.passes):
             sample = gradient(model, outer, setup, iteration)
             measured = plan.measures(iteration)
+            # Mode "moments": the tokens whose row of an untied embedding ever had a gradient before the last step.
+            before = None
+            if "output_layer.weight" in adam.v:
+                before = (adam.v["embedding.word_embeddings.weight"] != 0).any(1)
             if measured:
                 samples.append(sample)
             if not (measured and plan.mode == "probe"):
@@ -211,13 +216,23 @@ def twin(setup: Setup, plan: Plan) -> Truth:
                 adam.step(sample, rate(setup, plan, update) / setup.lr, applied[-1])
                 norms.append(adam.norm)
             if len(samples) == plan.samples and not values:
-                values = _moments(adam) if plan.mode == "moments" else group_values(samples, masks)
+                occurred = _tokens(setup, range(iteration + 1 - plan.samples, iteration + 1), model)
+                values = _moments(adam, before) if plan.mode == "moments" else group_values(samples, masks, occurred)
                 rates.measured(values, adam.steps)
         weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
         return Truth(values, rates.alphas, masks, initial, weights, norms, applied)
 
 
-def _moments(adam: ElementwiseAdamW) -> dict[str, MomentValues]:
-    """Statistics from Adam's current m and v."""
+def _tokens(setup: Setup, iterations: Iterable[int], model: nn.Module) -> Tensor:
+    """Which rows of the embedding, padding included, are tokens of these iterations."""
+    seen = torch.zeros(len(model.get_parameter("embedding.word_embeddings.weight")), dtype=torch.bool)
+    for iteration in iterations:
+        for number in range(setup.micro_batches):
+            seen[tokens(setup, iteration, number).unique()] = True
+    return seen
+
+
+def _moments(adam: ElementwiseAdamW, occurred: Tensor | None) -> dict[str, MomentValues]:
+    """Statistics from Adam's current m and v. occurred: tokens that occurred, if they are known."""
     moments = {name: (adam.m[name], adam.v[name]) for name in adam.masks}
-    return moment_values(moments, adam.masks, adam.steps, (adam.settings.beta1, adam.settings.beta2))
+    return moment_values(moments, adam.masks, adam.steps, (adam.settings.beta1, adam.settings.beta2), occurred)

@@ -44,7 +44,7 @@ BF16_RTOL = {"dp2 bf16": RTOL, "dp2 bf16 plain": RTOL, "tp2 bf16": 0.01}
 
 
 def row_of(rows: dict[str, Any], group: str, estimator: str) -> float:
-    return float(rows[group]["damping" if estimator == "damping" else f"snr_{estimator}"])
+    return float(rows[group][estimator if estimator in ("damping", "step_rms") else f"snr_{estimator}"])
 
 
 def check_values(rows: dict[str, Any], values: dict[str, GroupValues], rtol: float) -> None:
@@ -53,7 +53,8 @@ def check_values(rows: dict[str, Any], values: dict[str, GroupValues], rtol: flo
     for group, expected in values.items():
         assert rows[group]["elements"] == expected.elements
         assert rows[group]["never_moved_share"] == expected.never_moved / expected.elements
-        for estimator in ("mean", "pooled", "damping"):
+        assert rows[group]["unseen_share"] == expected.unseen / expected.elements
+        for estimator in ("mean", "pooled", "damping", "step_rms"):
             exact = expected.estimate(estimator, corrected=False)
             assert row_of(rows, group, estimator) == pytest.approx(exact, rel=rtol), (group, estimator)
         low, high = histogram.median_bounds(expected.snr, rtol)
@@ -69,7 +70,7 @@ def check_alphas(case: Case, outcome: dict[str, Any], rtol: float) -> None:
     if plan.estimator == "median":
         assert not plan.corrected
         snr = {group: row["snr_median"] for group, row in rows.items()}
-        expected = alphas(snr, REFERENCE, damping=False, low=plan.low, high=plan.high)
+        expected = alphas(snr, REFERENCE, steps=False, low=plan.low, high=plan.high)
     assert outcome["alphas"].keys() == expected.keys()
     for group, alpha in expected.items():
         assert float.fromhex(outcome["alphas"][group]) == pytest.approx(alpha, rel=rtol), group
@@ -126,7 +127,7 @@ def test_bf16_with_fp32_main_gradients(name: str) -> None:
         rows = outcome["report"]["groups"]
         for group, expected in values.items():
             assert rows[group]["elements"] == expected.elements
-            for estimator in ("mean", "pooled", "damping"):
+            for estimator in ("mean", "pooled", "damping", "step_rms"):
                 value = expected.estimate(estimator, corrected=False)
                 assert row_of(rows, group, estimator) == pytest.approx(value, rel=BF16_RTOL[name]), (group, estimator)
     rounding = max(abs(values[g].estimate("pooled", False) / exact[g].estimate("pooled", False) - 1) for g in values)

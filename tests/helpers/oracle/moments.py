@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.helpers.oracle.histogram import histogram_median
 from tests.helpers.oracle.models import GROUPS
+from tests.helpers.oracle.statistics import rows_of
 
 # How far v - m^2 may be off, relative to v. Each of a moment's updates rounds three times, u = 2^-24 each, which over t
 # steps sums up to 3 u (1 - b^t) / (1 - b) of the moment: 75 u = 4.5e-6 in v - m^2 after 12 steps of betas (0.9, 0.95),
@@ -33,16 +34,22 @@ class MomentValues:
     m2: Tensor
     v: Tensor
     c: float
+    never_moved: int
+    unseen: int | None
 
     @classmethod
-    def of(cls, exp_avg: Tensor, exp_avg_sq: Tensor, steps: int, betas: tuple[float, float]) -> MomentValues:
-        """From 1-D m and v as Adam keeps them after `steps` updates."""
+    def of(
+        cls, exp_avg: Tensor, exp_avg_sq: Tensor, steps: int, betas: tuple[float, float], kept: Tensor, known: bool
+    ) -> MomentValues:
+        """From 1-D m and v as Adam keeps them after `steps` updates; kept: in rows of tokens that occurred."""
         beta1, beta2 = betas
         shares = [(1 - beta1) * beta1 ** (steps - k) / (1 - beta1**steps) for k in range(1, steps + 1)]
-        moved = (exp_avg_sq != 0) | (exp_avg != 0)
+        moves = (exp_avg_sq != 0) | (exp_avg != 0)
+        moved = moves & kept
         m = exp_avg[moved].double() / (1 - beta1**steps)
         v = exp_avg_sq[moved].double() / (1 - beta2**steps)
-        return cls(exp_avg.numel(), m**2, v, sum(share**2 for share in shares))
+        still, unseen = int((~moves).sum()), int((~kept).sum()) if known else None
+        return cls(exp_avg.numel(), m**2, v, sum(share**2 for share in shares), still, unseen)
 
     def estimate(self, estimator: str, corrected: bool) -> float:
         """Without any allowance for rounding."""
@@ -90,6 +97,8 @@ class MomentValues:
             return histogram_median(snr) - floor
         if estimator == "pooled":
             return float(m2.sum() / s2.sum()) - floor
+        if estimator == "step_rms":
+            return max(0.0, float(((snr - floor) / (snr + 1 - floor)).mean())) ** 0.5
         signal = (snr - floor).clamp(min=0.0)
         return float((signal / (1 + signal)).sqrt().mean())
 
@@ -99,13 +108,18 @@ def moment_values(
     masks: Mapping[str, Tensor],
     steps: int,
     betas: tuple[float, float],
+    tokens: Tensor | None = None,
 ) -> dict[str, MomentValues]:
-    """The values of each group that the model has, from every parameter's (exp_avg, exp_avg_sq)."""
-    result = {}
+    """The values of each group that the model has, from every parameter's (exp_avg, exp_avg_sq).
+
+    tokens: as in `statistics.group_values`.
+    """
+    result, rows = {}, rows_of(tokens, masks)
     for index, group in enumerate(GROUPS):
         m, v = (torch.cat([moments[name][i][mask == index] for name, mask in masks.items()]) for i in (0, 1))
         if m.numel():
-            result[group] = MomentValues.of(m, v, steps, betas)
+            kept = torch.cat([rows[name][mask == index] for name, mask in masks.items()])
+            result[group] = MomentValues.of(m, v, steps, betas, kept, tokens is not None)
     return result
 
 
@@ -115,19 +129,20 @@ def check_rows(rows: Mapping[str, Mapping[str, Any]], values: Mapping[str, Momen
     for group, expected in values.items():
         row, elements = rows[group], expected.elements
         assert row["elements"] == elements
-        assert row["never_moved_share"] == (elements - expected.m2.numel()) / elements
+        assert row["never_moved_share"] == expected.never_moved / elements
+        assert row["unseen_share"] == (None if expected.unseen is None else expected.unseen / elements)
         left_out, (fewest, most) = round(row["constant_share"] * elements), expected.left_out()
         assert fewest <= left_out <= most <= fewest + AT_THE_CUT, group
-        for estimator in ("mean", "median", "pooled", "damping"):
+        for estimator in ("mean", "median", "pooled", "damping", "step_rms"):
             low, high = expected.bounds(estimator, False, left_out)
             assert high - low <= NARROW * low, (group, estimator, low, high)
-            found = row["damping" if estimator == "damping" else f"snr_{estimator}"]
+            found = row[estimator if estimator in ("damping", "step_rms") else f"snr_{estimator}"]
             assert low <= found <= high, (group, estimator, low, found, high)
 
 
 def alpha_bounds(values: Mapping[str, MomentValues], estimator: str, reference: str) -> dict[str, tuple[float, float]]:
-    """The interval of each uncorrected, unbounded alpha: (SNR_ref / SNR_m)^(1/2), or d_ref / d_m for `damping`."""
-    power = 1.0 if estimator == "damping" else 0.5
+    """The interval of each uncorrected, unbounded alpha: (SNR_ref / SNR_m)^(1/2), or d_ref / d_m for steps."""
+    power = 1.0 if estimator in ("damping", "step_rms") else 0.5
     bounds = {group: value.bounds(estimator, False) for group, value in values.items()}
     low, high = bounds[reference]
     result = {group: ((low / b) ** power, (high / a) ** power) for group, (a, b) in bounds.items()}

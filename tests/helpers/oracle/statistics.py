@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.helpers.oracle.models import GROUPS, batch, loss_of
 
-ESTIMATORS = ("mean", "median", "pooled", "damping")
+ESTIMATORS = ("mean", "median", "pooled", "damping", "step_rms")
 
 
 def gradient_sample(
@@ -40,6 +40,16 @@ def gradient_sample(
         for name, sums in part.items():
             total[name] += sums if ranks_first else sums / ranks
     return {name: gradient.detach().float() for name, gradient in total.items()}
+
+
+def tokens_of(iterations: Iterable[int], ranks: int, micros: int, rows: int) -> Tensor:
+    """Which tokens occur in these iterations' batches: bool (rows,)."""
+    seen = torch.zeros(rows, dtype=torch.bool)
+    for iteration in iterations:
+        for micro in range(micros):
+            for rank in range(ranks):
+                seen[batch(iteration, micro, rank).unique()] = True
+    return seen
 
 
 @contextlib.contextmanager
@@ -68,6 +78,7 @@ class GroupValues:
     s2: Tensor
     never_moved: int
     moved_once: int
+    unseen: int = 0
 
     @property
     def snr(self) -> Tensor:
@@ -92,30 +103,54 @@ class GroupValues:
         if estimator == "pooled":
             signal = self.mu2 - self.s2 / self.samples if corrected else self.mu2
             return float(signal.sum() / self.s2.sum())
+        if estimator == "step_rms":
+            ratio = self.snr
+            floor = 1 / self.samples if corrected else 0.0
+            return math.sqrt(max(0.0, float(((ratio - floor) / (ratio + 1 - floor)).mean())))
         if corrected:
             positive = snr.clamp(min=0.0)
             return float((positive / (1.0 + positive)).sqrt().mean())
         return float((self.mu2 / (self.mu2 + self.s2)).sqrt().mean())
 
 
-def group_values(samples: Sequence[Mapping[str, Tensor]], masks: Mapping[str, Tensor]) -> dict[str, GroupValues]:
-    """The values of each group that the model has, from K gradient samples."""
-    result = {}
+def rows_of(tokens: Tensor | None, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Per parameter, which elements are in rows of tokens that occurred; all of them where rows are no tokens.
+
+    tokens: bool (rows,); None: every row counts.
+    """
+    kept = {name: torch.ones_like(mask, dtype=torch.bool) for name, mask in masks.items()}
+    for name, mask in masks.items():
+        whole = bool((mask == GROUPS.index("embedding")).all()) or bool((mask == GROUPS.index("head")).all())
+        if tokens is not None and whole and mask.ndim == 2 and len(mask) == len(tokens):
+            kept[name] &= tokens[:, None]
+    return kept
+
+
+def group_values(
+    samples: Sequence[Mapping[str, Tensor]], masks: Mapping[str, Tensor], tokens: Tensor | None = None
+) -> dict[str, GroupValues]:
+    """The values of each group that the model has, from K gradient samples.
+
+    tokens: bool (rows,), which tokens occurred; rows of the others are in no value. None: every row counts.
+    """
+    result, kept = {}, rows_of(tokens, masks)
     for index, group in enumerate(GROUPS):
         stacked = torch.stack(
             [torch.cat([sample[name][mask == index] for name, mask in masks.items()]) for sample in samples]
         ).double()
         if not stacked.shape[1]:
             continue
+        seen = torch.cat([kept[name][mask == index] for name, mask in masks.items()])
         mu, s2 = stacked.mean(dim=0), stacked.var(dim=0, correction=1)
-        counted, moves = s2 > 0, (stacked != 0).sum(dim=0)
+        counted, moves = (s2 > 0) & seen, (stacked != 0).sum(dim=0)
         result[group] = GroupValues(
             elements=stacked.shape[1],
             samples=len(samples),
             mu2=mu[counted] ** 2,
             s2=s2[counted],
             never_moved=int((moves == 0).sum()),
-            moved_once=int((moves == 1).sum()),
+            moved_once=int(((moves == 1) & seen).sum()),
+            unseen=int((~seen).sum()),
         )
     return result
 
@@ -125,13 +160,13 @@ def exact_median(values: Tensor) -> float:
     return float(ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
-def alphas(values: Mapping[str, float], reference: str, *, damping: bool, low: float, high: float) -> dict[str, float]:
-    """alpha_m = sqrt(SNR_ref / SNR_m), or d_ref / d_m for `damping`; `other` stays 1; clamped to [low, high]."""
+def alphas(values: Mapping[str, float], reference: str, *, steps: bool, low: float, high: float) -> dict[str, float]:
+    """alpha_m = sqrt(SNR_ref / SNR_m), or d_ref / d_m for effective steps; `other` stays 1; clamped to [low, high]."""
     result = {}
     for group, value in values.items():
         if group == "other":
             result[group] = 1.0
             continue
         ratio = math.inf if value <= 0 else values[reference] / value
-        result[group] = min(max(ratio if damping else math.sqrt(ratio), low), high)
+        result[group] = min(max(ratio if steps else math.sqrt(ratio), low), high)
     return result

@@ -234,7 +234,7 @@ def check_shards(case: tuple[list[tuple[ElementLayout, int]], int, int, bool, li
         mine = [group for piece in pieces for group in expected[piece.name][piece.start : piece.start + piece.numel]]
         assert [groups[i] for i in group_index(owned, layouts, groups).tolist()] == mine[::STRIDE]
         elements = LocalStats(owned, layouts, groups, torch.device("cpu"))
-        segmented = [g for lay, s, _, n in elements.segments() for g in (group_of(lay, i) for i in range(s, s + n))]
+        segmented = [g for lay, s, _, n, _ in elements.segments() for g in (group_of(lay, i) for i in range(s, s + n))]
         assert segmented == mine
         for piece in owned:
             for group, count in layouts[piece.name].counts(piece.start, piece.numel).items():

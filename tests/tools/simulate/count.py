@@ -83,7 +83,7 @@ class Count:
         )
         self._owned.append(elements.numel)
         self._stages.append(stage)
-        for layout, start, _, numel in elements.segments():
+        for layout, start, _, numel, _ in elements.segments():
             for group, count in self._counts(layout, start, numel):
                 self._groups[group] = self._groups.get(group, 0) + count
 

@@ -70,6 +70,7 @@ class AutoTpGrid(ParallelGrid):
             )
         self._note(parameter, name, tuple(int(size) for size in logical))
         if dim != 0 or sizes is None or cut.get("sub_param_sizes") is not None:
+            self.columns[name] = 0 if dim == 0 else math.prod(shape[1:])
             return Place(local_range(parameter, name))
         self._by_rows.add(name)
         return Place(local_range(parameter, name, sum(sizes[:rank]) * math.prod(shape[1:])))

@@ -48,6 +48,8 @@ class ParallelGrid:
         counts_micro_steps: the engine counts micro-batches around `_take_model_step`.
         window: numbers and tensors that `end_window` restores; saved in checkpoints. None outside a window.
         packages: their versions are in the report.
+        columns: parameter whose columns are split among ranks -> this rank's number of columns;
+            0 for unknown rows.
         lr_groups: logical parameter -> index of its group in this rank's optimizer, if known; set by `table`.
     """
 
@@ -62,6 +64,7 @@ class ParallelGrid:
         self.world |= {"tensor": 1, "pipeline": 1, "expert": 1}
         self.places = whole_places(engine)
         self.lr_groups: dict[str, int] = {}
+        self.columns: dict[str, int] = {}
         self.window: Any = None
 
     @property
