@@ -191,6 +191,7 @@ class Controller:
         """
         if usable:
             self.elements.close()
+        self.elements.drop_ids()
         self.count(t, usable=usable)
 
     def count(self, t: int, *, usable: bool) -> None:

@@ -90,7 +90,8 @@ class LocalStats:
         self.vocabulary = vocabulary
         self.seen: Tensor | None = None
         self.of_0_4_0 = False
-        self._ids: Tensor | None = None
+        self._ids: Tensor | None = None  # tokens of the samples
+        self._new_ids: Tensor | None = None  # of the batches since the last sample
         self.ranges = list(ranges)
         self.layouts = layouts
         self.groups = tuple(groups)
@@ -119,12 +120,17 @@ class LocalStats:
         """End the open sample. Every owned element must have been added exactly once."""
         assert self.accumulators is not None, "close without open"
         self.accumulators.close()
+        if self._new_ids is not None:
+            self._ids = (
+                self._new_ids if self._ids is None else torch.maximum(self._ids.to(self._new_ids), self._new_ids)
+            )
+            self._new_ids = None
 
     def free(self) -> None:
         """Free the accumulators."""
         if self.accumulators is not None:
             self.accumulators.free()
-        self.accumulators = self._squares = self.seen = self._ids = None
+        self.accumulators = self._squares = self.seen = self._ids = self._new_ids = None
         self.of_0_4_0 = False
 
     # ------------------------------------------------------------------ rows of tokens
@@ -142,13 +148,17 @@ class LocalStats:
         return UNKNOWN if self.seen is None else None
 
     def see_ids(self, ids: Tensor) -> None:
-        """Record the ids of a look-up; any integer dtype, shape and device."""
+        """Record the ids of a look-up; any integer dtype, shape and device. They count if the sample does (`close`)."""
         if self.vocabulary is None:
             return
         ids = local_part(ids)
-        if self._ids is None:
-            self._ids = torch.zeros(self.vocabulary.rows + 1, dtype=torch.uint8, device=ids.device)
-        mark_ids(self._ids, ids.to(self._ids.device))
+        if self._new_ids is None:
+            self._new_ids = torch.zeros(self.vocabulary.rows + 1, dtype=torch.uint8, device=ids.device)
+        mark_ids(self._new_ids, ids.to(self._new_ids.device))
+
+    def drop_ids(self) -> None:
+        """Forget the ids of a batch that is no sample."""
+        self._new_ids = None
 
     def rows_by_ids(self) -> Tensor:
         """Tokens that this rank's embeddings looked up: uint8 (rows,) on the CPU."""

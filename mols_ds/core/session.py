@@ -194,6 +194,7 @@ class Session(Handle, ABC):
         self._after_discard(usable)
         self._restore_batch()
         if not usable and self._lower_scale():
+            controller.elements.drop_ids()
             controller.log("MoLS: a gradient overflowed; the loss scale is lowered and the batch is not counted")
         else:
             controller.close_sample(t, usable=usable)

@@ -230,7 +230,12 @@ def test_without_a_vocabulary_every_row_counts() -> None:
 def test_a_checkpoint_keeps_the_ids() -> None:
     tied = TokenRows(ROWS, frozenset({"embed.weight"}), frozenset(), {"embed.weight": WIDTH})
     [rank] = measured([0, SIZE], tied)
+    rank.see_ids(torch.tensor([3]))
+    rank.drop_ids()  # its batch was no sample
     rank.see_ids(TOKENS)
+    rank.open()
+    rank.add(0, torch.ones(SIZE), 1.0)
+    rank.close()
     saved = copy.deepcopy(rank.state_dict())
     assert saved is not None
     again = LocalStats(rank.ranges, LAYOUTS, GROUPS, torch.device("cpu"), tied)
