@@ -35,6 +35,9 @@ CPU_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=$(ACCELERATOR)
 # launch/ comes first, so that `deepspeed` is the shim that takes --config.
 RUN_PATH := PATH="$(CURDIR)/launch:$(BIN):$$PATH"
 
+# A new run in the place of the last, unless ARGS resumes that
+NEW = $(if $(findstring --resume,$(ARGS)),,--overwrite)
+
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
 
@@ -68,12 +71,12 @@ setup-dev: $(VENV)/.stamp-dev
 
 train: setup
 	$(RUN_PATH) $(CPU_ENV) deepspeed --num_accelerators $(NPROC) --config configs/ds_mols.json \
-		train.py --compare adam $(ARGS)
+		train.py --compare adam $(NEW) $(ARGS)
 
 # Four processes (TP 2 x PP 2), also on two cores. megatron-core is among what setup-dev installs.
 train-megatron: setup-dev
 	$(CPU_ENV) $(BIN)/torchrun --standalone --nproc_per_node 4 train_megatron.py \
-		--config configs/megatron/tiny_tp2_pp2.yaml --compare adam $(ARGS)
+		--config configs/megatron/tiny_tp2_pp2.yaml --compare adam $(NEW) $(ARGS)
 
 # test-rest: what test-all has beyond test.
 test: TIER := quick
@@ -99,7 +102,7 @@ architecture: setup-dev
 # The pictures of README and docs/: a training of minutes, a plan, the architecture. Look at them before you commit them.
 pictures: architecture
 	$(RUN_PATH) $(CPU_ENV) deepspeed --num_accelerators 2 --config configs/ds_mols.json \
-		train.py --compare adam --out runs/pictures
+		train.py --compare adam --overwrite --out runs/pictures
 	cp runs/pictures/compare.png runs/pictures/mols/mols_report/mols_report.png docs/img/
 	$(RUN_PATH) mols-ds plan configs/models/llama_7b.json --config configs/ds_7b_zero3.json \
 		--cluster configs/clusters/h100_8x80.yaml --nodes 4 --sequence 1024 --steps 150000 --plot docs/img/plan.png

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mols_ds import __version__
 from mols_ds.apps.launch.jobs import JOBS, start_job
 from mols_ds.errors import MolsConfigError, printable_lines
-from mols_ds.training.cli_utils import Parser, run_program
+from mols_ds.training.cli_utils import Parser, positive, run_program
 
 if TYPE_CHECKING:
     from mols_ds.core.schema import Report
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     groups.add_argument("--parameters", action="store_true", help="print the groups of each parameter too")
     groups.set_defaults(text=groups_text)
     report = commands.add_parser("report", help="print a mols_report.json")
-    report.add_argument("report", help="mols_report.json or its folder")
+    report.add_argument("report", help="a run's --out, mols_report.json or its folder")
     either = report.add_mutually_exclusive_group()
     either.add_argument("--fixed-alphas", action="store_true", help='print alphas as keys of a "mols" section, in JSON')
     either.add_argument(
@@ -85,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--model", metavar="FILE", help="model for the alphas: checks its groups, prints its names")
     report.set_defaults(text=report_text)
+    export = commands.add_parser("export", help="write a checkpoint of train.py as a transformers folder")
+    export.add_argument("out", type=Path, help="the run's --out (of a comparison: OUT/adam or OUT/mols)")
+    export.add_argument("folder", type=Path, help="folder to write: config, safetensors, tokenizer")
+    export.add_argument("--step", type=positive, help="of the checkpoint (default: the newest)")
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the run's)"
+    )
+    export.set_defaults(text=export_run_text)
     configs = commands.add_parser("configs", help="list or copy the configs, studies, launch files and examples")
     configs.add_argument("patterns", nargs="*", metavar="PATTERN", help="such as configs/models or 'configs/ds_7b*'")
     configs.add_argument("--copy", type=Path, metavar="FOLDER", help="copy the files to FOLDER")
@@ -97,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def report_text(args: argparse.Namespace) -> str:
     """Return the report of `args.report` as a table, or its alphas as configuration of another run."""
-    from mols_ds.report.files import load_report
+    from mols_ds.report.files import load_report, run_places, write_run_plot
     from mols_ds.report.table import format_report
 
     if args.to is not None:
@@ -106,7 +114,18 @@ def report_text(args: argparse.Namespace) -> str:
         return fixed_alphas_text(load_report(args.report), args.model)
     if args.model is not None:
         raise MolsConfigError("--model: only with --to or --fixed-alphas")
-    return format_report(load_report(args.report))
+    text = format_report(load_report(args.report))
+    if not Path(args.report).is_dir():
+        return text
+    from mols_ds.training.trainer import METRICS, read_lines
+
+    metrics = next((place / METRICS for place in run_places(args.report) if (place / METRICS).is_file()), None)
+    if metrics is None:
+        return text
+    lines = [line for line in read_lines(metrics) if "step" in line]
+    picture = metrics.with_name("mols_run.png")
+    drawn = write_run_plot(lines, picture)
+    return f"{text}\n\nSNR and rates over the run: {picture}" if drawn else text
 
 
 def export_text(report: Report, framework: str, model: str | None) -> str:
@@ -130,6 +149,13 @@ def fixed_alphas_text(report: Report, model: str | None) -> str:
 
     groups = None if model is None else groups_of(model, granularity_of(report))
     return json.dumps(fixed_alphas(report, groups), indent=2)
+
+
+def export_run_text(args: argparse.Namespace) -> str:
+    """Write a checkpoint of the run `args.out` to `args.folder`. Return what was written."""
+    from mols_ds.training.export_weights import export_run
+
+    return export_run(args.out, args.folder, step=args.step, dtype=args.dtype)
 
 
 def configs_text(args: argparse.Namespace) -> str:

@@ -6,6 +6,7 @@ is DeepSpeed's own format: "type" and "params".
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,8 +106,10 @@ def settings_of(entry: Entry, params: ReadSettings) -> Settings:
     """
     unknown = [key for key in params if key not in entry.settings]
     if unknown:
+        close = (difflib.get_close_matches(key, entry.settings, n=1) for key in unknown)
+        meant = "".join(f' (did you mean "{near[0]}"?)' for near in close if near)
         raise MolsConfigError(
-            f'"optimizer.params": {entry.name} of {entry.source} has no {", ".join(map(repr, unknown))}; '
+            f'"optimizer.params": {entry.name} of {entry.source} has no {", ".join(map(repr, unknown))}{meant}; '
             f"it has {', '.join(entry.settings)}"
         )
     given = {key: value for key, value in params.items() if value != "auto"}

@@ -9,9 +9,11 @@ import warnings
 
 import torch
 
+from mols_ds.core.validation import suggestion
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.optim.build import offload_device, requested, settings_of, unknown_name, zero_stage
 from mols_ds.optim.catalog import Entry, find, known_to_deepspeed
+from mols_ds.optim.limits import setting_problem
 from mols_ds.optim.settings import ADAM, CARRIED, DROPPED, EditedSection, Section
 
 AUTO = "auto"
@@ -55,7 +57,8 @@ def _parameters(section: Section, entry: Entry | None) -> tuple[str, ...]:
         return tuple(entry.settings)
     if entry is not None and entry.deepspeed is not None:
         return entry.deepspeed.parameters
-    return tuple(inspect.signature(getattr(torch.optim, name, dict)).parameters)
+    settings = inspect.signature(getattr(torch.optim, name, dict)).parameters
+    return tuple(key for key in settings if key != "params")
 
 
 def fill(config: EditedSection, lr: float | None = None) -> None:
@@ -81,10 +84,28 @@ def fill(config: EditedSection, lr: float | None = None) -> None:
         section["type"] = entry.name
         section["params"] = settings_of(entry, params)
         return
+    _check_stock(section)
     adam = section["type"].lower() in ("adam", "adamw")
     for key, value in PAPER_OPTIMIZER.items():
         if params.get(key, AUTO if adam else value) == AUTO:
             params[key] = copy.copy(value)
+
+
+def _check_stock(section: Section) -> None:
+    """Check the parameters of an optimizer that DeepSpeed builds, which would raise a TypeError there.
+
+    Raises:
+        MolsConfigError: an unknown name, or a value out of range.
+    """
+    name, params = section["type"], section["params"]
+    known = _parameters(section, find(name))
+    wrong = [key for key in params if known and key not in (*known, *DROPPED)]
+    if wrong:
+        raise MolsConfigError(f'"optimizer.params.{wrong[0]}" of {name}: unknown key; {suggestion(wrong[0], known)}')
+    problem = setting_problem({key: value for key, value in params.items() if value != AUTO})
+    if problem is not None:
+        key, allowed = problem
+        raise MolsConfigError(f'"optimizer.params.{key}" of {name} is {params[key]!r}: give {allowed}')
 
 
 def _where_it_runs(section: EditedSection, config: Section) -> None:

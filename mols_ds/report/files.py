@@ -6,9 +6,9 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mols_ds.core.files import write_whole
 from mols_ds.core.json_text import read_json
@@ -17,6 +17,10 @@ from mols_ds.core.schema import SCHEMA, Report, not_finite, schema_problem
 from mols_ds.errors import MolsConfigError, MolsError
 from mols_ds.report.table import format_report
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FOLDER = "mols_report"
 JSON_NAME = "mols_report.json"
 PLOT_NAME = "mols_report.png"
 _TAKEN: set[Path] = set()
@@ -92,13 +96,14 @@ def write_report(report: Report, report_dir: str | os.PathLike[str]) -> Path:
 
 
 def load_report(path: str | os.PathLike[str]) -> Report:
-    """Read and check a `mols_report.json`. `path`: the file or its folder.
+    """Read and check a `mols_report.json`. `path`: the file, its folder, or a run's `--out`.
 
     Raises `MolsConfigError` with one line if the file is missing, not JSON, or not a report of this schema.
     """
     file = Path(path)
     if file.is_dir():
-        file = file / JSON_NAME
+        places = [place / FOLDER / JSON_NAME for place in run_places(file)]
+        file = next((place for place in places if place.is_file()), file / JSON_NAME)
     if not file.exists():
         raise MolsConfigError(f"report {file} cannot be read (no such file); name a {JSON_NAME} or its folder")
     report = read_json(file, f"report {file}")
@@ -106,6 +111,30 @@ def load_report(path: str | os.PathLike[str]) -> Report:
     if problem:
         raise MolsConfigError(f"report {file} is not a MoLS report of schema {SCHEMA}: {problem}")
     return cast(Report, report)
+
+
+def run_places(out: str | os.PathLike[str]) -> list[Path]:
+    """Return the folders in which a run in `out` may have its report and metrics: itself, the second arm of a
+    comparison."""
+    return [Path(out), Path(out) / "mols"]
+
+
+def write_run_plot(lines: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Draw SNR and rates of a run (lines of its metrics) to `path`. Returns whether it was drawn; warns if not.
+
+    Raises:
+        MolsConfigError: the file cannot be written.
+    """
+
+    def draw() -> Figure:
+        from mols_ds.report.run_plot import draw_run
+
+        return draw_run(lines, str(path.parent))
+
+    try:
+        return _write_figure(draw, path)
+    except OSError as error:
+        raise MolsConfigError(f"report: {path}: {error.strerror or error}") from error
 
 
 def _finite(value: Any) -> Any:
@@ -121,15 +150,25 @@ def _finite(value: Any) -> Any:
 
 def _write_plot(report: Report, path: Path) -> None:
     """Draw and write the plot. Any failure except of the disk is a `MolsWarning`: the report itself is written."""
-    try:
+
+    def draw() -> Figure:
         from mols_ds.report.plot import draw_report
 
-        figure = draw_report(report)
+        return draw_report(report)
+
+    _write_figure(draw, path)
+
+
+def _write_figure(draw: Callable[[], Figure], path: Path) -> bool:
+    try:
+        figure = draw()
         write_whole(path, lambda beside: figure.savefig(beside, format="png", dpi=160))
+        return True
     except OSError:
         raise
     except ImportError as error:
-        warn_here(f"{path.name} was not drawn ({error}); pip install matplotlib", stacklevel=3)
+        warn_here(f"{path.name} was not drawn ({error}); pip install matplotlib", stacklevel=4)
     except Exception as error:  # any error of matplotlib: its settings, imports, backend, fonts
         line = f"{type(error).__name__}: {error}"
-        warn_here(f"{path.name} was not drawn ({line}); check matplotlib and MPLBACKEND", stacklevel=3)
+        warn_here(f"{path.name} was not drawn ({line}); check matplotlib and MPLBACKEND", stacklevel=4)
+    return False

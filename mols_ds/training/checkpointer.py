@@ -14,6 +14,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +31,8 @@ LATEST, MANIFEST = "latest", "manifest.json"
 PARTIAL, FORMER = ".partial", ".former"
 _STEP = re.compile(r"step(\d+)")
 _CHUNK = 1 << 24
+ALMOST_FULL = 1 << 20
+"""Free bytes of a disk that a failed write has filled."""
 _T = TypeVar("_T")
 
 
@@ -64,16 +67,32 @@ def check_finite(parameters: Iterable[Tensor], step: int, agree: Callable[[bool]
         )
 
 
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints of a run stay: the newest `last`, and those of every `every`-th step. None, None: all."""
+
+    last: int | None = None
+    every: int | None = None
+
+    def superseded(self, steps: Iterable[int]) -> list[int]:
+        """Return the steps whose checkpoints may go. The newest stays in any case."""
+        if self.last is None and self.every is None:
+            return []
+        older = sorted(steps)[: -(self.last or 1)]
+        return [step for step in older if self.every is None or step % self.every]
+
+
 class Checkpointer:
     """Save and load the checkpoints `stepN` of one folder. Call every method on all ranks at the same point.
 
     Args:
         folder: one for all ranks; with `node_local`, one on each node.
         node_local: DeepSpeed's `checkpoint.use_node_local_storage`: each node has the files of its own ranks.
+        keep: which checkpoints stay after a save.
     """
 
-    def __init__(self, folder: Path, *, node_local: bool = False) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, node_local: bool = False, keep: Retention | None = None) -> None:
+        self.folder, self.keep = folder, keep or Retention()
         ranks = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
         self._node, self._nodes = self.rank, self.world
@@ -111,6 +130,8 @@ class Checkpointer:
             if isinstance(error, dist.DistError) or "Connection" in str(error):
                 raise
             line = next(iter(str(error).splitlines()), type(error).__name__)
+            if shutil.disk_usage(self.folder).free < ALMOST_FULL:  # torch's writer does not say so
+                line = "no space left on this disk"
             raise MolsCheckpointError(
                 f"checkpoint {tag} cannot be saved in {self.folder}: {line}; the earlier checkpoints are unchanged"
             ) from error
@@ -126,6 +147,9 @@ class Checkpointer:
         write_whole(self.folder / LATEST, tag)
         synchronize(self.folder)
         shutil.rmtree(former, ignore_errors=True)
+        saved = (step_of(path.parent.name) for path in self.folder.glob(f"step*/{MANIFEST}"))
+        for step in self.keep.superseded([step for step in saved if 0 <= step <= step_of(tag)]):
+            shutil.rmtree(self.folder / f"step{step}", ignore_errors=True)
 
     def _list(self, place: Path) -> dict[str, dict[str, int]]:
         """Size and CRC-32 of every file below `place` but the manifest. Each rank reads its share."""

@@ -96,6 +96,15 @@ def add_timeout(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
+def add_saving(parser: argparse._ActionsContainer) -> None:
+    """Add --save-every, --keep-last, --keep-every and --log-every to a parser or an argument group."""
+    add = parser.add_argument
+    add("--save-every", type=not_negative, default=0, help="steps between checkpoints (0: the end only)")
+    add("--keep-last", type=positive, metavar="N", help="keep only the newest N checkpoints (default: all)")
+    add("--keep-every", type=positive, metavar="M", help="keep those of every M-th step besides")
+    add("--log-every", type=positive, default=1, help="steps between lines of the log and of metrics.jsonl")
+
+
 def print_line(program: str, message: object) -> None:
     """Print `program: message` as one `printable` line on stderr."""
     tell(f"{program}: {printable(message)}", sys.stderr)

@@ -16,12 +16,11 @@ from mols_ds.core.files import write_whole
 from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import MolsConfigError, printable
 from mols_ds.training.train_job import Outcome, TrainJob, TrainSetup
-from mols_ds.training.trainer import METRICS, has_checkpoint, read_lines, train
+from mols_ds.training.trainer import ADAM, METRICS, MOLS, has_checkpoint, read_lines, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ADAM, MOLS = "adam", "mols"
 SMOOTHING = 10
 """Number of logged steps to average the plotted training loss over."""
 TRAINING = f"training: mean of {SMOOTHING} logged steps"

@@ -7,18 +7,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import GuardedWriter
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
 from mols_ds.training.batches import MicroBatch
+from mols_ds.training.ds_config import model_dtype
+from mols_ds.training.param_groups import group_options, restore_options
 from mols_ds.training.rng_state import load_random, save_random
+from mols_ds.training.speed import device_name, flops_per_token, peak_flops
 from mols_ds.training.task import Task
 from mols_ds.training.train_job import StepResult, TrainBackend, TrainJob
 
@@ -142,6 +146,37 @@ class DeepSpeedBackend(TrainBackend):
             engine.step()
         return StepResult(summed / self.job.shape.accumulation, engine.global_steps != before)
 
+    def grad_norm(self) -> float | None:
+        """See `TrainBackend`."""
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def snr(self) -> dict[str, float] | None:
+        """See `TrainBackend`. By the estimator of the "mols" section."""
+        from mols_ds.engines.deepspeed.snr_monitor import SnrWatch
+
+        watch = self.setup.watch
+        if not isinstance(watch, SnrWatch) or watch.steps[-1:] != [self.engine.global_steps]:
+            return None
+        return watch.reading()["curves"][MolsConfig.parse(self.setup.section or {}).estimator]
+
+    def flops_per_token(self) -> float | None:
+        """See `TrainBackend`. None if some weights are frozen, and for experts: not every token passes all."""
+        module = self.engine.module
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
+        config: Any = getattr(module, "config", None)
+        if not all(trained for _, trained in sizes) or not hasattr(config, "num_hidden_layers"):
+            return None
+        if any(hasattr(config, key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
+            return None
+        looked_up = 0 if config.tie_word_embeddings else module.get_input_embeddings().num_embeddings
+        weights = sum(size for size, _ in sizes) - looked_up * config.hidden_size
+        return flops_per_token(weights, config.num_hidden_layers, config.hidden_size, self.job.shape.length)
+
+    def peak_flops(self) -> float | None:
+        """See `TrainBackend`."""
+        return peak_flops(device_name(self.device), model_dtype(self.setup.config))
+
     def mean_loss(self, losses: Tensor) -> float:
         """See `TrainBackend`: the mean over ranks."""
         return float(self.total(losses.reshape(1))[0]) / self.world
@@ -209,6 +244,8 @@ class DeepSpeedBackend(TrainBackend):
 
     def load_checkpoint(self, folder: Path, tag: str | None) -> JsonObject | None:
         """See `TrainBackend`. Without a tag, loads the checkpoint in DeepSpeed's `latest_universal`."""
+        self._options = group_options(self.engine.optimizer.param_groups)
+        self._base_lrs = list(getattr(self.engine.lr_scheduler, "base_lrs", []))
         try:
             strict = not self.task.partial
             path, client = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
@@ -222,6 +259,18 @@ class DeepSpeedBackend(TrainBackend):
             return None
         load_random(Path(path).parent, self.rank, self.world)
         return {**counted, "step": self.engine.global_steps}
+
+    def use_settings(self) -> None:
+        """See `TrainBackend`. torch's and DeepSpeed's optimizers and torch's schedulers load their settings."""
+        groups, scheduler = self.engine.optimizer.param_groups, self.engine.lr_scheduler
+        restore_options(groups, self._options)
+        if isinstance(scheduler, LambdaLR):
+            scheduler.base_lrs = list(self._base_lrs)
+            for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                group["initial_lr"], group["lr"] = base, base * factor(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in groups]
+        elif scheduler is not None and scheduler.last_batch_iteration >= 0:
+            scheduler.step(scheduler.last_batch_iteration)
 
     def close(self) -> None:
         """See `TrainBackend`."""

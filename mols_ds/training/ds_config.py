@@ -1,6 +1,7 @@
 """The DeepSpeed config of the main job: read, "auto" values replaced by numbers, handed to DeepSpeed as a dict."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from mols_ds.core.validation import validation_message
 from mols_ds.engines.deepspeed import config_reader
 from mols_ds.engines.deepspeed.auto_values import auto_keys
 from mols_ds.engines.deepspeed.compat import module
+from mols_ds.engines.deepspeed.config_keys import misspelt_keys
 from mols_ds.errors import MolsConfigError
 from mols_ds.optim.build import split_config
 from mols_ds.optim.choose import AUTO as AUTO
@@ -41,12 +43,40 @@ def read_config(given: str) -> JsonObject:
     config = config_reader.read_config(given)
     if key := config_reader.misspelt_section(config):
         raise MolsConfigError(f'{config_reader.config_name(given)}: unknown key {key!r}; did you mean "mols"?')
+    if "model" in config and "run" in config:
+        raise MolsConfigError(f"{config_reader.config_name(given)}: it is a config of train_megatron.py")
     section = config.get("mols")
     if isinstance(section, dict) and section.get("total_steps") == AUTO:
         del section["total_steps"]
     if "mols" in config:
         MolsConfig.parse(config["mols"])
     return config
+
+
+def check_keys(config: JsonObject, path: str, optimizer: str | None = None) -> None:
+    """Check the names of keys before anything starts: DeepSpeed ignores unknown top-level keys.
+
+    Args:
+        config: from `read_config`.
+        path: of its file.
+        optimizer: name that replaces the config's.
+
+    Raises:
+        MolsConfigError: a misspelt key, also among the optimizer's parameters; one line with the nearest right key.
+    """
+    name = config_reader.config_name(path)
+    if unknown := misspelt_keys(config):
+        each = (f'unknown key "{key}"; did you mean "{near}"?' for key, near in unknown.items())
+        raise MolsConfigError(f"{name}: {'; '.join(each)}")
+    section = config.get("optimizer")
+    if isinstance(section, dict):
+        trial = copy.deepcopy({**config, "optimizer": section if optimizer is None else rename(section, optimizer)})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `resolve` warns
+            try:
+                fill(trial)
+            except MolsConfigError as error:
+                raise MolsConfigError(f"{name}: {error}") from error
 
 
 def resolve(
@@ -157,6 +187,12 @@ def check_with_deepspeed(config: JsonObject, path: str) -> None:
     try:
         checked(copy.deepcopy(config if request is None else request.config))
     except ValidationError as error:
-        raise MolsConfigError(f"{name}: {error.title}: {validation_message(error)}") from error
+        raise MolsConfigError(f"{name}: {error.title}: {validation_message(error, _section(error))}") from error
     except Exception as error:  # DeepSpeed asserts and raises plain Exceptions for wrong values
         raise MolsConfigError(f"{name}: DeepSpeed refuses it: {one_line(error)}") from error
+
+
+def _section(error: ValidationError) -> object:
+    """Return DeepSpeed's class of the section that an error is about, for suggestions; None if it is not found."""
+    base = module("deepspeed.runtime.config_utils").DeepSpeedConfigModel
+    return next((kind for kind in base.__subclasses__() if kind.__name__ == error.title), None)

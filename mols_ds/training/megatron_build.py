@@ -15,6 +15,7 @@ from mols_ds.errors import MolsConfigError
 from mols_ds.training.kernel_caches import check_kernel_caches
 from mols_ds.training.megatron_config import GridSizes, ddp_config, optimizer_config, padded_vocabulary
 from mols_ds.training.megatron_settings import Settings
+from mols_ds.training.rank_env import be_single_rank, port_taken
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -46,20 +47,20 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
     Returns:
         (rank, world size).
     """
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    if "RANK" not in os.environ:
-        os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
+    be_single_rank()
     check_kernel_caches()
     if not dist.is_initialized():
         patience = None if timeout is None else timedelta(seconds=timeout)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("nccl", timeout=patience)
+            with port_taken():
+                dist.init_process_group("nccl", timeout=patience)
         else:
             if "OMP_NUM_THREADS" not in os.environ:
                 local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-            dist.init_process_group("gloo", timeout=patience)
+            with port_taken():
+                dist.init_process_group("gloo", timeout=patience)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -219,6 +220,6 @@ def _scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerPar
         end_wd=chosen.weight_decay,
         wd_incr_steps=steps * per,
         wd_incr_style="constant",
-        # A resumed run uses this config; `Checkpoint.load` refuses another number of steps
-        use_checkpoint_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run uses this config
     )

@@ -164,10 +164,16 @@ class RunSettings(_Section):
     eval_every: Count | None = None
     eval_sequences: Positive = 256
     save_every: Count = 0
+    keep_last: Positive | None = None
+    keep_every: Positive | None = None
+    """Checkpoints to keep: the newest `keep_last`, and those of every `keep_every`-th step. Default: all."""
     reshardable_checkpoints: bool = False
     """Whether another tp or pp can load the checkpoints; costs a gather on data-parallel rank 0."""
     log_every: Positive = 1
     out: str | None = None
+    tensorboard_dir: str | None = None
+    wandb_project: str | None = None
+    wandb_exp_name: str | None = None
 
 
 class Settings(_Section):
@@ -200,6 +206,8 @@ def read(path: str, changes: Iterable[str] = ()) -> Settings:
     content = read_yaml(path, f"config {path}")
     if not isinstance(content, dict):
         raise MolsConfigError(f"config {path}: must have sections, not {type(content).__name__}")
+    if {"train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization"} & set(content):
+        raise MolsConfigError(f"config {path}: it is a DeepSpeed config, for train.py and finetune.py")
     for change in changes:
         _change(content, change)
     return validate(content, f"config {path}")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,13 +35,31 @@ def load_model_config(source: str) -> PretrainedConfig:
         raise MolsConfigError(f'model {file}: needs a "model_type" that transformers knows, such as "llama"')
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    given = dict(settings)
     try:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     except Exception as error:  # unknown type: ValueError; bad value: huggingface_hub's own validation errors
         raise MolsConfigError(f"model {file}: {one_line(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise MolsConfigError(f"model {file}: model_type {config.model_type!r} has no causal language model")
+    if path.is_file():
+        _check_keys(given, config, f"model {file}")
     return config
+
+
+def _check_keys(given: JsonObject, config: PretrainedConfig, where: str) -> None:
+    """Check the keys of a model file. transformers keeps unknown ones silently, and reads some former names, so only
+    a key that resembles a known one is refused. Raises MolsConfigError."""
+    kind = type(config)
+    try:
+        default = kind()
+    except Exception:  # a configuration without defaults
+        return
+    known = {*vars(default), *default.to_dict(), *kind.attribute_map, "dtype", "torch_dtype", "architectures"}
+    known |= {key for base in kind.__mro__ for key in getattr(base, "__annotations__", {})}
+    for key in (key for key in given if key not in known):
+        for near in difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+            raise MolsConfigError(f'{where}: "{key}" is no setting of {kind.__name__}; did you mean "{near}"?')
 
 
 def groups_of(source: str, granularity: Granularity = "type") -> list[str]:
@@ -52,6 +71,30 @@ def is_checkpoint(source: str) -> bool:
     """Whether the source has weights (a folder with a weight file), so that training continues from them."""
     path = Path(source)
     return path.is_dir() and any(path.glob("*.safetensors")) | any(path.glob("pytorch_model*.bin"))
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def tokenizer_of(source: str, given: Path | None) -> Path | None:
+    """Return the tokenizer folder of a job: `given`, or the model folder itself; None: train one, for a model file.
+
+    Raises:
+        MolsConfigError: `given` is no folder, or a model folder has no tokenizer.
+    """
+    if given is not None:
+        if not given.is_dir():
+            raise MolsConfigError(f"--tokenizer {given}: no such folder")
+        return given
+    folder = Path(source)
+    if not folder.is_dir():
+        return None
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise MolsConfigError(
+            f"model {source}: the folder has no tokenizer: give the model's by --tokenizer FOLDER, or train a new "
+            f"model with a new tokenizer by --model {folder / 'config.json'}"
+        )
+    return folder
 
 
 def meta_model(source: str, dtype: torch.dtype | None = None) -> nn.Module:
@@ -80,6 +123,7 @@ def build_model(
     seed: int,
     dtype: torch.dtype,
     checkpointing: bool = False,
+    attention: str | None = None,
 ) -> nn.Module:
     """Build the model for training in `dtype`, with weights drawn with `seed` or from the checkpoint.
 
@@ -102,14 +146,15 @@ def build_model(
             )
         config.vocab_size = vocab_size
     config.use_cache = False
+    options = {} if attention is None else {"attn_implementation": attention}
     config.bos_token_id = config.eos_token_id = end
     torch.manual_seed(seed)
     try:
         if is_checkpoint(source):
-            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
         else:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, OSError, KeyError, TypeError, AssertionError, RuntimeError) as error:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    except (ValueError, ImportError, OSError, KeyError, TypeError, AssertionError, RuntimeError) as error:
         raise MolsConfigError(f"model {source}: cannot be built: {one_line(error)}") from error
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""Preemption: on SIGTERM or SIGUSR1, all ranks save a checkpoint at the same step and exit with status 0."""
+"""Preemption: on SIGTERM, SIGUSR1 or Ctrl-C, all ranks save a checkpoint at the same step and exit with status 0."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals of schedulers."""
+LISTENED = (*SIGNALS, signal.SIGINT)
 Handler = Callable[[int, FrameType | None], object] | int | None
 """Result of `signal.signal`."""
 
@@ -17,11 +19,11 @@ class Preempted(Exception):
 
 
 class StopRequest:
-    """Listen for `SIGNALS` in a `with` block. Only the main thread of a process can listen.
+    """Listen for `LISTENED` in a `with` block. Only the main thread of a process can listen.
 
     The handler only records the signal: the current step, collective or save ends first. After `Preempted` the process
     ignores further signals: it is ending, and a second signal (a scheduler sends SIGTERM after SIGUSR1, two hosts may
-    both signal a rank) would make its exit a failure.
+    both signal a rank) would make its exit a failure. A second SIGINT ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -31,7 +33,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._former = {number: signal.signal(number, self._note) for number in LISTENED}
         return self
 
     def __exit__(
@@ -39,10 +41,13 @@ class StopRequest:
     ) -> None:
         ending = isinstance(error, Preempted)
         for number, handler in self._former.items():
-            signal.signal(number, signal.SIG_IGN if ending else handler or signal.SIG_DFL)
+            after = signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN
+            signal.signal(number, after if ending else handler or signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = self.signal_number or number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     def agreed(self, largest: Callable[[float], float]) -> str | None:
         """Return the name of the signal of any rank, the same on every rank, or None. Collective.

@@ -1,6 +1,10 @@
-"""Progress output: a bar on a terminal, or some lines in a log file."""
+"""Progress output: one line for each logged step, and a bar below them on a terminal."""
+
+from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,8 +14,8 @@ from rich.progress import Progress as Bar
 from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import printable
 
-LINES = 10
-"""Lines of a whole run without a terminal."""
+PROBE_LINES = 4
+"""Lines of a calibration in mode "probe", besides the first."""
 
 
 class Progress:
@@ -22,7 +26,6 @@ class Progress:
         self.console = Console()
         self._bar: Bar | None = None
         self._began = time.monotonic()
-        self._val_loss: float | None = None
         if shown and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
@@ -30,26 +33,46 @@ class Progress:
             self._task = self._bar.add_task(escape(printable(name)), total=steps, state="")
             GuardedWriter()("progress", self._bar.start)
 
-    def probing(self, count: int) -> None:
-        """Show that `count` batches were measured so far without an update."""
+    def probing(self, count: int, samples: int) -> None:
+        """Show that `count` of (at most) `samples` batches were measured so far without an update."""
+        state = f"measuring gradients: batch {count} of {samples}"
         if self._bar is not None:
-            self._bar.update(self._task, state=f"measuring gradients: batch {count}")
+            self._bar.update(self._task, state=state)
+        if count == 1 or count % max(1, samples // PROBE_LINES) == 0:
+            self._say(state)
 
-    def update(self, step: int, loss: float, val_loss: float | None, phase: str) -> None:
-        """Show that step `step` is done."""
-        if val_loss is not None:
-            self._val_loss = val_loss
-        state = f"loss {loss:.3f}"
-        state += f", held-out {self._val_loss:.3f}" if self._val_loss is not None else ""
-        state += f", MoLS {phase}" if phase != "disabled" else ""
+    def update(self, line: Mapping[str, Any]) -> None:
+        """Show a line of the metrics."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, state=state)
-        elif self.shown and (step * LINES // self.steps != (step - 1) * LINES // self.steps or step == self.steps):
-            seconds = time.monotonic() - self._began
-            tell(f"{self.name}: step {step}/{self.steps}, {seconds:.0f} s, {state}")
+            self._bar.update(self._task, completed=line["step"], state="")
+        seconds = time.monotonic() - self._began
+        self._say(f"step {line['step']}/{self.steps}, {seconds:.0f} s, {', '.join(parts(line))}")
+
+    def _say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(f"{escape(printable(self.name))}: {escape(text)}", highlight=False, soft_wrap=True)
+        elif self.shown:
+            tell(f"{self.name}: {text}")
 
     def close(self) -> None:
         """Restore the terminal."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def parts(line: Mapping[str, Any]) -> list[str]:
+    """Return the values of a line of the metrics as text."""
+    texts = [f"loss {line['loss']:.3f}"]
+    if "val_loss" in line:
+        texts.append(f"held-out {line['val_loss']:.3f}")
+    texts.append(f"rate {line['lr']:.3g}")
+    if "grad_norm" in line:
+        texts.append(f"gradient norm {line['grad_norm']:.3g}")
+    texts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
+    texts.append(f"{line['memory_bytes'] / 2**30:.2f} GiB")
+    if "mfu" in line:
+        texts.append(f"MFU {line['mfu']:.1%}")
+    if line["phase"] != "disabled":
+        texts.append(f"MoLS {line['phase']}")
+    return texts

@@ -6,9 +6,11 @@ sbatch file may do with srun. Without this, each of N processes would train alon
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mols_ds.errors import MolsConfigError
@@ -85,3 +87,28 @@ def adopt_rank_environment() -> None:
             f"this process was started as rank {adopted['RANK']} of {adopted['WORLD_SIZE']}, but MASTER_ADDR is not "
             "set: export the name or address of the first node to all ranks (docs/launching.md)"
         )
+
+
+def be_single_rank() -> None:
+    """Make a process that no launcher started rank 0 of 1, on a free port unless MASTER_PORT is set."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
+
+
+@contextlib.contextmanager
+def port_taken() -> Iterator[None]:
+    """Raise MolsConfigError if joining the ranks in this `with` block fails because their port is taken."""
+    try:
+        yield
+    except Exception as error:  # torch.distributed.DistNetworkError; this module imports no torch
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise MolsConfigError(
+            f"port {os.environ.get('MASTER_PORT')} of this machine is taken, perhaps by another run: give another one "
+            "(deepspeed --master_port N, torchrun --master-port N or --standalone, MASTER_PORT elsewhere)"
+        ) from error

@@ -2,7 +2,9 @@
 
 import argparse
 import atexit
+import errno
 import os
+import signal
 import sys
 import time
 import warnings
@@ -16,31 +18,27 @@ from mols_ds.core.json_types import JsonMapping
 from mols_ds.core.log import tell
 from mols_ds.engines.deepspeed.compat import skip_shm_kernel
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError, MolsWarning, printable
-from mols_ds.training.cli_utils import print_line, status_of
-from mols_ds.training.compare import ADAM
+from mols_ds.training.cli_utils import print_line, shell_status, status_of
 from mols_ds.training.kernel_caches import check_kernel_caches
 from mols_ds.training.preemption import Preempted
-from mols_ds.training.rank_env import adopt_rank_environment
-from mols_ds.training.trainer import has_checkpoint
+from mols_ds.training.rank_env import adopt_rank_environment, be_single_rank, port_taken
+from mols_ds.training.run_folder import MistakeEverywhere, check_out
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 PATIENCE_SECONDS = 15.0
 """Time for rank 0 to print an error (the launcher then ends the others) before other ranks print it too."""
 
 
 def check_run(args: argparse.Namespace, config: JsonMapping) -> None:
-    """Check --compare, --resume and --out against a config, and create the folder --out.
+    """Check --compare, --resume, --overwrite and --out against a config, and create the folder --out.
 
     Raises:
-        MolsConfigError: a comparison without a "mols" section, nothing to resume, or a folder that cannot be created.
+        MolsConfigError: a comparison without a "mols" section, or see `check_out`.
     """
-    if args.compare and not config.get("mols", {}).get("enabled", "mols" in config):
+    section = config.get("mols")
+    if args.compare and not (section is not None and section.get("enabled", True)):
         raise MolsConfigError(f'--compare adam: config {args.config} has no enabled "mols" section to compare with')
-    if args.resume and not has_checkpoint(args.out / ADAM if args.compare else args.out):
-        raise MolsConfigError(f"--resume: there is no checkpoint below {args.out}; leave it out to start a new run")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MolsConfigError(f"--out {args.out}: {error.strerror or error}") from error
+    check_out(args.out, resume=args.resume, overwrite=args.overwrite, compared=bool(args.compare))
 
 
 def _rank() -> int:
@@ -51,7 +49,8 @@ def run_command(program: str, command: Callable[[], None]) -> int:
     """Run a program on one rank; rank 0 prints an error in one line on stderr.
 
     Returns:
-        0, also after a signal; 2 for a user's mistake; 1 for a run that cannot continue.
+        0, also after a signal; 130 for Ctrl-C before the training; 2 for a user's mistake; 1 for a run that cannot
+        continue.
     """
     try:
         adopt_rank_environment()
@@ -59,8 +58,18 @@ def run_command(program: str, command: Callable[[], None]) -> int:
     except Preempted as stop:
         if _rank() == 0:
             print_line(program, stop)
-    except MolsError as error:
-        if (rank := _rank()) != 0:
+    except KeyboardInterrupt:  # before the training listens to it
+        if _rank() == 0:
+            print_line(program, "stopped by SIGINT before the first step; nothing is saved")
+        return shell_status(-signal.SIGINT)
+    except (MolsError, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, MolsError):
+            if error.errno not in FULL:
+                raise
+            error = MolsConfigError(f"{error.filename or 'a file'}: {error.strerror}; make room and start again")
+        if (rank := _rank()) != 0 and isinstance(error, MistakeEverywhere):
+            return status_of(error)
+        if rank != 0:
             # Rank 0 usually has the same error and prints it; then the launcher ends this process. An error of this
             # rank alone (a file missing on its node) must be printed here.
             time.sleep(PATIENCE_SECONDS)
@@ -128,9 +137,7 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    if "RANK" not in os.environ:
-        os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
+    be_single_rank()
     if get_accelerator().device_name() == "cpu":
         skip_shm_kernel()
         if "OMP_NUM_THREADS" not in os.environ:
@@ -142,7 +149,8 @@ def start_ranks(timeout: float | None = None) -> tuple[int, int]:
     if timeout is not None:
         _limit_new_groups(timedelta(seconds=timeout))
     check_kernel_caches()
-    deepspeed.init_distributed(**patience)
+    with port_taken():
+        deepspeed.init_distributed(**patience)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 

@@ -8,6 +8,7 @@ tokenizing, packing, shuffling and batching.
 import hashlib
 import logging
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
@@ -117,9 +118,12 @@ def cut(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
         yield text[start:]
 
 
-def local_documents(spec: DataSpec) -> Iterator[str]:
-    """Yield the documents of a local source in a fixed order, without empty ones. A Python file of the standard library
-    is one document, as is a row of JSONL or parquet; `cut` splits other text files.
+def local_documents(spec: DataSpec, skipped: Counter[str] | None = None) -> Iterator[str]:
+    """Yield the documents of a local source in a fixed order. A Python file of the standard library is one document, as
+    is a row of JSONL or parquet; `cut` splits other text files.
+
+    Args:
+        skipped: counts the documents without text, by kind.
 
     Raises:
         MolsConfigError: a file cannot be read, or no document has text.
@@ -127,9 +131,11 @@ def local_documents(spec: DataSpec) -> Iterator[str]:
     found = False
     readers = _stdlib(spec) if spec.source == STDLIB else chain.from_iterable(_rows(spec, p) for p in local_files(spec))
     for text in readers:
-        if text.strip():
+        if text is not None and text.strip():
             found = True
             yield text
+        elif skipped is not None:
+            skipped["null" if text is None else "empty"] += 1
     if not found:
         raise MolsConfigError(f"data {spec.source}: it has no text")
 
@@ -142,8 +148,8 @@ def _stdlib(spec: DataSpec) -> Iterator[str]:
             continue  # some test files of the library are badly encoded on purpose
 
 
-def _rows(spec: DataSpec, path: Path) -> Iterator[str]:
-    """Yield the texts of one local file, read by HF `datasets`."""
+def _rows(spec: DataSpec, path: Path) -> Iterator[str | None]:
+    """Yield the texts of one local file, read by HF `datasets`. None: a row whose text is null."""
     import datasets
 
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs it also raises; the message below has one line
@@ -156,25 +162,32 @@ def _rows(spec: DataSpec, path: Path) -> Iterator[str]:
         rows = datasets.load_dataset(reader, data_files=str(path), split="train", streaming=True, **options)
         for row in rows:
             text = _text(row, key, str(path))
-            yield from cut(text) if reader == "text" else (text,)
+            yield from cut(text or "") if reader == "text" else (text,)
     except MolsConfigError:
         raise
     except Exception as error:  # datasets wraps the readers' errors in several types
         raise MolsConfigError(f"data {path}: cannot be read as {reader}: {one_line(error)}") from error
 
 
-def _text(row: JsonObject, key: str, where: str) -> str:
+def _text(row: JsonObject, key: str, where: str) -> str | None:
     text = row.get(key)
-    if not isinstance(text, str):
-        columns = ", ".join(map(str, row))
-        raise MolsConfigError(f"data {where}: no text in column {key!r}; its columns are {columns} (set --text-key)")
-    return text
+    if isinstance(text, str) or (text is None and key in row):
+        return text
+    columns = ", ".join(map(str, row))
+    raise MolsConfigError(f"data {where}: no text in column {key!r}; its columns are {columns} (set --text-key)")
 
 
 def one_line(error: BaseException) -> str:
-    """Return type and first line of an error's message, or its type alone."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """Return type and first line of an error's message that says what is wrong, or its type alone.
+
+    Skips headings: lines that end with a colon, as those of transformers' validators and of torch's `load_state_dict`.
+    Follows `datasets`' wrapper to its cause.
+    """
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        return one_line(error.__cause__)
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    line = next((line for line in lines if not line.endswith(":")), lines[0] if lines else "")
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def document_hash(text: str, seed: int) -> int:
@@ -246,5 +259,5 @@ def stream_documents(spec: DataSpec, split: str, *, seed: int | None, rank: int 
         _text(first, spec.text_key, spec.source)
     for row in rows:
         text = _text(row, spec.text_key, spec.source)
-        if text.strip():
+        if text is not None and text.strip():
             yield text

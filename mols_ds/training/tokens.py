@@ -5,9 +5,12 @@ ranks memory-map. Tokenizer and token files are built once, by the first process
 cache folder change with everything that they depend on.
 """
 
+import hashlib
 import json
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from mols_ds.core.files import make_once
+from mols_ds.core.json_text import read_json
+from mols_ds.core.log import warn_here
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.sources import (
     DataSpec,
@@ -33,6 +38,8 @@ END_OF_TEXT = "<|endoftext|>"
 TRAINING_CHARACTERS = 16_000_000
 """Characters to train the tokenizer on, from the start of the training documents: more changes it little."""
 BATCH_DOCUMENTS = 512
+DIGEST_PARTS = 64
+SKIPPED = "skipped.json"
 
 TokenType = np.dtype[np.unsignedinteger[Any]]
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
@@ -40,12 +47,20 @@ Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Byte-level BPE with the two functions for packing. `identity` names it in cache folders."""
+    """Byte-level BPE with the two functions for packing.
+
+    Attributes:
+        identity: names it in cache folders.
+        digest: of its tokens and their ids.
+        name: for the user.
+    """
 
     encode: Callable[[list[str]], list[list[int]]]
     end: int
     size: int
     identity: str
+    digest: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,21 @@ class TokenData:
 
     train: Tokens | None
     held_out: Tokens
+
+    @property
+    def digests(self) -> dict[str, str | None]:
+        """Digest of each array, by name; None for a streamed source."""
+        return {name: None if part is None else _digest(part) for name, part in vars(self).items()}
+
+
+def _digest(tokens: Tokens) -> str:
+    """Return the length and a CRC-32 of up to `DIGEST_PARTS` pieces, evenly spaced, so that it is quick."""
+    piece = 1 << 16
+    starts = np.linspace(0, max(0, len(tokens) - piece), DIGEST_PARTS, dtype=np.int64)
+    value = 0
+    for start in starts if len(tokens) > piece else starts[:1]:
+        value = zlib.crc32(np.ascontiguousarray(tokens[start : start + piece]).tobytes(), value)
+    return f"{len(tokens)} tokens, {value:08x}"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -74,7 +104,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    return Tokenizer(encode, int(tokenizer.eos_token_id), len(tokenizer), str(folder.resolve()))
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    digest = hashlib.blake2b(repr(vocabulary).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    end, size = int(tokenizer.eos_token_id), len(tokenizer)
+    return Tokenizer(encode, end, size, str(folder.resolve()), digest, str(folder))
 
 
 def train_tokenizer(documents: Iterable[str], size: int, folder: Path) -> None:
@@ -94,7 +127,10 @@ def train_tokenizer(documents: Iterable[str], size: int, folder: Path) -> None:
         _limited(documents, TRAINING_CHARACTERS), vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False
     )
     folder.mkdir(parents=True, exist_ok=True)
-    bpe.save(str(folder / "tokenizer.json"))
+    try:
+        bpe.save(str(folder / "tokenizer.json"))
+    except Exception as error:  # the Rust library raises Exception for a full disk
+        raise OSError(str(error)) from error
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
 
@@ -120,22 +156,37 @@ def prepare(
         held_out_tokens: number of held-out tokens of a streamed source to keep on disk.
     """
     source = _SplitSource(spec, seed)
+    trained = tokenizer is None
     if tokenizer is None:
         name = f"tokenizer-{vocab_size}-{fingerprint(spec, vocab_size, seed, TRAINING_CHARACTERS)}"
         tokenizer = cached(cache / name, lambda folder: train_tokenizer(source.train(), vocab_size, folder))
     loaded = load_tokenizer(tokenizer)
+    if trained:
+        loaded = replace(loaded, name="trained on the data")
     name = f"tokens-{fingerprint(spec, loaded.identity, loaded.size, seed, held_out_tokens * spec.streaming)}"
 
     def build(folder: Path) -> None:
         if spec.streaming:
             write_tokens(source.held_out(), loaded, folder / "held_out.bin", limit=held_out_tokens)
         else:
-            write_tokens(source.train(), loaded, folder / "train.bin")
+            skipped = Counter[str]()
+            write_tokens(source.train(skipped), loaded, folder / "train.bin")
             write_tokens(source.held_out(), loaded, folder / "held_out.bin")
+            (folder / SKIPPED).write_text(json.dumps(skipped), "utf-8")
 
     folder = cached(cache / name, build)
+    _warn_of_skipped(spec, folder)
     train = None if spec.streaming else map_tokens(folder / "train.bin", loaded.size)
     return loaded, TokenData(train, map_tokens(folder / "held_out.bin", loaded.size))
+
+
+def _warn_of_skipped(spec: DataSpec, folder: Path) -> None:
+    """Warn if the token files of `folder` lack rows of the source, which had no text."""
+    path = folder / SKIPPED
+    skipped = read_json(path, str(path)) if path.is_file() else None
+    if isinstance(skipped, dict) and skipped:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
+        warn_here(f"data {spec.source}: rows without text were skipped ({counts})", stacklevel=2)
 
 
 class _SplitSource:
@@ -155,12 +206,12 @@ class _SplitSource:
             )
         return self._threshold
 
-    def _documents(self, split: str) -> Iterator[str]:
+    def _documents(self, split: str, skipped: Counter[str] | None = None) -> Iterator[str]:
         spec = self.spec
-        return stream_documents(spec, split, seed=None) if spec.streaming else local_documents(spec)
+        return stream_documents(spec, split, seed=None) if spec.streaming else local_documents(spec, skipped)
 
-    def train(self) -> Iterator[str]:
-        documents = self._documents(self.spec.train_split)
+    def train(self, skipped: Counter[str] | None = None) -> Iterator[str]:
+        documents = self._documents(self.spec.train_split, skipped)
         if self.spec.eval_split is not None and self.spec.streaming:
             return documents
         return (text for text in documents if document_hash(text, self.seed) >= self.threshold)

@@ -19,6 +19,7 @@ from torch import Tensor
 from mols_ds.core.handle import Handle
 from mols_ds.core.json_types import JsonObject
 from mols_ds.training.batches import Batches, BatchShape, MicroBatch
+from mols_ds.training.checkpointer import Retention
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,13 @@ class TrainJob:
         eval_every, save_every: updates between evaluations and between checkpoints; 0: only at the end.
         log_every: updates between lines of the metrics file.
         resume: continue from the newest checkpoint in `out`.
+        changed: the resumed run has other settings than its checkpoint, which apply.
+        about: the names of model, data and tokenizer, for the first line of the metrics.
         probe_ahead: mode "probe" measures the batches that training uses next, not those of the probe stream. So no arm
             of a comparison sees more text than another.
-        keep_last: save a checkpoint after the last update.
+        save_at_end: save a checkpoint after the last update.
+        keep: which checkpoints stay; None: all.
+        profile: updates to trace on rank 0.
         stop_diverged: end when the loss is not finite, with a held-out loss of NaN.
         preemptible: SIGTERM and SIGUSR1 end the run with a checkpoint.
         shown: rank 0 shows the progress.
@@ -54,8 +59,12 @@ class TrainJob:
     save_every: int = 0
     log_every: int = 1
     resume: bool = False
+    changed: bool = False
+    about: JsonObject = field(default_factory=dict)
     probe_ahead: bool = False
-    keep_last: bool = True
+    save_at_end: bool = True
+    keep: Retention | None = None
+    profile: int = 0
     stop_diverged: bool = False
     preemptible: bool = False
     shown: bool = True
@@ -121,6 +130,7 @@ class TrainBackend(ABC):
         device: of tensors in collectives.
         node_local: each node has the checkpoint files of its own ranks.
         universal: load the checkpoint that the engine's own file names, not the loop's newest.
+        extendable: a resumed run may have more steps than its checkpoint's.
         option: format of a setting for users, such as "--{}".
     """
 
@@ -131,6 +141,7 @@ class TrainBackend(ABC):
     device: torch.device
     node_local: bool = False
     universal: bool = False
+    extendable: bool = True
 
     @property
     def identity(self) -> Mapping[str, object]:
@@ -169,6 +180,22 @@ class TrainBackend(ABC):
     def parameters(self) -> Iterable[Tensor]:
         """Return this rank's weights."""
 
+    def grad_norm(self) -> float | None:
+        """Return the norm of the last update's gradient before clipping, on rank 0; None if the engine has none."""
+        return None
+
+    def snr(self) -> dict[str, float] | None:
+        """Return the SNR of each group from Adam's moments after this update, if it was read; the same on all ranks."""
+        return None
+
+    def flops_per_token(self) -> float | None:
+        """Return the FLOPs of forward and backward for one token; None if they are not known."""
+        return None
+
+    def peak_flops(self) -> float | None:
+        """Return the nominal FLOP/s of one device in the dtype of the model; None if they are not known."""
+        return None
+
     def after_update(self) -> None:  # noqa: B027 - most engines have nothing to do here
         """Run after each update, outside the measured time of the step."""
 
@@ -197,6 +224,9 @@ class TrainBackend(ABC):
         Raises:
             MolsCheckpointError: it cannot be loaded.
         """
+
+    def use_settings(self) -> None:  # noqa: B027
+        """Put this run's rate, schedule and optimizer settings over those of the loaded checkpoint."""
 
     @abstractmethod
     def close(self) -> None:

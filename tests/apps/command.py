@@ -110,3 +110,16 @@ def job_arguments(paths: dict[str, Path], out: Path, *more: str) -> list[str]:
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The lines of OUT/metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def events_of(folder: Path) -> dict[str, list[float]]:
+    """The values of TensorBoard's event files in a folder, by name, in the order of the steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, list[float]] = {}
+    for place in sorted({path.parent for path in folder.rglob("events.*")}):
+        reader = EventAccumulator(str(place))
+        reader.Reload()
+        for name in reader.Tags()["scalars"]:
+            found.setdefault(name, []).extend(event.value for event in reader.Scalars(name))
+    return found

@@ -40,21 +40,26 @@ def write_job(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def whole_and_resumed(config: str, folder: str, middle: int) -> tuple[int, int, int]:
-    """Runs on ranks: the job in one go, and from a copy of its checkpoint of step `middle` on. Returns both statuses
-    and that of a run with other evaluations."""
+def whole_and_resumed(config: str, folder: str, middle: int) -> tuple[int, ...]:
+    """Runs on ranks: the job in one go, and from a copy of its checkpoint of step `middle` on. Returns both statuses,
+    that of a run with other evaluations, and those of the resumed run at half the rate and with another seed."""
     import torch.distributed as dist
 
     from mols_ds.apps.train_megatron.main import main
 
-    whole, part = Path(folder) / "whole", Path(folder) / "part"
+    whole, part, slower = (Path(folder) / name for name in ("whole", "part", "slower"))
     first = main(["--config", config, "--out", str(whole)])
-    if dist.get_rank() == 0:
-        (part / "checkpoints").mkdir(parents=True)
-        shutil.copytree(whole / "checkpoints" / f"step{middle}", part / "checkpoints" / f"step{middle}")
-        (part / "checkpoints" / "latest").write_text(f"step{middle}", "utf-8")
-        shutil.copy(whole / "metrics.jsonl", part)
+    for copy in (part, slower):
+        if dist.get_rank() == 0:
+            (copy / "checkpoints").mkdir(parents=True)
+            shutil.copytree(whole / "checkpoints" / f"step{middle}", copy / "checkpoints" / f"step{middle}")
+            (copy / "checkpoints" / "latest").write_text(f"step{middle}", "utf-8")
+            shutil.copy(whole / "metrics.jsonl", copy)
+            shutil.copy(whole / "run.json", copy)
     dist.barrier()
     second = main(["--config", config, "--out", str(part), "--resume"])
     never = ["--set", "run.eval_every=0", "--set", "run.save_every=0"]
-    return first, second, main(["--config", config, "--out", str(Path(folder) / "blind"), *never])
+    third = main(["--config", config, "--out", str(Path(folder) / "blind"), *never])
+    resumed = ["--config", config, "--out", str(slower), "--resume"]
+    refused = main([*resumed, "--set", "run.seed=7"])
+    return first, second, third, main([*resumed, "--set", "optimizer.lr=5e-3"]), refused

@@ -11,7 +11,19 @@ from typing import Any
 
 import pytest
 
-from tests.apps.command import TINY_CONFIG, TRAIN, Done, free_port, job_arguments, read_metrics, run, write_job
+from mols_ds import cli
+from mols_ds.training.trainer import TIMED
+from tests.apps.command import (
+    TINY_CONFIG,
+    TRAIN,
+    Done,
+    events_of,
+    free_port,
+    job_arguments,
+    read_metrics,
+    run,
+    write_job,
+)
 from tests.helpers.harness import run_ranks
 
 pytestmark = pytest.mark.jobs
@@ -32,12 +44,13 @@ def succeeded(done: Done) -> Done:
 
 def updates(out: Path) -> list[dict[str, Any]]:
     """The metrics without the times, which differ between runs."""
-    return [{key: value for key, value in line.items() if key != "step_seconds"} for line in read_metrics(out)]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in read_metrics(out)]
 
 
-def test_shim_compares_both_arms_on_two_processes(tmp_path: Path) -> None:
-    paths = write_job(tmp_path)
-    arguments = job_arguments(paths, tmp_path / "out", "--steps", str(STEPS), "--compare", "adam")
+def test_shim_compares_both_arms_on_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = write_job(tmp_path, tensorboard={"enabled": True})
+    more = ["--steps", str(STEPS), "--compare", "adam", "--snr-every", "2"]
+    arguments = job_arguments(paths, tmp_path / "out", *more)
     done = succeeded(
         run("deepspeed", *ports(), "--num_gpus", "2", "--config", paths["config"], TRAIN, *arguments, cwd=tmp_path)
     )
@@ -55,6 +68,19 @@ def test_shim_compares_both_arms_on_two_processes(tmp_path: Path) -> None:
     assert adam[-2]["loss"] != mols[-2]["loss"]
     assert {line.get("phase") for line in adam} == {"disabled", None}
     check_contract(mols)
+    logged = [line for line in done.stdout.splitlines() if line.startswith("mols: step ")]
+    assert len(logged) == STEPS and all("gradient norm" in line and "tokens/s" in line for line in logged)
+    assert sum("held-out" in line for line in logged) == sum("val_loss" in line for line in mols[:-1])
+    assert "mols: measuring gradients: batch 4 of 4" in done.stdout.splitlines()
+    assert [line["step"] for line in mols if "snr_moments" in line] == [2, 4, 6]
+    (measured,) = (line["snr"] for line in mols if "snr" in line)
+    found = events_of(out / "tensorboard")
+    assert found["Train/Samples/snr_qk"] == pytest.approx([measured["qk"]])
+    assert found["Train/Samples/applied_lr_qk"][-1] == pytest.approx(mols[-2]["applied_lrs"]["qk"])
+    assert {f"Train/Samples/{name}" for name in ("grad_norm", "alpha_qk", "snr_moments_qk", "lr")} <= set(found)
+    assert cli.main(["report", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"SNR and rates over the run: {out / 'mols' / 'mols_run.png'}"
+    assert (out / "mols" / "mols_run.png").stat().st_size > 10_000
     summary = json.loads((out / "compare.json").read_text("utf-8"))
     assert summary["mols"]["val_loss"] == mols[-1]["val_loss"]
 
@@ -63,8 +89,8 @@ def check_contract(lines: list[dict[str, Any]]) -> None:
     """The keys that other tools rely on."""
     *steps, final = lines
     for line in steps:
-        wanted = {"step", "tokens", "loss", "lr", "multipliers", "phase"}
-        assert set(line) - {"val_loss"} == wanted
+        wanted = {"step", "tokens", "loss", "lr", "multipliers", "phase", "grad_norm", "applied_lrs"}
+        assert set(line) - {"val_loss", "run", "snr", "snr_moments"} == wanted
         assert line["tokens"] == line["step"] * 4 * 32
     assert "val_loss" in steps[-1]
     assert set(final) == {"final", "val_loss", "val_ppl", "tokens", "alphas"}

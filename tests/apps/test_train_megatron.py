@@ -30,10 +30,12 @@ from mols_ds.training.megatron_config import (
 from mols_ds.training.megatron_settings import read
 from mols_ds.training.tokens import Tokenizer
 from mols_ds.training.train_job import TrainJob
-from tests.apps.command import ROOT, read_metrics, run
-from tests.apps.megatron_job import STEPS, TRAIN, whole_and_resumed, write_job
+from mols_ds.training.trainer import TIMED
+from tests.apps.command import ROOT, events_of, read_metrics, run
+from tests.apps.megatron_job import STEPS, TINY, TRAIN, whole_and_resumed, write_job
 from tests.helpers.harness import run_ranks
 
+CONTRACT = {"step", "tokens", "loss", "lr", "multipliers", "phase", "step_seconds"}
 LAPTOP = Machine(None, "the package transformer_engine is not installed", None)
 HOPPER = Machine("2.9.0", "", (9, 0), wgrad_kernel=True, cuda=(12, 9))
 WORLDS = {"tiny": 1, "tiny_tp2_pp2": 4, "llama_60m": 8, "llama_7b_tp2_pp2": 8, "llama_70b_tp8_pp8_fp8": 512}
@@ -216,7 +218,8 @@ def test_skipped_iterations_count_and_only_many_in_a_row_end_the_run(
 
 @pytest.mark.jobs
 def test_torchrun_compares_both_arms_on_two_stages(tmp_path: Path) -> None:
-    path = write_job(tmp_path, parallel={"pp": 2})
+    board = str(tmp_path / "board")
+    path = write_job(tmp_path, parallel={"pp": 2}, run={**TINY["run"], "tensorboard_dir": board})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN]
     out = tmp_path / "out"
     done = run(*launch, "--config", path, "--out", out, "--compare", "adam", cwd=tmp_path)
@@ -239,7 +242,7 @@ def test_torchrun_compares_both_arms_on_two_stages(tmp_path: Path) -> None:
     assert {line.get("phase") for line in adam} == {"disabled", None}
     *steps, final = mols
     for line in steps:
-        assert set(line) - {"val_loss"} == {"step", "tokens", "loss", "lr", "multipliers", "phase", "step_seconds"}
+        assert set(line) >= CONTRACT and {"grad_norm", "tokens_per_second", "memory_bytes"} <= set(line)
         assert line["tokens"] == line["step"] * 4 * 32
     assert final["final"] is True
     assert set(final) == {"final", "val_loss", "val_ppl", "tokens", "alphas"}
@@ -250,6 +253,10 @@ def test_torchrun_compares_both_arms_on_two_stages(tmp_path: Path) -> None:
     # Warm-up over a tenth of the steps, here one, then cosine to a tenth of the rate
     assert steps[0]["lr"] == pytest.approx(1e-2)
     assert steps[-1]["lr"] < steps[1]["lr"]
+    found = events_of(Path(board))
+    assert found["applied_lr_qk"][-1] == pytest.approx(steps[-1]["applied_lrs"]["qk"])
+    assert found["snr_qk"][-1] == pytest.approx(next(line["snr"] for line in steps if "snr" in line)["qk"])
+    assert {"loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "alpha_qk"} <= set(found)
 
 
 @pytest.mark.jobs
@@ -265,14 +272,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         run={"save_every": 3, "eval_every": 1},
         mols=online,
     )
-    assert run_ranks(whole_and_resumed, 2, str(path), str(tmp_path), 3, timeout=240) == [(0, 0, 0)] * 2
+    assert run_ranks(whole_and_resumed, 2, str(path), str(tmp_path), 3, timeout=240) == [(0, 0, 0, 0, 2)] * 2
 
     def updates(name: str, *without: str) -> list[dict[str, Any]]:
         lines = read_metrics(tmp_path / name)
-        return [{key: value for key, value in line.items() if key not in ("step_seconds", *without)} for line in lines]
+        return [{key: value for key, value in line.items() if key not in (*TIMED, *without)} for line in lines]
 
     assert [line["phase"] for line in updates("whole")[1:4]] == ["calibrating"] * 3
     assert updates("part") == updates("whole")
     assert updates("blind", "val_loss") == updates("whole", "val_loss")
+    slower = [line["lr"] / other["lr"] for line, other in zip(updates("slower")[:-1], updates("whole"), strict=False)]
+    assert slower == pytest.approx([1.0] * 3 + [0.5] * 3)
     latest = tmp_path / "part" / "checkpoints" / "latest"
     assert latest.read_text("utf-8") == f"step{STEPS}"

@@ -24,7 +24,7 @@ from mols_ds.training.compare import run_arms
 from mols_ds.training.preemption import SIGNALS, Preempted
 from mols_ds.training.progress import Progress
 from mols_ds.training.train_job import Outcome, StepResult, TrainBackend, TrainJob
-from mols_ds.training.trainer import METRICS, Metrics, Trainer, discards_updates, has_checkpoint, train
+from mols_ds.training.trainer import METRICS, TIMED, Metrics, Trainer, has_checkpoint, probe_samples, train
 
 SHAPE = BatchShape(length=1, micro=1, accumulation=2, rank=0, world=1)
 STEPS, START, SAMPLES = 8, 3, 4
@@ -168,7 +168,7 @@ def setup_of(job: TrainJob) -> Setup:
 
 def lines_of(out: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "step_seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
 
 
 def saved_in(out: Path) -> list[str]:
@@ -205,7 +205,10 @@ def test_lines_of_the_metrics_have_their_keys_in_order(tmp_path: Path) -> None:
     *steps, final = lines_of(tmp_path)
     for line in steps:
         evaluated = ["val_loss"] if line["step"] in (4, 8) else []
-        assert list(line) == ["step", "tokens", "loss", *evaluated, "lr", "multipliers", "phase"]
+        off = ["step_seconds", "tokens_per_second", "memory_bytes"]
+        assert [key for key in line if key not in (*off, "snr")] == [
+            "step", "tokens", "loss", *evaluated, "lr", "multipliers", "phase", "applied_lrs",
+        ]  # fmt: skip
     assert [line["phase"] for line in steps] == ["waiting"] * 2 + ["calibrating"] + ["fixed"] * 5
     assert [line["multipliers"] for line in steps] == [{}] * 3 + [{"qk": 2.0}] * 5
     assert [line["loss"] for line in steps] == [sum(range(step)) for step in range(1, STEPS + 1)]
@@ -221,7 +224,7 @@ def test_lines_of_the_metrics_have_their_keys_in_order(tmp_path: Path) -> None:
         ({}, [8], ["step8"], [1, 2, 3, 4, 5, 6, 7, 8]),
         ({"eval_every": 3, "save_every": 3, "log_every": 3}, [3, 6, 8], ["step3", "step6", "step8"], [3, 6, 8]),
         ({"eval_every": 5, "save_every": 4, "log_every": 4}, [5, 8], ["step4", "step8"], [4, 5, 8]),
-        ({"keep_last": False, "log_every": 7}, [8], [], [7, 8]),
+        ({"save_at_end": False, "log_every": 7}, [8], [], [7, 8]),
     ],
 )
 def test_schedules_of_evaluations_checkpoints_and_lines(
@@ -273,11 +276,33 @@ def test_a_run_resumed_at_its_end_evaluates_and_saves_nothing(tmp_path: Path) ->
     assert (tmp_path / "checkpoints" / "step8").stat().st_ino == before
 
 
-@pytest.mark.parametrize(("changes", "made"), [({"seed": 2}, "--seed 1, not 2"), ({"steps": 9}, "--steps 8, not 9")])
+@pytest.mark.parametrize(("changes", "made"), [({"seed": 2}, "--seed 1, not 2"), ({"steps": 7}, "--steps 8, not 7")])
 def test_another_run_s_checkpoint_is_refused(changes: dict[str, Any], made: str, tmp_path: Path) -> None:
     train(job_of(tmp_path))
     with pytest.raises(MolsCheckpointError, match=f"^--resume: the checkpoint was made with {made}$"):
         train(job_of(tmp_path, resume=True, **changes))
+
+
+def test_a_finished_run_is_extended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about: JsonObject = {"model": "m", "data": "d", "tokenizer": "t"}
+    longer = job_of(tmp_path / "whole", PROBE, steps=12, eval_every=4, about=about)
+    whole = train(longer)
+    train(job_of(tmp_path / "part", PROBE, eval_every=4, about=about))
+    rest = job_of(tmp_path / "part", PROBE, steps=12, eval_every=4, about=about, resume=True)
+    assert replace(train(rest), seconds=0.0) == replace(whole, seconds=0.0)
+    assert setup_of(rest).trained == [9, 10, 11, 12]
+    lines = lines_of(tmp_path / "part")
+    assert lines == lines_of(tmp_path / "whole")
+    assert [line.get("run") for line in lines] == [about, *[None] * 12]
+    said = "--resume: extended from 8 to 12 steps; by this run's schedule the rate of step 9 stays 0.5"
+    assert said in capsys.readouterr().out.splitlines()
+
+
+def test_an_engine_that_cannot_be_extended_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(job_of(tmp_path))
+    monkeypatch.setattr(Backend, "extendable", False)
+    with pytest.raises(MolsCheckpointError, match=r"--steps 8, not 9$"):
+        train(job_of(tmp_path, steps=9, resume=True))
 
 
 def test_another_program_s_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -349,7 +374,7 @@ def infinite_at(update: int) -> Callable[[int], None]:
 
 
 def test_a_diverged_run_ends_where_it_may(tmp_path: Path) -> None:
-    job = job_of(tmp_path, stop_diverged=True, keep_last=False, before_update=infinite_at(3))
+    job = job_of(tmp_path, stop_diverged=True, save_at_end=False, before_update=infinite_at(3))
     outcome = train(job)
     assert outcome.val_loss != outcome.val_loss
     assert setup_of(job).trained == [1, 2, 3, 4]
@@ -368,9 +393,10 @@ def test_ranks_but_the_first_write_no_metrics(tmp_path: Path) -> None:
 
 
 def test_only_mode_probe_discards_updates() -> None:
-    assert discards_updates(PROBE)
-    assert not discards_updates(ONLINE)
-    assert not discards_updates(None)
+    assert probe_samples(PROBE) == SAMPLES
+    assert probe_samples({**PROBE, "samples": "auto", "max_samples": 40}) == 40
+    assert not probe_samples(ONLINE)
+    assert not probe_samples(None)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ differently than intended. Each check calls the code that raises, with a stand-i
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import os
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from mols_ds.core.files import read_text
 from mols_ds.core.json_text import parse_json
 from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.engines.deepspeed.compat import module as deepspeed_module
+from mols_ds.engines.deepspeed.config_keys import misspelt_keys
 from mols_ds.engines.deepspeed.config_reader import config_name
 from mols_ds.errors import MolsConfigError, MolsError
 
@@ -109,22 +109,9 @@ def _ranks_meant(config: JsonMapping) -> int:
 
 def _misspelt(findings: Findings, config: JsonMapping) -> None:
     """Warn of unknown top-level keys that resemble a key of DeepSpeed. DeepSpeed ignores unknown keys."""
-    known = _known_keys()
-    for key in config:
-        if key not in known and key != "mols":
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-            if close:
-                found = f'DeepSpeed does not know the key "{key}" and ignores it'
-                findings.add("warning", "config.keys", found, f'did you mean "{close[0]}"?')
-
-
-def _known_keys() -> set[str]:
-    """Collect all lowercase strings of DeepSpeed's config modules: the top-level keys, and more."""
-    known = set[str]()
-    for name in ("constants", "zero.config", "config", "activation_checkpointing.config"):
-        module = deepspeed_module(f"deepspeed.runtime.{name}")
-        known |= {value for value in vars(module).values() if isinstance(value, str) and value.islower()}
-    return known | {"tensorboard", "wandb", "csv_monitor", "comms_logger", "flops_profiler", "tensor_parallel"}
+    for key, near in misspelt_keys(config).items():
+        found = f'DeepSpeed does not know the key "{key}" and ignores it'
+        findings.add("warning", "config.keys", found, f'did you mean "{near}"?')
 
 
 def _auto(findings: Findings, config: JsonMapping) -> None:

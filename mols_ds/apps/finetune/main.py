@@ -11,6 +11,7 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,12 +27,32 @@ from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import tell
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training.batches import BatchShape
-from mols_ds.training.cli_utils import USER_MISTAKE, Parser, above_zero, add_timeout, not_negative, positive, share
+from mols_ds.training.checkpointer import Retention
+from mols_ds.training.cli_utils import (
+    USER_MISTAKE,
+    Parser,
+    above_zero,
+    add_saving,
+    add_timeout,
+    not_negative,
+    positive,
+    share,
+)
 from mols_ds.training.compare import run_arms
 from mols_ds.training.deepspeed_backend import DeepSpeedSetup
-from mols_ds.training.ds_config import BATCH_KEYS, check_with_deepspeed, model_dtype, native_bf16, read_config, resolve
+from mols_ds.training.ds_config import (
+    BATCH_KEYS,
+    check_keys,
+    check_with_deepspeed,
+    model_dtype,
+    native_bf16,
+    read_config,
+    resolve,
+)
 from mols_ds.training.models import zero_init
 from mols_ds.training.ranks import check_run, run_command, silence_output, start_ranks
+from mols_ds.training.resume_settings import job_settings
+from mols_ds.training.run_folder import add_output_arguments, claim, settle
 from mols_ds.training.sources import DataSpec, check_hub
 from mols_ds.training.train_job import TrainJob
 
@@ -55,9 +76,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     add("--model", required=True, help="transformers checkpoint folder or hub name")
-    add("--out", type=Path, help="output folder (default runs/<model>-<method>)")
     add("--compare", choices=["adam"], help="first train the same without MoLS, then compare")
-    add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    add_output_arguments(parser, "runs/<model>-<method>")
     _run_arguments(parser)
     _adapter_arguments(parser)
     _data_arguments(parser)
@@ -83,8 +103,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--activation-checkpointing", action="store_true", help="recompute activations in backward")
     add("--eval-every", type=not_negative, help="steps between held-out losses (default: a fifth of all steps)")
     add("--eval-examples", type=positive, default=256, help="held-out examples to evaluate")
-    add("--save-every", type=not_negative, default=0, help="steps between checkpoints (0: the end only)")
-    add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
+    add_saving(run)
     add_timeout(run)
 
 
@@ -143,11 +162,13 @@ def run(args: argparse.Namespace) -> None:
         _evaluate_only(args)
         return
     raw = read_config(args.config)
+    check_keys(raw, args.config, args.optimizer)
     spec = DataSpec.parse(args.data, eval_share=args.eval_share)
     held_out_spec = None if args.eval_data is None else DataSpec.parse(args.eval_data)
     for source in filter(None, (spec, held_out_spec)):
         check_hub(source)
-    cutoff = _cutoff(args, load_config(args.model))
+    model_config = load_config(args.model)
+    cutoff = _cutoff(args, model_config)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     check_run(args, raw)
     asked = _asked(args)
@@ -155,6 +176,24 @@ def run(args: argparse.Namespace) -> None:
         spec, held_out_spec, tokenizer=tokenizer, template=args.template, cutoff=cutoff, seed=args.seed
     )
     rank, world = start_ranks(args.timeout)
+    with claim(args.out, overwrite=args.overwrite, rank=rank):
+        folders, dtype = _train(args, raw, model_config, tokenizer, data, held_out, cutoff, rank, world)
+        if rank == 0:
+            _after(args, folders, asked, tokenizer, dtype)
+
+
+def _train(
+    args: argparse.Namespace,
+    raw: JsonObject,
+    model_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Tokenized,
+    held_out: Tokenized,
+    cutoff: int,
+    rank: int,
+    world: int,
+) -> tuple[list[Path], torch.dtype]:
+    """Train one or two arms. Returns their folders and the dtype of the model."""
     config = _config(args, raw, world, len(data))
     steps = config.pop("steps")
     shape = BatchShape(
@@ -166,6 +205,13 @@ def run(args: argparse.Namespace) -> None:
     torch.distributed.barrier()  # from here on ranks run together
     if rank == 0:
         _print_summary(args, config, data, held_out, steps, world)
+    adapters = _adapters(args)
+    lora = {} if adapters is None else {f"lora_{key}": value for key, value in asdict(adapters).items()}
+    resolved = argparse.Namespace(**{**vars(args), **lora, "steps": steps, "cutoff": cutoff, "epochs": None})
+    text = {"examples": data.digest, "held_out": held_out.digest}
+    settings = job_settings(PROGRAM, resolved, config, model=model_config.to_diff_dict(), text=text, processes=world)
+    changed = settle(args.out, settings, resume=args.resume, rank=rank)
+    about = {"model": args.model, "data": args.data, "tokenizer": args.tokenizer or args.model}
     setup = DeepSpeedSetup(
         config=config, model=partial(_model, args, config, len(tokenizer), rank),
         held_out=held_out_batches(held_out, shape, args.eval_examples, pad),
@@ -175,10 +221,9 @@ def run(args: argparse.Namespace) -> None:
         setup=setup, batches=batches, shape=shape, rank=rank, steps=steps, out=args.out, seed=args.seed,
         eval_every=max(1, steps // 5) if args.eval_every is None else args.eval_every,
         save_every=args.save_every, log_every=args.log_every, resume=args.resume, preemptible=True,
+        changed=changed, about=about, keep=Retention(args.keep_last, args.keep_every),
     )  # fmt: skip
-    folders = run_arms(job, compare=bool(args.compare))
-    if rank == 0:
-        _after(args, folders, asked, tokenizer, model_dtype(config))
+    return run_arms(job, compare=bool(args.compare)), model_dtype(config)
 
 
 def _cutoff(args: argparse.Namespace, config: PretrainedConfig) -> int:
@@ -281,7 +326,8 @@ def _print_summary(
     stage = config.get("zero_optimization", {}).get("stage", 0)
     precision = str(model_dtype(config)).removeprefix("torch.")
     tell(
-        f"{Path(args.model).name}, {len(data):,} examples, {len(held_out):,} held out, {steps} steps of "
+        f"{args.model}, data {args.data}, tokenizer {args.tokenizer or args.model}, {len(data):,} examples, "
+        f"{len(held_out):,} held out, {steps} steps of "
         f"{config['train_batch_size']} examples, rate {config['optimizer']['params']['lr']:g}, {world} processes, "
         f"ZeRO {stage}, {precision}, into {args.out}"
     )

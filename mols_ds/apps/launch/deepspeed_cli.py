@@ -5,7 +5,8 @@ to the script. The script gets the file as the arguments `--deepspeed --deepspee
 variables do not reach other nodes. Every rank runs the script through run_script.py (beside this file), which calls
 `mols_ds.patch()`.
 
-SIGTERM and SIGUSR1 go to the ranks on all nodes: they save a checkpoint and exit with 0, then the launcher exits.
+SIGTERM, SIGUSR1 and Ctrl-C go to the ranks on all nodes: they save a checkpoint and exit with 0, then the launcher
+exits. A second Ctrl-C kills the ranks of this machine.
 mols_ds/apps/launch/signals.py describes what DeepSpeed's launcher does by itself.
 """
 
@@ -30,7 +31,8 @@ from mols_ds.engines.deepspeed import compat
 from mols_ds.engines.deepspeed.config_reader import read_config
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.training.cli_utils import USER_MISTAKE, Parser, print_line, shell_status
-from mols_ds.training.preemption import SIGNALS
+from mols_ds.training.preemption import LISTENED
+from mols_ds.training.preflight import check_job, is_job
 
 if TYPE_CHECKING:
     from deepspeed.launcher.multinode_runner import MultiNodeRunner
@@ -43,6 +45,8 @@ PROGRAM = "deepspeed"
 CONFIG_OPTIONS = ("--deepspeed_config", "--config")
 ROOT = str(Path(__file__).resolve().parents[3])
 RUNNER = "deepspeed.launcher.runner"
+NODE_LAUNCHER = "deepspeed.launcher.launch"
+LAUNCH_NODE = str(Path(__file__).with_name("launch_node.py").resolve())
 RUN_SCRIPT = str(Path(__file__).with_name("run_script.py").resolve())
 UNMAPPED = ("OpenMPIRunner", "MVAPICHRunner", "SlurmRunner")
 """Runners of DeepSpeed (launcher/multinode_runner.py) that start the script directly, without a master address."""
@@ -91,6 +95,7 @@ class _Job:
         self.process: Any = None
         self.end: Any = None
         """The runner's own SIGTERM handler: with pdsh, it kills the launchers of all nodes."""
+        self.interrupted = False
 
     # -- replacements of the runner's functions
 
@@ -110,6 +115,8 @@ class _Job:
             if not parsed.module and not parsed.no_python and not os.path.isfile(parsed.user_script):
                 raise MolsConfigError(f"{parsed.user_script}: no such script")
             parsed.user_args = script_arguments(parsed.user_args, parsed.ds_config)
+            if is_job(parsed.user_script):
+                check_job(parsed.user_args)
             _run_patched(parsed)
             self.args = parsed
             return parsed
@@ -129,7 +136,7 @@ class _Job:
         """Wrap the runner's `Popen`. The first process is the job; the runner starts others to end it."""
 
         def popen(command: Sequence[str], **options: object) -> Process:
-            process = stock(command, **options)
+            process = stock(deaf_launcher(command), **options)
             self.process = self.process or process
             return process
 
@@ -137,7 +144,7 @@ class _Job:
 
     def listen(self, number: int, handler: Handler) -> Handler:
         """Replace the runner's `signal.signal`, which it calls only with pdsh."""
-        if number not in SIGNALS:
+        if number not in LISTENED:
             return signal.signal(number, handler)
         self.end = handler
         return signal.getsignal(number)
@@ -145,16 +152,25 @@ class _Job:
     # -- signals
 
     def forward(self, number: int, frame: FrameType | None) -> None:
-        """Forward SIGTERM or SIGUSR1 to the ranks. Launchers that forward signals (mpirun, srun) get SIGUSR1, which
-        they pass to all ranks; on SIGTERM, mpirun would kill the ranks."""
+        """Forward a signal to the ranks, except a first Ctrl-C that they have heard themselves.
+
+        Launchers that forward signals (mpirun, srun) get SIGUSR1, which they pass to all ranks; on SIGTERM, mpirun
+        would kill the ranks.
+        """
         if self.process is None:
             sys.exit(shell_status(-number))
+        if number == signal.SIGINT and self.interrupted:
+            send(ranks_below(os.getpid()), signal.SIGKILL)
+            return
+        self.interrupted |= number == signal.SIGINT
         several = (len(self.active) > 1 or self.args.force_multi) and not self.args.no_ssh
         if several and self.args.launcher.lower() == "pdsh":
-            if not self.reached(number):
+            if not self.reached(signal.SIGTERM if number == signal.SIGINT else number):
                 self.end(number, frame)
         elif several:
             self.process.send_signal(signal.SIGUSR1)
+        elif number == signal.SIGINT and in_foreground():
+            return
         elif not send(ranks_below(os.getpid()), number):
             later = threading.Timer(IDLE_SECONDS, self.process.terminate)
             later.daemon = True
@@ -218,18 +234,39 @@ def _changed(runner: ModuleType, job: _Job) -> Iterator[None]:
         vars(runner).update(stock)
 
 
+def deaf_launcher(command: Sequence[str]) -> list[str]:
+    """Return the command of DeepSpeed's launcher on this machine with `LAUNCH_NODE` in its place."""
+    words = list(command)
+    if NODE_LAUNCHER in words:
+        where = words.index(NODE_LAUNCHER)
+        if words[where - 1] == "-m":
+            words[where - 1 : where + 1] = [LAUNCH_NODE]
+    return words
+
+
+def in_foreground() -> bool:
+    """Whether this process is in the foreground of a terminal, whose Ctrl-C goes to its child processes too."""
+    try:
+        with open("/dev/tty", "rb") as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def _listening(job: _Job) -> Iterator[None]:
-    """Forward SIGTERM and SIGUSR1 to the job's ranks, unless another handler is set."""
+    """Forward signals to the job's ranks, unless another handler is set."""
     main_thread = threading.current_thread() is threading.main_thread()
-    ours = [number for number in SIGNALS if main_thread and signal.getsignal(number) is signal.SIG_DFL]
+    stock = (signal.SIG_DFL, signal.default_int_handler)
+    ours = {number: signal.getsignal(number) for number in LISTENED if main_thread}
+    ours = {number: handler for number, handler in ours.items() if handler in stock}
     for number in ours:
         signal.signal(number, job.forward)
     try:
         yield
     finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,7 +39,10 @@ def start_job(job: str, argv: Sequence[str]) -> int:
     if count == 1:
         return _rank(job, rest)
     from mols_ds.apps.launch.signals import main
+    from mols_ds.training.preflight import check_job
 
+    if job != "train-megatron":
+        check_job(rest)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     return main(["run", "--", *launch, "-m", "mols_ds", job, *rest])
 

@@ -6,6 +6,9 @@ ranks 30 s later and always fails; SIGUSR1 kills it without a signal to its rank
 the ranks one by one, with up to 30 s each, and fails. Ranks that get the signal directly end cleanly, and so does the
 launcher. The ranks agree on the step among themselves, so a signal to those of one node is enough.
 
+Ctrl-C and a closed terminal do the same here: the launcher runs in a process group of its own, which the terminal does
+not signal. A second Ctrl-C ends everything at once.
+
     python -m mols_ds.signals run torchrun --nnodes 2 ... train.py ...   instead of `torchrun ...`
     python -m mols_ds.signals send SIGUSR1 --port 29500                  to the ranks on this machine, from anywhere
     python -m mols_ds.signals finished runs/7b                           status 0 if the run finished its last step
@@ -44,6 +47,7 @@ from mols_ds.training.preemption import SIGNALS
 PROGRAM = "mols_ds.apps.launch.signals"
 METRICS = ("metrics.jsonl", "mols/metrics.jsonl")
 """Metrics files of a run, and of the second arm of a comparison. Training writes the last line after its last step."""
+FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)
 SENT = "was sent to"
 GRACE_SECONDS = 600.0
 """Seconds that ranks get to finish a step and save. The cluster's own limit is usually shorter."""
@@ -131,6 +135,7 @@ class Supervisor:
         self._heard = 0
         self._first: int | None = None
         self._told: set[int] = set()
+        self._interrupted = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._heard = number
@@ -139,12 +144,13 @@ class Supervisor:
     def run(self) -> int:
         """Run the launcher. Return its exit status, or 128 + n if signal n ended it, also before any rank started."""
         # The launcher and new ranks ignore SIGUSR1 until they handle it: it is for ranks that already train.
-        former = {number: signal.getsignal(number) for number in SIGNALS}
+        former = {number: signal.getsignal(number) for number in (*SIGNALS, *FROM_TERMINAL)}
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        process = subprocess.Popen(self.command)
+        process = subprocess.Popen(self.command, process_group=0)
         try:
-            for number in SIGNALS:
-                signal.signal(number, self._note)
+            for number, handler in former.items():
+                if handler != signal.SIG_IGN or number in SIGNALS:  # nohup
+                    signal.signal(number, self._note)
             status = self._wait(process)
         finally:
             for number, handler in former.items():
@@ -156,6 +162,9 @@ class Supervisor:
         while (status := _status(process)) is None:
             if self._heard:
                 number, self._heard = self._heard, 0
+                if number == signal.SIGINT and self._interrupted:
+                    return self._kill(process)
+                self._interrupted |= number == signal.SIGINT
                 told = self._forward(process.pid, number)
                 patience = self.grace if told else min(self.grace, IDLE_SECONDS)
                 limit = min(limit or float("inf"), time.monotonic() + patience)
@@ -167,8 +176,9 @@ class Supervisor:
         """Forward a signal to the ranks. Return True if there are any."""
         ranks = ranks_below(pid)
         self._told |= {rank.pid for rank in ranks}
-        print_line(PROGRAM, f"{signal.Signals(number).name} goes to {len(ranks)} ranks")
-        return send(ranks, number) > 0
+        if number not in FROM_TERMINAL:
+            print_line(PROGRAM, f"{signal.Signals(number).name} goes to {len(ranks)} ranks")
+        return send(ranks, signal.SIGTERM if number == signal.SIGHUP else number) > 0
 
     def _began_again(self, pid: int) -> bool:
         """Return True if the launcher started new ranks after the signal: it mistook the exit for a failure."""
@@ -177,10 +187,15 @@ class Supervisor:
     def _end(self, process: subprocess.Popen[bytes]) -> int:
         """End the launcher and all its descendants."""
         print_line(PROGRAM, "ending the launcher")
+        return self._kill(process, KILL_SECONDS)
+
+    def _kill(self, process: subprocess.Popen[bytes], patience: float = 0.0) -> int:
+        """Kill the launcher and all its descendants; with `patience`, first ask the launcher to end within seconds."""
         everything = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(KILL_SECONDS)
+        if patience:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
         send(everything, signal.SIGKILL)
         process.wait()
         return -(self._first or signal.SIGTERM)

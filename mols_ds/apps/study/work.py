@@ -126,7 +126,7 @@ class Worker:
             save_every=study.save_every,
             resume=has_checkpoint(out),
             probe_ahead=tokens.train is not None,  # a stream cannot be rewound: it is measured on separate batches
-            keep_last=False,
+            save_at_end=False,
             stop_diverged=True,
             shown=False,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +17,15 @@ from mols_ds.apps.train_megatron.checkpoint import TorchDistCheckpoint
 from mols_ds.apps.train_megatron.dataset import Batch
 from mols_ds.core.handle import Handle
 from mols_ds.core.json_types import JsonObject
+from mols_ds.core.log import GuardedWriter
 from mols_ds.errors import MolsError
 from mols_ds.training.megatron_build import Built, build
-from mols_ds.training.megatron_config import GridSizes, transformer_config
+from mols_ds.training.megatron_config import GridSizes, dtype_of, padded_vocabulary, transformer_config
 from mols_ds.training.megatron_settings import Settings
+from mols_ds.training.param_groups import group_options, restore_options
+from mols_ds.training.speed import device_name, flops_per_token, peak_flops
 from mols_ds.training.train_job import StepResult, TrainBackend, TrainJob
+from mols_ds.training.writers import Writers
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -86,12 +90,21 @@ class MegatronBackend(TrainBackend):
     """
 
     option = "run.{}"
+    extendable = False  # Megatron's data set is shuffled for a number of steps
 
     def __init__(self, job: TrainJob, setup: MegatronSetup, built: Built, mols: Handle) -> None:
         self.job, self.setup, self.built, self.mols = job, setup, built, mols
         self.rank, self.world, self.device = job.rank, setup.grid.world, _device()
-        self.skipped = 0
+        self.skipped = self._number = 0
+        self._norm: float | None = None
+        self._writers: Writers | None = None
+        if job.rank == 0:
+            GuardedWriter()("monitor", self._open_writers)
         self.checkpoint = TorchDistCheckpoint(built, mols, reshardable=setup.settings.run.reshardable_checkpoints)
+
+    def _open_writers(self) -> None:
+        settings = self.setup.settings
+        self._writers = Writers(settings.run, self.job.out, settings.model_dump(mode="json", by_alias=True))
 
     # -- training
 
@@ -109,7 +122,9 @@ class MegatronBackend(TrainBackend):
             chunk.zero_grad_buffer()
         self.built.optimizer.zero_grad()
         sums = self._pass(batches, self.job.shape.accumulation)
-        successful, *_ = self.built.optimizer.step()
+        successful, norm, _ = self.built.optimizer.step()
+        self._norm = None if norm is None else float(norm)
+        self._number = number
         if not measures:
             self._advance(bool(successful), number)
         return StepResult(sums, updated=not measures)
@@ -153,6 +168,25 @@ class MegatronBackend(TrainBackend):
                 sums += one["sums"].to("cpu", torch.float64)
         return sums
 
+    def grad_norm(self) -> float | None:
+        """See `TrainBackend`."""
+        return self._norm
+
+    def flops_per_token(self) -> float | None:
+        """See `TrainBackend`. None for experts, and with pipeline or tensor parallelism: this rank has a part."""
+        config, shape = self.built.config, self.job.shape
+        if config.num_moe_experts or config.tensor_model_parallel_size > 1 or config.pipeline_model_parallel_size > 1:
+            return None
+        model = self.setup.settings.model
+        looked_up = 0 if model.tied_embeddings else padded_vocabulary(self.setup.vocab_size, self.setup.settings)
+        weights = sum(parameter.numel() for parameter in self.parameters()) - looked_up * config.hidden_size
+        width = config.num_attention_heads * config.kv_channels
+        return flops_per_token(weights, config.num_layers, width, shape.length)
+
+    def peak_flops(self) -> float | None:
+        """See `TrainBackend`."""
+        return peak_flops(device_name(self.device), dtype_of(self.setup.settings))
+
     def mean_loss(self, losses: Tensor) -> float:
         """See `TrainBackend`: the mean over targets."""
         total, count = self.total(losses).tolist()
@@ -180,6 +214,11 @@ class MegatronBackend(TrainBackend):
         """See `TrainBackend`."""
         return (parameter for chunk in self.built.chunks for parameter in chunk.parameters())
 
+    def write_events(self, values: Mapping[str, float]) -> None:
+        """See `TrainBackend`. Writes to TensorBoard and W&B, by number of updates."""
+        if self._writers is not None:
+            self._writers(values, self._number)
+
     # -- checkpoints
 
     def checkpoint_writer(self, step: int, counted: JsonObject) -> Callable[[Path], None]:
@@ -189,11 +228,19 @@ class MegatronBackend(TrainBackend):
     def load_checkpoint(self, folder: Path, tag: str | None) -> JsonObject | None:
         """See `TrainBackend`."""
         assert tag is not None  # not `universal`
+        self._options = group_options(self.built.optimizer.param_groups)
         return self.checkpoint.load(folder, tag)
+
+    def use_settings(self) -> None:
+        """See `TrainBackend`."""
+        restore_options(self.built.optimizer.param_groups, self._options)
+        self.built.scheduler.step(increment=0)
 
     def close(self) -> None:
         """See `TrainBackend`."""
         self.mols.detach()
+        if self._writers is not None:
+            GuardedWriter()("monitor", self._writers.close)
 
 
 def _device() -> torch.device:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Text:
     cache: str
     held_out: Tokens
     tokenizer: Tokenizer
+    digests: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -83,7 +84,7 @@ def prepare_text(
     folder = source.with_name(source.name + "-megatron")
     train = tokens.train
     cached(folder, lambda made: write_indexed(train, loaded, str(made / "text")), "data.cache_dir")
-    return Text(str(folder / "text"), str(folder / "samples"), tokens.held_out, loaded)
+    return Text(str(folder / "text"), str(folder / "samples"), tokens.held_out, loaded, tokens.digests)
 
 
 def write_indexed(tokens: Tokens, tokenizer: Tokenizer, prefix: str) -> None:

@@ -22,9 +22,10 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.log import tell
 from mols_ds.errors import MolsConfigError, MolsWarning, printable
 from mols_ds.training.batches import BatchShape
+from mols_ds.training.checkpointer import Retention
 from mols_ds.training.cli_utils import USER_MISTAKE as USER_MISTAKE
 from mols_ds.training.cli_utils import Parser, add_timeout
-from mols_ds.training.compare import ADAM, run_arms
+from mols_ds.training.compare import run_arms
 from mols_ds.training.megatron_build import start_grid, start_ranks
 from mols_ds.training.megatron_config import (
     GridSizes,
@@ -36,10 +37,12 @@ from mols_ds.training.megatron_config import (
     uses_engine,
 )
 from mols_ds.training.megatron_settings import Settings, read
-from mols_ds.training.ranks import run_command
+from mols_ds.training.ranks import check_run, run_command
+from mols_ds.training.resume_settings import flatten
+from mols_ds.training.run_folder import add_output_arguments, claim, settle
 from mols_ds.training.sources import DataSpec
 from mols_ds.training.train_job import TrainJob
-from mols_ds.training.trainer import has_checkpoint
+from mols_ds.training.writers import check_writers
 
 PROGRAM = "train_megatron.py"
 
@@ -49,9 +52,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog=PROGRAM, description="Pre-train a decoder language model with Megatron-core and MoLS.")
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="config file, such as configs/megatron/tiny.yaml")
-    add("--out", type=Path, help="output folder (default: run.out, or runs/<config>)")
     add("--compare", choices=["adam"], help="first train the same without MoLS, then compare")
-    add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    add_output_arguments(parser, "run.out, or runs/<config>")
     add(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="changes",
         help="override a value of the config, such as run.steps=100; may be given several times",
@@ -68,11 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Run with parsed arguments. Checks everything it can before anything slow starts."""
     settings = read(args.config, args.changes)
-    out = args.out or Path(settings.run.out or Path("runs") / f"megatron_{Path(args.config).stem}")
-    if args.compare and not (settings.mols is not None and settings.mols.get("enabled", True)):
-        raise MolsConfigError(f"--compare adam: config {args.config} has no enabled mols section to compare with")
-    if args.resume and not has_checkpoint(out / ADAM if args.compare else out):
-        raise MolsConfigError(f"--resume: there is no checkpoint below {out}; leave it out to start a new run")
+    args.out = args.out or Path(settings.run.out or Path("runs") / f"megatron_{Path(args.config).stem}")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     grid = GridSizes.of(settings, world)
     passes = micro_batches(settings, grid)
@@ -88,11 +86,11 @@ def run(args: argparse.Namespace) -> None:
         refuse_streamed(spec)
         if settings.data.tokenizer is not None and not Path(settings.data.tokenizer).is_dir():
             raise MolsConfigError(f"data.tokenizer: {settings.data.tokenizer}: no such folder")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MolsConfigError(f"--out {out}: {error.strerror or error}") from error
-        _train(args, _with_report(settings, out), spec, grid, passes, machine, out)
+        check_writers(settings.run)
+        check_run(args, {"mols": settings.mols})
+        rank, _ = start_ranks(args.timeout)
+        with claim(args.out, overwrite=args.overwrite, rank=rank):
+            _train(args, _with_report(settings, args.out), spec, grid, passes, machine, rank)
 
 
 def _megatron_context(settings: Settings) -> contextlib.AbstractContextManager[None]:
@@ -122,15 +120,14 @@ def _train(
     grid: GridSizes,
     passes: int,
     machine: Machine,
-    out: Path,
+    rank: int,
 ) -> None:
     from megatron.core import parallel_state
 
-    rank, _ = start_ranks(args.timeout)
     start_grid(settings, grid, args.timeout)
     plan = settings.run
     shape = BatchShape(plan.seq_len, settings.batch.micro, passes, parallel_state.get_data_parallel_rank(), grid.data)
-    cache = Path(settings.data.cache_dir) if settings.data.cache_dir else out.resolve().parent / "cache"
+    cache = Path(settings.data.cache_dir) if settings.data.cache_dir else args.out.resolve().parent / "cache"
     text = prepare_text(
         spec, cache, tokenizer=Path(settings.data.tokenizer) if settings.data.tokenizer else None,
         vocab_size=settings.model.vocab_size, seed=plan.seed, held_out_tokens=plan.eval_sequences * plan.seq_len,
@@ -141,13 +138,19 @@ def _train(
     engine = uses_engine(settings, machine)
     if rank == 0:
         _print_summary(args, settings, text, shape, grid, engine)
+    digests = {"tokenizer": text.tokenizer.digest, **text.digests}
+    plain = {**flatten(settings.model_dump(mode="json", by_alias=True)), **flatten(digests, "text.")}
+    settled = {"program": PROGRAM, "processes": grid.world, **plain}
+    changed = settle(args.out, settled, resume=args.resume, rank=rank)
     setup = MegatronSetup(
         settings=settings, machine=machine, grid=grid, held_out=held_out, vocab_size=text.tokenizer.size, engine=engine
     )
     job = TrainJob(
-        setup=setup, batches=batches, shape=shape, rank=rank, steps=plan.steps, out=out, seed=plan.seed,
+        setup=setup, batches=batches, shape=shape, rank=rank, steps=plan.steps, out=args.out, seed=plan.seed,
         eval_every=max(1, plan.steps // 5) if plan.eval_every is None else plan.eval_every,
         save_every=plan.save_every, log_every=plan.log_every, resume=args.resume, preemptible=True,
+        changed=changed, keep=Retention(plan.keep_last, plan.keep_every),
+        about={"model": args.config, "data": spec.source, "tokenizer": text.tokenizer.name},
     )  # fmt: skip
     run_arms(job, compare=bool(args.compare))
 
@@ -190,6 +193,7 @@ def _print_summary(
     low = settings.precision.fp8 and f"fp8 {settings.precision.fp8_recipe}"
     layers = "Transformer Engine" if engine else "local layers"
     tell(
-        f"{Path(args.config).stem}, {text.tokenizer.size} tokens of vocabulary, {settings.run.steps} steps of "
+        f"{args.config}, data {settings.data.source}, tokenizer {text.tokenizer.name} ({text.tokenizer.size} tokens), "
+        f"{settings.run.steps} steps of "
         f"{shape.sequences} x {shape.length} tokens, {grid.world} processes, {used}, {low or precision}, {layers}"
     )

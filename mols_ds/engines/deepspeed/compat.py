@@ -181,6 +181,9 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     # training, study
     "deepspeed.ops": ("__compatible_ops__",),
     "deepspeed.runtime.config": ("DeepSpeedConfig",),
+    "deepspeed.runtime.config_utils": ("DeepSpeedConfigModel",),
+    # export
+    "deepspeed.utils.zero_to_fp32": ("get_fp32_state_dict_from_zero_checkpoint",),
     # launch
     "deepspeed.launcher.runner": (
         *("main", "parse_args", "encode_world_info", "argparse", "subprocess", "signal"),

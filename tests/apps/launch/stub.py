@@ -1,6 +1,6 @@
 """Stands for training where only signals matter, without torch: waits to be asked, saves and exits with 0.
 
-Like ranks, the processes of one --out end together when one of them has heard SIGTERM or SIGUSR1. Started with
+Like ranks, the processes of one --out end together when one of them has heard SIGTERM, SIGUSR1 or SIGINT. Started with
 --resume, it is at its last step at once.
 """
 
@@ -32,13 +32,13 @@ def main() -> int:
     def note(number: int, frame: object) -> None:
         (args.out / f"heard.{rank}").write_text(signal.Signals(number).name, "utf-8")
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN if args.deaf else note)
     (args.out / f"ready.{rank}").write_text(str(os.getpid()), "utf-8")
     limit = time.monotonic() + LIMIT
     while time.monotonic() < limit:
         if any(args.out.glob("heard.*")):
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)  # as StopRequest does; Python's exit takes a handler off
             (args.out / "checkpoints" / "latest").write_text("step1", "utf-8")
             return 0

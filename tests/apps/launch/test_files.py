@@ -106,6 +106,11 @@ def test_rank_resumes_where_there_is_a_checkpoint(tmp_path: Path, made: str, res
     assert arguments() == [*start, *(["--resume"] if resumed else [])]
     assert arguments(RESUME="never") == start
     assert arguments(RESUME="always") == [*start, "--resume"]
+    place = out / "adam" if made.startswith("adam") else out
+    place.mkdir(exist_ok=True)
+    (place / "metrics.jsonl").write_text("{}", "utf-8")
+    assert arguments() == [*start, "--resume" if resumed else "--overwrite"]
+    assert arguments(RESUME="never") == [*start, "--overwrite"]
 
 
 def test_example_hostfile() -> None:

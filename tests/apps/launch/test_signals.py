@@ -5,6 +5,7 @@ The launchers are real; what they start is tests/apps/launch/stub.py, which has 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -48,6 +49,31 @@ def test_supervisor_hands_signals_to_the_ranks(tmp_path: Path, number: signal.Si
     assert f"{number.name} goes to 2 ranks" in running.text
     with started([*RUN, "--out", out, "--", "bash", "-c", BASH], tmp_path, OUT=out, MORE="--resume") as running:
         assert running.wait() == 0
+
+
+@pytest.mark.parametrize(("number", "heard_as"), [(signal.SIGINT, "SIGINT"), (signal.SIGHUP, "SIGTERM")])
+def test_a_ctrl_c_or_a_closed_terminal_is_a_signal_to_the_ranks(
+    tmp_path: Path, number: signal.Signals, heard_as: str
+) -> None:
+    """The terminal signals the supervisor's process group, in which the launcher is not."""
+    out = tmp_path / "out"
+    with started([*RUN, "--", "bash", "-c", BASH], tmp_path, OUT=out, MORE="") as running:
+        ready(running, out)
+        os.killpg(running.process.pid, number)
+        assert running.wait() == 0
+    assert heard(out) == {heard_as} and not running.text
+
+
+def test_a_second_ctrl_c_kills_the_ranks(tmp_path: Path) -> None:
+    with started([*RUN, "--", "bash", "-c", BASH], tmp_path, OUT=tmp_path / "out", MORE="--deaf") as running:
+        ready(running, tmp_path / "out")
+        ranks = signals.ranks_below(running.process.pid)
+        running.process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert running.process.poll() is None
+        running.process.send_signal(signal.SIGINT)
+        assert running.wait() == 128 + signal.SIGINT
+        assert psutil.wait_procs(ranks, 10)[1] == []
 
 
 @pytest.mark.tier("all")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from mols_ds.training.trainer import TIMED
 from tests.apps.command import ROOT, job_arguments, read_metrics, write_job
 from tests.apps.launch.network import NAMES, Hosts, two_hosts
 from tests.apps.launch.running import LAUNCH, TIME_LIMIT, finish
@@ -64,7 +65,7 @@ def one_host(bench: Bench) -> Path:
 
 def result(out: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """The lines of the metrics but for times (the last has the alphas), and the weights after the last step."""
-    lines = [{key: line[key] for key in line if key != "step_seconds"} for line in read_metrics(out)]
+    lines = [{key: line[key] for key in line if key not in TIMED} for line in read_metrics(out)]
     states = torch.load(out / "checkpoints" / f"step{STEPS}" / "mp_rank_00_model_states.pt", weights_only=False)
     return lines, states["module"]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mols_ds.training.trainer import TIMED
 from tests.tools.faults import engines
 from tests.tools.faults.engines import ENGINES, Name, Order
 from tests.tools.faults.faults import BALLAST, PHASES, Fault, Kind, Phase, fired
@@ -22,7 +23,7 @@ from tests.tools.faults.launching import OTHERWISE, TIMEOUT, Launched, run_launc
 RESTARTS = 3
 DISK_BYTES = {"megatron": 48 << 20}
 OTHER_DISK_BYTES = 16 << 20
-NOT_COMPARED = ("step_seconds",)
+NOT_COMPARED = TIMED
 
 
 @dataclass(frozen=True)
