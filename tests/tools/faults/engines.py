@@ -158,8 +158,7 @@ def _megatron(engine: Engine, order: Order) -> None:
 
     filesystem_async._results_queue = queue.Queue()  # else a server process is spawned for it, a second each
     argv = ["--config", order.data + "/job.yaml", "--out", order.out, "--timeout", str(order.timeout)]
-    if has_checkpoint(Path(order.out)):
-        argv.append("--resume")
+    argv.append("--resume" if has_checkpoint(Path(order.out)) else "--overwrite")
     run(parse_arguments(argv))
 
 
