@@ -79,7 +79,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise MolsConfigError("no config: `deepspeed --config FILE train.py`, or give --deepspeed_config FILE")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise MolsConfigError(f"--lr {args.lr} is not above 0 and finite")
-    if args.vocab_size is not None and (args.tokenizer is not None or Path(args.model or "").is_dir()):
+    if args.vocab_size is not None and (
+        args.tokenizer is not None or (args.model is not None and Path(args.model).is_dir())
+    ):
         raise MolsConfigError("--vocab-size is the size of a tokenizer to train: leave it out, this run has one")
     if args.model is None:
         args.model = str(shipped_root() / DEFAULT_MODEL)

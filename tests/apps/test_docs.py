@@ -45,6 +45,7 @@ PROGRAMS: dict[str, Parse] = {
     "mols-ds finetune": job("finetune", finetune.parse_arguments),
     "mols-ds train-megatron": job("train-megatron", train_megatron.parse_arguments),
     "mols-ds configs": sub("configs"),
+    "mols-ds export": sub("export"),
     "mols-ds completion": sub("completion"),
     "mols-ds --version": lambda argv: argparse.Namespace(),
     "mols-ds compare": sub("compare"),

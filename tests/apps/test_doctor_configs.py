@@ -84,7 +84,11 @@ def test_optimizers_that_mols_refuses(name: str, stage: int, tmp_path: Path, mon
 def test_settings_that_torchs_optimizer_refuses(tmp_path: Path) -> None:
     findings = examined(changed({"optimizer": {"type": "SGD", "params": {"lr": 0.1, "betas": [0.9, 0.95]}}}), tmp_path)
     (problem,) = [f for f in findings.items if f.level == "problem"]
-    assert "torch.optim.SGD refuses its params: TypeError" in problem.found and "optimizer.params" in problem.fix
+    assert problem.found == '"optimizer.params.betas" of SGD: unknown key' and "momentum" in problem.fix
+    wrong = {"type": "SGD", "params": {"lr": 0.1, "nesterov": True}}  # needs momentum
+    findings = examined(changed({"optimizer": wrong}), tmp_path)
+    (problem,) = [f for f in findings.items if f.level == "problem"]
+    assert "torch.optim.SGD refuses its params: ValueError" in problem.found and "optimizer.params" in problem.fix
 
 
 def test_shipped_configs_have_no_problem(capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,7 +101,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--set", "data.tokenizer=/none"], "data.tokenizer: /none: no such folder"),
     (["--resume"], "--resume: there is no checkpoint below"),
     (["--compare", "adam", "--set", "mols=null"], "write it as section.key=value"),
-    (["--compare", "adam", "--set", "mols.enabled=false"], "no enabled mols section"),
+    (["--compare", "adam", "--set", "mols.enabled=false"], 'no enabled "mols" section'),
 ]
 
 
