@@ -18,9 +18,10 @@ import torch  # noqa: E402  (reads the environment above when it is imported)
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 torch.set_num_threads(1)
-# A shell ignores Ctrl-C for what it starts in the background, and the commands of tests would inherit that.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell ignores Ctrl-C for what it starts in the background, and nohup a closed terminal; commands of tests inherit that.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 # No test depends on time: a busy machine may take seconds for one example.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")

@@ -13,14 +13,11 @@ from mols_ds.core.adam_moments import adam_moments, moment_pieces
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.group_stats import NoiseFloor
 from mols_ds.core.local_stats import LocalStats
-from mols_ds.core.schema import Estimator
 from mols_ds.engines.deepspeed.compat import Engine
 from mols_ds.engines.deepspeed.parallel.find import find_grid
 from mols_ds.engines.deepspeed.shards import find_shards
 from mols_ds.errors import MolsUnsupportedError
 from mols_ds.optim.step_trial import decay_in_moments
-
-ESTIMATORS: tuple[Estimator, ...] = ("mean", "median", "pooled", "damping")
 
 
 class Reading(TypedDict):
@@ -48,7 +45,7 @@ class SnrWatch:
     def __init__(self, every: int) -> None:
         self.every = every
         self.steps: list[int] = []
-        self.curves: dict[str, dict[str, list[float]]] = {name: {} for name in ESTIMATORS}
+        self.curves: dict[str, dict[str, list[float]]] = {name: {} for name in estimators.ESTIMATORS}
 
     def __call__(self, engine: Engine) -> None:
         if engine.global_steps % self.every:
@@ -92,7 +89,7 @@ class SnrWatch:
                 elements.add_squares(number, mu2, s2, at)
         sums = elements.take_squares()
         sums.load_packed(self._shards.reduce(sums.pack()))
-        return {name: estimators.estimate(sums, name, True) for name in ESTIMATORS}
+        return {name: estimators.estimate(sums, name, True) for name in estimators.ESTIMATORS}
 
     def _build(self, engine: Engine) -> None:
         self._engine = engine
