@@ -18,7 +18,8 @@ import torch  # noqa: E402  (reads the environment above when it is imported)
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 torch.set_num_threads(1)
-# A shell ignores Ctrl-C for what it starts in the background, and nohup a closed terminal; commands of tests inherit that.
+# A shell ignores Ctrl-C for what it starts in the background, and nohup a closed terminal. Commands that tests start
+# would inherit that.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
