@@ -190,9 +190,9 @@ class LocalStats:
         assert self.vocabulary is not None
         flags = torch.zeros(self.vocabulary.rows, dtype=torch.uint8, device="cpu")
         for optimizer in optimizers:
-            for tensor in (tensor for group in optimizer.param_groups for tensor in group["params"]):
-                square = optimizer.state.get(tensor, {}).get("exp_avg_sq")
-                square = local_part(square) if isinstance(square, Tensor) else None
+            # Not by its groups, which ZeRO-3 leaves empty between steps
+            for tensor, state in optimizer.state.items():
+                square = local_part(state["exp_avg_sq"]) if isinstance(state.get("exp_avg_sq"), Tensor) else None
                 for number, item in owned_in(tensor):
                     in_memory = square is not None and square.numel() >= item.offset + item.numel
                     if square is not None and in_memory and self.ranges[number].name in self.vocabulary.embeddings:

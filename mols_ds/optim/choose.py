@@ -51,14 +51,14 @@ def rename(section: Section, name: str) -> EditedSection:
 
 
 def _parameters(section: Section, entry: Entry | None) -> tuple[str, ...]:
-    """Return the parameter names of an optimizer."""
+    """Return the parameter names of an optimizer; empty if they are not known here."""
     name = section["type"]
     if entry is not None and (section.get("source") == "library" or not known_to_deepspeed(name)):
         return tuple(entry.settings)
     if entry is not None and entry.deepspeed is not None:
         return entry.deepspeed.parameters
-    settings = inspect.signature(getattr(torch.optim, name, dict)).parameters
-    return tuple(key for key in settings if key != "params")
+    kind = getattr(torch.optim, name, None)  # None: DeepSpeed's own, or unknown
+    return () if kind is None else tuple(key for key in inspect.signature(kind).parameters if key != "params")
 
 
 def fill(config: EditedSection, lr: float | None = None) -> None:

@@ -97,9 +97,9 @@ ROWS = (
     ),
     (
         "a half-done calibration of another mode goes on",
-        SESSION,
-        "problem = self._mode_problem(saved) or load_samples()",
-        "problem = load_samples()",
+        "mols_ds/core/resume_rules.py",
+        'if samples > 0 and saved.get("mode") != mode:',
+        "if False:",
         50,
     ),
     (
@@ -112,7 +112,7 @@ ROWS = (
     (
         "an unfrozen weight is not named",
         SESSION,
-        "            self.new_weights.check(lambda line: controller.warn(line, every_rank=True))\n",
+        "            self.new_weights.check(lambda line: self.controller.warn(line, every_rank=True))\n",
         "",
         8,
     ),

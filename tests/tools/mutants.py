@@ -184,9 +184,9 @@ MUTANTS = (
     ),
     Mutant(
         "session: a half-done calibration of another mode goes on",
-        SESSION,
-        "problem = self._mode_problem(saved) or load_samples()",
-        "problem = load_samples()",
+        RULES,
+        'if samples > 0 and saved.get("mode") != mode:',
+        "if False:",
         (f"{ZERO}/test_checkpoint_faults.py",),
     ),
     Mutant(
@@ -333,25 +333,25 @@ MUTANTS = (
         DECAY_TESTS,
     ),
     Mutant(
-        "decay: DeepSpeed's adapter scales it",
-        "mols_ds/engines/deepspeed/engine.py",
-        "unscaled_decay=unscaled_decay(shards.inner, self.config.weight_decay)",
+        "decay: DeepSpeed's and Megatron's adapters scale it",
+        "mols_ds/optim/scaling.py",
+        "unscaled_decay=unscaled_decay(optimizer, weight_decay)",
         "unscaled_decay=None",
-        (f"{ZERO}/test_weight_decay.py", "-k", "0 and unscaled and fixed", "--tier", "quick"),
+        (
+            f"{ZERO}/test_weight_decay.py",
+            "tests/engines/megatron/test_weight_decay.py",
+            "-k",
+            "(0 and unscaled and fixed) or TP2",
+            "--tier",
+            "quick",
+        ),
     ),
     Mutant(
         "decay: DeepSpeed's adapter refuses nothing",
-        "mols_ds/engines/deepspeed/checks.py",
+        "mols_ds/optim/refusals.py",
         "(decay is not None, *",
         "(False, *",
         (f"{ZERO}/test_weight_decay.py", "-k", "RMSprop", "--tier", "quick"),
-    ),
-    Mutant(
-        "decay: Megatron's adapter scales it",
-        "megatron_patches/engine.py",
-        "unscaled_decay=unscaled_decay(part.inner, self.config.weight_decay)",
-        "unscaled_decay=None",
-        ("tests/engines/megatron/test_weight_decay.py", "--tier", "quick"),
     ),
     Mutant(
         "decay: Megatron's adapter refuses nothing",
@@ -369,8 +369,8 @@ MUTANTS = (
     ),
     Mutant(
         "moments: state of another shape is read",
-        SESSION,
-        "or state[key].numel() < tensor.numel()",
+        "mols_ds/core/adam_moments.py",
+        " or state[key].numel() < tensor.numel()",
         "",
         ("tests/unit/test_adam_state.py",),
     ),
@@ -648,8 +648,8 @@ MUTANTS = (
     Mutant(
         "signals: a second one kills a rank that ends",
         "mols_ds/training/preemption.py",
-        "signal.SIG_IGN if ending else handler",
-        "handler",
+        "after if ending else handler or signal.SIG_DFL",
+        "handler or signal.SIG_DFL",
         SHARED,
     ),
     Mutant(

@@ -74,7 +74,7 @@ def check_config(
             check_schedule(findings, section, _run(resolved, total, warmup))
         if section.enabled:
             with findings.guard("config.engine"), silence():
-                _engine(findings, resolved, section)
+                _engine(findings, _as_given(resolved, config), section)
     if resolved is not None:
         with findings.guard("config.kernels", level="warning"), silence():
             _kernels(findings, resolved)
@@ -276,6 +276,16 @@ def _run(resolved: JsonMapping, steps: int | None, warmup: int | None) -> RunFac
 
 
 # ------------------------------------------------------------------ refusals of attach
+
+
+def _as_given(resolved: JsonMapping, config: JsonMapping) -> JsonMapping:
+    """Return `resolved` with DeepSpeed's optimizer where the programs take the library's because this is a CPU: other
+    loops and machines do not."""
+    given = config.get("optimizer")
+    if not isinstance(given, Mapping) or "source" in given:
+        return resolved
+    optimizer = {key: value for key, value in resolved["optimizer"].items() if key != "source"}
+    return {**resolved, "optimizer": {**optimizer, "type": given["type"]}}
 
 
 def _engine(findings: Findings, resolved: JsonMapping, section: MolsConfig) -> None:

@@ -84,7 +84,8 @@ def test_equals_the_twin(case: Case) -> None:
     truth, weights = twin(how, model, mode, found)
     if mode == "moments":
         betas = SETTINGS.beta1, SETTINGS.beta2
-        seen = tokens_of(range(START + SAMPLES), DATA[how], MICROS, VOCABULARY)
+        before = tokens_of(range(START + SAMPLES - 1), DATA[how], MICROS, VOCABULARY)  # the last step
+        seen = before if "head" in rows else None  # of a tied embedding the softmax moves every row
         values = moments.moment_values(first["moments"], _masks(model), START + SAMPLES, betas, seen)
         moments.check_rows(rows, values)
     else:
