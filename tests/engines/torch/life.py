@@ -17,6 +17,7 @@ from tests.helpers.oracle.statistics import GroupValues, gradient_sample, group_
 
 START, SAMPLES, RAMP_END, UPDATES = 1, 6, 10, 12
 REFERENCE = "vo"
+EMBEDDING = "model.embed_tokens.weight"  # of the untied models
 # eps well above the float noise, which Adam's first steps would turn into full steps
 SETTINGS = AdamSettings(lr=1e-3, eps=1e-4, weight_decay=0.1, vector_lr_factor=2.0, clip=CLIP)
 
@@ -81,15 +82,19 @@ def _full(tensor: Tensor) -> Tensor:
 
 def twin(
     how: str, model: str, mode: str, alphas: Mapping[str, float]
-) -> tuple[dict[str, GroupValues], dict[str, Tensor]]:
-    """Statistics of the samples, and the weights after UPDATES updates with these alphas."""
+) -> tuple[dict[str, GroupValues], dict[str, Tensor], Tensor | None]:
+    """Statistics of the samples, the weights after UPDATES updates with these alphas, and the tokens of mode "moments".
+
+    These are the tokens whose embedding had a gradient before the window's last step. None: a tied embedding.
+    """
     module = tiny(model)
     mask = masks(model, module)
     optimizer = ElementwiseAdamW(module, mask, SETTINGS)
     samples: list[dict[str, Tensor]] = []
     truth: dict[str, GroupValues] = {}
     ended = START if mode == "probe" else START + SAMPLES
-    t, iteration = 0, 0
+    t, iteration, before = 0, 0, None
+    tied = "lm_head.weight" not in dict(module.named_parameters())
     while t < UPDATES:
         sample = gradient_sample(module, iteration, DATA[how], MICROS)
         iteration += 1
@@ -100,7 +105,9 @@ def twin(
                 truth = group_values(samples, mask, seen)
             if mode == "probe":
                 continue
+        if t == START + SAMPLES - 1 and not tied:
+            before = (optimizer.v[EMBEDDING] != 0).any(1)
         optimizer.step(sample, 1.0, multipliers(alphas, ramp(t, ended, RAMP_END, "linear")))
         assert optimizer.norm > CLIP, "clipping must act"
         t += 1
-    return truth, {name: p.detach().clone() for name, p in module.named_parameters()}
+    return truth, {name: p.detach().clone() for name, p in module.named_parameters()}, before

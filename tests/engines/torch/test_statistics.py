@@ -11,13 +11,12 @@ import functools
 import pytest
 
 from tests.engines.torch.life import RAMP_END, REFERENCE, SAMPLES, SETTINGS, START, UPDATES, train, twin
-from tests.engines.torch.parallel import DATA, MICROS, WORLD
+from tests.engines.torch.parallel import WORLD
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle import moments
 from tests.helpers.oracle.models import masks
 from tests.helpers.oracle.reports import check_rows
-from tests.helpers.oracle.sizes import VOCABULARY
-from tests.helpers.oracle.statistics import ESTIMATORS, alphas, tokens_of
+from tests.helpers.oracle.statistics import ESTIMATORS, alphas
 from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
@@ -81,12 +80,10 @@ def test_equals_the_twin(case: Case) -> None:
     first = outcomes(case)[0]
     rows = first["report"]["groups"]
     found = {group: float.fromhex(alpha) for group, alpha in first["alphas"].items()}
-    truth, weights = twin(how, model, mode, found)
+    truth, weights, before = twin(how, model, mode, found)
     if mode == "moments":
         betas = SETTINGS.beta1, SETTINGS.beta2
-        before = tokens_of(range(START + SAMPLES - 1), DATA[how], MICROS, VOCABULARY)  # the last step
-        seen = before if "head" in rows else None  # of a tied embedding the softmax moves every row
-        values = moments.moment_values(first["moments"], _masks(model), START + SAMPLES, betas, seen)
+        values = moments.moment_values(first["moments"], _masks(model), START + SAMPLES, betas, before)
         moments.check_rows(rows, values)
     else:
         check_rows(rows, truth, estimator, RTOL)
