@@ -104,7 +104,6 @@ class MegatronMols(Session):
         table = self.controller.table
         check_counts(table, self.controller.elements, self.reduce)
         self.window = MegatronWindow(model_chunks)
-        self._hooks: list[Any] = []
         self._install(model_chunks, table)
         self.checkpoints = MegatronCheckpoints(self, optimizer, self.window, self._count_from)
         self.controller.advance(self.steps)
@@ -121,15 +120,10 @@ class MegatronMols(Session):
         """Detach: the optimizer steps as stock Megatron from here on. A second call does nothing."""
         if self.optimizer.__dict__.get("mols") is not self:
             return
-        for scaler in self.scalers:
-            scaler.remove()
-        for hook in self._hooks:
-            hook.remove()
-        self.window.restore()
+        self._release()
         self._methods.undo()
         del self.optimizer.mols
         self.checkpoints.remove()
-        self.controller.elements.free()
         self._publisher.release()
 
     # ------------------------------------------------------------------ build

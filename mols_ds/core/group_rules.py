@@ -81,7 +81,7 @@ class Fused(NamedTuple):
 class Rule(NamedTuple):
     """Search `regex` in the canonical name. `applies` (shape, config) can reject a match; None accepts every match.
 
-    unless_beside: weights of the same module, each of which rejects every match.
+    unless_beside: names of weights. The rule does not apply to a module that has one of them.
     """
 
     regex: re.Pattern[str]

@@ -192,11 +192,13 @@ class LocalStats:
         for optimizer in optimizers:
             # Not by its groups, which ZeRO-3 leaves empty between steps
             for tensor, state in optimizer.state.items():
-                square = local_part(state["exp_avg_sq"]) if isinstance(state.get("exp_avg_sq"), Tensor) else None
+                if not isinstance(square := state.get("exp_avg_sq"), Tensor):
+                    continue
+                flat = local_part(square).detach().reshape(-1)  # empty on NVMe
                 for number, item in owned_in(tensor):
-                    in_memory = square is not None and square.numel() >= item.offset + item.numel
-                    if square is not None and in_memory and self.ranges[number].name in self.vocabulary.embeddings:
-                        self.mark_rows(flags, number, item.view(square.detach().reshape(-1)) != 0)
+                    in_memory = flat.numel() >= item.offset + item.numel
+                    if in_memory and self.ranges[number].name in self.vocabulary.embeddings:
+                        self.mark_rows(flags, number, item.view(flat) != 0)
         return flags
 
     def mark_rows(self, flags: Tensor, index: int, moved: Tensor, at: int = 0) -> None:
@@ -206,7 +208,7 @@ class LocalStats:
         mark_rows(flags, item.start + at, moved, self.vocabulary.widths[item.name])
 
     def _width(self, name: str) -> int:
-        """Elements per row of a parameter with rows for tokens of which some were not seen; else 0."""
+        """Return the elements per row of a parameter with one row per token, if tokens were looked for; else 0."""
         return self.vocabulary.widths.get(name, 0) if self.vocabulary is not None and self.seen is not None else 0
 
     def _split(self, start: int, width: int, first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -94,3 +94,13 @@ class Context:
     reduce_max: Callable[[Tensor], Tensor] = lambda values: values
     columns: Mapping[str, int] = field(default_factory=dict)
     layouts: Mapping[str, ElementLayout] | None = None
+
+
+class OpenStep(NamedTuple):
+    """An update that has begun: its number t, the scheduler's rates, whether it ends a "moments" window, whether
+    `StepGuard` watches it."""
+
+    t: int
+    base_lrs: dict[str, float]
+    reads_moments: bool
+    guarded: bool

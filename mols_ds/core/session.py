@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from mols_ds.core.lr_scaler import LRScaler
 from mols_ds.core.new_weights import NewWeights
 from mols_ds.core.pieces import local_part, zero_pieces
 from mols_ds.core.probe_window import ProbeWindow
-from mols_ds.core.protocols import GradientSource
+from mols_ds.core.protocols import GradientSource, OpenStep
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.resume_rules import changed, other_mode, reenabled_warning, section_of
 from mols_ds.core.vocabulary import TokenIds
@@ -37,16 +37,6 @@ from mols_ds.errors import MolsError
 
 GUARDED_STEPS = 2
 """Number of scaled steps to watch: one that creates optimizer state, one that finds it."""
-
-
-class OpenStep(NamedTuple):
-    """An update that has begun: its number t, the scheduler's rates, whether it ends a "moments" window, whether
-    `StepGuard` watches it."""
-
-    t: int
-    base_lrs: dict[str, float]
-    reads_moments: bool
-    guarded: bool
 
 
 class Session(Handle, ABC):
@@ -77,12 +67,20 @@ class Session(Handle, ABC):
         self._kept_buffers: set[str] = set()
         self._warned_no_forward = False
         self._token_ids = TokenIds(self._see_ids)
+        self._hooks: list[Any] = []
 
     @property
     def controller(self) -> Controller:
         """Groups, phases, accumulators and report."""
         assert self._controller is not None, "the adapter makes the controller when it attaches"
         return self._controller
+
+    def _release(self) -> None:
+        """The part of `detach` that all engines share: rates, hooks, state of a probe window, accumulators."""
+        for undone in (*self.scalers, *self._hooks):
+            undone.remove()
+        self.window.restore()
+        self.controller.elements.free()
 
     # ------------------------------------------------------------------ for subclasses
 

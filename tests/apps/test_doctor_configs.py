@@ -91,6 +91,14 @@ def test_settings_that_torchs_optimizer_refuses(tmp_path: Path) -> None:
     assert "torch.optim.SGD refuses its params: ValueError" in problem.found and "optimizer.params" in problem.fix
 
 
+@pytest.mark.parametrize("name", ["adagrad", "Muon"])
+def test_an_optimizer_is_judged_as_it_is_written(name: str, tmp_path: Path) -> None:
+    """On a CPU the programs take the library's Muon. `mols_ds.initialize` takes DeepSpeed's, which it refuses."""
+    findings = examined(changed({"optimizer": {"type": name, "params": {"lr": 1e-3}}}), tmp_path)
+    found = [f.found for f in findings.items if f.level == "problem"]
+    assert len(found) == (name == "Muon") and all("MoLS does not support Muon" in line for line in found)
+
+
 def test_shipped_configs_have_no_problem(capsys: pytest.CaptureFixture[str]) -> None:
     from mols_ds.apps.doctor.deepspeed_config import check_config
 

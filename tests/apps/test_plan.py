@@ -358,3 +358,12 @@ def test_copies_of_flat_shards(
     waiting, _, ramping = made["phases"]
     if offload:
         assert ramping["host"]["copies"] == 4 * scaled and "copies" not in waiting["host"]
+
+
+@pytest.mark.parametrize(("key", "found"), [("exclude", 4096), ("include", 0)])
+def test_the_all_reduce_of_tokens_has_a_byte_per_row(
+    key: str, found: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config(tmp_path, mols={"start": 10, "samples": 16, "unseen_rows": key})
+    status, out, _ = plan(capsys, TINY, "--config", file, "--cluster", str(CLUSTERS[0]), "--steps", "1000", "--json")
+    assert status == 0 and json.loads(out)["calibration"]["tokens_bytes"] == found

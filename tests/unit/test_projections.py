@@ -85,7 +85,7 @@ def test_a_fused_weight_that_does_not_fit_its_config(
     with pytest.raises(MolsConfigError, match=message) as error:
         build_layouts({name: shape}, config)
     assert repr(name) in str(error.value) and "rule" in str(error.value)
-    assert build_layouts({name: shape}, config, [(re.escape(name), "qk")]) == {name: whole("qk")}, "the way out works"
+    assert build_layouts({name: shape}, config, [(re.escape(name), "qk")]) == {name: whole("qk")}, "the rule works"
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ def _inner(resolved: JsonMapping) -> object:
     section = resolved["optimizer"]
     params = section.get("params") or {}
     name = BUILT.get(section["type"].lower(), "")
-    if name in ("", "Adagrad"):
-        name = name or section["type"]
+    if not name:
+        name = section["type"]
         try:
             return getattr(torch.optim, name)([torch.nn.Parameter(torch.zeros(2))], **params)
         except Exception as error:  # any type can come from where a value is used

@@ -45,6 +45,7 @@ def document(job: Planned) -> JsonObject:
         "messages": [message._asdict() | {"sent": message.sent} for message in job.messages_of(number)],
         "calibration": {
             "sums_bytes": job.sums(),
+            "tokens_bytes": job.tokens(),
             "agreement_bytes": 8 * job.samples if job.mode == "probe" else 0,
             "accumulator_bytes": job.accumulators(footprint).kept,
         },

@@ -76,6 +76,11 @@ class PlanJob(ABC):
     def precision(self) -> str:
         """Return fp32, bf16 or fp8: selects the peak rate."""
 
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """Rows of the word embedding, padding included."""
+
     @abstractmethod
     def axes(self) -> list[list[Change]]:
         """List alternative changes by kind. At most one of each kind is made."""
@@ -165,6 +170,11 @@ class PlanJob(ABC):
         """Return the bytes of the all-reduce at the end of a calibration."""
         return sums_bytes(self.groups, max(self.samples, MIN_SAMPLES_CORRECTED)) if self.mode != "fixed" else 0
 
+    def tokens(self) -> int:
+        """Return the bytes of the all-reduces that find the tokens of a calibration: one per row."""
+        looked_for = self.mols is not None and self.mode != "fixed" and self.mols.unseen_rows == "exclude"
+        return self.vocabulary if looked_for else 0
+
     def times(self) -> Times:
         number = self.heaviest()
         footprint = self.footprints()[number]
@@ -177,7 +187,7 @@ class PlanJob(ABC):
             elements=footprint.measured,
             device=self.device,
             host_gradients="gradients" in footprint.host,
-            sums=self.sums(),
+            reduced=self.sums() + self.tokens(),
         )
 
 
@@ -225,6 +235,10 @@ class ZeroJob(PlanJob):
 
     def precision(self) -> str:
         return "fp32" if self.zero.weight_bytes == 4 else "bf16"
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.decoder.config.vocab_size)
 
     def summary(self) -> list[str]:
         z = self.zero
@@ -304,6 +318,10 @@ class MegatronJob(PlanJob):
 
     def flops(self) -> float:
         return self.plan.gpt.flops(self.batch, self.length) / self.ranks
+
+    @property
+    def vocabulary(self) -> int:
+        return self.plan.gpt.vocab
 
     def precision(self) -> str:
         return "fp8" if self.fp8 else "fp32" if self.plan.weight_bytes == 4 else "bf16"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mols_ds.apps.plan.parts import KINDS
 from mols_ds.core.json_types import JsonMapping
+from mols_ds.core.vocabulary import CHUNK
 from mols_ds.errors import MolsConfigError, printable
 
 if TYPE_CHECKING:
@@ -104,6 +105,10 @@ def _messages(plan: JsonMapping) -> Table:
     if sums:
         ranks = f"{plan['cluster']['ranks']} all"
         table.add_row("MoLS, once: group sums", "all-reduce", ranks, "1", size(sums), size(sums), size(2 * sums))
+    if tokens := plan["calibration"]["tokens_bytes"]:
+        calls = -(-tokens // CHUNK)
+        call = size(min(tokens, CHUNK))
+        table.add_row("MoLS, once: tokens", "all-reduce", ranks, str(calls), size(tokens), call, size(2 * tokens))
     if asked:
         samples = plan["mols"]["samples"]
         table.add_row("MoLS, in all: agreement", "all-reduce", ranks, str(samples), size(asked), "8 B", size(2 * asked))

@@ -69,10 +69,11 @@ def times(
     elements: int,
     device: Device,
     host_gradients: bool,
-    sums: int,
+    reduced: int,
 ) -> Times:
     """Compute the times of a run. elements: measured by a rank; host_gradients: gradients are in host memory (offload);
-    sums: bytes of the final all-reduce. Assumes that a probe step takes as long as a training step."""
+    reduced: bytes of the all-reduces that end a calibration. Assumes that a probe step takes as long as a training
+    step."""
     inside = cluster.nodes == 1
     share = cluster.memory_gbs if device == "accelerator" else cluster.host_memory_gbs / cluster.accelerators
     sampled = samples if mode in ("probe", "online") else 0
@@ -80,7 +81,7 @@ def times(
     traffic += elements * (MOMENTS_BYTES if mode == "moments" else SUMS_BYTES if sampled else 0)
     crosses = device == "cpu" and not host_gradients
     moved = sampled * elements * 4 if crosses else 0
-    sent = 0 if mode == "fixed" else ring("all-reduce", sums, cluster.ranks)
+    sent = 0 if mode == "fixed" else ring("all-reduce", reduced, cluster.ranks)
     sent += samples * ring("all-reduce", AGREEMENT, cluster.ranks) if mode == "probe" else 0
     return Times(
         step=step,

@@ -91,13 +91,9 @@ class EngineMols(Session):
         """Remove MoLS from the engine, which steps as a stock one from now on. A second call does nothing."""
         if getattr(self.engine, "mols", None) is not self:
             return
-        for hook in self._hooks:
-            hook.remove()
-        self.window.restore()
-        self.scaler.remove()
+        self._release()
         self._methods.undo()
         self.checkpoints.remove()
-        self.controller.elements.free()
         self._publisher.release()
         del self.engine.mols
 

@@ -25,12 +25,12 @@ from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import make_plan
 from mols_ds.core.new_weights import NewWeights, without_untrained
 from mols_ds.core.phases import resolve_schedule
-from mols_ds.core.protocols import Context, window_of_others_schedule
+from mols_ds.core.protocols import Context, OpenStep, window_of_others_schedule
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.rank_checks import check_counts, same_everywhere, together
 from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.core.resume_rules import section_of
-from mols_ds.core.session import OpenStep, Session
+from mols_ds.core.session import Session
 from mols_ds.engines.torch.checkpoint import TorchCheckpoints
 from mols_ds.engines.torch.checks import check_supported, unwrapped
 from mols_ds.engines.torch.gradient_watch import GradientWatch
@@ -71,7 +71,6 @@ class TorchMols(Session):
         self._opened: OpenStep | None = None
         self._early: bool | None = None  # result of `read_gradients` for the current step
         self._read_after = 0  # backward passes before it
-        self._hooks: list[Any] = []
 
         def build() -> list[object]:
             self._build(total_steps)
@@ -100,17 +99,12 @@ class TorchMols(Session):
         """Remove MoLS: the optimizers step as stock ones from now on. A second call does nothing."""
         if getattr(self.optimizers[0], "mols", None) is not self:
             return
-        for scaler in self.scalers:
-            scaler.remove()
-        for hook in self._hooks:
-            hook.remove()
-        self.window.restore()
+        self._release()
         self.watch.stop()
         if self.loss_scaler is not None:
             self.loss_scaler.remove()
         for methods in self._methods:
             methods.undo()
-        self.controller.elements.free()
         self._publisher.release()
         for optimizer in self.optimizers:
             del optimizer.mols
