@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler as schedulers
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.phases import Schedule, resolve_schedule, summed_rate_step
 from mols_ds.errors import MolsConfigError
-from mols_ds.optim.rate_curve import LONGEST, rate_curve
+from mols_ds.optim.rate_curve import rate_curve
 
 KINDS: dict[str, Callable[[Optimizer], Any]] = {
     "lambda": lambda o: schedulers.LambdaLR(o, lambda t: min(1.0, (t + 1) / 20)),
@@ -69,7 +69,7 @@ def test_a_rate_that_is_a_tensor_stays_as_it_is() -> None:
     assert float(optimizer.param_groups[0]["lr"]) == 0.25
 
 
-def test_unknown_curves() -> None:
+def test_unknown_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     class Odd:
         def __init__(self, optimizer: Optimizer) -> None:
             self.optimizer = optimizer
@@ -82,7 +82,10 @@ def test_unknown_curves() -> None:
     begun = schedulers.ExponentialLR(optimizer_of(), 0.9)
     begun.last_epoch = 3
     assert rate_curve(begun, 4.0) is None
-    endless = schedulers.LambdaLR(optimizer_of(), lambda t: (t + 1) / LONGEST)
+    monkeypatch.setattr("mols_ds.optim.rate_curve.LONGEST", 1000)
+    ends = schedulers.LambdaLR(optimizer_of(), lambda t: min(1.0, (t + 1) / 499))
+    assert len(rate_curve(ends, 4.0) or []) == 997
+    endless = schedulers.LambdaLR(optimizer_of(), lambda t: (t + 1) / 1000)
     assert rate_curve(endless, 4.0) is None
 
 

@@ -11,7 +11,8 @@ from mols_ds.optim.rate_curve import rate_curve
 from tests.engines.deepspeed.engines import LR, config, engine_of
 from tests.engines.deepspeed.loops import iterate
 from tests.engines.deepspeed.state import inner_optimizer
-from tests.helpers.harness import run_cases
+from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "WarmupLR log": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 9}},
@@ -33,6 +34,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "none": {},
 }  # fmt: skip
 SUMMED, SAMPLES, TOTAL = 3.0, 4, 60
+CASES = Cases(SCHEDULERS, quick=["WarmupLR log", "none"])
 
 
 def run(kind: str) -> dict[str, Any]:
@@ -55,11 +57,11 @@ def run(kind: str) -> dict[str, Any]:
 
 
 @functools.cache
-def results() -> Any:
-    return run_cases(run, 1, [(kind,) for kind in SCHEDULERS])
+def results() -> Results:
+    return run_cases(run, 1, [(kind,) for kind in CASES.wanted])
 
 
-@pytest.mark.parametrize("kind", SCHEDULERS)
+@CASES.parametrize("kind")
 def test_the_calibration_starts_where_the_rates_add_up(kind: str) -> None:
     found = results()[(kind,)][0]
     rates, report = found["rates"], found["report"]

@@ -10,11 +10,12 @@ import pytest
 from tests.engines.megatron import building
 from tests.engines.megatron.grids import tiny
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.tiers import Cases
 
 pytestmark = pytest.mark.distributed
 
 SUMMED, SAMPLES, WARMUP, UPDATES = 3.0, 4, 8, 60
-STYLES = ("linear", "cosine", "inverse-square-root")
+STYLES = Cases(("linear", "cosine", "inverse-square-root"), quick=["linear"])
 
 
 def run(style: str) -> dict[str, Any]:
@@ -39,10 +40,10 @@ def run(style: str) -> dict[str, Any]:
 
 @functools.cache
 def results() -> Results:
-    return run_cases(run, 1, [(style,) for style in STYLES])
+    return run_cases(run, 1, [(style,) for style in STYLES.wanted])
 
 
-@pytest.mark.parametrize("style", STYLES)
+@STYLES.parametrize("style")
 def test_the_calibration_starts_where_the_rates_add_up(style: str) -> None:
     found = results()[(style,)][0]
     rates, peak = found["rates"], tiny().lr
