@@ -41,7 +41,8 @@ KINDS: tuple[dict[str, Any], ...] = (
 )
 ACTIONS = 16
 CHANGEABLE = (
-    "alpha_max", "estimator", "reference", "mode", "samples", "ramp", "ramp_end", "recalibrate", "fixed_alphas", "start"
+    "alpha_max", "estimator", "unseen_rows", "reference", "mode",
+    "samples", "ramp", "ramp_end", "recalibrate", "fixed_alphas", "start"
 )  # fmt: skip
 FREEZABLE = ("lm_head.weight", "layers.0.q_proj.weight", "layers.1.up_proj.weight")
 FREEZABLE_IN_MEGATRON = ("output_layer.weight", "decoder.layers.1.mlp.linear_fc2.weight")
@@ -118,6 +119,7 @@ class _Dealer:
             "alpha_max": dice.choice((10.0, 1.3, None)),
             "alpha_min": dice.choice((0.1, 0.9)),
             "ramp": dice.choice(("linear", "cosine")),
+            "unseen_rows": dice.choice(("exclude", "exclude", "include")),
             "granularity": self.granularity,
             "report_dir": "report",
         }

@@ -155,6 +155,8 @@ class MegatronScale(Scale):
 class MegatronTwin(Twin):
     """Steps are updates; gradients of unused parameters are 0; one base rate."""
 
+    embedding = "embedding.word_embeddings.weight"
+
     def _build(self) -> None:
         setting = self.setting
         self.model: Any = PlainGPT(setup_of(setting)).to(DTYPES[setting.precision])
@@ -212,12 +214,15 @@ class MegatronTwin(Twin):
     def _gradient(self, step: Step) -> dict[str, Tensor]:
         setting, total = self.setting, dict[str, Tensor]()
         setup, replicas = setup_of(setting), setting.replicas
+        self.looked_up = torch.zeros(self._rows, dtype=torch.bool)
         self._to_model()
         for number in range(setup.micro_batches):
             rank = number % replicas
             self.model.zero_grad()
             unused = step.unused if step.on is None or rank in step.on else ()
-            loss = self.model(tokens(setup, self.batches, number), unused)
+            ids = tokens(setup, self.batches, number)
+            self.looked_up[ids] = True
+            loss = self.model(ids, unused)
             loss = loss * float("nan") if step.bad == rank else loss
             (loss * self._loss_scale / setup.micro_batches).backward()
             for name, p in self.model.named_parameters():
@@ -227,7 +232,8 @@ class MegatronTwin(Twin):
         return total
 
     def _discard(self, mols: Mols, gradients: Mapping[str, Tensor], finite: bool) -> None:
-        mols.sample(self.steps, self._whole(gradients, self._loss_scale) if finite else None)
+        whole = self._whole(gradients, self._loss_scale) if finite else None
+        mols.sample(self.steps, whole, self.looked_up)
         if not finite:
             self.scale.update(True)
         if not mols.discards:

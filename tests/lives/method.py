@@ -17,6 +17,7 @@ from torch import Tensor
 DEFAULTS: dict[str, Any] = {  # of docs/deepspeed.md
     "mode": "probe",
     "estimator": "damping",
+    "unseen_rows": "exclude",
     "noise_floor_correction": True,
     "reference": "vo",
     "alpha_min": 0.1,
@@ -28,7 +29,11 @@ DEFAULTS: dict[str, Any] = {  # of docs/deepspeed.md
     "weight_decay": "scaled",
 }
 CUT = 1 / 256  # mode "moments": below this share of m^2 the noise is lost in rounding (docs/method.md)
-OF_THE_ALPHAS = ("samples", "mode", "estimator", "noise_floor_correction", "reference", "alpha_min", "alpha_max")
+OF_THE_ALPHAS = (
+    "samples", "mode", "estimator", "unseen_rows", "noise_floor_correction", "reference", "alpha_min", "alpha_max"
+)  # fmt: skip
+ROWS = ("embed_tokens", "lm_head", "word_embeddings", "output_layer")
+"""Parameters with a row for each token."""
 """Keys that say how alphas are measured: a resumed run whose checkpoint has alphas keeps them, and says so."""
 
 
@@ -68,35 +73,52 @@ class Statistics:
         return float((positive / (1 + positive)).sqrt().mean())
 
 
-def of_samples(samples: Sequence[Mapping[str, Tensor]], groups: Mapping[str, str]) -> dict[str, Statistics]:
+def in_seen_rows(name: str, shape: torch.Size, seen: Tensor | None) -> Tensor:
+    """Bool (numel,): elements that are not in the row of a token that did not occur. seen: bool (rows,), None: all."""
+    mask = torch.ones(shape, dtype=torch.bool)
+    if seen is not None and name.split(".")[-2] in ROWS:
+        mask[~seen] = False
+    return mask.flatten()
+
+
+def of_samples(
+    samples: Sequence[Mapping[str, Tensor]], groups: Mapping[str, str], seen: Tensor | None
+) -> dict[str, Statistics]:
     """From K gradients of the measured parameters, by group."""
     k, result = len(samples), {}
     for group in dict.fromkeys(groups.values()):
         names = [name for name, its in groups.items() if its == group]
         stacked = torch.stack([torch.cat([sample[name].flatten() for name in names]) for sample in samples]).double()
+        moved = int((stacked != 0).any(0).sum())
+        stacked = stacked[:, torch.cat([in_seen_rows(name, samples[0][name].shape, seen) for name in names])]
         mu, s2 = stacked.mean(0), stacked.var(0, correction=1)
         shrink = (k - 3) / (k - 1) if k > 1 else 0.0
-        result[group] = Statistics(mu**2, s2, shrink, 1 / k, int((stacked != 0).any(0).sum()))
+        result[group] = Statistics(mu**2, s2, shrink, 1 / k, moved)
     return result
 
 
 def of_moments(
-    moments: Mapping[str, tuple[Tensor, Tensor, int]], groups: Mapping[str, str], betas: tuple[float, float]
+    moments: Mapping[str, tuple[Tensor, Tensor, int]],
+    groups: Mapping[str, str],
+    betas: tuple[float, float],
+    seen: Tensor | None,
 ) -> dict[str, Statistics]:
     """From Adam's (m, v, number of updates) of each measured parameter, by group."""
     result = {}
     for group in dict.fromkeys(groups.values()):
-        parts, noise = [], 0.0
+        parts, noise, moved = [], 0.0, 0
         for name in (name for name, its in groups.items() if its == group):
             m, v, t = moments[name]
+            mask = in_seen_rows(name, m.shape, seen)
+            moved += int((v != 0).sum())
             weights = [(1 - betas[0]) * betas[0] ** (t - k) / (1 - betas[0] ** t) for k in range(1, t + 1)]
             noise = sum(weight**2 for weight in weights)
             m, v = m.double().flatten() / (1 - betas[0] ** t), v.double().flatten() / (1 - betas[1] ** t)
             s2 = v - m**2
             s2[s2 < CUT * m**2] = 0.0
-            parts.append(torch.stack([m**2, s2 / (1 - noise), v]))
-        mu2, s2, v = torch.cat(parts, 1)
-        result[group] = Statistics(mu2, s2, 1.0, noise, int((v != 0).sum()))
+            parts.append(torch.stack([m**2, s2 / (1 - noise)])[:, mask])
+        mu2, s2 = torch.cat(parts, 1)
+        result[group] = Statistics(mu2, s2, 1.0, noise, moved)
     return result
 
 
@@ -143,6 +165,7 @@ class Mols:
     phase: str = "waiting"
     samples: list[dict[str, Tensor]] = field(default_factory=list)
     counted: int = 0
+    seen: Tensor | None = None  # bool (rows,): tokens of the samples
     attempts: int = 0
     ended_at: int | None = None
     ramp_until: int = 0
@@ -196,7 +219,7 @@ class Mols:
 
     def _begin(self, t: int) -> None:
         self.old = self.rates(t)
-        self.phase, self.samples, self.counted, self.attempts = "calibrating", [], 0, 0
+        self.phase, self.samples, self.counted, self.attempts, self.seen = "calibrating", [], 0, 0, None
 
     def _fix(self, t: int) -> None:
         fixed = self.section["fixed_alphas"]
@@ -214,19 +237,31 @@ class Mols:
         if t >= self.ramp_until:
             self.phase = "fixed"
 
-    def sample(self, t: int, gradient: Mapping[str, Tensor] | None) -> None:
-        """One attempted sample of modes "probe" and "online"; None: not usable. `t`: the step that comes next."""
+    @property
+    def _excluded(self) -> Tensor | None:
+        return self.seen if self.section["unseen_rows"] == "exclude" else None
+
+    def sample(self, t: int, gradient: Mapping[str, Tensor] | None, tokens: Tensor) -> None:
+        """One attempted sample of modes "probe" and "online"; None: not usable. `t`: the step that comes next.
+        tokens: bool (rows,), those of its batches."""
         if gradient is not None:
+            self.seen = tokens if self.seen is None else self.seen | tokens
             self.samples.append({name: gradient[name].clone() for name in self.groups})
         if self._count(t, gradient is not None):
-            self._measure(t, of_samples(self.samples, self.groups))
+            self._measure(t, of_samples(self.samples, self.groups, self._excluded))
 
     def moments(
-        self, t: int, moments: Mapping[str, tuple[Tensor, Tensor, int]] | None, betas: tuple[float, float]
+        self,
+        t: int,
+        moments: Mapping[str, tuple[Tensor, Tensor, int]] | None,
+        betas: tuple[float, float],
+        before: Tensor,
     ) -> None:
-        """One step of mode "moments"; None: it was skipped."""
+        """One step of mode "moments"; None: it was skipped. before: bool (rows,), tokens that had moments."""
         if self._count(t, moments is not None) and moments is not None:
-            self._measure(t, of_moments({name: moments[name] for name in self.groups}, self.groups, betas))
+            self.seen = before if bool(before.any()) else None
+            own = {name: moments[name] for name in self.groups}
+            self._measure(t, of_moments(own, self.groups, betas, self._excluded))
 
     def _count(self, t: int, usable: bool) -> bool:
         self.attempts += 1
@@ -301,6 +336,7 @@ class Mols:
                 self.old = old[1]
             else:
                 self.phase, self.samples, self.counted, self.attempts, self.alphas = "waiting", [], 0, 0, {}
+                self.seen = None
             self.window = None
         if self.phase != "calibrating":
             self.window = None

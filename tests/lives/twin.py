@@ -42,6 +42,8 @@ def schedule(step: int) -> float:
 class Twin:
     """All that a run holds. `play` acts; actions that would not be legal at that point become legal ones."""
 
+    embedding = "embed_tokens.weight"
+
     def __init__(self, life: Life) -> None:
         self.seed, self.setting = life.seed, life.setting
         self.checkpoints: dict[str, Any] = {}
@@ -88,6 +90,10 @@ class Twin:
     def _loss_scale(self) -> float:
         """What losses are multiplied by; DeepSpeed scales none at stage 0."""
         return 1.0 if self.setting.stage == 0 else self.scale.value
+
+    @property
+    def _rows(self) -> int:
+        return len(self.optimizer.weights[self.embedding])
 
     @property
     def wrapped(self) -> bool:
@@ -245,6 +251,7 @@ class Twin:
         """The mean over ranks and micro-batches, times the loss scale; without the parameters that got none."""
         setting, total = self.setting, dict[str, Tensor]()
         scale = self._loss_scale
+        self.looked_up = torch.zeros(self._rows, dtype=torch.bool)
         self._to_model()
         for rank in range(setting.ranks):
             torch.set_rng_state(self.random[rank])
@@ -254,7 +261,9 @@ class Twin:
             for micro in range(setting.micros):
                 self.model.zero_grad()
                 options = {"muted": left_out} if muted else {"unused": left_out}
-                loss = self.model(batch(self.seed, self.batches, micro, rank), **options)
+                ids = batch(self.seed, self.batches, micro, rank)
+                self.looked_up[ids] = True
+                loss = self.model(ids, **options)
                 loss = loss * float("nan") if step.bad == rank else loss
                 (loss / setting.micros * scale).backward()
                 for name, p in self.model.named_parameters():
@@ -298,9 +307,9 @@ class Twin:
 
     def _discard(self, mols: Mols, gradients: Mapping[str, Tensor], finite: bool) -> None:
         if finite:
-            mols.sample(self.steps, self._whole(gradients, self._loss_scale))
+            mols.sample(self.steps, self._whole(gradients, self._loss_scale), self.looked_up)
         elif self.setting.stage == 0 or not self.scale.lower():
-            mols.sample(self.steps, None)
+            mols.sample(self.steps, None, self.looked_up)
         self.stale = {}
         if not mols.discards:
             mols.window = None
@@ -315,6 +324,7 @@ class Twin:
         checked = found if setting.offload else gradients
         updated = all(bool(torch.isfinite(g).all()) for g in checked.values())
         self.scale.update(not updated)
+        moved = (self.optimizer.moments()[self.embedding][1] != 0).any(1)  # by the steps before this one
         divisor = clip_factor(checked, setting.clip, self._divided_by(before)) if updated else 1.0
         clipped = {name: g / divisor for name, g in gradients.items()}
         if self.keeps:
@@ -333,9 +343,9 @@ class Twin:
         if mols is None:
             return
         if calibrating and mode == "online":
-            mols.sample(self.steps, self._whole(gradients, before) if updated else None)
+            mols.sample(self.steps, self._whole(gradients, before) if updated else None, self.looked_up)
         elif calibrating and mode == "moments":
-            mols.moments(self.steps, self.optimizer.moments() if updated else None, BETAS)
+            mols.moments(self.steps, self.optimizer.moments() if updated else None, BETAS, moved)
         mols.advance(self.steps)
 
     def _divided_by(self, before: float) -> float:
