@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from torch import nn
 
 from megatron_patches.compat import APPLIED, ATTACHED, check_modules, check_version, optimizer_classes
 from megatron_patches.engine import MegatronMols
-from megatron_patches.monkeypatch import Patches
 from megatron_patches.off import MegatronOff
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
@@ -92,7 +93,7 @@ class _Applied:
 
     def __init__(self, config: MolsConfig, samples_per_step: int | None, force: bool) -> None:
         self.config, self.samples_per_step, self.force = config, samples_per_step, force
-        self.patches = Patches()
+        self.patches = contextlib.ExitStack()
         self.chunks: list[nn.Module] = []
         self.open = False  # whether an optimizer is being built from `chunks`
 
@@ -109,7 +110,7 @@ class _Applied:
 
     def _replace(self, owner: ModuleType | type, name: str, make: Callable[[Method], Method]) -> None:
         stock = getattr(owner, name)
-        self.patches.set(owner, name, functools.wraps(stock)(make(stock)))
+        self.patches.enter_context(mock.patch.object(owner, name, functools.wraps(stock)(make(stock))))
 
     # ------------------------------------------------------------------ the replacements
 
@@ -226,7 +227,7 @@ def undo() -> None:
     global _active
     if _active is None:
         raise MolsError("megatron_patches.undo(): nothing to undo, apply() was not called")
-    _active.patches.undo()
+    _active.patches.close()
     _active = None
 
 

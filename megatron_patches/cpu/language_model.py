@@ -14,12 +14,12 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 from megatron_patches.compat import LANGUAGE_MODEL, check_modules
 from megatron_patches.cpu.emulation import cpu_megatron
-from megatron_patches.monkeypatch import Patches
 from mols_ds.errors import MolsConfigError
 
 COMPILED = "megatron.core.datasets.helpers_cpp"
@@ -76,28 +76,27 @@ def run_script(script: str, arguments: Sequence[str], *, fused_adam: bool = Fals
 
 @contextlib.contextmanager
 def _language_model() -> Iterator[None]:
-    patches = Patches()
-    try:
-        _patch_devices(patches)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(torch.cuda, create=True, **_devices()))
         check_modules(LANGUAGE_MODEL)
+        initialize = importlib.import_module("megatron.training.training").initialize_megatron
+        patches: dict[str, object] = {
+            "megatron.legacy.fused_kernels.load": _nothing,
+            "megatron.training.training.initialize_megatron": functools.partial(initialize, allow_no_cuda=True),
+            "multiprocessing.spawn.get_preparation_data": _without_script(multiprocessing.spawn.get_preparation_data),
+        }
         if importlib.util.find_spec(COMPILED) is not None:
-            patches.set(importlib.import_module("megatron.core.datasets.utils"), "compile_helpers", _nothing)
-        patches.set(importlib.import_module("megatron.legacy.fused_kernels"), "load", _nothing)
-        training = importlib.import_module("megatron.training.training")
-        without_cuda = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-        patches.set(training, "initialize_megatron", without_cuda)
-        preparation = _without_script(multiprocessing.spawn.get_preparation_data)
-        patches.set(multiprocessing.spawn, "get_preparation_data", preparation)
+            patches["megatron.core.datasets.utils.compile_helpers"] = _nothing
+        for target, value in patches.items():
+            stack.enter_context(mock.patch(target, value))
         logging.getLogger(NOISE).addFilter(_is_no_noise)
+        stack.callback(logging.getLogger(NOISE).removeFilter, _is_no_noise)
         yield
-    finally:
-        logging.getLogger(NOISE).removeFilter(_is_no_noise)
-        patches.undo()
 
 
-def _patch_devices(patches: Patches) -> None:
-    """Patch the device queries: one device, without memory statistics."""
-    for name, value in {
+def _devices() -> dict[str, Any]:
+    """Return replacements of the device queries: one device, without memory statistics."""
+    return {
         "device_count": lambda: 1,
         "get_device_capability": lambda device=None: (_Device().major, _Device().minor),
         "get_device_properties": lambda device=None: _Device(),
@@ -105,8 +104,7 @@ def _patch_devices(patches: Patches) -> None:
         "reset_peak_memory_stats": _nothing,
         **dict.fromkeys(("memory_allocated", "max_memory_allocated", "device_memory_used"), _zero),
         **dict.fromkeys(("memory_reserved", "max_memory_reserved"), _zero),
-    }.items():
-        patches.set(torch.cuda, name, value)
+    }
 
 
 def _nothing(*args: object, **kwargs: object) -> None: ...
