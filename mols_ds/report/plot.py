@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -35,11 +36,11 @@ def draw_report(report: Report) -> Figure:
     Up to `MAX_ROWS` groups get one row each; more (granularity `layer_type`) are drawn as lines over the layers.
     The figure has no window and no global state.
     """
-    table = group_cells(report)
+    cells = group_cells(report)
     groups = report["groups"]
     layered = len(groups) > MAX_ROWS
     upper = 3.4 if layered else 1.0 + 0.36 * len(groups)
-    lower = 0.5 + 0.27 * len(table.cells)
+    lower = 0.5 + 0.27 * len(cells)
     spacing = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
     figure = Figure(figsize=(11.0, upper + lower + 1.1), facecolor="white", layout=spacing)
     figure.suptitle(
@@ -55,7 +56,7 @@ def draw_report(report: Report) -> Figure:
     else:
         _intervals(left, groups, f"{statistic} ({report['estimator']}), 95 % interval")
         _alphas(right, groups, report["reference"])
-    _table(figure.add_subplot(grid[1, :]), table.cells)
+    _table(figure.add_subplot(grid[1, :]), cells)
     figure.supxlabel(textwrap.fill(_footnote(report), 190), fontsize=7.5, color="#777777", x=0.012, ha="left")
     return figure
 
@@ -80,7 +81,7 @@ def _intervals(axes: Axes, groups: Mapping[str, ReportGroup], label: str) -> Non
         axes.plot(max(value, least), row, marker, color=colour, markersize=8, clip_on=False)
     axes.set_xscale("log")
     axes.set_xlim(least, greatest)
-    _log_ticks(axes.xaxis, greatest / least)
+    log_ticks(axes.xaxis, greatest / least)
     _names(axes, groups)
     axes.set_xlabel(label, fontsize=9.5)
 
@@ -126,7 +127,7 @@ def _alphas(axes: Axes, groups: Mapping[str, ReportGroup], reference: str) -> No
     least = min([1.0, *known])
     # Leave room for the numbers: a share of the axis length beyond the outermost bars.
     axes.set_xlim(least / reach**0.45 if least < 1 else 1 / reach**0.12, max([1.0, *known]) * reach**0.62)
-    _log_ticks(axes.xaxis, reach)
+    log_ticks(axes.xaxis, reach)
     _names(axes, groups)
     axes.set_xlabel("learning-rate multiplier alpha" + (", 95 % interval" if any(ends[1::3]) else ""), fontsize=9.5)
 
@@ -148,10 +149,10 @@ def _lines(axes: Axes, groups: Mapping[str, ReportGroup], key: Number, label: st
             axes.plot(layers, values, "o-", color=colour_of(kind), linewidth=1.6, markersize=3.5, label=kind)
     axes.set_yscale("log")
     least, greatest = axes.get_ylim()
-    _log_ticks(axes.yaxis, greatest / least)
+    log_ticks(axes.yaxis, greatest / least)
     axes.set_xlabel("layer", fontsize=9.5)
     axes.set_ylabel(label, fontsize=9.5)
-    _frame(axes, "y")
+    frame(axes, "y", hidden=("top", "right", "bottom"))
 
 
 def _table(axes: Axes, cells: list[list[str]]) -> None:
@@ -181,18 +182,18 @@ def _names(axes: Axes, groups: Mapping[str, ReportGroup]) -> None:
     axes.set_yticks(range(len(groups)), list(groups), fontsize=10)
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, pad=9)
-    _frame(axes, "x")
+    frame(axes, "x", hidden=("top", "right", "left"))
 
 
-def _frame(axes: Axes, lines: str) -> None:
-    axes.grid(axis="x" if lines == "x" else "y", which="major", color=FAINT, linewidth=0.8)
+def frame(axes: Axes, lines: Literal["x", "y", "both"], hidden: Sequence[str] = ("top", "right")) -> None:
+    """Draw grid lines below the data, and no frame on the `hidden` sides."""
+    axes.grid(axis=lines, which="major", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="both", labelsize=9)
-    for side in ("top", "right", "left" if lines == "x" else "bottom"):
-        axes.spines[side].set_visible(False)
+    axes.spines[list(hidden)].set_visible(False)
 
 
-def _log_ticks(axis: Axis, ratio: float) -> None:
+def log_ticks(axis: Axis, ratio: float) -> None:
     """Set plain numbers as ticks instead of powers of ten: several per decade if there are few decades."""
     decades = math.log10(max(ratio, 1.0001))
     subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 0.8 else (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)

@@ -8,8 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mols_ds.core.layout import base_group
-from mols_ds.report.plot import COLOURS, FAINT
+from mols_ds.report.plot import FAINT, colour_of
 
 Line = Mapping[str, Any]
 """A line of metrics.jsonl."""
@@ -26,14 +25,14 @@ def draw_run(lines: Sequence[Line], title: str) -> Figure:
     figure.suptitle(title, fontsize=12.5, fontweight="bold", x=0.012, ha="left")
     rates, snr = figure.subplots(1, 2)
     for group, (steps, values) in curves(lines, "applied_lrs").items():
-        rates.plot(steps, values, color=_colour(group), label=group, linewidth=1.2)
+        rates.plot(steps, values, color=colour_of(group), label=group, linewidth=1.2)
     base = [(line["step"], line["lr"]) for line in lines if line.get("lr", 0) > 0]
     if base:
         rates.plot(*zip(*base, strict=True), color="#222222", linestyle=":", label="base rate")
     for group, (steps, values) in curves(lines, "snr_moments").items():
-        snr.plot(steps, values, color=_colour(group), label=group, linewidth=1.2)
+        snr.plot(steps, values, color=colour_of(group), label=group, linewidth=1.2)
     for group, (steps, values) in curves(lines, "snr").items():
-        snr.plot(steps, values, color=_colour(group), marker="o", linestyle="", label=f"{group}, calibration")
+        snr.plot(steps, values, color=colour_of(group), marker="o", linestyle="", label=f"{group}, calibration")
     _finish(rates, "applied learning rate")
     _finish(snr, "SNR (damping: d)")
     return figure
@@ -49,10 +48,6 @@ def curves(lines: Iterable[Line], key: str) -> dict[str, tuple[list[int], list[f
                 steps.append(line["step"])
                 values.append(value)
     return found
-
-
-def _colour(group: str) -> str:
-    return COLOURS.get(base_group(group), "#7F7F7F")
 
 
 def _finish(axes: Axes, label: str) -> None:
