@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -121,21 +120,18 @@ class PlanJob(ABC):
     def phases(self, footprint: Footprint) -> list[Phase]:
         """Return the memory in each phase of MoLS, or in the one phase "training" without it."""
         held = {"accumulators": self.accumulators(footprint).total}
+        # A repeated calibration runs while the multipliers of the first one apply.
+        again = self.mols is not None and self.mols.recalibrate is not None and self.mode in ("online", "moments")
         found = []
         for name in PHASES if self.mols is not None else ("training",):
             more: Bytes = held if name == "calibrating" else {}
             on_host = self.device == "cpu"
-            scaled = name == "ramping" or (name == "calibrating" and self._scales_while_calibrating)
+            scaled = name == "ramping" or (name == "calibrating" and again)
             moment, device = footprint.peak(scaled=scaled)
             copies = {"copies": footprint.copies} if scaled and not footprint.steps_on_device else {}
             host = add(footprint.host, more if on_host else {}, copies)
             found.append(Phase(name, moment, add(device, {} if on_host else more), host))
         return found
-
-    @property
-    def _scales_while_calibrating(self) -> bool:
-        """True if a repeated calibration runs while the multipliers of the first one apply."""
-        return self.mols is not None and self.mols.recalibrate is not None and self.mode in ("online", "moments")
 
     @property
     def reference(self) -> str:
@@ -163,9 +159,6 @@ class PlanJob(ABC):
                         found[f"{phase.name}: {where} memory {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB"] = None
         return list(found)
 
-    def fits(self) -> bool:
-        return not self.problems()
-
     def sums(self) -> int:
         """Return the bytes of the all-reduce at the end of a calibration."""
         return sums_bytes(self.groups, max(self.samples, MIN_SAMPLES_CORRECTED)) if self.mode != "fixed" else 0
@@ -191,11 +184,7 @@ class PlanJob(ABC):
         )
 
 
-ON_HOST = Change("accumulators on the host", 1, lambda job: _on_host(job))
-
-
-def _on_host(job: PlanJob) -> PlanJob | None:
-    return replace(job, device="cpu") if job.device == "accelerator" else None
+ON_HOST = Change("accumulators on the host", 1, lambda job: replace(job, device="cpu"))
 
 
 # ------------------------------------------------------------------ DeepSpeed
@@ -255,18 +244,9 @@ class ZeroJob(PlanJob):
     def changed(self, **values: Any) -> ZeroJob:
         return replace(self, zero=replace(self.zero, **values))
 
-    def with_micro(self, micro: int) -> ZeroJob | None:
-        if micro >= self.zero.micro_batch or self.batch % (micro * self.ranks):
-            return None
-        return self.changed(micro_batch=micro, accumulation=self.batch // (micro * self.ranks))
-
-    def with_stage(self, stage: int) -> ZeroJob:
-        """Use another stage. Only stage 3 overlaps messages by default."""
-        return self.changed(stage=stage, double_bucket=self.zero.double_bucket and stage in (1, 2))
-
     def with_nodes(self, nodes: int) -> ZeroJob | None:
         """Use another number of nodes with the same batch. Keep the micro-batch, or reduce it until it divides."""
-        cluster = self.cluster.with_nodes(nodes)
+        cluster = self.cluster.model_copy(update={"nodes": nodes})
         if self.batch % cluster.ranks:
             return None
         share = self.batch // cluster.ranks
@@ -280,12 +260,14 @@ class ZeroJob(PlanJob):
         def to(stages: Sequence[int] = range(4), **values: Any) -> Callable[[ZeroJob], ZeroJob | None]:
             return lambda job: job.changed(**values) if job.zero.stage in stages else None
 
+        share = self.batch // self.ranks
         micros = [n for n in range(z.micro_batch - 1, 0, -1) if self.batch % (n * self.ranks) == 0]
         return [
             [ON_HOST] * (self.device == "accelerator"),
-            [Change(f"micro batch {n}, accumulation {self.batch // (n * self.ranks)}", 2 + i,
-                    functools.partial(ZeroJob.with_micro, micro=n)) for i, n in enumerate(micros)],
-            [Change(f"ZeRO stage {n}", 10 + 2 * n, functools.partial(ZeroJob.with_stage, stage=n))
+            [Change(f"micro batch {n}, accumulation {share // n}", 2 + i, to(micro_batch=n, accumulation=share // n))
+             for i, n in enumerate(micros)],
+            # Only stage 3 overlaps messages by default.
+            [Change(f"ZeRO stage {n}", 10 + 2 * n, to(stage=n, double_bucket=z.double_bucket and n in (1, 2)))
              for n in range(z.stage + 1, 4)],
             [Change("activation checkpointing", 20, to(checkpointing=True))] * (not z.checkpointing),
             [Change("optimizer offloaded to the host", 40, to((1, 2, 3), offload_optimizer="cpu"))]
@@ -357,7 +339,7 @@ class MegatronJob(PlanJob):
 
     def with_nodes(self, nodes: int) -> MegatronJob | None:
         """Use another number of nodes: more data-parallel ranks."""
-        return replace(self, cluster=self.cluster.with_nodes(nodes)).regrid()
+        return replace(self, cluster=self.cluster.model_copy(update={"nodes": nodes})).regrid()
 
     def axes(self) -> list[list[Change]]:
         g, p = self.plan.gpt, self.plan

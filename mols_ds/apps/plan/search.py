@@ -62,7 +62,7 @@ def _search(job: Planned) -> Found | None:
             made = change.apply(made)
             if made is None:
                 break
-        if made is not None and made.fits():
+        if made is not None and not made.problems():
             return Found(tuple(change.label for change in changes), made)
     return None
 

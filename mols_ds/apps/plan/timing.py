@@ -43,11 +43,6 @@ class Times:
         return self.added / (steps * self.step)
 
 
-def message_seconds(cluster: Cluster, messages: Sequence[Message]) -> float:
-    """Return the seconds of a step's messages, one after the other at nominal bandwidth, without any overlap."""
-    return sum(m.sent / (bandwidth(cluster, m.inside) * GB) for m in messages)
-
-
 def bandwidth(cluster: Cluster, inside: bool) -> float:
     """Return the GB/s of one accelerator's link."""
     return cluster.intra_node_gbs if inside else cluster.inter_node_gbs
@@ -85,7 +80,8 @@ def times(
     sent += samples * ring("all-reduce", AGREEMENT, cluster.ranks) if mode == "probe" else 0
     return Times(
         step=step,
-        messages_of_a_step=message_seconds(cluster, messages),
+        # One after the other at nominal bandwidth, without any overlap.
+        messages_of_a_step=sum(m.sent / (bandwidth(cluster, m.inside) * GB) for m in messages),
         passes=samples * step if mode == "probe" else 0.0,
         updates=traffic / (share * GB),
         transfer=moved / (cluster.host_link_gbs * GB),
