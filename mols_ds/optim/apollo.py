@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,14 +20,12 @@ from torch.optim.optimizer import ParamsT
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.optim.limits import check_options
 from mols_ds.optim.settings import Settings
-from mols_ds.optim.sharded import loss_of
+from mols_ds.optim.sharded import State, loss_of
 
 ScaleType = Literal["channel", "tensor"]
 GROWTH_LIMIT = 1.01
 """gamma of the norm-growth limiter (paper, section 4.3, from Fira, arXiv 2410.01623)."""
 NORM_EPS = 1e-8
-State = dict[str, Any]
-"""State of one parameter."""
 
 
 def projection(shape: tuple[int, int], rank: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -93,3 +93,11 @@ def check_options(name: str, options: ReadSettings) -> None:
     if problem is not None:
         key, allowed = problem
         raise MolsConfigError(f"{name}: {key}={options[key]!r}; give {allowed}")
+
+
+def check_params(name: str, params: ReadSettings) -> None:
+    """As `check_options`, for "params" of a config's "optimizer" section."""
+    problem = setting_problem(params)
+    if problem is not None:
+        key, allowed = problem
+        raise MolsConfigError(f'"optimizer.params.{key}" of {name} is {params[key]!r}: give {allowed}')
