@@ -11,6 +11,8 @@ same study; they train its runs one after the other:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib
 import json
 import math
@@ -22,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mols_ds.apps.study.runs import Chosen, Store, StudyResults, StudyRun, collect, needed, setting_text
+from mols_ds.apps.study.runs import Store, StudyResults, StudyRun, collect, needed, setting_text
 from mols_ds.apps.study.spec import Study, load_study
 from mols_ds.core.files import write_whole
 from mols_ds.core.json_types import JsonObject
@@ -60,15 +62,22 @@ def compare(args: argparse.Namespace) -> int:
         study = reseeded(study, args.seeds)
     out = args.out or Path("runs") / study.name
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if args.jobs is not None and (args.jobs < 1 or launched):
-        raise MolsConfigError("--jobs: at least 1; not in a launched job, whose ranks train one run at a time")
+    if args.jobs is not None and launched:
+        raise MolsConfigError("--jobs: not in a launched job, whose ranks train one run at a time")
     _can_report()
     _prepare(study, out)
     store = Store(study, out)
     command = f"mols-ds compare {args.study}" + ("" if args.out is None else f" --out {args.out}")
     failures: list[Failure] = []
+    if args.rerun is not None and launched:
+        raise MolsConfigError("--rerun: not in a launched job")
     if args.rerun is not None:
-        return _again(study, store, args.rerun, launched)
+        from mols_ds.apps.study.rerun import rerun
+
+        failures = rerun(study, store, args.rerun)
+        for failure in failures:
+            tell(f"mols-ds: {failure.run.label} was not repeated: {failure.why}", sys.stderr)
+        return FAILED if failures else 0
     if not args.report_only:
         failures = _launched(study, store) if launched else _here(study, store, args.jobs or default_jobs())
     if int(os.environ.get("RANK", "0")) == 0:
@@ -76,7 +85,12 @@ def compare(args: argparse.Namespace) -> int:
         for failure in failures:
             tell(f"mols-ds: {failure.run.label} failed: {failure.why}", sys.stderr)  # may be a traceback
     if launched and not args.report_only:
-        _leave()
+        import torch.distributed
+
+        from mols_ds.training.ranks import leave_ranks
+
+        torch.distributed.barrier()  # if one rank exits while another works, the launcher ends the job
+        leave_ranks()
     return FAILED if failures else 0
 
 
@@ -146,19 +160,16 @@ PACKAGES = ("deepspeed", "transformers", "pytorch-optimizer", "bitsandbytes")
 
 def machine() -> JsonObject:
     """Describe the machine of the runs, without its name."""
+    import torch
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    name = accelerator.device_name()
-    device = name if name == "cpu" else f"{accelerator.device_count()} x {_device(name)}"
+    name = device = accelerator.device_name()
+    if name != "cpu":
+        device = torch.cuda.get_device_name(0) if name == "cuda" else name
+        device = f"{accelerator.device_count()} x {device}"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return {"device": device, "cores": os.cpu_count(), "processor": platform.machine(), "ranks": world}
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(0) if name == "cuda" else name
 
 
 # ---------------------------------------------------------------------- training
@@ -217,18 +228,11 @@ def _here(study: Study, store: Store, jobs: int) -> list[Failure]:
 
     lines = _Lines(study, store)
     failures: list[Failure] = []
-    if runs_wanted(study, store):
-        pool = Pool(study, store, jobs)
-        try:
-            failures = pool.run(lambda: runs_wanted(study, store), lines)
-        finally:
-            pool.close()
-    if _costs_wanted(study, store):
-        pool = Pool(study, store, 1)
-        try:
-            failures += pool.run(lambda: _costs_wanted(study, store), lines)
-        finally:
-            pool.close()
+    for tasks, processes in ((runs_wanted, jobs), (_costs_wanted, 1)):
+        wanted = functools.partial(tasks, study, store)
+        if wanted():
+            with contextlib.closing(Pool(study, store, processes)) as pool:
+                failures += pool.run(wanted, lines)
     return failures
 
 
@@ -246,41 +250,16 @@ def _launched(study: Study, store: Store) -> list[Failure]:
     return failures + together(worker, lambda: _costs_wanted(study, store), lines)
 
 
-def _again(study: Study, store: Store, number: int, launched: bool) -> int:
-    """Run `--rerun`. Return 1 if the bits of a run differ."""
-    from mols_ds.apps.study.rerun import rerun
-
-    if launched:
-        raise MolsConfigError("--rerun: not in a launched job")
-    failures = rerun(study, store, number)
-    for failure in failures:
-        tell(f"mols-ds: {failure.run.label} was not repeated: {failure.why}", sys.stderr)
-    return FAILED if failures else 0
-
-
-def _leave() -> None:
-    """End all ranks together. If one exits while another works, the launcher ends the job."""
-    import torch.distributed
-
-    from mols_ds.training.ranks import leave_ranks
-
-    torch.distributed.barrier()
-    leave_ranks()
-
-
 # ---------------------------------------------------------------------- the report
 
 
 def report(results: StudyResults, out: Path, command: str) -> None:
     """Print the chosen settings, write the report and print its files."""
     for (model, arm), best in results.chosen.items():
-        tell(f"{model} {arm}: {_chosen_text(best)}")
+        edge = " (at the edge of its grid)" if best.edge else ""
+        loss = best.losses[best.values]
+        tell(f"{model} {arm}: {setting_text(dict(best.values))}{edge}, tuning loss {loss:.4f}")
     from mols_ds.apps.study.report import write_report
 
     for path in write_report(results, out, command):
         tell(f"  {path}")
-
-
-def _chosen_text(best: Chosen) -> str:
-    values = setting_text(dict(best.values))
-    return f"{values}{' (at the edge of its grid)' if best.edge else ''}, tuning loss {best.losses[best.values]:.4f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 from mols_ds.apps.study.rows import difference
@@ -28,11 +29,8 @@ def rerun(study: Study, store: Store, number: int) -> list[Failure]:
     path = store.out / AGAIN
     path.unlink(missing_ok=True)
     again = Store(study.model_copy(update={"rows": str(path)}), store.out)
-    pool = Pool(again.study, again, 1)
-    try:
+    with contextlib.closing(Pool(again.study, again, 1)) as pool:
         failures = pool.run(lambda: [run for run in wanted.values() if again.load(run) is None], lambda *_: None)
-    finally:
-        pool.close()
     for run in wanted.values():
         old, new = store.load(run), again.load(run)
         if old is not None and new is not None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from mols_ds.apps.study.curves import final_loss
 from mols_ds.apps.study.rows import Rows
 from mols_ds.apps.study.search import PREFIX, search
 from mols_ds.apps.study.spec import Study, Value, Values
@@ -190,9 +191,7 @@ class Store:
     def loss(self, run: StudyRun) -> float | None:
         """Return the final validation loss: infinite if the run diverged, None if it is not finished."""
         result = self.load(run)
-        if result is None:
-            return None
-        return math.inf if result["val_loss"] is None else float(result["val_loss"])
+        return None if result is None else final_loss(result)
 
 
 def _read(file: Path, then: str) -> JsonObject:

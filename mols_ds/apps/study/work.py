@@ -19,6 +19,7 @@ import torch
 from mols_ds.apps.study.runs import SCHEMA, Store, StudyRun, arm_config
 from mols_ds.apps.study.spec import Study
 from mols_ds.core.files import append, write_whole
+from mols_ds.core.groups import group_table
 from mols_ds.core.json_text import read_json
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import GuardedWriter
@@ -161,14 +162,15 @@ class Worker:
             shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
-        facts, watch = Facts(), None
+        watch, elements = None, dict[str, int]()
         study = self.study.at(run.model)
         snr = study.snr
         if snr is not None and run.arm in snr.arms and run.seed in study.seeds:
             watch = KeptWatch(snr.every, out / READINGS, first)
 
         def after_update(engine: DeepSpeedEngine) -> None:
-            facts(engine)
+            if not elements:
+                elements.update(group_table(engine.module).elements)
             if watch is not None:
                 watch(engine)
 
@@ -178,7 +180,7 @@ class Worker:
         result: JsonObject = {"schema": SCHEMA, "model": run.model, "arm": run.arm, "values": dict(run.values)}
         result |= {"seed": run.seed, "steps": study.steps, "tokens": outcome.tokens}
         result |= {"tokens_per_step": study.tokens_per_step, "probe_passes": outcome.probe_steps}
-        result |= {"weights": facts.weights, "groups": facts.groups, "alphas": outcome.alphas}
+        result |= {"weights": sum(elements.values()), "groups": elements, "alphas": outcome.alphas}
         result["val_loss"] = outcome.val_loss if math.isfinite(outcome.val_loss) else None
         result["snr"] = {} if watch is None else {"step": watch.steps, "groups": watch.as_snr(), **watch.curves}
         result["seconds"], result["cpu_seconds"] = outcome.seconds, time.process_time() - began
@@ -220,23 +222,6 @@ class KeptWatch(SnrWatch):
         if self.writes and len(self.steps) > known:
             line = json.dumps(self.reading()) + "\n"
             self.guarded(self.path.name, lambda: append(self.path, line))
-
-
-class Facts:
-    """Constants of an engine: number of weights, elements of each group."""
-
-    def __init__(self) -> None:
-        self.weights = 0
-        self.groups: dict[str, int] = {}
-
-    def __call__(self, engine: DeepSpeedEngine) -> None:
-        if self.weights:
-            return
-        from mols_ds.core.groups import group_table
-
-        table = group_table(engine.module)
-        self.groups = dict(table.elements)
-        self.weights = sum(self.groups.values())
 
 
 def curves(path: Path, tokens_per_step: int) -> JsonObject:

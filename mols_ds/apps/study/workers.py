@@ -54,7 +54,6 @@ class CostTask:
 
 
 Task = StudyRun | CostTask
-Done = Callable[[StudyRun, JsonObject], None]
 
 
 def perform(worker: Worker, task: Task) -> JsonObject:
@@ -144,7 +143,7 @@ def _end_with(parent: int) -> None:
 
 
 class Pool:
-    """`jobs` processes that execute runs."""
+    """`jobs` processes that execute runs, until `close`."""
 
     def __init__(self, study: Study, store: Store, jobs: int) -> None:
         self.study, self.store = study, store
