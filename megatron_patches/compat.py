@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any, Protocol
 
 from mols_ds.errors import MolsUnsupportedError
@@ -206,13 +205,9 @@ def _require(where: str, owner: object, names: Iterable[str]) -> None:
 
 def _installed() -> str:
     try:
-        return str(_core().__version__)
+        return str(importlib.import_module("megatron.core").__version__)
     except ImportError as error:
         raise MolsUnsupportedError(f"megatron-core cannot be imported ({error}): pip install megatron-core") from None
-
-
-def _core() -> ModuleType:
-    return importlib.import_module("megatron.core")
 
 
 def _refusal(what: str) -> MolsUnsupportedError:

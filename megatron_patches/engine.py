@@ -161,14 +161,12 @@ class MegatronMols(Session):
             device=torch.device("cpu") if on_cpu else collective_device(),
             rank=dist.get_rank(),
             world={"data": grid.data, "tensor": grid.tensor, "pipeline": grid.pipeline, "expert": grid.expert},
-            versions=versions(("megatron-core", "transformer-engine")) | self._precision(),
+            versions=versions(("megatron-core", "transformer-engine"))
+            | precision.describe(self.model_config, self.optimizer),
             log=say,
             publish=self._publisher,
             reduce_max=self.shards.reduce_max,
         )
-
-    def _precision(self) -> dict[str, str]:
-        return precision.as_versions(precision.describe(self.model_config, self.optimizer))
 
     def _install(self, model_chunks: Sequence[nn.Module], table: GroupTable) -> None:
         counts = []
@@ -246,13 +244,10 @@ class MegatronMols(Session):
 
     def _prepare_probe(self) -> bool:
         """Unscale the reduced gradient in place. The loop zeroes it before the next iteration."""
-        self._loss_scales = [(scaler, scaler.state_dict()) for scaler in self._grad_scalers()]
+        found = (getattr(outer, "grad_scaler", None) for outer in self.optimizer.chained_optimizers)
+        scalers: dict[int, GradScaler] = {id(scaler): scaler for scaler in found if scaler is not None}
+        self._loss_scales = [(scaler, scaler.state_dict()) for scaler in scalers.values()]
         return not self.optimizer.prepare_grads()
-
-    def _grad_scalers(self) -> list[GradScaler]:
-        """Return the distinct grad scalers of the chained optimizers."""
-        scalers = [getattr(outer, "grad_scaler", None) for outer in self.optimizer.chained_optimizers]
-        return list({id(scaler): scaler for scaler in scalers if scaler is not None}.values())
 
     def _after_discard(self, usable: bool) -> None:
         """Lower the loss scale after a non-finite sample. It does not grow in the window."""

@@ -133,7 +133,7 @@ def write_run_plot(lines: Sequence[Mapping[str, Any]], path: Path) -> bool:
         MolsConfigError: the file cannot be written.
     """
     try:
-        return _write_figure(path, "mols_ds.report.run_plot.draw_run", lines, str(path.parent))
+        return _write_figure(path, "mols_ds.report.plot.draw_run", lines, str(path.parent))
     except OSError as error:
         raise MolsConfigError(f"report: {path}: {error.strerror or error}") from error
 

@@ -1,11 +1,11 @@
-"""Plot of a calibration report. Needs matplotlib (extra `report`); draws off screen, without pyplot's state."""
+"""Plots of a calibration report and of a whole run, drawn off screen. Needs matplotlib (extra `report`), not pyplot."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -211,3 +211,53 @@ def _footnote(report: Report) -> str:
 def colour_of(group: str) -> str:
     """Return the colour of a group: `qk.3` has that of `qk`, an unknown group that of `other`."""
     return COLOURS.get(group.split(".", 1)[0], COLOURS["other"])
+
+
+# ---------------------------------------------------------------------- a whole run
+
+Line = Mapping[str, Any]
+"""A line of metrics.jsonl."""
+
+
+def draw_run(lines: Sequence[Line], title: str) -> Figure:
+    """Draw the applied rate of each group, and its SNR: at each calibration (points) and from Adam's moments (lines).
+
+    Args:
+        lines: of metrics.jsonl, in the order of the steps.
+        title: of the figure.
+    """
+    figure = Figure(figsize=(11.0, 4.6), facecolor="white", layout="constrained")
+    figure.suptitle(title, fontsize=12.5, fontweight="bold", x=0.012, ha="left")
+    rates, snr = figure.subplots(1, 2)
+    for group, (steps, values) in curves(lines, "applied_lrs").items():
+        rates.plot(steps, values, color=colour_of(group), label=group, linewidth=1.2)
+    base = [(line["step"], line["lr"]) for line in lines if line.get("lr", 0) > 0]
+    if base:
+        rates.plot(*zip(*base, strict=True), color="#222222", linestyle=":", label="base rate")
+    for group, (steps, values) in curves(lines, "snr_moments").items():
+        snr.plot(steps, values, color=colour_of(group), label=group, linewidth=1.2)
+    for group, (steps, values) in curves(lines, "snr").items():
+        snr.plot(steps, values, color=colour_of(group), marker="o", linestyle="", label=f"{group}, calibration")
+    _finish(rates, "applied learning rate")
+    _finish(snr, "SNR (damping: d)")
+    return figure
+
+
+def curves(lines: Iterable[Line], key: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Return steps and positive values of each group under one key of the lines."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for line in lines:
+        for group, value in line.get(key, {}).items():
+            if value is not None and value > 0:
+                steps, values = found.setdefault(group, ([], []))
+                steps.append(line["step"])
+                values.append(value)
+    return found
+
+
+def _finish(axes: Axes, label: str) -> None:
+    axes.set(xlabel="step", ylabel=label)
+    if axes.lines:
+        axes.set_yscale("log")
+        axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.grid(color=FAINT)
