@@ -61,7 +61,9 @@ def check(
     asked = _asked(model_config)
     if asked is not None:
         _check_low_precision(*asked, machine)
-        _check_agreement(*asked, optimizer_config)
+        told = getattr(optimizer_config, "fp8_recipe", None)
+        if asked[0] == "fp8" and told is not None and str(getattr(told, "value", told)) != asked[1]:
+            raise MolsConfigError(f"fp8_recipe: the model has {asked[1]!r}, the optimizer {told!r}; give both the same")
     if getattr(model_config, "gradient_accumulation_fusion", False) and not machine.wgrad_kernel:
         raise MolsUnsupportedError(
             "gradient_accumulation_fusion needs apex's fused_weight_gradient_mlp_cuda, which is missing (the output "
@@ -128,12 +130,6 @@ def _check_low_precision(kind: str, recipe: str, machine: Machine) -> None:
             f"{kind} (recipe {recipe}) needs Transformer Engine {need.engine.removesuffix('.dev0')} or newer, "
             f"{machine.engine} is installed; upgrade it, {way_out}"
         )
-
-
-def _check_agreement(kind: str, recipe: str, optimizer: object) -> None:
-    told = getattr(optimizer, "fp8_recipe", None)
-    if kind == "fp8" and told is not None and str(getattr(told, "value", told)) != recipe:
-        raise MolsConfigError(f"fp8_recipe: the model has {recipe!r}, the optimizer {told!r}; give both the same")
 
 
 # ------------------------------------------------------------------ description of a run
@@ -324,7 +320,9 @@ def _moments_refusals(
     low = [getattr(config, key, torch.float32) for config in configs for key in ("exp_avg_dtype", "exp_avg_sq_dtype")]
     return [
         Refusal(
-            mode == "moments" and not all(_has_adam_moments(one) for one in inner),
+            # An unknown class must be called an Adam too.
+            mode == "moments"
+            and not all(has_adam_moments(one) and "adam" in type(one).__name__.lower() for one in inner),
             "mode 'moments' with an optimizer that keeps no Adam moments",
             'mode "probe" or "online"',
         ),
@@ -339,8 +337,3 @@ def _moments_refusals(
             'fp32 moments, or mode "probe" or "online"',
         ),
     ]
-
-
-def _has_adam_moments(inner: object) -> bool:
-    """Return whether an optimizer has Adam's moments by the catalog, and "adam" in its class name."""
-    return has_adam_moments(inner) and "adam" in type(inner).__name__.lower()

@@ -140,13 +140,9 @@ class _CpuMode(TorchFunctionMode):
 class _Event:
     """A CUDA event that is always complete."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def _ignore(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def record(self, stream: object = None) -> None: ...
-
-    def wait(self, stream: object = None) -> None: ...
-
-    def synchronize(self) -> None: ...
+    __init__ = record = wait = synchronize = _ignore
 
     def query(self) -> bool:
         return True
@@ -161,18 +157,12 @@ class _Stream(contextlib.AbstractContextManager[None]):
     device = _CPU
     cuda_stream = 0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def _ignore(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __exit__(self, *error: object) -> None: ...
+    __init__ = __exit__ = wait_event = wait_stream = synchronize = _ignore
 
     def record_event(self, event: _Event | None = None) -> _Event:
         return event or _Event()
-
-    def wait_event(self, event: object) -> None: ...
-
-    def wait_stream(self, stream: object) -> None: ...
-
-    def synchronize(self) -> None: ...
 
     def query(self) -> bool:
         return True

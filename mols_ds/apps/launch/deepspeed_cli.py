@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -78,15 +79,6 @@ def script_arguments(user_args: Sequence[str], config: str | None) -> list[str]:
     return [*user_args, *([] if "--deepspeed" in user_args else ["--deepspeed"]), *extra]
 
 
-def _run_patched(parsed: argparse.Namespace) -> None:
-    """Make the ranks run the user's script or module through RUN_SCRIPT. Impossible with `--no_python`."""
-    if parsed.no_python:
-        print_line(PROGRAM, "--no_python: MoLS is off for the program; call mols_ds.patch() in its script")
-        return
-    parsed.user_args = [*(["-m"] if parsed.module else []), parsed.user_script, *parsed.user_args]
-    parsed.user_script, parsed.module = RUN_SCRIPT, False
-
-
 class _Job:
     """One call of DeepSpeed's runner: its arguments and the process that it started."""
 
@@ -100,43 +92,35 @@ class _Job:
 
     # -- replacements of the runner's functions
 
-    def parse(self, stock: Callable[..., argparse.Namespace]) -> Callable[..., argparse.Namespace]:
-        """Wrap the runner's `parse_args`: add `--config`, raise MolsConfigError for a missing file."""
+    def parse(self, stock: Callable[..., argparse.Namespace], args: Sequence[str] | None = None) -> argparse.Namespace:
+        """Replace the runner's `parse_args`: add `--config`, raise MolsConfigError for a missing file."""
+        with mock.patch(f"{RUNNER}.argparse", _copy_with(argparse, ArgumentParser=RunnerParser)):
+            parsed = stock(args)
+        if parsed.ds_config is not None and not os.path.isfile(parsed.ds_config):
+            read_config(parsed.ds_config)  # base64, or raises: no such file
+        if not parsed.module and not parsed.no_python and not os.path.isfile(parsed.user_script):
+            raise MolsConfigError(f"{parsed.user_script}: no such script")
+        parsed.user_args = script_arguments(parsed.user_args, parsed.ds_config)
+        if is_job(parsed.user_script):
+            check_job(parsed.user_args)
+        if parsed.no_python:
+            print_line(PROGRAM, "--no_python: MoLS is off for the program; call mols_ds.patch() in its script")
+        else:
+            parsed.user_args = [*(["-m"] if parsed.module else []), parsed.user_script, *parsed.user_args]
+            parsed.user_script, parsed.module = RUN_SCRIPT, False
+        self.args = parsed
+        return parsed
 
-        def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
-            with mock.patch(f"{RUNNER}.argparse", _copy_with(argparse, ArgumentParser=RunnerParser)):
-                parsed = stock(args)
-            if parsed.ds_config is not None and not os.path.isfile(parsed.ds_config):
-                read_config(parsed.ds_config)  # base64, or raises: no such file
-            if not parsed.module and not parsed.no_python and not os.path.isfile(parsed.user_script):
-                raise MolsConfigError(f"{parsed.user_script}: no such script")
-            parsed.user_args = script_arguments(parsed.user_args, parsed.ds_config)
-            if is_job(parsed.user_script):
-                check_job(parsed.user_args)
-            _run_patched(parsed)
-            self.args = parsed
-            return parsed
+    def remember(self, stock: Callable[[Hosts], str], world_info: Hosts) -> str:
+        """Replace the runner's `encode_world_info`. The runner calls it once, with the hosts and slots of the job."""
+        self.active = dict(world_info)
+        return stock(world_info)
 
-        return parse_args
-
-    def remember(self, stock: Callable[[Hosts], str]) -> Callable[[Hosts], str]:
-        """Wrap the runner's `encode_world_info`. The runner calls it once, with the hosts and slots of the job."""
-
-        def encode_world_info(world_info: Hosts) -> str:
-            self.active = dict(world_info)
-            return stock(world_info)
-
-        return encode_world_info
-
-    def start(self, stock: Callable[..., Process]) -> Callable[..., Process]:
-        """Wrap the runner's `Popen`. The first process is the job; the runner starts others to end it."""
-
-        def popen(command: Sequence[str], **options: object) -> Process:
-            process = stock(deaf_launcher(command), **options)
-            self.process = self.process or process
-            return process
-
-        return popen
+    def start(self, stock: Callable[..., Process], command: Sequence[str], **options: object) -> Process:
+        """Replace the runner's `Popen`. The first process is the job; the runner starts others to end it."""
+        process = stock(deaf_launcher(command), **options)
+        self.process = self.process or process
+        return process
 
     def listen(self, number: int, handler: Handler) -> Handler:
         """Replace the runner's `signal.signal`, which it calls only with pdsh."""
@@ -245,9 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         runner = compat.module(RUNNER)
         changes: dict[str, Any] = {
-            "parse_args": job.parse(runner.parse_args),
-            "encode_world_info": job.remember(runner.encode_world_info),
-            "subprocess": _copy_with(runner.subprocess, Popen=job.start(runner.subprocess.Popen)),
+            "parse_args": partial(job.parse, runner.parse_args),
+            "encode_world_info": partial(job.remember, runner.encode_world_info),
+            "subprocess": _copy_with(runner.subprocess, Popen=partial(job.start, runner.subprocess.Popen)),
             "signal": _copy_with(signal, signal=job.listen),
             **{name: _with_master(getattr(runner, name)) for name in UNMAPPED},
         }

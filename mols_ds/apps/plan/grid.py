@@ -66,12 +66,6 @@ def buffer_elements(weights: Sequence[Weight], ranks: int, *, distributed: bool,
     return up(at, math.lcm(ranks, 128)) if distributed else at
 
 
-def split_experts(weights: Sequence[Weight]) -> tuple[list[Weight], list[Weight]]:
-    """Split into (dense parameters, parameters of routed experts). Each part has its own buffers and ranks."""
-    experts = [weight for weight in weights if ".experts." in weight.name]
-    return [weight for weight in weights if ".experts." not in weight.name], experts
-
-
 def _chunks(weights: Sequence[Weight]) -> list[list[Weight]]:
     """Split the parameters by model chunk. Each chunk has its own buffers."""
     of = itertools.groupby(weights, lambda w: w.name.split(".")[1] if w.name.startswith("chunk.") else "")
@@ -82,8 +76,9 @@ def buffers(plan: MegatronPlan, stage: int) -> list[tuple[int, int, list[Weight]
     """Return (elements, ranks that share it, parameters) of each flat buffer of a rank."""
     found = []
     for chunk in _chunks(plan.gpt.weights(stage)):
-        for part, ranks in zip(split_experts(chunk), (plan.data, plan.expert_data), strict=True):
-            if part:
+        # Parameters of routed experts have their own buffers and ranks.
+        for experts, ranks in ((False, plan.data), (True, plan.expert_data)):
+            if part := [weight for weight in chunk if (".experts." in weight.name) == experts]:
                 bucket = max(40_000_000, 1_000_000 * ranks) if plan.overlap else None
                 size = buffer_elements(part, ranks, distributed=plan.distributed, bucket=bucket)
                 found.append((size, ranks, part))

@@ -36,7 +36,7 @@ def rerun(study: Study, store: Store, number: int) -> list[Failure]:
         if old is not None and new is not None:
             why = difference(old, new)
             tell(f"{run.label}: {why or 'the same bits'}")
-            failures += [Failure(run, why, True)] if why else []
+            failures += [Failure(run, why)] if why else []
     return failures
 
 

@@ -273,13 +273,9 @@ def _adjust(rows: list[ArmRow], pairs: list[PairRow], study: JsonMapping) -> tup
 
 
 def _sensitivities(results: StudyResults, model: str, arms: Iterable[str]) -> dict[str, Sensitivity]:
-    found = {}
-    for arm in arms:
-        chosen = results.chosen.get((model, arm))
-        curve = curves.sensitivity(chosen.losses, dict(chosen.values)) if chosen else None
-        if curve is not None:
-            found[arm] = curve
-    return found
+    chosen = {arm: results.chosen[model, arm] for arm in arms if (model, arm) in results.chosen}
+    found = {arm: curves.sensitivity(best.losses, dict(best.values)) for arm, best in chosen.items()}
+    return {arm: curve for arm, curve in found.items() if curve is not None}
 
 
 def _tuning(results: StudyResults, model: str, arms: Iterable[str]) -> dict[str, dict[str, float]]:

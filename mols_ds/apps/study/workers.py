@@ -41,8 +41,7 @@ class Failure:
 
     run: StudyRun
     why: str
-    mistake: bool
-    """True for a user error (MolsError), printed in one line; otherwise `why` is a traceback."""
+    """One line for a user error (MolsError), otherwise a traceback."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +101,12 @@ def start_alone() -> None:
     from deepspeed.accelerator import get_accelerator
 
     check_kernel_caches()
+    backend = get_accelerator().communication_backend_name()
     if get_accelerator().device_name() == "cpu":
         skip_shm_kernel()
+        backend = "gloo"
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        backend = get_accelerator().communication_backend_name()
-        backend = "gloo" if get_accelerator().device_name() == "cpu" else backend
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(backend)
     quiet_engines()
@@ -130,9 +129,9 @@ def _serve(connection: Connection, study: Study, out: Path, threads: int, parent
         try:
             connection.send((task, perform(worker, task), None))
         except MolsError as error:
-            connection.send((task, None, (" ".join(str(error).split()), True)))
+            connection.send((task, None, " ".join(str(error).split())))
         except Exception:  # the study continues with other arms and reports the failure at the end
-            connection.send((task, None, (traceback.format_exc(), False)))
+            connection.send((task, None, traceback.format_exc()))
 
 
 def _end_with(parent: int) -> None:
@@ -194,7 +193,7 @@ class Pool:
                 self.free.append(ready)
                 if failed is not None:
                     run = task if isinstance(task, StudyRun) else task.run
-                    failures[task] = Failure(run, *failed)
+                    failures[task] = Failure(run, failed)
                 else:
                     done(task, result)
 
@@ -226,7 +225,7 @@ def together(
             result = perform(worker, task)
         except MolsError as error:
             run = task if isinstance(task, StudyRun) else task.run
-            failures[task] = Failure(run, " ".join(str(error).split()), True)
+            failures[task] = Failure(run, " ".join(str(error).split()))
             continue
         if worker.rank_info.rank == 0:
             done(task, result)
