@@ -184,7 +184,7 @@ class _Lines:
         self.began = time.monotonic()
 
     def __call__(self, task: Task, result: JsonObject) -> None:
-        if not isinstance(task, StudyRun):
+        if task.baseline is not None:
             self.store.save_cost(task.run, result)
             ratio, memory = result["step_ratio"][0], result["memory_ratio"]
             tell(f"cost of {task.run.model} {task.run.arm}: step x {ratio:.3f}, memory x {memory:.3f}")
@@ -196,14 +196,14 @@ class _Lines:
         left = len(needed(self.study, self.store)[0])
         minutes = (time.monotonic() - self.began) / 60
         tell(
-            f"[{minutes:5.1f} min, {self.finished} done, {left} or more to come] {task.label:44s} "
+            f"[{minutes:5.1f} min, {self.finished} done, {left} or more to come] {task.run.label:44s} "
             f"{outcome}  {result['seconds']:.0f} s  {alphas if len(alphas) < 80 else ''}"
         )
 
 
 def _costs_wanted(study: Study, store: Store) -> list[Task]:
     """List the arms without a cost measurement at their chosen settings, once all runs are finished."""
-    from mols_ds.apps.study.workers import CostTask
+    from mols_ds.apps.study.workers import Task
 
     if not study.costs:
         return []
@@ -218,7 +218,7 @@ def _costs_wanted(study: Study, store: Store) -> list[Task]:
         base = chosen.get((model, study.baseline))
         done = known.get(model, {}).get(arm, {}).get("run") == store.key(run)
         if base is not None and store.load(run) is not None and not done:
-            wanted.append(CostTask(StudyRun(model, study.baseline, base.values, seed), run))
+            wanted.append(Task(run, StudyRun(model, study.baseline, base.values, seed)))
     return wanted
 
 
@@ -238,13 +238,13 @@ def _here(study: Study, store: Store, jobs: int) -> list[Failure]:
 
 def _launched(study: Study, store: Store) -> list[Failure]:
     """Execute all runs on all ranks of this job together."""
-    from mols_ds.apps.study.work import RankInfo, Worker
+    from mols_ds.apps.study.work import Worker
     from mols_ds.apps.study.workers import quiet_engines, runs_wanted, together
     from mols_ds.training.ranks import start_ranks
 
-    rank, world = start_ranks()
+    ranks = start_ranks()
     quiet_engines()
-    worker = Worker(study, store, RankInfo(rank, world))
+    worker = Worker(study, store, *ranks)
     lines = _Lines(study, store)
     failures = together(worker, lambda: runs_wanted(study, store), lines)
     return failures + together(worker, lambda: _costs_wanted(study, store), lines)

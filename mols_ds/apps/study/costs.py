@@ -116,9 +116,7 @@ def _accumulators(worker: Worker, run: StudyRun) -> int:
 def live_bytes(engine: DeepSpeedEngine, batches: list[torch.Tensor]) -> int:
     """Return the bytes of this rank's weights, gradients (after backward) and optimizer state, each storage once."""
     *head, last = batches
-    for ids in head:
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
-        engine.step()
+    _step(engine, head)
     engine.backward(engine(input_ids=last, labels=last).loss)
     outer = engine.optimizer
     inner = getattr(outer, "optimizer", outer)

@@ -9,7 +9,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -43,19 +42,14 @@ CURVE_POINTS = 200
 """Largest number of training loss points in a result; each is the mean of the steps since the one before."""
 
 
-@dataclass
-class RankInfo:
-    """Rank of this process in a job of `world` ranks that executes one run at a time."""
-
-    rank: int = 0
-    world: int = 1
-
-
 class Worker:
-    """Executes runs of one study. Keeps tokenizers and token files open between runs."""
+    """Executes runs of one study. Keeps tokenizers and token files open between runs.
 
-    def __init__(self, study: Study, store: Store, rank_info: RankInfo) -> None:
-        self.study, self.store, self.rank_info = study, store, rank_info
+    rank: of this process in a job of `world` ranks that executes one run at a time.
+    """
+
+    def __init__(self, study: Study, store: Store, rank: int = 0, world: int = 1) -> None:
+        self.study, self.store, self.rank, self.world = study, store, rank, world
         self.tokens = lru_cache(maxsize=None)(self._prepare)
 
     def model_source(self, model: str) -> str:
@@ -90,21 +84,21 @@ class Worker:
         config = arm_config(study, run.arm, run.values)
         if "mols" in config:
             config["mols"].setdefault("report_dir", str(out / "mols_report"))
-        config = resolve(config, world=self.rank_info.world, steps=study.steps, out=out)
+        config = resolve(config, world=self.world, steps=study.steps, out=out)
         check_with_deepspeed(config, f"of arm {run.arm}")
         return config
 
     def job(self, run: StudyRun, out: Path, watch: Callable[[DeepSpeedEngine], None] | None = None) -> TrainJob:
         """Return the job of a run for `mols_ds.training.trainer.train`. `watch` is called after every update."""
-        study, ranks = self.study.at(run.model), self.rank_info
+        study = self.study.at(run.model)
         spec, tokenizer, tokens = self.tokens(run.model)
         config = self.config(run, out)
         shape = BatchShape(
             study.batch.length,
             config["train_micro_batch_size_per_gpu"],
             config["gradient_accumulation_steps"],
-            ranks.rank,
-            ranks.world,
+            self.rank,
+            self.world,
         )
         batches: Batches
         if tokens.train is None:
@@ -122,7 +116,7 @@ class Worker:
             setup=setup,
             batches=batches,
             shape=shape,
-            rank=ranks.rank,
+            rank=self.rank,
             steps=study.steps,
             out=out,
             seed=run.seed,
@@ -157,7 +151,7 @@ class Worker:
         over. Raises MolsError on all ranks if the result cannot be saved.
         """
         out = self.store.folder(run)
-        first = self.rank_info.rank == 0
+        first = self.rank == 0
         if first and not has_checkpoint(out):
             shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
