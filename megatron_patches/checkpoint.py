@@ -107,13 +107,10 @@ class MegatronCheckpoints:
         """Return the state that is equal on all ranks."""
         return {**self.mols.common_state(), "steps": self.mols.steps}
 
-    def _host(self, state: Any) -> dict[Any, Any]:
-        return state_host(self.optimizer, state)
-
     def sharded_state_dict(self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
         """Return the state of `ChainedOptimizer.sharded_state_dict` with the MoLS state."""
         state = self._stock["sharded_state_dict"](model_sharded_state_dict, is_loading, **kwargs)
-        host = self._host(state)
+        host = state_host(self.optimizer, state)
         if is_loading:
             self._asked = state
             if self._wanted:
@@ -136,7 +133,7 @@ class MegatronCheckpoints:
     def state_dict(self) -> Any:
         """Return the state of `ChainedOptimizer.state_dict` with the common MoLS state (no accumulators)."""
         state = self._stock["state_dict"]()
-        host = self._host(state)
+        host = state_host(self.optimizer, state)
         host[KEY] = self._common()
         return state
 
@@ -168,7 +165,7 @@ class MegatronCheckpoints:
         self._refuse(names, checkpoint_dir)
         with contextlib.suppress(Exception):
             if self._has_samples(names):
-                self._host(self._asked)[SAMPLES] = self._object(None)
+                state_host(self.optimizer, self._asked)[SAMPLES] = self._object(None)
 
     @staticmethod
     def _names(checkpoint_dir: Any) -> list[str]:

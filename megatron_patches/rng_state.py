@@ -55,7 +55,8 @@ def set_accelerator_state(state: Tensor | None) -> None:
 
 def tracker_states() -> dict[str, Tensor]:
     """Return copies of the states of Megatron's tracker."""
-    return {name: _copy(state) for name, state in _tracker().get_states().items()}
+    states = _tracker().get_states().items()
+    return {name: s.get_state() if isinstance(s, torch.Generator) else s.clone() for name, s in states}
 
 
 def set_tracker_states(copies: Mapping[str, Tensor]) -> None:
@@ -76,7 +77,3 @@ def _tracker() -> Tracker:
 
     tracker: Tracker = get_cuda_rng_tracker()
     return tracker
-
-
-def _copy(state: Tensor | torch.Generator) -> Tensor:
-    return state.get_state() if isinstance(state, torch.Generator) else state.clone()

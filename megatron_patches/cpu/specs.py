@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import importlib.util
 from collections.abc import Iterator, Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -35,21 +35,14 @@ def _random() -> Replaced:
     """Patch Megatron's RNG state functions, which use CUDA's generators, and names that it defines only with TE."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     with_engine = {
-        "FP8GlobalStateManager": _NoFp8,
+        # Selective recomputation reads it.
+        "FP8GlobalStateManager": SimpleNamespace(is_fp8_enabled=lambda: False),
         "activation_recompute_forward": lambda **kwargs: contextlib.nullcontext(),
         "fp8_autocast": lambda **kwargs: contextlib.nullcontext(),
     }
     yield random, {name: value for name, value in with_engine.items() if not hasattr(random, name)}
     yield random, {"_get_cuda_rng_state": lambda *args, **kwargs: torch.get_rng_state()}
     yield random, {"_set_cuda_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state)}
-
-
-class _NoFp8:
-    """Transformer Engine's FP8 state, always off. Selective recomputation reads it."""
-
-    @staticmethod
-    def is_fp8_enabled() -> bool:
-        return False
 
 
 def _norm() -> Replaced:

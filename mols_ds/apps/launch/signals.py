@@ -145,7 +145,9 @@ class Supervisor:
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         limit: float | None = None
-        while (status := _status(process)) is None:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(_POLL_SECONDS)
             if self._heard:
                 number, self._heard = self._heard, 0
                 if number == signal.SIGINT and self._interrupted:
@@ -160,7 +162,6 @@ class Supervisor:
             ):
                 print_line(PROGRAM, "ending the launcher")
                 return self._kill(process, KILL_SECONDS)
-        return status
 
     def _forward(self, pid: int, number: int) -> bool:
         """Forward a signal to the ranks. Return True if there are any."""
@@ -180,12 +181,6 @@ class Supervisor:
         send(everything, signal.SIGKILL)
         process.wait()
         return -(self._first or signal.SIGTERM)
-
-
-def _status(process: subprocess.Popen[bytes]) -> int | None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.wait(_POLL_SECONDS)
-    return None
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

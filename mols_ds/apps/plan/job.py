@@ -212,7 +212,7 @@ class ZeroJob(PlanJob):
                 held_of_tensor(layouts[w.name], w.numel, self.reference, views=views) for w in weights
             )
         share = -(-held_of_shard(weights, layouts, self.reference, views) // self.ranks)
-        return COPY_BYTES * (min(share, z.sub_group) if z.stage == 3 else share)
+        return COPY_BYTES * (min(share, z.section.sub_group_size) if z.stage == 3 else share)
 
     def messages_of(self, footprint: int) -> list[Message]:
         layers = self.decoder.config.num_hidden_layers
