@@ -256,4 +256,6 @@ class _TritonFinder(MetaPathFinder):
 
 def _patch_triton(stack: contextlib.ExitStack) -> None:
     if not _found("triton"):
-        stack.enter_context(mock.patch.object(sys, "meta_path", [_TritonFinder(), *sys.meta_path]))
+        finder = _TritonFinder()
+        sys.meta_path.insert(0, finder)
+        stack.callback(sys.meta_path.remove, finder)

@@ -34,15 +34,16 @@ Replaced = Iterator[tuple[ModuleType | type, dict[str, Any]]]
 def _random() -> Replaced:
     """Patch Megatron's RNG state functions, which use CUDA's generators, and names that it defines only with TE."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
-    with_engine = {
+    with_engine: dict[str, Any] = {
         # Selective recomputation reads it.
         "FP8GlobalStateManager": SimpleNamespace(is_fp8_enabled=lambda: False),
         "activation_recompute_forward": lambda **kwargs: contextlib.nullcontext(),
         "fp8_autocast": lambda **kwargs: contextlib.nullcontext(),
     }
-    yield random, {name: value for name, value in with_engine.items() if not hasattr(random, name)}
-    yield random, {"_get_cuda_rng_state": lambda *args, **kwargs: torch.get_rng_state()}
-    yield random, {"_set_cuda_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state)}
+    values = {name: value for name, value in with_engine.items() if not hasattr(random, name)}
+    values["_get_cuda_rng_state"] = lambda *args, **kwargs: torch.get_rng_state()
+    values["_set_cuda_rng_state"] = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    yield random, values
 
 
 def _norm() -> Replaced:

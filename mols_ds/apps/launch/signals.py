@@ -156,12 +156,12 @@ class Supervisor:
                 told = self._forward(process.pid, number)
                 patience = self.grace if told else min(self.grace, IDLE_SECONDS)
                 limit = min(limit or float("inf"), time.monotonic() + patience)
-            # New ranks after the signal: the launcher mistook the exit for a failure.
-            elif limit is not None and (
-                time.monotonic() > limit or any(rank.pid not in self._told for rank in ranks_below(process.pid))
-            ):
-                print_line(PROGRAM, "ending the launcher")
-                return self._kill(process, KILL_SECONDS)
+            elif limit is not None:
+                # New ranks after the signal: the launcher mistook the exit for a failure.
+                again = any(rank.pid not in self._told for rank in ranks_below(process.pid))
+                if again or time.monotonic() > limit:
+                    print_line(PROGRAM, "ending the launcher")
+                    return self._kill(process, KILL_SECONDS)
 
     def _forward(self, pid: int, number: int) -> bool:
         """Forward a signal to the ranks. Return True if there are any."""
