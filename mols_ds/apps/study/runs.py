@@ -325,16 +325,13 @@ def collect(study: Study, store: Store) -> StudyResults:
     """Collect every finished run of the study."""
     missing, chosen = needed(study, store)
     runs: dict[StudyRun, JsonObject] = {}
+    known, costs = store.costs(), dict[str, dict[str, JsonObject]]()
     for (model, arm), best in chosen.items():
-        every = [StudyRun(model, arm, values, seed) for values in best.losses for seed in study.tune_seeds]
-        every += [StudyRun(model, arm, best.values, seed) for seed in study.at(model).seeds]
-        for run in every:
-            result = store.load(run)
-            if result is not None:
-                runs[run] = result
-    costs: dict[str, dict[str, JsonObject]] = {}
-    for (model, arm), best in chosen.items():
-        known = store.costs().get(model, {}).get(arm, {})
-        if known.get("run") == store.key(StudyRun(model, arm, best.values, study.at(model).seeds[0])):
-            costs.setdefault(model, {})[arm] = known
+        tuned = [StudyRun(model, arm, values, seed) for values in best.losses for seed in study.tune_seeds]
+        evaluated = [StudyRun(model, arm, best.values, seed) for seed in study.at(model).seeds]
+        found = {run: store.load(run) for run in (*tuned, *evaluated)}
+        runs |= {run: result for run, result in found.items() if result is not None}
+        cost = known.get(model, {}).get(arm, {})
+        if cost.get("run") == store.key(evaluated[0]):
+            costs.setdefault(model, {})[arm] = cost
     return StudyResults(study.model_dump(mode="json"), study.baseline, runs, chosen, costs, missing)
