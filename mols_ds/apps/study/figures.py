@@ -300,18 +300,11 @@ def _alpha_panel(axes: Axes, rows: Sequence[AlphaRow], models: Sequence[str], gr
     for row in rows:
         index = models.index(row.model)
         shift = 0.16 * (index - (len(models) - 1) / 2)
-        places = [(i + shift, row.alphas[group]) for i, group in enumerate(groups) if group in row.alphas]
-        colour = PALETTE[index % len(PALETTE)]
-        for x, value in places:
-            axes.plot([x, x], [value.low, value.high], color=colour, linewidth=1.6)
-        axes.plot(
-            [x for x, _ in places],
-            [value.mean for _, value in places],
-            color=colour,
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=5,
-            linestyle="none",
-        )
+        places = [i + shift for i, group in enumerate(groups) if group in row.alphas]
+        values = [row.alphas[group] for group in groups if group in row.alphas]
+        marker, colour = MARKERS[index % len(MARKERS)], PALETTE[index % len(PALETTE)]
+        axes.vlines(places, [v.low for v in values], [v.high for v in values], color=colour, linewidth=1.6)
+        axes.plot(places, [v.mean for v in values], marker, color=colour, markersize=5)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     frame(axes, "y")
