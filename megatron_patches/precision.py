@@ -70,11 +70,7 @@ def check(
             "layer is Megatron's also with Transformer Engine): build apex with its CUDA extensions or set "
             "gradient_accumulation_fusion to false"
         )
-    _check_setting(model_config)
-
-
-def _check_setting(model_config: object) -> None:
-    """Raise for settings that do not work on any machine: a missing partner setting, or bypassed forward hooks."""
+    # Settings that do not work on any machine: a missing partner setting, or bypassed forward hooks.
     if getattr(model_config, "fp4_param", False):
         raise MolsUnsupportedError(
             "MoLS does not support fp4_param (primary weights in FP4): they need the optimizer's fp4_param_gather; set "

@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mols_ds.apps.plan import grid, zero
-from mols_ds.apps.plan.calibration import AccumulatorBytes, Device, accumulators, sums_bytes
-from mols_ds.apps.plan.cluster import Cluster
+from mols_ds.apps.plan import grid, timing, zero
+from mols_ds.apps.plan.calibration import AGREEMENT, AccumulatorBytes, Device, accumulators, sums_bytes
+from mols_ds.apps.plan.cluster import GB, Cluster
 from mols_ds.apps.plan.model import Decoder
-from mols_ds.apps.plan.parts import PHASES, Bytes, Footprint, Message, add
+from mols_ds.apps.plan.parts import PHASES, Bytes, Footprint, Message, add, ring
 from mols_ds.apps.plan.scaling import COPY_BYTES, held_of_shard, held_of_tensor, steps_on_views
-from mols_ds.apps.plan.timing import Mode, Times, step_seconds, times
 from mols_ds.core.config import MIN_SAMPLES_CORRECTED, MolsConfig
 from mols_ds.core.layout import base_group
 from mols_ds.core.phases import resolve_schedule
@@ -89,7 +88,7 @@ class PlanJob(ABC):
         """Describe the planned run in a few lines."""
 
     @property
-    def mode(self) -> Mode:
+    def mode(self) -> timing.Mode:
         return "fixed" if self.mols is None or self.mols.fixed_alphas is not None else self.mols.mode
 
     @property
@@ -168,19 +167,28 @@ class PlanJob(ABC):
         looked_for = self.mols is not None and self.mode != "fixed" and self.mols.unseen_rows == "exclude"
         return self.vocabulary if looked_for else 0
 
-    def times(self) -> Times:
-        number = self.heaviest()
-        footprint = self.footprints()[number]
-        return times(
-            self.cluster,
-            step=step_seconds(self.cluster, self.flops(), self.precision()),
-            messages=self.messages_of(number),
-            mode=self.mode,
-            samples=self.samples,
-            elements=footprint.measured,
-            device=self.device,
-            host_gradients="gradients" in footprint.host,
-            reduced=self.sums() + self.tokens(),
+    def times(self) -> timing.Times:
+        """Compute the times of the run. Assumes that a probe step takes as long as a training step."""
+        cluster, number = self.cluster, self.heaviest()
+        footprint, messages = self.footprints()[number], self.messages_of(number)
+        step = timing.step_seconds(cluster, self.flops(), self.precision())
+        share = cluster.memory_gbs if self.device == "accelerator" else cluster.host_memory_gbs / cluster.accelerators
+        sampled = self.samples if self.mode in ("probe", "online") else 0
+        each = timing.UPDATE_BYTES[self.device] + timing.READ_BYTES.get(self.mode, 0)
+        once = timing.MOMENTS_BYTES if self.mode == "moments" else timing.SUMS_BYTES if sampled else 0
+        traffic = footprint.measured * (sampled * each + once)
+        crosses = self.device == "cpu" and "gradients" not in footprint.host
+        moved = sampled * footprint.measured * 4 if crosses else 0
+        sent = 0 if self.mode == "fixed" else ring("all-reduce", self.sums() + self.tokens(), cluster.ranks)
+        sent += self.samples * ring("all-reduce", AGREEMENT, cluster.ranks) if self.mode == "probe" else 0
+        return timing.Times(
+            step=step,
+            # One after the other at nominal bandwidth, without any overlap.
+            messages_of_a_step=sum(m.sent / (timing.bandwidth(cluster, m.inside) * GB) for m in messages),
+            passes=self.samples * step if self.mode == "probe" else 0.0,
+            updates=traffic / (share * GB),
+            transfer=moved / (cluster.host_link_gbs * GB),
+            reduction=sent / (timing.bandwidth(cluster, cluster.nodes == 1) * GB),
         )
 
 
