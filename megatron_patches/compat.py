@@ -29,14 +29,6 @@ class Wrapper(Protocol):
     optimizer: Any  # the inner torch optimizer; None where this rank has no parameters
 
 
-class GradScaler(Protocol):
-    """The loss scale of fp16 (optimizer/grad_scaler.py)."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
-
 # ------------------------------------------------------------------ modules
 
 ATTACHED: dict[str, tuple[str, ...]] = {

@@ -23,7 +23,6 @@ from megatron_patches import precision
 from megatron_patches.checkpoint import MegatronCheckpoints
 from megatron_patches.checks import check_supported, find_config
 from megatron_patches.collective_checks import check_locals, merge_shapes
-from megatron_patches.compat import GradScaler
 from megatron_patches.group_rules import frozen_names
 from megatron_patches.param_map import (
     LocalParameter,
@@ -245,7 +244,7 @@ class MegatronMols(Session):
     def _prepare_probe(self) -> bool:
         """Unscale the reduced gradient in place. The loop zeroes it before the next iteration."""
         found = (getattr(outer, "grad_scaler", None) for outer in self.optimizer.chained_optimizers)
-        scalers: dict[int, GradScaler] = {id(scaler): scaler for scaler in found if scaler is not None}
+        scalers = {id(scaler): scaler for scaler in found if scaler is not None}
         self._loss_scales = [(scaler, scaler.state_dict()) for scaler in scalers.values()]
         return not self.optimizer.prepare_grads()
 
