@@ -59,7 +59,9 @@ def compare(args: argparse.Namespace) -> int:
     if args.arms:
         study = _only(study, args.arms)
     if args.seeds:
-        study = reseeded(study, args.seeds)
+        if len(set(args.seeds)) < len(args.seeds):
+            raise MolsConfigError(f"--seeds {' '.join(map(str, args.seeds))}: each seed once")
+        study = study.model_copy(update={"seeds": tuple(args.seeds)})
     out = args.out or Path("runs") / study.name
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if args.jobs is not None and launched:
@@ -127,13 +129,6 @@ def _only_models(study: Study, models: Sequence[str]) -> Study:
             raise MolsConfigError(f'--models: "{model}" is not one of {", ".join(study.models)}')
     kept = {*models, *(study.changes[name].settings_of for name in models if name in study.changes)}
     return study.model_copy(update={"models": {name: study.models[name] for name in study.models if name in kept}})
-
-
-def reseeded(study: Study, seeds: Sequence[int]) -> Study:
-    """Replace the evaluation seeds. Raises MolsConfigError for a negative or repeated seed."""
-    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise MolsConfigError(f"--seeds {' '.join(map(str, seeds))}: each seed once, none negative")
-    return study.model_copy(update={"seeds": tuple(seeds)})
 
 
 def _can_report() -> None:
