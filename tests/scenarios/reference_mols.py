@@ -1,6 +1,6 @@
-"""The method by METHOD.md, float64 and naive: statistics, multipliers, phases, and who wins at resume.
+"""The method in float64, written in the simplest way: statistics, multipliers, phases, and the rules of a resumed run.
 
-Written without a look at the product's own: what the two have in common is the paper and docs/.
+Written from the paper and docs/ only, without reading the product's code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEFAULTS: dict[str, Any] = {  # of docs/deepspeed.md
+DEFAULTS: dict[str, Any] = {  # from docs/config.md
     "mode": "probe",
     "estimator": "damping",
     "unseen_rows": "exclude",
@@ -28,31 +28,39 @@ DEFAULTS: dict[str, Any] = {  # of docs/deepspeed.md
     "fixed_alphas": None,
     "weight_decay": "scaled",
 }
-CUT = 1 / 256  # mode "moments": below this share of m^2 the noise is lost in rounding (docs/method.md)
-OF_THE_ALPHAS = (
+MIN_VARIANCE_SHARE = 1 / 256  # mode "moments": s2 below this share of m^2 is rounding error (docs/method.md)
+ALPHA_KEYS = (
     "samples", "mode", "estimator", "unseen_rows", "noise_floor_correction", "reference", "alpha_min", "alpha_max"
 )  # fmt: skip
+"""Keys of the measurement. A resumed run keeps the checkpoint's alphas, and warns if one of these keys differs."""
 ROWS = ("embed_tokens", "lm_head", "word_embeddings", "output_layer")
 """Parameters with a row for each token."""
-"""Keys that say how alphas are measured: a resumed run whose checkpoint has alphas keeps them, and says so."""
 
 
-class NoAlphas(Exception):
-    """No multiplier can be formed."""
+class AlphasUndefined(Exception):
+    """The statistics give no multiplier."""
 
 
 @dataclass
 class Statistics:
-    """mu^2 and s^2 of a group's elements, and what noise alone reads: (shrink, floor)."""
+    """Squared mean and variance of the gradient of each element of a group.
+
+    Args:
+        mu2: squared mean, (elements,).
+        s2: variance, (elements,).
+        shrink: factor that removes the bias of 1 / s2.
+        floor: value of mu2 / s2 that noise alone gives.
+        nonzero: number of elements with a gradient other than 0.
+    """
 
     mu2: Tensor
     s2: Tensor
     shrink: float
     floor: float
-    moved: int
+    nonzero: int
 
     def value(self, estimator: str, corrected: bool) -> float:
-        """SNR of the group, or the mean step d; NaN where no element counts."""
+        """SNR of the group, or its effective step d. NaN if no element has a variance above 0."""
         counted = self.s2 > 0
         mu2, s2 = self.mu2[counted], self.s2[counted]
         if not len(mu2):
@@ -73,67 +81,71 @@ class Statistics:
         return float((positive / (1 + positive)).sqrt().mean())
 
 
-def in_seen_rows(name: str, shape: torch.Size, seen: Tensor | None) -> Tensor:
-    """Bool (numel,): elements that are not in the row of a token that did not occur. seen: bool (rows,), None: all."""
+def seen_row_mask(name: str, shape: torch.Size, seen_rows: Tensor | None) -> Tensor:
+    """Elements that are measured, bool (numel,): not in the row of a token that did not occur.
+
+    Args:
+        seen_rows: tokens that occurred, bool (rows,). None: all.
+    """
     mask = torch.ones(shape, dtype=torch.bool)
-    if seen is not None and name.split(".")[-2] in ROWS:
-        mask[~seen] = False
+    if seen_rows is not None and name.split(".")[-2] in ROWS:
+        mask[~seen_rows] = False
     return mask.flatten()
 
 
-def of_samples(
-    samples: Sequence[Mapping[str, Tensor]], groups: Mapping[str, str], seen: Tensor | None
+def statistics_of_samples(
+    samples: Sequence[Mapping[str, Tensor]], groups: Mapping[str, str], seen_rows: Tensor | None
 ) -> dict[str, Statistics]:
-    """From K gradients of the measured parameters, by group."""
+    """Statistics of each group from K gradients of the measured parameters."""
     k, result = len(samples), {}
     for group in dict.fromkeys(groups.values()):
         names = [name for name, its in groups.items() if its == group]
         stacked = torch.stack([torch.cat([sample[name].flatten() for name in names]) for sample in samples]).double()
-        moved = int((stacked != 0).any(0).sum())
-        stacked = stacked[:, torch.cat([in_seen_rows(name, samples[0][name].shape, seen) for name in names])]
+        nonzero = int((stacked != 0).any(0).sum())
+        stacked = stacked[:, torch.cat([seen_row_mask(name, samples[0][name].shape, seen_rows) for name in names])]
         mu, s2 = stacked.mean(0), stacked.var(0, correction=1)
         shrink = (k - 3) / (k - 1) if k > 1 else 0.0
-        result[group] = Statistics(mu**2, s2, shrink, 1 / k, moved)
+        result[group] = Statistics(mu**2, s2, shrink, 1 / k, nonzero)
     return result
 
 
-def of_moments(
+def statistics_of_moments(
     moments: Mapping[str, tuple[Tensor, Tensor, int]],
     groups: Mapping[str, str],
     betas: tuple[float, float],
-    seen: Tensor | None,
+    seen_rows: Tensor | None,
 ) -> dict[str, Statistics]:
-    """From Adam's (m, v, number of updates) of each measured parameter, by group."""
+    """Statistics of each group from Adam's (m, v, number of updates) of each measured parameter."""
     result = {}
     for group in dict.fromkeys(groups.values()):
-        parts, noise, moved = [], 0.0, 0
+        parts, noise, nonzero = [], 0.0, 0
         for name in (name for name, its in groups.items() if its == group):
             m, v, t = moments[name]
-            mask = in_seen_rows(name, m.shape, seen)
-            moved += int((v != 0).sum())
+            mask = seen_row_mask(name, m.shape, seen_rows)
+            nonzero += int((v != 0).sum())
             weights = [(1 - betas[0]) * betas[0] ** (t - k) / (1 - betas[0] ** t) for k in range(1, t + 1)]
             noise = sum(weight**2 for weight in weights)
             m, v = m.double().flatten() / (1 - betas[0] ** t), v.double().flatten() / (1 - betas[1] ** t)
             s2 = v - m**2
-            s2[s2 < CUT * m**2] = 0.0
+            s2[s2 < MIN_VARIANCE_SHARE * m**2] = 0.0
             parts.append(torch.stack([m**2, s2 / (1 - noise)])[:, mask])
         mu2, s2 = torch.cat(parts, 1)
-        result[group] = Statistics(mu2, s2, 1.0, noise, moved)
+        result[group] = Statistics(mu2, s2, 1.0, noise, nonzero)
     return result
 
 
 def alphas_of(statistics: Mapping[str, Statistics], section: Mapping[str, Any], corrected: bool) -> dict[str, float]:
-    """alpha_m = sqrt(SNR_ref / SNR_m), or d_ref / d_m; bounded; 1 for `other` and the reference."""
+    """alpha_m = sqrt(SNR_ref / SNR_m), or d_ref / d_m, within the bounds. 1 for `other` and for the reference."""
     values = {group: one.value(section["estimator"], corrected) for group, one in statistics.items()}
     reference = section["reference"]
     if reference == "max":
         scaled = {g: v for g, v in values.items() if g != "other" and not math.isnan(v)}
         if not scaled:
-            raise NoAlphas
+            raise AlphasUndefined
         reference = max(scaled, key=lambda group: scaled[group])
     if reference in values:
         level = values[reference]
-    else:  # the union of its layers
+    else:  # "layer_type": all layers of the reference type together
         parts = [one for group, one in statistics.items() if group.split(".")[0] == reference]
         joined = Statistics(
             torch.cat([one.mu2 for one in parts]), torch.cat([one.s2 for one in parts]),
@@ -141,14 +153,14 @@ def alphas_of(statistics: Mapping[str, Statistics], section: Mapping[str, Any], 
         )  # fmt: skip
         level = joined.value(section["estimator"], corrected)
     if not level > 0:
-        raise NoAlphas
+        raise AlphasUndefined
     found = {}
     for group, value in values.items():
         if group in ("other", reference) or math.isnan(value):
             found[group] = 1.0
             continue
         if value <= 0 and section["alpha_max"] is None:
-            raise NoAlphas
+            raise AlphasUndefined
         ratio = math.inf if value <= 0 else level / value
         raw = ratio if section["estimator"] in ("damping", "step_rms") else math.sqrt(ratio)
         low, high = section["alpha_min"] or 0.0, section["alpha_max"] or math.inf
@@ -157,23 +169,23 @@ def alphas_of(statistics: Mapping[str, Statistics], section: Mapping[str, Any], 
 
 
 @dataclass
-class Mols:
-    """MoLS by its docs: phases, samples and multipliers. `said`: what has to be warned of, in short."""
+class ReferenceMols:
+    """MoLS as its docs describe it: phases, samples and multipliers. `warnings`: parts of the expected messages."""
 
     section: dict[str, Any]
-    groups: dict[str, str]  # parameter that is measured and scaled -> its module group
+    groups: dict[str, str]  # module group of each measured and scaled parameter
     phase: str = "waiting"
     samples: list[dict[str, Tensor]] = field(default_factory=list)
-    counted: int = 0
-    seen: Tensor | None = None  # bool (rows,): tokens of the samples
+    usable_samples: int = 0
+    seen_rows: Tensor | None = None  # bool (rows,): tokens of the samples
     attempts: int = 0
     ended_at: int | None = None
     ramp_until: int = 0
-    old: dict[str, float] = field(default_factory=dict)
+    previous_alphas: dict[str, float] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
-    given: bool = False  # the alphas came from fixed_alphas
-    window: Any = None  # where each rank's stream of random numbers of a probe window goes on
-    said: list[str] = field(default_factory=list)
+    from_fixed_alphas: bool = False  # the alphas are fixed_alphas
+    window_rng: Any = None  # random state of each rank in the probe window
+    warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.section = {**DEFAULTS, **self.section}
@@ -183,12 +195,12 @@ class Mols:
         return self.phase == "calibrating" and self.section["mode"] == "probe"
 
     def rates(self, t: int) -> dict[str, float]:
-        """Module group -> multiplier of step t."""
+        """Multiplier of each module group in step t."""
         names = set(self.groups.values())
         if self.phase == "waiting":
             return dict.fromkeys(names, 1.0)
         if self.phase == "calibrating":
-            return {g: self.old.get(g, 1.0) for g in names}
+            return {g: self.previous_alphas.get(g, 1.0) for g in names}
         assert self.ended_at is not None
         if t >= self.ramp_until:
             f = 1.0
@@ -197,16 +209,20 @@ class Mols:
         else:
             f = (t - self.ended_at) / (self.ramp_until - self.ended_at)
             f = f if self.section["ramp"] == "linear" else (1 - math.cos(math.pi * f)) / 2
-        return {g: self.old.get(g, 1.0) + (self.alphas.get(g, 1.0) - self.old.get(g, 1.0)) * f for g in names}
+        old = {g: self.previous_alphas.get(g, 1.0) for g in names}
+        return {g: old[g] + (self.alphas.get(g, 1.0) - old[g]) * f for g in names}
 
     def advance(self, t: int) -> None:
-        """Before step t."""
+        """Change the phase, if due, before step t."""
         if self.phase == "ramping" and t >= self.ramp_until:
             self.phase = "fixed"
-        again = self.section["recalibrate"]
+        recalibrate = self.section["recalibrate"]
         due = self.phase == "waiting" and t >= self.section["start"]
         due |= bool(
-            self.phase == "fixed" and again and self.ended_at is not None and t >= self.ended_at + again["every"]
+            self.phase == "fixed"
+            and recalibrate
+            and self.ended_at is not None
+            and t >= self.ended_at + recalibrate["every"]
         )
         if not due:
             return
@@ -215,15 +231,15 @@ class Mols:
         if self.section["fixed_alphas"] is not None:
             self._fix(t)
         elif late:
-            self.said.append("is past mols.start")
+            self.warnings.append("is past mols.start")
 
     def _begin(self, t: int) -> None:
-        self.old = self.rates(t)
-        self.phase, self.samples, self.counted, self.attempts, self.seen = "calibrating", [], 0, 0, None
+        self.previous_alphas = self.rates(t)
+        self.phase, self.samples, self.usable_samples, self.attempts, self.seen_rows = "calibrating", [], 0, 0, None
 
     def _fix(self, t: int) -> None:
         fixed = self.section["fixed_alphas"]
-        self.given = True
+        self.from_fixed_alphas = True
         self._end(t, {g: fixed.get(g, 1.0) for g in set(self.groups.values())})
 
     def _end(self, t: int, alphas: dict[str, float]) -> None:
@@ -232,23 +248,28 @@ class Mols:
             self.ramp_until = planned
         else:
             self.ramp_until = t + max(1, planned - start)
-            self.said.append("after mols.ramp_end")
+            self.warnings.append("after mols.ramp_end")
         self.alphas, self.ended_at, self.phase, self.samples = alphas, t, "ramping", []
         if t >= self.ramp_until:
             self.phase = "fixed"
 
     @property
-    def _excluded(self) -> Tensor | None:
-        return self.seen if self.section["unseen_rows"] == "exclude" else None
+    def _rows_to_measure(self) -> Tensor | None:
+        return self.seen_rows if self.section["unseen_rows"] == "exclude" else None
 
     def sample(self, t: int, gradient: Mapping[str, Tensor] | None, tokens: Tensor) -> None:
-        """One attempted sample of modes "probe" and "online"; None: not usable. `t`: the step that comes next.
-        tokens: bool (rows,), those of its batches."""
+        """Take a sample in mode "probe" or "online".
+
+        Args:
+            t: the next step.
+            gradient: by name. None: the sample is not usable.
+            tokens: tokens of the batches, bool (rows,).
+        """
         if gradient is not None:
-            self.seen = tokens if self.seen is None else self.seen | tokens
+            self.seen_rows = tokens if self.seen_rows is None else self.seen_rows | tokens
             self.samples.append({name: gradient[name].clone() for name in self.groups})
         if self._count(t, gradient is not None):
-            self._measure(t, of_samples(self.samples, self.groups, self._excluded))
+            self._measure(t, statistics_of_samples(self.samples, self.groups, self._rows_to_measure))
 
     def moments(
         self,
@@ -257,97 +278,102 @@ class Mols:
         betas: tuple[float, float],
         before: Tensor,
     ) -> None:
-        """One step of mode "moments"; None: it was skipped. before: bool (rows,), tokens that had moments."""
+        """Count a step in mode "moments".
+
+        Args:
+            moments: (m, v, number of updates) by name. None: the step was skipped.
+            before: tokens that had moments before this step, bool (rows,).
+        """
         if self._count(t, moments is not None) and moments is not None:
-            self.seen = before if bool(before.any()) else None
+            self.seen_rows = before if bool(before.any()) else None
             own = {name: moments[name] for name in self.groups}
-            self._measure(t, of_moments(own, self.groups, betas, self._excluded))
+            self._measure(t, statistics_of_moments(own, self.groups, betas, self._rows_to_measure))
 
     def _count(self, t: int, usable: bool) -> bool:
         self.attempts += 1
-        self.counted += usable
+        self.usable_samples += usable
         if not usable:
-            self.said.append("is not finite (or its step was skipped)")
+            self.warnings.append("is not finite (or its step was skipped)")
         wanted = self.section["samples"]
-        if self.counted >= wanted:
+        if self.usable_samples >= wanted:
             return True
-        if (self.attempts >= wanted and not self.counted) or self.attempts >= 2 * wanted:
-            self._give_up(t)
+        if (self.attempts >= wanted and not self.usable_samples) or self.attempts >= 2 * wanted:
+            self._fail(t)
         return False
 
-    def _give_up(self, t: int) -> None:
-        self.said.append("the calibration failed")
-        self.given = False
-        self._end(t, {g: self.old.get(g, 1.0) for g in set(self.groups.values())})
+    def _fail(self, t: int) -> None:
+        self.warnings.append("the calibration failed")
+        self.from_fixed_alphas = False
+        self._end(t, {g: self.previous_alphas.get(g, 1.0) for g in set(self.groups.values())})
 
     def _measure(self, t: int, statistics: Mapping[str, Statistics]) -> None:
         corrected = self.section["noise_floor_correction"]
         try:
             found = alphas_of(statistics, self.section, corrected)
-        except NoAlphas:
+        except AlphasUndefined:
             if not corrected:
-                return self._give_up(t)
+                return self._fail(t)
             try:
                 found = alphas_of(statistics, self.section, False)
-            except NoAlphas:
-                return self._give_up(t)
-            self.said.append("the alphas come from the uncorrected")
+            except AlphasUndefined:
+                return self._fail(t)
+            self.warnings.append("the alphas come from the uncorrected")
         bounds = [bound for bound in (self.section["alpha_min"], self.section["alpha_max"]) if bound is not None]
-        self.said += ["hit its bound" for alpha in found.values() if alpha in bounds]
-        self.said += ["had a gradient in any sample" for one in statistics.values() if one.moved == 0]
-        self.given = False
+        self.warnings += ["hit its bound" for alpha in found.values() if alpha in bounds]
+        self.warnings += ["had a gradient in any sample" for one in statistics.values() if one.nonzero == 0]
+        self.from_fixed_alphas = False
         self._end(t, found)
         return None
 
     # ------------------------------------------------------------------ checkpoints
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return copy.deepcopy({key: value for key, value in vars(self).items() if key not in ("groups", "said")})
+        """The state in a checkpoint."""
+        return copy.deepcopy({key: value for key, value in vars(self).items() if key not in ("groups", "warnings")})
 
     def resume(self, saved: Mapping[str, Any] | None, t: int) -> None:
-        """Go on at step t by the rules of docs/checkpoints.md."""
+        """Resume at step t by the rules of docs/checkpoints.md. None: a checkpoint without MoLS."""
         if saved is None:
-            fresh = Mols(self.section, self.groups)
-            self.__dict__.update({**vars(fresh), "said": [*self.said, "has no MoLS state"]})
+            fresh = ReferenceMols(self.section, self.groups)
+            self.__dict__.update({**vars(fresh), "warnings": [*self.warnings, "has no MoLS state"]})
             self.advance(t)
             return
-        section, was = self.section, saved["section"]
+        section, saved_section = self.section, saved["section"]
         kept = copy.deepcopy(dict(saved))
         lost = kept.pop("lost", False) and section["mode"] != "moments"
         if kept.pop("since", None) is not None:
-            self.said.append("MoLS was off from step")
+            self.warnings.append("MoLS was off from step")
         self.__dict__.update({**kept, "section": section})
-        self._say_changes(was)
+        self._warn_of_changed_keys(saved_section)
         fixed = section["fixed_alphas"]
-        if self.phase != "waiting" and fixed is None and self.given:
-            self.said.append("come from mols.fixed_alphas and stay")
+        if self.phase != "waiting" and fixed is None and self.from_fixed_alphas:
+            self.warnings.append("come from mols.fixed_alphas and stay")
         elif self.phase != "waiting" and fixed is not None:
             wanted = {g: fixed.get(g, 1.0) for g in set(self.groups.values())}
             if self.phase == "calibrating" or self.alphas != wanted:
-                self.said.append("override the checkpoint's alphas")
+                self.warnings.append("override the checkpoint's alphas")
                 self._begin(t)
                 self._fix(t)
-        if self.phase == "calibrating" and self.counted and (lost or was["mode"] != section["mode"]):
-            self.said.append("cannot be continued")
-            again, old = self.ended_at is not None, (self.ended_at, self.old)
-            if again:
+        if self.phase == "calibrating" and self.usable_samples and (lost or saved_section["mode"] != section["mode"]):
+            self.warnings.append("cannot be continued")
+            previous_alphas = self.previous_alphas
+            if self.ended_at is not None:  # a recalibration
                 self._begin(t)
-                self.old = old[1]
+                self.previous_alphas = previous_alphas
             else:
-                self.phase, self.samples, self.counted, self.attempts, self.alphas = "waiting", [], 0, 0, {}
-                self.seen = None
-            self.window = None
+                self.phase, self.samples, self.usable_samples, self.attempts, self.alphas = "waiting", [], 0, 0, {}
+                self.seen_rows = None
+            self.window_rng = None
         if self.phase != "calibrating":
-            self.window = None
+            self.window_rng = None
         self.advance(t)
 
-    def _say_changes(self, was: Mapping[str, Any]) -> None:
-        if self.section["fixed_alphas"] is not None or was["fixed_alphas"] is not None:
+    def _warn_of_changed_keys(self, saved: Mapping[str, Any]) -> None:
+        if self.section["fixed_alphas"] is not None or saved["fixed_alphas"] is not None:
             return
-        over, begun = self.phase in ("ramping", "fixed"), self.phase != "waiting"
-        for key in (*OF_THE_ALPHAS, "ramp_end"):
-            if over and was[key] != self.section[key]:
-                self.said.append(f"mols.{key} is")
-        if begun and was["start"] != self.section["start"]:
-            self.said.append("mols.start is")
+        calibrated, started = self.phase in ("ramping", "fixed"), self.phase != "waiting"
+        for key in (*ALPHA_KEYS, "ramp_end"):
+            if calibrated and saved[key] != self.section[key]:
+                self.warnings.append(f"mols.{key} is")
+        if started and saved["start"] != self.section["start"]:
+            self.warnings.append("mols.start is")
