@@ -145,7 +145,7 @@ def _shards(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]
         yield from _distributed(outer, by_parameter)
     elif kind == "FP32Optimizer":
         for index, group in enumerate(outer.optimizer.param_groups):
-            for parameter in (p for p in group["params"] if p.requires_grad):
+            for parameter in filter(_trained, group["params"]):
                 local = _local(by_parameter, parameter)
                 yield Shard(local, parameter, local.range.at(0), index)
     else:
@@ -154,7 +154,7 @@ def _shards(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]
 
 def _distributed(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
     """Yield this rank's ranges of the buckets (optimizer/distrib_optimizer.py)."""
-    for parameter in (p for p in outer.model_param_gbuf_map if p.requires_grad):
+    for parameter in filter(_trained, outer.model_param_gbuf_map):
         local = _local(by_parameter, parameter)
         where = outer._get_model_param_range_map(parameter)["param"]
         index, order = outer.model_param_group_index_map[parameter]
@@ -175,9 +175,13 @@ def _float16(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter
     ]
     for parameters, tensors in pairs:
         for parameter, tensor in zip(parameters, tensors, strict=True):
-            if parameter.requires_grad:
+            if _trained(parameter):
                 local = _local(by_parameter, parameter)
                 yield Shard(local, tensor, local.range.at(0), group_of[id(tensor)])
+
+
+def _trained(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad
 
 
 def _local(by_parameter: Mapping[int, LocalParameter], parameter: nn.Parameter) -> LocalParameter:
