@@ -164,9 +164,8 @@ class Accumulators:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all accumulators; without the scratch buffer."""
-        own = sum(tensor.numel() * tensor.element_size() for tensor in (self.mean, self.m2))
-        return own + (0 if self.kept is None else self.kept.nbytes)
+        """Bytes of mean and m2; without the scratch buffer and `kept`."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.mean, self.m2))
 
     def free(self) -> None:
         """Release all memory. `count` stays; every other use raises `MolsError` from now on."""
@@ -182,7 +181,9 @@ class Accumulators:
         if self._pieces is not None:
             raise MolsError("state_dict() inside a gradient sample: call close() or abort() first")
         own: AccumulatorsState = {"numel": self.numel, "count": self.count, "mean": self.mean, "m2": self.m2}
-        return own | {"exponents": self.exponents.state()} | (self.kept.state() if self.kept is not None else {})
+        return (
+            own | {"exponents": self.exponents.state()} | (self.kept.state(self.count) if self.kept is not None else {})
+        )
 
     def load_state_dict(self, state: object) -> None:
         """Copy a `state_dict` bit for bit. Raises `MolsCheckpointError` where sizes, dtypes or groups differ."""
@@ -269,19 +270,18 @@ def _checked(state: object, mine: AccumulatorsState) -> AccumulatorsState:
     if missing:
         raise MolsCheckpointError(f"the state of the accumulators lacks {', '.join(missing)}")
     theirs = cast(AccumulatorsState, {"exponents": mine["exponents"]} | dict(state))
+    if theirs["numel"] != mine["numel"]:
+        raise MolsCheckpointError(
+            f"the state of the accumulators has numel={theirs['numel']}, this run {mine['numel']}"
+        )
     for key, own in mine.items():
         other = theirs[key]
         if not isinstance(own, Tensor):
             if type(other) is not int or other < 0:
                 raise MolsCheckpointError(f"the state of the accumulators has {key}={other!r}, no count")
-        elif not isinstance(other, Tensor):
-            raise MolsCheckpointError(f"the accumulators' {key!r} is a {type(other).__name__}, not a tensor")
-        elif key in ("mean", "m2", "exponents") and _kind(other) != _kind(own):
-            raise MolsCheckpointError(f"the accumulators' {key!r} is {_kind(other)}, not {_kind(own)}")
-    if theirs["numel"] != mine["numel"]:
-        raise MolsCheckpointError(
-            f"the state of the accumulators has numel={theirs['numel']}, this run {mine['numel']}"
-        )
+        elif not isinstance(other, Tensor) or (key in ("mean", "m2", "exponents") and _kind(other) != _kind(own)):
+            kind = _kind(other) if isinstance(other, Tensor) else f"a {type(other).__name__}"
+            raise MolsCheckpointError(f"the accumulators' {key!r} are not {_kind(own)} but {kind}")
     exponents = cast(Tensor, theirs["exponents"])
     if not bool(((exponents.abs() <= MAX_EXPONENT) | (exponents == UNDECIDED)).all()):
         raise MolsCheckpointError(f"the accumulators' 'exponents' are not in -{MAX_EXPONENT} to {MAX_EXPONENT}")

@@ -18,6 +18,7 @@ Where little signal is above the noise, four steps keep the variance from being 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -38,10 +39,10 @@ from mols_ds.core.group_stats import (
     squared_steps,
 )
 
-REPLICATES = 64
+REPLICATES = 32
 FEWEST = 8
 """Samples that an interval needs."""
-CHUNK = 1 << 12  # elements: the temporaries of one chunk take 2 MiB each
+CHUNK = 1 << 12  # elements: the temporaries of one chunk take 1 MiB each
 EPSILON = 0.01  # share of s^2 that is added to those of the halves: an element may have moved in one half only
 
 
@@ -116,8 +117,8 @@ def replicate(
         values = _values(square, var, of_sums, s2[where] + (var_a - var_b) / 2, floor, pilot)
         totals += values.sum(2).T
         spreads[ALL] += _squares(values - values.mean(1, keepdim=True)).sum((1, 2)) / (REPLICATES - 1)
-        ratio = square / var
-        spreads[CURVE_AT:] += torch.stack([(ratio <= level).sum() for level in levels]) / REPLICATES
+        bins = torch.bincount(torch.bucketize(values[VALUE["snr"]], levels).flatten(), minlength=len(CURVE) + 1)
+        spreads[CURVE_AT:] += bins[:-1].cumsum(0) / REPLICATES
     spreads[BETWEEN] = _squares(at_estimate - at_estimate.mean(1, keepdim=True)).sum(1)
     spreads[WEIGHT] = mean.numel()
     spreads[KEPT] = spreads[ALL] * weight
@@ -154,5 +155,5 @@ def _log_width(n_a: Tensor, n_b: Tensor) -> Tensor:
 def _wilson_hilferty(z: Tensor, degrees: int) -> Tensor:
     """Chi-squared over its degrees of freedom, from a standard normal z; at least 0.064."""
     part = 2.0 / (9.0 * degrees)
-    root = (1.0 - part + z * part**0.5).clamp_(min=0.4)
+    root = (1.0 - part + z * math.sqrt(part)).clamp_(min=0.4)
     return root * root * root

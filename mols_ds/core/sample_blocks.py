@@ -43,11 +43,6 @@ class SampleBlocks:
         self.mean, self.m2 = (torch.zeros(group_index.numel(), dtype=dtype, device=device) for _ in range(2))
         self.sums: list[Tensor] = []
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the blocks."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.mean, self.m2, self.group_index))
-
     def open(self, count: int) -> None:
         """Begin sample number `count`, from 0."""
 
@@ -78,8 +73,8 @@ class SampleBlocks:
         mean = self.mean[at : at + number].mul_(2.0**exponent)
         torch.mul(mean, mean, out=self.m2[at : at + number]).mul_(k * (k - 1))
 
-    def state(self) -> dict[str, int | Tensor]:
-        """Return the blocks, not copies."""
+    def state(self, count: int) -> dict[str, int | Tensor]:
+        """Return the blocks of `count` samples, not copies."""
         none = torch.zeros(0, self.groups, len(BLOCK_COLUMNS), dtype=torch.float64, device="cpu")
         sums = torch.stack(self.sums) if self.sums else none
         return {"block_length": BLOCK, "block_mean": self.mean, "block_m2": self.m2, "block_sums": sums}

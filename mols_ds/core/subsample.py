@@ -39,12 +39,6 @@ class Subsample:
         self._sorted: list[int] = positions.tolist()
         self._places = positions.to(device)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the samples and of the positions."""
-        tensors = [*self.means, *self.squares, self._places, self.rows]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
     def open(self, count: int) -> None:
         """Begin sample number `count`, from 0."""
         cells = self.means if count < CELLS else self.squares
@@ -86,12 +80,12 @@ class Subsample:
         """Return the cells' means (C, n), and squared deviations of the cells that have some; None if none has."""
         return torch.stack(self.means), torch.stack(self.squares) if self.squares else None
 
-    def state(self) -> dict[str, int | Tensor]:
-        """Return the samples, copied."""
+    def state(self, count: int) -> dict[str, int | Tensor]:
+        """Return `count` samples, copied."""
         none = torch.zeros(0, len(self._sorted), dtype=self.dtype, device=self._places.device)
         return {
-            "cells": torch.stack(self.means) if self.means else none,
-            "cell_squares": torch.stack(self.squares) if self.squares else none,
+            "cells": torch.stack(self.means[:count]) if count else none,
+            "cell_squares": torch.stack(self.squares[: count - CELLS]) if count > CELLS else none,
         }
 
     def load(self, state: Mapping[str, object], count: int) -> None:

@@ -18,7 +18,7 @@ AGREEMENT = 8
 
 
 class AccumulatorBytes(NamedTuple):
-    """Bytes on one rank during a calibration. kept: `engine.mols.accumulator_bytes`; scratch: of one update."""
+    """Bytes on one rank during a calibration. kept: `engine.mols.accumulator_bytes`; scratch: the rest."""
 
     kept: int
     scratch: int
@@ -33,14 +33,14 @@ def accumulators(
 ) -> AccumulatorBytes:
     """Compute the accumulator bytes of a rank that measures `elements` elements (`mols_ds.core.accumulators`).
 
-    fp32 mean and squared deviations; at most ELEMENTS elements with all samples, positions and groups
-    (`mols_ds.core.subsample`); scratch of one update.
+    kept: fp32 mean and squared deviations. scratch: of one update; and for the intervals at most ELEMENTS elements with
+    all samples, positions and groups (`mols_ds.core.subsample`).
     crosses: gradients go from the accelerator to the host, through the buffers of `mols_ds.core.host_copies`.
     """
-    kept = min(elements, ELEMENTS) * (4 * min(samples, 2 * CELLS) + 10)
+    subsample = min(elements, ELEMENTS) * (4 * min(samples, 2 * CELLS) + 10)
     chunk = CPU_CHUNK * max(1, min(threads, 8) // 2) if device == "cpu" else DEVICE_CHUNK
     scratch = 4 * min(chunk, elements) + (2 * CHUNK_BYTES if crosses else 0)
-    return AccumulatorBytes(8 * elements + kept, scratch)
+    return AccumulatorBytes(8 * elements, scratch + subsample)
 
 
 def sums_bytes(groups: tuple[str, ...], samples: int) -> int:
