@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from mols_ds.core.layout import base_group
 from mols_ds.report.plot import COLOURS, FAINT
 
+FROM_MOMENTS = "lines: from Adam's moments; moving weights count as noise, rows of unseen tokens are included"
 Line = Mapping[str, Any]
 """A line of metrics.jsonl."""
 
@@ -36,6 +37,8 @@ def draw_run(lines: Sequence[Line], title: str) -> Figure:
         snr.plot(steps, values, color=_colour(group), marker="o", linestyle="", label=f"{group}, calibration")
     _finish(rates, "applied learning rate")
     _finish(snr, "SNR (damping: d)")
+    if curves(lines, "snr_moments"):
+        snr.set_title(FROM_MOMENTS, fontsize=8.5, loc="left")
     return figure
 
 

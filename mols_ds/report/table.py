@@ -59,8 +59,9 @@ def _headline(report: Report) -> str:
         return f"MoLS at step {report['step']}: alphas from fixed_alphas, no measurement"
     if report.get("failed"):
         return f"MoLS at step {report['step']}: calibration FAILED, {report['failed']}"
+    moved = " (weights moved: counted as noise)" if report.get("weights_moved") else ""
     return (
-        f"MoLS at step {report['step']}: {report['samples']} gradient samples, mode {report['mode']}, "
+        f"MoLS at step {report['step']}: {report['samples']} gradient samples, mode {report['mode']}{moved}, "
         f"estimator {report['estimator']}, reference {report['reference']}"
     )
 
