@@ -11,7 +11,7 @@ elements of one sample are correlated (`NOISES`).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -42,10 +42,14 @@ NOISES: dict[Noise, str] = {
     "shared": "half of the variance is noise of rank 10 that all elements share",
     "both": "the last two",
 }
-COVERED = ("0", "0.1", "half 1, half 0", "log-normal")
+COVERED = ("0", "0.1", "10", "half 1, half 0", "log-normal")
 COVERED_SAMPLES = (8, 16, 32)
-COVERED_SIZES = {256: (COVERED_SAMPLES, 1.0), 4096: (COVERED_SAMPLES, 0.5), 100_000: ((16,), 0.2)}
-"""Elements -> (K, share of the runs)."""
+COVERED_SIZES = {
+    256: (COVERED, COVERED_SAMPLES, 1.0),
+    4096: (("0.1", "half 1, half 0"), (16,), 0.5),
+    100_000: (("0.1",), (32,), 0.25),
+}
+"""Elements -> (SNR, K, share of the runs)."""
 SAMPLES = (4, 8, 16, 32, 128)
 SIZES = (100, 10_000, 1_000_000)
 
@@ -142,18 +146,16 @@ def coverage(noise: Noise, snr: str, samples: int, size: int, runs: int) -> dict
     return result
 
 
-def coverage_table(noise: Noise, runs: int) -> list[str]:
-    """Markdown rows: coverage in percent, and the half width in brackets."""
-    lines = [f"| SNR | K | elements | {' | '.join(ESTIMATORS)} |", "|---|---|---|" + "---|" * len(ESTIMATORS)]
-    for snr in COVERED:
-        for samples in COVERED_SAMPLES:
-            for size, (which, share) in COVERED_SIZES.items():
-                if samples not in which:
-                    continue
+def coverage_table(noise: Noise, runs: int) -> Iterator[str]:
+    """Yield Markdown rows: coverage in percent, and the half width in brackets."""
+    yield f"| SNR | K | elements | {' | '.join(ESTIMATORS)} |"
+    yield "|---|---|---|" + "---|" * len(ESTIMATORS)
+    for size, (mixes, numbers, share) in COVERED_SIZES.items():
+        for snr in mixes:
+            for samples in numbers:
                 cells = coverage(noise, snr, samples, size, max(2, int(share * runs))).values()
                 text = " | ".join(f"{100 * covered:.1f} ({width:.2g})" for covered, width in cells)
-                lines.append(f"| {snr} | {samples} | {size:,} | {text} |")
-    return lines
+                yield f"| {snr} | {samples} | {size:,} | {text} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -166,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.intervals:
         for noise in args.noise or get_args(Noise):
             print(f"\n**{noise}**: {NOISES[noise]}:\n", flush=True)
-            print("\n".join(coverage_table(noise, runs)), flush=True)
+            for row in coverage_table(noise, runs):
+                print(row, flush=True)
         return
     for size in SIZES:
         count = max(3, min(10 * runs, runs * 10_000 // size))
