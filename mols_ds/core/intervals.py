@@ -86,7 +86,9 @@ def _error(total: float, spreads: Tensor, weights: Tensor, samples: int) -> tupl
     unknown = shared + max(0.0, kept - alone)
     if variance <= 0:
         return 0.0, 0.0
-    quantile = t_quantile(max(1.0, degrees * min(1e6, variance / unknown) ** 2 if unknown > 0 else 1e12))
+    # At most twice the degrees: what is shared may be more than these samples show.
+    certain = 2.0 if unknown <= 0 else min(2.0, (variance / unknown) ** 2)
+    quantile = t_quantile(max(1.0, degrees * certain))
     at_most = max(total, variance)
     if quantile * variance**0.5 > t_quantile(degrees) * at_most**0.5:  # the error of the subsample itself
         return at_most**0.5, t_quantile(degrees)
