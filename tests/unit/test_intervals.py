@@ -126,8 +126,8 @@ def test_halves_are_halves() -> None:
 
 # ---------------------------------------------------------------------------------------------- coverage
 
-RUNS = 150
-"""Of 150 intervals that hold a value with probability 0.95, fewer than 0.90 do so once in 200 times."""
+RUNS = 120
+"""Of 120 intervals that hold a value with probability 0.95, fewer than 0.90 do so once in 100 times."""
 CASES: list[tuple[Noise, str, int, int]] = [
     ("norm", "0.1", 16, 400),
     ("shared", "half 1, half 0", 32, 1000),
