@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from mols_ds.core.exponents import MAX_EXPONENT, UNDECIDED, Exponents
 from mols_ds.core.host_copies import HostCopies
-from mols_ds.core.sample_blocks import SampleBlocks
-from mols_ds.core.subsample import Subsample
 from mols_ds.core.welford import welford
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
 
@@ -24,6 +22,17 @@ ACCUMULATORS = (torch.float32, torch.float64)
 
 AccumulatorsState = dict[str, int | Tensor]
 """State in a checkpoint: numel, count, mean, m2, exponents (not in release 0.4.0), and that of `Accumulators.kept`."""
+
+
+class Kept(Protocol):
+    """What the intervals need of the samples: `Subsample`, or `SampleBlocks` of release 0.4.0. Samples count from 0."""
+
+    def open(self, count: int) -> None: ...
+    def add(self, offset: int, gradient: Tensor, scale: float, exponents: Exponents, count: int) -> None: ...
+    def close(self, count: int, exponents: Exponents) -> None: ...
+    def rescale(self, begin: int, end: int, exponent: int, count: int) -> None: ...
+    def state(self, count: int) -> dict[str, int | Tensor]: ...
+    def load(self, state: Mapping[str, object], count: int) -> None: ...
 
 
 class Accumulators:
@@ -52,7 +61,7 @@ class Accumulators:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         edges: Sequence[int] = (),
-        kept: Subsample | SampleBlocks | None = None,
+        kept: Kept | None = None,
     ) -> None:
         """Create accumulators of zeros.
 

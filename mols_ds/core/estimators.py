@@ -13,10 +13,10 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from mols_ds.core.group_stats import BLOCK_COLUMN, COLUMN, N_BINS, N_EDGES, WEIGHT, GroupSums, bin_edge
-from mols_ds.core.intervals import replicate_interval, t_quantile
+from mols_ds.core.columns import BLOCK, BLOCK_COLUMN, WEIGHT
+from mols_ds.core.group_stats import COLUMN, N_BINS, N_EDGES, GroupSums, bin_edge
+from mols_ds.core.intervals import block_interval, replicate_interval, t_quantile
 from mols_ds.core.layout import base_group, is_scaled
-from mols_ds.core.sample_blocks import BLOCK, block_interval
 from mols_ds.core.schema import STEPS, Estimator
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 

@@ -1,4 +1,4 @@
-"""95 % intervals of a group's value, from the replicates of its sums (`replicates`)."""
+"""95 % intervals of a group's value, from the replicates of its sums (`replicates`) or from sample blocks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from mols_ds.core.group_stats import ALL, BETWEEN, CURVE, CURVE_AT, KEPT, PAIR, VALUE, WEIGHT
-from mols_ds.core.schema import Estimator
+from mols_ds.core.columns import ALL, BETWEEN, BLOCK_COLUMN, CURVE, CURVE_AT, KEPT, PAIR, VALUE, WEIGHT
+from mols_ds.core.schema import STEPS, Estimator
 
 
 def t_quantile(degrees: float) -> float:
@@ -110,3 +110,36 @@ def _inverse(curve: list[float], share: float) -> float:
         if share <= above:
             return left + (right - left) * (share - below) / (above - below)
     return CURVE[-1]
+
+
+def block_interval(
+    blocks: Tensor, value: float, level: float, unit: float, estimator: Estimator, correction: bool, quantile: float
+) -> tuple[float, float] | None:
+    """Compute the interval of release 0.4.0 from the spread between the blocks of a group.
+
+    mean, pooled: the spread of the blocks' values in relation to their mean, applied to SNR + 1/BLOCK, the expected
+    reading of a block. median: that of the logarithm of the blocks' geometric mean. damping: the spread, absolute.
+
+    Args:
+        blocks: (B, len(BLOCK_COLUMNS)), at least 2, with counted elements.
+        value: of the group.
+        level, unit: SNR + 1/BLOCK, and one unit of corrected SNR in `value`.
+        quantile: of Student's t for B - 1 degrees of freedom.
+
+    Returns:
+        (low, high); None for an estimator that release 0.4.0 did not have.
+    """
+    if estimator == "step_rms":
+        return None
+    column = {"mean": "snr", "median": "log_snr", "damping": "damping", "pooled": "mu2"}[estimator]
+    column += "_corrected" if correction and estimator in STEPS else ""
+    spread = blocks[:, BLOCK_COLUMN[column]] / blocks[:, BLOCK_COLUMN["s2" if estimator == "pooled" else "count"]]
+    error = quantile * float(spread.std()) / len(blocks) ** 0.5
+    if estimator == "damping":
+        return max(0.0, value - error), min(1.0, value + error)
+    if estimator == "median":
+        down, up = -math.expm1(-error), math.expm1(min(error, 700.0))
+    else:
+        middle = float(spread.mean())
+        down = up = error / middle if middle > 0 else 0.0  # 0 only if every mean is exactly 0
+    return value - level * down * unit, value + level * up * unit

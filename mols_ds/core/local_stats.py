@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mols_ds.core.accumulators import Accumulators, AccumulatorsState
+from mols_ds.core.accumulators import Accumulators, AccumulatorsState, Kept
 from mols_ds.core.group_stats import GroupSums, NoiseFloor, noise_floor, variance
 from mols_ds.core.layout import ElementLayout
 from mols_ds.core.pieces import local_part
@@ -105,7 +105,7 @@ class LocalStats:
 
     def _new(self, of_0_4_0: bool = False) -> Accumulators:
         edges = [*(item.offset for item in self.ranges), self.numel]
-        kept: Subsample | SampleBlocks
+        kept: Kept
         if of_0_4_0:
             index = group_index(self.ranges, self.layouts, self.groups)
             kept = SampleBlocks(self.numel, index, len(self.groups), self.device, torch.float32)

@@ -24,20 +24,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mols_ds.core.group_stats import (
-    ALL,
-    BETWEEN,
-    CURVE,
-    CURVE_AT,
-    KEPT,
-    SPREADS,
-    VALUE,
-    VALUES,
-    WEIGHT,
-    NoiseFloor,
-    dampings,
-    squared_steps,
-)
+from mols_ds.core.columns import ALL, BETWEEN, CURVE, CURVE_AT, KEPT, SPREADS, VALUE, VALUES, WEIGHT
+from mols_ds.core.group_stats import NoiseFloor, dampings, squared_steps
 
 REPLICATES = 32
 FEWEST = 8

@@ -7,20 +7,18 @@ noise of elements, and a block more noise than all samples. `replicates` has wha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from mols_ds.core.columns import BLOCK, BLOCK_COLUMNS
 from mols_ds.core.exponents import Exponents
-from mols_ds.core.group_stats import BLOCK_COLUMN, BLOCK_COLUMNS, OCTAVES, dampings, noise_floor, unscaled, variance
-from mols_ds.core.schema import STEPS, Estimator
+from mols_ds.core.group_stats import OCTAVES, dampings, noise_floor, unscaled, variance
 from mols_ds.core.welford import welford
 from mols_ds.errors import MolsCheckpointError
 
 STRIDE = 127
-BLOCK = 8
 BLOCK_CHUNK = 1 << 17  # subsampled elements, of 17 M: about 25 MiB of float64 temporaries
 
 
@@ -138,36 +136,3 @@ def block_table(
         values = torch.stack([torch.ones_like(ratio), ratio, mu2, s2, damping, corrected, logs], dim=1)
         table.index_add_(0, index, values)
     return table.cpu()
-
-
-def block_interval(
-    blocks: Tensor, value: float, level: float, unit: float, estimator: Estimator, correction: bool, quantile: float
-) -> tuple[float, float] | None:
-    """Compute the interval of release 0.4.0 from the spread between the blocks of a group.
-
-    mean, pooled: the spread of the blocks' values in relation to their mean, applied to SNR + 1/BLOCK, the expected
-    reading of a block. median: that of the logarithm of the blocks' geometric mean. damping: the spread, absolute.
-
-    Args:
-        blocks: (B, len(BLOCK_COLUMNS)), at least 2, with counted elements.
-        value: of the group.
-        level, unit: SNR + 1/BLOCK, and one unit of corrected SNR in `value`.
-        quantile: of Student's t for B - 1 degrees of freedom.
-
-    Returns:
-        (low, high); None for an estimator that release 0.4.0 did not have.
-    """
-    if estimator == "step_rms":
-        return None
-    column = {"mean": "snr", "median": "log_snr", "damping": "damping", "pooled": "mu2"}[estimator]
-    column += "_corrected" if correction and estimator in STEPS else ""
-    spread = blocks[:, BLOCK_COLUMN[column]] / blocks[:, BLOCK_COLUMN["s2" if estimator == "pooled" else "count"]]
-    error = quantile * float(spread.std()) / len(blocks) ** 0.5
-    if estimator == "damping":
-        return max(0.0, value - error), min(1.0, value + error)
-    if estimator == "median":
-        down, up = -math.expm1(-error), math.expm1(min(error, 700.0))
-    else:
-        middle = float(spread.mean())
-        down = up = error / middle if middle > 0 else 0.0  # 0 only if every mean is exactly 0
-    return value - level * down * unit, value + level * up * unit

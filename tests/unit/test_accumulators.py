@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mols_ds.core import accumulators as moments_module
 from mols_ds.core.accumulators import Accumulators
-from mols_ds.core.group_stats import BLOCK_COLUMN
-from mols_ds.core.sample_blocks import BLOCK, STRIDE, SampleBlocks, subsample
+from mols_ds.core.columns import BLOCK, BLOCK_COLUMN
+from mols_ds.core.sample_blocks import STRIDE, SampleBlocks, subsample
 from mols_ds.core.subsample import CELLS, Subsample
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
 

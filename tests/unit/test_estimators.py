@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mols_ds.core.columns import BLOCK_COLUMN
 from mols_ds.core.estimators import (
     ESTIMATORS,
     Estimator,
@@ -18,7 +19,6 @@ from mols_ds.core.estimators import (
 )
 from mols_ds.core.group_stats import (
     BINS_PER_OCTAVE,
-    BLOCK_COLUMN,
     COLUMN,
     N_BINS,
     OCTAVES,

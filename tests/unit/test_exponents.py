@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mols_ds.core.adam_moments import adam_moments
+from mols_ds.core.columns import VALUE, WEIGHT
 from mols_ds.core.estimators import ESTIMATORS, estimate
 from mols_ds.core.exponents import UNDECIDED, Exponents
-from mols_ds.core.group_stats import COLUMN, VALUE, WEIGHT, GroupSums, noise_floor
+from mols_ds.core.group_stats import COLUMN, GroupSums, noise_floor
 from mols_ds.core.layout import ElementLayout
 from mols_ds.core.local_stats import LocalStats
 from mols_ds.core.ranges import ShardRange

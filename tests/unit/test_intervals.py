@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from mols_ds.core.columns import KEPT, VALUE, WEIGHT
 from mols_ds.core.estimators import ESTIMATORS, intervals
-from mols_ds.core.group_stats import KEPT, VALUE, WEIGHT, noise_floor
+from mols_ds.core.group_stats import noise_floor
 from mols_ds.core.layout import ElementLayout
 from mols_ds.core.local_stats import LocalStats
 from mols_ds.core.ranges import ShardRange
