@@ -28,6 +28,7 @@ COLOURS = {
     "other": "#7F7F7F",
 }
 INK, FAINT = "#222222", "#DDDDDD"
+FROM_MOMENTS = "lines: from Adam's moments; moving weights count as noise, rows of unseen tokens are included"
 
 
 def draw_report(report: Report) -> Figure:
@@ -240,6 +241,8 @@ def draw_run(lines: Sequence[Line], title: str) -> Figure:
         snr.plot(steps, values, color=colour_of(group), marker="o", linestyle="", label=f"{group}, calibration")
     _finish(rates, "applied learning rate")
     _finish(snr, "SNR (damping: d)")
+    if curves(lines, "snr_moments"):
+        snr.set_title(FROM_MOMENTS, fontsize=8.5, loc="left")
     return figure
 
 

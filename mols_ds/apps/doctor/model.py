@@ -11,8 +11,8 @@ from mols_ds.core.protocols import Context
 from mols_ds.errors import MolsError
 
 GIB = 2**30
-ACCUMULATOR_BYTES = 8.07
-"""Bytes per owned element during a calibration (`mols_ds.core.accumulators.Accumulators`)."""
+ACCUMULATOR_BYTES = 8
+"""Bytes per owned element during a calibration (`mols_ds.core.accumulators`), and a few MiB that do not matter here."""
 
 
 def check_model(findings: Findings, source: str, config: MolsConfig) -> GroupTable | None:

@@ -114,7 +114,7 @@ class PlanJob(ABC):
         if self.mode not in ("probe", "online"):
             return AccumulatorBytes(0, 0)
         crosses = self.device == "cpu" and self.cluster.device == "cuda" and "gradients" not in footprint.host
-        return accumulators(footprint.measured, self.device, len(self.groups), THREADS, crosses=crosses)
+        return accumulators(footprint.measured, self.device, self.samples, THREADS, crosses=crosses)
 
     def phases(self, footprint: Footprint) -> list[Phase]:
         """Return the memory in each phase of MoLS, or in the one phase "training" without it."""

@@ -251,10 +251,12 @@ def _snr(summary: Summary, model: str) -> Drawn:
     for axes in grid[-1]:
         axes.set_xlabel("step", fontsize=9.5)
     handles = [Line2D([], [], color=colour_of(group), linewidth=2.2, label=group) for group in groups]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    marked = "moving weights\ncount as noise;\nrows of unseen\ntokens included"
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, title=marked, title_fontsize=8)
     caption = (
         "SNR of the gradient by kind of module over training, geometric mean and range over the evaluation seeds. "
-        "Read from Adam's moments while the weights move: what this changes in the gradient counts as noise."
+        "Read from Adam's moments while the weights move: what this changes in the gradient counts as noise. "
+        "Rows of tokens that do not occur are included."
     )
     dropped = [
         f"{arm} {name} {group} {share:.0%}"
