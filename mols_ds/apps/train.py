@@ -15,7 +15,7 @@ import torch
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import MolsConfigError
-from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
+from mols_ds.training.batches import Batches, BatchShape, held_out_batches
 from mols_ds.training.checkpointer import Retention
 from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_saving, add_timeout, not_negative, positive, share
 from mols_ds.training.compare import run_arms
@@ -28,6 +28,7 @@ from mols_ds.training.resume_settings import job_settings
 from mols_ds.training.run_folder import BASE, add_output_arguments, claim, settle
 from mols_ds.training.shipped import shipped_root
 from mols_ds.training.sources import DataSpec, check_hub
+from mols_ds.training.streams import build_batches
 from mols_ds.training.task import NextTokens
 from mols_ds.training.tokens import Tokenizer, prepare
 from mols_ds.training.train_job import TrainJob
@@ -133,16 +134,13 @@ def _train(
     tokenizer, tokens = prepare(
         spec, args.cache_dir, tokenizer=folder, vocab_size=vocab_size, seed=args.seed, held_out_tokens=needed
     )
-    batches: Batches
-    if tokens.train is None:
-        batches = StreamedBatches(spec, tokenizer, shape, args.seed)
-    else:
-        batches = PackedBatches(tokens.train, shape, args.seed)
+    batches = build_batches(spec, tokenizer, tokens, shape, args.seed)
     held_out = held_out_batches(tokens.held_out, shape, args.eval_sequences)
     torch.distributed.barrier()  # from here on ranks run together
     if rank == 0:
         _print_summary(args, config, tokenizer, shape)
-    text = {"tokenizer": tokenizer.digest, **tokens.digests, **(asdict(spec) if spec.streaming else {})}
+    streamed = {"sources": [asdict(part) for part in spec.sources]} if spec.streaming else {}
+    text = {"tokenizer": tokenizer.digest, **tokens.digests, **streamed}
     settings = job_settings(PROGRAM, args, config, model=model_config.to_diff_dict(), text=text, processes=world)
     changed = settle(args.out, settings, resume=args.resume, rank=rank)
     about = {"model": args.model, "data": spec.source, "tokenizer": tokenizer.name}
