@@ -170,19 +170,24 @@ def test_batches_are_addressed_by_step_and_dealt_over_ranks(tmp_path: Path) -> N
     assert any(bytes(row.numpy())[: 8 * 8] in window for row in first for window in windows)
 
 
-def test_a_mixture_is_megatron_s_blend(tmp_path: Path) -> None:
-    (tmp_path / "even").mkdir()
-    (tmp_path / "odd").mkdir()
-    parts = []
-    for name in ("even", "odd"):
-        writer = IndexedWriter(tmp_path / name / "train", token_dtype(300))
-        writer.add([[2 * n + (name == "odd") for n in range(1, 100)]] * 40, 0)
+def blended(folder: str) -> list[list[int]]:
+    """The sequences of 20 steps of two sources, one of odd and one of even tokens."""
+    parts = [str(Path(folder) / name) for name in ("even", "odd")]
+    for part, odd in zip(parts, (0, 1), strict=True):
+        writer = IndexedWriter(Path(part), token_dtype(300))
+        writer.add([[2 * n + odd for n in range(1, 100)]] * 40, 0)
         writer.close()
-        parts.append(str(tmp_path / name / "train"))
-    text = Text(parts, [0.75, 0.25], str(tmp_path / "samples"), np.zeros(0), Tokenizer(lambda _: [], 0, 300, "test"))
+    tokenizer = Tokenizer(lambda _: [], 0, 300, "test")
+    text = Text(parts, [0.75, 0.25], str(Path(folder) / "samples"), np.zeros(0, np.uint16), tokenizer)
     batches = IndexedBatches(text, BatchShape(16, 4, 1, 0, 1), steps=20, probes=0, seed=1)
-    rows = torch.cat([batch["tokens"] for step in range(20) for batch in batches.step("train", step)])
-    assert int((rows % 2).any(1).sum()) == 20 and len(rows) == 80
+    found = torch.cat([batch["tokens"] for step in range(20) for batch in batches.step("train", step)])
+    rows: list[list[int]] = found.tolist()
+    return rows
+
+
+def test_a_mixture_is_megatron_s_blend(tmp_path: Path) -> None:
+    (rows,) = run_ranks(blended, 1, str(tmp_path))
+    assert len(rows) == 80 and sum(any(token % 2 for token in row) for row in rows) == 20
 
 
 def test_evaluation_has_the_targets_of_train_py(tmp_path: Path) -> None:

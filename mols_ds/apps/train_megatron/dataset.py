@@ -119,10 +119,11 @@ def _gpt_dataset(text: Text, shape: BatchShape, steps: int, seed: int) -> Any:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
+    mixed = len(text.prefixes) > 1
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=shape.length,
-        blend=(list(text.prefixes), list(text.weights) if len(text.prefixes) > 1 else None),
+        blend=(list(text.prefixes), list(text.weights) if mixed else None),
         split="1,0,0",  # a hash selects held-out documents, not their position in the file
         path_to_cache=text.cache,
         tokenizer=text.vocabulary,
@@ -131,7 +132,7 @@ def _gpt_dataset(text: Text, shape: BatchShape, steps: int, seed: int) -> Any:
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    sizes = [steps * shape.sequences, None, None]
+    sizes = [steps * shape.sequences, *([0, 0] if mixed else [None, None])]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
