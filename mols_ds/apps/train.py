@@ -22,7 +22,7 @@ from mols_ds.training.compare import run_arms
 from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import check_keys, check_with_deepspeed, model_dtype, read_config, resolve
 from mols_ds.training.export_weights import save_base
-from mols_ds.training.models import build_model, load_model_config, tokenizer_of, zero_init
+from mols_ds.training.models import build_model, check_compiler, load_model_config, tokenizer_of, zero_init
 from mols_ds.training.ranks import check_run, run_command, silence_output, start_ranks
 from mols_ds.training.resume_settings import job_settings
 from mols_ds.training.run_folder import BASE, add_output_arguments, claim, settle
@@ -67,6 +67,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     run.add_argument("--profile", type=positive, default=0, metavar="N", help="trace N steps: OUT/profile/trace.json")
     run.add_argument("--attention", metavar="NAME", help="transformers' attn_implementation, such as sdpa or eager")
+    run.add_argument(
+        "--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the model (default: inductor)"
+    )
     add_timeout(run)
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="stdlib", help="stdlib, a file, a folder, configs/data/*.json or a hub name")
@@ -124,8 +127,12 @@ def _train(
     rank: int,
     world: int,
 ) -> None:
+    from deepspeed.accelerator import get_accelerator
+
     config = resolve(raw, world=world, steps=args.steps, out=args.out, lr=args.lr, optimizer=args.optimizer)
     check_with_deepspeed(config, args.config)
+    if args.compile is not None:
+        check_compiler(args.compile, get_accelerator().current_device_name(), config)
     shape = BatchShape(
         args.seq_len, config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"], rank, world
     )
@@ -181,8 +188,8 @@ def _arms(
 
     watch = None if args.snr_every is None else SnrWatch(args.snr_every)
     job = TrainJob(
-        setup=DeepSpeedSetup(config, model, held_out, NextTokens(shape), watch), batches=batches, shape=shape,
-        rank=shape.rank, steps=args.steps, out=args.out, seed=args.seed, eval_every=args.eval_every,
+        setup=DeepSpeedSetup(config, model, held_out, NextTokens(shape), watch, args.compile), batches=batches,
+        shape=shape, rank=shape.rank, steps=args.steps, out=args.out, seed=args.seed, eval_every=args.eval_every,
         save_every=args.save_every, log_every=args.log_every, resume=args.resume, preemptible=True,
         changed=changed, about=about, profile=args.profile, keep=Retention(args.keep_last, args.keep_every),
     )  # fmt: skip
