@@ -16,16 +16,19 @@ from mols_ds.training.tokens import prepare
 
 WORDS = 2000
 PER_DOCUMENT = 500
+BLOCK = 1_000_000
 
 
 def generate(path: Path, size: int) -> None:
-    """Write `size` bytes of documents of random words: rows of JSONL, or paragraphs."""
+    """Write about `size` bytes of random words: rows of JSONL, or paragraphs. They repeat after `BLOCK` bytes."""
     random = np.random.default_rng(0)
-    written = 0
+    block = ""
+    while len(block) < min(size, BLOCK):
+        text = " ".join(f"w{n}" for n in random.integers(0, WORDS, PER_DOCUMENT))
+        block += json.dumps({"text": text}) + "\n" if path.suffix == ".jsonl" else text + "\n\n"
     with path.open("w", encoding="utf-8") as file:
-        while written < size:
-            text = " ".join(f"w{n}" for n in random.integers(0, WORDS, PER_DOCUMENT))
-            written += file.write(json.dumps({"text": text}) + "\n" if path.suffix == ".jsonl" else text + "\n\n")
+        for _ in range(max(1, round(size / len(block)))):
+            file.write(block)
 
 
 def word_tokenizer(folder: Path) -> Path:
