@@ -101,9 +101,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if tokenizer.eos_token_id is None:
         raise MolsConfigError(f"tokenizer {folder}: it has no end-of-text token to put between documents")
 
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is not None:  # as transformers calls it, which also copies each token three times
+        fast.no_truncation()
+        fast.no_padding()
+        fast.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+
     def encode(texts: list[str]) -> list[list[int]]:
-        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
+        if fast is not None:
+            return [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)]
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     vocabulary = sorted(tokenizer.get_vocab().items())

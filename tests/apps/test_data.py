@@ -130,6 +130,22 @@ def test_tokens_are_documents_each_closed_by_the_end(tmp_path: Path) -> None:
     assert np.array_equal(train, again.train[0]) and np.array_equal(tokens.held_out, again.held_out)
 
 
+def test_texts_are_encoded_as_transformers_encodes_them(tmp_path: Path) -> None:
+    """Also by a tokenizer folder that cuts and pads."""
+    from tokenizers import Tokenizer as Backend
+    from transformers import AutoTokenizer
+
+    train_tokenizer(["some text, and more of it"] * 9, 270, tmp_path / "bpe")
+    backend = Backend.from_file(str(tmp_path / "bpe" / "tokenizer.json"))
+    backend.enable_truncation(5)
+    backend.enable_padding(length=40)
+    backend.save(str(tmp_path / "bpe" / "tokenizer.json"))
+    texts = ["", "some text, and more of it", "end <|endoftext|> of text", "\ud800 \n\n é 字"[1:]]
+    stock = AutoTokenizer.from_pretrained(str(tmp_path / "bpe"))
+    expected = stock(texts, add_special_tokens=False)["input_ids"]
+    assert load_tokenizer(tmp_path / "bpe").encode(texts) == expected and max(map(len, expected)) > 5
+
+
 def test_cache_is_used_and_changes_with_the_data(tmp_path: Path) -> None:
     data, cache = write_text(tmp_path / "text.jsonl", documents=20), tmp_path / "cache"
 
