@@ -126,10 +126,9 @@ class Trainer:
 
     def save(self) -> None:
         """Save a checkpoint of this update. Raises MolsTrainingError if weights are not finite."""
-        backend = self.backend
-        check_finite(backend.parameters(), self.updates, backend.agree)
+        check_finite(self.backend.parameters(), self.updates, self.backend.agree)
         counted = {"probe_steps": self.probe_steps, "ahead": self.ahead, **self.identity}
-        write = backend.checkpoint_writer(self.updates, counted)
+        write = self.backend.checkpoint_writer(self.updates, counted)
 
         def write_all(place: Path) -> None:
             write(place)
