@@ -24,11 +24,12 @@ from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import GuardedWriter
 from mols_ds.engines.deepspeed.snr_monitor import Reading, SnrWatch
 from mols_ds.errors import MolsError
-from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
+from mols_ds.training.batches import BatchShape, held_out_batches
 from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import check_with_deepspeed, model_dtype, resolve
 from mols_ds.training.models import build_model, load_model_config, zero_init
 from mols_ds.training.sources import DataSpec, check_hub
+from mols_ds.training.streams import build_batches
 from mols_ds.training.task import NextTokens
 from mols_ds.training.tokens import TokenData, Tokenizer, prepare
 from mols_ds.training.train_job import Outcome, TrainJob
@@ -100,11 +101,7 @@ class Worker:
             self.rank,
             self.world,
         )
-        batches: Batches
-        if tokens.train is None:
-            batches = StreamedBatches(spec, tokenizer, shape, run.seed)
-        else:
-            batches = PackedBatches(tokens.train, shape, run.seed)
+        batches = build_batches(spec, tokenizer, tokens, shape, run.seed)
         setup = DeepSpeedSetup(
             config=config,
             model=partial(self.model, run, config, tokenizer),
@@ -123,7 +120,7 @@ class Worker:
             eval_every=study.eval_every,
             save_every=study.save_every,
             resume=has_checkpoint(out),
-            probe_ahead=tokens.train is not None,  # a stream cannot be rewound: it is measured on separate batches
+            probe_ahead=not spec.streaming,  # a stream cannot be rewound: it is measured on separate batches
             save_at_end=False,
             stop_diverged=True,
             shown=False,
