@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mols_ds.core.exponents import MAX_EXPONENT, UNDECIDED, Exponents
 from mols_ds.core.host_copies import HostCopies
-from mols_ds.core.welford import welford
+from mols_ds.core.welford import squares_of_one, welford
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
 
 # Elements per chunk on the CPU: its 4 arrays of 1 MiB fit the last-level cache. Measured: from 32k to 256k elements
@@ -156,12 +156,9 @@ class Accumulators:
 
     @torch.no_grad()
     def _rescale(self, begin: int, end: int, exponent: int) -> None:
-        """Scale a range whose first non-zero gradient is this sample's. Recompute its M2, which fp32 may have lost.
-
-        The k-th sample is g, the earlier ones are 0: mean = g / k, M2 = g^2 (k - 1) / k = mean^2 k (k - 1).
-        """
+        """Scale a range whose first non-zero gradient is this sample's. Recompute its M2, which fp32 may have lost."""
         mean = self.mean[begin:end].mul_(2.0**exponent)
-        torch.mul(mean, mean, out=self.m2[begin:end]).mul_(self.count * (self.count - 1))
+        squares_of_one(mean, self.m2[begin:end], self.count)
         if self.kept is not None:
             self.kept.rescale(begin, end, exponent, self.count - 1)
 

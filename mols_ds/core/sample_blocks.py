@@ -15,7 +15,7 @@ from torch import Tensor
 from mols_ds.core.columns import BLOCK, BLOCK_COLUMNS
 from mols_ds.core.exponents import Exponents
 from mols_ds.core.group_stats import OCTAVES, dampings, noise_floor, unscaled, variance
-from mols_ds.core.welford import welford
+from mols_ds.core.welford import squares_of_one, welford
 from mols_ds.errors import MolsCheckpointError
 
 STRIDE = 127
@@ -67,9 +67,8 @@ class SampleBlocks:
     def rescale(self, begin: int, end: int, exponent: int, count: int) -> None:
         """Scale elements whose first non-zero gradient is that of sample `count`, see `Accumulators`."""
         _, at, number = subsample(begin, end - begin)
-        k = count % BLOCK + 1
         mean = self.mean[at : at + number].mul_(2.0**exponent)
-        torch.mul(mean, mean, out=self.m2[at : at + number]).mul_(k * (k - 1))
+        squares_of_one(mean, self.m2[at : at + number], count % BLOCK + 1)
 
     def state(self, count: int) -> dict[str, int | Tensor]:
         """Return the blocks of `count` samples, not copies."""

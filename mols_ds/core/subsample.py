@@ -11,6 +11,7 @@ from torch import Tensor
 from mols_ds.core.exponents import Exponents
 from mols_ds.core.layout import ElementLayout
 from mols_ds.core.ranges import ShardRange
+from mols_ds.core.welford import squares_of_one, welford
 from mols_ds.errors import MolsCheckpointError
 
 ELEMENTS = 1 << 15
@@ -56,10 +57,8 @@ class Subsample:
             mean = self.means[cell][part]
             if k == 1:
                 mean.copy_(value)
-                continue
-            value.sub_(mean)
-            mean.add_(value, alpha=1.0 / k)
-            self.squares[cell][part].addcmul_(value, value, value=(k - 1) / k)
+            else:
+                welford(mean, self.squares[cell][part], value, k, value)
 
     def close(self, count: int, exponents: Exponents) -> None:
         """End sample `count`."""
@@ -70,7 +69,7 @@ class Subsample:
         part = self.between(begin, end)
         mean = self.means[cell][part].mul_(2.0**exponent)
         if k > 1:
-            torch.mul(mean, mean, out=self.squares[cell][part]).mul_(k * (k - 1))
+            squares_of_one(mean, self.squares[cell][part], k)
 
     def between(self, begin: int, end: int) -> slice:
         """Return which of the elements have positions in [begin, end)."""

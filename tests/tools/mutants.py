@@ -497,8 +497,8 @@ MUTANTS = (
     Mutant(
         "range: squares that were lost stay lost",
         "mols_ds/core/accumulators.py",
-        "            torch.mul(mean, mean, out=m2).mul_(k * (k - 1))\n",
-        "            m2.mul_(4.0**exponent)\n",
+        "        squares_of_one(mean, self.m2[begin:end], self.count)\n",
+        "        self.m2[begin:end].mul_(4.0**exponent)\n",
         SMALL,
     ),
     Mutant(
