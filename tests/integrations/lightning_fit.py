@@ -1,4 +1,4 @@
-"""Lightning's Trainer with the real DeepSpeedStrategy: one run, and what came of it.
+"""Lightning's Trainer with its real strategies: one run, and what came of it.
 
 A resumed run has the data of the uninterrupted one only where the loader can be resumed (`Resumable`), and without
 Lightning's own DistributedSampler, which has the order of the first epoch again (2.6.6, seen without MoLS).
@@ -31,10 +31,12 @@ from mols_ds.integrations.lightning import MolsCallback
 from tests.helpers.digests import digest
 from tests.integrations.runs import (
     LR,
+    PLAIN,
     SAVED,
     STEPS,
     WARMUP,
     Examples,
+    Plain,
     Run,
     end_of,
     kept_in,
@@ -122,16 +124,22 @@ class Module(pl.LightningModule):  # type: ignore[misc]
 class Watch(pl.Callback):  # type: ignore[misc]
     """Notes each batch and each update."""
 
-    def __init__(self) -> None:
+    def __init__(self, ours: MolsCallback | None) -> None:
         self.seen: dict[str, Any] = {"counts": [], "lrs": [], "phases": [], "data": [], "saved": {}}
-        self.updates = 0
+        self.updates, self.ours = 0, ours
+
+    def engine(self, trainer: Any) -> Any:
+        """DeepSpeed's engine, or what stands for it."""
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            return trainer.strategy.model
+        return Plain(trainer.lightning_module, self.ours and self.ours.mols, trainer.global_step)
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         self.seen["data"].append(digest(batch))
         self.lr = float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        engine, step = trainer.strategy.model, trainer.global_step
+        engine, step = self.engine(trainer), trainer.global_step
         if step == self.updates:
             return
         self.updates = step
@@ -167,10 +175,11 @@ def train(run: Run, way: str = "argument") -> dict[str, Any]:
     config: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_optimization": zero_section(run.stage)}
     if run.section is not None and way != "argument":
         config["mols"] = run.section
-    watch, world = Watch(), int(os.environ["WORLD_SIZE"])
-    callbacks: list[Any] = [watch]
+    world, ours = int(os.environ["WORLD_SIZE"]), None
     if run.section is not None and way in ("argument", "config"):
-        callbacks.append(MolsCallback(run.section if way == "argument" else None))
+        ours = MolsCallback(run.section if way == "argument" else None)
+    watch = Watch(ours)
+    callbacks: list[Any] = [watch, *([] if ours is None else [ours])]
     keeper = None
     if run.save:
         keeper = ModelCheckpoint(dirpath=run.out, filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -180,8 +189,10 @@ def train(run: Run, way: str = "argument") -> dict[str, Any]:
         callbacks.append(keeper)
     if way == "patch":
         mols_ds.patch()
+    strategy: Any = OnCpu(config=config) if run.stage != PLAIN else "ddp" if world > 1 else "auto"
+    clip = 1.0 if run.stage == PLAIN else None  # below most of the gradient norms
     trainer = pl.Trainer(
-        accelerator="cpu", devices=world, strategy=OnCpu(config=config), max_steps=STEPS, precision="32-true",
+        accelerator="cpu", devices=world, strategy=strategy, max_steps=STEPS, gradient_clip_val=clip, precision="32-true",
         accumulate_grad_batches=MICROS, log_every_n_steps=1, logger=CSVLogger(run.out, "log", ""), callbacks=callbacks,
         default_root_dir=run.out, enable_checkpointing=keeper is not None, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=run.evaluate,
@@ -197,7 +208,7 @@ def train(run: Run, way: str = "argument") -> dict[str, Any]:
     finally:
         mols_ds.unpatch()
         os.environ.update(environment)  # Lightning takes WORLD_SIZE away when it is done
-    seen: dict[str, Any] = {**watch.seen, **end_of(trainer.strategy.model)}
+    seen: dict[str, Any] = {**watch.seen, **end_of(watch.engine(trainer))}
     metrics = {k: float(v) for k, v in trainer.logged_metrics.items() if not k.startswith("mols/")}
     kept = kept_in(run.out, "*.ckpt")
     best = None if keeper is None else (Path(keeper.best_model_path).name, str(keeper.best_model_score))

@@ -11,7 +11,7 @@ from torch import nn
 
 import mols_ds
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
-from tests.engines.torch.models import SECTION, STEPS, adamw, tiny, tokens
+from tests.engines.torch.models import SECTION, STEPS, adamw, halves, tiny, tokens
 from tests.helpers.digests import caught
 
 
@@ -77,15 +77,24 @@ def test_reading_twice_or_too_early_is_an_error() -> None:
     assert "a backward pass ran between mols.read_gradients() and optimizer.step()" in window(early)
 
 
-def test_reading_gradients_that_are_still_scaled_is_an_error() -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-
+def test_a_scaler_that_attach_does_not_know_is_an_error() -> None:
     def early(model: nn.Module, optimizer: Any, mols: Any) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         scaler.scale(model(tokens(0))).backward()
         mols.read_gradients()
         scaler.step(optimizer)
 
-    assert "call it after scaler.unscale_(optimizer)" in window(early, grad_scaler=scaler)
+    assert "a GradScaler calls optimizer.step(), and mols.read_gradients() may have read scaled" in window(early)
+
+
+def test_gradients_of_two_optimizers_are_unscaled_both_or_neither() -> None:
+    model, scaler = tiny(), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizers = [adamw(half) for half in halves(model)]
+    mols = mols_ds.attach(optimizers, model, {**SECTION, "start": 0}, total_steps=STEPS, grad_scaler=scaler)
+    scaler.scale(model(tokens(0))).backward()
+    scaler.unscale_(optimizers[0])
+    with pytest.raises(MolsError, match="GradScaler has unscaled some of the optimizers only"):
+        mols.read_gradients()
 
 
 def test_a_step_inside_of_a_backward_pass_is_an_error() -> None:

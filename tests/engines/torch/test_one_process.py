@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def train(
     *,
     compiled: str = "",
     closure: bool = False,
-    clip: bool = False,
+    clip: bool | Literal["before unscale"] = False,
     scaler: torch.amp.GradScaler | None = None,
     section: dict[str, Any] | None = None,
     steps: int = STEPS,
@@ -70,9 +70,12 @@ def train(
             continue
         backward()
         if clip:
+            if clip == "before unscale":
+                mols.read_gradients()
             if scaler is not None:
                 scaler.unscale_(optimizer)
-            mols.read_gradients()
+            if clip != "before unscale":
+                mols.read_gradients()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         if scaler is None:
             optimizer.step()
@@ -134,9 +137,9 @@ def test_statistics_are_of_unclipped_gradients(mode: str) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("clip", [False, True, "before unscale"])
 @pytest.mark.parametrize("mode", ["probe", "online"])
-def test_a_loss_scale_does_not_show(mode: str, clip: bool, fused: bool) -> None:
+def test_a_loss_scale_does_not_show(mode: str, clip: bool | Literal["before unscale"], fused: bool) -> None:
     """Powers of two: the scaled run has the same bits, but for gradients that the fused kernel unscales."""
     make = lambda model: adamw(model.parameters(), fused=fused)  # noqa: E731
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)

@@ -1,0 +1,29 @@
+"""Who calls `optimizer.step()`, where the arguments do not say it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from torch.amp import GradScaler
+from torch.distributed.checkpoint.state_dict import _init_optim_state
+
+
+def by_grad_scaler() -> bool:
+    """Whether a GradScaler steps the optimizer."""
+    return _any_caller(lambda frame: isinstance(frame.f_locals.get("self"), GradScaler))
+
+
+def by_state_dict() -> bool:
+    """Whether `torch.distributed.checkpoint.state_dict` steps it at rate 0, so that it has state to save or load."""
+    return _any_caller(lambda frame: frame.f_code is _init_optim_state.__code__)
+
+
+def _any_caller(test: Callable[[FrameType], bool]) -> bool:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if test(frame):
+            return True
+        frame = frame.f_back
+    return False
