@@ -24,14 +24,21 @@ from tests.integrations.runs import (
     Run,
     end_of,
     kept_in,
+    kinds_of,
     model,
     phase_of,
     saved_in,
     zero_section,
 )
 
-
 CLIP = 1.0  # below most of the gradient norms
+SCALER: torch.amp.GradScaler | None = None
+
+
+def use_scaler(accelerator: Accelerator, scaler: torch.amp.GradScaler) -> None:
+    """As in mixed precision "fp16", which Accelerate refuses on a CPU, but in fp32. Call it before `prepare`."""
+    accelerator.scaler = scaler
+    accelerator.unscale_gradients = lambda: [scaler.unscale_(one.optimizer) for one in accelerator._optimizers]
 
 
 class Tracker(GeneralTracker):  # type: ignore[misc]
@@ -95,6 +102,8 @@ class Loop:
             project_config=ProjectConfiguration(run.out, automatic_checkpoint_naming=run.evaluate, total_limit=2),
             log_with=self.tracker,
         )
+        if SCALER is not None:
+            use_scaler(self.accelerator, SCALER)
         self.accelerator.init_trackers("run")
         set_seed(0)
         net = model()
@@ -173,6 +182,7 @@ class Loop:
         """What the run came to."""
         kept = kept_in(self.run.out, "checkpoints/*")
         same = {"evaluations": self.evaluations, "kept": kept, "iterations": self.progress.iteration}
+        self.seen["kinds"] = kinds_of(self.net)
         return {**self.seen, **end_of(self.engine), "logs": self.tracker.rows, "same": same}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import fully_shard
 from transformers import get_linear_schedule_with_warmup
 
 from tests.helpers.harness import pictures_allowed
@@ -24,7 +25,7 @@ with pictures_allowed():
     import lightning.pytorch.strategies.deepspeed as strategies
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
-    from lightning.pytorch.strategies import DeepSpeedStrategy
+    from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
 import mols_ds
 from mols_ds.integrations.lightning import MolsCallback
@@ -40,12 +41,15 @@ from tests.integrations.runs import (
     Run,
     end_of,
     kept_in,
+    kinds_of,
     model,
     phase_of,
     saved_in,
     zero_section,
 )
 
+CLIP: float | None = 1.0  # below most of the gradient norms; without DeepSpeed
+PLUGINS: list[Any] | None = None
 EPOCH, MICROS, BATCH = 7, 2, 2  # updates of an epoch, batches of an update, sequences of a batch
 
 
@@ -121,6 +125,16 @@ class Module(pl.LightningModule):  # type: ignore[misc]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plan, "interval": "step"}}
 
 
+class Sharded(Module):
+    """Its layers are sharded by FSDP2."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
 class Watch(pl.Callback):  # type: ignore[misc]
     """Notes each batch and each update."""
 
@@ -146,6 +160,7 @@ class Watch(pl.Callback):  # type: ignore[misc]
         self.seen["counts"].append((step, engine.global_steps, engine.micro_steps))
         self.seen["lrs"].append(self.lr)
         self.seen["phases"].append(phase_of(engine))
+        self.seen["kinds"] = kinds_of(trainer.strategy.model)
         for part, update in SAVED.items():
             if update == step and hasattr(engine, "mols"):
                 self.seen["saved"][part] = saved_in(engine, step)
@@ -170,14 +185,14 @@ def logged(out: str) -> list[dict[str, Any]]:
 
 def train(run: Run, way: str = "argument") -> dict[str, Any]:
     """`way`: "argument" or "config" (where the callback finds the section), or "patch" or
-    "config alone" without a callback."""
+    "config alone" without a callback; "fsdp2": ModelParallelStrategy."""
     pl.seed_everything(3)
     config: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_optimization": zero_section(run.stage)}
-    if run.section is not None and way != "argument":
+    if run.section is not None and way not in ("argument", "fsdp2"):
         config["mols"] = run.section
     world, ours = int(os.environ["WORLD_SIZE"]), None
-    if run.section is not None and way in ("argument", "config"):
-        ours = MolsCallback(run.section if way == "argument" else None)
+    if run.section is not None and way in ("argument", "config", "fsdp2"):
+        ours = MolsCallback(None if way == "config" else run.section)
     watch = Watch(ours)
     callbacks: list[Any] = [watch, *([] if ours is None else [ours])]
     keeper = None
@@ -189,10 +204,15 @@ def train(run: Run, way: str = "argument") -> dict[str, Any]:
         callbacks.append(keeper)
     if way == "patch":
         mols_ds.patch()
-    strategy: Any = OnCpu(config=config) if run.stage != PLAIN else "ddp" if world > 1 else "auto"
-    clip = 1.0 if run.stage == PLAIN else None  # below most of the gradient norms
+    strategy: Any = OnCpu(config=config)
+    if run.stage == PLAIN:
+        strategy = "ddp" if world > 1 else "auto"
+    if way == "fsdp2":
+        strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
+    clip = CLIP if run.stage == PLAIN else None
     trainer = pl.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy, max_steps=STEPS, gradient_clip_val=clip, precision="32-true",
+        accelerator="cpu", devices=world, strategy=strategy, max_steps=STEPS,
+        gradient_clip_val=clip, plugins=PLUGINS, precision=None if PLUGINS else "32-true",
         accumulate_grad_batches=MICROS, log_every_n_steps=1, logger=CSVLogger(run.out, "log", ""), callbacks=callbacks,
         default_root_dir=run.out, enable_checkpointing=keeper is not None, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=run.evaluate,
@@ -204,7 +224,9 @@ def train(run: Run, way: str = "argument") -> dict[str, Any]:
     resume = None if run.resume is None else f"{run.saved}/step={SAVED[run.resume]}.ckpt"
     held_out = torch.utils.data.DataLoader(rows[: 2 * BATCH], batch_size=BATCH) if run.evaluate else None
     try:
-        trainer.fit(Module(), Resumable(rows, batch_size=BATCH), held_out, ckpt_path=resume)
+        trainer.fit(
+            Sharded() if way == "fsdp2" else Module(), Resumable(rows, batch_size=BATCH), held_out, ckpt_path=resume
+        )
     finally:
         mols_ds.unpatch()
         os.environ.update(environment)  # Lightning takes WORLD_SIZE away when it is done

@@ -108,6 +108,11 @@ class Plain:
         pass
 
 
+def kinds_of(net: torch.nn.Module) -> list[str]:
+    """Classes of the model as it is called and of its weights."""
+    return sorted({type(net).__name__, *(type(p.detach()).__name__ for p in net.parameters())})
+
+
 def phase_of(engine: Any) -> str:
     """Phase of its MoLS; "stock" without."""
     return str(engine.mols.phase) if hasattr(engine, "mols") else "stock"

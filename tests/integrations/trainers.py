@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import mols_ds
 from mols_ds.integrations.transformers import MolsCallback
+from tests.integrations.accelerate_loop import use_scaler
 from tests.integrations.runs import (
     LR,
     PLAIN,
@@ -24,6 +25,7 @@ from tests.integrations.runs import (
     Run,
     end_of,
     kept_in,
+    kinds_of,
     model,
     phase_of,
     saved_in,
@@ -46,6 +48,7 @@ class Spec:
         ds: "hf" (optimizer and schedule are the Trainer's) or "deepspeed" (both in the config).
         resume: a checkpoint folder.
         lora: adapters are trained.
+        scaler: a loss scale to begin with; without DeepSpeed.
         own_sampler: every loader of the training data has one sampler, which remembers.
     """
 
@@ -60,6 +63,7 @@ class Spec:
     out: str = "out"
     resume: str | None = None
     lora: bool = False
+    scaler: float | None = None
     own_sampler: bool = False
 
 
@@ -209,6 +213,8 @@ def train(spec: Spec) -> dict[str, Any]:
         watch.trainer, watch.callback = trainer, callback
         if callback is not None:
             callback.bind(trainer)
+        if spec.scaler is not None:
+            use_scaler(trainer.accelerator, torch.amp.GradScaler("cpu", init_scale=spec.scaler))
         trainer.train(resume_from_checkpoint=spec.resume)
     finally:
         mols_ds.unpatch()
@@ -219,6 +225,7 @@ def train(spec: Spec) -> dict[str, Any]:
         "flos": trainer.state.total_flos,
         "loaders": len(trainer.accelerator._dataloaders),
     }
+    watch.seen["kinds"] = kinds_of(trainer.model_wrapped)
     read = trainer.train_dataset.read if isinstance(trainer.train_dataset, Examples) else []
     rows = [row for row in history(trainer, ours=True) if "loss" in row]
     logs = [{"update": row["step"], "lr": row["learning_rate"], **row} for row in rows]

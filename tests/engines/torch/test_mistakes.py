@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import mols_ds
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
@@ -169,3 +170,13 @@ def test_parameters_outside_of_the_optimizer_are_named() -> None:
         mols = mols_ds.attach(adamw(model.q_proj.parameters()), model, {**SECTION, "reference": "qk"})
     assert any("are not in the optimizer and stay unscaled" in line for line in said)
     assert list(mols.controller.groups) == ["qk"]
+
+
+def test_a_step_that_makes_state_for_a_checkpoint_does_not_count() -> None:
+    """`get_optimizer_state_dict` steps at rate 0 before the first step; here it would be measured and discarded."""
+    model = tiny()
+    optimizer = adamw(model.parameters())
+    mols = mols_ds.attach(optimizer, model, {**SECTION, "start": 0}, total_steps=STEPS)
+    state = get_optimizer_state_dict(model, optimizer)
+    assert len(optimizer.state) == len(list(model.parameters())) and len(state["state"]) == len(optimizer.state)
+    assert mols.samples == 0 and mols.steps == 0
