@@ -7,7 +7,12 @@ from collections.abc import Callable
 from types import FrameType
 
 from torch.amp import GradScaler
-from torch.distributed.checkpoint.state_dict import _init_optim_state
+
+STATE_MAKERS = {
+    ("torch.distributed.checkpoint.state_dict", "_init_optim_state"),
+    ("torchtitan.components.optimizer.utils", "init_optim_state"),
+}
+"""Functions (module, name) that step an optimizer at rate 0, so that it has state to save or to load into."""
 
 
 def by_grad_scaler() -> bool:
@@ -16,8 +21,8 @@ def by_grad_scaler() -> bool:
 
 
 def by_state_dict() -> bool:
-    """Whether `torch.distributed.checkpoint.state_dict` steps it at rate 0, so that it has state to save or load."""
-    return _any_caller(lambda frame: frame.f_code is _init_optim_state.__code__)
+    """Whether one of STATE_MAKERS steps the optimizer."""
+    return _any_caller(lambda frame: (frame.f_globals.get("__name__"), frame.f_code.co_name) in STATE_MAKERS)
 
 
 def _any_caller(test: Callable[[FrameType], bool]) -> bool:
