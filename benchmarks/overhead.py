@@ -4,9 +4,9 @@
     python benchmarks/overhead.py --model gpt2         # fused projections: interleaved ranges go by delta
     python benchmarks/overhead.py --engine torch --rounds 40      # a plain torch optimizer in one process
 
-Arms: `stock` (MoLS off), `fixed` (after a calibration: every group but the reference has a multiplier of its own)
-and `online` (in the middle of an online calibration, accumulators on the CPU). A round is one optimizer step of each
-arm, in an order that rotates; the ratio of a round is arm / stock, and the medians over the rounds are printed. With one
+Arms: `stock` (MoLS off), `fixed` (after a calibration: every group but the reference has a multiplier of its own) and
+`online` (in the middle of an online calibration, accumulators on the CPU). A round is one optimizer step of each arm,
+in an order that rotates; the ratio of a round is arm / stock, and the medians over the rounds are printed. With one
 process its CPU seconds are measured, which other programs disturb less; with several, the time that passes. Targets
 on a CPU: fixed at most 1.01 (unfused model), online at most 1.25. benchmarks/accumulator.py measures the accumulator.
 """

@@ -1,5 +1,5 @@
-"""Memory that MoLS takes besides the accumulators, as torch's operations count it: a few chunks in a sample, nothing in a
-scaled step of the optimizer."""
+"""Memory that MoLS takes besides the accumulators, as torch's operations count it: a few chunks in a sample, nothing
+in a scaled step of the optimizer."""
 
 from __future__ import annotations
 
