@@ -6,11 +6,13 @@
 # make compare  studies/laptop.yaml: Adam and MoLS tuned alike, over seeds, with a report (an hour or two)
 # make clients-table   every client of docs/clients.md against its run without MoLS, and the table in that page
 # make docs     the pages of docs/ and the API reference as HTML, in build/docs
-# Variables: PYTHON (3.11+), NPROC, ACCELERATOR (cpu, cuda, ...), ARGS (more flags for train.py or pytest), PIP_FLAGS.
+# Variables: PYTHON (3.11+), NPROC, ACCELERATOR (cpu, cuda, ...), ARGS (more flags for train.py or pytest), JOBS (tests at
+#   a time), PIP_FLAGS.
 
 PYTHON ?= python3
 VENV ?= .venv
 NPROC ?= 2
+JOBS ?= 2
 ACCELERATOR ?= cpu
 ARGS ?=
 PIP_FLAGS ?=
@@ -84,7 +86,7 @@ test-all: TIER := all
 test-rest: TIER := rest
 test-full: TIER := full
 test test-all test-rest test-full: setup-dev
-	$(RUN_PATH) $(CPU_ENV) python -m pytest --tier $(TIER) $(ARGS)
+	$(RUN_PATH) $(CPU_ENV) python -m pytest --tier $(TIER) -n $(JOBS) $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

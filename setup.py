@@ -52,7 +52,7 @@ CLIENTS = ["accelerate>=1.15", "trl>=1.16", "lightning>=2.6"]
 # What docs/optimizers.md takes from other projects.
 OPTIMIZERS = ["pytorch-optimizer>=4.0", "bitsandbytes>=0.45"]
 DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=1.0", "ruff>=0.6"]  # ruff formats the signatures
-TEST_TOOLS = ["pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.100"]
+TEST_TOOLS = ["pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 # adam-mini: the authors' implementation, which this package's is tested against.
 TEST_TOOLS += ["ruff>=0.6", "mypy>=1.11", "import-linter>=2.17", "types-PyYAML", "adam-mini>=1.1.1"]
 

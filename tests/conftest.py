@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:], left = tiers.choose(items, config.getoption("tier"))
     if left:
         config.hook.pytest_deselected(items=left)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2`: all tests that read one launch of ranks go to one worker."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByLaunch(LoadScopeScheduling):  # type: ignore[misc,no-any-unimported]
+        def _split_scope(self, nodeid: str) -> str:
+            return tiers.launch_of(nodeid)
+
+    return ByLaunch(config, log)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -119,15 +120,19 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path: Path) -> None:
 def test_a_taken_port(tmp_path: Path) -> None:
     """One process takes a free port; of several, rank 0 names the port."""
     paths = plain(tmp_path)
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 29500))
-        other.listen()
+    with socket.socket() as default, socket.socket() as other:
+        with contextlib.suppress(OSError):  # somebody else has it
+            default.bind(("127.0.0.1", 29500))
+            default.listen()
         alone = train(paths, tmp_path / "alone", "--steps", "1")
         assert alone.status == 0, alone.stderr
-        launch = ["deepspeed", "-q", "--num_gpus", "2", "--config", paths["config"], TRAIN]
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        launch = ["deepspeed", "-q", "--master_port", str(port), "--num_gpus", "2", "--config", paths["config"], TRAIN]
         done = run(*launch, *job_arguments(paths, tmp_path / "two", "--steps", "1"), cwd=tmp_path)
     line = one_line(done)
-    assert line.startswith("train.py: port 29500 of this machine is taken, perhaps by another run: give another one")
+    assert line.startswith(f"train.py: port {port} of this machine is taken, perhaps by another run: give another one")
 
 
 SMALL = 'mount -t tmpfs -o size={size}k none "$0" && exec "$@"'

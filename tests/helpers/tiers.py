@@ -152,6 +152,20 @@ def undocumented(items: Iterable[pytest.Item], folder: Path) -> set[str]:
     return {file for file in files if f"`{file}`" not in text}
 
 
+SHARED = {
+    "tests/integrations/": "integrations/runner.py",
+    "tests/engines/megatron/test_statistics.py": "engines/megatron/cases.py",
+    "tests/engines/megatron/test_weights.py": "engines/megatron/cases.py",
+}
+"""Tests of several files that read one table of launches -> where it is."""
+
+
+def launch_of(nodeid: str) -> str:
+    """What a test shares launches of ranks with: its file, or the table that several files read."""
+    file = nodeid.partition("::")[0]
+    return next((table for start, table in SHARED.items() if file.startswith(start)), file)
+
+
 def note(items: Iterable[pytest.Item]) -> None:
     """Have the tables launch what these tests read."""
     Cases._selected = True

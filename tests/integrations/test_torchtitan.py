@@ -20,7 +20,8 @@ PYTHON = os.environ.get("TORCHTITAN", "")
 SCRIPT = Path(__file__).with_name("torchtitan_run.py")
 
 
-@pytest.mark.tier("full")
+@pytest.mark.distributed
+@pytest.mark.tier("all")
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not PYTHON, reason="TORCHTITAN names no Python with torchtitan")
 def test_its_trainer_measures_and_continues_inside_of_a_calibration(tmp_path: Path) -> None:

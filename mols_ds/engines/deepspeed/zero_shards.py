@@ -23,7 +23,7 @@ class ZeroShards(ABC):
     """The shards of one engine on this rank.
 
     Attributes:
-        tensors: stepped by the inner optimizer; the same objects for the engine's life.
+        tensors: stepped by the inner optimizer; the same objects until the engine is destroyed.
         sizes: number of elements of each (a tensor on NVMe is empty between steps).
         ranges: per tensor, its parameter elements. Other elements are padding and may be garbage.
         owned: (tensor index, range in it) of the elements that this rank measures: all, or its share of replicas; in

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mols_ds.apps.launch.deepspeed_cli import RUN_SCRIPT
-from tests.apps.command import ROOT, SHIM, run
+from tests.apps.command import ROOT, SHIM, free_port, run
 
 SCRIPT = """
 import argparse, importlib.util, json, os, sys
@@ -64,7 +64,8 @@ def seen_in(stdout: str) -> dict[str, Any]:
 
 
 def run_alone(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29499"}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone["MASTER_PORT"] = str(free_port())
     environment = {**os.environ, **alone, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, RUN_SCRIPT, *argv]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -72,7 +73,8 @@ def run_alone(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.jobs
 def test_the_shim_turns_mols_on_for_a_stock_script(folder: Path) -> None:
-    done = run(SHIM, "--num_accelerators", "1", "--config", "ds.json", "project/script.py", cwd=folder)
+    launch = [SHIM, "--master_port", str(free_port()), "--num_accelerators", "1", "--config", "ds.json"]
+    done = run(*launch, "project/script.py", cwd=folder)
     assert done.status == 0, done.stderr
     config = ["--deepspeed", "--deepspeed_config", str(folder / "ds.json")]
     assert seen_in(done.stdout) == {

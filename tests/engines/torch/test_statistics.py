@@ -10,7 +10,7 @@ import functools
 
 import pytest
 
-from tests.engines.torch.life import RAMP_END, REFERENCE, SAMPLES, SETTINGS, START, UPDATES, train, twin
+from tests.engines.torch.calibration_run import RAMP_END, REFERENCE, SAMPLES, SETTINGS, START, UPDATES, train, twin
 from tests.engines.torch.parallel import WORLD
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle import moments

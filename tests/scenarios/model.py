@@ -1,6 +1,6 @@
-"""The tiny model of the lives and its batches: parameters of every module group, a buffer that moves, dropout.
+"""The small model of the scenarios and its batches: parameters of every module group, a changing buffer, dropout.
 
-The engine and the twin train the same module; what is twinned is all that happens around it.
+The engine and the reference train the same module. The reference replaces everything around it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-TOKENS, WIDTH, INNER, LAYERS, LENGTH, SEQUENCES = 31, 12, 19, 2, 9, 2  # odd sizes: shards straddle tensors
+TOKENS, WIDTH, INNER, LAYERS, LENGTH, SEQUENCES = 31, 12, 19, 2, 9, 2  # odd sizes: shard boundaries are inside tensors
 ENDINGS = {
     "embed_tokens": "embedding",
     "lm_head": "head",
@@ -24,13 +24,13 @@ ENDINGS = {
 
 
 class Tiny(nn.Module):
-    """Two layers, each with an MLP that a batch may leave out, and a BatchNorm between them."""
+    """Two layers with a BatchNorm between them. A batch need not use the MLP of a layer."""
 
     def __init__(self, dropout: float = 0.1) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(TOKENS, WIDTH)
         self.layers = nn.ModuleList([nn.ModuleDict(_layer()) for _ in range(LAYERS)])
-        self.batch_norm = nn.BatchNorm1d(WIDTH, affine=False)  # DeepSpeed leaves buffers in fp32 and casts parameters
+        self.batch_norm = nn.BatchNorm1d(WIDTH, affine=False)  # DeepSpeed casts parameters and keeps buffers in fp32
         self.norm = nn.LayerNorm(WIDTH)
         self.lm_head = nn.Linear(WIDTH, TOKENS, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -40,7 +40,7 @@ class Tiny(nn.Module):
 
         Args:
             tokens: int64.
-            unused: layers whose MLP is left out: its parameters get no gradient.
+            unused: layers whose MLP is skipped: its parameters get no gradient.
             muted: layers whose MLP is multiplied by 0: its parameters get a gradient of 0.
         """
         x = self.embed_tokens(tokens)
@@ -62,7 +62,7 @@ def _layer() -> dict[str, nn.Module]:
 
 
 def tiny(seed: int) -> Tiny:
-    """The model with its first weights, the same for the engine and the twin."""
+    """The model with its initial weights, the same for the engine and the reference."""
     generator = torch.Generator().manual_seed(seed + 1)
     state = torch.get_rng_state()
     torch.manual_seed(seed + 1)
@@ -76,13 +76,13 @@ def tiny(seed: int) -> Tiny:
 
 
 def batch(seed: int, number: int, micro: int, rank: int) -> Tensor:
-    """Int64 (SEQUENCES, LENGTH). Low tokens are frequent, so that some rows of the embedding do not move."""
+    """Int64 (SEQUENCES, LENGTH). Low token ids are frequent, so some rows of the embedding get no gradient."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + 1_000 * number + 10 * micro + rank)
     return (torch.rand(SEQUENCES, LENGTH, generator=generator) ** 3 * TOKENS).long()
 
 
 def group_of(name: str, by_layer: bool = False) -> str:
-    """The module group of a parameter by METHOD's table; with `by_layer` those of the blocks are groups by layer."""
+    """The module group of a parameter (docs/method.md). With `by_layer`, one group for each layer and type."""
     group = next((group for ending, group in ENDINGS.items() if name.endswith(f"{ending}.weight")), "other")
     if by_layer and name.startswith("layers.") and group != "other":
         return f"{group}.{name.split('.')[1]}"
@@ -90,5 +90,5 @@ def group_of(name: str, by_layer: bool = False) -> str:
 
 
 def random_state(seed: int, number: int, rank: int) -> int:
-    """The seed that a user's loop gives torch on a rank when it starts or resumes."""
+    """The torch seed of a rank after start or resume number `number`."""
     return 7_919 * seed + 101 * number + rank

@@ -1,4 +1,4 @@
-"""A life on a real Megatron-core model and optimizer, on one rank of several; what is seen after each action."""
+"""Runs a scenario on one rank of a real Megatron-core model and optimizer; a snapshot after each action."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from tests.engines.megatron.building import SEQUENCES
 from tests.engines.megatron.grids import weights
 from tests.engines.megatron.weights import logical_names
 from tests.helpers.digests import digest
-from tests.lives.actions import Action, Attach, Detach, EditRate, Freeze, Life, Load, Save, Section, Step
-from tests.lives.megatron_twin import FIRST_SCALE, WARMUP, setup_of
-from tests.lives.model import random_state
-from tests.lives.optimizer import BETAS, EPS, FP16_WINDOW
-from tests.lives.seen import Seen
+from tests.scenarios.megatron_reference import FIRST_SCALE, WARMUP, setup_of
+from tests.scenarios.model import random_state
+from tests.scenarios.reference_optimizer import BETAS, EPS, FP16_WINDOW
+from tests.scenarios.scenario import Action, Attach, Detach, EditRate, Freeze, Load, Save, Scenario, Section, Step
+from tests.scenarios.snapshot import Snapshot
 
 NO_PLOT = "mols_report.png was not drawn"  # ranks of tests have no matplotlib
 
 
-class Run:
-    """The user's program of one rank."""
+class MegatronRun:
+    """The training program of one rank."""
 
-    def __init__(self, life: Life, folder: Path) -> None:
-        self.seed, self.setting, self.folder = life.seed, life.setting, folder
-        self.setup = setup_of(life.setting)
+    def __init__(self, scenario: Scenario, folder: Path) -> None:
+        self.seed, self.settings, self.folder = scenario.seed, scenario.settings, folder
+        self.setup = setup_of(scenario.settings)
         self.rank = dist.get_rank()
-        self.batches = self.starts = self.reports = self.saves = 0
+        self.batches = self.seedings = self.reports = self.saves = 0
         self.folders: dict[str, str] = {}
         self.unused: tuple[int, ...] = ()
         self.updated = False
-        self._build(self.setting.section)
+        self._build(self.settings.section)
         self._reseed()
 
     def _reseed(self) -> None:
-        self.starts += 1
-        torch.manual_seed(random_state(self.seed, self.starts, self.rank))
+        self.seedings += 1
+        torch.manual_seed(random_state(self.seed, self.seedings, self.rank))
 
     def _build(self, section: Section | None) -> None:
-        setting = self.setting
+        settings = self.settings
         building.start(self.setup)
         self.built = building.build(self.setup)
         for chunk in self.built.chunks:
@@ -55,12 +55,12 @@ class Run:
                     self._make_skippable(module.mlp, module.layer_number - 1)
         self.optimizer, self.scheduler = building.optimizer(
             self.built,
-            warmup=WARMUP if setting.scheduled else 0,
-            init_lr=setting.lr / 2 if setting.scheduled else 0.0,
+            warmup=WARMUP if settings.scheduled else 0,
+            init_lr=settings.lr / 2 if settings.scheduled else 0.0,
             style="constant",
             adam_eps=EPS,
             adam_beta1=BETAS[0],
-            decoupled_weight_decay=setting.optimizer == "adamw",
+            decoupled_weight_decay=settings.optimizer == "adamw",
             initial_loss_scale=FIRST_SCALE,
             loss_scale_window=FP16_WINDOW,
             hysteresis=1,
@@ -70,10 +70,10 @@ class Run:
             self._attach(section)
 
     def _make_skippable(self, mlp: Any, number: int) -> None:
-        stock = mlp.forward
+        original = mlp.forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (torch.zeros_like(x), None) if number in self.unused else stock(x, *args, **kwargs)
+            return (torch.zeros_like(x), None) if number in self.unused else original(x, *args, **kwargs)
 
         mlp.forward = forward
 
@@ -84,8 +84,8 @@ class Run:
 
     # ------------------------------------------------------------------ actions
 
-    def play(self, action: Action) -> None:
-        """Do it."""
+    def apply(self, action: Action) -> None:
+        """Perform an action."""
         self.updated = False
         match action:
             case Step():
@@ -120,7 +120,7 @@ class Run:
         self.optimizer.zero_grad()
         self._forward_backward(step.bad == replica)
         self.updated = bool(self.optimizer.step()[0])
-        if self.updated and self.setting.scheduled:
+        if self.updated and self.settings.scheduled:
             self.scheduler.step(increment=building.samples_per_step(self.setup))
         self.batches += 1
 
@@ -143,7 +143,7 @@ class Run:
             forward_step_func=forward_step,
             data_iterator=building._mine(setup, self.batches),
             model=self.built.chunks,
-            num_microbatches=self.setting.micros,
+            num_microbatches=self.settings.micros,
             seq_length=setup.seq,
             micro_batch_size=SEQUENCES,
             forward_only=False,
@@ -159,64 +159,64 @@ class Run:
         state = checkpoints.read(self.built, self.optimizer, folder, "fully_reshardable")
         checkpoints._unwrapped(self.built.chunks[0]).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.setting.scheduled:
-            self.scheduler.num_steps = 0  # a load adds to what it has counted
+        if self.settings.scheduled:
+            self.scheduler.num_steps = 0  # loading adds to the steps that it has counted
             self.scheduler.load_state_dict(state["opt_param_scheduler"])
         self._reseed()
 
     def close(self) -> None:
-        """Megatron's DDP is never collected, and its config would keep the optimizer alive."""
+        """Release the optimizer: Megatron's DDP is never garbage-collected, and its config refers to the optimizer."""
         self.built.config.grad_scale_func = None
 
-    # ------------------------------------------------------------------ what is seen
+    # ------------------------------------------------------------------ snapshot
 
-    def look(self, said: list[str], error: str) -> Seen:
-        """This rank's view; weights are this rank's parts."""
+    def snapshot(self, messages: list[str], error: str) -> Snapshot:
+        """The state of this rank, with its parts of the weights."""
         mols = self.mols
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        seen = Seen(
+        result = Snapshot(
             self.optimizer_steps() if mols is None else mols.steps, 0, sorted(set(rates)),
             float(self.optimizer.get_loss_scale()), [digest(torch.get_rng_state())], [{}], {},
-            said=[said], error=error, parts=weights(self.built),
+            warnings=[messages], error=error, parts=weights(self.built),
         )  # fmt: skip
         if mols is not None:
-            seen.phase, seen.samples, seen.alphas = mols.phase, mols.samples, mols.alphas
-            seen.rates = dict(mols.multipliers) if self.updated else {}
-        return seen
+            result.phase, result.samples, result.alphas = mols.phase, mols.samples, mols.alphas
+            result.rates = dict(mols.multipliers) if self.updated else {}
+        return result
 
     def optimizer_steps(self) -> int:
-        """Updates by the count of Adam."""
+        """Number of updates that Adam has counted."""
         from megatron_patches.schedule import optimizer_steps
 
         return optimizer_steps(self.optimizer)
 
 
-def live(life: Life) -> list[Seen]:
-    """What this rank sees at the start of the life and after each action."""
-    folder = Path("checkpoints").resolve() / str(life.seed)
+def run_scenario(scenario: Scenario) -> list[Snapshot]:
+    """Snapshots of this rank at the start and after each action. A `MolsError` ends the scenario."""
+    folder = Path("checkpoints").resolve() / str(scenario.seed)
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    with cpu_megatron(fused_adam=life.setting.grid["distributed"]):
-        runs: list[Run] = []
-        seen = [_watched(lambda: runs.append(Run(life, folder)), runs)]
-        for action in life.actions:
-            seen.append(_watched(lambda action=action: runs[0].play(action), runs))
-            if seen[-1].error:
+    with cpu_megatron(fused_adam=scenario.settings.grid["distributed"]):
+        runs: list[MegatronRun] = []
+        snapshots = [_snapshot_after(lambda: runs.append(MegatronRun(scenario, folder)), runs)]
+        for action in scenario.actions:
+            snapshots.append(_snapshot_after(lambda action=action: runs[0].apply(action), runs))
+            if snapshots[-1].error:
                 break
         runs[0].close()
-    return seen
+    return snapshots
 
 
-def _watched(do: Callable[[], object], runs: list[Run]) -> Seen:
+def _snapshot_after(do: Callable[[], object], runs: list[MegatronRun]) -> Snapshot:
     error = ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             do()
-        except MolsError as failed:
+        except MolsError as raised:
             if not runs:
                 raise
-            error = f"{type(failed).__name__}: {failed}"
-    said = [str(one.message) for one in caught if issubclass(one.category, MolsWarning)]
-    return runs[0].look([line for line in said if NO_PLOT not in line], error)
+            error = f"{type(raised).__name__}: {raised}"
+    messages = [str(one.message) for one in caught if issubclass(one.category, MolsWarning)]
+    return runs[0].snapshot([line for line in messages if NO_PLOT not in line], error)

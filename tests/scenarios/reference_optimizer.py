@@ -1,4 +1,4 @@
-"""The twin's optimizers, float64, with a rate for each parameter; and its loss scale, as DeepSpeed documents it."""
+"""The optimizers of the reference (float64, a multiplier per parameter), and DeepSpeed's dynamic loss scale."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BETAS, EPS, MOMENTUM = (0.9, 0.95), 1e-3, 0.9  # a large eps: rounding in a gradient near 0 must not decide a sign
+BETAS, EPS, MOMENTUM = (
+    (0.9, 0.95),
+    1e-3,
+    0.9,
+)  # large eps: rounding must not decide the sign of a step
 FP16_POWER, FP16_WINDOW = 8, 3
 
 
 @dataclass
 class State:
-    """Of one parameter."""
+    """Optimizer state of one parameter."""
 
     m: Tensor
     v: Tensor
@@ -25,10 +29,12 @@ class State:
 
 
 @dataclass
-class PlainOptimizer:
-    """AdamW ("adamw", "homemade", "grouped"), Adam with L2 ("adam"), SGD with momentum ("sgd").
+class ReferenceOptimizer:
+    """AdamW ("adamw", "custom", "fused_adam"), Adam with L2 ("adam"), SGD with momentum ("sgd").
 
-    weights: float64 masters by name. decays: by name.
+    Args:
+        weights: float64 master weights by name.
+        decays: weight decay by name.
     """
 
     kind: str
@@ -43,8 +49,11 @@ class PlainOptimizer:
         rates: Mapping[str, float],
         unscaled: bool = False,
     ) -> None:
-        """One update of the parameters that have a gradient; lr x rate is the learning rate of each. `unscaled`: the
-        rate leaves decoupled decay alone."""
+        """Update the parameters that have a gradient. The learning rate of each is lr x rate.
+
+        Args:
+            unscaled: decoupled weight decay uses lr without the rate.
+        """
         for name, gradient in gradients.items():
             w, g = self.weights[name], gradient.double()
             lr, decay = lrs[name] * rates.get(name, 1.0), self.decays[name]
@@ -66,7 +75,7 @@ class PlainOptimizer:
             w.sub_(lr * m / (v.sqrt() + EPS))
 
     def moments(self) -> dict[str, tuple[Tensor, Tensor, int]]:
-        """(m, v, updates) of each parameter."""
+        """(m, v, number of updates) of each parameter."""
         found = {}
         for name, w in self.weights.items():
             state = self.states.get(name)
@@ -84,7 +93,7 @@ class PlainOptimizer:
 
 @dataclass
 class Scale:
-    """A loss scale: 1, or dynamic from 2^8 on with a window of 3."""
+    """A loss scale: constant, or dynamic with a window of FP16_WINDOW steps."""
 
     dynamic: bool
     value: float = 1.0
@@ -92,7 +101,7 @@ class Scale:
     last_overflow: int = -1
 
     def update(self, overflow: bool) -> None:
-        """After a step that was taken or skipped."""
+        """Update the scale after a step or a skipped step."""
         if not self.dynamic:
             return
         if overflow:
@@ -104,7 +113,7 @@ class Scale:
         self.iteration += 1
 
     def lower(self) -> bool:
-        """After a bad sample; returns whether it came down."""
+        """Lower the scale after a sample that is not finite. Returns whether it was lowered."""
         if not self.dynamic or self.value <= 1.0:
             return False
         self.update(True)
@@ -112,6 +121,6 @@ class Scale:
 
 
 def clip_factor(gradients: Mapping[str, Tensor], clip: float, scale: float) -> float:
-    """What the gradients are divided by: the scale, and more where their norm is above `clip`."""
+    """The divisor of the gradients: the loss scale, times norm / clip if the norm is above `clip`."""
     norm = math.sqrt(sum(float(g.double().pow(2).sum()) for g in gradients.values())) / scale
     return scale * max(1.0, (norm + 1e-6) / clip) if clip > 0 else scale

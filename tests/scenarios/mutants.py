@@ -1,7 +1,7 @@
-"""python -m tests.lives.mutants [WORD ...]: take one mend out at a time, and see a life of `test_lives.py` fail.
+"""python -m tests.scenarios.mutants [WORD ...]: remove one fix at a time, and check that a scenario then fails.
 
-Each row names the seed of a life that notices. WORD: only mutants whose name has one of the words. Status 1 where a
-mutant survives.
+Each row names the seed of a scenario that fails without the fix. WORD: only mutants whose name contains one of the
+words. Exit status 1 if the test of a mutant still passes.
 """
 
 from __future__ import annotations
@@ -16,157 +16,157 @@ SHARDS = "mols_ds/engines/deepspeed/shards.py"
 ENGINE = "mols_ds/engines/deepspeed/engine.py"
 WINDOW = "mols_ds/core/probe_window.py"
 
-# Name, file, what stands once in it, what takes its place, seed.
+# Name, file, text that occurs once in it, its replacement, seed.
 ROWS = (
     (
-        "a gradient of a former batch is read at ZeRO-3",
+        "ZeRO-3 reads the gradient of an earlier batch",
         SHARDS,
         "if o.micro_step_id == 0 and not getattr(",
         "if False and not getattr(",
         46,
     ),
     (
-        "a gradient of a former batch is read under offload at ZeRO-1 and 2",
+        "ZeRO-1 and 2 with offload read the gradient of an earlier batch",
         SHARDS,
         "        if self.outer.micro_step_id < 0:\n",
         "        if False:\n",
         64,
     ),
     (
-        "a discarded step leaves its gradients at stage 0",
+        "a discarded step keeps its gradients at stage 0",
         SHARDS,
         "            self.engine.zero_grad()\n",
         "            pass\n",
         7,
     ),
     (
-        "buffers stay as a probe left them",
+        "buffers are not restored after a probe",
         WINDOW,
         "        new = self.modules.restore()\n",
         "        new: list[str] = []\n",
         12,
     ),
     (
-        "random numbers stay as a probe left them",
+        "the random state is not restored after a probe",
         WINDOW,
         "            set_host_random(self._outside)\n            self._outside = None\n",
         "            self._outside = None\n",
         15,
     ),
     (
-        "micro_steps count discarded batches",
+        "micro_steps counts discarded batches",
         ENGINE,
         "            self.engine.micro_steps = before - 1 if self.grid.counts_micro_steps else before\n",
         "            pass\n",
         38,
     ),
     (
-        "a loss scale stands still in a probe",
+        "the loss scale is not lowered in a probe",
         ENGINE,
         "        return self.shards.lower_scale()\n",
         "        return False\n",
         15,
     ),
     (
-        "a sample that is not finite counts",
+        "a sample that is not finite is used",
         SESSION,
         "usable = self.agree(found_finite and self.source.finite())",
         "usable = True",
         15,
     ),
     (
-        "a skipped step is an online sample",
+        "mode online uses a skipped step as a sample",
         SESSION,
         "controller.close_sample(self.steps, usable=self._sampled)",
         "controller.close_sample(self.steps, usable=True)",
         0,
     ),
     (
-        "a skipped step counts in mode moments",
+        "mode moments counts a skipped step as usable",
         SESSION,
         "controller.count(self.steps, usable=updated)",
         "controller.count(self.steps, usable=True)",
         78,
     ),
     (
-        "alpha_max that changed at a load is not said",
+        "no warning when alpha_max differs from the checkpoint's",
         "mols_ds/core/resume_rules.py",
         '    "alpha_max": "alphas",\n',
         '    "alpha_max": "elsewhere",\n',
         7,
     ),
     (
-        "a half-done calibration of another mode goes on",
+        "an unfinished calibration of another mode continues",
         "mols_ds/core/resume_rules.py",
         'if samples > 0 and saved.get("mode") != mode:',
         "if False:",
         50,
     ),
     (
-        "fixed alphas of the resumed run do not apply",
+        "fixed alphas of the resumed run are not applied",
         SESSION,
         "        controller.follow_config(t)\n",
         "",
         70,
     ),
     (
-        "an unfrozen weight is not named",
+        "no warning about an unfrozen weight",
         SESSION,
         "            self.new_weights.check(lambda line: self.controller.warn(line, every_rank=True))\n",
         "",
         8,
     ),
     (
-        "the guard of the step is off",
+        "the step guard is disabled",
         SESSION,
         "GUARDED_STEPS = 2\n",
         "GUARDED_STEPS = 0\n",
         7,
     ),
     (
-        "temporary groups share a counter",
+        "temporary parameter groups share a step counter",
         "mols_ds/core/state_slices.py",
         "        return value.detach().clone()\n",
         "        return value\n",
         12,
     ),
     (
-        "rates stay on after detach",
+        "rates are still applied after detach",
         SCALER,
         "        for hook in self._hooks:\n            hook.remove()\n",
         "        pass\n",
         7,
     ),
     (
-        "an edit of lr is lost",
+        "the user's change of lr is lost",
         SCALER,
         '{"lr": group["lr"] * rate, "params": parts}',
         '{"lr": group.get("initial_lr", group["lr"]) * rate, "params": parts}',
         17,
     ),
     (
-        "the base rate is not put back",
+        "the base rate is not restored",
         SCALER,
         'if key in ("lr", "params") or',
         'if key == "params" or',
         17,
     ),
     (
-        "weights frozen at attach are in the shards at ZeRO",
+        "ZeRO shards contain weights that were frozen at attach",
         "mols_ds/engines/deepspeed/zero_shards.py",
         " and item.name not in self.frozen])",
         "])",
         8,
     ),
     (
-        "weights frozen at attach are taken for others on Megatron",
+        "Megatron shards contain weights that were frozen at attach",
         "megatron_patches/shards.py",
         "    return parameter.requires_grad\n",
         "    return True\n",
         27,
     ),
     (
-        "the state is lost in a run without MoLS",
+        "a run without MoLS loses the saved state",
         "mols_ds/core/off.py",
         "        self.kept = {SINCE: t, **saved}\n",
         "",
@@ -187,24 +187,30 @@ ROWS = (
         20,
     ),
     (
-        "a recalibration begins at multipliers of 1",
+        "a recalibration starts at multipliers of 1",
         "mols_ds/core/phases.py",
         "        self.old = self.multipliers(t)\n",
         "        self.old = {}\n",
         24,
     ),
 )
-LIVES = tuple(
-    Mutant(f"lives: {name}", file, old, new, (f"tests/lives/test_lives.py::test_a_life_is_as_the_twin_tells[{seed}]",))
+SCENARIO_MUTANTS = tuple(
+    Mutant(
+        f"scenarios: {name}",
+        file,
+        old,
+        new,
+        (f"tests/scenarios/test_scenarios.py::test_scenario_matches_reference[{seed}]",),
+    )
     for name, file, old, new, seed in ROWS
 )
 
 
 def main(words: list[str]) -> int:
-    chosen = tuple(m for m in LIVES if not words or any(word in m.name for word in words))
-    left = survivors(chosen)
-    print(f"{len(chosen) - len(left)} of {len(chosen)} mutants killed")
-    return int(bool(left))
+    chosen = tuple(m for m in SCENARIO_MUTANTS if not words or any(word in m.name for word in words))
+    survived = survivors(chosen)
+    print(f"{len(chosen) - len(survived)} of {len(chosen)} mutants killed")
+    return int(bool(survived))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The twin of a Megatron run: a GPT in plain torch, and what Megatron-core does otherwise than DeepSpeed.
+"""The reference of a Megatron-core run: a GPT in plain torch, and what Megatron-core does differently from DeepSpeed.
 
-A fused projection is two parameters here, its rows of queries and keys and those of values, because they are of two
+A fused QKV projection is two parameters here: the rows of queries and keys, and the rows of values. They belong to two
 module groups.
 """
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from tests.engines.megatron.building import Setup, tokens
 from tests.engines.megatron.weights import logical
-from tests.lives.actions import Action, Attach, Evaluate, Save, Section, Setting, Step
-from tests.lives.method import Mols
-from tests.lives.optimizer import FP16_WINDOW, PlainOptimizer, Scale
-from tests.lives.seen import Seen
-from tests.lives.twin import DTYPES, GUARDED, Twin
+from tests.scenarios.reference import DTYPES, GUARDED_STEPS, ReferenceRun
+from tests.scenarios.reference_mols import ReferenceMols
+from tests.scenarios.reference_optimizer import FP16_WINDOW, ReferenceOptimizer, Scale
+from tests.scenarios.scenario import Action, Attach, Evaluate, RunSettings, Save, Section, Step
+from tests.scenarios.snapshot import Snapshot
 
 FIRST_SCALE, WARMUP = 2.0**10, 4
 QKV = "self_attention.linear_qkv.weight"
@@ -34,19 +34,19 @@ ENDINGS = {
 }
 
 
-def setup_of(setting: Setting) -> Setup:
-    """Grid, model and batches of the real run."""
-    grid = setting.grid
+def setup_of(settings: RunSettings) -> Setup:
+    """Grid, model and batches of the Megatron-core run."""
+    grid = settings.grid
     return Setup(
         tp=grid.get("tp", 1),
         pp=grid.get("pp", 1),
         distributed=grid["distributed"],
         position="none",
-        dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[setting.precision],
-        clip=setting.clip,
-        lr=setting.lr,
-        weight_decay=setting.decay,
-        micro_batches=setting.micros * setting.replicas,
+        dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[settings.precision],
+        clip=settings.clip,
+        lr=settings.lr,
+        weight_decay=settings.decay,
+        micro_batches=settings.micros * settings.replicas,
         vocab=48,
         hidden=16,
         seq=8,
@@ -54,14 +54,14 @@ def setup_of(setting: Setting) -> Setup:
 
 
 def megatron_group(name: str, by_layer: bool) -> str:
-    """The module group of a parameter of the twin."""
+    """The module group of a parameter of the reference."""
     group = next((group for ending, group in ENDINGS.items() if name.endswith(ending)), "other")
     if by_layer and name.startswith("decoder.layers.") and group != "other":
         return f"{group}.{name.split('.')[2]}"
     return group
 
 
-class PlainGPT(nn.Module):
+class ReferenceGPT(nn.Module):
     """Grouped-query attention without positions, RMSNorm, gated SiLU. Parameters by Megatron's logical names."""
 
     def __init__(self, setup: Setup) -> None:
@@ -70,7 +70,7 @@ class PlainGPT(nn.Module):
         self.queries = setup.heads // setup.kv_groups
         self.channels = setup.hidden // setup.heads
         rows = torch.arange((self.queries + 2) * setup.kv_groups * self.channels)
-        place = rows // self.channels % (self.queries + 2)  # of each KV group: its queries, its key, its value
+        place = rows // self.channels % (self.queries + 2)  # in each KV group: queries, key, value
         self.rows = {"qk": rows[place <= self.queries], "vo": rows[place > self.queries]}
         self.values = nn.ParameterDict()
         for name, shape in self._shapes().items():
@@ -101,7 +101,7 @@ class PlainGPT(nn.Module):
         return self.values[target.replace(".", "/")]
 
     def whole(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same with the rows of each fused projection put together."""
+        """The same tensors, with the two parts of each fused projection merged."""
         result = {name: value for name, value in named.items() if ":" not in name}
         for name in (name.removesuffix(":qk") for name in named if name.endswith(":qk")):
             order = torch.cat([self.rows["qk"], self.rows["vo"]]).argsort()
@@ -140,7 +140,7 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class MegatronScale(Scale):
-    """Megatron's dynamic scale: grows after so many good steps in a row."""
+    """Megatron-core's dynamic loss scale: it grows after FP16_WINDOW consecutive good steps."""
 
     def update(self, overflow: bool) -> None:
         if not self.dynamic:
@@ -152,53 +152,57 @@ class MegatronScale(Scale):
             self.value, self.iteration = self.value * 2, 0
 
 
-class MegatronTwin(Twin):
-    """Steps are updates; gradients of unused parameters are 0; one base rate."""
+class MegatronReferenceRun(ReferenceRun):
+    """Counts updates only (not skipped steps). Gradients of unused parameters are 0. One base rate."""
+
+    embedding = "embedding.word_embeddings.weight"
 
     def _build(self) -> None:
-        setting = self.setting
-        self.model: Any = PlainGPT(setup_of(setting)).to(DTYPES[setting.precision])
+        settings = self.settings
+        self.model: Any = ReferenceGPT(setup_of(settings)).to(DTYPES[settings.precision])
         named = dict(self.model.named_parameters())
-        self.buffers = [{} for _ in range(setting.ranks)]
+        self.buffers = [{} for _ in range(settings.ranks)]
         self.group = dict.fromkeys(named, 0)
-        decays = {name: setting.decay if p.ndim >= 2 else 0.0 for name, p in named.items()}
-        self.optimizer = PlainOptimizer(setting.optimizer, {n: p.detach().double() for n, p in named.items()}, decays)
-        self.shown = {name: w.clone() for name, w in self.optimizer.weights.items()}
-        self.base = [setting.lr]
+        decays = {name: settings.decay if p.ndim >= 2 else 0.0 for name, p in named.items()}
+        self.optimizer = ReferenceOptimizer(
+            settings.optimizer, {n: p.detach().double() for n, p in named.items()}, decays
+        )
+        self.model_weights = {name: w.clone() for name, w in self.optimizer.weights.items()}
+        self.base = [settings.lr]
         self.steps = self.skipped = self.scheduled = 0
         self.lrs = self._scheduled(0)
-        half = setting.precision == "fp16"
+        half = settings.precision == "fp16"
         self.scale = MegatronScale(half, FIRST_SCALE if half else 1.0)
-        self.stale = {}
+        self.stale_gradients = {}
         self.broken = False
 
-    def _switch_off(self) -> None:
-        """Nothing of MoLS is on a Megatron run without a section."""
+    def _disable_mols(self) -> None:
+        """A Megatron-core run without a section has no MoLS object."""
 
     def _scheduled(self, step: int) -> list[float]:
-        return [lr * (min(1.0, 0.5 + 0.5 * step / WARMUP) if self.setting.scheduled else 1.0) for lr in self.base]
+        return [lr * (min(1.0, 0.5 + 0.5 * step / WARMUP) if self.settings.scheduled else 1.0) for lr in self.base]
 
     def _attach(self, section: Section, steps: int) -> None:
         layers = section.get("granularity") == "layer_type"
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        self.mols = Mols(section, {name: megatron_group(name, layers) for name in trained})
-        self.guarded, self.named = GUARDED, set()
+        self.mols = ReferenceMols(section, {name: megatron_group(name, layers) for name in trained})
+        self.guarded_steps, self.reported_weights = GUARDED_STEPS, set()
         self.mols.advance(self.steps)
 
-    # ------------------------------------------------------------------ what is legal
+    # ------------------------------------------------------------------ valid actions
 
-    def play(self, action: Action) -> tuple[Action, Seen] | None:
-        """Megatron's distributed optimizer cannot be saved before its first step."""
+    def apply(self, action: Action) -> tuple[Action, Snapshot] | None:
+        """Megatron-core's distributed optimizer cannot be saved before its first step."""
         early = isinstance(action, Save) and not self.optimizer.states
-        return None if early or isinstance(action, Evaluate) else super().play(action)
+        return None if early or isinstance(action, Evaluate) else super().apply(action)
 
-    def _legal(self, step: Step) -> Step:
+    def _valid_step(self, step: Step) -> Step:
         discards = self.mols is not None and self.mols.discards
-        unchecked = self.setting.precision != "fp16" and not discards  # Megatron would step with NaN
+        unchecked = self.settings.precision != "fp16" and not discards  # Megatron would step with NaN
         return dataclasses.replace(step, bad=None) if unchecked else step
 
-    def _legal_attach(self, attach: Attach) -> Attach:
-        """Megatron refuses a start that is past."""
+    def _valid_attach(self, attach: Attach) -> Attach:
+        """With Megatron-core MoLS refuses a `start` in the past."""
         start = max(self.steps, attach.section["start"])
         end = max(start, attach.section["ramp_end"])
         return Attach({**attach.section, "start": start, "ramp_end": end})
@@ -207,17 +211,20 @@ class MegatronTwin(Twin):
     def _loss_scale(self) -> float:
         return self.scale.value
 
-    # ------------------------------------------------------------------ steps
+    # ------------------------------------------------------------------ step
 
     def _gradient(self, step: Step) -> dict[str, Tensor]:
-        setting, total = self.setting, dict[str, Tensor]()
-        setup, replicas = setup_of(setting), setting.replicas
-        self._to_model()
+        settings, total = self.settings, dict[str, Tensor]()
+        setup, replicas = setup_of(settings), settings.replicas
+        self.batch_tokens = torch.zeros(self._rows, dtype=torch.bool)
+        self._load_weights()
         for number in range(setup.micro_batches):
             rank = number % replicas
             self.model.zero_grad()
             unused = step.unused if step.on is None or rank in step.on else ()
-            loss = self.model(tokens(setup, self.batches, number), unused)
+            ids = tokens(setup, self.batches, number)
+            self.batch_tokens[ids] = True
+            loss = self.model(ids, unused)
             loss = loss * float("nan") if step.bad == rank else loss
             (loss * self._loss_scale / setup.micro_batches).backward()
             for name, p in self.model.named_parameters():
@@ -226,24 +233,25 @@ class MegatronTwin(Twin):
         self.batches += 1
         return total
 
-    def _discard(self, mols: Mols, gradients: Mapping[str, Tensor], finite: bool) -> None:
-        mols.sample(self.steps, self._whole(gradients, self._loss_scale) if finite else None)
+    def _probe_step(self, mols: ReferenceMols, gradients: Mapping[str, Tensor], finite: bool) -> None:
+        whole = self._with_zeros(gradients, self._loss_scale) if finite else None
+        mols.sample(self.steps, whole, self.batch_tokens)
         if not finite:
             self.scale.update(True)
         if not mols.discards:
-            mols.window = None
+            mols.window_rng = None
         mols.advance(self.steps)
 
-    def _stepped(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._whole({}) | dict(found)
+    def _optimizer_gradients(self, new_gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._with_zeros({}) | dict(new_gradients)
 
-    def _divided_by(self, before: float) -> float:
+    def _unscaling(self, before: float) -> float:
         return before
 
-    def _count(self, updated: bool) -> None:
+    def _count_step(self, updated: bool) -> None:
         self.steps += updated
 
-    def _seen(self, evaluated: list[float], error: str) -> Seen:
-        seen = super()._seen(evaluated, error)
-        seen.weights = self.model.whole(seen.weights)
-        return seen
+    def snapshot(self, eval_losses: list[float], error: str) -> Snapshot:
+        snapshot = super().snapshot(eval_losses, error)
+        snapshot.weights = self.model.whole(snapshot.weights)
+        return snapshot

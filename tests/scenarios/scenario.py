@@ -1,19 +1,26 @@
-"""A life: how the run is set up, and what happens to it."""
+"""A scenario: the settings of a run, and the actions that it performs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-Section = dict[str, Any]
+Section = dict[str, Any]  # a "mols" section
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a life is built with; all of it legal.
+class RunSettings:
+    """How the run is built. All combinations that are generated are valid.
 
-    clip: 0 = none. split: two parameter groups, matrices and vectors, instead of one. scheduled: a LambdaLR steps too.
-    section: the "mols" section at the start; None: attached later. grid: of Megatron: tp, pp, distributed.
+    Args:
+        stage: ZeRO stage; -1 for Megatron-core.
+        micros: micro-batches of a step.
+        clip: gradient clipping; 0: none.
+        split: two parameter groups, matrices and vectors, instead of one.
+        scheduled: a learning-rate scheduler steps with the optimizer.
+        frozen: parameters that do not train at the start.
+        section: the "mols" section at the start. None: MoLS is attached later.
+        grid: Megatron-core's process grid: tp, pp, and `distributed` for its distributed optimizer.
     """
 
     engine: str = "deepspeed"
@@ -40,9 +47,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Step:
-    """One global batch, forward and backward, and the engine's step.
+    """One global batch: forward and backward passes, then the engine's step.
 
-    unused: layers whose MLP the batch leaves out. on: data-parallel ranks that do; None: all. bad: one with a NaN loss.
+    Args:
+        unused: layers whose MLP the batch does not use.
+        on: data-parallel ranks on which the MLP is not used. None: all ranks.
+        bad: data-parallel rank with a NaN loss. None: no rank.
     """
 
     unused: tuple[int, ...] = ()
@@ -57,7 +67,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Freeze:
-    """Take a parameter out of training, or with `frozen=False` take it in again."""
+    """Set `requires_grad` of a parameter to False; to True with `frozen=False`."""
 
     name: str
     frozen: bool = True
@@ -65,15 +75,19 @@ class Freeze:
 
 @dataclass(frozen=True)
 class Save:
-    """A checkpoint."""
+    """Save a checkpoint."""
 
     tag: str
 
 
 @dataclass(frozen=True)
 class Load:
-    """Resume from a checkpoint: in a new engine, or in this one. section: the "mols" section of the resumed run;
-    None = without MoLS (a new engine), or as it is (this one)."""
+    """Load a checkpoint.
+
+    Args:
+        fresh: into a new engine, else into the running one.
+        section: the "mols" section of the new engine. None: without MoLS. Ignored by the running engine.
+    """
 
     tag: str
     fresh: bool
@@ -94,14 +108,14 @@ class Attach:
 
 @dataclass(frozen=True)
 class EditRate:
-    """The user multiplies every parameter group's lr."""
+    """The user multiplies the lr of every parameter group by a factor."""
 
     factor: float
 
 
 @dataclass(frozen=True)
 class BreakOptimizer:
-    """From here on the optimizer of one rank steps its first parameter group alone."""
+    """From now on the optimizer of one rank steps only its first parameter group."""
 
     rank: int
 
@@ -110,12 +124,12 @@ Action = Step | Evaluate | Freeze | Save | Load | Detach | Attach | EditRate | B
 
 
 @dataclass(frozen=True)
-class Life:
-    """seed: of weights, batches and dropout."""
+class Scenario:
+    """seed: for the weights, the batches and dropout."""
 
     seed: int
-    setting: Setting
+    settings: RunSettings
     actions: tuple[Action, ...]
 
     def __hash__(self) -> int:
-        return hash((self.seed, repr(self.setting), repr(self.actions)))
+        return hash((self.seed, repr(self.settings), repr(self.actions)))

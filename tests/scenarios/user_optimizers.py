@@ -1,4 +1,4 @@
-"""The optimizers that users of the lives hand to DeepSpeed."""
+"""Optimizers that the scenarios pass to DeepSpeed as the user's own."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from tests.lives.actions import Setting
-from tests.lives.optimizer import BETAS, EPS, MOMENTUM
+from tests.scenarios.reference_optimizer import BETAS, EPS, MOMENTUM
+from tests.scenarios.scenario import RunSettings
 
 
-class HomeMade(torch.optim.AdamW):
-    """A class that no catalog knows: it takes its own step, and the scaled ranges are corrected."""
+class CustomAdamW(torch.optim.AdamW):
+    """A class that is not in the catalog: MoLS lets it step, then corrects the scaled ranges."""
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """As apex's with `capturable=True`: each parameter group counts its steps in a tensor, in place."""
+    """Like apex's FusedAdam with `capturable=True`: a parameter group counts its steps in a tensor, in place."""
 
     __module__ = "apex.optimizers.fused_adam"
 
@@ -45,11 +45,11 @@ class FusedAdam(torch.optim.Optimizer):
                 p.mul_(1 - decay).addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - BETAS[0] ** steps))
 
 
-def optimizer_of(setting: Setting, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def optimizer_of(settings: RunSettings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The user's optimizer."""
-    if setting.optimizer == "sgd":
+    if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=MOMENTUM)
-    if setting.optimizer == "grouped":
+    if settings.optimizer == "fused_adam":
         return FusedAdam(groups)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "homemade": HomeMade}[setting.optimizer]
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "custom": CustomAdamW}[settings.optimizer]
     return kind(groups, betas=BETAS, eps=EPS)
