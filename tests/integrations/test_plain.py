@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import mols_ds
+from mols_ds.core.handle import Handle
+from mols_ds.integrations.client import load_state
 from tests.integrations.runner import Case, results, table
 from tests.integrations.runs import ONLINE, PLAIN, SECTION, Run
 
@@ -70,11 +74,23 @@ def added() -> dict[str, Any]:
     from tests.integrations.trainers import Spec, train
 
     stock = Spec("stock", stage=PLAIN, mols=None, arguments={"save_strategy": "steps", "save_steps": 2}, out="stock")
-    train(stock)
+    found = {"stock": train(stock)}
+    found["off"] = train(Spec(stage=PLAIN, mols={"enabled": False}, argument=True, out="off"))
     whole = train(Spec(stage=PLAIN, argument=True, out="whole"))
     with pytest.warns(mols_ds.MolsWarning, match="the checkpoint at step 2 has no MoLS state"):
         late = train(Spec(stage=PLAIN, argument=True, out="late", resume="stock/checkpoint-2"))
-    return {"whole": whole, "late": late}
+    return {**found, "whole": whole, "late": late}
+
+
+def missing() -> str:
+    """Rank 1 does not see the folder of the checkpoint."""
+    folder = Path(f"seen_by_{dist.get_rank()}")
+    folder.mkdir()
+    if dist.get_rank() == 0:
+        (folder / "mols_0.pt").touch()
+    with pytest.raises(mols_ds.MolsCheckpointError) as raised:
+        load_state(Handle(), folder)
+    return str(raised.value)
 
 
 def refusals() -> dict[str, str]:
@@ -130,7 +146,8 @@ CLIPPING: list[Case] = [(1, f"{HERE}:clipping", client) for client in CLIENTS]
 SCALING: list[Case] = [(1, f"{HERE}:scaling", client) for client in CLIENTS]
 ADDED: Case = (1, f"{HERE}:added")
 REFUSALS: Case = (1, f"{HERE}:refusals")
-CASES = table([*CLIPPING, *SCALING, ADDED, REFUSALS], quick=CLIPPING[:1])
+MISSING: Case = (2, f"{HERE}:missing")
+CASES = table([*CLIPPING, *SCALING, ADDED, REFUSALS, MISSING], quick=CLIPPING[:1])
 
 
 @CASES.parametrize(("world", "name", "client"), CLIPPING, reads=lambda case: [case])
@@ -154,6 +171,13 @@ def test_a_run_that_began_without_mols() -> None:
     (seen,) = results(1)[ADDED[1:]]
     assert seen["late"]["alphas"] == seen["whole"]["alphas"]
     assert seen["late"]["weights"] == seen["whole"]["weights"]
+    assert seen["off"]["phase"] == "disabled" and seen["off"]["weights"] == seen["stock"]["weights"]
+
+
+@CASES.reads(MISSING)
+def test_a_folder_that_only_some_ranks_see_is_an_error_on_all() -> None:
+    for text in results(2)[MISSING[1:]]:
+        assert "rank 1 does not find this file, rank 0 does" in text
 
 
 @CASES.reads(REFUSALS)
