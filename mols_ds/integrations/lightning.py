@@ -66,7 +66,7 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
         if stage != "fit":
             return
         strategy, self._loaded = trainer.strategy, None
-        if isinstance(strategy, PLAIN):
+        if _is_plain(strategy):
             resolve_section(self.section, None, WHO)
             return
         if not isinstance(strategy, DeepSpeedStrategy):
@@ -86,7 +86,7 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the optimizers of a strategy in `PLAIN`. Lightning loads their states after that."""
         strategy = trainer.strategy
-        if not isinstance(strategy, PLAIN):
+        if not _is_plain(strategy):
             return
         section = fill_section(resolve_section(self.section, None, WHO), _total_steps(trainer))
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -99,7 +99,7 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Continue from the loaded checkpoint; raise if the engine has no MoLS."""
-        if not isinstance(trainer.strategy, PLAIN):
+        if not _is_plain(trainer.strategy):
             found = getattr(trainer.strategy.model, "mols", None)
             if not isinstance(found, Handle):
                 raise MolsError(f"{WHO}: the strategy built its engine in its own way, without MoLS")
@@ -165,7 +165,7 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
         mols, engine = self.mols, trainer.strategy.model
         if not isinstance(mols, Session) or not mols.controller.discards_steps:
             return
-        if isinstance(trainer.strategy, PLAIN):
+        if _is_plain(trainer.strategy):
             inside = batch_idx % trainer.accumulate_grad_batches
         else:
             inside = engine.micro_steps % engine.gradient_accumulation_steps()
@@ -190,7 +190,7 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
         assert isinstance(mols, Session)
         batches = _endless(loader)
         while mols.controller.discards_steps:
-            if not isinstance(strategy, PLAIN):
+            if not _is_plain(strategy):
                 strategy.model.backward(_loss(trainer, *next(batches), batch_idx) / wanted)
                 strategy.model.step()
                 continue
@@ -205,6 +205,10 @@ class MolsCallback(pl.Callback):  # type: ignore[misc]
                 scaler.step(optimizer)
                 scaler.update()
             optimizer.zero_grad()
+
+
+def _is_plain(strategy: Any) -> bool:
+    return isinstance(strategy, PLAIN) and not isinstance(strategy, DeepSpeedStrategy)  # which is a DDPStrategy
 
 
 def _total_steps(trainer: Any) -> int | None:
