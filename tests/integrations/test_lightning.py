@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("lightning")
+from tests.helpers.harness import pictures_allowed
 
-import lightning.pytorch as pl
+with pictures_allowed():
+    pytest.importorskip("lightning")
+    import lightning.pytorch as pl
+
 
 import mols_ds
 from mols_ds.integrations.lightning import MolsCallback
