@@ -15,19 +15,20 @@ import torch
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import MolsConfigError
-from mols_ds.training.batches import Batches, BatchShape, PackedBatches, StreamedBatches, held_out_batches
+from mols_ds.training.batches import Batches, BatchShape, held_out_batches
 from mols_ds.training.checkpointer import Retention
 from mols_ds.training.cli_utils import USER_MISTAKE, Parser, add_saving, add_timeout, not_negative, positive, share
 from mols_ds.training.compare import run_arms
 from mols_ds.training.deepspeed_backend import DeepSpeedSetup
 from mols_ds.training.ds_config import check_keys, check_with_deepspeed, model_dtype, read_config, resolve
 from mols_ds.training.export_weights import save_base
-from mols_ds.training.models import build_model, load_model_config, tokenizer_of, zero_init
+from mols_ds.training.models import build_model, check_compiler, load_model_config, tokenizer_of, zero_init
 from mols_ds.training.ranks import check_run, run_command, silence_output, start_ranks
 from mols_ds.training.resume_settings import job_settings
 from mols_ds.training.run_folder import BASE, add_output_arguments, claim, settle
 from mols_ds.training.shipped import shipped_root
 from mols_ds.training.sources import DataSpec, check_hub
+from mols_ds.training.streams import build_batches
 from mols_ds.training.task import NextTokens
 from mols_ds.training.tokens import Tokenizer, prepare
 from mols_ds.training.train_job import TrainJob
@@ -66,6 +67,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     run.add_argument("--profile", type=positive, default=0, metavar="N", help="trace N steps: OUT/profile/trace.json")
     run.add_argument("--attention", metavar="NAME", help="transformers' attn_implementation, such as sdpa or eager")
+    run.add_argument(
+        "--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the model (default: inductor)"
+    )
     add_timeout(run)
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="stdlib", help="stdlib, a file, a folder, configs/data/*.json or a hub name")
@@ -123,8 +127,12 @@ def _train(
     rank: int,
     world: int,
 ) -> None:
+    from deepspeed.accelerator import get_accelerator
+
     config = resolve(raw, world=world, steps=args.steps, out=args.out, lr=args.lr, optimizer=args.optimizer)
     check_with_deepspeed(config, args.config)
+    if args.compile is not None:
+        check_compiler(args.compile, get_accelerator().current_device_name(), config)
     shape = BatchShape(
         args.seq_len, config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"], rank, world
     )
@@ -133,16 +141,13 @@ def _train(
     tokenizer, tokens = prepare(
         spec, args.cache_dir, tokenizer=folder, vocab_size=vocab_size, seed=args.seed, held_out_tokens=needed
     )
-    batches: Batches
-    if tokens.train is None:
-        batches = StreamedBatches(spec, tokenizer, shape, args.seed)
-    else:
-        batches = PackedBatches(tokens.train, shape, args.seed)
+    batches = build_batches(spec, tokenizer, tokens, shape, args.seed)
     held_out = held_out_batches(tokens.held_out, shape, args.eval_sequences)
     torch.distributed.barrier()  # from here on ranks run together
     if rank == 0:
         _print_summary(args, config, tokenizer, shape)
-    text = {"tokenizer": tokenizer.digest, **tokens.digests, **(asdict(spec) if spec.streaming else {})}
+    streamed = {"sources": [asdict(part) for part in spec.sources]} if spec.streaming else {}
+    text = {"tokenizer": tokenizer.digest, **tokens.digests, **streamed}
     settings = job_settings(PROGRAM, args, config, model=model_config.to_diff_dict(), text=text, processes=world)
     changed = settle(args.out, settings, resume=args.resume, rank=rank)
     about = {"model": args.model, "data": spec.source, "tokenizer": tokenizer.name}
@@ -183,8 +188,8 @@ def _arms(
 
     watch = None if args.snr_every is None else SnrWatch(args.snr_every)
     job = TrainJob(
-        setup=DeepSpeedSetup(config, model, held_out, NextTokens(shape), watch), batches=batches, shape=shape,
-        rank=shape.rank, steps=args.steps, out=args.out, seed=args.seed, eval_every=args.eval_every,
+        setup=DeepSpeedSetup(config, model, held_out, NextTokens(shape), watch, args.compile), batches=batches,
+        shape=shape, rank=shape.rank, steps=args.steps, out=args.out, seed=args.seed, eval_every=args.eval_every,
         save_every=args.save_every, log_every=args.log_every, resume=args.resume, preemptible=True,
         changed=changed, about=about, profile=args.profile, keep=Retention(args.keep_last, args.keep_every),
     )  # fmt: skip

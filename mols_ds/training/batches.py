@@ -5,10 +5,12 @@ batches, a resumed run continues at the exact sequence, and a calibration on oth
 nothing.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,13 +18,10 @@ import numpy.typing as npt
 import torch
 
 from mols_ds.errors import MolsConfigError
-from mols_ds.training.sources import DataSpec, document_hash, hash_threshold, stream_documents
-from mols_ds.training.tokens import Tokenizer, Tokens
+from mols_ds.training.token_files import Tokens
 
 Stream = Literal["train", "probe"]
 STREAMS: tuple[Stream, ...] = ("train", "probe")
-STREAM_DOCUMENTS = 64
-"""Documents of a streamed source per tokenizer call."""
 MicroBatch = Any
 """A micro-batch of the arm's backend and task: int64 of shape (micro, length) for `task.NextTokens`."""
 
@@ -74,9 +73,12 @@ class SequenceOrder:
 
     def indices(self, start: int, number: int) -> npt.NDArray[np.int64]:
         """Sequence indices at positions [start, start + number) of the infinite order."""
-        positions = np.arange(start, start + number, dtype=np.int64)
+        return self.at(np.arange(start, start + number, dtype=np.int64))
+
+    def at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Sequence indices at positions of the infinite order."""
         epochs, offsets = np.divmod(positions, self.count)
-        out = np.empty(number, dtype=np.int64)
+        out = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):
             mine = epochs == epoch
             out[mine] = self._permutation(int(epoch))[offsets[mine]]
@@ -89,73 +91,90 @@ def sequences(tokens: Tokens, indices: npt.NDArray[np.int64], length: int) -> to
     return torch.from_numpy(np.stack(rows))
 
 
-class PackedBatches:
-    """Batches of a token file. The step is the position: there is no state to save."""
+class RowBatches(ABC):
+    """See `Batches`. A source of sequences by their position in an infinite order, which the step determines."""
 
-    def __init__(self, tokens: Tokens, shape: BatchShape, seed: int) -> None:
-        self._tokens, self._shape = tokens, shape
-        count = len(tokens) // shape.length
-        self._orders = {stream: SequenceOrder(count, seed, stream) for stream in STREAMS}
+    streams: Sequence[RowBatches] = ()
+    """The streamed sources, whose place in the data set a checkpoint saves (`mols_ds.training.streams`)."""
 
-    def step(self, stream: Stream, step: int) -> Iterator[torch.Tensor]:
-        """See `Batches`. The sequences of a step do not depend on the number of ranks."""
-        shape = self._shape
-        for pass_ in range(shape.accumulation):
-            start = step * shape.sequences + (pass_ * shape.world + shape.rank) * shape.micro
-            indices = self._orders[stream].indices(start, shape.micro)
-            yield sequences(self._tokens, indices, shape.length)
+    def __init__(self, shape: BatchShape) -> None:
+        self.shape = shape
 
+    @abstractmethod
+    def rows(self, stream: Stream, positions: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Return the sequences at ascending `positions`: int64 (len(positions), length)."""
 
-class StreamedBatches:
-    """Batches of a streamed data set: this rank's part, shuffled, tokenized and packed while reading.
-
-    A hash selects held-out documents. A stream only moves forward: for a later step than the next (a resumed run) it
-    reads and drops the sequences between, which is exact for the same number of ranks. For an earlier step it restarts.
-    """
-
-    def __init__(self, spec: DataSpec, tokenizer: Tokenizer, shape: BatchShape, seed: int) -> None:
-        self._spec, self._tokenizer, self._shape, self._seed = spec, tokenizer, shape, seed
-        self._rows: dict[Stream, Iterator[npt.NDArray[np.int64]]] = {}
-        self._next: dict[Stream, int] = {}
+    def position(self, step: int, pass_: int) -> int:
+        """Position of a micro-batch's first sequence among those of all ranks: the sequences of a step do not depend on
+        the number of ranks."""
+        return step * self.shape.sequences + (pass_ * self.shape.world + self.shape.rank) * self.shape.micro
 
     def step(self, stream: Stream, step: int) -> Iterator[torch.Tensor]:
         """See `Batches`."""
-        shape = self._shape
-        if stream not in self._rows or step < self._next[stream]:
-            self._rows[stream], self._next[stream] = self._packed(stream), 0
-        skip = (step - self._next[stream]) * shape.micro * shape.accumulation
-        for _ in islice(self._rows[stream], skip):
-            pass
-        self._next[stream] = step + 1
-        for _ in range(shape.accumulation):
-            yield torch.from_numpy(np.stack(list(islice(self._rows[stream], shape.micro))))
+        for pass_ in range(self.shape.accumulation):
+            start = self.position(step, pass_)
+            yield self.rows(stream, np.arange(start, start + self.shape.micro, dtype=np.int64))
 
-    def _packed(self, stream: Stream) -> Iterator[npt.NDArray[np.int64]]:
-        """Yield sequences of `length` tokens without end. Each pass over the data set has a new order."""
-        left = np.zeros(0, dtype=np.int64)
-        epoch = 0
-        while True:
-            seed = int(np.random.default_rng((self._seed, STREAMS.index(stream), epoch)).integers(2**31))
-            produced = False
-            for text in self._documents(seed):
-                ids = [*text, self._tokenizer.end]
-                left = np.concatenate([left, np.asarray(ids, dtype=np.int64)])
-                while len(left) >= self._shape.length:
-                    produced = True
-                    yield left[: self._shape.length]
-                    left = left[self._shape.length :]
-            if not produced and not len(left):
-                raise MolsConfigError(f"data {self._spec.source}: the training split has no text")
-            epoch += 1
 
-    def _documents(self, seed: int) -> Iterator[list[int]]:
-        """Yield token ids of this rank's training documents, tokenized in batches."""
-        spec, shape = self._spec, self._shape
-        documents = stream_documents(spec, spec.train_split, seed=seed, rank=shape.rank, world=shape.world)
-        threshold = hash_threshold(spec.eval_share) if spec.eval_split is None else 0
-        kept = (text for text in documents if document_hash(text, self._seed) >= threshold)
-        while batch := list(islice(kept, STREAM_DOCUMENTS)):
-            yield from self._tokenizer.encode(batch)
+class PackedBatches(RowBatches):
+    """Batches of a token file. There is no state to save."""
+
+    def __init__(self, tokens: Tokens, shape: BatchShape, seed: int) -> None:
+        super().__init__(shape)
+        self._tokens = tokens
+        self._orders = {stream: SequenceOrder(len(tokens) // shape.length, seed, stream) for stream in STREAMS}
+
+    def rows(self, stream: Stream, positions: npt.NDArray[np.int64]) -> torch.Tensor:
+        """See `RowBatches`."""
+        return sequences(self._tokens, self._orders[stream].at(positions), self.shape.length)
+
+
+class MixedBatches(RowBatches):
+    """Batches of several sources, each with its share of the sequences.
+
+    Of each `BLOCK` sequences a source has a fixed number, in an order from (seed, stream, block) alone. So the position
+    determines source and sequence, and there is no other state than that of the sources.
+    """
+
+    BLOCK = 1000
+
+    def __init__(self, sources: Sequence[RowBatches], weights: Sequence[float], shape: BatchShape, seed: int) -> None:
+        super().__init__(shape)
+        self._sources = sources
+        self.streams = [stream for source in sources for stream in source.streams]
+        self._seed = (seed, shape.rank) if self.streams else (seed,)
+        ends = np.rint(np.cumsum(weights) / np.sum(weights) * self.BLOCK).astype(np.int64)
+        self._counts = np.diff(ends, prepend=0)
+        if not self._counts.all():
+            raise MolsConfigError(f"the weight of a source of the mixture is below 1/{self.BLOCK} of all: leave it out")
+
+    def position(self, step: int, pass_: int) -> int:
+        """See `RowBatches`."""
+        return self._sources[0].position(step, pass_)
+
+    def rows(self, stream: Stream, positions: npt.NDArray[np.int64]) -> torch.Tensor:
+        """See `RowBatches`."""
+        source, position = self.places(stream, positions)
+        found = torch.empty((len(positions), self.shape.length), dtype=torch.int64)
+        for number in np.unique(source):
+            mine = source == number
+            found[torch.from_numpy(mine)] = self._sources[number].rows(stream, position[mine])
+        return found
+
+    def places(self, stream: Stream, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
+        """Return the source of each position, and the position there."""
+        blocks, offsets = np.divmod(positions, self.BLOCK)
+        source, position = np.empty_like(positions), np.empty_like(positions)
+        for block in np.unique(blocks):
+            key = (*self._seed, STREAMS.index(stream), int(block))
+            order = np.random.default_rng(key).permutation(np.repeat(np.arange(len(self._counts)), self._counts))
+            before = np.empty_like(order)
+            for number, count in enumerate(self._counts):
+                before[order == number] = np.arange(count)
+            mine = blocks == block
+            source[mine] = order[offsets[mine]]
+            position[mine] = block * self._counts[source[mine]] + before[offsets[mine]]
+        return source, position
 
 
 def held_out_batches(tokens: Tokens, shape: BatchShape, limit: int | None) -> list[tuple[torch.Tensor, int]]:

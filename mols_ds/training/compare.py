@@ -84,7 +84,7 @@ def print_outcome(outcome: Outcome, out: Path) -> None:
 
 
 def print_comparison(outcomes: dict[str, Outcome], out: Path, optimizer: str) -> None:
-    """Print the table of both arms, the files, and the caveat that one seed proves nothing."""
+    """Print the table of both arms, the files, and what to do next."""
     names = titles(optimizer)
     table = Table(title="held-out perplexity, same model, data order and steps")
     for column in ("", "perplexity", "loss", "tokens", "seconds"):
@@ -101,7 +101,10 @@ def print_comparison(outcomes: dict[str, Outcome], out: Path, optimizer: str) ->
     for path in [*_report_files(mols), _plot(outcomes, out, names), summary]:
         if path is not None:
             tell(f"  {path}")
-    tell("One seed proves nothing: mols-ds compare studies/laptop.yaml tunes both and compares over seeds.")
+    tell("Next:")
+    tell(f"  mols-ds report {out / MOLS}: SNR and rate of each group, and how to read them (docs/report.md)")
+    tell("  --data FOLDER, --model, --steps: your own text and model (docs/training.md)")
+    tell("  mols-ds compare studies/laptop.yaml: one seed proves nothing, this tunes both and compares over seeds")
 
 
 def _report_files(outcome: Outcome) -> list[Path]:

@@ -58,6 +58,7 @@ class DeepSpeedSetup:
         held_out: this rank's held-out micro-batches, with the number of valid sequences in each.
         task: defines micro-batches and their loss.
         watch: called with the engine after every update.
+        compiler: backend of torch.compile for the model; None: not compiled.
     """
 
     config: JsonObject
@@ -65,6 +66,7 @@ class DeepSpeedSetup:
     held_out: Sequence[tuple[MicroBatch, int]]
     task: Task
     watch: Callable[[DeepSpeedEngine], None] | None = None
+    compiler: str | None = None
 
     @property
     def section(self) -> JsonObject | None:
@@ -95,6 +97,8 @@ class DeepSpeedSetup:
             rates["lr_scheduler"] = lambda optimizer: LambdaLR(optimizer, schedule(job.steps))
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         engine, *_ = mols_ds.initialize(model=model, model_parameters=trainable, config=self.config, **rates)
+        if self.compiler is not None:
+            engine.compile(backend=self.compiler)
         torch.manual_seed(job.seed + 1 + job.shape.rank)  # different dropout on each rank
         return DeepSpeedBackend(job, self, engine)
 

@@ -52,10 +52,7 @@ def export_run(out: Path, folder: Path, *, step: int | None = None, dtype: str |
 
     base = next((place / BASE for place in (out, out.parent) if (place / BASE).is_dir()), None)
     if base is None:
-        raise MolsConfigError(
-            f"export: {out} has no folder {BASE!r}: it is not a run of train.py of this release (finetune.py writes "
-            "its model or adapter itself; Megatron-core's checkpoints are converted by Megatron Bridge)"
-        )
+        raise MolsConfigError(f"export: {out} {_not_exported(out)}")
     saver = Checkpointer(out / CHECKPOINTS)
     tag = saver.newest() if step is None else f"step{step}"
     if (problem := saver.problem(tag)) is not None:
@@ -72,6 +69,24 @@ def export_run(out: Path, folder: Path, *, step: int | None = None, dtype: str |
         raise MolsConfigError(f"export: {tag} cannot be written to {folder}: {one_line(error)}") from error
     count = sum(parameter.numel() for parameter in model.parameters())
     return f"{folder}: {tag} of {out}, {count:,} weights in {str(target).removeprefix('torch.')}"
+
+
+def _not_exported(out: Path) -> str:
+    """Return why a folder without `BASE` is not exported, and what to use."""
+    run = next((place / RUN for place in (out, out.parent) if (place / RUN).is_file()), None)
+    content = None if run is None else read_json(run, f"export: {run}")
+    program = content.get("settings", {}).get("program") if isinstance(content, dict) else None
+    if program == "finetune.py":
+        return (
+            f"is a run of finetune.py, which writes transformers folders itself: use {out / 'model'} or "
+            f"{out / 'adapter'}, or those of a step in {out / CHECKPOINTS}/stepN/"
+        )
+    if program == "train_megatron.py":
+        return (
+            "is a run of train_megatron.py: its checkpoints are Megatron-core's (torch_dist); convert them with "
+            "Megatron Bridge or Megatron-LM's tools/checkpoint"
+        )
+    return f"has no folder {BASE!r}: it is not a run of train.py of this release"
 
 
 def _dtype_of(out: Path) -> str:

@@ -162,6 +162,25 @@ def build_model(
     return model  # type: ignore[no-any-return]
 
 
+def check_compiler(backend: str, device: torch.device | str, config: JsonObject) -> None:
+    """Compile a tiny function. Raises MolsConfigError if torch.compile does not know the backend or fails here, and for
+    ZeRO-3, whose hooks break the graphs around every weight."""
+    if config.get("zero_optimization", {}).get("stage") == 3:
+        raise MolsConfigError(
+            "--compile: at ZeRO stage 3 DeepSpeed gathers each weight in hooks that torch.compile leaves out of its "
+            "graphs, so no matrix product would be compiled: use stage 0, 1 or 2"
+        )
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise MolsConfigError(f"--compile {backend}: torch.compile knows {', '.join(known)}")
+    try:
+        torch.compile(torch.sin, backend=backend)(torch.zeros(2, device=device))
+    except Exception as error:  # compilers raise dozens of unrelated types
+        raise MolsConfigError(
+            f"--compile {backend}: torch.compile fails on this machine, train without it: {one_line(error)}"
+        ) from error
+
+
 def zero_init(config: JsonObject) -> object | None:
     """Make transformers build models under `deepspeed.zero.Init` while the returned object exists, so that a stage-3
     model is never whole on one rank. Returns None for other stages."""

@@ -8,12 +8,21 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bar
 
 from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import printable
 
+SECONDS_BETWEEN_LINES = 20.0
 PROBE_LINES = 4
 """Lines of a calibration in mode "probe", besides the first."""
 
@@ -59,6 +68,37 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class Tokenizing:
+    """Progress of tokenizing `total` bytes of text: a bar on a terminal, else a line now and then. As a context."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total, self.done = name, total, 0
+        self._began = self._said = time.monotonic()
+        self._bar = Bar(TextColumn(f"tokenizing {escape(printable(name))}"), BarColumn(), DownloadColumn(),
+                        TransferSpeedColumn(), TimeRemainingColumn(), transient=True)  # fmt: skip
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> Tokenizing:
+        if self._bar.console.is_terminal:
+            GuardedWriter()("progress", self._bar.start)
+        return self
+
+    def __call__(self, characters: int) -> None:
+        """Count tokenized characters."""
+        self.done += characters
+        self._bar.update(self._task, completed=min(self.done, self.total))
+        if not self._bar.console.is_terminal and time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            tell(f"tokenizing {self.name}: {self.done / 1e6:,.0f} MB of text, of {self.total / 1e6:,.0f} MB on disk")
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        seconds = time.monotonic() - self._began
+        if seconds > SECONDS_BETWEEN_LINES:
+            rate = self.done / 1e6 / seconds
+            tell(f"tokenized {self.name}: {self.done / 1e6:,.0f} MB in {seconds:.0f} s ({rate:.2f} MB/s)")
 
 
 def parts(line: Mapping[str, Any]) -> list[str]:

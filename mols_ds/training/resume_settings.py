@@ -36,6 +36,7 @@ RULES: tuple[tuple[str, Rule, str], ...] = (
     ("--lora-*", "refused", WEIGHTS),
     ("--eval-*", "applies", ""),
     ("--attention", "applies", ""),
+    ("--compile", "applies", ""),
     ("--*", "free", ""),  # saving, logging, activation checkpointing: no number of the training depends on them
     # the data and the model, by content: paths may change
     ("text.*", "refused", "it is not the text of this run"),

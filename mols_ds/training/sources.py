@@ -7,16 +7,19 @@ tokenizing, packing, shuffling and batching.
 
 import hashlib
 import logging
+import math
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mols_ds.core.json_text import read_json
 from mols_ds.core.json_types import JsonObject
+from mols_ds.core.log import warn_here
 from mols_ds.errors import MolsConfigError
 
 STDLIB = "stdlib"
@@ -25,13 +28,19 @@ READERS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".jso
 HUB_SECONDS = 20.0
 PIECE_CHARACTERS = 16384
 """Longer text files are split at blank lines, so that one big file has documents to hold out."""
+ROWS = 100
+"""Rows of a JSONL or parquet file to read at once."""
+BLOCK_CHARACTERS = 1 << 20
+"""Characters of a text file to read at once."""
+HUGE_CHARACTERS = 1 << 24
+"""Longer documents are skipped: they are no text for a model, and one is held in memory whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataSpec:
     """A data source. `source` is "stdlib", a path or a hub name. Other fields are for hub names, except `text_key`
-    (text column, also of JSONL and parquet) and `eval_share` (share of held-out documents if there is no
-    `eval_split`)."""
+    (text column, also of JSONL and parquet), `eval_share` (share of held-out documents if there is no `eval_split`),
+    and those of a mixture: its sources are `mixture`, the share of each is its `weight` of the sum."""
 
     source: str = STDLIB
     subset: str | None = None
@@ -40,8 +49,12 @@ class DataSpec:
     eval_split: str | None = None
     eval_share: float = 0.02
     shuffle_buffer: int = 10_000
+    weight: float = 1.0
+    mixture: tuple["DataSpec", ...] = ()
 
     def __post_init__(self) -> None:
+        if not 0.0 < self.weight < math.inf:
+            raise MolsConfigError(f"weight of {self.source} is {self.weight!r}: give a number above 0")
         if not 0.0 < self.eval_share < 1.0:
             raise MolsConfigError(f"eval_share is {self.eval_share!r}: give a share between 0 and 1, such as 0.02")
         if self.shuffle_buffer < 1:
@@ -50,22 +63,51 @@ class DataSpec:
     @property
     def streaming(self) -> bool:
         """Whether the source is a hub data set, which is streamed instead of tokenized whole."""
+        if self.mixture:
+            return self.mixture[0].streaming
         return self.source != STDLIB and not Path(self.source).exists()
+
+    @property
+    def sources(self) -> tuple["DataSpec", ...]:
+        """The sources of a mixture; else this one."""
+        return self.mixture or (self,)
 
     @classmethod
     def parse(cls, value: str, **overrides: Any) -> "DataSpec":
-        """Parse the value of `--data`: "stdlib", a data file or folder, a JSON file with a "source" key
+        """Parse the value of `--data`: "stdlib", a data file or folder, a JSON file with the key "source" or "mixture"
         (configs/data/), or a hub name. Raises MolsConfigError for a missing path or an unknown key."""
         path = Path(value)
         settings: JsonObject = {"source": value}
         if path.suffix == ".json" and path.is_file():
             settings = _settings_file(path) or settings
-        settings.update({key: given for key, given in overrides.items() if given is not None})
-        known = [field.name for field in fields(cls)]
+        if "mixture" in settings:
+            return cls._mixture(value, settings, overrides)
+        return cls._one(value, settings, overrides)
+
+    @classmethod
+    def _mixture(cls, value: str, settings: JsonObject, overrides: JsonObject) -> "DataSpec":
+        given = settings.pop("mixture")
+        rows = given if isinstance(given, list) else []
+        if len(rows) < 2 or not all(isinstance(row, dict) and "source" in row for row in rows):
+            raise MolsConfigError(f'{value}: "mixture" needs a list of two or more objects with "source" and "weight"')
+        if settings:
+            raise MolsConfigError(f'{value}: key {next(iter(settings))!r} belongs into the sources of "mixture"')
+        mixture = tuple(cls._one(value, part, overrides) for part in rows)
+        if len({part.streaming for part in mixture}) > 1:
+            raise MolsConfigError(f"{value}: a mixture has local sources or data sets of the hub, not both")
+        return cls(value, mixture=mixture)
+
+    @classmethod
+    def _one(cls, value: str, settings: JsonObject, overrides: JsonObject) -> "DataSpec":
+        settings = settings | {key: given for key, given in overrides.items() if given is not None}
+        known = [field.name for field in fields(cls) if field.name != "mixture"]
         for key in settings:
             if key not in known:
                 raise MolsConfigError(f"{value}: unknown key {key!r}; known keys: {', '.join(known)}")
-        spec = cls(**settings)
+        try:
+            spec = cls(**settings)
+        except TypeError as error:
+            raise MolsConfigError(f"{value}: {error}") from None
         looks_local = Path(spec.source).suffix in READERS or spec.source.startswith((".", "/", "~"))
         if spec.streaming and (looks_local or spec.source.count("/") > 1):
             raise MolsConfigError(f"data {spec.source}: no such file or folder")
@@ -78,7 +120,7 @@ def _settings_file(path: Path) -> JsonObject | None:
         content = read_json(path, str(path))
     except MolsConfigError:
         return None
-    return content if isinstance(content, dict) and "source" in content else None
+    return content if isinstance(content, dict) and {"source", "mixture"} & set(content) else None
 
 
 def local_files(spec: DataSpec) -> list[Path]:
@@ -98,9 +140,11 @@ def local_files(spec: DataSpec) -> list[Path]:
 
 def fingerprint(spec: DataSpec, *extra: object) -> str:
     """Return 16 hex digits that change with the source's settings, its files (path, size, time) or `extra`."""
-    state: list[object] = [sorted(asdict(spec).items()), [str(part) for part in extra]]
-    if not spec.streaming:
-        state.append([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in local_files(spec)])
+    state: list[object] = [[str(part) for part in extra]]
+    for source in spec.sources:
+        state.append(sorted(asdict(replace(source, weight=1.0)).items()))
+        if not source.streaming:
+            state.append([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in local_files(source)])
     return hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()
 
 
@@ -123,7 +167,7 @@ def local_documents(spec: DataSpec, skipped: Counter[str] | None = None) -> Iter
     is a row of JSONL or parquet; `cut` splits other text files.
 
     Args:
-        skipped: counts the documents without text, by kind.
+        skipped: counts the documents without text, and those longer than `HUGE_CHARACTERS`, by kind.
 
     Raises:
         MolsConfigError: a file cannot be read, or no document has text.
@@ -131,13 +175,23 @@ def local_documents(spec: DataSpec, skipped: Counter[str] | None = None) -> Iter
     found = False
     readers = _stdlib(spec) if spec.source == STDLIB else chain.from_iterable(_rows(spec, p) for p in local_files(spec))
     for text in readers:
-        if text is not None and text.strip():
+        fault = skip_reason(text)
+        if fault is None and text is not None:
             found = True
             yield text
         elif skipped is not None:
-            skipped["null" if text is None else "empty"] += 1
+            skipped[str(fault)] += 1
     if not found:
         raise MolsConfigError(f"data {spec.source}: it has no text")
+
+
+def skip_reason(text: str | None) -> str | None:
+    """Return the kind of a document that is no text to train on; None for all others."""
+    if text is None:
+        return "null"
+    if len(text) > HUGE_CHARACTERS:
+        return "huge"
+    return None if text.strip() else "empty"
 
 
 def _stdlib(spec: DataSpec) -> Iterator[str]:
@@ -156,17 +210,31 @@ def _rows(spec: DataSpec, path: Path) -> Iterator[str | None]:
     if path.stat().st_size == 0:
         return
     reader = READERS[path.suffix]
-    options: JsonObject = {"sample_by": "document"} if reader == "text" else {}
-    key = "text" if reader == "text" else spec.text_key
     try:
-        rows = datasets.load_dataset(reader, data_files=str(path), split="train", streaming=True, **options)
-        for row in rows:
-            text = _text(row, key, str(path))
-            yield from cut(text or "") if reader == "text" else (text,)
+        if reader == "text":
+            yield from _pieces(path)
+            return
+        key, rows = spec.text_key, datasets.load_dataset(reader, data_files=str(path), split="train", streaming=True)
+        for batch in rows.iter(ROWS):  # row by row costs ten times the time
+            for text in batch[key] if key in batch else [_text(batch, key, str(path))]:
+                yield text if text is None else _text({**batch, key: text}, key, str(path))
     except MolsConfigError:
         raise
     except Exception as error:  # datasets wraps the readers' errors in several types
         raise MolsConfigError(f"data {path}: cannot be read as {reader}: {one_line(error)}") from error
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """Yield the pieces that `cut` makes of a text file, without holding the file in memory."""
+    left = ""
+    with path.open(encoding="utf-8") as file:
+        while block := file.read(BLOCK_CHARACTERS):
+            *pieces, left = cut(left + block)
+            yield from pieces
+            if len(left) > HUGE_CHARACTERS:  # is skipped: keep its length, and what may begin a blank line
+                left = "x" * HUGE_CHARACTERS + left[-1]
+    if left:
+        yield left
 
 
 def _text(row: JsonObject, key: str, where: str) -> str | None:
@@ -220,14 +288,15 @@ def local_threshold(documents: Iterable[str], share: float, seed: int) -> int:
 
 def check_hub(spec: DataSpec) -> None:
     """Ask the hub once for a streamed source, so that a wrong name fails at once. Raises MolsConfigError."""
-    if not spec.streaming:
-        return
     from huggingface_hub import HfApi
 
-    try:
-        HfApi().dataset_info(spec.source, timeout=HUB_SECONDS)
-    except Exception as error:  # the hub's client raises a dozen unrelated types
-        raise _no_source(spec, error) from error
+    for source in spec.sources:
+        if not source.streaming:
+            continue
+        try:
+            HfApi().dataset_info(source.source, timeout=HUB_SECONDS)
+        except Exception as error:  # the hub's client raises a dozen unrelated types
+            raise _no_source(source, error) from error
 
 
 def _no_source(spec: DataSpec, error: Exception) -> MolsConfigError:
@@ -236,12 +305,14 @@ def _no_source(spec: DataSpec, error: Exception) -> MolsConfigError:
     )
 
 
-def stream_documents(spec: DataSpec, split: str, *, seed: int | None, rank: int = 0, world: int = 1) -> Iterator[str]:
-    """Yield this rank's documents of one split of a hub data set, shuffled by a buffer of `shuffle_buffer` documents
-    under `seed` (in the data set's order if `seed` is None).
+def open_stream(spec: DataSpec, split: str, *, rank: int = 0, world: int = 1, shuffled: int | None = None) -> Any:
+    """Open this rank's part of one split of a hub data set, as `datasets.IterableDataset`.
+
+    Args:
+        shuffled: seed for `datasets`' own shuffle buffer, whose content is not in the data set's state.
 
     Raises:
-        MolsConfigError: the hub or the data set cannot be reached.
+        MolsConfigError: the hub or the data set cannot be reached, or it has no text column.
     """
     from datasets import load_dataset
     from datasets.distributed import split_dataset_by_node
@@ -249,15 +320,28 @@ def stream_documents(spec: DataSpec, split: str, *, seed: int | None, rank: int 
     try:
         rows = load_dataset(spec.source, spec.subset, split=split, streaming=True)
         first = next(iter(rows.take(1)), None)
-        if seed is not None:
-            rows = rows.shuffle(seed=seed, buffer_size=spec.shuffle_buffer)
+        if shuffled is not None:
+            rows = rows.shuffle(seed=shuffled, buffer_size=spec.shuffle_buffer)
         if world > 1:
             rows = split_dataset_by_node(rows, rank=rank, world_size=world)
     except Exception as error:  # the hub's client raises a dozen unrelated types
         raise _no_source(spec, error) from error
     if first is not None:
         _text(first, spec.text_key, spec.source)
+    return rows
+
+
+def stream_texts(spec: DataSpec, rows: Iterable[JsonObject]) -> Iterator[str]:
+    """Yield the documents of rows of a hub data set. Warns at the first row of each kind that is skipped."""
     for row in rows:
         text = _text(row, spec.text_key, spec.source)
-        if text is not None and text.strip():
+        fault = skip_reason(text)
+        if fault is None and text is not None:
             yield text
+        else:
+            _warn_of_row(spec.source, fault)
+
+
+@cache
+def _warn_of_row(source: str, fault: str | None) -> None:
+    warn_here(f"data {source}: {fault} rows are skipped", stacklevel=3)

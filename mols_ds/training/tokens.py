@@ -1,48 +1,49 @@
 """From text to packed tokens: the tokenizer (from a folder, or trained on the data) and token files on disk.
 
-A token file has the tokens of all documents, each followed by the end-of-text token, as a flat little-endian array that
-ranks memory-map. Tokenizer and token files are built once, by the first process that gets the lock. Their names in the
-cache folder change with everything that they depend on.
+Token files are Megatron-core's indexed data set (`token_files`). Every source of a mixture has its own. Tokenizer and
+token files are built once, by the first process that gets the lock. Their names in the cache folder change with
+everything that they depend on.
 """
 
 import hashlib
 import json
-import zlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from filelock import FileLock
 
 from mols_ds.core.files import make_once
 from mols_ds.core.json_text import read_json
+from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import warn_here
 from mols_ds.errors import MolsConfigError
+from mols_ds.training.progress import Tokenizing
 from mols_ds.training.sources import (
+    HUGE_CHARACTERS,
     DataSpec,
     document_hash,
     fingerprint,
     hash_threshold,
     local_documents,
+    local_files,
     local_threshold,
     one_line,
-    stream_documents,
+    open_stream,
+    stream_texts,
 )
+from mols_ds.training.token_files import HELD_OUT, TRAIN, Tokens, digest, map_tokens, write_tokens
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_CHARACTERS = 16_000_000
 """Characters to train the tokenizer on, from the start of the training documents: more changes it little."""
-BATCH_DOCUMENTS = 512
-DIGEST_PARTS = 64
 SKIPPED = "skipped.json"
-
-TokenType = np.dtype[np.unsignedinteger[Any]]
-Tokens = npt.NDArray[np.unsignedinteger[Any]]
+FORMAT = "indexed"
+"""Part of the names of token folders: a flat array in release 0.4.0."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +66,25 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class TokenData:
-    """Flat token arrays, memory-mapped read-only. `train` is None for a streamed source."""
+    """Flat token arrays, memory-mapped read-only.
 
-    train: Tokens | None
+    Attributes:
+        train: of each source; empty for a streamed source.
+        held_out: of all sources together.
+        prefixes: path of each source's training tokens without suffix.
+        weights: of the sources.
+    """
+
+    train: tuple[Tokens, ...]
     held_out: Tokens
+    prefixes: tuple[str, ...] = ()
+    weights: tuple[float, ...] = (1.0,)
 
     @property
-    def digests(self) -> dict[str, str | None]:
-        """Digest of each array, by name; None for a streamed source."""
-        return {name: None if part is None else _digest(part) for name, part in vars(self).items()}
-
-
-def _digest(tokens: Tokens) -> str:
-    """Return the length and a CRC-32 of up to `DIGEST_PARTS` pieces, evenly spaced, so that it is quick."""
-    piece = 1 << 16
-    starts = np.linspace(0, max(0, len(tokens) - piece), DIGEST_PARTS, dtype=np.int64)
-    value = 0
-    for start in starts if len(tokens) > piece else starts[:1]:
-        value = zlib.crc32(np.ascontiguousarray(tokens[start : start + piece]).tobytes(), value)
-    return f"{len(tokens)} tokens, {value:08x}"
+    def digests(self) -> JsonObject:
+        """What the order of the data depends on, by name."""
+        train = [digest(part) for part in self.train]
+        return {"train": train, "held_out": digest(self.held_out), "weights": list(self.weights)}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -100,7 +101,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if tokenizer.eos_token_id is None:
         raise MolsConfigError(f"tokenizer {folder}: it has no end-of-text token to put between documents")
 
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is not None:  # as transformers calls it, which also copies each token three times
+        fast.no_truncation()
+        fast.no_padding()
+        fast.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+
     def encode(texts: list[str]) -> list[list[int]]:
+        if fast is not None:
+            return [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)]
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
@@ -147,46 +156,68 @@ def _limited(documents: Iterable[str], characters: int) -> Iterator[str]:
 def prepare(
     spec: DataSpec, cache: Path, *, tokenizer: Path | None, vocab_size: int, seed: int, held_out_tokens: int
 ) -> tuple[Tokenizer, TokenData]:
-    """Return the tokenizer and token files of a source. Builds what the cache lacks.
+    """Return the tokenizer and token files of a source or mixture. Builds what the cache lacks.
 
     Every process of a job may call this at the same time.
 
     Args:
         seed: decides which documents are held out.
-        held_out_tokens: number of held-out tokens of a streamed source to keep on disk.
+        held_out_tokens: number of held-out tokens of a streamed source to keep on disk; those of a mixture.
     """
-    source = _SplitSource(spec, seed)
+    sources = [_SplitSource(part, seed) for part in spec.sources]
+    shares = [part.weight / sum(part.weight for part in spec.sources) for part in spec.sources]
     trained = tokenizer is None
     if tokenizer is None:
-        name = f"tokenizer-{vocab_size}-{fingerprint(spec, vocab_size, seed, TRAINING_CHARACTERS)}"
-        tokenizer = cached(cache / name, lambda folder: train_tokenizer(source.train(), vocab_size, folder))
+        name = f"tokenizer-{vocab_size}-{fingerprint(spec, vocab_size, seed, TRAINING_CHARACTERS, shares)}"
+
+        def documents() -> Iterator[str]:
+            for source, share in zip(sources, shares, strict=True):
+                yield from _limited(source.train(), round(TRAINING_CHARACTERS * share))
+
+        tokenizer = cached(cache / name, lambda folder: train_tokenizer(documents(), vocab_size, folder))
     loaded = load_tokenizer(tokenizer)
     if trained:
         loaded = replace(loaded, name="trained on the data")
-    name = f"tokens-{fingerprint(spec, loaded.identity, loaded.size, seed, held_out_tokens * spec.streaming)}"
+    folders = [_tokens_of(source, loaded, cache, held_out_tokens) for source in sources]
+    held_out = [map_tokens(folder / "held_out.bin", loaded.size) for folder in folders]
+    if len(folders) > 1:
+        held_out = [
+            np.concatenate([h[: math.ceil(s * held_out_tokens)] for h, s in zip(held_out, shares, strict=True)])
+        ]
+    if spec.streaming:
+        return loaded, TokenData((), held_out[0], weights=tuple(shares))
+    train = tuple(map_tokens(folder / "train.bin", loaded.size) for folder in folders)
+    return loaded, TokenData(train, held_out[0], tuple(str(folder / "train") for folder in folders), tuple(shares))
+
+
+def _tokens_of(source: "_SplitSource", tokenizer: Tokenizer, cache: Path, held_out_tokens: int) -> Path:
+    """Return the folder with the token files of one source."""
+    spec = source.spec
+    parts = (tokenizer.identity, tokenizer.size, source.seed, held_out_tokens * spec.streaming, FORMAT)
 
     def build(folder: Path) -> None:
+        skipped = Counter[str]()
+        write = partial(write_tokens, folder, tokenizer.encode, tokenizer.end, tokenizer.size)
         if spec.streaming:
-            write_tokens(source.held_out(), loaded, folder / "held_out.bin", limit=held_out_tokens)
+            write(((HELD_OUT, text) for text in source.held_out()), limit=held_out_tokens)
         else:
-            skipped = Counter[str]()
-            write_tokens(source.train(skipped), loaded, folder / "train.bin")
-            write_tokens(source.held_out(), loaded, folder / "held_out.bin")
-            (folder / SKIPPED).write_text(json.dumps(skipped), "utf-8")
+            total = sum(path.stat().st_size for path in local_files(spec))
+            with Tokenizing(spec.source, total) as progress:
+                write(source.sides(skipped), progress=progress)
+        (folder / SKIPPED).write_text(json.dumps(skipped), "utf-8")
 
-    folder = cached(cache / name, build)
+    folder = cached(cache / f"tokens-{fingerprint(spec, *parts)}", build)
     _warn_of_skipped(spec, folder)
-    train = None if spec.streaming else map_tokens(folder / "train.bin", loaded.size)
-    return loaded, TokenData(train, map_tokens(folder / "held_out.bin", loaded.size))
+    return folder
 
 
 def _warn_of_skipped(spec: DataSpec, folder: Path) -> None:
-    """Warn if the token files of `folder` lack rows of the source, which had no text."""
-    path = folder / SKIPPED
-    skipped = read_json(path, str(path)) if path.is_file() else None
+    """Warn if the token files of `folder` lack rows of the source."""
+    skipped = read_json(folder / SKIPPED, str(folder / SKIPPED))
     if isinstance(skipped, dict) and skipped:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
-        warn_here(f"data {spec.source}: rows without text were skipped ({counts})", stacklevel=2)
+        limit = f"; huge: over {HUGE_CHARACTERS:,} characters" if "huge" in skipped else ""
+        warn_here(f"data {spec.source}: rows were skipped ({counts}{limit})", stacklevel=2)
 
 
 class _SplitSource:
@@ -206,21 +237,27 @@ class _SplitSource:
             )
         return self._threshold
 
-    def _documents(self, split: str, skipped: Counter[str] | None = None) -> Iterator[str]:
+    def sides(self, skipped: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
+        """Yield (`TRAIN` or `HELD_OUT`, document) of a split in order."""
         spec = self.spec
-        return stream_documents(spec, split, seed=None) if spec.streaming else local_documents(spec, skipped)
+        if spec.streaming:
+            documents = stream_texts(spec, open_stream(spec, spec.train_split))
+            if spec.eval_split is not None:
+                yield from ((TRAIN, text) for text in documents)
+                return
+        else:
+            documents = local_documents(spec, skipped)
+        for text in documents:
+            yield HELD_OUT if document_hash(text, self.seed) < self.threshold else TRAIN, text
 
-    def train(self, skipped: Counter[str] | None = None) -> Iterator[str]:
-        documents = self._documents(self.spec.train_split, skipped)
-        if self.spec.eval_split is not None and self.spec.streaming:
-            return documents
-        return (text for text in documents if document_hash(text, self.seed) >= self.threshold)
+    def train(self) -> Iterator[str]:
+        return (text for side, text in self.sides() if side == TRAIN)
 
     def held_out(self) -> Iterator[str]:
-        if self.spec.eval_split is not None and self.spec.streaming:
-            return self._documents(self.spec.eval_split)
-        documents = self._documents(self.spec.train_split)
-        return (text for text in documents if document_hash(text, self.seed) < self.threshold)
+        spec = self.spec
+        if spec.eval_split is not None and spec.streaming:
+            return stream_texts(spec, open_stream(spec, spec.eval_split))
+        return (text for side, text in self.sides() if side == HELD_OUT)
 
 
 def cached(folder: Path, build: Callable[[Path], None], option: str = "--cache-dir") -> Path:
@@ -238,38 +275,3 @@ def cached(folder: Path, build: Callable[[Path], None], option: str = "--cache-d
     except OSError as error:
         raise MolsConfigError(f"cache folder {folder.parent}: {one_line(error)} (set {option})") from error
     return folder
-
-
-def token_dtype(vocab_size: int) -> TokenType:
-    """Return uint16 if every token id fits, else uint32."""
-    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
-
-
-def write_tokens(documents: Iterable[str], tokenizer: Tokenizer, path: Path, limit: int | None = None) -> int:
-    """Write the documents' tokens, each document with an end token, and return their number. Stops after the first
-    batch of documents that reaches `limit` tokens."""
-    dtype = token_dtype(tokenizer.size)
-    written = 0
-    source = iter(documents)
-    with path.open("wb") as file:
-        while batch := list(islice(source, BATCH_DOCUMENTS)):
-            flat = np.fromiter(_with_end(tokenizer, batch), dtype=dtype)
-            file.write(flat.tobytes())
-            written += len(flat)
-            if limit is not None and written >= limit:
-                break
-    return written
-
-
-def _with_end(tokenizer: Tokenizer, texts: list[str]) -> Iterator[int]:
-    for ids in tokenizer.encode(texts):
-        yield from ids
-        yield tokenizer.end
-
-
-def map_tokens(path: Path, vocab_size: int) -> Tokens:
-    """Memory-map the tokens of a `write_tokens` file read-only, shape (tokens,)."""
-    dtype = token_dtype(vocab_size)
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r")

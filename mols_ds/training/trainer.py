@@ -31,6 +31,7 @@ from mols_ds.training.preemption import Preempted, StopRequest
 from mols_ds.training.profiling import Trace
 from mols_ds.training.progress import Progress
 from mols_ds.training.speed import peak_memory
+from mols_ds.training.streams import load_places, save_places
 from mols_ds.training.train_job import Outcome, TrainBackend, TrainJob
 
 METRICS = "metrics.jsonl"
@@ -125,11 +126,15 @@ class Trainer:
 
     def save(self) -> None:
         """Save a checkpoint of this update. Raises MolsTrainingError if weights are not finite."""
-        backend = self.backend
-        check_finite(backend.parameters(), self.updates, backend.agree)
+        check_finite(self.backend.parameters(), self.updates, self.backend.agree)
         counted = {"probe_steps": self.probe_steps, "ahead": self.ahead, **self.identity}
-        write = backend.checkpoint_writer(self.updates, counted)
-        self.checkpointer.save(f"step{self.updates}", write)
+        write = self.backend.checkpoint_writer(self.updates, counted)
+
+        def write_all(place: Path) -> None:
+            write(place)
+            save_places(self.job.batches, place)
+
+        self.checkpointer.save(f"step{self.updates}", write_all)
         self.saved = self.updates
 
     def load(self) -> None:
@@ -155,6 +160,7 @@ class Trainer:
         self.ahead = int(counted.get("ahead", 0))
         self.saved = step_of(tag or "")
         self.alphas_seen = backend.mols.alphas
+        load_places(self.job.batches, self.folder / (tag or f"step{self.updates}"))
         if self.metrics is not None:
             self.guarded("metrics", partial(self.metrics.rewind, self.updates))
 

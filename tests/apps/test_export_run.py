@@ -94,3 +94,21 @@ def test_the_exported_folder_has_the_engine_s_logits(
     assert line == f"mols-ds: export: checkpoint {out / 'checkpoints' / 'step3'}: there is no step3"
     assert cli.main(["export", str(tmp_path), str(tmp_path / "other")]) == 2
     assert "it is not a run of train.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("finetune.py", "is a run of finetune.py, which writes transformers folders itself: use {out}/model or "),
+        ("train_megatron.py", "convert them with Megatron Bridge or Megatron-LM's tools/checkpoint"),
+    ],
+)
+def test_runs_of_other_programs_name_what_to_use(
+    program: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"program": program}}), "utf-8")
+    (tmp_path / "mols").mkdir()
+    for out in (tmp_path, tmp_path / "mols"):
+        assert cli.main(["export", str(out), str(tmp_path / "other")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"mols-ds: export: {out} is a run of {program}") and message.format(out=out) in line

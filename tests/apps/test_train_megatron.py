@@ -14,7 +14,7 @@ import torch
 from megatron_patches.machine import Machine
 from mols_ds.apps.train_megatron import main as job
 from mols_ds.apps.train_megatron.backend import MegatronBackend, MegatronSetup
-from mols_ds.apps.train_megatron.dataset import IndexedBatches, Text, evaluation_batches, write_indexed
+from mols_ds.apps.train_megatron.dataset import IndexedBatches, Text, evaluation_batches
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
@@ -28,6 +28,7 @@ from mols_ds.training.megatron_config import (
     transformer_config,
 )
 from mols_ds.training.megatron_settings import read
+from mols_ds.training.token_files import IndexedWriter, token_dtype
 from mols_ds.training.tokens import Tokenizer
 from mols_ds.training.train_job import TrainJob
 from mols_ds.training.trainer import TIMED
@@ -132,16 +133,17 @@ def text_of(folder: Path, count: int) -> tuple[Text, np.ndarray[Any, Any]]:
     documents = [np.append(random.integers(1, 300, random.integers(1, 30)), 0) for _ in range(count)]
     tokens = np.concatenate(documents).astype(np.uint16)
     tokenizer = Tokenizer(lambda texts: [], 0, 300, "test")
-    write_indexed(tokens, tokenizer, str(folder / "text"))
-    return Text(str(folder / "text"), str(folder / "samples"), tokens[:500], tokenizer), tokens
+    writer = IndexedWriter(folder / "text", token_dtype(tokenizer.size))
+    writer.add([document[:-1].tolist() for document in documents], 0)
+    writer.close()
+    return Text([str(folder / "text")], [1.0], str(folder / "samples"), tokens[:500], tokenizer), tokens
 
 
-def test_indexed_data_set_holds_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indexed_data_set_holds_the_tokens(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    monkeypatch.setattr("mols_ds.apps.train_megatron.dataset.CHUNK", 64)  # several parts
     text, tokens = text_of(tmp_path, 50)
-    stored = IndexedDataset(text.prefix)
+    stored = IndexedDataset(text.prefixes[0])
     assert np.array_equal(np.concatenate([stored[i] for i in range(len(stored))]), tokens)
     assert len(stored) == 50 == len(stored.document_indices) - 1
     assert all(document[-1] == 0 and (document[:-1] != 0).all() for document in stored[0:50])
@@ -166,6 +168,26 @@ def test_batches_are_addressed_by_step_and_dealt_over_ranks(tmp_path: Path) -> N
     assert not torch.equal(first, next(found[0].step("probe", 3))["tokens"])
     # One epoch is cut from the documents in a shuffled order, so most samples begin inside of a window of the text
     assert any(bytes(row.numpy())[: 8 * 8] in window for row in first for window in windows)
+
+
+def blended(folder: str) -> list[list[int]]:
+    """The sequences of 20 steps of two sources, one of odd and one of even tokens."""
+    parts = [str(Path(folder) / name) for name in ("even", "odd")]
+    for part, odd in zip(parts, (0, 1), strict=True):
+        writer = IndexedWriter(Path(part), token_dtype(300))
+        writer.add([[2 * n + odd for n in range(1, 100)]] * 40, 0)
+        writer.close()
+    tokenizer = Tokenizer(lambda _: [], 0, 300, "test")
+    text = Text(parts, [0.75, 0.25], str(Path(folder) / "samples"), np.zeros(0, np.uint16), tokenizer)
+    batches = IndexedBatches(text, BatchShape(16, 4, 1, 0, 1), steps=20, probes=0, seed=1)
+    found = torch.cat([batch["tokens"] for step in range(20) for batch in batches.step("train", step)])
+    rows: list[list[int]] = found.tolist()
+    return rows
+
+
+def test_a_mixture_is_megatron_s_blend(tmp_path: Path) -> None:
+    (rows,) = run_ranks(blended, 1, str(tmp_path))
+    assert len(rows) == 80 and sum(any(token % 2 for token in row) for row in rows) == 20
 
 
 def test_evaluation_has_the_targets_of_train_py(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path: Path) -> None:
     whole = train(paths, tmp_path / "whole", "--steps", "2")
     holes = train({**paths, "data": tmp_path / "holes.jsonl"}, tmp_path / "holes", "--steps", "2")
     assert whole.status == holes.status == 0, holes.stderr
-    warning = f"warning: data {tmp_path / 'holes.jsonl'}: rows without text were skipped (2 empty, 4 null)"
+    warning = f"warning: data {tmp_path / 'holes.jsonl'}: rows were skipped (2 empty, 4 null)"
     assert holes.stderr.splitlines() == [warning] and not whole.stderr
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)[:-1]] for name in ("whole", "holes")]
     assert losses[0] == losses[1]

@@ -145,7 +145,7 @@ def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_plot")
-def test_a_comparison_trains_adam_without_a_section_first(tmp_path: Path) -> None:
+def test_a_comparison_trains_adam_without_a_section_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     section = {**PROBE, "report_dir": str(tmp_path / "mols_report")}
     job = job_of(tmp_path, section)
     built = setup_of(job).built
@@ -154,6 +154,9 @@ def test_a_comparison_trains_adam_without_a_section_first(tmp_path: Path) -> Non
     assert built == [("adam", None, False), ("mols", moved, False)]
     summary = json.loads((tmp_path / "compare.json").read_text())
     assert summary["mols"]["alphas"] == {"qk": 2.0} and summary["adam"]["alphas"] == {}
+    *_, heading, report, own, study = capsys.readouterr().out.splitlines()
+    assert heading == "Next:" and report.startswith(f"  mols-ds report {tmp_path / 'mols'}: ")
+    assert own.startswith("  --data FOLDER, ") and study.startswith("  mols-ds compare studies/laptop.yaml: ")
     # An interrupted comparison may not have begun its second arm
     (tmp_path / "mols" / "checkpoints").rename(tmp_path / "elsewhere")
     built.clear()

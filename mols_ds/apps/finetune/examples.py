@@ -50,6 +50,8 @@ def read_examples(spec: DataSpec) -> list[Example]:
         MolsConfigError: a row that is not JSON, lacks a key or has an empty prompt or answer (names file and line); or
             a source that cannot be reached or has no examples.
     """
+    if spec.mixture:
+        raise MolsConfigError(f"data {spec.source}: a mixture is for train.py and train_megatron.py; name one source")
     rows = _hub_rows(spec) if spec.streaming else (row for path in local_files(spec) for row in _file_rows(path))
     examples = [parse_row(row, where) for where, row in rows]
     if not examples:

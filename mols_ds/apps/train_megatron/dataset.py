@@ -1,29 +1,28 @@
-"""Megatron's indexed data set from the job's tokens, and the samples of each step's batch.
+"""Samples of each step's batch from Megatron's indexed data sets.
 
-`mols_ds.training.tokens` provides the tokens (same text, tokenizer and held-out documents as train.py). They are
-written once to the cache folder as Megatron-core's `.bin`/`.idx` pair; its GPTDataset splits and shuffles them. The
-step number addresses a batch, so a resumed run continues at the exact sample and the probe stream shifts nothing.
+`mols_ds.training.tokens` writes them (same text, tokenizer and held-out documents as train.py, which reads the same
+files). Megatron's GPTDataset splits and shuffles them, its BlendedDataset mixes them. The step number addresses a
+batch, so a resumed run continues at the exact sample and the probe stream shifts nothing.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError
 from mols_ds.training.batches import BatchShape, Stream, held_out_batches
 from mols_ds.training.sources import DataSpec, one_line
-from mols_ds.training.tokens import Tokenizer, Tokens, cached, prepare
+from mols_ds.training.token_files import Tokens
+from mols_ds.training.tokens import Tokenizer, prepare
 
-CHUNK = 1 << 22
-"""Tokens per call of the builder."""
 PROBE_SEED = 7919
 """Seed offset of the probe stream, for another order."""
 
@@ -41,13 +40,14 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Text:
-    """Text of a run: path of its indexed data set, held-out tokens, and tokenizer."""
+    """Text of a run: paths and weights of its indexed data sets, held-out tokens, and tokenizer."""
 
-    prefix: str
+    prefixes: Sequence[str]
+    weights: Sequence[float]
     cache: str
     held_out: Tokens
     tokenizer: Tokenizer
-    digests: Mapping[str, str | None] = field(default_factory=dict)
+    digests: JsonObject = field(default_factory=dict)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -78,38 +78,10 @@ def prepare_text(
     loaded, tokens = prepare(
         spec, cache, tokenizer=tokenizer, vocab_size=vocab_size, seed=seed, held_out_tokens=held_out_tokens
     )
-    if tokens.train is None or not len(tokens.train):
+    if not all(len(part) for part in tokens.train):
         raise MolsConfigError(f"data.source: {spec.source} has no text to train on")
-    source = Path(str(getattr(tokens.train, "filename", ""))).parent
-    folder = source.with_name(source.name + "-megatron")
-    train = tokens.train
-    cached(folder, lambda made: write_indexed(train, loaded, str(made / "text")), "data.cache_dir")
-    return Text(str(folder / "text"), str(folder / "samples"), tokens.held_out, loaded, tokens.digests)
-
-
-def write_indexed(tokens: Tokens, tokenizer: Tokenizer, prefix: str) -> None:
-    """Write flat tokens, shape (tokens,), to `prefix`.bin and `prefix`.idx. An end token ends a document.
-
-    Source: megatron/core/datasets/indexed_dataset.py.
-    """
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
-
-    ends = np.flatnonzero(np.asarray(tokens) == tokenizer.end) + 1
-    if not len(ends) or ends[-1] != len(tokens):
-        ends = np.append(ends, len(tokens))
-    builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=DType.optimal_dtype(tokenizer.size))
-    first = 0
-    while first < len(ends):
-        start = int(ends[first - 1]) if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, start + CHUNK)))
-        part = np.asarray(tokens[start : int(ends[last - 1])], dtype=np.int64)
-        lengths = np.diff(ends[first:last], prepend=start)
-        position = 0
-        for length in lengths.tolist():
-            builder.add_document(part[position : position + length], [length])
-            position += length
-        first = last
-    builder.finalize(get_idx_path(prefix))
+    samples = Path(tokens.prefixes[0]).with_name("samples")
+    return Text(tokens.prefixes, tokens.weights, str(samples), tokens.held_out, loaded, tokens.digests)
 
 
 class IndexedBatches:
@@ -138,7 +110,7 @@ class IndexedBatches:
             start = step * shape.sequences + (pass_ * shape.world + shape.rank) * shape.micro
             # A calibration may be repeated ("recalibrate") or extended by skipped samples: then start again
             rows = [data[index % len(data)] for index in range(start, start + shape.micro)]
-            yield {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+            yield {key: torch.stack([row[key] for row in rows]) for key in rows[0] if key != "dataset_id"}
 
 
 def _gpt_dataset(text: Text, shape: BatchShape, steps: int, seed: int) -> Any:
@@ -147,10 +119,11 @@ def _gpt_dataset(text: Text, shape: BatchShape, steps: int, seed: int) -> Any:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
+    mixed = len(text.prefixes) > 1
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=shape.length,
-        blend=([text.prefix], None),
+        blend=(list(text.prefixes), list(text.weights) if mixed else None),
         split="1,0,0",  # a hash selects held-out documents, not their position in the file
         path_to_cache=text.cache,
         tokenizer=text.vocabulary,
@@ -159,7 +132,7 @@ def _gpt_dataset(text: Text, shape: BatchShape, steps: int, seed: int) -> Any:
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    sizes = [steps * shape.sequences, None, None]
+    sizes = [steps * shape.sequences, *([0, 0] if mixed else [None, None])]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
