@@ -1,12 +1,14 @@
-"""Step time of MoLS over stock DeepSpeed: engines take turns in one run, so that machine noise strikes all alike.
+"""Step time of MoLS over the stock engine: engines take turns in one run, so that machine noise strikes all alike.
 
     python benchmarks/overhead.py                      # LLaMA of 10 M weights, ZeRO-3, two gloo processes
     python benchmarks/overhead.py --model gpt2         # fused projections: interleaved ranges go by delta
+    python benchmarks/overhead.py --engine torch --rounds 40      # a plain torch optimizer in one process
     python benchmarks/overhead.py --loop --ranks 1     # train.py over a bare DeepSpeed loop
 
 Arms: `stock` (MoLS off), `fixed` (after a calibration: every group but the reference has a multiplier of its own)
 and `online` (in the middle of an online calibration, accumulators on the CPU). A round is one optimizer step of each
-arm, in an order that rotates; the ratio of a round is arm / stock, and the medians over the rounds are printed. Targets
+arm, in an order that rotates; the ratio of a round is arm / stock, and the medians over the rounds are printed. With
+--engine torch and one process its CPU seconds are measured, which other programs disturb less than the time. Targets
 on a CPU: fixed at most 1.01 (unfused model), online at most 1.25. benchmarks/accumulator.py measures the accumulator.
 
 With --loop: `bare` (deepspeed.initialize, and a loop of three lines), `train.py` (its loop with MoLS off, with data,
@@ -37,9 +39,10 @@ Step = Callable[[Any], object]
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("deepspeed", "torch"), default="deepspeed")
     parser.add_argument("--model", choices=("llama", "gpt2"), default="llama", help="unfused or fused projections")
     parser.add_argument("--stage", type=int, default=3, choices=(0, 1, 2, 3), help="ZeRO stage")
-    parser.add_argument("--ranks", type=int, default=2, help="gloo processes on this machine")
+    parser.add_argument("--ranks", type=int, help="gloo processes on this machine (2; torch: 1, DDP with more)")
     parser.add_argument("--rounds", type=int, default=30, help="counted steps of each arm")
     parser.add_argument("--warmup", type=int, default=4, help="steps of each arm before counting")
     parser.add_argument("--hidden", type=int, default=256)
@@ -47,7 +50,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens a rank and step, in sequences of 128")
     parser.add_argument("--loop", action="store_true", help="compare train.py's loop instead of MoLS")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.ranks = args.ranks or (2 if args.engine == "deepspeed" else 1)
+    return args
 
 
 def build_model(args: argparse.Namespace) -> Any:
@@ -83,6 +88,36 @@ def ds_config(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     }
 
 
+class TorchEngine:
+    """A plain torch optimizer, with the methods of DeepSpeed's engine that this program calls."""
+
+    def __init__(self, module: Any, section: dict[str, Any], total_steps: int, world: int) -> None:
+        import torch
+
+        import mols_ds
+        from mols_ds.core.handle import Handle
+
+        self.module = module
+        self.run = torch.nn.parallel.DistributedDataParallel(module) if world > 1 else module
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+        off = section.get("enabled") is False
+        attach = mols_ds.attach
+        self.mols = Handle() if off else attach(self.optimizer, self.run, section, total_steps=total_steps)
+        self.clip = torch.nn.utils.clip_grad_norm_
+
+    def __call__(self, **batch: Any) -> Any:
+        return self.run(**batch)
+
+    def backward(self, loss: Any) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.mols.read_gradients()
+        self.clip(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
 def build_engine(args: argparse.Namespace, arm: str) -> Any:
     import deepspeed
 
@@ -100,6 +135,8 @@ def build_engine(args: argparse.Namespace, arm: str) -> Any:
     if args.model == "llama":
         sections["fixed"]["fixed_alphas"] = dict(ALPHAS)
     mols = sections[arm] | {"report_dir": os.path.join(os.environ["TMP_REPORT"], arm)}
+    if args.engine == "torch":
+        return TorchEngine(model, mols, steps + 2, args.ranks)
     config = ds_config(args, mols=mols)
     return mols_ds.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
@@ -177,22 +214,24 @@ def work(args: argparse.Namespace) -> None:
         steps |= {"train.py": train_py_step(args, rank, world), "torch": torch_step(args, world)}
     elements = sum(getattr(p, "ds_numel", p.numel()) for p in engines[arms[0]].module.parameters())
     generator = torch.Generator().manual_seed(rank)
+    clock = time.process_time if args.engine == "torch" and args.ranks == 1 else time.perf_counter
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     for step in range(args.warmup + args.rounds):
         batch = torch.randint(0, args.vocab, (args.tokens // LENGTH, LENGTH), generator=generator)
         for turn in range(len(arms)):
             arm = arms[(turn + step) % len(arms)]
             deepspeed.comm.barrier()
-            begin = time.perf_counter()
+            begin = clock()
             steps[arm](batch)
             deepspeed.comm.barrier()
             if step >= args.warmup:
-                times[arm].append(time.perf_counter() - begin)
+                times[arm].append(clock() - begin)
     if not args.loop:
         assert engines["fixed"].mols.phase == "fixed" and engines["online"].mols.phase == "calibrating"
         assert engines["fixed"].mols.multipliers["mlp"] == ALPHAS["mlp"]
     if rank == 0:
-        print(f"{args.model}, {elements:,} weights, ZeRO-{args.stage}, {args.ranks} ranks, {args.tokens} tokens a rank")
+        name = "torch" if args.engine == "torch" else f"ZeRO-{args.stage}"
+        print(f"{args.model}, {elements:,} weights, {name}, {args.ranks} ranks, {args.tokens} tokens a rank")
         print(f"{'arm':8}{'median step':>14}{'ratio to ' + arms[0]:>18}   (quartiles)")
         for arm in arms:
             ratios = [a / b for a, b in zip(times[arm], times[arms[0]], strict=True)]

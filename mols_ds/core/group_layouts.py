@@ -206,6 +206,15 @@ def falcon(name: str, features: int, config: object | None) -> Pattern:
     return per_head(name, features, config)
 
 
+def torchtitan(name: str, features: int, config: object | None) -> Pattern:
+    """torchtitan's wqkv: per key-value head [q.. | k | v]. Its config has the heads under `first_attention`."""
+    attention = config_value(config, "first_attention")
+    heads = need(name, attention, *HEADS)
+    kv_heads = _kv_heads(attention) or heads
+    size = _equal(name, features, heads + 2 * kv_heads)
+    return ((heads // kv_heads + 1) * size, "qk"), (size, "vo")
+
+
 def codegen(name: str, features: int, config: object | None) -> Pattern:
     """CodeGen: four blocks (one per TPU core in its training), each [q | v | k]."""
     size = _equal(name, features, 12)

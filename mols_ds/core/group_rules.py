@@ -277,6 +277,7 @@ _FUSED: tuple[Rule, ...] = (
     _rule("c_attn", Fused(fused.c_attn, long_axis=True, by_heads=True)),
     _rule("query_key_value", Fused(fused.by_family(_QUERY_KEY_VALUE))),
     _rule("qkv_proj", Fused(fused.by_family(_QKV_PROJ))),
+    _rule(r"qkv_linear\.wqkv", Fused(fused.torchtitan), inside=_ATTENTION),
     _rule("|".join(_FUSED_QUERIES), Fused(fused.qkv, by_heads=True), inside=rf"mixer|{_ATTENTION}"),
     _rule("att_proj", Fused(fused.thirds), inside=_ATTENTION, families=("bark",)),
     _rule("in_proj", Fused(fused.per_head), inside=_ATTENTION, families=("deberta",)),

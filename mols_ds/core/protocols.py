@@ -63,6 +63,14 @@ def window_of_others_schedule(samples: int, schedule: str = "") -> str:
     )
 
 
+def window_of_extra_batches(samples: int) -> str:
+    """Describe a probe window that an integration measures on batches of its own."""
+    return (
+        f"{samples} extra batches before the next update measure gradients; updates, schedule and the order of the "
+        "training data are those of a run without MoLS"
+    )
+
+
 @dataclass
 class Context:
     """Facts of the engine for the controller.

@@ -273,11 +273,11 @@ class Session(Handle, ABC):
         """Hook the forward passes of the model, or of a part that is called on its own."""
         return [
             self._token_ids,
-            module.register_forward_pre_hook(ForwardHook(self._before_forward)),
-            module.register_forward_hook(ForwardHook(self._after_forward), always_call=True),
+            module.register_forward_pre_hook(ForwardHook(self.before_forward)),
+            module.register_forward_hook(ForwardHook(self.after_forward), always_call=True),
         ]
 
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
+    def before_forward(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model: open a pass of the probe window. Ignores passes without gradients."""
         reads_ids = self.controller.measuring and self.config.mode != "moments"
         tokens = self.controller.elements.vocabulary if reads_ids else None
@@ -290,7 +290,7 @@ class Session(Handle, ABC):
         if self.controller.measuring and torch.is_grad_enabled():
             self.controller.elements.see_ids(ids)
 
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+    def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model; runs even if the pass raised."""
         self.window.close_pass()
 

@@ -7,6 +7,7 @@ import copy
 import functools
 import random
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ from deepspeed.accelerator import get_accelerator
 from mols_ds.core.config import MolsConfig, SummedRate
 from mols_ds.core.handle import Handle
 from mols_ds.core.phases import resolve_schedule
-from mols_ds.errors import MolsConfigError
+from mols_ds.core.rank_checks import together
+from mols_ds.engines.torch.engine import TorchMols
+from mols_ds.engines.torch.shards import this_rank
+from mols_ds.errors import MolsCheckpointError, MolsConfigError
 
 AUTO = "auto"
 SMALL = 4096  # elements: a larger tensor belongs to the model, not to a client's counters
@@ -54,7 +58,7 @@ def resolve_section(argument: Mapping[str, Any] | None, config: Mapping[str, Any
     """
     inside = None if config is None else config.get("mols")
     if argument is None and inside is None:
-        raise MolsConfigError(f'{who}: no "mols" section; put one into the DeepSpeed config, or pass {who}(section)')
+        raise MolsConfigError(f'{who}: no "mols" section; pass {who}(section), or put one into the DeepSpeed config')
     if argument is not None and inside is not None and dict(argument) != inside:
         raise MolsConfigError(
             f'{who}: the "mols" sections of the argument and of the DeepSpeed config differ; drop one'
@@ -78,6 +82,39 @@ def fill_section(section: Mapping[str, Any], total_steps: int | None, warmup_ste
         schedule = resolve_schedule(config, total_steps, warmup_steps)
         config = config.model_copy(update={"start": schedule.start, "ramp_end": schedule.ramp_end})
     return config
+
+
+def save_state(mols: Handle, folder: str | Path) -> None:
+    """Save this rank's state of a handle of plain torch into a checkpoint folder of the client. No communication."""
+    path = _state_file(folder, this_rank())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(mols.state_dict(), path)
+
+
+def load_state(mols: Handle, folder: str | Path) -> None:
+    """Continue from a folder of `save_state`, after the client has loaded the optimizers. Collective.
+
+    A rank without a file of its own (the checkpoint is of fewer ranks) reads rank 0's. Without any file, the run
+    continues as from a checkpoint without MoLS, with a warning.
+
+    Raises:
+        MolsCheckpointError: only some ranks find a file.
+    """
+    path = next((p for p in (_state_file(folder, rank) for rank in (this_rank(), 0)) if p.exists()), None)
+    found = together(lambda: path is not None)
+    if any(found) and not all(found):
+        raise MolsCheckpointError(
+            f"{_state_file(folder, 0)}: rank {found.index(False)} does not find this file, rank {found.index(True)} "
+            "does: all ranks need the folder of the checkpoint"
+        )
+    if path is not None:
+        mols.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    elif isinstance(mols, TorchMols):
+        mols.resume_stock()
+
+
+def _state_file(folder: str | Path, rank: int) -> Path:
+    return Path(folder, f"mols_{rank}.pt")
 
 
 @contextlib.contextmanager

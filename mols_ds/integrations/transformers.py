@@ -18,16 +18,20 @@ import torch
 from transformers import TrainerCallback
 
 from mols_ds.core.handle import Handle
+from mols_ds.core.protocols import window_of_extra_batches
 from mols_ds.core.session import Session
 from mols_ds.engines.deepspeed.patching import patched_with
 from mols_ds.errors import MolsError, MolsUnsupportedError
+from mols_ds.integrations.accelerate import attach_optimizer
 from mols_ds.integrations.client import (
     fill_section,
+    load_state,
     log_values,
     preserved_attributes,
     preserved_loader,
     preserved_rng_state,
     resolve_section,
+    save_state,
 )
 
 WHO = "MolsCallback"
@@ -35,7 +39,7 @@ FIRST_EPOCH = 1_000_003  # of the extra batches: an order that no training epoch
 
 
 class MolsCallback(TrainerCallback):  # type: ignore[misc]
-    """MoLS on a Trainer's DeepSpeed engine.
+    """MoLS on a Trainer's DeepSpeed engine, or on its torch optimizer without DeepSpeed.
 
     Unless given, `total_steps` is the Trainer's `max_steps`, and `"ramp_end": "auto"` its warm-up. The Trainer's logs
     get the keys of `mols_ds.integrations.client.log_values`.
@@ -45,6 +49,7 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
         """section: a "mols" section; None: that of the DeepSpeed config."""
         self.section = section
         self.trainer: Any = None
+        self._without_deepspeed = Handle()
 
     def bind(self, trainer: Any) -> MolsCallback:
         """Bind this callback to a trainer, and add it to the trainer. Call it before `trainer.train()`.
@@ -53,7 +58,7 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
             This callback.
 
         Raises:
-            MolsUnsupportedError: the Trainer does not use DeepSpeed.
+            MolsUnsupportedError: the Trainer uses nn.DataParallel.
             MolsConfigError: no "mols" section, or two different ones.
             MolsError: this callback is bound to another trainer.
         """
@@ -61,15 +66,20 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
             return self
         if self.trainer is not None:
             raise MolsError(f"this {WHO} is bound to another trainer: each needs its own")
-        if not trainer.is_deepspeed_enabled:
+        if not trainer.is_deepspeed_enabled and trainer.args.n_gpu > 1:
             raise MolsUnsupportedError(
-                f"{WHO}: this Trainer does not use DeepSpeed; give TrainingArguments(deepspeed=CONFIG)"
+                f"{WHO}: this Trainer uses nn.DataParallel on {trainer.args.n_gpu} GPUs; start one process a GPU "
+                "(torchrun), or set CUDA_VISIBLE_DEVICES to one"
             )
-        resolve_section(self.section, trainer.accelerator.deepspeed_plugin.deepspeed_config, WHO)
+        plugin = trainer.accelerator.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+        resolve_section(self.section, plugin and plugin.deepspeed_config, WHO)
         self.trainer = trainer
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self._wrap_log()
+        if plugin is None:
+            self._wrap_training()
+            return self
         self._wrap_prepare()
         create = trainer.create_accelerator_and_postprocess
 
@@ -82,9 +92,9 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def mols(self) -> Handle:
-        """`engine.mols` of the Trainer's engine; a handle with MoLS off before there is one."""
+        """The handle of the Trainer's engine or optimizer; one with MoLS off before there is one."""
         found = getattr(getattr(self.trainer, "model_wrapped", None), "mols", None)
-        return found if isinstance(found, Handle) else Handle()
+        return found if isinstance(found, Handle) else self._without_deepspeed
 
     # ------------------------------------------------------------------ wrappers of the Trainer's methods
 
@@ -105,6 +115,48 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
 
         accelerator._prepare_deepspeed = prepare_deepspeed
 
+    def _wrap_training(self) -> None:
+        """Without DeepSpeed: attach after the Trainer has prepared model and optimizer and before it loads a
+        checkpoint, which it does in one method; its scheduler is created between them."""
+        trainer = self.trainer
+        prepare, create = trainer._prepare_for_training, trainer.create_scheduler
+        load, save = trainer._load_optimizer_and_scheduler, trainer._save_optimizer_and_scheduler
+
+        def create_scheduler(num_training_steps: int, optimizer: Any = None) -> Any:
+            found = create(num_training_steps, optimizer)
+            self._attach(num_training_steps)
+            return found
+
+        def prepare_for_training(*args: Any, **kwargs: Any) -> Any:
+            trainer.create_scheduler = create_scheduler
+            try:
+                return prepare(*args, **kwargs)
+            finally:
+                trainer.create_scheduler = create
+
+        def load_optimizer_and_scheduler(checkpoint: Any) -> None:
+            load(checkpoint)
+            if checkpoint is not None:
+                load_state(self._without_deepspeed, checkpoint)
+
+        def save_optimizer_and_scheduler(output_dir: Any) -> None:
+            save(output_dir)
+            save_state(self._without_deepspeed, output_dir)
+
+        trainer._prepare_for_training = prepare_for_training
+        trainer._load_optimizer_and_scheduler = load_optimizer_and_scheduler
+        trainer._save_optimizer_and_scheduler = save_optimizer_and_scheduler
+
+    def _attach(self, steps: int) -> None:
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        if getattr(trainer.optimizer.optimizer, "mols", None) is self._without_deepspeed:
+            return  # a second train() goes on with the optimizer
+        section = fill_section(resolve_section(self.section, None, WHO), steps, trainer.args.get_warmup_steps(steps))
+        model = accelerator._models[-1] if accelerator._models else trainer.model
+        self._without_deepspeed = attach_optimizer(
+            accelerator, model, trainer.optimizer, section, window_of_extra_batches
+        )
+
     def _wrap_log(self) -> None:
         """Add our keys in `trainer.log`. In `on_log` they would miss the history and earlier callbacks."""
         log = self.trainer.log
@@ -120,7 +172,7 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
         """Raise if the engine has no MoLS."""
         if self.trainer is None:
             raise MolsError(f"{WHO} does not know its trainer: call callback.bind(trainer) before trainer.train()")
-        if not isinstance(getattr(self.trainer.model_wrapped, "mols", None), Handle):
+        if type(self.mols) is Handle:
             raise MolsError(
                 f"{WHO}: the Trainer's model ({type(self.trainer.model_wrapped).__name__}) has no MoLS: its engine was "
                 "built before bind(trainer) was called, or by a subclass of Trainer in its own way"
@@ -167,9 +219,20 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
             if not samples:
                 raise MolsError(f'{WHO}: the training data gave no batch to measure; use "mode": "online"')
             trainer.current_gradient_accumulation_steps = len(samples)
-            for number, batch in enumerate(samples, 1):
-                trainer.accelerator.gradient_state._set_sync_gradients(number == len(samples))
-                trainer.training_step(trainer.model_wrapped, batch, items)
+            self._measure_update(samples, items)
+
+    def _measure_update(self, samples: list[Any], items: Any) -> None:
+        """Run the micro-batches of one update, and the optimizer's step, which measures."""
+        trainer, accelerator, model = self.trainer, self.trainer.accelerator, self.trainer.model_wrapped
+        deepspeed = trainer.is_deepspeed_enabled  # its engine steps in the last backward pass
+        for number, batch in enumerate(samples, 1):
+            last = number == len(samples)
+            accelerator.gradient_state._set_sync_gradients(last)
+            with contextlib.nullcontext() if deepspeed or last else accelerator.no_sync(model=model):
+                trainer.training_step(model, batch, items)
+        if not deepspeed:
+            trainer.optimizer.step()
+            model.zero_grad()
 
 
 def _is_optimizer(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""A loop of Accelerate over DeepSpeed, as its documentation has it: one run, and what came of it."""
+"""A loop of Accelerate over DeepSpeed or plain torch, as its documentation has it: one run, and what came of it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,29 @@ from mols_ds.integrations.accelerate import attach, log_values
 from tests.integrations.own_loop import MICROS, SAVE, WINDOW, evaluate
 from tests.integrations.runs import (
     LR,
+    PLAIN,
     STEPS,
     WARMUP,
     Examples,
+    Plain,
     Run,
     end_of,
     kept_in,
+    kinds_of,
     model,
     phase_of,
     saved_in,
     zero_section,
 )
+
+CLIP = 1.0  # below most of the gradient norms
+SCALER: torch.amp.GradScaler | None = None
+
+
+def use_scaler(accelerator: Accelerator, scaler: torch.amp.GradScaler) -> None:
+    """As in mixed precision "fp16", which Accelerate refuses on a CPU, but in fp32. Call it before `prepare`."""
+    accelerator.scaler = scaler
+    accelerator.unscale_gradients = lambda: [scaler.unscale_(one.optimizer) for one in accelerator._optimizers]
 
 
 class Tracker(GeneralTracker):  # type: ignore[misc]
@@ -73,7 +85,7 @@ class Loop:
             "train_micro_batch_size_per_gpu": "auto",
             "train_batch_size": "auto",
             "gradient_accumulation_steps": MICROS,
-            "gradient_clipping": 1.0,
+            "gradient_clipping": CLIP,
             "zero_optimization": zero_section(run.stage),
             "steps_per_print": 10**9,
         }
@@ -82,12 +94,16 @@ class Loop:
         if how in ("patch", "both"):
             mols_ds.patch()
         self.run, self.tracker, self.progress = run, Tracker(), Progress()
+        self.plain = run.stage == PLAIN
         self.accelerator = Accelerator(
-            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+            deepspeed_plugin=None if self.plain else DeepSpeedPlugin(hf_ds_config=config),
+            cpu=self.plain,
             gradient_accumulation_steps=MICROS,
             project_config=ProjectConfiguration(run.out, automatic_checkpoint_naming=run.evaluate, total_limit=2),
             log_with=self.tracker,
         )
+        if SCALER is not None:
+            use_scaler(self.accelerator, SCALER)
         self.accelerator.init_trackers("run")
         set_seed(0)
         net = model()
@@ -97,10 +113,12 @@ class Loop:
         self.rows = Examples()
         # of its own: an iterator draws a seed, and a resumed run makes one more
         loader = torch.utils.data.DataLoader(self.rows, batch_size=1, generator=torch.Generator())
-        self.engine, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(net, inner, loader, plan)
+        self.net, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(net, inner, loader, plan)
+        self.mols = None
         if how in ("attach", "both") and run.section is not None:
             section = None if how == "both" else run.section
-            attach(self.engine, section, scheduler=self.scheduler, optimizer=self.optimizer)
+            more: dict[str, Any] = {"accelerator": self.accelerator} if self.plain else {}
+            self.mols = attach(self.net, section, scheduler=self.scheduler, optimizer=self.optimizer, **more)
         if how in ("patch", "both"):
             mols_ds.unpatch()
         self.accelerator.register_for_checkpointing(self.progress)
@@ -108,6 +126,11 @@ class Loop:
             self.accelerator.load_state(f"{run.saved}/{run.resume}")
         self.seen: dict[str, Any] = {"counts": [], "lrs": [], "phases": [], "saved": {}, "skipped": []}
         self.evaluations: list[float] = []
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine, or what stands for it."""
+        return Plain(self.net, self.mols, self.progress.updates) if self.plain else self.net
 
     def train(self) -> None:
         """STEPS updates, in epochs. A run without MoLS leaves out the batches that one with MoLS only measures."""
@@ -126,9 +149,11 @@ class Loop:
 
     def _micro(self, batch: Any) -> None:
         accelerator, progress, seen = self.accelerator, self.progress, self.seen
-        with accelerator.accumulate(self.engine):
+        with accelerator.accumulate(self.net):
             lr = float(self.scheduler.get_last_lr()[0])
-            accelerator.backward(self.engine(**batch).loss)
+            accelerator.backward(self.net(**batch).loss)
+            if self.plain and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(self.net.parameters(), CLIP)
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
@@ -142,10 +167,11 @@ class Loop:
             seen["counts"].append((progress.updates, self.engine.global_steps, self.engine.micro_steps))
             seen["lrs"].append(lr)
             seen["phases"].append(phase_of(self.engine))
-            keys = log_values(self.engine.mols) if hasattr(self.engine, "mols") else {}
+            engine = self.engine
+            keys = log_values(engine.mols) if hasattr(engine, "mols") else {}
             accelerator.log({"lr": lr, **keys}, step=progress.updates)
             if self.run.evaluate and progress.updates % 3 == 0:
-                self.evaluations.append(evaluate(self.engine, self.rows.rows[0][None]))
+                self.evaluations.append(evaluate(self.net, self.rows.rows[0][None]))
                 accelerator.save_state()
         for part, stop in SAVE.items():
             if self.run.save and progress.iteration == stop:
@@ -156,6 +182,7 @@ class Loop:
         """What the run came to."""
         kept = kept_in(self.run.out, "checkpoints/*")
         same = {"evaluations": self.evaluations, "kept": kept, "iterations": self.progress.iteration}
+        self.seen["kinds"] = kinds_of(self.net)
         return {**self.seen, **end_of(self.engine), "logs": self.tracker.rows, "same": same}
 
 

@@ -27,8 +27,12 @@ LAUNCHERS: dict[str, tuple[str | Path, ...]] = {
     "`deepspeed --config`": (SHIM,),
     "`mols-ds launch`": ("mols-ds", "launch"),
 }
+SHARDED = "Lightning, FSDP2"
 CLIENTS = (*TRAINERS, "Accelerate", "Lightning", "`mols_ds.patch()`", "`mols_ds.attach`", *LAUNCHERS)
-EXTRA = (*TRAINERS, "Lightning")
+"""Clients of DeepSpeed."""
+WITHOUT_DEEPSPEED = {"Trainer": (1, 2), "Accelerate": (1, 2), "Lightning": (1, 2), SHARDED: (2,)}
+"""Client -> numbers of ranks."""
+EXTRA = (*TRAINERS, "Lightning", SHARDED)
 """Clients that measure on extra batches: no checkpoint can be saved in a window of mode "probe"."""
 
 
@@ -61,6 +65,8 @@ def train_of(client: str) -> Train:
     own: dict[str, Train] = {"`mols_ds.patch()`": by_patch, "`mols_ds.attach`": by_attach}
     if client in own:
         return own[client]
+    if client == SHARDED:
+        return functools.partial(importlib.import_module("tests.integrations.lightning_fit").train, way="fsdp2")
     module = {"Accelerate": "accelerate_loop", "Lightning": "lightning_fit"}[client]
     found: Train = importlib.import_module(f"tests.integrations.{module}").train
     return found

@@ -1,4 +1,4 @@
-"""Lightning's Trainer with the real DeepSpeedStrategy: one run, and what came of it.
+"""Lightning's Trainer with its real strategies: one run, and what came of it.
 
 A resumed run has the data of the uninterrupted one only where the loader can be resumed (`Resumable`), and without
 Lightning's own DistributedSampler, which has the order of the first epoch again (2.6.6, seen without MoLS).
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import fully_shard
 from transformers import get_linear_schedule_with_warmup
 
 from tests.helpers.harness import pictures_allowed
@@ -24,26 +25,31 @@ with pictures_allowed():
     import lightning.pytorch.strategies.deepspeed as strategies
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
-    from lightning.pytorch.strategies import DeepSpeedStrategy
+    from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
 import mols_ds
 from mols_ds.integrations.lightning import MolsCallback
 from tests.helpers.digests import digest
 from tests.integrations.runs import (
     LR,
+    PLAIN,
     SAVED,
     STEPS,
     WARMUP,
     Examples,
+    Plain,
     Run,
     end_of,
     kept_in,
+    kinds_of,
     model,
     phase_of,
     saved_in,
     zero_section,
 )
 
+CLIP: float | None = 1.0  # below most of the gradient norms; without DeepSpeed
+PLUGINS: list[Any] | None = None
 EPOCH, MICROS, BATCH = 7, 2, 2  # updates of an epoch, batches of an update, sequences of a batch
 
 
@@ -119,25 +125,42 @@ class Module(pl.LightningModule):  # type: ignore[misc]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plan, "interval": "step"}}
 
 
+class Sharded(Module):
+    """Its layers are sharded by FSDP2."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
 class Watch(pl.Callback):  # type: ignore[misc]
     """Notes each batch and each update."""
 
-    def __init__(self) -> None:
+    def __init__(self, ours: MolsCallback | None) -> None:
         self.seen: dict[str, Any] = {"counts": [], "lrs": [], "phases": [], "data": [], "saved": {}}
-        self.updates = 0
+        self.updates, self.ours = 0, ours
+
+    def engine(self, trainer: Any) -> Any:
+        """DeepSpeed's engine, or what stands for it."""
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            return trainer.strategy.model
+        return Plain(trainer.lightning_module, self.ours and self.ours.mols, trainer.global_step)
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         self.seen["data"].append(digest(batch))
         self.lr = float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        engine, step = trainer.strategy.model, trainer.global_step
+        engine, step = self.engine(trainer), trainer.global_step
         if step == self.updates:
             return
         self.updates = step
         self.seen["counts"].append((step, engine.global_steps, engine.micro_steps))
         self.seen["lrs"].append(self.lr)
         self.seen["phases"].append(phase_of(engine))
+        self.seen["kinds"] = kinds_of(trainer.strategy.model)
         for part, update in SAVED.items():
             if update == step and hasattr(engine, "mols"):
                 self.seen["saved"][part] = saved_in(engine, step)
@@ -162,15 +185,16 @@ def logged(out: str) -> list[dict[str, Any]]:
 
 def train(run: Run, way: str = "argument") -> dict[str, Any]:
     """`way`: "argument" or "config" (where the callback finds the section), or "patch" or
-    "config alone" without a callback."""
+    "config alone" without a callback; "fsdp2": ModelParallelStrategy."""
     pl.seed_everything(3)
     config: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_optimization": zero_section(run.stage)}
-    if run.section is not None and way != "argument":
+    if run.section is not None and way not in ("argument", "fsdp2"):
         config["mols"] = run.section
-    watch, world = Watch(), int(os.environ["WORLD_SIZE"])
-    callbacks: list[Any] = [watch]
-    if run.section is not None and way in ("argument", "config"):
-        callbacks.append(MolsCallback(run.section if way == "argument" else None))
+    world, ours = int(os.environ["WORLD_SIZE"]), None
+    if run.section is not None and way in ("argument", "config", "fsdp2"):
+        ours = MolsCallback(None if way == "config" else run.section)
+    watch = Watch(ours)
+    callbacks: list[Any] = [watch, *([] if ours is None else [ours])]
     keeper = None
     if run.save:
         keeper = ModelCheckpoint(dirpath=run.out, filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -180,8 +204,15 @@ def train(run: Run, way: str = "argument") -> dict[str, Any]:
         callbacks.append(keeper)
     if way == "patch":
         mols_ds.patch()
+    strategy: Any = OnCpu(config=config)
+    if run.stage == PLAIN:
+        strategy = "ddp" if world > 1 else "auto"
+    if way == "fsdp2":
+        strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
+    clip = CLIP if run.stage == PLAIN else None
     trainer = pl.Trainer(
-        accelerator="cpu", devices=world, strategy=OnCpu(config=config), max_steps=STEPS, precision="32-true",
+        accelerator="cpu", devices=world, strategy=strategy, max_steps=STEPS,
+        gradient_clip_val=clip, plugins=PLUGINS, precision=None if PLUGINS else "32-true",
         accumulate_grad_batches=MICROS, log_every_n_steps=1, logger=CSVLogger(run.out, "log", ""), callbacks=callbacks,
         default_root_dir=run.out, enable_checkpointing=keeper is not None, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=run.evaluate,
@@ -193,11 +224,13 @@ def train(run: Run, way: str = "argument") -> dict[str, Any]:
     resume = None if run.resume is None else f"{run.saved}/step={SAVED[run.resume]}.ckpt"
     held_out = torch.utils.data.DataLoader(rows[: 2 * BATCH], batch_size=BATCH) if run.evaluate else None
     try:
-        trainer.fit(Module(), Resumable(rows, batch_size=BATCH), held_out, ckpt_path=resume)
+        trainer.fit(
+            Sharded() if way == "fsdp2" else Module(), Resumable(rows, batch_size=BATCH), held_out, ckpt_path=resume
+        )
     finally:
         mols_ds.unpatch()
         os.environ.update(environment)  # Lightning takes WORLD_SIZE away when it is done
-    seen: dict[str, Any] = {**watch.seen, **end_of(trainer.strategy.model)}
+    seen: dict[str, Any] = {**watch.seen, **end_of(watch.engine(trainer))}
     metrics = {k: float(v) for k, v in trainer.logged_metrics.items() if not k.startswith("mols/")}
     kept = kept_in(run.out, "*.ckpt")
     best = None if keeper is None else (Path(keeper.best_model_path).name, str(keeper.best_model_score))

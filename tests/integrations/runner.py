@@ -20,9 +20,9 @@ Case = tuple[Any, ...]
 _tables: list[Cases[Case]] = []
 
 
-def table(cases: Iterable[Case], full: Where[Case] = ()) -> Cases[Case]:
-    """A table whose cases are launched with those of the other files. Cases that `full` leaves out are in "all"."""
-    made: Cases[Case] = Cases(cases, full=full)
+def table(cases: Iterable[Case], full: Where[Case] = (), quick: Where[Case] = ()) -> Cases[Case]:
+    """A table whose cases are launched with those of the other files."""
+    made: Cases[Case] = Cases(cases, quick=quick, full=full)
     _tables.append(made)
     return made
 

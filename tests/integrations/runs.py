@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mols_ds.core.handle import Handle
 from tests.engines.deepspeed.state import full_weights
+from tests.engines.torch.parallel import full_weights as plain_weights
 from tests.helpers.digests import digest
 from tests.helpers.harness import draw_nothing
 
@@ -20,6 +22,8 @@ draw_nothing()
 STEPS, START, SAMPLES, RAMP_END = 14, 4, 4, 9
 WARMUP, LR = 2, 2e-3
 EXAMPLES = 44  # with two sequences a batch and accumulation the epochs end in the middle of the run
+PLAIN = -1
+"""Stage of a run without DeepSpeed."""
 SECTION: dict[str, Any] = {
     "start": START,
     "samples": SAMPLES,
@@ -40,7 +44,7 @@ class Run:
     """One run of a client.
 
     Attributes:
-        stage: of ZeRO.
+        stage: of ZeRO, or PLAIN.
         mols: keys of the "mols" section beside SECTION; None: no MoLS at all.
         out: folder of checkpoints and logs.
         save: whether it saves after each update of SAVED.
@@ -90,6 +94,25 @@ def zero_section(stage: int) -> dict[str, Any]:
     return {"stage": stage, **sizes}
 
 
+class Plain:
+    """What DeepSpeed's engine has, for a model that is trained without it; `mols` only if there is MoLS."""
+
+    micro_steps = None
+
+    def __init__(self, net: torch.nn.Module, mols: Handle | None = None, updates: int = 0) -> None:
+        self.net, self.global_steps = net, updates
+        if mols is not None and type(mols) is not Handle:
+            self.mols = mols
+
+    def destroy(self) -> None:
+        pass
+
+
+def kinds_of(net: torch.nn.Module) -> list[str]:
+    """Classes of the model as it is called and of its weights."""
+    return sorted({type(net).__name__, *(type(p.detach()).__name__ for p in net.parameters())})
+
+
 def phase_of(engine: Any) -> str:
     """Phase of its MoLS; "stock" without."""
     return str(engine.mols.phase) if hasattr(engine, "mols") else "stock"
@@ -97,8 +120,9 @@ def phase_of(engine: Any) -> str:
 
 def end_of(engine: Any) -> dict[str, Any]:
     """What a run came to: weights, random state, and alphas and rates where there is MoLS. Destroys the engine."""
+    weights = plain_weights(engine.net) if isinstance(engine, Plain) else full_weights(engine)
     seen: dict[str, Any] = {
-        "weights": {name: digest(weight) for name, weight in full_weights(engine).items()},
+        "weights": {name: digest(weight) for name, weight in weights.items()},
         "random": digest(torch.get_rng_state()),
         "phase": phase_of(engine),
     }
@@ -115,7 +139,8 @@ def saved_in(engine: Any, updates: int) -> dict[str, Any]:
 
 def kept_in(folder: str, pattern: str) -> list[str]:
     """Names of the checkpoints in a folder, after all ranks have written and deleted theirs."""
-    dist.barrier()
+    if dist.is_initialized():
+        dist.barrier()
     return sorted(path.name for path in Path(folder).glob(pattern))
 
 

@@ -1,4 +1,5 @@
-"""The table of docs/clients.md: every client at ZeRO-2 and 3 on one and two ranks, with what was seen to hold.
+"""The table of docs/clients.md: every client at ZeRO-2 and 3 on one and two ranks, and those that work without
+DeepSpeed, with what was seen to hold.
 
     make clients-table       # python -m tests.integrations.table: runs all of it and writes it into the page
     make clients-table ARGS="Lightning"    # some clients by name; the other rows stay as they are
@@ -16,9 +17,10 @@ from itertools import product
 from pathlib import Path
 
 from tests.helpers.harness import RankError
-from tests.integrations.clients import CLIENTS, LAUNCHERS, launched
+from tests.integrations.clients import CLIENTS, LAUNCHERS, SHARDED, WITHOUT_DEEPSPEED, launched
 from tests.integrations.places import COLUMNS, PARTS, Seen, check, part_of
 from tests.integrations.runner import Case, results, table
+from tests.integrations.runs import PLAIN
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "clients.md"
 BEGIN, END = "<!-- table: make clients-table -->", "<!-- end of the table -->"
@@ -28,9 +30,22 @@ Place = tuple[str, int, int]
 Cell = tuple[str, int, int, str]
 """(client, stage, ranks, part)."""
 PLACES: list[Place] = list(product(CLIENTS, STAGES, WORLDS))
+PLACES += [(client, PLAIN, world) for client, worlds in WITHOUT_DEEPSPEED.items() for world in worlds]
+KNOWN = {place[0] for place in PLACES}
 CELLS: list[Cell] = [(*place, part) for place in PLACES for part in PARTS]
 BESIDES: list[Place] = [("Trainer", 0, 1), ("Accelerate", 0, 2)]
 """Places that are tested and not in the page's table."""
+
+
+PLAIN_IN_ALL = {
+    "counts": [("Trainer", 2), ("Accelerate", 2), ("Lightning", 1), (SHARDED, 2)],
+    "waiting": [("Lightning", 2)],
+    "due": [("Trainer", 1), ("Accelerate", 1)],
+    "window": [("Trainer", 2), ("Accelerate", 2), ("Lightning", 2), (SHARDED, 2)],
+    "ramp": [("Lightning", 1)],
+    "fixed": [("Trainer", 1), ("Accelerate", 1), (SHARDED, 2)],
+}
+"""Without DeepSpeed: part -> places of `make test-all`."""
 
 
 def in_all(cell: Cell) -> bool:
@@ -39,6 +54,8 @@ def in_all(cell: Cell) -> bool:
     client, stage, world, part = cell
     if stage == 0:
         return part == "counts"
+    if stage == PLAIN:
+        return (client, world) in PLAIN_IN_ALL[part]
     number = CLIENTS.index(client)
     first = (2, 1 + number % 2)
     second = (3, 2 - number % 2)
@@ -77,8 +94,14 @@ def check_cell(client: str, stage: int, world: int, column: str) -> None:
         if isinstance(seen := by_launcher(client, world, stage), AssertionError):
             raise seen
         check(column, seen[part])
-    else:
-        check(column, results(world)[case_of((client, stage, world, part))[1:]])
+        return
+    ranks = results(world)[case_of((client, stage, world, part))[1:]]
+    check(column, ranks)
+    if stage == PLAIN and column == "attached":
+        kind = "DTensor" if client == SHARDED else "DistributedDataParallel" if world > 1 else "LlamaForCausalLM"
+        kind = "Module" if client == "Lightning" and world == 1 else kind
+        for seen in ranks:
+            assert kind in seen["real"]["kinds"] and kind in seen["stock"]["kinds"]
 
 
 # ---------------------------------------------------------------------- the page
@@ -104,7 +127,8 @@ def rendered(failed: set[Cell]) -> str:
     ]
     for place in PLACES:
         values = ["no" if (*place, column) in failed else "yes" for column in COLUMNS]
-        lines.append(f"| {' | '.join([*map(str, place), *values])} |")
+        client, stage, world = place
+        lines.append(f"| {' | '.join([client, 'none' if stage == PLAIN else str(stage), str(world), *values])} |")
     return "\n".join(lines)
 
 
@@ -112,7 +136,8 @@ def read(page: str) -> set[Cell]:
     """The cells of a page's table that are "no"."""
     lines = page.split(BEGIN)[1].split(END)[0].splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    values = {(row[0], int(row[1]), int(row[2])): row[3:] for row in rows if row[1:2] and row[1].isdigit()}
+    stages = {"none": PLAIN, "2": 2, "3": 3}
+    values = {(row[0], stages[row[1]], int(row[2])): row[3:] for row in rows if row[1:2] and row[1] in stages}
     return {(*place, c) for place, row in values.items() for c, cell in zip(COLUMNS, row, strict=True) if cell != "yes"}
 
 
@@ -124,11 +149,11 @@ def in_page(text: str, made: str) -> str:
 
 def main(clients: Sequence[str]) -> int:
     """Run every cell of these clients (default: of all) and write the table. Status 1 where one does not hold."""
-    if unknown := set(clients) - set(CLIENTS):
-        sys.exit(f"no such client: {', '.join(sorted(unknown))}; clients: {', '.join(CLIENTS)}")
+    if unknown := set(clients) - KNOWN:
+        sys.exit(f"no such client: {', '.join(sorted(unknown))}; clients: {', '.join(sorted(KNOWN))}")
     text = PAGE.read_text("utf-8")
-    places = [place for place in PLACES if place[0] in (clients or CLIENTS)]
-    CASES.every = tuple(case for case in CASES if case[2] in (clients or CLIENTS))
+    places = [place for place in PLACES if place[0] in (clients or KNOWN)]
+    CASES.every = tuple(case for case in CASES if case[2] in (clients or KNOWN))
     failed = {cell for cell in read(text) if cell[:3] not in places}
     for place in places:
         wrong = {(*place, column): error for column in COLUMNS if (error := error_of(*place, column))}

@@ -12,16 +12,20 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import mols_ds
 from mols_ds.integrations.transformers import MolsCallback
+from tests.integrations.accelerate_loop import use_scaler
 from tests.integrations.runs import (
     LR,
+    PLAIN,
     SAVED,
     SECTION,
     STEPS,
     WARMUP,
     Examples,
+    Plain,
     Run,
     end_of,
     kept_in,
+    kinds_of,
     model,
     phase_of,
     saved_in,
@@ -44,6 +48,7 @@ class Spec:
         ds: "hf" (optimizer and schedule are the Trainer's) or "deepspeed" (both in the config).
         resume: a checkpoint folder.
         lora: adapters are trained.
+        scaler: a loss scale to begin with; without DeepSpeed.
         own_sampler: every loader of the training data has one sampler, which remembers.
     """
 
@@ -58,6 +63,7 @@ class Spec:
     out: str = "out"
     resume: str | None = None
     lora: bool = False
+    scaler: float | None = None
     own_sampler: bool = False
 
 
@@ -83,10 +89,19 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.trainer: Any = None
+        self.callback: MolsCallback | None = None
         self.seen: dict[str, Any] = {"counts": [], "lrs": [], "phases": [], "saved": {}}
 
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine, or what stands for it."""
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled:
+            return trainer.model_wrapped
+        return Plain(trainer.model, self.callback and self.callback.mols, trainer.state.global_step)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        engine, seen = self.trainer.model_wrapped, self.seen
+        engine, seen = self.engine, self.seen
         seen["counts"].append((state.global_step, engine.global_steps, engine.micro_steps))
         seen["lrs"].append(float(self.trainer.lr_scheduler.get_last_lr()[0]))
         seen["phases"].append(phase_of(engine))
@@ -135,7 +150,8 @@ def make(spec: Spec, watch: Watch, callback: MolsCallback | None) -> Any:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    arguments = {**defaults, **spec.arguments, "output_dir": spec.out, "deepspeed": ds_config(spec)}
+    deepspeed = None if spec.stage == PLAIN else ds_config(spec)
+    arguments = {**defaults, **spec.arguments, "output_dir": spec.out, "deepspeed": deepspeed}
     callbacks = [watch] if callback is None else [watch, callback]
     if spec.trainer != "trainer":
         return _trl(spec, arguments, callbacks)
@@ -194,9 +210,11 @@ def train(spec: Spec) -> dict[str, Any]:
         mols_ds.patch()
     try:
         trainer = make(spec, watch, callback)
-        watch.trainer = trainer
+        watch.trainer, watch.callback = trainer, callback
         if callback is not None:
             callback.bind(trainer)
+        if spec.scaler is not None:
+            use_scaler(trainer.accelerator, torch.amp.GradScaler("cpu", init_scale=spec.scaler))
         trainer.train(resume_from_checkpoint=spec.resume)
     finally:
         mols_ds.unpatch()
@@ -207,12 +225,13 @@ def train(spec: Spec) -> dict[str, Any]:
         "flos": trainer.state.total_flos,
         "loaders": len(trainer.accelerator._dataloaders),
     }
+    watch.seen["kinds"] = kinds_of(trainer.model_wrapped)
     read = trainer.train_dataset.read if isinstance(trainer.train_dataset, Examples) else []
     rows = [row for row in history(trainer, ours=True) if "loss" in row]
     logs = [{"update": row["step"], "lr": row["learning_rate"], **row} for row in rows]
     for row in logs:
         row.pop("num_tokens", None)  # TRL counts them from each start on
-    return {**watch.seen, "logs": logs, "same": same, "read": read, **end_of(trainer.model_wrapped)}
+    return {**watch.seen, "logs": logs, "same": same, "read": read, **end_of(watch.engine)}
 
 
 EVALUATING: dict[str, Any] = {
@@ -235,4 +254,5 @@ def train_run(trainer: str, lora: bool, run: Run) -> dict[str, Any]:
         arguments = {"save_strategy": "steps", "save_steps": 2}
     resume = None if run.resume is None else f"{run.saved}/checkpoint-{SAVED[run.resume]}"
     how = "stock" if run.mols is None else "callback"
-    return train(Spec(how, trainer, run.stage, 2, run.mols, arguments=arguments, out=run.out, resume=resume, lora=lora))
+    plain = run.stage == PLAIN
+    return train(Spec(how, trainer, run.stage, 2, run.mols, plain, arguments, out=run.out, resume=resume, lora=lora))

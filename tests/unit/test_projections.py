@@ -46,6 +46,15 @@ def test_grouped_queries_by_the_names_of_other_frameworks(key: str, name: str) -
     assert build_layouts({name: (18, 12)}, config)[name].pattern == ((15, "qk"), (3, "vo"))
 
 
+def test_torchtitans_rows_of_each_key_value_head() -> None:
+    """2 key-value heads with 2 heads of queries each, of 3 features: 9 rows of queries and keys, 3 of values."""
+    name = "layers.0.attention.qkv_linear.wqkv.weight"
+    config = {"first_attention": {"n_heads": 4, "n_kv_heads": 2}}
+    assert build_layouts({name: (24, 12)}, config)[name].pattern == ((9, "qk"), (3, "vo"))
+    equal = {"first_attention": {"n_heads": 4, "n_kv_heads": None}}
+    assert build_layouts({name: (36, 12)}, equal)[name].pattern == ((6, "qk"), (3, "vo"))
+
+
 def test_torchs_attention_in_a_module_of_any_name() -> None:
     shapes = {"layers.0.cross.in_proj_weight": (24, 8), "layers.0.cross.out_proj.weight": (8, 8)}
     found = build_layouts(shapes, None)

@@ -25,7 +25,12 @@ from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import make_plan
 from mols_ds.core.new_weights import NewWeights
 from mols_ds.core.phases import resolve_schedule
-from mols_ds.core.protocols import Context, window_of_others_schedule, window_of_own_loop
+from mols_ds.core.protocols import (
+    Context,
+    window_of_extra_batches,
+    window_of_others_schedule,
+    window_of_own_loop,
+)
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.rank_checks import check_counts, check_section
 from mols_ds.core.replaced_methods import ReplacedMethods
@@ -160,10 +165,7 @@ class EngineMols(Session):
         """Describe a probe window for this loop. The schedule waits only if the engine steps it, or if the loop asks
         whether the step was skipped."""
         if self.loop == "extra":
-            return (
-                f"{samples} extra batches before the next update measure gradients; updates, schedule and the "
-                "order of the training data are those of a run without MoLS"
-            )
+            return window_of_extra_batches(samples)
         if self.engine.lr_scheduler is not None:
             return window_of_own_loop(samples)
         schedule = ""
@@ -215,10 +217,10 @@ class EngineMols(Session):
 
         self.take_step(stock)
 
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
+    def before_forward(self, module: nn.Module, args: Any) -> None:
         if self.controller.measuring and torch.is_grad_enabled():
             self.shards.begin()
-        super()._before_forward(module, args)
+        super().before_forward(module, args)
 
     def _lower_scale(self) -> bool:
         return self.shards.lower_scale()

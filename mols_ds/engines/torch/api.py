@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
+from mols_ds.core.protocols import window_of_others_schedule
 from mols_ds.engines.torch.engine import TorchMols
 from mols_ds.engines.torch.off import TorchOff
 from mols_ds.errors import MolsConfigError, MolsError, MolsUnsupportedError
@@ -25,8 +26,9 @@ def attach(
     section: Mapping[str, object] | MolsConfig | None,
     total_steps: int | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
+    announce: Callable[[int], str] = window_of_others_schedule,
 ) -> Handle:
-    """See `mols_ds.attach`."""
+    """See `mols_ds.attach`. announce: as in `protocols.Context`."""
     if not isinstance(model, nn.Module):
         raise MolsConfigError(
             f"mols_ds.attach: the model is a {type(model).__name__}, not an nn.Module: "
@@ -40,7 +42,7 @@ def attach(
         raise MolsError("this optimizer has MoLS already; call optimizer.mols.detach() first")
     if not config.enabled:
         return TorchOff(optimizers)
-    return TorchMols(optimizers, model, config, total_steps, grad_scaler)
+    return TorchMols(optimizers, model, config, total_steps, grad_scaler, announce)
 
 
 def optimizers_of(given: Any) -> list[Optimizer]:

@@ -25,12 +25,13 @@ from mols_ds.core.log import say, versions
 from mols_ds.core.lr_scaler import make_plan
 from mols_ds.core.new_weights import NewWeights, without_untrained
 from mols_ds.core.phases import resolve_schedule
-from mols_ds.core.protocols import Context, OpenStep, window_of_others_schedule
+from mols_ds.core.protocols import Context, OpenStep
 from mols_ds.core.ranges import ShardRange
 from mols_ds.core.rank_checks import check_counts, same_everywhere, together
 from mols_ds.core.replaced_methods import ReplacedMethods
 from mols_ds.core.resume_rules import section_of
 from mols_ds.core.session import Session
+from mols_ds.engines.torch.callers import by_grad_scaler, by_state_dict
 from mols_ds.engines.torch.checkpoint import TorchCheckpoints
 from mols_ds.engines.torch.checks import check_supported, unwrapped
 from mols_ds.engines.torch.gradient_watch import GradientWatch
@@ -62,9 +63,10 @@ class TorchMols(Session):
         config: MolsConfig,
         total_steps: int | None,
         grad_scaler: torch.amp.GradScaler | None,
+        announce: Callable[[int], str],
     ) -> None:
         super().__init__(config)
-        self.model, self.optimizers = model, list(optimizers)
+        self.model, self.optimizers, self._announce = model, list(optimizers), announce
         self._updates = 0
         self._round: set[int] = set()  # optimizers that have stepped in the current step
         self._discarding = self._updated = False
@@ -89,9 +91,9 @@ class TorchMols(Session):
         check_counts(self._table, self.controller.elements, self.reduce)
         self.window = TorchWindow(unwrapped(model), self._device)
         self.watch = GradientWatch(params.values())
-        self.loss_scaler = None if grad_scaler is None else LossScaler(grad_scaler, self.watch, self._has_read)
+        self.loss_scaler = None if grad_scaler is None else LossScaler(grad_scaler, self.watch)
         self._install()
-        self.checkpoints = TorchCheckpoints(self, self.shards, self._count_from)
+        self.checkpoints = TorchCheckpoints(self, self.shards, functools.partial(setattr, self, "_updates"))
         self.controller.advance(self.steps)
         self._follow()
 
@@ -101,9 +103,7 @@ class TorchMols(Session):
             return
         self._release()
         self.watch.stop()
-        if self.loss_scaler is not None:
-            self.loss_scaler.remove()
-        for methods in self._methods:
+        for methods in [*self._methods, *([] if self.loss_scaler is None else [self.loss_scaler.methods])]:
             methods.undo()
         self._publisher.release()
         for optimizer in self.optimizers:
@@ -140,8 +140,7 @@ class TorchMols(Session):
         )
         self._lr_group = largest_holder(counts, self._table.elements)
         self._schedule = resolve_schedule(config, total_steps, None)
-        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
-        self._updates = max((int(state["step"]) for state in states if "step" in state), default=0)
+        self._updates = max(self._adam_steps(), default=0)
 
     def _context(self) -> Context:
         self._publisher = Publisher(self.config.report_dir, say)
@@ -156,7 +155,7 @@ class TorchMols(Session):
             versions=versions(("transformers",)),
             log=say,
             publish=self._publisher,
-            announce=window_of_others_schedule,
+            announce=self._announce,
             reduce_max=self.shards.reduce_max,
             columns=self.shards.columns,
             layouts=self.shards.layouts,
@@ -209,11 +208,17 @@ class TorchMols(Session):
 
     def adam_settings(self, step: int) -> tuple[int, float, float]:
         """Read the settings from any state, else from the step count."""
-        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
-        counts = [int(state["step"]) for state in states if "step" in state]
-        return max(counts, default=max(2, step)), *self.optimizers[0].param_groups[0]["betas"]
+        return max(self._adam_steps(), default=max(2, step)), *self.optimizers[0].param_groups[0]["betas"]
+
+    def _adam_steps(self) -> list[int]:
+        return [int(state["step"]) for one in self.optimizers for state in one.state.values() if "step" in state]
 
     # ------------------------------------------------------------------ steps
+
+    @property
+    def discarded(self) -> bool:
+        """Whether the last step was measured and not taken."""
+        return self._discarding
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step(self, number: int, closure: Callable[[], Any] | None = None) -> Any:
@@ -223,6 +228,8 @@ class TorchMols(Session):
                 "optimizer.step() was called inside of a backward pass, where other gradients are not ready: MoLS "
                 "does not support optimizers that step in hooks of backward"
             )
+        if not self.optimizers[number].state and by_state_dict():
+            return self._stock[number]()  # makes state for a checkpoint, at rate 0
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -244,6 +251,8 @@ class TorchMols(Session):
         self._passes_before = self.watch.passes
         self._measures = self.controller.measuring and self.config.mode != "moments"
         self._discarding, self._updated = self.controller.discards_steps, False
+        if self._measures and self._early is not None and self.loss_scaler is None and by_grad_scaler():
+            raise MolsError(_SCALED)
         if self._discarding:
             self._probe()
         else:
@@ -321,8 +330,11 @@ class TorchMols(Session):
         it has them: in a calibration, saved by the same number of ranks."""
         self.checkpoints.template_of(checkpoint_dir)
 
-    def _count_from(self, steps: int) -> None:
-        self._updates = steps
+    def resume_stock(self) -> None:
+        """Continue from a checkpoint without MoLS state, whose optimizers are loaded. Collective."""
+        self._updates = max(self._adam_steps(), default=0)
+        self.resume_without_state(self._updates)
+        self._follow()
 
     # ------------------------------------------------------------------ gradients
 
@@ -330,7 +342,7 @@ class TorchMols(Session):
         """Read this step's gradients now: after the backward pass, before they are clipped. Collective.
 
         Needed where the loop changes gradients between the backward pass and `optimizer.step()`. Does nothing in a step
-        that is not measured. With a GradScaler call it after `scaler.unscale_(optimizer)`.
+        that is not measured. A GradScaler that was passed to `attach` may have unscaled them or not.
         """
         if self._round or not self.controller.measuring or self.config.mode == "moments":
             return
@@ -338,7 +350,7 @@ class TorchMols(Session):
             return
         if not self.agree(not self._early):
             raise MolsError("mols.read_gradients() was called again before optimizer.step(): call it once a step")
-        self._early = self._read()
+        self._early = self._read(1.0 if self.loss_scaler is None else self.loss_scaler.scale(self.optimizers))
 
     def _measure(self) -> bool:
         if self._early is not None:
@@ -353,7 +365,8 @@ class TorchMols(Session):
             raise MolsError(_CHANGED.format(problem or "the gradients of another rank changed before optimizer.step()"))
         return self._read()
 
-    def _read(self) -> bool:
+    def _read(self, scale: float = 1.0) -> bool:
+        self.shards.scale = scale
         self.shards.open()
         try:
             usable = super()._measure()
@@ -368,9 +381,6 @@ class TorchMols(Session):
         self._read_after = self.watch.passes
         return usable
 
-    def _has_read(self) -> bool:
-        return self._early is not None and self.watch.passes == self._read_after
-
     def _changed(self, number: int) -> bool:
         return bool(self.watch.problem(p for group in self.optimizers[number].param_groups for p in group["params"]))
 
@@ -379,7 +389,11 @@ class TorchMols(Session):
             self.loss_scaler.hold()
 
 
+_SCALED = (
+    "a GradScaler calls optimizer.step(), and mols.read_gradients() may have read scaled gradients: pass it to "
+    "mols_ds.attach(..., grad_scaler=scaler)"
+)
 _CHANGED = (
     "{}, and MoLS measures unclipped gradients: call mols.read_gradients() after the backward pass and before you clip "
-    "(with a GradScaler: pass it to mols_ds.attach, and call read_gradients() after scaler.unscale_)"
+    "(with a GradScaler: pass it to mols_ds.attach)"
 )

@@ -37,6 +37,7 @@ class TorchShards:
         """Collective."""
         self.params, self.optimizers = dict(params), optimizers
         self._moved: dict[str, Tensor] = {}
+        self.scale = 1.0  # loss scale in the gradients, where no optimizer has it
 
         def place() -> tuple[list[list[int]], list[str]]:
             blocks = {name: block_of(name, p, table.layouts[name]) for name, p in self.params.items()}
@@ -113,9 +114,9 @@ class TorchShards:
         self._moved = {}
 
     def loss_scale(self) -> float:
-        """Factor that torch's GradScaler leaves in the gradients of a fused optimizer, which divides by it itself."""
+        """Loss scale in the gradients: a fused optimizer's, which divides by it in its step, or `scale`."""
         scales = [getattr(optimizer, "grad_scale", None) for optimizer in self.optimizers]
-        return next((float(scale) for scale in scales if scale is not None), 1.0)
+        return next((float(scale) for scale in scales if scale is not None), self.scale)
 
     def finite(self) -> bool:
         """Whether this rank's gradients are finite."""

@@ -10,6 +10,8 @@ from torch import nn
 from mols_ds.core.module_state import ModuleState
 from mols_ds.core.pieces import local_part
 from mols_ds.core.probe_window import ProbeWindow
+from mols_ds.core.replaced_methods import ReplacedMethods
+from mols_ds.core.session import Session
 
 
 class TorchWindow(ProbeWindow):
@@ -25,3 +27,18 @@ class TorchWindow(ProbeWindow):
     def _end(self, saved: Any) -> None:
         if saved["accelerator"] is not None and self._accelerator is not None:
             self._accelerator.set_rng_state(saved["accelerator"])
+
+
+def watch_method(mols: Session, owner: nn.Module, name: str) -> ReplacedMethods:
+    """Take calls of `owner.name` for forward passes until `undo()`, where a loop does not call the model itself."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        mols.before_forward(owner, args)
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            mols.after_forward(owner, args, None)
+
+    methods = ReplacedMethods(owner)
+    stock = methods.set(name, call)
+    return methods

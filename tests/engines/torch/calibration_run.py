@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import mols_ds
 from tests.engines.torch.parallel import CLIP, DATA, MICROS, backward, full_weights, tiny, wrapped
 from tests.helpers.oracle.adamw import AdamSettings, ElementwiseAdamW, multipliers, ramp
-from tests.helpers.oracle.models import groups_of, masks
+from tests.helpers.oracle.models import batch, cast_parameters, groups_of, loss_of, masks
 from tests.helpers.oracle.sizes import VOCABULARY
 from tests.helpers.oracle.statistics import GroupValues, gradient_sample, group_values, tokens_of
 
@@ -96,7 +97,7 @@ def twin(
     t, iteration, before = 0, 0, None
     tied = "lm_head.weight" not in dict(module.named_parameters())
     while t < UPDATES:
-        sample = gradient_sample(module, iteration, DATA[how], MICROS)
+        sample = (bf16_sample if how == "fsdp2 bf16" else gradient_sample)(module, iteration, DATA[how], MICROS)
         iteration += 1
         if t >= START and len(samples) < SAMPLES:
             samples.append(sample)
@@ -111,3 +112,16 @@ def twin(
         assert optimizer.norm > CLIP, "clipping must act"
         t += 1
     return truth, {name: p.detach().clone() for name, p in module.named_parameters()}, before
+
+
+def bf16_sample(module: nn.Module, iteration: int, ranks: int, micros: int) -> dict[str, Tensor]:
+    """As `gradient_sample`, of a bf16 copy of the fp32 weights, whose gradients are summed in fp32 after each pass."""
+    copied = cast_parameters(copy.deepcopy(module), torch.bfloat16)
+    total = {name: torch.zeros(p.shape) for name, p in copied.named_parameters()}
+    for micro in range(micros):
+        for rank in range(ranks):
+            copied.zero_grad()
+            (loss_of(copied, batch(iteration, micro, rank)) / micros).backward()
+            for name, parameter in copied.named_parameters():
+                total[name] += parameter.grad.float() / ranks
+    return total

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import mols_ds
-from tests.engines.torch.models import Tiny, tokens
+from tests.engines.torch.models import EMPTY, Tiny, sharded_by_rows, tokens
 from tests.engines.torch.parallel import data_rank, full_weights, tiny, wrapped
 from tests.helpers.digests import caught, digest
 from tests.helpers.harness import Results, run_cases
@@ -30,6 +30,8 @@ SECTION = {"start": START, "samples": SAMPLES, "ramp_end": RAMP_END, "alpha_min"
 STOPS = {"waiting": 1, "no sample yet": 2, "calibrating": 4, "ramping": 8, "fixed": 14}
 """Iterations before the checkpoint; in mode "probe". In the others "fixed" is at 10."""
 MODES = ("probe", "online", "moments")
+WORLD = {"one": 1, "empty rank": 3}
+"""Way to run -> number of ranks, where it is not 2."""
 
 Case = tuple[str, str, str, str]  # way to run, mode, phase, way to save
 CASES = Cases(
@@ -40,12 +42,15 @@ CASES = Cases(
         ("fsdp2", "probe", "no sample yet", "dcp"),
         ("fsdp2", "probe", "calibrating", "file"),
         ("tp", "online", "calibrating", "file"),
+        *(("empty rank", mode, "calibrating", "dcp") for mode in MODES),
+        ("empty rank", "online", "calibrating", "file"),
+        ("empty rank", "online", "ramping", "dcp"),
     ],
     quick=[
-        *(("one", "probe", phase, "file") for phase in STOPS),
-        ("one", "online", "calibrating", "file"),
+        ("one", "moments", "ramping", "file"),
         ("ddp", "probe", "calibrating", "file"),
         ("fsdp2", "online", "calibrating", "dcp"),
+        ("empty rank", "online", "calibrating", "dcp"),
     ],
 )
 
@@ -57,18 +62,24 @@ class Run:
         torch.manual_seed(seed)
         self.how = how
         self.model: nn.Module = Tiny(0.2) if how in ("one", "ddp") else tiny("llama")
-        self.run = DistributedDataParallel(self.model) if how == "ddp" else wrapped(how, self.model)
+        if how == "empty rank":
+            self.model = Tiny(0.2, *EMPTY)
+            self.model.batch_norm.momentum = 0.0  # FSDP2 leaves each rank its own buffers, of which DCP saves rank 0's
+            self.run = sharded_by_rows(self.model)
+        else:
+            self.run = DistributedDataParallel(self.model) if how == "ddp" else wrapped(how, self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, eps=1e-6, betas=(0.9, 0.95))
         section = {**SECTION, "mode": mode, **more}
         self.mols = mols_ds.attach(self.optimizer, self.run, section, total_steps=UPDATES)
         torch.manual_seed(5 + (dist.get_rank() if dist.is_initialized() else 0))
 
     def iterate(self, iteration: int) -> None:
-        rank = data_rank(self.how)
-        if isinstance(self.model, Tiny):
-            self.run(tokens(iteration, rank)).backward()
+        if self.how == "empty rank":
+            self.run(tokens(iteration, dist.get_rank(), EMPTY[1])).backward()
+        elif isinstance(self.model, Tiny):
+            self.run(tokens(iteration, data_rank(self.how))).backward()
         else:
-            loss_of(self.run, batch(iteration, 0, rank)).backward()
+            loss_of(self.run, batch(iteration, 0, data_rank(self.how))).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -146,13 +157,13 @@ def resumed(how: str, mode: str, phase: str, way: str) -> dict[str, Any]:
 
 @functools.cache
 def results(world: int) -> Results:
-    return run_cases(resumed, world, [case for case in CASES.wanted if (case[0] == "one") == (world == 1)], timeout=120)
+    return run_cases(resumed, world, [case for case in CASES.wanted if WORLD.get(case[0], 2) == world], timeout=120)
 
 
 @CASES.parametrize("case", ids="-".join)
 def test_a_resumed_run_is_the_uninterrupted_one(case: Case) -> None:
     how, _, phase, _ = case
-    for rank in results(1 if how == "one" else 2)[case]:
+    for rank in results(WORLD.get(how, 2))[case]:
         expected = "calibrating" if phase == "no sample yet" else phase
         assert rank["phases"] == (expected, expected)
         assert [key for key, value in rank["whole"].items() if rank["resumed"][key] != value] == []
@@ -175,9 +186,8 @@ def moved(mode: str, phase: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("mode", "phase"), [("online", "calibrating"), ("online", "ramping"), ("probe", "calibrating")]
 )
-def test_another_number_of_ranks(mode: str, phase: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_number_of_ranks(mode: str, phase: str) -> None:
     """Alphas and ramp continue; a partial calibration starts over."""
-    monkeypatch.chdir(tmp_path)
     saved = run_cases(moved, 2, [(mode, phase)])[mode, phase][0]
     assert saved["phase"] == phase
     alone = Run("one", mode)
@@ -223,8 +233,7 @@ def test_a_state_that_rank_0_saved_alone() -> None:
     assert results["fixed",] == [[], []]
 
 
-def test_off_keeps_the_state(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_off_keeps_the_state() -> None:
     first = Run("one", "online")
     for iteration in range(8):
         first.iterate(iteration)
@@ -245,8 +254,7 @@ def test_off_keeps_the_state(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("state", [{}, {"common": "{"}, {"common": "{}"}, None, {"common": 3}])
-def test_what_is_no_state_is_refused(state: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_is_no_state_is_refused(state: Any) -> None:
     run = Run("one", "online")
     with pytest.raises(mols_ds.MolsCheckpointError, match=r"not the result of mols\.state_dict"):
         run.mols.load_state_dict(state)

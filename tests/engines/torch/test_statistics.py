@@ -23,6 +23,9 @@ pytestmark = pytest.mark.distributed
 
 RTOL = 1e-5  # the requirement
 ATOL = 1e-5  # of weights, after 12 updates that move them by up to 1e-2; alphas are off by up to RTOL
+# Masters that differ by float noise may round to other bf16 weights: a few in 1e4. Adam makes of such an element's
+# gradient up to a fifth of a step; so the weights of a tensor are compared on average (up to 2e-5 here).
+BF16_RTOL, BF16_MEAN_ATOL = 1e-3, 1e-4
 
 Case = tuple[str, str, str, str]  # way to run, model, mode, estimator
 ONE: list[Case] = [("one", "llama", mode, e) for mode in ("probe", "online", "moments") for e in ESTIMATORS]
@@ -36,6 +39,7 @@ TWO += [
     ("fsdp2 columns", "gpt2", "probe", "pooled"),
     ("fsdp2 columns", "llama", "online", "mean"),
     ("fsdp2 offload", "gpt2", "probe", "mean"),
+    ("fsdp2 bf16", "llama", "probe", "damping"),
     ("tp", "llama", "probe", "median"),
     ("tp", "llama", "online", "damping"),
     ("tp", "llama", "moments", "pooled"),
@@ -50,10 +54,9 @@ FOUR: list[Case] = [
 CASES = Cases(
     [*ONE, *TWO, *FOUR],
     quick=[
-        ("one", "llama", "probe", "median"),
         ("one", "llama", "moments", "damping"),
-        *TWO[:2],
-        *TWO[4:6],
+        ("ddp", "gpt2", "online", "median"),
+        ("fsdp2", "llama", "probe", "median"),
         ("fsdp2 columns", "gpt2", "probe", "pooled"),
         ("tp", "llama", "probe", "median"),
         ("2d", "llama", "probe", "damping"),
@@ -77,6 +80,8 @@ def name_of(case: Case) -> str:
 @CASES.parametrize("case", ids=name_of)
 def test_equals_the_twin(case: Case) -> None:
     how, model, mode, estimator = case
+    bf16 = how == "fsdp2 bf16"
+    rtol = BF16_RTOL if bf16 else RTOL
     first = outcomes(case)[0]
     rows = first["report"]["groups"]
     found = {group: float.fromhex(alpha) for group, alpha in first["alphas"].items()}
@@ -86,12 +91,13 @@ def test_equals_the_twin(case: Case) -> None:
         values = moments.moment_values(first["moments"], _masks(model), START + SAMPLES, betas, before)
         moments.check_rows(rows, values)
     else:
-        check_rows(rows, truth, estimator, RTOL)
+        check_rows(rows, truth, estimator, rtol)
     snr = {group: row["snr"] for group, row in rows.items()}
     for group, alpha in alphas(snr, REFERENCE, steps=estimator in ("damping", "step_rms"), low=0.1, high=10.0).items():
         assert rows[group]["alpha"] == pytest.approx(alpha, rel=RTOL), group
-    errors = {name: float((first["weights"][name] - w).abs().max()) for name, w in weights.items()}
-    assert max(errors.values()) <= ATOL, max(errors.items(), key=lambda item: item[1])
+    errors = {name: (first["weights"][name] - w).abs() for name, w in weights.items()}
+    errors = {name: float(error.mean() if bf16 else error.max()) for name, error in errors.items()}
+    assert max(errors.values()) <= (BF16_MEAN_ATOL if bf16 else ATOL), max(errors.items(), key=lambda item: item[1])
 
 
 @functools.cache
