@@ -26,7 +26,7 @@ STREAM_DOCUMENTS = 64
 
 
 @dataclass
-class Place:
+class StreamPosition:
     """A place in a stream: the start of a shuffled block of documents.
 
     Attributes:
@@ -60,7 +60,7 @@ class StreamedBatches(RowBatches):
         self._spec, self._tokenizer, self._seed = spec, tokenizer, seed
         self._rows: dict[Stream, Iterator[npt.NDArray[np.int64]]] = {}
         self._next: dict[Stream, int] = {}
-        self.place = Place()
+        self.place = StreamPosition()
 
     def position(self, step: int, pass_: int) -> int:
         """Position among the sequences of this rank."""
@@ -70,7 +70,10 @@ class StreamedBatches(RowBatches):
         """See `RowBatches`. The positions follow each other."""
         first = int(positions[0])
         if stream not in self._rows or first < self._next[stream]:
-            self._rows[stream], self._next[stream] = self._packed(stream, Place(buffered=self.place.buffered)), 0
+            self._rows[stream], self._next[stream] = (
+                self._packed(stream, StreamPosition(buffered=self.place.buffered)),
+                0,
+            )
         for _ in islice(self._rows[stream], first - self._next[stream]):
             pass
         self._next[stream] = first + len(positions)
@@ -85,14 +88,14 @@ class StreamedBatches(RowBatches):
         """Continue the training stream from a place.
 
         Args:
-            place: the fields of a `Place`; None: a checkpoint of release 0.4.0. Its streams are read again from their
+            place: the fields of a `StreamPosition`; None: a checkpoint of release 0.4.0. Its streams are read again from their
                 start.
         """
-        self.place = Place(buffered=True) if place is None else Place(**place)
+        self.place = StreamPosition(buffered=True) if place is None else StreamPosition(**place)
         self._rows = {"train": self._packed("train", self.place)}
         self._next = {"train": self.place.first}
 
-    def _packed(self, stream: Stream, place: Place) -> Iterator[npt.NDArray[np.int64]]:
+    def _packed(self, stream: Stream, place: StreamPosition) -> Iterator[npt.NDArray[np.int64]]:
         """Yield sequences of `length` tokens without end, from a place on. Each pass has a new order."""
         left = np.asarray(place.left, dtype=np.int64)
         first, epoch, block, state = place.first, place.epoch, place.block, place.rows
@@ -100,7 +103,7 @@ class StreamedBatches(RowBatches):
             produced = block > 0
             for texts, following in self._blocks(stream, epoch, block, state, place.buffered):
                 if stream == "train":
-                    self.place = Place(first, epoch, block, state, left.tolist(), place.buffered)
+                    self.place = StreamPosition(first, epoch, block, state, left.tolist(), place.buffered)
                 for ids in self._encoded(texts):
                     left = np.concatenate([left, np.asarray([*ids, self._tokenizer.end], dtype=np.int64)])
                     while len(left) >= self.shape.length:

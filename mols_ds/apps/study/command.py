@@ -33,7 +33,7 @@ from mols_ds.errors import MolsConfigError
 from mols_ds.training.cli_utils import FAILED, Parser, integer, run_program
 
 if TYPE_CHECKING:
-    from mols_ds.apps.study.workers import Failure, Task
+    from mols_ds.apps.study.workers import Failure, RunTask
 
 MOST_JOBS = 4
 
@@ -178,7 +178,7 @@ class _Lines:
         self.finished = 0
         self.began = time.monotonic()
 
-    def __call__(self, task: Task, result: JsonObject) -> None:
+    def __call__(self, task: RunTask, result: JsonObject) -> None:
         if task.baseline is not None:
             self.store.save_cost(task.run, result)
             ratio, memory = result["step_ratio"][0], result["memory_ratio"]
@@ -196,9 +196,9 @@ class _Lines:
         )
 
 
-def _costs_wanted(study: Study, store: Store) -> list[Task]:
+def _costs_wanted(study: Study, store: Store) -> list[RunTask]:
     """List the arms without a cost measurement at their chosen settings, once all runs are finished."""
-    from mols_ds.apps.study.workers import Task
+    from mols_ds.apps.study.workers import RunTask
 
     if not study.costs:
         return []
@@ -206,14 +206,14 @@ def _costs_wanted(study: Study, store: Store) -> list[Task]:
     if todo:
         return []
     known = store.costs()
-    wanted: list[Task] = []
+    wanted: list[RunTask] = []
     for (model, arm), best in chosen.items():
         seed = study.at(model).seeds[0]
         run = StudyRun(model, arm, best.values, seed)
         base = chosen.get((model, study.baseline))
         done = known.get(model, {}).get(arm, {}).get("run") == store.key(run)
         if base is not None and store.load(run) is not None and not done:
-            wanted.append(Task(run, StudyRun(model, study.baseline, base.values, seed)))
+            wanted.append(RunTask(run, StudyRun(model, study.baseline, base.values, seed)))
     return wanted
 
 

@@ -8,7 +8,7 @@ import random
 from mols_ds.apps.study.rows import difference
 from mols_ds.apps.study.runs import Store, StudyRun
 from mols_ds.apps.study.spec import Study
-from mols_ds.apps.study.workers import Failure, Pool, Task
+from mols_ds.apps.study.workers import Failure, Pool, RunTask
 from mols_ds.core.json_types import JsonMapping
 from mols_ds.core.log import tell
 from mols_ds.errors import MolsConfigError
@@ -30,7 +30,9 @@ def rerun(study: Study, store: Store, number: int) -> list[Failure]:
     path.unlink(missing_ok=True)
     again = Store(study.model_copy(update={"rows": str(path)}), store.out)
     with contextlib.closing(Pool(again.study, again, 1)) as pool:
-        failures = pool.run(lambda: [Task(run) for run in wanted.values() if again.load(run) is None], lambda *_: None)
+        failures = pool.run(
+            lambda: [RunTask(run) for run in wanted.values() if again.load(run) is None], lambda *_: None
+        )
     for run in wanted.values():
         old, new = store.load(run), again.load(run)
         if old is not None and new is not None:

@@ -45,14 +45,14 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Task:
+class RunTask:
     """Train a run; with `baseline`, measure the cost of its arm relative to that, both at these tuned settings."""
 
     run: StudyRun
     baseline: StudyRun | None = None
 
 
-def perform(worker: Worker, task: Task) -> JsonObject:
+def perform(worker: Worker, task: RunTask) -> JsonObject:
     """Execute one task. Redirect its output to OUT/logs."""
     kind = "cost-" if task.baseline else ""
     with _logged(worker.store.out / "logs" / f"{kind}{worker.store.key(task.run)}.log", worker.rank):
@@ -147,7 +147,7 @@ class Pool:
         for name, value in KEEP_FREED.items():
             os.environ.setdefault(name, value)
         self.free: list[Connection] = []
-        self.busy: dict[Connection, Task] = {}
+        self.busy: dict[Connection, RunTask] = {}
         self.processes = []
         for _ in range(jobs):
             mine, theirs = spawn.Pipe()
@@ -165,9 +165,9 @@ class Pool:
         for process in self.processes:
             process.join()
 
-    def run(self, wanted: Callable[[], list[Task]], done: Callable[[Task, JsonObject], None]) -> list[Failure]:
+    def run(self, wanted: Callable[[], list[RunTask]], done: Callable[[RunTask, JsonObject], None]) -> list[Failure]:
         """Execute the tasks of `wanted` until it returns no new ones. It is called again after every result."""
-        failures: dict[Task, Failure] = {}
+        failures: dict[RunTask, Failure] = {}
         while True:
             todo = [task for task in wanted() if task not in failures and task not in self.busy.values()]
             while todo and self.free:
@@ -199,19 +199,19 @@ class Pool:
 
 
 def together(
-    worker: Worker, wanted: Callable[[], list[Task]], done: Callable[[Task, JsonObject], None]
+    worker: Worker, wanted: Callable[[], list[RunTask]], done: Callable[[RunTask, JsonObject], None]
 ) -> list[Failure]:
     """Execute the tasks of rank 0's `wanted` on every rank, one after the other. `done` is called on rank 0.
 
     Every rank raises the same MolsError, so the study continues without that run. Any other error ends the job.
     """
-    failures: dict[Task, Failure] = {}
+    failures: dict[RunTask, Failure] = {}
     while True:
         box: list[Any] = [None]
         if worker.rank == 0:
             box[0] = next((task for task in wanted() if task not in failures), None)
         torch.distributed.broadcast_object_list(box, src=0)
-        task: Task | None = box[0]
+        task: RunTask | None = box[0]
         if task is None:
             return list(failures.values())
         try:
@@ -223,6 +223,6 @@ def together(
             done(task, result)
 
 
-def runs_wanted(study: Study, store: Store) -> list[Task]:
+def runs_wanted(study: Study, store: Store) -> list[RunTask]:
     """Return the runs that can start now."""
-    return [Task(run) for run in needed(study, store)[0]]
+    return [RunTask(run) for run in needed(study, store)[0]]
