@@ -20,7 +20,11 @@ from functools import partial
 
 import torch
 
-from mols_ds.core.accumulators import STRIDE, Accumulators, welford
+from mols_ds.core.accumulators import Accumulators
+from mols_ds.core.layout import ElementLayout
+from mols_ds.core.ranges import ShardRange
+from mols_ds.core.subsample import Subsample, choose
+from mols_ds.core.welford import welford
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TARGET = 0.8
@@ -51,8 +55,9 @@ def measure(numel: int, dtype: torch.dtype, device: torch.device, repeats: int) 
     """Print bandwidths and ratios for one setting."""
     gradient = torch.randn(numel, device=device).to(dtype)
     source, target = torch.randn(numel, device=device), torch.empty(numel, device=device)
-    index = torch.zeros(-(-numel // STRIDE), dtype=torch.uint8)
-    moments = Accumulators(numel, device=device, group_index=index, n_groups=1, block_length=1 << 30)
+    owned, layouts = [ShardRange("w", 0, 0, numel)], {"w": ElementLayout.whole("vo")}
+    kept = Subsample(*choose(owned, layouts, ("vo",)), device, torch.float32)
+    moments = Accumulators(numel, device=device, kept=kept)
     whole_mean, whole_m2 = torch.zeros(numel, device=device), torch.zeros(numel, device=device)
 
     def sample() -> None:

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 SECTIONS = ("sizes", "ranks", "parameters", "engine")
-BYTES_PER_ELEMENT = 8 + 9 / 127  # two fp32 accumulators; for every 127th element two more and its group's number
+BYTES_PER_ELEMENT = 8  # two fp32 accumulators
 TRANSIENT_BYTES, TRANSIENT_SHARE = 96 << 20, 0.05  # above the accumulators: chunks, and the group numbers being made
 JOB_SECONDS = 1200.0
 Row = dict[str, Any]

@@ -20,7 +20,10 @@ import overhead
 import torch
 from rich.table import Table
 
-from mols_ds.core.accumulators import STRIDE, Accumulators
+from mols_ds.core.accumulators import Accumulators
+from mols_ds.core.layout import ElementLayout
+from mols_ds.core.ranges import ShardRange
+from mols_ds.core.subsample import Subsample, choose
 
 ARMS = ("stock", "fixed", "online")
 VOCABULARY, SEQUENCE, WARMUP = 32_000, 128, 4
@@ -108,8 +111,9 @@ def copy_over_update(device: torch.device) -> float:
     """Bandwidth of torch's copy_ (8 bytes an element) over that of an update (20), each at its fastest of REPEATS."""
     numel = NUMEL[device.type]
     gradient, target = torch.randn(numel, device=device), torch.empty(numel, device=device)
-    index = torch.zeros(-(-numel // STRIDE), dtype=torch.uint8)
-    moments = Accumulators(numel, device=device, group_index=index, n_groups=1, block_length=1 << 30)
+    owned, layouts = [ShardRange("w", 0, 0, numel)], {"w": ElementLayout.whole("vo")}
+    kept = Subsample(*choose(owned, layouts, ("vo",)), device, torch.float32)
+    moments = Accumulators(numel, device=device, kept=kept)
 
     def sample() -> None:
         moments.open()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from torch import nn
 
 from megatron_patches.compat import APPLIED, ATTACHED, check_modules, check_version, optimizer_classes
 from megatron_patches.engine import MegatronMols
-from megatron_patches.monkeypatch import Patches
 from megatron_patches.off import MegatronOff
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
@@ -92,7 +93,7 @@ class _Applied:
 
     def __init__(self, config: MolsConfig, samples_per_step: int | None, force: bool) -> None:
         self.config, self.samples_per_step, self.force = config, samples_per_step, force
-        self.patches = Patches()
+        self.patches = contextlib.ExitStack()
         self.chunks: list[nn.Module] = []
         self.open = False  # whether an optimizer is being built from `chunks`
 
@@ -107,48 +108,41 @@ class _Applied:
             self._replace(chained, name, functools.partial(self._attach_late, name))
         self._replace(dist_checkpointing, "load", self._ask_for_samples)
 
-    def _replace(self, owner: ModuleType | type, name: str, make: Callable[[Method], Method]) -> None:
+    def _replace(self, owner: ModuleType | type, name: str, call: Method) -> None:
+        """Let `owner.name` call `call` with the stock function as its first argument."""
         stock = getattr(owner, name)
-        self.patches.set(owner, name, functools.wraps(stock)(make(stock)))
+
+        @functools.wraps(stock)
+        def replacement(*args: Any, **kwargs: Any) -> object:
+            return call(stock, *args, **kwargs)
+
+        self.patches.enter_context(mock.patch.object(owner, name, replacement))
 
     # ------------------------------------------------------------------ the replacements
 
-    def _note_chunks(self, stock: Method) -> Method:
-        def get_param_groups(model_chunks: Sequence[nn.Module], *args: Any, **kwargs: Any) -> object:
-            if not self.open:
-                self.chunks, self.open = [], True
-            known = {id(chunk) for chunk in self.chunks}
-            self.chunks += [chunk for chunk in model_chunks if id(chunk) not in known]
-            return stock(model_chunks, *args, **kwargs)
+    def _note_chunks(self, stock: Method, model_chunks: Sequence[nn.Module], *args: Any, **kwargs: Any) -> object:
+        if not self.open:
+            self.chunks, self.open = [], True
+        known = {id(chunk) for chunk in self.chunks}
+        self.chunks += [chunk for chunk in model_chunks if id(chunk) not in known]
+        return stock(model_chunks, *args, **kwargs)
 
-        return get_param_groups
+    def _note_optimizer(self, stock: Method, chained: object, *args: Any, **kwargs: Any) -> None:
+        stock(chained, *args, **kwargs)
+        self.open = False
+        setattr(chained, _CHUNKS, list(self.chunks))
 
-    def _note_optimizer(self, stock: Method) -> Method:
-        def init(chained: object, *args: Any, **kwargs: Any) -> None:
-            stock(chained, *args, **kwargs)
-            self.open = False
-            setattr(chained, _CHUNKS, list(self.chunks))
+    def _note_scheduler(self, stock: Method, scheduler: object, optimizer: object, *args: Any, **kwargs: Any) -> None:
+        stock(scheduler, optimizer, *args, **kwargs)
+        if self.open and not hasattr(optimizer, _CHUNKS):  # not a ChainedOptimizer: attach() raises
+            setattr(optimizer, _CHUNKS, list(self.chunks))
+        self._attach(optimizer, scheduler)
 
-        return init
-
-    def _note_scheduler(self, stock: Method) -> Method:
-        def init(scheduler: object, optimizer: object, *args: Any, **kwargs: Any) -> None:
-            stock(scheduler, optimizer, *args, **kwargs)
-            if self.open and not hasattr(optimizer, _CHUNKS):  # not a ChainedOptimizer: attach() raises
-                setattr(optimizer, _CHUNKS, list(self.chunks))
-            self._attach(optimizer, scheduler)
-
-        return init
-
-    def _attach_late(self, name: str, stock: Method) -> Method:
+    def _attach_late(self, name: str, stock: Method, chained: object, *args: Any, **kwargs: Any) -> object:
         """Attach in a script without Megatron's scheduler: on loading a checkpoint, or at the first step."""
-
-        def method(chained: object, *args: Any, **kwargs: Any) -> object:
-            if self._attach(chained, None):
-                return getattr(chained, name)(*args, **kwargs)
-            return stock(chained, *args, **kwargs)
-
-        return method
+        if self._attach(chained, None):
+            return getattr(chained, name)(*args, **kwargs)
+        return stock(chained, *args, **kwargs)
 
     def _attach(self, optimizer: object, scheduler: object) -> bool:
         """Attach to a pending optimizer. Return whether it was pending."""
@@ -165,16 +159,14 @@ class _Applied:
         delattr(optimizer, _CHUNKS)  # only now: a retry raises the error of attach() again
         return True
 
-    def _ask_for_samples(self, stock: Method) -> Method:
+    def _ask_for_samples(
+        self, stock: Method, sharded_state_dict: object, checkpoint_dir: object, *args: Any, **kwargs: Any
+    ) -> object:
         """On a load into our optimizer's state dict, request the accumulators too where the checkpoint has them."""
-
-        def load(sharded_state_dict: object, checkpoint_dir: object, *args: Any, **kwargs: Any) -> object:
-            mols = _last()
-            if isinstance(mols, MegatronMols) and isinstance(sharded_state_dict, dict):
-                mols.checkpoints.ask_in(sharded_state_dict, checkpoint_dir)
-            return stock(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-
-        return load
+        mols = _last()
+        if isinstance(mols, MegatronMols) and isinstance(sharded_state_dict, dict):
+            mols.checkpoints.ask_in(sharded_state_dict, checkpoint_dir)
+        return stock(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
 
 _active: _Applied | None = None
@@ -226,7 +218,7 @@ def undo() -> None:
     global _active
     if _active is None:
         raise MolsError("megatron_patches.undo(): nothing to undo, apply() was not called")
-    _active.patches.undo()
+    _active.patches.close()
     _active = None
 
 

@@ -82,16 +82,6 @@ def split_state(optimizer: Any, state_dict: Any) -> tuple[Any, Any, Any]:
     return state, host.pop(KEY, None), host.pop(SAMPLES, None)
 
 
-def _model_ranks() -> int:
-    from megatron.core import parallel_state
-
-    tensor, pipeline = (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    )
-    return int(tensor * pipeline)
-
-
 class MegatronCheckpoints:
     """Replace the state-dict methods of one `ChainedOptimizer` instance until `remove()`.
 
@@ -117,13 +107,10 @@ class MegatronCheckpoints:
         """Return the state that is equal on all ranks."""
         return {**self.mols.common_state(), "steps": self.mols.steps}
 
-    def _host(self, state: Any) -> dict[Any, Any]:
-        return state_host(self.optimizer, state)
-
     def sharded_state_dict(self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
         """Return the state of `ChainedOptimizer.sharded_state_dict` with the MoLS state."""
         state = self._stock["sharded_state_dict"](model_sharded_state_dict, is_loading, **kwargs)
-        host = self._host(state)
+        host = state_host(self.optimizer, state)
         if is_loading:
             self._asked = state
             if self._wanted:
@@ -146,7 +133,7 @@ class MegatronCheckpoints:
     def state_dict(self) -> Any:
         """Return the state of `ChainedOptimizer.state_dict` with the common MoLS state (no accumulators)."""
         state = self._stock["state_dict"]()
-        host = self._host(state)
+        host = state_host(self.optimizer, state)
         host[KEY] = self._common()
         return state
 
@@ -178,7 +165,7 @@ class MegatronCheckpoints:
         self._refuse(names, checkpoint_dir)
         with contextlib.suppress(Exception):
             if self._has_samples(names):
-                self._host(self._asked)[SAMPLES] = self._object(None)
+                state_host(self.optimizer, self._asked)[SAMPLES] = self._object(None)
 
     @staticmethod
     def _names(checkpoint_dir: Any) -> list[str]:
@@ -195,11 +182,14 @@ class MegatronCheckpoints:
 
     def _refuse(self, names: Sequence[str], checkpoint_dir: Any) -> None:
         """Raise `MolsCheckpointError` for names of an optimizer state that this run cannot load."""
-        problem = layout_problem(
-            names,
-            distributed=any(type(o).__name__ == "DistributedOptimizer" for o in self.optimizer.chained_optimizers),
-            model_ranks=_model_ranks(),
+        from megatron.core import parallel_state
+
+        tensor, pipeline = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
         )
+        distributed = any(type(o).__name__ == "DistributedOptimizer" for o in self.optimizer.chained_optimizers)
+        problem = layout_problem(names, distributed=distributed, model_ranks=tensor * pipeline)
         if problem is not None:
             raise MolsCheckpointError(f"{checkpoint_dir}: {problem}")
 
@@ -223,7 +213,8 @@ class MegatronCheckpoints:
         self._stock["load_state_dict"](state)
         self.window.forget()
         if saved is None:
-            self._without_state()
+            self.count_from(self._updates())
+            self.mols.resume_without_state(self.mols.steps)
             return
         steps = int(saved["steps"])
         self.count_from(steps if SINCE not in saved else max(steps, self._updates()))
@@ -248,10 +239,6 @@ class MegatronCheckpoints:
         mine = torch.zeros(dist.get_world_size(), dtype=torch.float64, device="cpu")
         mine[dist.get_rank()] = optimizer_steps(self.optimizer)
         return int(self.mols.reduce(mine).max())
-
-    def _without_state(self) -> None:
-        self.count_from(self._updates())
-        self.mols.resume_without_state(self.mols.steps)
 
     def _checked(self, saved: Any) -> Any:
         saved = self._same_groups(saved)
@@ -302,7 +289,11 @@ class MegatronCheckpoints:
                 )
         else:
             try:
-                self._load_window(samples["random"])
+                random = samples["random"]  # restored at the end of the window; 0.4.0 saved a `RandomState`
+                if random is not None and "torch" in random:
+                    self.window.load_0_4_0(random["torch"], random)
+                else:
+                    self.window.load_state_dict(random)
                 if samples["samples"] is not None:
                     mols.controller.elements.load_state_dict(samples["samples"])
             except Exception as error:  # a corrupt object raises many types; all ranks need the error
@@ -310,10 +301,3 @@ class MegatronCheckpoints:
         if mols.agree(problem is None):
             return None
         return (problem or "another rank's accumulators do not fit it (another layout)") if started else None
-
-    def _load_window(self, saved: Any) -> None:
-        """Load the state that this rank restores at the end of the window; 0.4.0 saved a `RandomState`."""
-        if saved is not None and "torch" in saved:
-            self.window.load_0_4_0(saved["torch"], saved)
-        else:
-            self.window.load_state_dict(saved)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any, Protocol
 
 from mols_ds.errors import MolsUnsupportedError
@@ -28,14 +27,6 @@ class Wrapper(Protocol):
 
     config: Any  # OptimizerConfig
     optimizer: Any  # the inner torch optimizer; None where this rank has no parameters
-
-
-class GradScaler(Protocol):
-    """The loss scale of fp16 (optimizer/grad_scaler.py)."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 # ------------------------------------------------------------------ modules
@@ -206,13 +197,9 @@ def _require(where: str, owner: object, names: Iterable[str]) -> None:
 
 def _installed() -> str:
     try:
-        return str(_core().__version__)
+        return str(importlib.import_module("megatron.core").__version__)
     except ImportError as error:
         raise MolsUnsupportedError(f"megatron-core cannot be imported ({error}): pip install megatron-core") from None
-
-
-def _core() -> ModuleType:
-    return importlib.import_module("megatron.core")
 
 
 def _refusal(what: str) -> MolsUnsupportedError:

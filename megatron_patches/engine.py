@@ -23,7 +23,6 @@ from megatron_patches import precision
 from megatron_patches.checkpoint import MegatronCheckpoints
 from megatron_patches.checks import check_supported, find_config
 from megatron_patches.collective_checks import check_locals, merge_shapes
-from megatron_patches.compat import GradScaler
 from megatron_patches.group_rules import frozen_names
 from megatron_patches.param_map import (
     LocalParameter,
@@ -161,14 +160,12 @@ class MegatronMols(Session):
             device=torch.device("cpu") if on_cpu else collective_device(),
             rank=dist.get_rank(),
             world={"data": grid.data, "tensor": grid.tensor, "pipeline": grid.pipeline, "expert": grid.expert},
-            versions=versions(("megatron-core", "transformer-engine")) | self._precision(),
+            versions=versions(("megatron-core", "transformer-engine"))
+            | precision.describe(self.model_config, self.optimizer),
             log=say,
             publish=self._publisher,
             reduce_max=self.shards.reduce_max,
         )
-
-    def _precision(self) -> dict[str, str]:
-        return precision.as_versions(precision.describe(self.model_config, self.optimizer))
 
     def _install(self, model_chunks: Sequence[nn.Module], table: GroupTable) -> None:
         counts = []
@@ -246,13 +243,10 @@ class MegatronMols(Session):
 
     def _prepare_probe(self) -> bool:
         """Unscale the reduced gradient in place. The loop zeroes it before the next iteration."""
-        self._loss_scales = [(scaler, scaler.state_dict()) for scaler in self._grad_scalers()]
+        found = (getattr(outer, "grad_scaler", None) for outer in self.optimizer.chained_optimizers)
+        scalers = {id(scaler): scaler for scaler in found if scaler is not None}
+        self._loss_scales = [(scaler, scaler.state_dict()) for scaler in scalers.values()]
         return not self.optimizer.prepare_grads()
-
-    def _grad_scalers(self) -> list[GradScaler]:
-        """Return the distinct grad scalers of the chained optimizers."""
-        scalers = [getattr(outer, "grad_scaler", None) for outer in self.optimizer.chained_optimizers]
-        return list({id(scaler): scaler for scaler in scalers if scaler is not None}.values())
 
     def _after_discard(self, usable: bool) -> None:
         """Lower the loss scale after a non-finite sample. It does not grow in the window."""

@@ -62,12 +62,7 @@ CONFIG_KEYS = (
     "tensor_model_parallel_size",
 )
 """Keys of a TransformerConfig that determine the rows of fused projections."""
-_PARALLEL_SIZES = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-)
+_PARALLEL = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
 
 # ---------------------------------------------------------------------------------------------------- config access
 
@@ -358,7 +353,7 @@ def tag_table(
         config = _find_config(chunks[0])
     else:
         modules[""] = config
-    for key in _PARALLEL_SIZES:
+    for key in (f"{ranks}_parallel_size" for ranks in _PARALLEL):
         if int(config_value(config, key) or 1) > 1:
             raise MolsConfigError(
                 f"tag_table takes a whole model, but its config has {key}={config_value(config, key)}; "

@@ -53,20 +53,13 @@ def current_grid() -> ProcessGrid:
             "parallel_state.initialize_model_parallel() first (process groups that are only passed as a pg_collection "
             "are not supported)"
         )
-    return ProcessGrid(
-        tensor=state.get_tensor_model_parallel_world_size(),
-        tensor_rank=state.get_tensor_model_parallel_rank(),
-        pipeline=state.get_pipeline_model_parallel_world_size(),
-        pipeline_rank=state.get_pipeline_model_parallel_rank(),
-        data=state.get_data_parallel_world_size(with_context_parallel=True),
-        data_rank=state.get_data_parallel_rank(with_context_parallel=True),
-        expert=state.get_expert_model_parallel_world_size(),
-        expert_rank=state.get_expert_model_parallel_rank(),
-        expert_tensor=state.get_expert_tensor_parallel_world_size(),
-        expert_tensor_rank=state.get_expert_tensor_parallel_rank(),
-        expert_data=state.get_expert_data_parallel_world_size(),
-        expert_data_rank=state.get_expert_data_parallel_rank(),
-    )
+    sizes: dict[str, int] = {}
+    for kind in ("tensor_model", "pipeline_model", "data", "expert_model", "expert_tensor", "expert_data"):
+        options = {"with_context_parallel": True} if kind == "data" else {}
+        name = kind.removesuffix("_model")
+        sizes[name] = getattr(state, f"get_{kind}_parallel_world_size")(**options)
+        sizes[f"{name}_rank"] = getattr(state, f"get_{kind}_parallel_rank")(**options)
+    return ProcessGrid(**sizes)
 
 
 @dataclass(frozen=True, slots=True)

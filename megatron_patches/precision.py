@@ -7,7 +7,6 @@ fails late with an unclear error. So `megatron_patches.machine` checks for the p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,31 +19,6 @@ from mols_ds.core.config import Mode
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.optim.catalog import MEGATRON
 from mols_ds.optim.traits import has_adam_moments, has_several_betas, reads_groups_only, unscaled_refusal
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Precision of a run.
-
-    Attributes:
-        machine: installed packages and device.
-        param_dtype: dtype of the weights, such as "bfloat16". FP8 and FP4 weights report bfloat16 too.
-        low_precision: "fp8" or "fp4" for matrix products in this format, else None.
-        recipe: its recipe, a key of `RECIPES`, or None.
-        primary_weights: whether the weights are stored in this format.
-        wgrad_fusion: whether the weight-gradient matrix product accumulates into `main_grad`.
-        statistics: description of the gradient samples.
-        optimizer: source of the inner optimizer: "transformer_engine", "apex", "torch.optim.AdamW" or a class.
-    """
-
-    machine: Machine
-    param_dtype: str
-    low_precision: str | None
-    recipe: str | None
-    primary_weights: bool
-    wgrad_fusion: bool
-    statistics: str
-    optimizer: str
 
 
 class Refusal(NamedTuple):
@@ -87,18 +61,16 @@ def check(
     asked = _asked(model_config)
     if asked is not None:
         _check_low_precision(*asked, machine)
-        _check_agreement(*asked, optimizer_config)
+        told = getattr(optimizer_config, "fp8_recipe", None)
+        if asked[0] == "fp8" and told is not None and str(getattr(told, "value", told)) != asked[1]:
+            raise MolsConfigError(f"fp8_recipe: the model has {asked[1]!r}, the optimizer {told!r}; give both the same")
     if getattr(model_config, "gradient_accumulation_fusion", False) and not machine.wgrad_kernel:
         raise MolsUnsupportedError(
             "gradient_accumulation_fusion needs apex's fused_weight_gradient_mlp_cuda, which is missing (the output "
             "layer is Megatron's also with Transformer Engine): build apex with its CUDA extensions or set "
             "gradient_accumulation_fusion to false"
         )
-    _check_setting(model_config)
-
-
-def _check_setting(model_config: object) -> None:
-    """Raise for settings that do not work on any machine: a missing partner setting, or bypassed forward hooks."""
+    # Settings that do not work on any machine: a missing partner setting, or bypassed forward hooks.
     if getattr(model_config, "fp4_param", False):
         raise MolsUnsupportedError(
             "MoLS does not support fp4_param (primary weights in FP4): they need the optimizer's fp4_param_gather; set "
@@ -156,59 +128,38 @@ def _check_low_precision(kind: str, recipe: str, machine: Machine) -> None:
         )
 
 
-def _check_agreement(kind: str, recipe: str, optimizer: object) -> None:
-    told = getattr(optimizer, "fp8_recipe", None)
-    if kind == "fp8" and told is not None and str(getattr(told, "value", told)) != recipe:
-        raise MolsConfigError(f"fp8_recipe: the model has {recipe!r}, the optimizer {told!r}; give both the same")
-
-
 # ------------------------------------------------------------------ description of a run
 
 
-def describe(model_config: object = None, optimizer: object = None, *, machine: Machine | None = None) -> Precision:
+def describe(
+    model_config: object = None, optimizer: object = None, *, machine: Machine | None = None
+) -> dict[str, str]:
     """Describe the precision of a run and of its gradient samples. A missing argument gives defaults.
 
     Args:
         model_config: TransformerConfig.
         optimizer: a built MegatronOptimizer (or ChainedOptimizer).
+
+    Returns:
+        Entries of the report's "versions": "transformer_engine"; "low_precision": format and recipe of the matrix
+        products; "statistics": the gradient samples in one phrase; "optimizer": source of the inner optimizer.
     """
-    asked = _asked(model_config)
-    kind, recipe = asked if asked is not None else (None, None)
+    machine = probe_machine() if machine is None else machine
+    kind, recipe = _asked(model_config) or (None, None)
+    primary = kind is not None and bool(getattr(model_config, f"{kind}_param", False))
+    # FP8 and FP4 weights report bfloat16 too.
     dtype = str(getattr(model_config, "params_dtype", torch.float32)).removeprefix("torch.")
-    primary = bool(kind) and bool(getattr(model_config, f"{kind}_param", False))
-    fusion = bool(getattr(model_config, "gradient_accumulation_fusion", False))
-    return Precision(
-        machine=probe_machine() if machine is None else machine,
-        param_dtype=dtype,
-        low_precision=kind,
-        recipe=recipe,
-        primary_weights=primary,
-        wgrad_fusion=fusion,
-        statistics=_statistics(_gradient_dtype(optimizer), dtype, kind, recipe, primary, fusion),
-        optimizer=_optimizer_source(optimizer),
-    )
-
-
-def _statistics(
-    gradient: str | None, param: str, kind: str | None, recipe: str | None, primary: bool, fusion: bool
-) -> str:
-    """Describe the gradient samples in one phrase."""
-    weights = f"{kind} primary weights" if kind and primary else f"{param} weights"
-    text = f"{gradient or 'float32'} main_grad of {weights}"
+    weights = f"{kind} primary weights" if primary else f"{dtype} weights"
+    samples = f"{_gradient_dtype(optimizer) or 'float32'} main_grad of {weights}"
     if kind:
-        text += f", from {kind} matrix products (recipe {recipe}), scales divided out"
-    return text + (", accumulated by the fused weight-gradient product" if fusion else "")
-
-
-def as_versions(precision: Precision) -> dict[str, str]:
-    """Return the entries of the report's "versions"."""
-    machine = precision.machine
-    low = f"{precision.low_precision}/{precision.recipe}" if precision.low_precision else "none"
+        samples += f", from {kind} matrix products (recipe {recipe}), scales divided out"
+    if getattr(model_config, "gradient_accumulation_fusion", False):
+        samples += ", accumulated by the fused weight-gradient product"
     return {
         "transformer_engine": machine.engine or f"none ({machine.engine_missing})",
-        "low_precision": low + (", primary weights" if precision.primary_weights else ""),
-        "statistics": precision.statistics,
-        "optimizer": precision.optimizer,
+        "low_precision": (f"{kind}/{recipe}" if kind else "none") + (", primary weights" if primary else ""),
+        "statistics": samples,
+        "optimizer": _optimizer_source(optimizer),
     }
 
 
@@ -245,7 +196,7 @@ def _gradient_dtype(optimizer: object) -> str | None:
 
 def _optimizer_source(optimizer: object) -> str:
     """Return the package of the inner optimizer; without one, the package of Megatron's default Adam."""
-    kinds = [type(one.optimizer) for one in _inner(optimizer) if getattr(one, "optimizer", None) is not None]
+    kinds = [type(one) for one in inner_optimizers(optimizer)]
     if not kinds:
         from megatron.core import optimizer as module
 
@@ -365,7 +316,9 @@ def _moments_refusals(
     low = [getattr(config, key, torch.float32) for config in configs for key in ("exp_avg_dtype", "exp_avg_sq_dtype")]
     return [
         Refusal(
-            mode == "moments" and not all(_has_adam_moments(one) for one in inner),
+            # An unknown class must be called an Adam too.
+            mode == "moments"
+            and not all(has_adam_moments(one) and "adam" in type(one).__name__.lower() for one in inner),
             "mode 'moments' with an optimizer that keeps no Adam moments",
             'mode "probe" or "online"',
         ),
@@ -380,8 +333,3 @@ def _moments_refusals(
             'fp32 moments, or mode "probe" or "online"',
         ),
     ]
-
-
-def _has_adam_moments(inner: object) -> bool:
-    """Return whether an optimizer has Adam's moments by the catalog, and "adam" in its class name."""
-    return has_adam_moments(inner) and "adam" in type(inner).__name__.lower()

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-
-
-class Tracker(Protocol):
-    """Megatron's `CudaRNGStatesTracker`: name -> RNG state."""
-
-    def get_states(self) -> dict[str, Tensor | torch.Generator]: ...
-
-    def set_states(self, states: dict[str, Tensor | torch.Generator]) -> None: ...
 
 
 class RandomState:
@@ -54,13 +46,18 @@ def set_accelerator_state(state: Tensor | None) -> None:
 
 
 def tracker_states() -> dict[str, Tensor]:
-    """Return copies of the states of Megatron's tracker."""
-    return {name: _copy(state) for name, state in _tracker().get_states().items()}
+    """Return copies of the states of Megatron's `CudaRNGStatesTracker`: name -> RNG state."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    states = get_cuda_rng_tracker().get_states().items()
+    return {name: s.get_state() if isinstance(s, torch.Generator) else s.clone() for name, s in states}
 
 
 def set_tracker_states(copies: Mapping[str, Tensor]) -> None:
     """Set the states of Megatron's tracker from `tracker_states`."""
-    tracker = _tracker()
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
     states = tracker.get_states()
     for name, copy in copies.items():
         live = states.get(name)
@@ -69,14 +66,3 @@ def set_tracker_states(copies: Mapping[str, Tensor]) -> None:
         else:
             states[name] = copy
     tracker.set_states(states)
-
-
-def _tracker() -> Tracker:
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    tracker: Tracker = get_cuda_rng_tracker()
-    return tracker
-
-
-def _copy(state: Tensor | torch.Generator) -> Tensor:
-    return state.get_state() if isinstance(state, torch.Generator) else state.clone()

@@ -36,10 +36,8 @@ def scheduler_hints(scheduler: object, samples_per_step: int | None) -> tuple[in
 
 def increment_of(samples_per_step: int | None) -> int | None:
     """Return the argument of each `scheduler.step()`; None if unknown."""
-    return samples_per_step or _global_batch_size()
-
-
-def _global_batch_size() -> int | None:
+    if samples_per_step:
+        return samples_per_step
     from megatron.core import num_microbatches_calculator as calculator
 
     current = getattr(calculator, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR", None)

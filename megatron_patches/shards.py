@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from megatron_patches.compat import WRAPPERS
 from megatron_patches.param_map import LocalParameter, ProcessGrid
 from mols_ds.core.pieces import Parts, all_finite, gradient_of, zero_pieces
 from mols_ds.core.ranges import ShardRange, pack, split_among_replicas
@@ -27,8 +28,6 @@ from mols_ds.errors import MolsUnsupportedError
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
-
-KINDS = ("DistributedOptimizer", "Float16OptimizerWithFloat16Params", "FP32Optimizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +135,9 @@ def collective_device() -> torch.device:
 def _shards(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter]) -> Iterable[Shard]:
     """Yield the shards, without parameters frozen after building the optimizer: `local_parameters` skips them too."""
     kind = type(outer).__name__
-    if kind not in KINDS:
+    if kind not in WRAPPERS:
         raise MolsUnsupportedError(
-            f"MoLS does not support Megatron's {kind}: supported are {', '.join(KINDS)}, chained or alone in a chain"
+            f"MoLS does not support Megatron's {kind}: supported are {', '.join(WRAPPERS)}, chained or alone in a chain"
         )
     if getattr(outer, "is_stub_optimizer", False):
         return
@@ -176,10 +175,9 @@ def _float16(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParameter
     ]
     for parameters, tensors in pairs:
         for parameter, tensor in zip(parameters, tensors, strict=True):
-            if not _trained(parameter):
-                continue
-            local = _local(by_parameter, parameter)
-            yield Shard(local, tensor, local.range.at(0), group_of[id(tensor)])
+            if _trained(parameter):
+                local = _local(by_parameter, parameter)
+                yield Shard(local, tensor, local.range.at(0), group_of[id(tensor)])
 
 
 def _trained(parameter: nn.Parameter) -> bool:

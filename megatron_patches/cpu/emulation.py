@@ -24,6 +24,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NoReturn
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -32,7 +33,6 @@ from torch.overrides import TorchFunctionMode
 from megatron_patches.compat import EMULATED, EMULATED_ADAM, TRITON, check_modules
 from megatron_patches.cpu.adam import CpuFusedAdam
 from megatron_patches.cpu.specs import patch_specs
-from megatron_patches.monkeypatch import Patches
 from mols_ds.errors import MolsUnsupportedError
 
 _CPU = torch.device("cpu")
@@ -57,22 +57,21 @@ def cpu_megatron(*, fused_adam: bool = False) -> Iterator[None]:
     """
     wanted = {"cpu"} | ({"fused_adam"} if fused_adam else set())
     new = wanted - _active
-    patches = Patches()
     with contextlib.ExitStack() as stack:
-        stack.callback(patches.undo)
         if "cpu" in new:
             _check_installed()
-            _patch_triton(patches)
+            _patch_triton(stack)
             # Before any patch: this import sets up torch.compile, which lists torch's functions once.
             importlib.import_module("megatron.core")
-            _patch_cuda(patches)
+            _patch_cuda(stack)
             stack.enter_context(_CpuMode())
             check_modules(EMULATED)
-            patch_specs(patches)
-            stack.enter_context(_eager())
+            patch_specs(stack)
+            # Run `@jit_fuser` (`torch.compile`) eagerly: inductor fails on emulated CUDA devices.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if "fused_adam" in new:
             check_modules(EMULATED_ADAM)
-            _patch_adam(patches)
+            _patch_adam(stack)
         _active.update(new)
         stack.callback(_active.difference_update, new)
         yield
@@ -95,20 +94,12 @@ def _found(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _eager() -> contextlib.AbstractContextManager[None]:
-    """Run `@jit_fuser` (`torch.compile`) eagerly: inductor fails on emulated CUDA devices."""
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return,unused-ignore]
-
-
-def _patch_adam(patches: Patches) -> None:
-    """Patch the three places where Megatron selects the Adam class and its state layout."""
-    optimizer = importlib.import_module("megatron.core.optimizer")
-    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    patches.set(optimizer, "Adam", CpuFusedAdam)
-    patches.set(optimizer, "USING_PYTORCH_OPTIMIZER", False)
-    patches.set(distributed, "Adam", CpuFusedAdam)
-    patches.set(distributed, "HAVE_APEX_OR_TE", True)
-    patches.set(distributed, "USING_TE_OPTIMIZER", True)
+def _patch_adam(stack: contextlib.ExitStack) -> None:
+    """Patch the places where Megatron selects the Adam class and its state layout."""
+    optimizer, distributed = EMULATED_ADAM
+    stack.enter_context(mock.patch.multiple(optimizer, Adam=CpuFusedAdam, USING_PYTORCH_OPTIMIZER=False))
+    found = mock.patch.multiple(distributed, Adam=CpuFusedAdam, HAVE_APEX_OR_TE=True, USING_TE_OPTIMIZER=True)
+    stack.enter_context(found)
 
 
 # --- torch ----------------------------------------------------------------------------------------------------------
@@ -149,13 +140,9 @@ class _CpuMode(TorchFunctionMode):
 class _Event:
     """A CUDA event that is always complete."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def _ignore(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def record(self, stream: object = None) -> None: ...
-
-    def wait(self, stream: object = None) -> None: ...
-
-    def synchronize(self) -> None: ...
+    __init__ = record = wait = synchronize = _ignore
 
     def query(self) -> bool:
         return True
@@ -170,18 +157,12 @@ class _Stream(contextlib.AbstractContextManager[None]):
     device = _CPU
     cuda_stream = 0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def _ignore(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __exit__(self, *error: object) -> None: ...
+    __init__ = __exit__ = wait_event = wait_stream = synchronize = _ignore
 
     def record_event(self, event: _Event | None = None) -> _Event:
         return event or _Event()
-
-    def wait_event(self, event: object) -> None: ...
-
-    def wait_stream(self, stream: object) -> None: ...
-
-    def synchronize(self) -> None: ...
 
     def query(self) -> bool:
         return True
@@ -195,17 +176,14 @@ def _nothing() -> Callable[..., None]:
     return nothing
 
 
-def _patch_cuda(patches: Patches) -> None:
+def _patch_cuda(stack: contextlib.ExitStack) -> None:
     """Patch the functions of `torch.cuda` that megatron-core calls in training."""
     stream = _Stream()
-    random = {
+    random: dict[str, Any] = {
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
     }
-    for name, function in random.items():
-        patches.set(torch.cuda, name, function)
-        patches.set(torch.cuda.random, name, function)
-    for name, value in {
+    training: dict[str, Any] = {
         # A device, not an index: torch interprets an index as a CUDA device.
         "current_device": lambda: _CPU,
         "is_initialized": lambda: True,
@@ -218,10 +196,10 @@ def _patch_cuda(patches: Patches) -> None:
         "synchronize": _nothing(),
         "empty_cache": _nothing(),
         "set_device": _nothing(),
-    }.items():
-        patches.set(torch.cuda, name, value)
-    patches.set(torch.cuda.nvtx, "range_push", _nothing())
-    patches.set(torch.cuda.nvtx, "range_pop", _nothing())
+    }
+    stack.enter_context(mock.patch.multiple(torch.cuda, **random, **training))
+    stack.enter_context(mock.patch.multiple(torch.cuda.random, **random))
+    stack.enter_context(mock.patch.multiple(torch.cuda.nvtx, range_push=_nothing(), range_pop=_nothing()))
 
 
 # --- triton ---------------------------------------------------------------------------------------------------------
@@ -276,6 +254,8 @@ class _TritonFinder(MetaPathFinder):
         return spec
 
 
-def _patch_triton(patches: Patches) -> None:
+def _patch_triton(stack: contextlib.ExitStack) -> None:
     if not _found("triton"):
-        patches.insert(sys.meta_path, _TritonFinder())
+        finder = _TritonFinder()
+        sys.meta_path.insert(0, finder)
+        stack.callback(sys.meta_path.remove, finder)

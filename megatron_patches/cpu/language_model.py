@@ -13,13 +13,14 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import torch
 
 from megatron_patches.compat import LANGUAGE_MODEL, check_modules
 from megatron_patches.cpu.emulation import cpu_megatron
-from megatron_patches.monkeypatch import Patches
 from mols_ds.errors import MolsConfigError
 
 COMPILED = "megatron.core.datasets.helpers_cpp"
@@ -27,6 +28,7 @@ COMPILED = "megatron.core.datasets.helpers_cpp"
 NOISE = "megatron.core.tensor_parallel.random"
 """The logger of a warning about a changed CPU RNG state. Here the CPU's state replaces CUDA's, so it may change."""
 
+MEMORY = ("memory_allocated", "max_memory_allocated", "device_memory_used", "memory_reserved", "max_memory_reserved")
 FUSED_ADAM = "--fused-adam"
 USAGE = (
     f"usage: python -m megatron_patches.cpu [{FUSED_ADAM}] SCRIPT [ARGUMENTS]; SCRIPT: pretrain_gpt.py in a checkout "
@@ -34,14 +36,8 @@ USAGE = (
 )
 
 
-class _Device(NamedTuple):
-    """Fields of `torch.cuda.get_device_properties` that Megatron-LM reads."""
-
-    name: str = "cpu"
-    major: int = 8
-    minor: int = 0
-    total_memory: int = 0
-    multi_processor_count: int = 1
+_DEVICE = SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1)
+"""What Megatron-LM reads of `torch.cuda.get_device_properties`."""
 
 
 def run_script(script: str, arguments: Sequence[str], *, fused_adam: bool = False) -> None:
@@ -76,44 +72,37 @@ def run_script(script: str, arguments: Sequence[str], *, fused_adam: bool = Fals
 
 @contextlib.contextmanager
 def _language_model() -> Iterator[None]:
-    patches = Patches()
-    try:
-        _patch_devices(patches)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(torch.cuda, create=True, **_devices()))
         check_modules(LANGUAGE_MODEL)
+        initialize = importlib.import_module("megatron.training.training").initialize_megatron
+        patches: dict[str, object] = {
+            "megatron.legacy.fused_kernels.load": _nothing,
+            "megatron.training.training.initialize_megatron": functools.partial(initialize, allow_no_cuda=True),
+            "multiprocessing.spawn.get_preparation_data": _without_script(multiprocessing.spawn.get_preparation_data),
+        }
         if importlib.util.find_spec(COMPILED) is not None:
-            patches.set(importlib.import_module("megatron.core.datasets.utils"), "compile_helpers", _nothing)
-        patches.set(importlib.import_module("megatron.legacy.fused_kernels"), "load", _nothing)
-        training = importlib.import_module("megatron.training.training")
-        without_cuda = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-        patches.set(training, "initialize_megatron", without_cuda)
-        preparation = _without_script(multiprocessing.spawn.get_preparation_data)
-        patches.set(multiprocessing.spawn, "get_preparation_data", preparation)
+            patches["megatron.core.datasets.utils.compile_helpers"] = _nothing
+        for target, value in patches.items():
+            stack.enter_context(mock.patch(target, value))
         logging.getLogger(NOISE).addFilter(_is_no_noise)
+        stack.callback(logging.getLogger(NOISE).removeFilter, _is_no_noise)
         yield
-    finally:
-        logging.getLogger(NOISE).removeFilter(_is_no_noise)
-        patches.undo()
 
 
-def _patch_devices(patches: Patches) -> None:
-    """Patch the device queries: one device, without memory statistics."""
-    for name, value in {
+def _devices() -> dict[str, Any]:
+    """Return replacements of the device queries: one device, without memory statistics."""
+    return {
         "device_count": lambda: 1,
-        "get_device_capability": lambda device=None: (_Device().major, _Device().minor),
-        "get_device_properties": lambda device=None: _Device(),
+        "get_device_capability": lambda device=None: (_DEVICE.major, _DEVICE.minor),
+        "get_device_properties": lambda device=None: _DEVICE,
         "memory_stats": lambda device=None: collections.defaultdict(int),
         "reset_peak_memory_stats": _nothing,
-        **dict.fromkeys(("memory_allocated", "max_memory_allocated", "device_memory_used"), _zero),
-        **dict.fromkeys(("memory_reserved", "max_memory_reserved"), _zero),
-    }.items():
-        patches.set(torch.cuda, name, value)
+        **dict.fromkeys(MEMORY, lambda *args, **kwargs: 0),
+    }
 
 
 def _nothing(*args: object, **kwargs: object) -> None: ...
-
-
-def _zero(*args: object, **kwargs: object) -> int:
-    return 0
 
 
 def _without_script(stock: Callable[[str], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:

@@ -8,54 +8,45 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Iterator, Sequence
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from megatron_patches.compat import GROUPED_GEMM, TransformerConfig
-from megatron_patches.monkeypatch import Patches
 
 _NORMS: dict[str, type[nn.Module]] = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm}
 
 
-def patch_specs(patches: Patches) -> None:
-    """Apply all patches. Skip names that a release already has, or no longer has."""
-    _patch_random(patches)
-    _patch_norm(patches)
-    _patch_attention(patches)
-    _patch_experts(patches)
+def patch_specs(stack: contextlib.ExitStack) -> None:
+    """Apply all patches until `stack` closes. Skip names that a release already has, or no longer has."""
+    for owner, values in (*_random(), *_norm(), *_attention(), *_experts()):
+        stack.enter_context(mock.patch.multiple(owner, create=True, **values))
 
 
-def _optional(name: str) -> ModuleType | None:
-    return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None
+Replaced = Iterator[tuple[ModuleType | type, dict[str, Any]]]
+"""(module or class, name -> its replacement)."""
 
 
-def _patch_random(patches: Patches) -> None:
+def _random() -> Replaced:
     """Patch Megatron's RNG state functions, which use CUDA's generators, and names that it defines only with TE."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
-    patches.set(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
-    patches.set(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
-    for name, value in {
-        "FP8GlobalStateManager": _NoFp8,
+    with_engine: dict[str, Any] = {
+        # Selective recomputation reads it.
+        "FP8GlobalStateManager": SimpleNamespace(is_fp8_enabled=lambda: False),
         "activation_recompute_forward": lambda **kwargs: contextlib.nullcontext(),
         "fp8_autocast": lambda **kwargs: contextlib.nullcontext(),
-    }.items():
-        if not hasattr(random, name):
-            patches.set(random, name, value)
+    }
+    values = {name: value for name, value in with_engine.items() if not hasattr(random, name)}
+    values["_get_cuda_rng_state"] = lambda *args, **kwargs: torch.get_rng_state()
+    values["_set_cuda_rng_state"] = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    yield random, values
 
 
-class _NoFp8:
-    """Transformer Engine's FP8 state, always off. Selective recomputation reads it."""
-
-    @staticmethod
-    def is_fp8_enabled() -> bool:
-        return False
-
-
-def _patch_norm(patches: Patches) -> None:
+def _norm() -> Replaced:
     """Let `WrappedTorchNorm` accept sequence parallelism: mark its parameters, as norms of apex and TE do."""
     wrapped = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
     stock = wrapped.__new__
@@ -69,10 +60,10 @@ def _patch_norm(patches: Patches) -> None:
             parameter.sequence_parallel = True  # type: ignore[attr-defined]
         return norm
 
-    patches.set(wrapped, "__new__", staticmethod(build))
+    yield wrapped, {"__new__": staticmethod(build)}
 
 
-def _patch_attention(patches: Patches) -> None:
+def _attention() -> Replaced:
     """Let core attention accept MLA's widths of K and V, as TE's does. Replace TE classes that are mocks."""
     attention = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
     stock = attention.__init__
@@ -82,25 +73,26 @@ def _patch_attention(patches: Patches) -> None:
         if v_channels is not None:  # the output's width; K's is read from the tensors
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
-    patches.set(attention, "__init__", init)
+    yield attention, {"__init__": init}
     mla = importlib.import_module("megatron.core.transformer.multi_latent_attention")
     for name in ("TEColumnParallelLinear", "TELinear"):
         if not isinstance(getattr(mla, name, None), type):  # 0.16: a MagicMock, which isinstance() refuses
-            patches.set(mla, name, type(name, (), {}))
+            yield mla, {name: type(name, (), {})}
 
 
-def _patch_experts(patches: Patches) -> None:
+def _experts() -> Replaced:
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     if hasattr(dispatcher, "maybe_move_tensor_to_cpu"):
-        patches.set(dispatcher, "maybe_move_tensor_to_cpu", _to_host)
+        yield dispatcher, {"maybe_move_tensor_to_cpu": _to_host}
     utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(utils, "te_general_gemm"):
-        patches.set(utils, "te_general_gemm", None)
-    grouped = _optional(GROUPED_GEMM)
-    if grouped is not None and not grouped.grouped_gemm_is_available():
-        patches.set(grouped, "ops", LoopedGemm)
-        patches.set(grouped, "grouped_gemm_is_available", lambda: True)
-        patches.set(grouped, "assert_grouped_gemm_is_available", lambda: None)
+        yield utils, {"te_general_gemm": None}
+    if importlib.util.find_spec(GROUPED_GEMM) is None:
+        return
+    grouped = importlib.import_module(GROUPED_GEMM)
+    if not grouped.grouped_gemm_is_available():
+        there = {"grouped_gemm_is_available": lambda: True, "assert_grouped_gemm_is_available": lambda: None}
+        yield grouped, {"ops": LoopedGemm, **there}
 
 
 def _to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:

@@ -3,66 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NotRequired, TypedDict, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from mols_ds.core.exponents import MAX_EXPONENT, UNDECIDED, Exponents
-from mols_ds.core.group_stats import BLOCK_COLUMNS, block_table
 from mols_ds.core.host_copies import HostCopies
+from mols_ds.core.welford import welford
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
 
-STRIDE = 127  # prime: no common period with the rows of a matrix; adds 9 / 127 bytes an element, 0.9 % of 8
 # Elements per chunk on the CPU: its 4 arrays of 1 MiB fit the last-level cache. Measured: from 32k to 256k elements
 # the rate rose from 0.82 to 1.1 times a copy's, then no more.
 CPU_CHUNK = 1 << 18
 SMALL, GATHERED = 1 << 14, 1 << 16  # elements: pieces up to SMALL are joined until GATHERED elements are together
 DEVICE_CHUNK = 1 << 24  # elements: on an accelerator a few large kernels, and 64 MiB of scratch
 ACCUMULATORS = (torch.float32, torch.float64)
-OF_LATER_RELEASES = 2
-"""Number of the last columns of block sums that release 0.4.0 did not have."""
+
+AccumulatorsState = dict[str, int | Tensor]
+"""State in a checkpoint: numel, count, mean, m2, exponents (not in release 0.4.0), and that of `Accumulators.kept`."""
 
 
-def subsample(offset: int, numel: int) -> tuple[int, int, int]:
-    """Select the elements of [offset, offset + numel) that feed the sample blocks: multiples of STRIDE.
+class Kept(Protocol):
+    """What the intervals need of the samples: `Subsample`, or `SampleBlocks` of release 0.4.0. Samples count from 0."""
 
-    Returns:
-        (first, index, count): the elements first, first + STRIDE, ... relative to `offset`; their first index in the
-        block arrays; their number.
-    """
-    first = -offset % STRIDE
-    count = max(0, -(-(numel - first) // STRIDE))
-    return first, (offset + first) // STRIDE, count
-
-
-def welford(mean: Tensor, m2: Tensor, value: Tensor, k: int, scratch: Tensor | None = None) -> None:
-    """Update mean and m2 in place with the k-th value (1-based). `scratch` may be `value`, which is overwritten."""
-    if k == 1:
-        mean.copy_(value)
-        m2.zero_()
-        return
-    delta = torch.sub(value, mean, out=scratch)
-    mean.add_(delta, alpha=1.0 / k)
-    m2.addcmul_(delta, delta, value=(k - 1) / k)
-
-
-class AccumulatorsState(TypedDict):
-    """State of `Accumulators` in a checkpoint: its tensors and their sizes."""
-
-    numel: int
-    count: int
-    block_length: int
-    mean: Tensor
-    m2: Tensor
-    block_mean: Tensor
-    block_m2: Tensor
-    block_sums: Tensor
-    exponents: NotRequired[Tensor]
-
-
-PER_ELEMENT: tuple[Literal["mean", "m2", "block_mean", "block_m2"], ...] = ("mean", "m2", "block_mean", "block_m2")
-SIZES: tuple[Literal["numel", "block_length"], ...] = ("numel", "block_length")
+    def open(self, count: int) -> None: ...
+    def add(self, offset: int, gradient: Tensor, scale: float, exponents: Exponents, count: int) -> None: ...
+    def close(self, count: int, exponents: Exponents) -> None: ...
+    def rescale(self, begin: int, end: int, exponent: int, count: int) -> None: ...
+    def state(self, count: int) -> dict[str, int | Tensor]: ...
+    def load(self, state: Mapping[str, object], count: int) -> None: ...
 
 
 class Accumulators:
@@ -76,14 +46,12 @@ class Accumulators:
     true value, M2 4^e times. An element far below the largest of its range still loses its square to underflow and
     counts as "constant" (`group_stats.COLUMNS`).
 
-    Every STRIDE-th element also feeds a second pair of accumulators, over blocks of `block_length` samples. A finished
-    block appends its per-group sums (`group_stats.block_table`) to `block_sums` and starts over. The intervals come
-    from the spread between blocks. All accumulators together take 8.07 bytes an element.
+    `kept` sees the same samples, for the intervals. All together take 8 bytes an element, and at most 8.25 MiB more.
 
     Attributes:
         mean, m2: 1-D, `numel` elements on `device`. The variance is m2 / (count - 1); readers compute it per chunk.
         count: number of finished samples.
-        block_sums: one float64 (n_groups, len(BLOCK_COLUMNS)) CPU tensor per finished block.
+        kept: a few elements with all their samples, or sample blocks of release 0.4.0. None: no intervals.
     """
 
     def __init__(
@@ -92,10 +60,8 @@ class Accumulators:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        group_index: Tensor | None = None,
-        n_groups: int = 0,
-        block_length: int = 8,
         edges: Sequence[int] = (),
+        kept: Kept | None = None,
     ) -> None:
         """Create accumulators of zeros.
 
@@ -103,35 +69,20 @@ class Accumulators:
             numel: elements that this rank owns; may be 0.
             device: of the accumulators; gradients may come from another device.
             dtype: float32, or float64 for reference computations.
-            group_index: uint8 or int16, 1-D, ceil(numel / STRIDE) elements: the group row of elements 0, STRIDE, ...
-                None: no sample blocks, hence no intervals.
-            n_groups: rows of the block sums.
-            block_length: samples per block, at least 4 for the noise-floor correction.
             edges: ranges that have their own exponents (`Exponents`); () = every exponent is 0.
+            kept: of the same device and dtype, without a sample.
 
         Raises:
-            MolsConfigError: a 16-bit dtype, or a block that is too short.
-            MolsError: a `group_index` of another dtype or shape.
+            MolsConfigError: a 16-bit dtype.
         """
         if dtype not in ACCUMULATORS:
             raise MolsConfigError(f"accumulators.dtype={dtype}: 16-bit accumulators lose the variance; use float32")
-        if block_length < 4:
-            raise MolsConfigError(f"block_length={block_length}: a sample block needs at least 4 samples")
         self.numel, self.device, self.dtype = numel, torch.device(device), dtype
-        self.block_length, self.n_groups = block_length, n_groups
         self.mean, self.m2 = self._zeros(numel), self._zeros(numel)
         self.device = self.mean.device  # "cuda" became "cuda:0", so that it equals the gradients' device
         self.count = 0
         self.exponents = Exponents(edges)
-        self.block_sums: list[Tensor] = []
-        self._group_index: Tensor | None = None
-        self._block_mean, self._block_m2 = self._zeros(0), self._zeros(0)
-        if group_index is not None:
-            size = subsample(0, numel)[2]
-            if group_index.shape != (size,) or group_index.dtype not in (torch.uint8, torch.int16):
-                raise MolsError(f"group_index must be uint8 or int16 of shape ({size},), not {_kind(group_index)}")
-            self._group_index = group_index.to(self.device)
-            self._block_mean, self._block_m2 = self._zeros(size), self._zeros(size)
+        self.kept = kept
         threads = min(torch.get_num_threads(), 8)
         self._chunk = CPU_CHUNK * max(1, threads // 2) if self.device.type == "cpu" else DEVICE_CHUNK
         self._scratch: Tensor | None = None
@@ -147,6 +98,8 @@ class Accumulators:
         if self._pieces is not None:
             raise MolsError("a gradient sample is open already: close() or abort() it first")
         self._pieces = []
+        if self.kept is not None:
+            self.kept.open(self.count)
 
     @torch.no_grad()
     def update(self, offset: int, grad: Tensor, scale: float = 1.0) -> None:
@@ -198,8 +151,8 @@ class Accumulators:
         self.count += 1
         for begin, end, exponent in self.exponents.decide(self.mean):
             self._rescale(begin, end, exponent)
-        if self._group_index is not None and self.count % self.block_length == 0:
-            self.block_sums.append(self._block_table(self._group_index))
+        if self.kept is not None:
+            self.kept.close(self.count - 1, self.exponents)
 
     @torch.no_grad()
     def _rescale(self, begin: int, end: int, exponent: int) -> None:
@@ -207,23 +160,10 @@ class Accumulators:
 
         The k-th sample is g, the earlier ones are 0: mean = g / k, M2 = g^2 (k - 1) / k = mean^2 k (k - 1).
         """
-        pairs = [(self.mean[begin:end], self.m2[begin:end], self.count)]
-        if self._group_index is not None:
-            _, at, count = subsample(begin, end - begin)
-            block = self._block_mean[at : at + count], self._block_m2[at : at + count]
-            pairs.append((*block, (self.count - 1) % self.block_length + 1))
-        for mean, m2, k in pairs:
-            mean.mul_(2.0**exponent)
-            torch.mul(mean, mean, out=m2).mul_(k * (k - 1))
-
-    def _block_table(self, group_index: Tensor) -> Tensor:
-        """Compute the per-group sums of the finished block."""
-        tables = []
-        for begin, end, exponent in self.exponents.parts(0, self.numel):
-            _, at, count = subsample(begin, end - begin)
-            mean, m2, index = (values[at : at + count] for values in (self._block_mean, self._block_m2, group_index))
-            tables.append(block_table(mean, m2, self.block_length, index, self.n_groups, exponent))
-        return tables[0] if len(tables) == 1 else torch.stack(tables).sum(0)
+        mean = self.mean[begin:end].mul_(2.0**exponent)
+        torch.mul(mean, mean, out=self.m2[begin:end]).mul_(self.count * (self.count - 1))
+        if self.kept is not None:
+            self.kept.rescale(begin, end, exponent, self.count - 1)
 
     def abort(self) -> None:
         """Discard the open sample. Raises `MolsError` after an update: accumulators cannot undo it."""
@@ -233,16 +173,13 @@ class Accumulators:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all accumulators, sample blocks and group index; without the scratch buffer."""
-        tensors = [self.mean, self.m2, self._block_mean, self._block_m2]
-        if self._group_index is not None:
-            tensors.append(self._group_index)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        """Bytes of mean and m2; without the scratch buffer and `kept`."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.mean, self.m2))
 
     def free(self) -> None:
-        """Release all memory. `count` and `block_sums` stay; every other use raises `MolsError` from now on."""
-        self.mean = self.m2 = self._block_mean = self._block_m2 = torch.empty(0, device="cpu")
-        self._group_index = self._scratch = self._pieces = None
+        """Release all memory. `count` stays; every other use raises `MolsError` from now on."""
+        self.mean = self.m2 = torch.empty(0, device="cpu")
+        self.kept = self._scratch = self._pieces = None
         self._small, self._small_numel = [], 0
         self._copies = HostCopies()
         self._freed = True
@@ -252,35 +189,26 @@ class Accumulators:
         self._alive()
         if self._pieces is not None:
             raise MolsError("state_dict() inside a gradient sample: call close() or abort() first")
-        none = torch.zeros(0, self.n_groups, len(BLOCK_COLUMNS), dtype=torch.float64, device="cpu")
-        return {
-            "numel": self.numel,
-            "count": self.count,
-            "block_length": self.block_length,
-            "mean": self.mean,
-            "m2": self.m2,
-            "block_mean": self._block_mean,
-            "block_m2": self._block_m2,
-            "block_sums": torch.stack(self.block_sums) if self.block_sums else none,
-            "exponents": self.exponents.state(),
-        }
+        own: AccumulatorsState = {"numel": self.numel, "count": self.count, "mean": self.mean, "m2": self.m2}
+        return (
+            own | {"exponents": self.exponents.state()} | (self.kept.state(self.count) if self.kept is not None else {})
+        )
 
     def load_state_dict(self, state: object) -> None:
         """Copy a `state_dict` bit for bit. Raises `MolsCheckpointError` where sizes, dtypes or groups differ."""
         self._alive()
         mine = self.state_dict()
         theirs = _checked(state, mine)
-        blocks = theirs["block_sums"]
-        if self._group_index is not None and len(blocks) != theirs["count"] // self.block_length:
-            raise MolsCheckpointError(f"the state has {len(blocks)} sample blocks of {theirs['count']} samples")
-        for key in PER_ELEMENT:
-            mine[key].copy_(theirs[key])
-        self.block_sums = [table.clone() for table in blocks.cpu()]
+        count = cast(int, theirs["count"])
+        if self.kept is not None:
+            self.kept.load(theirs, count)
+        self.mean.copy_(cast(Tensor, theirs["mean"]))
+        self.m2.copy_(cast(Tensor, theirs["m2"]))
         if "exponents" in theirs:
-            self.exponents.load(theirs["exponents"])
+            self.exponents.load(cast(Tensor, theirs["exponents"]))
         else:  # release 0.4.0
             self.exponents.load_nothing(self.mean, self.m2)
-        self.count = theirs["count"]
+        self.count = count
 
     def _zeros(self, numel: int) -> Tensor:
         return torch.zeros(numel, dtype=self.dtype, device=self.device)
@@ -317,9 +245,8 @@ class Accumulators:
     def _accumulate(self, offset: int, grad: Tensor, scale: float) -> None:
         """Run one Welford step on a piece that is on the accumulators' device."""
         numel = grad.numel()
-        if self._group_index is not None:
-            for begin in range(0, numel, DEVICE_CHUNK):
-                self._accumulate_block(offset + begin, grad[begin : begin + DEVICE_CHUNK], scale)
+        if self.kept is not None:
+            self.kept.add(offset, grad, scale, self.exponents, self.count)
         if self._scratch is None:
             self._scratch = torch.empty(min(self._chunk, self.numel), dtype=self.dtype, device=self.device)
         for begin, end, exponent in self.exponents.parts(offset, numel):
@@ -339,51 +266,32 @@ class Accumulators:
                 chunk = torch.mul(chunk, scale, out=scratch)
             welford(mean, m2, chunk, self.count + 1, scratch)
 
-    def _accumulate_block(self, offset: int, grad: Tensor, scale: float) -> None:
-        """Run one Welford step on the elements that feed the sample blocks."""
-        for begin, end, exponent in self.exponents.parts(offset, grad.numel()):
-            first, at, count = subsample(begin, end - begin)
-            if count:
-                part = grad[begin - offset : end - offset]
-                value = part[first::STRIDE].to(self.dtype) * (scale * 2.0**exponent)
-                k = self.count % self.block_length + 1
-                welford(self._block_mean[at : at + count], self._block_m2[at : at + count], value, k)
-
 
 def _kind(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
 def _checked(state: object, mine: AccumulatorsState) -> AccumulatorsState:
-    """Return `state` if its sizes, dtypes and groups equal those of `mine`. Raises `MolsCheckpointError`."""
+    """Return `state` if its sizes and dtypes equal those of `mine`. Raises `MolsCheckpointError`."""
     if not isinstance(state, Mapping):
         raise MolsCheckpointError(f"the state of the accumulators is a {type(state).__name__}")
     missing = [key for key in mine if key not in state and key != "exponents"]  # release 0.4.0 has no exponents
     if missing:
         raise MolsCheckpointError(f"the state of the accumulators lacks {', '.join(missing)}")
-    for number in (*SIZES, "count"):
-        if type(state[number]) is not int or state[number] < 0:
-            raise MolsCheckpointError(f"the state of the accumulators has {number}={state[number]!r}, no count")
-    for name in (*PER_ELEMENT, "block_sums"):
-        if not isinstance(state[name], Tensor):
-            raise MolsCheckpointError(f"the accumulators' {name!r} is a {type(state[name]).__name__}, not a tensor")
-    theirs = cast(AccumulatorsState, state)
-    for size in SIZES:
-        if theirs[size] != mine[size]:
-            raise MolsCheckpointError(f"the state of the accumulators has {size}={theirs[size]}, this run {mine[size]}")
-    for key in PER_ELEMENT:
-        if theirs[key].shape != mine[key].shape or theirs[key].dtype != mine[key].dtype:
-            raise MolsCheckpointError(f"the accumulators' {key!r} is {_kind(theirs[key])}, not {_kind(mine[key])}")
-    missing_columns = mine["block_sums"].shape[-1] - theirs["block_sums"].shape[-1]
-    if missing_columns == OF_LATER_RELEASES:  # release 0.4.0: unknown, so that `step_rms` has no interval
-        unknown = torch.nn.functional.pad(theirs["block_sums"], (0, missing_columns), value=torch.nan)
-        theirs = cast(AccumulatorsState, {**theirs, "block_sums": unknown})
-    blocks, ours = theirs["block_sums"], mine["block_sums"]
-    if blocks.shape[1:] != ours.shape[1:] or blocks.dtype != ours.dtype:
-        raise MolsCheckpointError("the sample blocks in the state are of other groups than this run's")
-    exponents = theirs.get("exponents", mine["exponents"])
-    if not isinstance(exponents, Tensor) or _kind(exponents) != _kind(mine["exponents"]):
-        raise MolsCheckpointError(f"the accumulators' 'exponents' are not {_kind(mine['exponents'])}")
+    theirs = cast(AccumulatorsState, {"exponents": mine["exponents"]} | dict(state))
+    if theirs["numel"] != mine["numel"]:
+        raise MolsCheckpointError(
+            f"the state of the accumulators has numel={theirs['numel']}, this run {mine['numel']}"
+        )
+    for key, own in mine.items():
+        other = theirs[key]
+        if not isinstance(own, Tensor):
+            if type(other) is not int or other < 0:
+                raise MolsCheckpointError(f"the state of the accumulators has {key}={other!r}, no count")
+        elif not isinstance(other, Tensor) or (key in ("mean", "m2", "exponents") and _kind(other) != _kind(own)):
+            kind = _kind(other) if isinstance(other, Tensor) else f"a {type(other).__name__}"
+            raise MolsCheckpointError(f"the accumulators' {key!r} are not {_kind(own)} but {kind}")
+    exponents = cast(Tensor, theirs["exponents"])
     if not bool(((exponents.abs() <= MAX_EXPONENT) | (exponents == UNDECIDED)).all()):
         raise MolsCheckpointError(f"the accumulators' 'exponents' are not in -{MAX_EXPONENT} to {MAX_EXPONENT}")
-    return theirs
+    return cast(AccumulatorsState, dict(state))

@@ -13,19 +13,14 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from mols_ds.core.group_stats import BLOCK_COLUMN, COLUMN, N_BINS, N_EDGES, GroupSums, bin_edge, noise_floor
+from mols_ds.core.columns import BLOCK, BLOCK_COLUMN, WEIGHT
+from mols_ds.core.group_stats import COLUMN, N_BINS, N_EDGES, GroupSums, bin_edge
+from mols_ds.core.intervals import block_interval, replicate_interval, t_quantile
 from mols_ds.core.layout import base_group, is_scaled
 from mols_ds.core.schema import STEPS, Estimator
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
-
-# Two-sided 95 % quantiles of Student's t for 1..30 degrees of freedom (NIST/SEMATECH e-Handbook, table 1.3.6.7.2).
-_T95 = (
-    12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139,
-    2.200985, 2.178813, 2.160369, 2.144787, 2.131450, 2.119905, 2.109816, 2.100922, 2.093024, 2.085963,
-    2.079614, 2.073873, 2.068658, 2.063899, 2.059539, 2.055529, 2.051831, 2.048407, 2.045230, 2.042272,
-)  # fmt: skip
 
 
 class Alpha(NamedTuple):
@@ -93,55 +88,40 @@ def estimate(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[st
 
 
 def intervals(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[str, tuple[float, float]]:
-    """Compute 95 % intervals of `estimate` from the spread between sample blocks.
+    """Compute 95 % intervals of `estimate`, from replicates or, for samples that release 0.4.0 began, from its blocks.
 
-    Elements of one sample are correlated; samples are independent. So the error comes from B blocks of L consecutive
-    samples, each with the estimator's value on every 127th element. The half width is
-    t(0.975, B - 1) * spread / sqrt(B), where spread is the standard deviation of
-
-      mean, pooled  the blocks' plain values, relative to their mean. Applied to SNR + 1/L, the expected reading of L
-                    samples: that value varies, while a corrected SNR may be near 0.
-      median        the logarithm of the blocks' geometric mean (blocks have no histogram): shared noise moves both by
-                    the same factor. Applied as a factor on SNR + 1/L.
-      damping       the blocks' values, absolute (corrected with the floor of L if K's is): |mu_i|/s_i has an error that
-                    falls as 1/sqrt(K) for signal and noise alike.
-      step_rms      the blocks' mean squares, absolute.
-
-    Intervals are conservative. Measured on synthetic gradients (K = 32, B = 4, 12,700 elements, up to 81 % of the
-    variance shared): 93 to 100 % of the intervals held the estimator's expectation for K samples. Half widths were 1 to
-    8 times 1.96 standard deviations with shared noise, and more without: t(0.975, 3) is 3.2, a subsample has more
-    element noise, and in pure noise the true error falls as 1/K, this one as 1/sqrt(K L). Intervals cover sampling
-    error (in mode "online" also drift within the window), not the bias of `estimate`.
+    They cover the error from K samples at these weights: the value that `estimate` has on average over other samples.
+    They do not cover its bias, nor drift. Coverage: docs/evidence/estimators.md.
 
     Returns:
-        group -> (low, high); (NaN, NaN) with fewer than 2 blocks.
+        group -> (low, high); (NaN, NaN) with too few samples, or for a group without a counted element.
     """
     value = estimate(sums, estimator, correction)
     result = {group: (math.nan, math.nan) for group in sums.groups}
     for row, group in enumerate(sums.groups):
-        table = sums.blocks[:, row]
-        table = table[table[:, BLOCK_COLUMN["count"]] > 0]
-        blocks = table.shape[0]
-        if blocks < 2 or math.isnan(value[group]):
+        blocks = sums.blocks[:, row]
+        blocks = blocks[blocks[:, BLOCK_COLUMN["count"]] > 0]
+        if math.isnan(value[group]):
             continue
-        spread = _block_values(table, estimator, correction)
-        error = t_quantile(blocks - 1) * float(spread.std()) / math.sqrt(blocks)
-        if math.isnan(error):  # blocks of release 0.4.0, for an estimator that it did not have
-            continue
-        if estimator == "damping":
-            result[group] = (max(0.0, value[group] - error), min(1.0, value[group] + error))
-            continue
-        if estimator == "step_rms":
-            square = value[group] ** 2
-            result[group] = (math.sqrt(max(0.0, square - error)), math.sqrt(min(1.0, square + error)))
-            continue
-        level, unit = _level(value[group], sums, estimator, correction)
-        if estimator == "median":
-            down, up = -math.expm1(-error), math.expm1(min(error, 700.0))
-        else:
-            middle = float(spread.mean())
-            down = up = error / middle if middle > 0 else 0.0  # 0 only if every mean is exactly 0
-        result[group] = (value[group] - level * down * unit, value[group] + level * up * unit)
+        if len(blocks) >= 2:
+            level, unit = _level(value[group], sums, estimator, correction)
+            quantile = t_quantile(len(blocks) - 1)
+            result[group] = (
+                block_interval(blocks, value[group], level, unit, estimator, correction, quantile) or result[group]
+            )
+        elif len(sums.replicates) and sums.spreads[row, WEIGHT] > 0:
+            plain, floor = value[group], _floor(sums, correction)
+            if estimator == "step_rms":
+                line = sums.table[row]
+                plain = float(line[COLUMN["step2_corrected" if correction else "step2"]] / line[COLUMN["count"]])
+            elif estimator != "damping":
+                floor = (1.0 if estimator == "pooled" else floor[0], floor[1])
+                plain = (plain + floor[1]) / floor[0]
+            samples = round(1 / sums.floor.floor)
+            found = replicate_interval(
+                sums.replicates[:, row], sums.spreads[row], plain, samples, floor, estimator, correction
+            )
+            result[group] = found
     return result
 
 
@@ -220,16 +200,6 @@ def histogram_median(histogram: Tensor) -> float:
     return 0.5 * (_ranked(histogram, cumulative, (total - 1) // 2) + _ranked(histogram, cumulative, total // 2))
 
 
-def t_quantile(degrees: int) -> float:
-    """Two-sided 95 % quantile of Student's t; Cornish and Fisher's expansion (to 1e-6) above 30 degrees of freedom."""
-    if degrees <= len(_T95):
-        return _T95[degrees - 1]
-    z, n = 1.959963984540054, float(degrees)
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / n + second / n**2 + third / n**3
-
-
 def _floor(sums: GroupSums, correction: bool) -> tuple[float, float]:
     if not correction:
         return 1.0, 0.0
@@ -242,20 +212,11 @@ def _floor(sums: GroupSums, correction: bool) -> tuple[float, float]:
 
 
 def _level(value: float, sums: GroupSums, estimator: Estimator, correction: bool) -> tuple[float, float]:
-    """Return (corrected SNR + 1/L, which a relative error applies to; one unit of corrected SNR in `value`)."""
+    """Return (corrected SNR + 1/BLOCK, one unit of corrected SNR in `value`), for `block_interval`."""
     shrink, floor = sums.floor
     unit = 1.0 if correction or estimator == "pooled" or shrink <= 0 else 1.0 / shrink
     corrected = value if correction else value / unit - floor
-    return max(corrected, 0.0) + noise_floor(sums.block_length).floor, unit
-
-
-def _block_values(table: Tensor, estimator: Estimator, correction: bool) -> Tensor:
-    """Return the value of each block, (B,), from (B, len(BLOCK_COLUMNS)) sums; for "median" the mean logarithm."""
-    if estimator == "pooled":
-        return table[:, BLOCK_COLUMN["mu2"]] / table[:, BLOCK_COLUMN["s2"]]
-    column = {"mean": "snr", "median": "log_snr", "damping": "damping", "step_rms": "step2"}[estimator]
-    column += "_corrected" if correction and estimator in STEPS else ""
-    return table[:, BLOCK_COLUMN[column]] / table[:, BLOCK_COLUMN["count"]]
+    return max(corrected, 0.0) + 1.0 / BLOCK, unit
 
 
 def _ratio(

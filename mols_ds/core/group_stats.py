@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mols_ds.core.columns import BLOCK_COLUMNS, SPREADS, VALUES
 from mols_ds.core.layout import ElementLayout
 from mols_ds.errors import MolsConfigError, MolsError
 
@@ -36,9 +37,6 @@ COLUMNS = (
 )
 COLUMN = {name: index for index, name in enumerate(COLUMNS)}
 
-BLOCK_COLUMNS = ("count", "snr", "mu2", "s2", "damping", "damping_corrected", "log_snr", "step2", "step2_corrected")
-BLOCK_COLUMN = {name: index for index, name in enumerate(BLOCK_COLUMNS)}
-
 BINS_PER_OCTAVE = 70  # 2 ** (1 / 70) = 1.00995: the relative width of a bin, at most 1 %
 OCTAVES = 30  # the bins cover SNR_i from 2 ** -30 (9e-10) to 2 ** 30 (1e9), with one bin below and one above
 N_EDGES = 2 * OCTAVES * BINS_PER_OCTAVE + 1
@@ -48,8 +46,7 @@ LOG_ERROR = 1e-6  # bins: far above the rounding of 70 * (log2 + 30), which is 1
 # For an element that moved in one sample, K * ratio is 1 up to fp32 rounding: 9e-7 for K = 32, 9e-6 for K = 2,048.
 # Of the other elements at most one in 200,000 is mistaken for one: 2e-5 times the density of F(1, K-1) at 1, 0.24.
 MOVED_ONCE_RTOL = 1e-5
-BLOCK_CHUNK = 1 << 17  # subsampled elements, of 17 M: about 25 MiB of float64 temporaries
-LOST = 2.0**-140  # of a sample's square: below, fp32 rounds too coarsely, see `_variance`
+LOST = 2.0**-140  # of a sample's square: below, fp32 rounds too coarsely, see `variance`
 CHUNK = 65536  # elements: the float64 temporaries of one chunk stay in the last-level cache
 
 
@@ -112,8 +109,9 @@ class GroupSums:
         floor: noise floor of the corrected columns.
         table: float64 (G, len(COLUMNS)) on the CPU.
         histogram: float64 (G, N_BINS) on the CPU: counts of the ratio SNR_i in logarithmic bins.
-        blocks: float64 (B, G, len(BLOCK_COLUMNS)) on the CPU, one `block_table` per sample block.
-        block_length: samples per block.
+        replicates: float64 (R, G, len(VALUES)) on the CPU, see `replicates`. R = 0: no intervals.
+        spreads: float64 (G, SPREADS) on the CPU, of the replicates.
+        blocks: float64 (B, G, len(BLOCK_COLUMNS)) on the CPU: sample blocks of release 0.4.0 (`sample_blocks`).
     """
 
     def __init__(
@@ -122,31 +120,34 @@ class GroupSums:
         floor: NoiseFloor,
         table: Tensor,
         histogram: Tensor,
+        replicates: Tensor,
+        spreads: Tensor,
         blocks: Tensor,
-        block_length: int,
     ) -> None:
         """Use existing tensors; `zeros` creates new ones. Raises `MolsError` for a duplicate group."""
         self.groups = tuple(groups)
         self.floor = floor
         self.table = table
         self.histogram = histogram
+        self.replicates = replicates
+        self.spreads = spreads
         self.blocks = blocks
-        self.block_length = block_length
         self._row = {group: row for row, group in enumerate(self.groups)}
         if len(self._row) != len(self.groups):
             raise MolsError(f"groups={self.groups}: a group is listed twice")
 
     @classmethod
-    def zeros(cls, groups: Sequence[str], floor: NoiseFloor, n_blocks: int = 0, block_length: int = 8) -> GroupSums:
-        """Create sums of zero for these groups and `n_blocks` blocks of `block_length` samples."""
+    def zeros(cls, groups: Sequence[str], floor: NoiseFloor, replicates: int = 0, blocks: int = 0) -> GroupSums:
+        """Create sums of zero for these groups, and for so many replicates and blocks."""
         size, f64 = len(groups), torch.float64
         return cls(
             groups,
             floor,
             torch.zeros(size, len(COLUMNS), dtype=f64, device="cpu"),
             torch.zeros(size, N_BINS, dtype=f64, device="cpu"),
-            torch.zeros(n_blocks, size, len(BLOCK_COLUMNS), dtype=f64, device="cpu"),
-            block_length,
+            torch.zeros(replicates, size, len(VALUES), dtype=f64, device="cpu"),
+            torch.zeros(size, SPREADS if replicates else 0, dtype=f64, device="cpu"),
+            torch.zeros(blocks, size, len(BLOCK_COLUMNS), dtype=f64, device="cpu"),
         )
 
     def add(self, group: str, mean: Tensor, m2: Tensor, samples: int, exponent: int = 0) -> None:
@@ -167,8 +168,8 @@ class GroupSums:
             raise MolsConfigError(f"samples={samples}: a variance needs at least 2 gradient samples; raise 'samples'")
         row = self._check(group, mean, m2)
         for mean_c, m2_c in _chunks(mean, m2):
-            mu = _unscaled(mean_c, exponent)
-            self._accumulate(row, mu * mu, _variance(m2_c, samples, exponent), samples)
+            mu = unscaled(mean_c, exponent)
+            self._accumulate(row, mu * mu, variance(m2_c, samples, exponent), samples)
 
     def leave_out(self, group: str, mean: Tensor, m2: Tensor) -> None:
         """Count elements of rows whose token did not occur. Arguments as in `add` or `add_squares`, 1-D."""
@@ -196,16 +197,21 @@ class GroupSums:
             self.add(group, of_mean, of_m2, samples, exponent)
 
     def add_blocks(self, block_sums: Sequence[Tensor]) -> None:
-        """Add one rank's `Accumulators.block_sums`. Raises `MolsError` for another number of blocks."""
+        """Add one rank's sums of `SampleBlocks`. Raises `MolsError` for another number of blocks."""
         if len(block_sums) != self.blocks.shape[0]:
             raise MolsError(f"cannot add {len(block_sums)} sample blocks to sums of {self.blocks.shape[0]} blocks")
         for mine, other in zip(self.blocks, block_sums, strict=True):
             mine += other
 
+    def add_replicates(self, row: int, replicates: Tensor, spreads: Tensor) -> None:
+        """Add the result of `replicates.replicate` to a group."""
+        self.replicates[:, row] += replicates
+        self.spreads[row] += spreads
+
     def merge(self, other: GroupSums) -> None:
-        """Add the sums of other elements. Raises `MolsError` if groups, floor or blocks differ."""
-        if (self.groups, self.floor, self.block_length) != (other.groups, other.floor, other.block_length):
-            raise MolsError("sums of different groups, noise floors or block lengths cannot be merged")
+        """Add the sums of other elements. Raises `MolsError` if groups or floor differ."""
+        if (self.groups, self.floor) != (other.groups, other.floor):
+            raise MolsError("sums of different groups or noise floors cannot be merged")
         self.load_packed(self.pack() + other.pack())
 
     def combined(self, members: Sequence[str], name: str) -> GroupSums:
@@ -216,21 +222,25 @@ class GroupSums:
             self.floor,
             self.table[rows].sum(0, keepdim=True),
             self.histogram[rows].sum(0, keepdim=True),
+            self.replicates[:, rows].sum(1, keepdim=True),
+            self.spreads[rows].sum(0, keepdim=True),
             self.blocks[:, rows].sum(1, keepdim=True),
-            self.block_length,
         )
 
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.table, self.histogram, self.replicates, self.spreads, self.blocks
+
     def pack(self) -> Tensor:
-        """Flatten all sums into one 1-D float64 CPU tensor for a SUM all-reduce: 213 kB for 6 groups and 32 blocks."""
-        return torch.cat([self.table.flatten(), self.histogram.flatten(), self.blocks.flatten()])
+        """Flatten all sums into one 1-D float64 CPU tensor for a SUM all-reduce: 218 kB for 6 groups."""
+        return torch.cat([tensor.flatten() for tensor in self._tensors()])
 
     def load_packed(self, packed: Tensor) -> None:
         """Copy back a reduced `pack`. Raises `MolsError` for another size."""
-        sizes = [self.table.numel(), self.histogram.numel(), self.blocks.numel()]
+        sizes = [tensor.numel() for tensor in self._tensors()]
         if packed.numel() != sum(sizes):
-            raise MolsError(f"packed sums have {packed.numel()} numbers, these groups and blocks need {sum(sizes)}")
+            raise MolsError(f"packed sums have {packed.numel()} numbers, these groups and replicates need {sum(sizes)}")
         flat = packed.detach().to("cpu", torch.float64)
-        for mine, piece in zip((self.table, self.histogram, self.blocks), torch.split(flat, sizes), strict=True):
+        for mine, piece in zip(self._tensors(), torch.split(flat, sizes), strict=True):
             mine.copy_(piece.reshape(mine.shape))
 
     def column(self, name: str) -> dict[str, float]:
@@ -264,8 +274,8 @@ class GroupSums:
         if counts[0] < total:
             mu2, s2 = mu2[counted], s2[counted]
         ratio = mu2 / s2
-        damping, corrected = _dampings(mu2, s2, ratio, self.floor)
-        values = (ratio, ratio * ratio, mu2, s2, damping, corrected, *_squared_steps(mu2, s2, self.floor.floor))
+        damping, corrected = dampings(mu2, s2, ratio, self.floor)
+        values = (ratio, ratio * ratio, mu2, s2, damping, corrected, *squared_steps(mu2, s2, self.floor.floor))
         sums = torch.stack([v.sum() for v in values]).cpu()
         line = self.table[row]
         line[COLUMN["count"]] += counts[0]
@@ -278,47 +288,13 @@ class GroupSums:
         self.histogram[row] += torch.bincount(find_bins(ratio), minlength=N_BINS).cpu()
 
 
-def block_table(
-    mean: Tensor, m2: Tensor, samples: int, group_index: Tensor, n_groups: int, exponent: int = 0
-) -> Tensor:
-    """Sum one sample block over the subsampled elements.
-
-    Args:
-        mean, m2: 1-D; mean and sum of squared deviations of the subsampled elements within the block.
-        samples: block length L, at least 4; "damping_corrected" uses the noise floor of L samples.
-        group_index: integer, 1-D of the same length: each element's row.
-        n_groups: rows of the result.
-        exponent: as in `GroupSums.add`.
-
-    Returns:
-        float64 (n_groups, len(BLOCK_COLUMNS)) on the CPU.
-    """
-    table = torch.zeros(n_groups, len(BLOCK_COLUMNS), dtype=torch.float64, device=mean.device)
-    floor = noise_floor(samples)
-    # In chunks: for all elements at once, the temporaries would take an eighth of the accumulators' memory.
-    pieces = (torch.split(whole, BLOCK_CHUNK) for whole in (mean, m2, group_index))
-    for mean_c, m2_c, index in zip(*pieces, strict=True):
-        mu, s2 = _unscaled(mean_c, exponent), _variance(m2_c, samples, exponent)
-        counted = (s2 > 0) & torch.isfinite(s2) & torch.isfinite(mu)
-        mu, s2, index = mu[counted], s2[counted], index.to(torch.int64)[counted]
-        mu2 = mu * mu
-        ratio = mu2 / s2
-        damping, corrected = _dampings(mu2, s2, ratio, floor)
-        # mu = 0 with s^2 > 0 has no logarithm: use the histogram's lowest edge.
-        logs = ratio.clamp(min=2.0**-OCTAVES).log()
-        steps = _squared_steps(mu2, s2, floor.floor)
-        values = torch.stack([torch.ones_like(ratio), ratio, mu2, s2, damping, corrected, logs, *steps], dim=1)
-        table.index_add_(0, index, values)
-    return table.cpu()
-
-
-def _unscaled(mean: Tensor, exponent: int) -> Tensor:
+def unscaled(mean: Tensor, exponent: int) -> Tensor:
     """2^-exponent times the means, float64."""
     wide = mean.to(torch.float64)
     return wide * 2.0**-exponent if exponent else wide
 
 
-def _variance(m2: Tensor, samples: int, exponent: int) -> Tensor:
+def variance(m2: Tensor, samples: int, exponent: int) -> Tensor:
     """s_i^2 in float64, from 4^exponent times the sum of squared deviations; 0 where fp32 lost the squares.
 
     Below its normal range fp32 rounds each square to a multiple of 2^-149. K squares are accurate to 0.1 % from
@@ -330,13 +306,13 @@ def _variance(m2: Tensor, samples: int, exponent: int) -> Tensor:
     return (s2 * 4.0**-exponent if exponent else s2) / (samples - 1)
 
 
-def _dampings(mu2: Tensor, s2: Tensor, ratio: Tensor, floor: NoiseFloor) -> tuple[Tensor, Tensor]:
+def dampings(mu2: Tensor, s2: Tensor, ratio: Tensor, floor: NoiseFloor) -> tuple[Tensor, Tensor]:
     """(d_i, corrected d_i): sqrt(mu^2/(mu^2 + s^2)) and sqrt(c/(1 + c)) with c = max(0, corrected SNR_i)."""
     c = (ratio * floor.shrink - floor.floor).clamp_(min=0.0)
     return (mu2 / (mu2 + s2)).sqrt_(), (c / (1.0 + c)).sqrt_()
 
 
-def _squared_steps(mu2: Tensor, s2: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def squared_steps(mu2: Tensor, s2: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """(d_i^2, corrected d_i^2): mu^2 / (mu^2 + s^2), and 1 - s^2 / (mu^2 + (1 - floor) s^2), which may be negative.
 
     With K samples, floor = 1/K, the denominator is the mean of g_k^2: the corrected value is the adjusted R^2 of the

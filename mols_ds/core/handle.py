@@ -51,7 +51,8 @@ class Handle:
 
     @property
     def accumulator_bytes(self) -> int:
-        """Bytes of this rank's accumulators now; 0 outside a calibration."""
+        """Bytes of this rank's accumulators now, 8 an element; 0 outside a calibration. Samples that are kept for the
+        intervals are not in it (docs/planning_model.md)."""
         return 0 if self._controller is None else self._controller.accumulator_bytes
 
     @property

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mols_ds.core.accumulators import STRIDE, Accumulators, AccumulatorsState
-from mols_ds.core.group_stats import GroupSums, NoiseFloor, noise_floor
+from mols_ds.core.accumulators import Accumulators, AccumulatorsState, Kept
+from mols_ds.core.group_stats import GroupSums, NoiseFloor, noise_floor, variance
 from mols_ds.core.layout import ElementLayout
 from mols_ds.core.pieces import local_part
 from mols_ds.core.ranges import ShardRange
+from mols_ds.core.replicates import FEWEST, REPLICATES, replicate
+from mols_ds.core.sample_blocks import STRIDE, SampleBlocks
+from mols_ds.core.subsample import Subsample, choose
 from mols_ds.core.vocabulary import TokenRows, mark_ids, mark_rows, row_mask, seen_tokens
 from mols_ds.errors import MolsCheckpointError
 
 
 def group_index(owned: Sequence[ShardRange], layouts: Mapping[str, ElementLayout], groups: Sequence[str]) -> Tensor:
-    """Return the group number of every STRIDE-th owned element, for the sample blocks; 1-D uint8 (int16 past 255)."""
+    """Return the group number of every STRIDE-th owned element, for `SampleBlocks`; 1-D uint8 (int16 past 255)."""
     number = {group: i for i, group in enumerate(groups)}
     dtype = torch.uint8 if len(groups) <= 255 else torch.int16
     size = sum(item.numel for item in owned)
@@ -100,10 +103,15 @@ class LocalStats:
         self.accumulators: Accumulators | None = None
         self._squares: GroupSums | None = None
 
-    def _new(self) -> Accumulators:
-        index = group_index(self.ranges, self.layouts, self.groups)
+    def _new(self, of_0_4_0: bool = False) -> Accumulators:
         edges = [*(item.offset for item in self.ranges), self.numel]
-        return Accumulators(self.numel, device=self.device, group_index=index, n_groups=len(self.groups), edges=edges)
+        kept: Kept
+        if of_0_4_0:
+            index = group_index(self.ranges, self.layouts, self.groups)
+            kept = SampleBlocks(self.numel, index, len(self.groups), self.device, torch.float32)
+        else:
+            kept = Subsample(*choose(self.ranges, self.layouts, self.groups), self.device, torch.float32)
+        return Accumulators(self.numel, device=self.device, edges=edges, kept=kept)
 
     def open(self) -> None:
         """Begin a gradient sample. Allocates the accumulators for the first one."""
@@ -241,8 +249,10 @@ class LocalStats:
         """Return this rank's group sums of the samples so far."""
         measured = self.accumulators
         assert measured is not None
-        blocks = measured.block_sums
-        sums = GroupSums.zeros(self.groups, noise_floor(measured.count), len(blocks), measured.block_length)
+        kept = measured.kept
+        blocks = kept.sums if isinstance(kept, SampleBlocks) else []
+        replicates = REPLICATES if isinstance(kept, Subsample) and measured.count >= FEWEST else 0
+        sums = GroupSums.zeros(self.groups, noise_floor(measured.count), replicates, len(blocks))
         for layout, start, offset, numel, width in self.segments():
             for begin, end, exponent in measured.exponents.parts(offset, numel):
                 mean, m2, first = measured.mean[begin:end], measured.m2[begin:end], start + begin - offset
@@ -255,7 +265,35 @@ class LocalStats:
                     sums.add(layout.groups[0], *seen, measured.count, exponent)
                     sums.leave_out(layout.groups[0], *unseen)
         sums.add_blocks(blocks)
+        if replicates and isinstance(kept, Subsample):
+            self._replicate(sums, kept, measured)
         return sums
+
+    def _replicate(self, sums: GroupSums, kept: Subsample, measured: Accumulators) -> None:
+        """Add the replicates of the elements that are kept, those that the estimators count."""
+        places = kept.positions.to(measured.mean.device)
+        mean, s2 = measured.mean[places].double(), variance(measured.m2[places], measured.count, 0)
+        unit, seen = torch.ones_like(mean), torch.ones_like(places, dtype=torch.bool)
+        for begin, end, exponent in measured.exponents.parts(0, self.numel):
+            unit[kept.between(begin, end)] = 2.0**-exponent
+        for item in self.ranges:
+            if width := self._width(item.name):
+                part = kept.between(item.offset, item.offset + item.numel)
+                assert self.seen is not None
+                rows = (kept.positions[part] - item.offset + item.start) // width
+                seen[part] = self.seen[rows].to(seen.device)
+        counted = seen & (s2 > 0) & torch.isfinite(s2) & torch.isfinite(mean)
+        mean, s2 = mean * unit, s2 * unit * unit
+        cells, squares = kept.stacked()
+        for row, weight in enumerate(kept.weights):
+            mine = (counted & (kept.rows.to(places.device) == row)).nonzero()[:, 0]
+            if mine.numel():
+                scale = unit[mine]
+                within = None if squares is None else squares[:, mine].double() * scale * scale
+                found = replicate(
+                    cells[:, mine].double() * scale, within, mean[mine], s2[mine], measured.count, sums.floor, weight
+                )
+                sums.add_replicates(row, *found)
 
     # ------------------------------------------------------------------ mode "moments": Adam's state, no accumulators
 
@@ -305,7 +343,7 @@ class LocalStats:
         ranges = [saved["owned"]] if not isinstance(saved["owned"], Sequence) else saved["owned"]
         if [tuple(item) if isinstance(item, Sequence) else item for item in ranges] != self.ranges:
             raise MolsCheckpointError("the saved accumulators belong to other elements than this rank owns")
-        accumulators = self._new()
+        accumulators = self._new(of_0_4_0="block_sums" in saved["moments"])
         accumulators.load_state_dict(saved["moments"])
         ids = saved.get("ids")
         rows = 0 if self.vocabulary is None else self.vocabulary.rows

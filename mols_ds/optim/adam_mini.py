@@ -13,6 +13,7 @@ row; query or key weights that do not divide into heads (LoRA's A) one per row.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,13 +76,8 @@ def _split(length: int, group: str, head: int | None) -> tuple[int, int]:
 
 
 def _join(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    joined: list[tuple[int, int]] = []
-    for width, count in runs:
-        if joined and joined[-1][0] == width:
-            joined[-1] = (width, joined[-1][1] + count)
-        else:
-            joined.append((width, count))
-    return joined
+    alike = itertools.groupby(runs, key=lambda run: run[0])
+    return [(width, sum(count for _, count in same)) for width, same in alike]
 
 
 def head_size(model: nn.Module) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,8 +26,6 @@ ScaleType = Literal["channel", "tensor"]
 GROWTH_LIMIT = 1.01
 """gamma of the norm-growth limiter (paper, section 4.3, from Fira, arXiv 2410.01623)."""
 NORM_EPS = 1e-8
-State = dict[str, Any]
-"""State of one parameter."""
 
 
 def projection(shape: tuple[int, int], rank: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -106,7 +104,13 @@ class Apollo(Optimizer):
         state = self.state[weight]
         step = state["step"] = state.get("step", 0) + 1
         low_rank = "rank" in group and weight.ndim == 2
-        seen = self._project(state, gradient, group, step) if low_rank else gradient
+        seen = gradient
+        if low_rank:  # R = P G, with a new P at the first step and every `update_proj_gap` steps
+            past, rest = divmod(step - 1, group["update_proj_gap"])
+            if rest == 0 or "projection" not in state:
+                shape = (gradient.shape[0], gradient.shape[1])
+                state["projection"] = projection(shape, group["rank"], past, gradient.device, gradient.dtype)
+            seen = project(gradient, state["projection"])
         if "exp_avg" not in state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(seen), torch.zeros_like(seen)
         beta1, beta2 = group["betas"]
@@ -121,12 +125,3 @@ class Apollo(Optimizer):
             update = update * group["scale"]
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.add_(update, alpha=-group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step))
-
-    @staticmethod
-    def _project(state: State, gradient: Tensor, group: Settings, step: int) -> Tensor:
-        """Return R = P G, with a new P at the first step and every `update_proj_gap` steps."""
-        past, rest = divmod(step - 1, group["update_proj_gap"])
-        if rest == 0 or "projection" not in state:
-            shape = (gradient.shape[0], gradient.shape[1])
-            state["projection"] = projection(shape, group["rank"], past, gradient.device, gradient.dtype)
-        return project(gradient, state["projection"])

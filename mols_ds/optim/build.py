@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from mols_ds.core.groups import base_group, group_table, is_scaled
+from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError, MolsWarning
 from mols_ds.optim.catalog import CLASSES, OPTIMIZERS, Entry, find, known_to_deepspeed
-from mols_ds.optim.limits import setting_problem
-from mols_ds.optim.settings import EditedSection, ReadSettings, Section, Settings
+from mols_ds.optim.limits import check_params
+from mols_ds.optim.settings import ReadSettings, Settings
 
 Source = Literal["library", "deepspeed"]
 Parameters = Iterable[torch.Tensor | Settings]
@@ -38,11 +39,11 @@ class Request:
 
     entry: Entry
     settings: Settings
-    config: EditedSection
+    config: JsonObject
     rules: Sequence[Sequence[str]]
 
 
-def split_config(config: Section) -> Request | None:
+def split_config(config: JsonMapping) -> Request | None:
     """Find the catalog's optimizer in a DeepSpeed config.
 
     Args:
@@ -56,11 +57,9 @@ def split_config(config: Section) -> Request | None:
         MolsUnsupportedError: the config's ZeRO stage or offload would silently make it another optimizer.
     """
     section = config.get("optimizer")
-    if not isinstance(section, Mapping) or not isinstance(section.get("type"), str):
-        return None  # DeepSpeed accepts or refuses it
     entry = requested(section)
     if entry is None:
-        _warn_of_shards(section["type"], config)
+        _warn_of_shards(section, config)
         return None
     settings = settings_of(entry, section_of(config, "optimizer", "params"))
     kept = {key: value for key, value in config.items() if key != "optimizer"}
@@ -71,11 +70,13 @@ def split_config(config: Section) -> Request | None:
     return Request(entry, settings, kept, rules)
 
 
-def requested(section: Section) -> Entry | None:
-    """Return the entry that an "optimizer" section names; None if DeepSpeed builds it.
+def requested(section: object) -> Entry | None:
+    """Return the entry that an "optimizer" section names; None if DeepSpeed builds it, or refuses the section.
 
     Raises like `split_config`, and MolsUnsupportedError for a name that neither builds and MoLS refuses.
     """
+    if not isinstance(section, Mapping) or not isinstance(section.get("type"), str):
+        return None
     name, source = section["type"], section.get("source")
     if source not in (None, "library", "deepspeed"):
         raise MolsConfigError(f'"optimizer.source" is {source!r}; allowed are "library" and "deepspeed" (the default)')
@@ -114,21 +115,14 @@ def settings_of(entry: Entry, params: ReadSettings) -> Settings:
         )
     given = {key: value for key, value in params.items() if value != "auto"}
     settings = {**entry.settings, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}}
-    _check_ranges(entry.name, settings)
+    check_params(entry.name, settings)
     return settings
 
 
-def _check_ranges(name: str, settings: ReadSettings) -> None:
-    """Raise MolsConfigError for a value out of range. name: of the optimizer."""
-    problem = setting_problem(settings)
-    if problem is not None:
-        key, allowed = problem
-        raise MolsConfigError(f'"optimizer.params.{key}" of {name} is {settings[key]!r}: give {allowed}')
-
-
-def _warn_of_shards(name: str, config: Section) -> None:
+def _warn_of_shards(section: object, config: JsonMapping) -> None:
     """Warn where DeepSpeed silently gives flat shards to an optimizer that needs whole tensors."""
-    entry = find(name)
+    name = section.get("type") if isinstance(section, Mapping) else None
+    entry = find(name) if isinstance(name, str) else None
     if entry is not None and entry.cut_by_deepspeed and zero_stage(config) >= 1:
         warnings.warn(
             f"DeepSpeed gives {name} flat shards at ZeRO stage {zero_stage(config)}, but it needs whole tensors: this "
@@ -138,7 +132,7 @@ def _warn_of_shards(name: str, config: Section) -> None:
         )
 
 
-def zero_stage(config: Section) -> int:
+def zero_stage(config: JsonMapping) -> int:
     """Return the ZeRO stage of a DeepSpeed config, by default 0. Raises MolsConfigError if it is not a number."""
     stage = section_of(config, "zero_optimization").get("stage") or 0
     try:
@@ -147,7 +141,7 @@ def zero_stage(config: Section) -> int:
         raise MolsConfigError(f'"zero_optimization.stage" is {stage!r}; give 0, 1, 2 or 3') from None
 
 
-def section_of(config: Section, *path: str) -> Section:
+def section_of(config: JsonMapping, *path: str) -> JsonMapping:
     """Return a section of a DeepSpeed config by its path; empty if absent or null. Raises MolsConfigError if it is not
     a JSON object."""
     section: Any = config
@@ -160,13 +154,13 @@ def section_of(config: Section, *path: str) -> Section:
     return section  # type: ignore[no-any-return]
 
 
-def offload_device(config: Section) -> str | None:
+def offload_device(config: JsonMapping) -> str | None:
     """Return the offload device of the optimizer, "cpu" or "nvme"; None without offload."""
     device = section_of(config, "zero_optimization", "offload_optimizer").get("device")
     return device if isinstance(device, str) and device in OFFLOADED else None
 
 
-def _check_stage(entry: Entry, config: Section) -> None:
+def _check_stage(entry: Entry, config: JsonMapping) -> None:
     stage = zero_stage(config)
     if entry.reads == "tensors" and stage >= 1:
         stock = ', or DeepSpeed\'s own on stages 1 and 2 ("source": "deepspeed")' if entry.deepspeed is not None else ""
@@ -182,7 +176,7 @@ def _check_stage(entry: Entry, config: Section) -> None:
         )
 
 
-def _check_offload(entry: Entry, config: Section, kept: EditedSection) -> None:
+def _check_offload(entry: Entry, config: JsonMapping, kept: JsonObject) -> None:
     """Tell DeepSpeed that an offloaded optimizer is not its CPU Adam. Raises if the user forces that one, and for 8-bit
     state on NVMe, which DeepSpeed swaps with the size of the weights."""
     device = offload_device(config)

@@ -262,7 +262,7 @@ ENTRIES: tuple[Entry, ...] = (
           classes=(OptimizerClass(name="ShardedLamb", reads="sharded", groups_only_in=(OURS,)),
                    *_tensors("Lamb", "LAMB", "FusedLamb"))),
     Entry("AdamMini", "mols_ds", "mols_ds.optim.adam_mini:ShardedAdamMini", {**ADAM, "head_dim": None},
-          state=state_bytes.adam_mini,
+          state=per_element(4),  # without the second moment: one number per block
           classes=(OptimizerClass(
                        name="ShardedAdamMini", reads="sharded", adam_moments=False, groups_only_in=(OURS,),
                        decays=(Decay((OURS,)),)),

@@ -9,19 +9,20 @@ import warnings
 
 import torch
 
+from mols_ds.core.json_types import JsonMapping, JsonObject
 from mols_ds.core.validation import suggestion
 from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.optim.build import offload_device, requested, settings_of, unknown_name, zero_stage
 from mols_ds.optim.catalog import Entry, find, known_to_deepspeed
-from mols_ds.optim.limits import setting_problem
-from mols_ds.optim.settings import ADAM, CARRIED, DROPPED, EditedSection, Section
+from mols_ds.optim.limits import check_params
+from mols_ds.optim.settings import ADAM, CARRIED, DROPPED
 
 AUTO = "auto"
-PAPER_OPTIMIZER: Section = {**ADAM, "betas": list(ADAM["betas"])}
+PAPER_OPTIMIZER: JsonMapping = {**ADAM, "betas": list(ADAM["betas"])}
 """The paper's settings (METHOD.md): Adam (0.9, 0.95, 1e-8) without weight decay. The base rate is tuned per model."""
 
 
-def rename(section: Section, name: str) -> EditedSection:
+def rename(section: JsonMapping, name: str) -> JsonObject:
     """Return the section with another optimizer. Keeps the parameters that the new one has.
 
     Drops lr, betas, eps and weight_decay where the new one lacks them.
@@ -35,7 +36,7 @@ def rename(section: Section, name: str) -> EditedSection:
     given = str(section.get("type", ""))
     if given.lower() == name.lower() or (entry is not None and find(given) is entry):
         return dict(section)
-    result: EditedSection = {"type": name if entry is None else entry.name}
+    result: JsonObject = {"type": name if entry is None else entry.name}
     if entry is not None and entry.deepspeed is None:
         result["source"] = "library"
     own = _parameters(result, entry)
@@ -50,7 +51,7 @@ def rename(section: Section, name: str) -> EditedSection:
     return result
 
 
-def _parameters(section: Section, entry: Entry | None) -> tuple[str, ...]:
+def _parameters(section: JsonMapping, entry: Entry | None) -> tuple[str, ...]:
     """Return the parameter names of an optimizer; empty if they are not known here."""
     name = section["type"]
     if entry is not None and (section.get("source") == "library" or not known_to_deepspeed(name)):
@@ -61,7 +62,7 @@ def _parameters(section: Section, entry: Entry | None) -> tuple[str, ...]:
     return () if kind is None else tuple(key for key in inspect.signature(kind).parameters if key != "params")
 
 
-def fill(config: EditedSection, lr: float | None = None) -> None:
+def fill(config: JsonObject, lr: float | None = None) -> None:
     """Replace "auto" in the "optimizer" section of `config` by numbers, and choose DeepSpeed's or the library's
     version.
 
@@ -91,7 +92,7 @@ def fill(config: EditedSection, lr: float | None = None) -> None:
             params[key] = copy.copy(value)
 
 
-def _check_stock(section: Section) -> None:
+def _check_stock(section: JsonMapping) -> None:
     """Check the parameters of an optimizer that DeepSpeed builds, which would raise a TypeError there.
 
     Raises:
@@ -102,13 +103,10 @@ def _check_stock(section: Section) -> None:
     wrong = [key for key in params if known and key not in (*known, *DROPPED)]
     if wrong:
         raise MolsConfigError(f'"optimizer.params.{wrong[0]}" of {name}: unknown key; {suggestion(wrong[0], known)}')
-    problem = setting_problem({key: value for key, value in params.items() if value != AUTO})
-    if problem is not None:
-        key, allowed = problem
-        raise MolsConfigError(f'"optimizer.params.{key}" of {name} is {params[key]!r}: give {allowed}')
+    check_params(name, {key: value for key, value in params.items() if value != AUTO})
 
 
-def _where_it_runs(section: EditedSection, config: Section) -> None:
+def _where_it_runs(section: JsonObject, config: JsonMapping) -> None:
     """On a CPU, use the library's version if DeepSpeed's needs a CUDA kernel. Warns."""
     from deepspeed.accelerator import get_accelerator
 

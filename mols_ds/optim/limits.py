@@ -78,18 +78,15 @@ LIMITS: Mapping[str, Check] = {
 """Setting -> its valid values."""
 
 
-def setting_problem(settings: ReadSettings) -> tuple[str, str] | None:
-    """Return (setting, its valid values) for the first invalid value, or None. Ignores unknown settings."""
-    for key, value in settings.items():
-        check = LIMITS.get(key)
-        if check is not None and not check[0](value):
-            return key, check[1]
-    return None
+def check_options(name: str, options: ReadSettings, message: str = "{name}: {key}={value!r}; give {allowed}") -> None:
+    """Raise MolsConfigError for the first invalid value: a rate below 0, betas outside [0, 1), ... Ignores unknown
+    options. name: of the optimizer."""
+    for key, value in options.items():
+        valid, allowed = LIMITS.get(key, (lambda _: True, ""))
+        if not valid(value):
+            raise MolsConfigError(message.format(name=name, key=key, value=value, allowed=allowed))
 
 
-def check_options(name: str, options: ReadSettings) -> None:
-    """Raise MolsConfigError with optimizer and option for an invalid value: rates below 0, betas outside [0, 1), ..."""
-    problem = setting_problem(options)
-    if problem is not None:
-        key, allowed = problem
-        raise MolsConfigError(f"{name}: {key}={options[key]!r}; give {allowed}")
+def check_params(name: str, params: ReadSettings) -> None:
+    """As `check_options`, for "params" of a config's "optimizer" section."""
+    check_options(name, params, '"optimizer.params.{key}" of {name} is {value!r}: give {allowed}')

@@ -23,7 +23,9 @@ def scheduler_hints(scheduler: object) -> Hints:
     if isinstance(scheduler, SequentialLR):
         return _in_sequence(scheduler._schedulers, scheduler._milestones)
     if isinstance(scheduler, ChainedScheduler):
-        return _at_once(scheduler._schedulers)
+        hints = [scheduler_hints(each) for each in scheduler._schedulers]
+        totals, warmups = ([hint[i] for hint in hints if hint[i] is not None] for i in (0, 1))
+        return max(totals, default=None), max(warmups, default=None)  # type: ignore[type-var]
     if isinstance(scheduler, LinearLR):
         return None, scheduler.total_iters if scheduler.start_factor < scheduler.end_factor else None
     if isinstance(scheduler, PolynomialLR):
@@ -49,9 +51,3 @@ def _in_sequence(schedulers: Sequence[object], milestones: Sequence[int]) -> Hin
     total, warmup = scheduler_hints(schedulers[0])
     rises = warmup is not None and total is None
     return (None if last is None else milestones[-1] + last), (milestones[0] if rises else warmup)
-
-
-def _at_once(schedulers: Sequence[object]) -> Hints:
-    hints = [scheduler_hints(scheduler) for scheduler in schedulers]
-    totals, warmups = ([hint[i] for hint in hints if hint[i] is not None] for i in (0, 1))
-    return max(totals, default=None), max(warmups, default=None)  # type: ignore[type-var]

@@ -9,10 +9,6 @@ Settings = dict[str, Any]
 """Settings of an optimizer or of one of its parameter groups, by name."""
 ReadSettings = Mapping[str, Any]
 """The same, read-only."""
-Section = Mapping[str, Any]
-"""A DeepSpeed config, or a section of one, as plain JSON values."""
-EditedSection = dict[str, Any]
-"""The same, mutable."""
 
 ADAM: ReadSettings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 """Defaults of arXiv 2605.05794, Appendix B, for an optimizer with Adam's moments."""

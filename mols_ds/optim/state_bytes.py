@@ -67,8 +67,3 @@ def low_rank(shape: Shape, is_matrix: bool, settings: ReadSettings) -> int:
     rank = min(int(settings.get("rank") or max(1, settings.get("hidden", 0) // 4)), *shape)
     small, large = sorted(shape)
     return 8 * rank * large + 4 * rank * small
-
-
-def adam_mini(shape: Shape, is_matrix: bool, settings: ReadSettings) -> int:
-    """The first moment. Ignores the second: one number per block (2406.16793)."""
-    return 4 * math.prod(shape)

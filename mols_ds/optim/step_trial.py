@@ -31,15 +31,6 @@ MAX_GROUPS = 4
 WHOLE = ElementLayout.whole("all")
 
 
-def in_catalog(optimizer: Optimizer) -> bool:
-    """Whether the catalog has this optimizer's class, or the class whose step it inherits.
-
-    A name alone is not enough: anybody may call a class AdamW.
-    """
-    named = type(optimizer).__name__ in CLASSES and type(optimizer).__module__.split(".")[0] in PACKAGES
-    return named or reads_groups_only(optimizer)
-
-
 def class_refusal(optimizer: Any) -> tuple[str, str] | None:
     """Return (what MoLS does not support, what to do instead) for an inner optimizer, by the catalog or by a trial."""
     found = class_facts(optimizer).refusal(getattr(optimizer, "param_groups", []))
@@ -54,9 +45,11 @@ def refusal(optimizer: Optimizer) -> tuple[str, str] | None:
     A small copy takes 8 steps with all multipliers 3, another copy with lr x 3. Every rank gets the same answer. Warns
     if the class cannot be tried.
     """
-    if in_catalog(optimizer):
-        return None
     name = type(optimizer).__name__
+    # A name alone is not enough: anybody may call a class AdamW.
+    named = name in CLASSES and type(optimizer).__module__.split(".")[0] in PACKAGES
+    if named or reads_groups_only(optimizer):
+        return None
     error = _distance(optimizer)
     if error is None:
         warnings.warn(

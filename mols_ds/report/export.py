@@ -26,15 +26,8 @@ Kinds = Mapping[str, list[str]]
 """Parameter names without layer numbers -> their groups; see `core.groups.parameter_kinds`."""
 
 _TITAN_LAYER = {
-    "attention.wq.weight": ["qk"],
-    "attention.wk.weight": ["qk"],
-    "attention.wq_a.weight": ["qk"],
-    "attention.wq_b.weight": ["qk"],
-    "attention.qkv_linear.wq.weight": ["qk"],
-    "attention.qkv_linear.wk.weight": ["qk"],
-    "attention.wv.weight": ["vo"],
-    "attention.qkv_linear.wv.weight": ["vo"],
-    "attention.wo.weight": ["vo"],
+    **{f"attention.{q}.weight": ["qk"] for q in ("wq", "wk", "wq_a", "wq_b", "qkv_linear.wq", "qkv_linear.wk")},
+    **{f"attention.{v}.weight": ["vo"] for v in ("wv", "qkv_linear.wv", "wo")},
     "attention.qkv_linear.wqkv.weight": ["qk", "vo"],
     "attention.wkv_a.weight": ["vo", "qk"],
     "attention.wkv_b.weight": ["qk", "vo"],

@@ -6,9 +6,10 @@ import contextlib
 import json
 import math
 import os
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from mols_ds.core.files import write_whole
 from mols_ds.core.json_text import read_json
@@ -16,9 +17,6 @@ from mols_ds.core.log import warn_here
 from mols_ds.core.schema import SCHEMA, Report, not_finite, schema_problem
 from mols_ds.errors import MolsConfigError, MolsError
 from mols_ds.report.table import format_report
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FOLDER = "mols_report"
 JSON_NAME = "mols_report.json"
@@ -95,7 +93,7 @@ def write_report(report: Report, report_dir: str | os.PathLike[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / JSON_NAME, text)
         if _DRAWS[0]:
-            _write_plot(clean, folder / PLOT_NAME)
+            _write_figure(folder / PLOT_NAME, "mols_ds.report.plot.draw_report", clean)
     except OSError as error:
         raise MolsConfigError(
             f"mols.report_dir={str(report_dir)!r} cannot be written ({error.strerror or error}); "
@@ -134,14 +132,8 @@ def write_run_plot(lines: Sequence[Mapping[str, Any]], path: Path) -> bool:
     Raises:
         MolsConfigError: the file cannot be written.
     """
-
-    def draw() -> Figure:
-        from mols_ds.report.run_plot import draw_run
-
-        return draw_run(lines, str(path.parent))
-
     try:
-        return _write_figure(draw, path)
+        return _write_figure(path, "mols_ds.report.plot.draw_run", lines, str(path.parent))
     except OSError as error:
         raise MolsConfigError(f"report: {path}: {error.strerror or error}") from error
 
@@ -159,27 +151,18 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _write_plot(report: Report, path: Path) -> None:
-    """Draw and write the plot. Any failure except of the disk is a `MolsWarning`: the report itself is written."""
-
-    def draw() -> Figure:
-        from mols_ds.report.plot import draw_report
-
-        return draw_report(report)
-
-    _write_figure(draw, path)
-
-
-def _write_figure(draw: Callable[[], Figure], path: Path) -> bool:
+def _write_figure(path: Path, draw: str, *arguments: object) -> bool:
+    """Write the figure of the function `draw`, whose module needs matplotlib. Any failure except of the disk is a
+    `MolsWarning`: the report itself is written."""
     try:
-        figure = draw()
+        figure = pkgutil.resolve_name(draw)(*arguments)
         write_whole(path, lambda beside: figure.savefig(beside, format="png", dpi=160))
         return True
     except OSError:
         raise
     except ImportError as error:
-        warn_here(f"{path.name} was not drawn ({error}); pip install matplotlib", stacklevel=4)
+        warn_here(f"{path.name} was not drawn ({error}); pip install matplotlib", stacklevel=3)
     except Exception as error:  # any error of matplotlib: its settings, imports, backend, fonts
         line = f"{type(error).__name__}: {error}"
-        warn_here(f"{path.name} was not drawn ({line}); check matplotlib and MPLBACKEND", stacklevel=4)
+        warn_here(f"{path.name} was not drawn ({line}); check matplotlib and MPLBACKEND", stacklevel=3)
     return False

@@ -1,10 +1,11 @@
-"""Plot of a calibration report. Needs matplotlib (extra `report`); draws off screen, without pyplot's state."""
+"""Plots of a calibration report and of a whole run, drawn off screen. Needs matplotlib (extra `report`), not pyplot."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -27,6 +28,7 @@ COLOURS = {
     "other": "#7F7F7F",
 }
 INK, FAINT = "#222222", "#DDDDDD"
+FROM_MOMENTS = "lines: from Adam's moments; moving weights count as noise, rows of unseen tokens are included"
 
 
 def draw_report(report: Report) -> Figure:
@@ -35,11 +37,11 @@ def draw_report(report: Report) -> Figure:
     Up to `MAX_ROWS` groups get one row each; more (granularity `layer_type`) are drawn as lines over the layers.
     The figure has no window and no global state.
     """
-    table = group_cells(report)
+    cells = group_cells(report)
     groups = report["groups"]
     layered = len(groups) > MAX_ROWS
     upper = 3.4 if layered else 1.0 + 0.36 * len(groups)
-    lower = 0.5 + 0.27 * len(table.cells)
+    lower = 0.5 + 0.27 * len(cells)
     spacing = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
     figure = Figure(figsize=(11.0, upper + lower + 1.1), facecolor="white", layout=spacing)
     figure.suptitle(
@@ -55,7 +57,7 @@ def draw_report(report: Report) -> Figure:
     else:
         _intervals(left, groups, f"{statistic} ({report['estimator']}), 95 % interval")
         _alphas(right, groups, report["reference"])
-    _table(figure.add_subplot(grid[1, :]), table.cells)
+    _table(figure.add_subplot(grid[1, :]), cells)
     figure.supxlabel(textwrap.fill(_footnote(report), 190), fontsize=7.5, color="#777777", x=0.012, ha="left")
     return figure
 
@@ -80,7 +82,7 @@ def _intervals(axes: Axes, groups: Mapping[str, ReportGroup], label: str) -> Non
         axes.plot(max(value, least), row, marker, color=colour, markersize=8, clip_on=False)
     axes.set_xscale("log")
     axes.set_xlim(least, greatest)
-    _log_ticks(axes.xaxis, greatest / least)
+    log_ticks(axes.xaxis, greatest / least)
     _names(axes, groups)
     axes.set_xlabel(label, fontsize=9.5)
 
@@ -126,7 +128,7 @@ def _alphas(axes: Axes, groups: Mapping[str, ReportGroup], reference: str) -> No
     least = min([1.0, *known])
     # Leave room for the numbers: a share of the axis length beyond the outermost bars.
     axes.set_xlim(least / reach**0.45 if least < 1 else 1 / reach**0.12, max([1.0, *known]) * reach**0.62)
-    _log_ticks(axes.xaxis, reach)
+    log_ticks(axes.xaxis, reach)
     _names(axes, groups)
     axes.set_xlabel("learning-rate multiplier alpha" + (", 95 % interval" if any(ends[1::3]) else ""), fontsize=9.5)
 
@@ -148,10 +150,10 @@ def _lines(axes: Axes, groups: Mapping[str, ReportGroup], key: Number, label: st
             axes.plot(layers, values, "o-", color=colour_of(kind), linewidth=1.6, markersize=3.5, label=kind)
     axes.set_yscale("log")
     least, greatest = axes.get_ylim()
-    _log_ticks(axes.yaxis, greatest / least)
+    log_ticks(axes.yaxis, greatest / least)
     axes.set_xlabel("layer", fontsize=9.5)
     axes.set_ylabel(label, fontsize=9.5)
-    _frame(axes, "y")
+    frame(axes, "y", hidden=("top", "right", "bottom"))
 
 
 def _table(axes: Axes, cells: list[list[str]]) -> None:
@@ -181,18 +183,18 @@ def _names(axes: Axes, groups: Mapping[str, ReportGroup]) -> None:
     axes.set_yticks(range(len(groups)), list(groups), fontsize=10)
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, pad=9)
-    _frame(axes, "x")
+    frame(axes, "x", hidden=("top", "right", "left"))
 
 
-def _frame(axes: Axes, lines: str) -> None:
-    axes.grid(axis="x" if lines == "x" else "y", which="major", color=FAINT, linewidth=0.8)
+def frame(axes: Axes, lines: Literal["x", "y", "both"], hidden: Sequence[str] = ("top", "right")) -> None:
+    """Draw grid lines below the data, and no frame on the `hidden` sides."""
+    axes.grid(axis=lines, which="major", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="both", labelsize=9)
-    for side in ("top", "right", "left" if lines == "x" else "bottom"):
-        axes.spines[side].set_visible(False)
+    axes.spines[list(hidden)].set_visible(False)
 
 
-def _log_ticks(axis: Axis, ratio: float) -> None:
+def log_ticks(axis: Axis, ratio: float) -> None:
     """Set plain numbers as ticks instead of powers of ten: several per decade if there are few decades."""
     decades = math.log10(max(ratio, 1.0001))
     subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 0.8 else (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
@@ -210,3 +212,55 @@ def _footnote(report: Report) -> str:
 def colour_of(group: str) -> str:
     """Return the colour of a group: `qk.3` has that of `qk`, an unknown group that of `other`."""
     return COLOURS.get(group.split(".", 1)[0], COLOURS["other"])
+
+
+# ---------------------------------------------------------------------- a whole run
+
+Line = Mapping[str, Any]
+"""A line of metrics.jsonl."""
+
+
+def draw_run(lines: Sequence[Line], title: str) -> Figure:
+    """Draw the applied rate of each group, and its SNR: at each calibration (points) and from Adam's moments (lines).
+
+    Args:
+        lines: of metrics.jsonl, in the order of the steps.
+        title: of the figure.
+    """
+    figure = Figure(figsize=(11.0, 4.6), facecolor="white", layout="constrained")
+    figure.suptitle(title, fontsize=12.5, fontweight="bold", x=0.012, ha="left")
+    rates, snr = figure.subplots(1, 2)
+    for group, (steps, values) in curves(lines, "applied_lrs").items():
+        rates.plot(steps, values, color=colour_of(group), label=group, linewidth=1.2)
+    base = [(line["step"], line["lr"]) for line in lines if line.get("lr", 0) > 0]
+    if base:
+        rates.plot(*zip(*base, strict=True), color="#222222", linestyle=":", label="base rate")
+    for group, (steps, values) in curves(lines, "snr_moments").items():
+        snr.plot(steps, values, color=colour_of(group), label=group, linewidth=1.2)
+    for group, (steps, values) in curves(lines, "snr").items():
+        snr.plot(steps, values, color=colour_of(group), marker="o", linestyle="", label=f"{group}, calibration")
+    _finish(rates, "applied learning rate")
+    _finish(snr, "SNR (damping: d)")
+    if curves(lines, "snr_moments"):
+        snr.set_title(FROM_MOMENTS, fontsize=8.5, loc="left")
+    return figure
+
+
+def curves(lines: Iterable[Line], key: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Return steps and positive values of each group under one key of the lines."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for line in lines:
+        for group, value in line.get(key, {}).items():
+            if value is not None and value > 0:
+                steps, values = found.setdefault(group, ([], []))
+                steps.append(line["step"])
+                values.append(value)
+    return found
+
+
+def _finish(axes: Axes, label: str) -> None:
+    axes.set(xlabel="step", ylabel=label)
+    if axes.lines:
+        axes.set_yscale("log")
+        axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.grid(color=FAINT)

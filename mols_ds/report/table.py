@@ -28,16 +28,9 @@ class Row(NamedTuple):
     reference: bool
 
 
-class Table(NamedTuple):
-    """Text cells of a report's groups, for the terminal and the plot; `cells[0]` is the header."""
-
-    cells: list[list[str]]
-    rows: list[Row]
-
-
 def format_report(report: Report) -> str:
     """Return the report as plain text of up to about 100 columns: one headline, then the group table."""
-    cells = group_cells(report).cells
+    cells = group_cells(report)
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [headline(report), ""]
     for number, row in enumerate(cells):
@@ -51,18 +44,16 @@ def format_report(report: Report) -> str:
 
 def headline(report: Report) -> str:
     """Return one line that says what was measured, when and how."""
-    return printable(_headline(report))
-
-
-def _headline(report: Report) -> str:
-    if report["mode"] == "fixed":
-        return f"MoLS at step {report['step']}: alphas from fixed_alphas, no measurement"
-    if report.get("failed"):
-        return f"MoLS at step {report['step']}: calibration FAILED, {report['failed']}"
-    return (
-        f"MoLS at step {report['step']}: {report['samples']} gradient samples, mode {report['mode']}, "
-        f"estimator {report['estimator']}, reference {report['reference']}"
+    moved = " (weights moved: counted as noise)" if report.get("weights_moved") else ""
+    what = (
+        f"{report['samples']} gradient samples, mode {report['mode']}{moved}, estimator {report['estimator']}, "
+        f"reference {report['reference']}"
     )
+    if report["mode"] == "fixed":
+        what = "alphas from fixed_alphas, no measurement"
+    elif report.get("failed"):
+        what = f"calibration FAILED, {report['failed']}"
+    return printable(f"MoLS at step {report['step']}: {what}")
 
 
 def group_rows(report: Report) -> list[Row]:
@@ -76,12 +67,12 @@ def group_rows(report: Report) -> list[Row]:
     return [_row(kind, names, groups, total, report["reference"]) for kind, names in kinds.items()]
 
 
-def group_cells(report: Report) -> Table:
-    """Return the cells of the group table. The statistic's header is that of `statistic_name`."""
+def group_cells(report: Report) -> list[list[str]]:
+    """Return the text cells of the group table, for the terminal and the plot. The first row is the header, the
+    statistic's name in it from `statistic_name`."""
     statistic = statistic_name(report)
     cells = [["group", "elements", "share", statistic, "95 % interval", "alpha", "never moved", "note"]]
-    rows = group_rows(report)
-    for row in rows:
+    for row in group_rows(report):
         low, high = row.interval
         interval = "-" if low is None or high is None else f"{_number(low)} .. {_number(high)}"
         never = "-" if row.never_moved is None else f"{row.never_moved:.1%}"
@@ -97,7 +88,7 @@ def group_cells(report: Report) -> Table:
                 _note(row),
             ]
         )
-    return Table(cells, rows)
+    return cells
 
 
 def statistic_name(report: Report) -> str:

@@ -19,10 +19,11 @@ from mols_ds.apps.plan.model import load
 from mols_ds.apps.plan.optimizers import Weight, state_bytes
 from mols_ds.apps.plan.parts import Footprint, ring
 from mols_ds.cli import main
-from mols_ds.core.accumulators import Accumulators
 from mols_ds.core.layout import ElementLayout
+from mols_ds.core.local_stats import LocalStats
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.ranges import ShardRange
+from mols_ds.core.subsample import ELEMENTS
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,9 +60,21 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 
 
 def test_accumulators_are_what_moments_allocates() -> None:
-    for elements in (0, 1, 126, 127, 128, 100_000):
-        index = torch.zeros(-(-elements // 127), dtype=torch.uint8)
-        assert accumulators(elements, "cpu").kept == Accumulators(elements, group_index=index, n_groups=6).nbytes
+    for elements in (0, 1, 126, 100_000):
+        owned, layouts = [ShardRange("w", 0, 0, elements)], {"w": ElementLayout.whole("vo")}
+        for samples in (8, 32, 40, 70):
+            stats = LocalStats(owned, layouts, ("vo",), torch.device("cpu"))
+            for _ in range(samples):
+                stats.open()
+                stats.add(0, torch.ones(elements), 1.0)
+                stats.close()
+            planned, measured = accumulators(elements, "cpu", samples), stats.accumulators
+            assert measured is not None and measured.kept is not None
+            assert planned.kept == measured.nbytes
+            kept = measured.kept.state(samples)
+            held = sum(value.nbytes for value in kept.values() if isinstance(value, torch.Tensor))
+            most = planned.scratch - 4 * elements  # a stride that is prime leaves out some
+            assert held <= most <= 2 * held + 10 * ELEMENTS
 
 
 def test_sums_are_below_the_limit_of_one_all_reduce() -> None:

@@ -25,7 +25,7 @@ def interrupt(folder: str) -> dict[str, Any]:
     study = study.model_copy(update={**changes, "budget": study.budget.model_copy(update={"steps": STEPS})})
     study = study.model_copy(update={"snr": study.snr.model_copy(update={"every": 2})})  # type: ignore[union-attr]
     run = StudyRun("block", "adam", (("lr", 4e-3),), 1)
-    whole = work.Worker(study, Store(study, Path(folder, "whole")), work.RankInfo()).execute(run)
+    whole = work.Worker(study, Store(study, Path(folder, "whole"))).execute(run)
 
     class Stop(Exception):
         pass
@@ -37,7 +37,7 @@ def interrupt(folder: str) -> dict[str, Any]:
         if engine.global_steps == STOPPED:
             raise Stop
 
-    worker = work.Worker(study, Store(study, Path(folder, "parts")), work.RankInfo())
+    worker = work.Worker(study, Store(study, Path(folder, "parts")))
     work.KeptWatch.__call__ = stops  # type: ignore[method-assign]
     try:
         worker.execute(run)

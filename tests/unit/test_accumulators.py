@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mols_ds.core import accumulators as moments_module
-from mols_ds.core.accumulators import STRIDE, Accumulators, subsample
-from mols_ds.core.group_stats import BLOCK_COLUMN
+from mols_ds.core.accumulators import Accumulators
+from mols_ds.core.columns import BLOCK, BLOCK_COLUMN
+from mols_ds.core.sample_blocks import STRIDE, SampleBlocks, subsample
+from mols_ds.core.subsample import CELLS, Subsample
 from mols_ds.errors import MolsCheckpointError, MolsConfigError, MolsError
 
 
@@ -24,6 +27,20 @@ def feed(moments: Accumulators, gradient: Tensor, cuts: tuple[int, ...] = (), sc
     for start, end in pairwise(edges):
         moments.update(start, gradient[start:end], scale)
     moments.close()
+
+
+def with_blocks(n: int, groups: int = 1, index: Tensor | None = None) -> Accumulators:
+    """As release 0.4.0 made them."""
+    if index is None:
+        index = torch.zeros(subsample(0, n)[2], dtype=torch.uint8)
+    return Accumulators(n, kept=SampleBlocks(n, index, groups, torch.device("cpu"), torch.float32))
+
+
+def with_samples(n: int, every: int = 3) -> Accumulators:
+    """All samples of every third element are kept."""
+    places = torch.arange(0, n, every)
+    kept = Subsample(places, torch.zeros_like(places, dtype=torch.int16), [every], torch.device("cpu"), torch.float32)
+    return Accumulators(n, kept=kept)
 
 
 def gradients(k: int, n: int, seed: int = 0) -> Tensor:
@@ -128,17 +145,17 @@ def test_subsample_visits_multiples_of_the_stride() -> None:
 
 
 def test_block_sums_equal_those_of_the_blocks_alone() -> None:
-    n, length = 2000, 5
-    samples = torch.randn(17, n, generator=torch.Generator().manual_seed(3)) + 0.5
+    n, length = 2000, BLOCK
+    samples = torch.randn(3 * BLOCK + 2, n, generator=torch.Generator().manual_seed(3)) + 0.5
     samples[:, 10 * STRIDE] = 0  # an element that never moves is in no sum
     size = subsample(0, n)[2]
     index = (torch.arange(size) % 3).to(torch.int16)
-    moments = Accumulators(n, group_index=index, n_groups=4, block_length=length)
+    moments = with_blocks(n, 4, index)
     for sample in samples.to(torch.bfloat16):
         feed(moments, sample, (1, 127, 128, 1500), 0.25)
-    assert len(moments.block_sums) == 3
+    assert isinstance(moments.kept, SampleBlocks) and len(moments.kept.sums) == 3
     exact = samples.to(torch.bfloat16).double()[:, ::STRIDE] * 0.25
-    for number, table in enumerate(moments.block_sums):
+    for number, table in enumerate(moments.kept.sums):
         block = exact[number * length : (number + 1) * length]
         mu2, s2 = block.mean(0) ** 2, block.var(0)
         for group in range(4):
@@ -156,40 +173,58 @@ def test_block_sums_equal_those_of_the_blocks_alone() -> None:
                 assert float(table[group, BLOCK_COLUMN[name]]) == pytest.approx(value, rel=1e-5, abs=1e-5)
 
 
-def test_state_round_trip_is_bitwise_inside_a_block() -> None:
-    n = 1500
-    samples = gradients(13, n)
-    index = torch.zeros(subsample(0, n)[2], dtype=torch.uint8)
+def test_all_samples_of_the_kept_elements() -> None:
+    """Beyond CELLS samples, each cell has the mean and the squared deviations of every 32nd sample."""
+    n, samples = 1500, torch.randn(CELLS + 5, 1500, generator=torch.Generator().manual_seed(4)).to(torch.bfloat16)
+    moments = with_samples(n)
+    for number, sample in enumerate(samples):
+        feed(moments, sample, (number, 700, 701), 0.25)
+        if number in (3, CELLS - 1):
+            means, squares = moments.kept.stacked()  # type: ignore[union-attr]
+            assert torch.equal(means, samples[: number + 1, ::3].float() * 0.25) and squares is None
+    exact = samples[:, ::3].double() * 0.25
+    means, squares = moments.kept.stacked()  # type: ignore[union-attr]
+    assert squares is not None and squares.shape == (5, 500)
+    pairs = torch.stack([exact[:5], exact[CELLS:]])
+    torch.testing.assert_close(means[:5].double(), pairs.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(squares.double(), pairs.var(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(means[5:].double(), exact[5:CELLS])
 
-    def fresh() -> Accumulators:
-        return Accumulators(n, group_index=index, n_groups=1, block_length=4)
 
-    through, resumed = fresh(), fresh()
-    for sample in samples[:6]:  # one block is full, the second half full
+@pytest.mark.parametrize("make", [with_samples, with_blocks])
+def test_state_round_trip_is_bitwise(make: Callable[[int], Accumulators]) -> None:
+    n, count = 1500, CELLS + 13
+    samples = gradients(count, n)
+    through, resumed = make(n), make(n)
+    for sample in samples[: CELLS + 6]:  # blocks: one is half full; cells: some have two samples
         feed(through, sample)
     resumed.load_state_dict(copy.deepcopy(through.state_dict()))
-    for sample in samples[6:]:
+    for sample in samples[CELLS + 6 :]:
         feed(through, sample)
         feed(resumed, sample)
-    assert through.count == resumed.count == 13
+    assert through.count == resumed.count == count
     for key, value in through.state_dict().items():
         other = resumed.state_dict()[key]
         assert torch.equal(value, other) if isinstance(value, Tensor) else value == other, key
-    assert len(through.block_sums) == 3
 
 
 def test_state_that_does_not_fit_is_refused() -> None:
     state = Accumulators(10).state_dict()
     with pytest.raises(MolsCheckpointError, match="numel"):
         Accumulators(11).load_state_dict(state)
-    with pytest.raises(MolsCheckpointError, match="block_length"):
-        Accumulators(10, block_length=5).load_state_dict(state)
+    blocks, cells = with_blocks(1000).state_dict(), with_samples(1000).state_dict()
+    with pytest.raises(MolsCheckpointError, match="block_length=5"):
+        with_blocks(1000).load_state_dict({**blocks, "block_length": 5})
     with pytest.raises(MolsCheckpointError, match="float32"):
         Accumulators(10, dtype=torch.float64).load_state_dict(state)
-    with pytest.raises(MolsCheckpointError, match="block_mean"):
-        Accumulators(10, group_index=torch.zeros(1, dtype=torch.uint8), n_groups=0).load_state_dict(state)
-    with pytest.raises(MolsCheckpointError, match="other groups"):
-        Accumulators(10, n_groups=2).load_state_dict(state)
+    with pytest.raises(MolsCheckpointError, match="lacks block_length, block_mean, block_m2, block_sums"):
+        with_blocks(1000).load_state_dict(cells)
+    with pytest.raises(MolsCheckpointError, match="'block_sums' is no"):
+        with_blocks(1000, 2).load_state_dict(blocks)
+    with pytest.raises(MolsCheckpointError, match="lacks cells, cell_squares"):
+        with_samples(1000).load_state_dict(blocks)
+    with pytest.raises(MolsCheckpointError, match=r"'cells' is no torch.float32 tensor of shape \(0, 250\)"):
+        with_samples(1000, 4).load_state_dict(cells)
     with pytest.raises(MolsCheckpointError, match="lacks m2"):
         Accumulators(10).load_state_dict({key: value for key, value in state.items() if key != "m2"})
 
@@ -242,44 +277,36 @@ def test_order_of_calls_is_enforced() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(MolsConfigError, match="float32"):
         Accumulators(10, dtype=torch.bfloat16)
-    with pytest.raises(MolsConfigError, match="block_length=3"):
-        Accumulators(10, block_length=3)
-    with pytest.raises(MolsError, match=r"shape \(2,\)"):
-        Accumulators(128, group_index=torch.zeros(1, dtype=torch.uint8))
-    with pytest.raises(MolsError, match="uint8 or int16"):
-        Accumulators(128, group_index=torch.zeros(2, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
-@pytest.mark.parametrize("n", [10_000, 10_160, 1_000_003])
-def test_accumulators_take_8_bytes_an_element(n: int, dtype: torch.dtype) -> None:
-    moments = Accumulators(n, group_index=torch.zeros(subsample(0, n)[2], dtype=dtype), n_groups=6)
-    assert 8 * n <= moments.nbytes <= 1.01 * 8 * n
-    assert Accumulators(n).nbytes == 8 * n
+@pytest.mark.parametrize("n", [10_000, 1_000_003])
+def test_accumulators_take_8_bytes_an_element(n: int) -> None:
+    assert Accumulators(n).nbytes == with_samples(n, 127).nbytes == 8 * n
 
 
 def test_freed_accumulators_hold_nothing() -> None:
-    moments = Accumulators(1000, group_index=torch.zeros(8, dtype=torch.uint8), n_groups=1, block_length=4)
+    moments = with_samples(1000)
     for _ in range(4):
         feed(moments, torch.randn(1000))
     moments.free()
     assert moments.nbytes == 0
-    assert moments.count == 4
-    assert len(moments.block_sums) == 1
+    assert moments.count == 4 and moments.kept is None
     for use in (moments.open, moments.state_dict):
         with pytest.raises(MolsError, match="freed"):
             use()
 
 
-def test_a_rank_without_elements_keeps_step() -> None:
-    moments = Accumulators(0, group_index=torch.zeros(0, dtype=torch.uint8), n_groups=2, block_length=4)
+@pytest.mark.parametrize("make", [with_samples, lambda n: with_blocks(n, 2)])
+def test_a_rank_without_elements_keeps_step(make: Callable[[int], Accumulators]) -> None:
+    moments = make(0)
     for number in range(8):
         moments.open()
         if number % 2:
             moments.update(0, torch.ones(0))
         moments.close()
     assert moments.count == 8
-    assert [table.tolist() for table in moments.block_sums] == [[[0.0] * len(BLOCK_COLUMN)] * 2] * 2
+    if isinstance(moments.kept, SampleBlocks):
+        assert [table.tolist() for table in moments.kept.sums] == [[[0.0] * len(BLOCK_COLUMN)] * 2]
 
 
 def test_gradients_from_another_device() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mols_ds.core.adam_moments import adam_moments
+from mols_ds.core.columns import VALUE, WEIGHT
 from mols_ds.core.estimators import ESTIMATORS, estimate
 from mols_ds.core.exponents import UNDECIDED, Exponents
 from mols_ds.core.group_stats import COLUMN, GroupSums, noise_floor
@@ -68,7 +69,8 @@ def relative(table: GroupSums) -> dict[str, Tensor]:
     return {
         "table": table.table[:, columns],
         "histogram": table.histogram,
-        "blocks": table.blocks[:, :, [0, 1, 4, 5, 6]],
+        "replicates": table.replicates[:, :, [n for name, n in VALUE.items() if name not in ("mu2", "s2")]],
+        "curve": table.spreads[:, WEIGHT:],
     }
 
 
@@ -106,7 +108,7 @@ def test_ranges_of_unlike_sizes(powers: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("power", [-78, 70])
 @pytest.mark.parametrize("first", [1, 7, 8, 11])
 def test_a_range_that_moves_later(power: int, first: int) -> None:
-    """Its first squares were lost before its size was known; a block may end at that sample."""
+    """Its first squares were lost before its size was known."""
     samples = gradients()
     samples[:first] = 0.0
     plain, other = sums(samples), sums(scaled(samples, [power] * 3))
@@ -150,9 +152,10 @@ def test_a_state_of_release_0_4_0_goes_on(at: int) -> None:
     """It has no exponents: what moved stays as it is, what did not is still to be decided."""
     samples = scaled(gradients(), [0, 0, 60])
     samples[:at, RANGES[2].offset :] = 0.0
-    whole, second = stats(), stats()
+    whole, first, second = stats(), stats(), stats()
+    for measured in (whole, first):
+        measured.accumulators = measured._new(of_0_4_0=True)
     feed(whole, samples)
-    first = stats()
     feed(first, samples[:at])
     saved = first.state_dict()
     assert saved is not None
@@ -160,6 +163,7 @@ def test_a_state_of_release_0_4_0_goes_on(at: int) -> None:
     second.load_state_dict(saved)
     assert second.accumulators is not None and second.accumulators.exponents.undecided == [2]
     feed(second, samples[at:])
+    assert len(second.gradient_sums().blocks) == 2
     assert torch.equal(second.gradient_sums().pack(), whole.gradient_sums().pack())
 
 

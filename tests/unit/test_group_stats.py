@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mols_ds.core import group_stats as snr_module
-from mols_ds.core.accumulators import STRIDE, Accumulators
+from mols_ds.core.accumulators import Accumulators
 from mols_ds.core.adam_moments import adam_moments
 from mols_ds.core.estimators import ESTIMATORS, estimate, intervals
 from mols_ds.core.group_stats import COLUMN, COLUMNS, GroupSums, NoiseFloor, bin_edges, find_bins, noise_floor
 from mols_ds.core.groups import ElementLayout
+from mols_ds.core.local_stats import LocalStats
+from mols_ds.core.ranges import ShardRange
+from mols_ds.core.replicates import REPLICATES
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
 
 GROUPS = ("embedding", "head", "qk", "vo", "mlp", "other")
@@ -26,11 +29,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def accumulate(samples: Tensor, block_length: int = 8) -> Accumulators:
-    """Accumulators of (K, n) samples, all subsampled elements in group 0."""
-    n = samples.shape[1]
-    index = torch.zeros(-(-n // STRIDE), dtype=torch.uint8)
-    moments = Accumulators(n, group_index=index, n_groups=1, block_length=block_length)
+def accumulate(samples: Tensor) -> Accumulators:
+    """Accumulators of (K, n) samples."""
+    moments = Accumulators(samples.shape[1])
     for sample in samples:
         moments.open()
         moments.update(0, sample)
@@ -38,13 +39,15 @@ def accumulate(samples: Tensor, block_length: int = 8) -> Accumulators:
     return moments
 
 
-def sums_of(samples: Tensor, block_length: int = 8) -> GroupSums:
+def sums_of(samples: Tensor) -> GroupSums:
     """The sums of one group "vo" with all elements of (K, n) samples."""
-    moments = accumulate(samples, block_length)
-    sums = GroupSums.zeros(("vo",), noise_floor(moments.count), len(moments.block_sums), block_length)
-    sums.add("vo", moments.mean, moments.m2, moments.count)
-    sums.add_blocks(moments.block_sums)
-    return sums
+    n = samples.shape[1]
+    stats = LocalStats([ShardRange("w", 0, 0, n)], {"w": ElementLayout.whole("vo")}, ("vo",), torch.device("cpu"))
+    for sample in samples:
+        stats.open()
+        stats.add(0, sample, 1.0)
+        stats.close()
+    return stats.gradient_sums()
 
 
 def oracle(samples: Tensor, correction: bool) -> dict[str, float]:
@@ -200,7 +203,7 @@ def packed(moments: Accumulators, layouts: list[tuple[ElementLayout, int]], cuts
     """Sum of the packed sums of ranks that own [cuts[r], cuts[r+1]) of parameters (layout, numel) laid end to end."""
     total: Tensor | None = None
     for begin, end in pairwise(cuts):
-        sums = GroupSums.zeros(GROUPS, noise_floor(moments.count), 2)
+        sums = GroupSums.zeros(GROUPS, noise_floor(moments.count))
         offset = 0
         for layout, numel in layouts:
             first, last = max(begin, offset), min(end, offset + numel)
@@ -234,7 +237,7 @@ def test_sums_do_not_depend_on_the_ranks(cuts: list[int], chunk: int) -> None:
         parts = packed(moments, layouts, [0, *sorted(cuts), 8464])  # equal cuts make ranks without any element
     finally:
         snr_module.CHUNK = old
-    a, b = GroupSums.zeros(GROUPS, noise_floor(8), 2), GroupSums.zeros(GROUPS, noise_floor(8), 2)
+    a, b = GroupSums.zeros(GROUPS, noise_floor(8)), GroupSums.zeros(GROUPS, noise_floor(8))
     a.load_packed(whole)
     b.load_packed(parts)
     assert torch.equal(a.histogram, b.histogram)
@@ -256,26 +259,26 @@ def test_every_ratio_is_in_the_bin_that_comparing_with_the_edges_gives() -> None
 
 
 def test_pack_holds_everything_and_is_small() -> None:
-    sums = GroupSums.zeros(GROUPS, noise_floor(256), 32)
-    for tensor in (sums.table, sums.histogram, sums.blocks):
+    sums = GroupSums.zeros(GROUPS, noise_floor(256), REPLICATES)
+    for tensor in (sums.table, sums.histogram, sums.replicates, sums.spreads):
         tensor.copy_(torch.rand(tensor.shape, dtype=torch.float64))
     data = sums.pack()
     assert data.dim() == 1
     assert data.dtype == torch.float64
     assert data.numel() * data.element_size() <= 262_144
-    other = GroupSums.zeros(GROUPS, noise_floor(256), 32)
+    other = GroupSums.zeros(GROUPS, noise_floor(256), REPLICATES)
     other.load_packed(data)
     assert torch.equal(other.table, sums.table)
     assert torch.equal(other.histogram, sums.histogram)
-    assert torch.equal(other.blocks, sums.blocks)
+    assert torch.equal(other.replicates, sums.replicates) and torch.equal(other.spreads, sums.spreads)
     other.merge(sums)
     assert torch.equal(other.pack(), 2 * data)
     with pytest.raises(MolsError, match="packed sums"):
         other.load_packed(data[1:])
     with pytest.raises(MolsError, match="cannot be merged"):
-        other.merge(GroupSums.zeros(GROUPS, noise_floor(255), 32))
+        other.merge(GroupSums.zeros(GROUPS, noise_floor(255), REPLICATES))
     with pytest.raises(MolsError, match="3 sample blocks"):
-        other.add_blocks([sums.blocks[0]] * 3)
+        other.add_blocks([torch.zeros(6, 7)] * 3)
 
 
 def test_misuse_of_sums_is_refused() -> None:

@@ -12,7 +12,10 @@ from torch import Tensor
 from mols_ds.core import host_copies, pieces
 from mols_ds.core.accumulators import Accumulators
 from mols_ds.core.host_copies import HostCopies
+from mols_ds.core.layout import ElementLayout
 from mols_ds.core.pieces import FlatList, all_finite, flat_pieces, zero_pieces
+from mols_ds.core.ranges import ShardRange
+from mols_ds.core.subsample import ELEMENTS, Subsample, choose
 from tests.helpers.live_bytes import LiveBytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,7 +77,7 @@ def zeros() -> Iterator[Tensor]:
 @pytest.mark.parametrize("how", ["one", "list", "zeros", "strided"])
 def test_neither_pass_makes_a_tensor_of_a_shards_size(how: str, dtype: torch.dtype) -> None:
     """Of a list, `torch.cat` would make 4 bytes an element, `torch.isfinite` 5 to 7; here a chunk's scratch, 64 Ki
-    elements of small pieces, and the sample blocks' 3 x 4 / 127 bytes."""
+    elements of small pieces, and three times one sample of the kept elements."""
     whole = torch.randn(MANY).to(dtype)
     parts: dict[str, Callable[[], Any]] = {
         "one": lambda: [whole],
@@ -82,8 +85,9 @@ def test_neither_pass_makes_a_tensor_of_a_shards_size(how: str, dtype: torch.dty
         "zeros": zeros,
         "strided": lambda: flat_pieces(whole.view(2048, -1).t(), 0, MANY),
     }
-    index = torch.zeros(-(-MANY // 127), dtype=torch.uint8)
-    accumulators = Accumulators(MANY, group_index=index, n_groups=1, edges=[0, MANY])
+    owned, layouts = [ShardRange("w", 0, 0, MANY)], {"w": ElementLayout.whole("vo")}
+    kept = Subsample(*choose(owned, layouts, ("vo",)), torch.device("cpu"), torch.float32)
+    accumulators = Accumulators(MANY, edges=[0, MANY], kept=kept)
     copies = 1 << 20 if how == "zeros" else pieces.PIECE_BYTES if how == "strided" else 0
     with LiveBytes() as check:
         assert all_finite(parts[how]())
@@ -95,7 +99,7 @@ def test_neither_pass_makes_a_tensor_of_a_shards_size(how: str, dtype: torch.dty
             accumulators.update(at, piece)
             at += piece.numel()
         accumulators.close()
-    assert sample.peak <= 4 * accumulators._chunk + 12 * MANY // 127 + (1 << 20) + 4 * copies
+    assert sample.peak <= 4 * accumulators._chunk + 12 * ELEMENTS + (1 << 20) + 4 * copies
 
 
 def test_copies_to_the_host_overlap_and_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

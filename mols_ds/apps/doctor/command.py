@@ -84,7 +84,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def _examine(findings: Findings, args: argparse.Namespace) -> int | None:
     """Check the packages, then the config if they work. Return the elements of --model, or None if unknown."""
-    tried = try_all(_tasks())
+    there = [name for name in ("transformer_engine", "apex") if importlib.util.find_spec(name) is not None]
+    engine = [name for name in IMPORTS if not name.startswith("transformer_engine") or "transformer_engine" in there]
+    tried = try_all(["torch", GLOO, NCCL, *engine, *(APEX if "apex" in there else ())])
     check_torch(findings, tried)
     with findings.guard("packages"), silence():
         check_packages(findings, tried)
@@ -118,10 +120,3 @@ def _check_config(findings: Findings, args: argparse.Namespace) -> int | None:
     from mols_ds.apps.doctor.deepspeed_config import check_config
 
     return check_config(findings, args.config, model=args.model, steps=args.steps, world=args.world)
-
-
-def _tasks() -> list[str]:
-    """List what to try in a separate process: torch, its backends, and every installed package."""
-    there = [name for name in ("transformer_engine", "apex") if importlib.util.find_spec(name) is not None]
-    engine = [name for name in IMPORTS if not name.startswith("transformer_engine") or "transformer_engine" in there]
-    return ["torch", GLOO, NCCL, *engine, *(APEX if "apex" in there else ())]

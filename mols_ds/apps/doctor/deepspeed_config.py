@@ -6,9 +6,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from mols_ds.apps.doctor.findings import Findings, last_line, silence
 from mols_ds.apps.doctor.model import check_memory, check_model
@@ -48,7 +48,9 @@ def check_config(
         if len(findings.items) == before:
             findings.add("problem", "config.file", f"{config_name(path)} is empty", "see configs/ for one")
         return None
-    _misspelt(findings, config)
+    for key, near in misspelt_keys(config).items():
+        found = f'DeepSpeed does not know the key "{key}" and ignores it'
+        findings.add("warning", "config.keys", found, f'did you mean "{near}"?')
     _plain_json(findings, path)
     with findings.guard("config.auto"), silence():
         _auto(findings, config)
@@ -107,13 +109,6 @@ def _ranks_meant(config: JsonMapping) -> int:
     return 1
 
 
-def _misspelt(findings: Findings, config: JsonMapping) -> None:
-    """Warn of unknown top-level keys that resemble a key of DeepSpeed. DeepSpeed ignores unknown keys."""
-    for key, near in misspelt_keys(config).items():
-        found = f'DeepSpeed does not know the key "{key}" and ignores it'
-        findings.add("warning", "config.keys", found, f'did you mean "{near}"?')
-
-
 def _auto(findings: Findings, config: JsonMapping) -> None:
     """Report who fills each "auto": train.py and finetune.py all they accept, a Trainer some, DeepSpeed none."""
     from mols_ds.engines.deepspeed.auto_values import ACCELERATE, DEFAULTED, TRAINER, auto_keys, refused_by_deepspeed
@@ -143,11 +138,8 @@ def _is_library(config: JsonMapping) -> bool:
     """Return True if this package builds the optimizer: "auto" then means its default."""
     from mols_ds.optim.build import requested
 
-    section = config.get("optimizer")
-    if not isinstance(section, Mapping) or not isinstance(section.get("type"), str):
-        return False
     with contextlib.suppress(MolsError):  # the finding "config.values" reports it
-        return requested(section) is not None
+        return requested(config.get("optimizer")) is not None
     return False
 
 
@@ -179,6 +171,8 @@ def _scheduler(
             "scheduler to initialize",
         )
         return steps, warmup
+    import torch
+
     from mols_ds.optim.scheduler_hints import scheduler_hints
 
     lr_schedules = deepspeed_module("deepspeed.runtime.lr_schedules")
@@ -186,14 +180,15 @@ def _scheduler(
     if not hasattr(lr_schedules, name):
         _not_deepspeeds(findings, name, config)
         return steps, None
-    optimizer = _two_groups()
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [w], "lr": lr} for w, lr in zip(weights, (1e-3, 2e-3), strict=True)])
     try:
         scheduler = getattr(lr_schedules, name)(optimizer, **(named.get("params") or {}))
     except Exception as error:  # DeepSpeed's schedulers check little; any type can come from where a value is used
         fix = f'correct "scheduler.params": arguments of deepspeed.runtime.lr_schedules.{name}'
         findings.add("problem", "config.scheduler", f"{name} refuses its params: {last_line(error)}", fix)
         return steps, None
-    _step_it(findings, name, scheduler, optimizer, section)
+    _step_it(findings, name, scheduler.step, optimizer, section)
     total, warmup = scheduler_hints(scheduler)
     if total is not None and steps is not None and total != steps:
         found = f"{name} has {total} steps, but the run has {steps}"
@@ -215,28 +210,13 @@ def _not_deepspeeds(findings: Findings, name: str, config: JsonMapping) -> None:
         findings.add("problem", "config.scheduler", found, fix)
 
 
-def _two_groups() -> Optimizer:
-    """Build a stand-in optimizer with two parameter groups of different rates."""
-    import torch
-
-    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    return torch.optim.AdamW([{"params": [w], "lr": lr} for w, lr in zip(weights, (1e-3, 2e-3), strict=True)])
-
-
-class _Scheduler(Protocol):
-    """Common interface of DeepSpeed's schedulers."""
-
-    def step(self) -> None:
-        """Set the next rate."""
-
-
 def _step_it(
-    findings: Findings, name: str, scheduler: _Scheduler, optimizer: Optimizer, section: MolsConfig | None
+    findings: Findings, name: str, step: Callable[[], object], optimizer: Optimizer, section: MolsConfig | None
 ) -> None:
     betas = [group["betas"] for group in optimizer.param_groups]
     flattened = True
     for _ in range(TRIED_STEPS):
-        scheduler.step()
+        step()
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         if not all(map(math.isfinite, rates)):
             findings.add("problem", "config.scheduler", f"{name} gives rates {rates}", 'correct "scheduler.params"')
@@ -321,9 +301,7 @@ def _needed(config: JsonMapping, device: str) -> list[tuple[str, str, str]]:
     """Return (kernel, what needs it, alternative) for each kernel of this config."""
     from mols_ds.optim.build import offload_device, requested
 
-    section = config.get("optimizer")
-    if not isinstance(section, Mapping) or not isinstance(section.get("type"), str):
-        return []
+    section = config["optimizer"]
     place, name = offload_device(config), section["type"].lower()
     needed = []
     ours = requested(section) is not None

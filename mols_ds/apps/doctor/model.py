@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 from mols_ds.apps.doctor.findings import Findings
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.controller import Controller
@@ -13,8 +11,8 @@ from mols_ds.core.protocols import Context
 from mols_ds.errors import MolsError
 
 GIB = 2**30
-ACCUMULATOR_BYTES = 8.07
-"""Bytes per owned element during a calibration (`mols_ds.core.accumulators.Accumulators`)."""
+ACCUMULATOR_BYTES = 8
+"""Bytes per owned element during a calibration (`mols_ds.core.accumulators`), and a few MiB that do not matter here."""
 
 
 def check_model(findings: Findings, source: str, config: MolsConfig) -> GroupTable | None:
@@ -46,6 +44,7 @@ def check_model(findings: Findings, source: str, config: MolsConfig) -> GroupTab
 
 def check_memory(findings: Findings, config: MolsConfig, table: GroupTable, world: int) -> None:
     """Check whether the accumulators of one of `world` ranks fit into the memory of their device."""
+    import psutil  # type: ignore[import-untyped]
     import torch
 
     if config.fixed_alphas is not None or config.mode == "moments":
@@ -58,7 +57,6 @@ def check_memory(findings: Findings, config: MolsConfig, table: GroupTable, worl
         fix = '"accumulators": {"device": "cpu"}, which uses no device memory'
         tight = need > free / 4
     else:
-        psutil = importlib.import_module("psutil")
         ranks = min(world, max(torch.cuda.device_count(), 1))
         free, where = psutil.virtual_memory().available, f"available on this host, for {ranks} ranks"
         fix = 'more ranks, mode "moments" (no accumulators), or fixed_alphas of a smaller model'

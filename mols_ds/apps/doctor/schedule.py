@@ -62,7 +62,7 @@ def check_schedule(findings: Findings, config: MolsConfig, run: RunFacts) -> Non
         findings.refused("config.schedule", error, DEFAULT_FIX)
         return
     findings.add("ok", "config.schedule", f"calibration from step {schedule.start}, ramp to step {schedule.ramp_end}")
-    _ramp(findings, config, schedule, run)
+    _ramp(findings, schedule, run)
     if config.fixed_alphas is None:
         _window(findings, config, schedule, run)
         _cost(findings, config, run)
@@ -75,7 +75,7 @@ def _window_of(config: MolsConfig) -> int:
     return config.max_samples if config.samples == "auto" else config.samples
 
 
-def _ramp(findings: Findings, config: MolsConfig, schedule: Schedule, run: RunFacts) -> None:
+def _ramp(findings: Findings, schedule: Schedule, run: RunFacts) -> None:
     if schedule.ramp_end == schedule.start:
         found = f"start and ramp_end are both step {schedule.start}: the multipliers jump instead of ramping"
         findings.add("warning", "config.ramp", found, "set ramp_end to the end of the warm-up")

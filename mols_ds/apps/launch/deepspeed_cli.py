@@ -21,9 +21,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from mols_ds.apps.launch.signals import IDLE_SECONDS, SENT, ranks_below, send
 from mols_ds.core.log import tell
@@ -77,15 +79,6 @@ def script_arguments(user_args: Sequence[str], config: str | None) -> list[str]:
     return [*user_args, *([] if "--deepspeed" in user_args else ["--deepspeed"]), *extra]
 
 
-def _run_patched(parsed: argparse.Namespace) -> None:
-    """Make the ranks run the user's script or module through RUN_SCRIPT. Impossible with `--no_python`."""
-    if parsed.no_python:
-        print_line(PROGRAM, "--no_python: MoLS is off for the program; call mols_ds.patch() in its script")
-        return
-    parsed.user_args = [*(["-m"] if parsed.module else []), parsed.user_script, *parsed.user_args]
-    parsed.user_script, parsed.module = RUN_SCRIPT, False
-
-
 class _Job:
     """One call of DeepSpeed's runner: its arguments and the process that it started."""
 
@@ -99,48 +92,35 @@ class _Job:
 
     # -- replacements of the runner's functions
 
-    def parse(self, stock: Callable[..., argparse.Namespace]) -> Callable[..., argparse.Namespace]:
-        """Wrap the runner's `parse_args`: add `--config`, raise MolsConfigError for a missing file."""
+    def parse(self, stock: Callable[..., argparse.Namespace], args: Sequence[str] | None = None) -> argparse.Namespace:
+        """Replace the runner's `parse_args`: add `--config`, raise MolsConfigError for a missing file."""
+        with mock.patch(f"{RUNNER}.argparse", _copy_with(argparse, ArgumentParser=RunnerParser)):
+            parsed = stock(args)
+        if parsed.ds_config is not None and not os.path.isfile(parsed.ds_config):
+            read_config(parsed.ds_config)  # base64, or raises: no such file
+        if not parsed.module and not parsed.no_python and not os.path.isfile(parsed.user_script):
+            raise MolsConfigError(f"{parsed.user_script}: no such script")
+        parsed.user_args = script_arguments(parsed.user_args, parsed.ds_config)
+        if is_job(parsed.user_script):
+            check_job(parsed.user_args)
+        if parsed.no_python:
+            print_line(PROGRAM, "--no_python: MoLS is off for the program; call mols_ds.patch() in its script")
+        else:
+            parsed.user_args = [*(["-m"] if parsed.module else []), parsed.user_script, *parsed.user_args]
+            parsed.user_script, parsed.module = RUN_SCRIPT, False
+        self.args = parsed
+        return parsed
 
-        def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
-            runner: Any = compat.module(RUNNER)
-            stock_argparse = runner.argparse
-            runner.argparse = _copy_with(stock_argparse, ArgumentParser=RunnerParser)
-            try:
-                parsed = stock(args)
-            finally:
-                runner.argparse = stock_argparse
-            if parsed.ds_config is not None and not os.path.isfile(parsed.ds_config):
-                read_config(parsed.ds_config)  # base64, or raises: no such file
-            if not parsed.module and not parsed.no_python and not os.path.isfile(parsed.user_script):
-                raise MolsConfigError(f"{parsed.user_script}: no such script")
-            parsed.user_args = script_arguments(parsed.user_args, parsed.ds_config)
-            if is_job(parsed.user_script):
-                check_job(parsed.user_args)
-            _run_patched(parsed)
-            self.args = parsed
-            return parsed
+    def remember(self, stock: Callable[[Hosts], str], world_info: Hosts) -> str:
+        """Replace the runner's `encode_world_info`. The runner calls it once, with the hosts and slots of the job."""
+        self.active = dict(world_info)
+        return stock(world_info)
 
-        return parse_args
-
-    def remember(self, stock: Callable[[Hosts], str]) -> Callable[[Hosts], str]:
-        """Wrap the runner's `encode_world_info`. The runner calls it once, with the hosts and slots of the job."""
-
-        def encode_world_info(world_info: Hosts) -> str:
-            self.active = dict(world_info)
-            return stock(world_info)
-
-        return encode_world_info
-
-    def start(self, stock: Callable[..., Process]) -> Callable[..., Process]:
-        """Wrap the runner's `Popen`. The first process is the job; the runner starts others to end it."""
-
-        def popen(command: Sequence[str], **options: object) -> Process:
-            process = stock(deaf_launcher(command), **options)
-            self.process = self.process or process
-            return process
-
-        return popen
+    def start(self, stock: Callable[..., Process], command: Sequence[str], **options: object) -> Process:
+        """Replace the runner's `Popen`. The first process is the job; the runner starts others to end it."""
+        process = stock(deaf_launcher(command), **options)
+        self.process = self.process or process
+        return process
 
     def listen(self, number: int, handler: Handler) -> Handler:
         """Replace the runner's `signal.signal`, which it calls only with pdsh."""
@@ -179,27 +159,18 @@ class _Job:
     def reached(self, number: int) -> bool:
         """Send a signal to the ranks on all hosts. Return False if no host has a rank yet. One host is enough: all
         ranks end together, so others may find theirs gone."""
-        done = subprocess.run(
-            self.remote(number), env=self.remote_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, check=False,
-        )  # fmt: skip
-        tell(done.stdout.rstrip("\n"), sys.stderr)
-        return SENT in done.stdout
-
-    def remote(self, number: int) -> list[str]:
-        """Build the pdsh command that sends a signal to the ranks on all hosts of this job."""
         args = self.args
         words = [sys.executable, "-m", "mols_ds.signals", "send", signal.Signals(number).name]
         there = f"cd /; PYTHONPATH={shlex.quote(ROOT)} {shlex.join(words)} --port {args.master_port}"
-        return ["pdsh", "-S", "-w", ",".join(self.active), *shlex.split(args.launcher_args), there]
-
-    def remote_environment(self) -> dict[str, str]:
-        """Return the environment of pdsh, as DeepSpeed's PDSHRunner sets it."""
-        port = self.args.ssh_port
-        more = (
-            {} if port is None else {"PDSH_SSH_ARGS_APPEND": f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} -p {port}"}
+        command = ["pdsh", "-S", "-w", ",".join(self.active), *shlex.split(args.launcher_args), there]
+        environment = {**os.environ, "PDSH_RCMD_TYPE": "ssh"}  # as DeepSpeed's PDSHRunner sets it
+        if args.ssh_port is not None:
+            environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} -p {args.ssh_port}"
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
-        return {**os.environ, "PDSH_RCMD_TYPE": "ssh", **more}
+        tell(done.stdout.rstrip("\n"), sys.stderr)
+        return SENT in done.stdout
 
 
 def _with_master(runner_class: type[MultiNodeRunner]) -> type[MultiNodeRunner]:
@@ -214,24 +185,6 @@ def _with_master(runner_class: type[MultiNodeRunner]) -> type[MultiNodeRunner]:
             return command
 
     return Runner
-
-
-@contextlib.contextmanager
-def _changed(runner: ModuleType, job: _Job) -> Iterator[None]:
-    """Patch DeepSpeed's runner with the functions of `job` and with `_with_master`."""
-    changes = {
-        "parse_args": job.parse(runner.parse_args),
-        "encode_world_info": job.remember(runner.encode_world_info),
-        "subprocess": _copy_with(runner.subprocess, Popen=job.start(runner.subprocess.Popen)),
-        "signal": _copy_with(signal, signal=job.listen),
-        **{name: _with_master(getattr(runner, name)) for name in UNMAPPED},
-    }
-    stock = {name: getattr(runner, name) for name in changes}
-    vars(runner).update(changes)
-    try:
-        yield
-    finally:
-        vars(runner).update(stock)
 
 
 def deaf_launcher(command: Sequence[str]) -> list[str]:
@@ -275,7 +228,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = _Job()
     try:
         runner = compat.module(RUNNER)
-        with _changed(runner, job), _listening(job):
+        changes: dict[str, Any] = {
+            "parse_args": partial(job.parse, runner.parse_args),
+            "encode_world_info": partial(job.remember, runner.encode_world_info),
+            "subprocess": _copy_with(runner.subprocess, Popen=partial(job.start, runner.subprocess.Popen)),
+            "signal": _copy_with(signal, signal=job.listen),
+            **{name: _with_master(getattr(runner, name)) for name in UNMAPPED},
+        }
+        with mock.patch.multiple(runner, **changes), _listening(job):
             runner.main(None if argv is None else list(argv))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))

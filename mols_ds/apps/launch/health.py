@@ -14,10 +14,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 from mols_ds.errors import MolsConfigError, printable
@@ -207,10 +206,11 @@ def findings(args: argparse.Namespace) -> Iterator[Check]:
     """Run the checks of a node, on one of its ranks, and with --collective the all-reduce on all ranks."""
     several = args.collective and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not several or os.environ.get("LOCAL_RANK", "0") == "0":
-        checks: list[Callable[[], Check]] = [partial(gpus, args.gpus), memory_errors, driver_errors]
-        checks += [partial(space, "shm", Path("/dev/shm"), args.shm_gib)]
-        checks += [partial(space, "disk", path, gib) for path, gib in args.disk]
-        yield from (check() for check in checks)
+        yield gpus(args.gpus)
+        yield memory_errors()
+        yield driver_errors()
+        for name, path, gib in (("shm", Path("/dev/shm"), args.shm_gib), *(("disk", *place) for place in args.disk)):
+            yield space(name, path, gib)
         where = _first_node()
         if where is not None:
             yield master(*where, first=os.environ.get("RANK") == "0" and not several)

@@ -33,11 +33,14 @@ def split_nproc(job: str, argv: Sequence[str]) -> tuple[int | None, list[str]]:
 def start_job(job: str, argv: Sequence[str]) -> int:
     """Run a job with `--nproc` and the arguments of its script. Return the exit status."""
     nproc, rest = split_nproc(job, argv)
-    if "RANK" in os.environ or rank_environment(os.environ) or {"-h", "--help"} & set(rest):
-        return _rank(job, rest)
-    count = nproc or _gpus()
+    count = 1
+    if not ("RANK" in os.environ or rank_environment(os.environ) or {"-h", "--help"} & set(rest)):
+        import torch
+
+        count = nproc or max(1, torch.cuda.device_count())
     if count == 1:
-        return _rank(job, rest)
+        status: int = importlib.import_module(JOBS[job][0]).main(rest)
+        return status
     from mols_ds.apps.launch.signals import main
     from mols_ds.training.preflight import check_job
 
@@ -45,14 +48,3 @@ def start_job(job: str, argv: Sequence[str]) -> int:
         check_job(rest)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     return main(["run", "--", *launch, "-m", "mols_ds", job, *rest])
-
-
-def _gpus() -> int:
-    import torch
-
-    return max(1, torch.cuda.device_count())
-
-
-def _rank(job: str, argv: Sequence[str]) -> int:
-    status: int = importlib.import_module(JOBS[job][0]).main(argv)
-    return status

@@ -59,30 +59,22 @@ KILL_SECONDS = 40.0
 _POLL_SECONDS = 0.2
 
 
-def _is_rank(process: psutil.Process, port: int | None) -> bool:
-    """Return True if a launcher gave `process` or its ancestor a local rank (in the job on `port`)."""
-    try:
-        environment = process.environ()
-    except psutil.Error:
-        return False
-    return "LOCAL_RANK" in environment and (port is None or environment.get("MASTER_PORT") == str(port))
-
-
 def ranks_among(processes: Iterable[psutil.Process], port: int | None = None) -> list[psutil.Process]:
-    """Return the ranks among `processes`: those with LOCAL_RANK in their environment whose parent has none.
+    """Return the ranks among `processes` (of the job on `port`): those with LOCAL_RANK in their environment whose
+    parent has none.
 
     Child processes of a rank (data workers) inherit its environment and are left to the rank. RANK does not work here:
     Kubeflow sets it in every pod.
     """
-    found = {process.pid: process for process in processes if _is_rank(process, port)}
-    return [process for process in found.values() if _parent(process) not in found]
-
-
-def _parent(process: psutil.Process) -> int | None:
-    try:
-        return int(process.ppid())
-    except psutil.Error:
-        return None
+    found: dict[int, psutil.Process] = {}
+    parents: dict[int, int] = {}
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            environment = process.environ()
+            if "LOCAL_RANK" in environment and (port is None or environment.get("MASTER_PORT") == str(port)):
+                parents[process.pid] = process.ppid()
+                found[process.pid] = process
+    return [process for pid, process in found.items() if parents[pid] not in found]
 
 
 def ranks_below(pid: int) -> list[psutil.Process]:
@@ -153,7 +145,9 @@ class Supervisor:
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         limit: float | None = None
-        while (status := _status(process)) is None:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(_POLL_SECONDS)
             if self._heard:
                 number, self._heard = self._heard, 0
                 if number == signal.SIGINT and self._interrupted:
@@ -162,9 +156,12 @@ class Supervisor:
                 told = self._forward(process.pid, number)
                 patience = self.grace if told else min(self.grace, IDLE_SECONDS)
                 limit = min(limit or float("inf"), time.monotonic() + patience)
-            elif limit is not None and (time.monotonic() > limit or self._began_again(process.pid)):
-                return self._end(process)
-        return status
+            elif limit is not None:
+                # New ranks after the signal: the launcher mistook the exit for a failure.
+                again = any(rank.pid not in self._told for rank in ranks_below(process.pid))
+                if again or time.monotonic() > limit:
+                    print_line(PROGRAM, "ending the launcher")
+                    return self._kill(process, KILL_SECONDS)
 
     def _forward(self, pid: int, number: int) -> bool:
         """Forward a signal to the ranks. Return True if there are any."""
@@ -173,15 +170,6 @@ class Supervisor:
         if number not in FROM_TERMINAL:
             print_line(PROGRAM, f"{signal.Signals(number).name} goes to {len(ranks)} ranks")
         return send(ranks, signal.SIGTERM if number == signal.SIGHUP else number) > 0
-
-    def _began_again(self, pid: int) -> bool:
-        """Return True if the launcher started new ranks after the signal: it mistook the exit for a failure."""
-        return any(rank.pid not in self._told for rank in ranks_below(pid))
-
-    def _end(self, process: subprocess.Popen[bytes]) -> int:
-        """End the launcher and all its descendants."""
-        print_line(PROGRAM, "ending the launcher")
-        return self._kill(process, KILL_SECONDS)
 
     def _kill(self, process: subprocess.Popen[bytes], patience: float = 0.0) -> int:
         """Kill the launcher and all its descendants; with `patience`, first ask the launcher to end within seconds."""
@@ -193,12 +181,6 @@ class Supervisor:
         send(everything, signal.SIGKILL)
         process.wait()
         return -(self._first or signal.SIGTERM)
-
-
-def _status(process: subprocess.Popen[bytes]) -> int | None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.wait(_POLL_SECONDS)
-    return None
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -6,19 +6,19 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from mols_ds.core.accumulators import CPU_CHUNK, DEVICE_CHUNK, subsample
+from mols_ds.core.accumulators import CPU_CHUNK, DEVICE_CHUNK
 from mols_ds.core.group_stats import GroupSums, noise_floor
 from mols_ds.core.host_copies import CHUNK_BYTES
+from mols_ds.core.replicates import FEWEST, REPLICATES
+from mols_ds.core.subsample import CELLS, ELEMENTS
 
 Device = Literal["cpu", "accelerator"]
-BLOCK = 8
-"""Samples per block (`mols_ds.core.accumulators.Accumulators`)."""
 AGREEMENT = 8
 """Bytes of the all-reduce in which the ranks agree that a sample is usable."""
 
 
 class AccumulatorBytes(NamedTuple):
-    """Bytes on one rank during a calibration. kept: `engine.mols.accumulator_bytes`; scratch: of one update."""
+    """Bytes on one rank during a calibration. kept: `engine.mols.accumulator_bytes`; scratch: the rest."""
 
     kept: int
     scratch: int
@@ -29,21 +29,21 @@ class AccumulatorBytes(NamedTuple):
 
 
 def accumulators(
-    elements: int, device: Device, groups: int = 6, threads: int = 1, *, crosses: bool = False
+    elements: int, device: Device, samples: int = CELLS, threads: int = 1, *, crosses: bool = False
 ) -> AccumulatorBytes:
     """Compute the accumulator bytes of a rank that measures `elements` elements (`mols_ds.core.accumulators`).
 
-    fp32 mean and squared deviations; both again plus a group number for every 127th element; scratch of one update.
+    kept: fp32 mean and squared deviations. scratch: of one update; and for the intervals at most ELEMENTS elements with
+    all samples, positions and groups (`mols_ds.core.subsample`).
     crosses: gradients go from the accelerator to the host, through the buffers of `mols_ds.core.host_copies`.
     """
-    sampled = subsample(0, elements)[2]
-    index = sampled * (1 if groups <= 255 else 2)
+    subsample = min(elements, ELEMENTS) * (4 * min(samples, 2 * CELLS) + 10)
     chunk = CPU_CHUNK * max(1, min(threads, 8) // 2) if device == "cpu" else DEVICE_CHUNK
     scratch = 4 * min(chunk, elements) + (2 * CHUNK_BYTES if crosses else 0)
-    return AccumulatorBytes(8 * elements + 8 * sampled + index, scratch)
+    return AccumulatorBytes(8 * elements, scratch + subsample)
 
 
 def sums_bytes(groups: tuple[str, ...], samples: int) -> int:
     """Return the bytes of the all-reduce at the end of a calibration: the packed group sums."""
-    packed: torch.Tensor = GroupSums.zeros(groups, noise_floor(samples), samples // BLOCK, BLOCK).pack()
+    packed: torch.Tensor = GroupSums.zeros(groups, noise_floor(samples), REPLICATES if samples >= FEWEST else 0).pack()
     return packed.numel() * packed.element_size()

@@ -75,10 +75,6 @@ class Cluster(Frozen):
         """Bytes of NVMe that one rank may fill."""
         return int(self.nvme_gib * GIB / self.accelerators)
 
-    def with_nodes(self, nodes: int) -> Cluster:
-        """Return the same machines with another number of nodes."""
-        return self.model_copy(update={"nodes": nodes})
-
     @classmethod
     def parse(cls, values: JsonObject, where: str) -> Cluster:
         """Validate `values`. Raises MolsConfigError with one line that names every wrong key."""

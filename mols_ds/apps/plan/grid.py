@@ -7,6 +7,7 @@ core/tensor_parallel/layers.py and mappings.py.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,27 +66,19 @@ def buffer_elements(weights: Sequence[Weight], ranks: int, *, distributed: bool,
     return up(at, math.lcm(ranks, 128)) if distributed else at
 
 
-def split_experts(weights: Sequence[Weight]) -> tuple[list[Weight], list[Weight]]:
-    """Split into (dense parameters, parameters of routed experts). Each part has its own buffers and ranks."""
-    experts = [weight for weight in weights if ".experts." in weight.name]
-    return [weight for weight in weights if ".experts." not in weight.name], experts
-
-
 def _chunks(weights: Sequence[Weight]) -> list[list[Weight]]:
     """Split the parameters by model chunk. Each chunk has its own buffers."""
-    found: dict[str, list[Weight]] = {}
-    for weight in weights:
-        key = weight.name.split(".")[1] if weight.name.startswith("chunk.") else ""
-        found.setdefault(key, []).append(weight)
-    return list(found.values())
+    of = itertools.groupby(weights, lambda w: w.name.split(".")[1] if w.name.startswith("chunk.") else "")
+    return [list(chunk) for _, chunk in of]
 
 
 def buffers(plan: MegatronPlan, stage: int) -> list[tuple[int, int, list[Weight]]]:
     """Return (elements, ranks that share it, parameters) of each flat buffer of a rank."""
     found = []
     for chunk in _chunks(plan.gpt.weights(stage)):
-        for part, ranks in zip(split_experts(chunk), (plan.data, plan.expert_data), strict=True):
-            if part:
+        # Parameters of routed experts have their own buffers and ranks.
+        for experts, ranks in ((False, plan.data), (True, plan.expert_data)):
+            if part := [weight for weight in chunk if (".experts." in weight.name) == experts]:
                 bucket = max(40_000_000, 1_000_000 * ranks) if plan.overlap else None
                 size = buffer_elements(part, ranks, distributed=plan.distributed, bucket=bucket)
                 found.append((size, ranks, part))
@@ -108,11 +101,16 @@ def footprint(plan: MegatronPlan, stage: int) -> Footprint:
         measured += mine if plan.distributed else -(-numel // ranks)
         converted += 4 * mine if half and plan.gradient_bytes != 4 else 0
     resident: Bytes = {"weights": weight_bytes, "gradients": gradient, "optimizer": optimizer}
+    if gpt.local is not None:
+        activations = local.activation_bytes(gpt.local, gpt, stage, plan.tokens, plan.length, plan.micro_batches)
+    else:
+        activations = gpt.activation_bytes(stage, plan.tokens, plan.length, plan.weight_bytes, plan.micro_batches)
     moments = {
         "backward": {
-            "activations": _activation_bytes(plan, stage),
+            "activations": activations,
             "workspace": gpt.head_bytes(stage, plan.tokens, plan.weight_bytes),
-            "buffers": _gathered(plan),
+            # Sequence parallelism gathers a layer's input (GlobalMemoryBuffer).
+            "buffers": plan.tokens // gpt.cp * gpt.hidden * plan.weight_bytes if gpt.sp else 0,
         },
         "step": {"gradients": converted, "workspace": 0},
     }
@@ -133,20 +131,6 @@ def held(plan: MegatronPlan, stage: int, reference: str) -> int:
                 whole = held_of_tensor(layout, weight.numel, reference, views=False)
                 total += -(-whole // ranks) if plan.distributed else whole
     return total
-
-
-def _activation_bytes(plan: MegatronPlan, stage: int) -> int:
-    """Return the activation bytes: traced for Megatron's own layers, by formula for Transformer Engine's."""
-    gpt = plan.gpt
-    if gpt.local is not None:
-        return local.activation_bytes(gpt.local, gpt, stage, plan.tokens, plan.length, plan.micro_batches)
-    return gpt.activation_bytes(stage, plan.tokens, plan.length, plan.weight_bytes, plan.micro_batches)
-
-
-def _gathered(plan: MegatronPlan) -> int:
-    """Return the bytes of the buffer into which sequence parallelism gathers a layer's input (GlobalMemoryBuffer)."""
-    gpt = plan.gpt
-    return plan.tokens // gpt.cp * gpt.hidden * plan.weight_bytes if gpt.sp else 0
 
 
 # ------------------------------------------------------------------ messages

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mols_ds.apps.plan import grid, zero
-from mols_ds.apps.plan.calibration import AccumulatorBytes, Device, accumulators, sums_bytes
-from mols_ds.apps.plan.cluster import Cluster
+from mols_ds.apps.plan import grid, timing, zero
+from mols_ds.apps.plan.calibration import AGREEMENT, AccumulatorBytes, Device, accumulators, sums_bytes
+from mols_ds.apps.plan.cluster import GB, Cluster
 from mols_ds.apps.plan.model import Decoder
-from mols_ds.apps.plan.parts import PHASES, Bytes, Footprint, Message, add
+from mols_ds.apps.plan.parts import PHASES, Bytes, Footprint, Message, add, ring
 from mols_ds.apps.plan.scaling import COPY_BYTES, held_of_shard, held_of_tensor, steps_on_views
-from mols_ds.apps.plan.timing import Mode, Times, step_seconds, times
 from mols_ds.core.config import MIN_SAMPLES_CORRECTED, MolsConfig
 from mols_ds.core.layout import base_group
 from mols_ds.core.phases import resolve_schedule
@@ -90,7 +88,7 @@ class PlanJob(ABC):
         """Describe the planned run in a few lines."""
 
     @property
-    def mode(self) -> Mode:
+    def mode(self) -> timing.Mode:
         return "fixed" if self.mols is None or self.mols.fixed_alphas is not None else self.mols.mode
 
     @property
@@ -116,26 +114,23 @@ class PlanJob(ABC):
         if self.mode not in ("probe", "online"):
             return AccumulatorBytes(0, 0)
         crosses = self.device == "cpu" and self.cluster.device == "cuda" and "gradients" not in footprint.host
-        return accumulators(footprint.measured, self.device, len(self.groups), THREADS, crosses=crosses)
+        return accumulators(footprint.measured, self.device, self.samples, THREADS, crosses=crosses)
 
     def phases(self, footprint: Footprint) -> list[Phase]:
         """Return the memory in each phase of MoLS, or in the one phase "training" without it."""
         held = {"accumulators": self.accumulators(footprint).total}
+        # A repeated calibration runs while the multipliers of the first one apply.
+        again = self.mols is not None and self.mols.recalibrate is not None and self.mode in ("online", "moments")
         found = []
         for name in PHASES if self.mols is not None else ("training",):
             more: Bytes = held if name == "calibrating" else {}
             on_host = self.device == "cpu"
-            scaled = name == "ramping" or (name == "calibrating" and self._scales_while_calibrating)
+            scaled = name == "ramping" or (name == "calibrating" and again)
             moment, device = footprint.peak(scaled=scaled)
             copies = {"copies": footprint.copies} if scaled and not footprint.steps_on_device else {}
             host = add(footprint.host, more if on_host else {}, copies)
             found.append(Phase(name, moment, add(device, {} if on_host else more), host))
         return found
-
-    @property
-    def _scales_while_calibrating(self) -> bool:
-        """True if a repeated calibration runs while the multipliers of the first one apply."""
-        return self.mols is not None and self.mols.recalibrate is not None and self.mode in ("online", "moments")
 
     @property
     def reference(self) -> str:
@@ -163,9 +158,6 @@ class PlanJob(ABC):
                         found[f"{phase.name}: {where} memory {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB"] = None
         return list(found)
 
-    def fits(self) -> bool:
-        return not self.problems()
-
     def sums(self) -> int:
         """Return the bytes of the all-reduce at the end of a calibration."""
         return sums_bytes(self.groups, max(self.samples, MIN_SAMPLES_CORRECTED)) if self.mode != "fixed" else 0
@@ -175,27 +167,32 @@ class PlanJob(ABC):
         looked_for = self.mols is not None and self.mode != "fixed" and self.mols.unseen_rows == "exclude"
         return self.vocabulary if looked_for else 0
 
-    def times(self) -> Times:
-        number = self.heaviest()
-        footprint = self.footprints()[number]
-        return times(
-            self.cluster,
-            step=step_seconds(self.cluster, self.flops(), self.precision()),
-            messages=self.messages_of(number),
-            mode=self.mode,
-            samples=self.samples,
-            elements=footprint.measured,
-            device=self.device,
-            host_gradients="gradients" in footprint.host,
-            reduced=self.sums() + self.tokens(),
+    def times(self) -> timing.Times:
+        """Compute the times of the run. Assumes that a probe step takes as long as a training step."""
+        cluster, number = self.cluster, self.heaviest()
+        footprint, messages = self.footprints()[number], self.messages_of(number)
+        step = timing.step_seconds(cluster, self.flops(), self.precision())
+        share = cluster.memory_gbs if self.device == "accelerator" else cluster.host_memory_gbs / cluster.accelerators
+        sampled = self.samples if self.mode in ("probe", "online") else 0
+        each = timing.UPDATE_BYTES[self.device] + timing.READ_BYTES.get(self.mode, 0)
+        once = timing.MOMENTS_BYTES if self.mode == "moments" else timing.SUMS_BYTES if sampled else 0
+        traffic = footprint.measured * (sampled * each + once)
+        crosses = self.device == "cpu" and "gradients" not in footprint.host
+        moved = sampled * footprint.measured * 4 if crosses else 0
+        sent = 0 if self.mode == "fixed" else ring("all-reduce", self.sums() + self.tokens(), cluster.ranks)
+        sent += self.samples * ring("all-reduce", AGREEMENT, cluster.ranks) if self.mode == "probe" else 0
+        return timing.Times(
+            step=step,
+            # One after the other at nominal bandwidth, without any overlap.
+            messages_of_a_step=sum(m.sent / (timing.bandwidth(cluster, m.inside) * GB) for m in messages),
+            passes=self.samples * step if self.mode == "probe" else 0.0,
+            updates=traffic / (share * GB),
+            transfer=moved / (cluster.host_link_gbs * GB),
+            reduction=sent / (timing.bandwidth(cluster, cluster.nodes == 1) * GB),
         )
 
 
-ON_HOST = Change("accumulators on the host", 1, lambda job: _on_host(job))
-
-
-def _on_host(job: PlanJob) -> PlanJob | None:
-    return replace(job, device="cpu") if job.device == "accelerator" else None
+ON_HOST = Change("accumulators on the host", 1, lambda job: replace(job, device="cpu"))
 
 
 # ------------------------------------------------------------------ DeepSpeed
@@ -223,7 +220,7 @@ class ZeroJob(PlanJob):
                 held_of_tensor(layouts[w.name], w.numel, self.reference, views=views) for w in weights
             )
         share = -(-held_of_shard(weights, layouts, self.reference, views) // self.ranks)
-        return COPY_BYTES * (min(share, z.sub_group) if z.stage == 3 else share)
+        return COPY_BYTES * (min(share, z.section.sub_group_size) if z.stage == 3 else share)
 
     def messages_of(self, footprint: int) -> list[Message]:
         layers = self.decoder.config.num_hidden_layers
@@ -255,18 +252,9 @@ class ZeroJob(PlanJob):
     def changed(self, **values: Any) -> ZeroJob:
         return replace(self, zero=replace(self.zero, **values))
 
-    def with_micro(self, micro: int) -> ZeroJob | None:
-        if micro >= self.zero.micro_batch or self.batch % (micro * self.ranks):
-            return None
-        return self.changed(micro_batch=micro, accumulation=self.batch // (micro * self.ranks))
-
-    def with_stage(self, stage: int) -> ZeroJob:
-        """Use another stage. Only stage 3 overlaps messages by default."""
-        return self.changed(stage=stage, double_bucket=self.zero.double_bucket and stage in (1, 2))
-
     def with_nodes(self, nodes: int) -> ZeroJob | None:
         """Use another number of nodes with the same batch. Keep the micro-batch, or reduce it until it divides."""
-        cluster = self.cluster.with_nodes(nodes)
+        cluster = self.cluster.model_copy(update={"nodes": nodes})
         if self.batch % cluster.ranks:
             return None
         share = self.batch // cluster.ranks
@@ -280,12 +268,14 @@ class ZeroJob(PlanJob):
         def to(stages: Sequence[int] = range(4), **values: Any) -> Callable[[ZeroJob], ZeroJob | None]:
             return lambda job: job.changed(**values) if job.zero.stage in stages else None
 
+        share = self.batch // self.ranks
         micros = [n for n in range(z.micro_batch - 1, 0, -1) if self.batch % (n * self.ranks) == 0]
         return [
             [ON_HOST] * (self.device == "accelerator"),
-            [Change(f"micro batch {n}, accumulation {self.batch // (n * self.ranks)}", 2 + i,
-                    functools.partial(ZeroJob.with_micro, micro=n)) for i, n in enumerate(micros)],
-            [Change(f"ZeRO stage {n}", 10 + 2 * n, functools.partial(ZeroJob.with_stage, stage=n))
+            [Change(f"micro batch {n}, accumulation {share // n}", 2 + i, to(micro_batch=n, accumulation=share // n))
+             for i, n in enumerate(micros)],
+            # Only stage 3 overlaps messages by default.
+            [Change(f"ZeRO stage {n}", 10 + 2 * n, to(stage=n, double_bucket=z.double_bucket and n in (1, 2)))
              for n in range(z.stage + 1, 4)],
             [Change("activation checkpointing", 20, to(checkpointing=True))] * (not z.checkpointing),
             [Change("optimizer offloaded to the host", 40, to((1, 2, 3), offload_optimizer="cpu"))]
@@ -357,7 +347,7 @@ class MegatronJob(PlanJob):
 
     def with_nodes(self, nodes: int) -> MegatronJob | None:
         """Use another number of nodes: more data-parallel ranks."""
-        return replace(self, cluster=self.cluster.with_nodes(nodes)).regrid()
+        return replace(self, cluster=self.cluster.model_copy(update={"nodes": nodes})).regrid()
 
     def axes(self) -> list[list[Change]]:
         g, p = self.plan.gpt, self.plan

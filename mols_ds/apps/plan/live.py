@@ -60,17 +60,12 @@ def _trace(weights: Sequence[Weight], checkpointing: bool, layers: int) -> list[
 
 def _blocks(weights: Sequence[Weight], layers: int) -> list[list[int]]:
     """Group consecutive parameters of a decoder layer (`...layers.7....`, `...h.7....`); others are alone."""
-    blocks: list[list[int]] = []
-    last = None
-    for number, weight in enumerate(weights):
-        parts = [part for part in weight.name.split(".") if part.isdigit()]
-        layer = parts[0] if parts and layers > 1 else None
-        if layer is not None and layer == last:
-            blocks[-1].append(number)
-        else:
-            blocks.append([number])
-        last = layer
-    return blocks
+
+    def block(number: int) -> str | int:
+        parts = [part for part in weights[number].name.split(".") if part.isdigit()]
+        return parts[0] if parts and layers > 1 else number
+
+    return [list(numbers) for _, numbers in itertools.groupby(range(len(weights)), block)]
 
 
 def _next_use(order: Sequence[int], weights: Sequence[Weight]) -> list[float]:

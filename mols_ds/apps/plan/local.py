@@ -214,17 +214,13 @@ def _trace(local: Local, settings: TraceSettings, batch: int, layers: int, *, fi
         position_embedding_type=local.position,
         share_embeddings_and_output_weights=local.tied,
     )
-    _cast(model, dtype)
+    # As Float16Module does. Parameters that are fake tensors cannot be changed in place.
+    for module in list(model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dtype != dtype:
+                module.register_parameter(name, torch.nn.Parameter(parameter.detach().to(dtype)))
     ids = torch.zeros(batch, settings.length, dtype=torch.long)
     if not first:
         rows = settings.length // (settings.tp if settings.sp else 1)
         model.set_input_tensor(torch.zeros(rows, batch, config.hidden_size, dtype=dtype, requires_grad=True))
     return saved_bytes(model, lambda: model(ids, ids, None, labels=ids if last else None))
-
-
-def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Do what Float16Module does. Parameters that are fake tensors cannot be changed in place."""
-    for module in list(model.modules()):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.dtype != dtype:
-                module.register_parameter(name, torch.nn.Parameter(parameter.detach().to(dtype)))

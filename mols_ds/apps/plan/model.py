@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -95,7 +96,9 @@ def load(source: str, rules: tuple[tuple[str, str], ...] = (), granularity: Gran
         for name, p in model.named_parameters()
         if p.requires_grad
     )
-    return Decoder(source, config, weights, table, _matmul(model, weights), _attention(config))
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = int(config.num_hidden_layers * config.num_attention_heads * width)
+    return Decoder(source, config, weights, table, _matmul(model, weights), attention)
 
 
 def _expert_share(config: PretrainedConfig) -> float:
@@ -113,11 +116,6 @@ def _matmul(model: PreTrainedModel, weights: tuple[Weight, ...]) -> int:
     used = tables - ({id(head.weight)} if head is not None else set())
     skipped = {name for name, p in model.named_parameters() if id(p) in used}
     return int(sum(w.numel * w.active for w in weights if len(w.shape) >= 2 and w.name not in skipped))
-
-
-def _attention(config: PretrainedConfig) -> int:
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(config.num_hidden_layers * config.num_attention_heads * width)
 
 
 @functools.lru_cache(maxsize=64)
@@ -139,7 +137,7 @@ def _saved(config: PretrainedConfig, layers: int, batch: int, length: int, dtype
     output and one number per row and head. Dropout is off.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, masking_utils
 
     config = copy.deepcopy(config)
     config.num_hidden_layers, config.use_cache = layers, False
@@ -152,13 +150,13 @@ def _saved(config: PretrainedConfig, layers: int, batch: int, length: int, dtype
     for key in DROPOUTS:
         if hasattr(config, key):
             setattr(config, key, 0.0)
+    # For fake tensors transformers would build a mask and copy grouped keys and values.
+    plain: dict[str, Any] = {"is_tracing": lambda *_: False, "find_packed_sequence_indices": lambda *_: None}
     try:
-        with FakeTensorMode(), _quiet(), _as_on_devices():
+        with FakeTensorMode(), _quiet(), mock.patch.multiple(masking_utils, create=True, **plain):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
             ids = torch.zeros(batch, length, dtype=torch.long)
             return saved_bytes(model, lambda: model(input_ids=ids, labels=ids))
-    except MolsConfigError:
-        raise
     except Exception as error:  # any error of the model's code with fake tensors
         raise MolsConfigError(f"the activations of this model cannot be traced: {one_line(error)}") from error
 
@@ -176,22 +174,6 @@ def saved_bytes(model: torch.nn.Module, forward: Callable[[], object]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
     return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
-
-
-@contextmanager
-def _as_on_devices() -> Iterator[None]:
-    """Stop transformers from building a mask and copying grouped keys and values, as it does for fake tensors."""
-    from transformers import masking_utils
-
-    plain = {"is_tracing": lambda *_: False, "find_packed_sequence_indices": lambda *_: None}
-    before = {name: getattr(masking_utils, name) for name in plain if hasattr(masking_utils, name)}
-    for name in before:
-        setattr(masking_utils, name, plain[name])
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(masking_utils, name, function)
 
 
 @contextmanager

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mols_ds.apps.plan.job import Change, MegatronJob, ZeroJob
+from mols_ds.apps.plan.job import MegatronJob, ZeroJob
 
 MOST_NODES = 4096
 Planned = ZeroJob | MegatronJob
@@ -56,18 +55,15 @@ def _fewest(job: Planned, low: int, high: Found) -> Found:
 
 def _search(job: Planned) -> Found | None:
     """Return the first combination of changes that fits on this number of nodes, the unchanged job first."""
-    for changes in _lattice(job.axes()):
+    # All choices of at most one change per axis, sorted by number and then cost; applied in axis order.
+    picks = itertools.product(*([None, *axis] for axis in job.axes()))
+    choices = [tuple(change for change in pick if change is not None) for pick in picks]
+    for changes in sorted(choices, key=lambda changes: (len(changes), sum(change.cost for change in changes))):
         made: Planned | None = job
         for change in changes:
             made = change.apply(made)
             if made is None:
                 break
-        if made is not None and made.fits():
+        if made is not None and not made.problems():
             return Found(tuple(change.label for change in changes), made)
     return None
-
-
-def _lattice(axes: list[list[Change]]) -> Iterator[tuple[Change, ...]]:
-    """Yield all choices of at most one change per axis, sorted by number and then cost; applied in axis order."""
-    choices = [tuple(c for c in pick if c is not None) for pick in itertools.product(*([None, *axis] for axis in axes))]
-    yield from sorted(choices, key=lambda changes: (len(changes), sum(change.cost for change in changes)))

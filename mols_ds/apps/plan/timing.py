@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mols_ds.apps.plan.calibration import AGREEMENT, Device
-from mols_ds.apps.plan.cluster import GB, Cluster
-from mols_ds.apps.plan.parts import Message, ring
+from mols_ds.apps.plan.cluster import Cluster
 
 Mode = Literal["probe", "online", "moments", "fixed"]
 UPDATE_BYTES = {"cpu": 20, "accelerator": 40}
@@ -43,11 +40,6 @@ class Times:
         return self.added / (steps * self.step)
 
 
-def message_seconds(cluster: Cluster, messages: Sequence[Message]) -> float:
-    """Return the seconds of a step's messages, one after the other at nominal bandwidth, without any overlap."""
-    return sum(m.sent / (bandwidth(cluster, m.inside) * GB) for m in messages)
-
-
 def bandwidth(cluster: Cluster, inside: bool) -> float:
     """Return the GB/s of one accelerator's link."""
     return cluster.intra_node_gbs if inside else cluster.inter_node_gbs
@@ -57,37 +49,3 @@ def step_seconds(cluster: Cluster, flops: float, precision: str) -> float:
     """Return the seconds of a step. flops: of one rank; mfu includes communication."""
     peak = {"fp32": cluster.fp32_tflops, "fp8": cluster.fp8_tflops or cluster.bf16_tflops}
     return flops / (peak.get(precision, cluster.bf16_tflops) * 1e12 * cluster.mfu)
-
-
-def times(
-    cluster: Cluster,
-    *,
-    step: float,
-    messages: Sequence[Message],
-    mode: Mode,
-    samples: int,
-    elements: int,
-    device: Device,
-    host_gradients: bool,
-    reduced: int,
-) -> Times:
-    """Compute the times of a run. elements: measured by a rank; host_gradients: gradients are in host memory (offload);
-    reduced: bytes of the all-reduces that end a calibration. Assumes that a probe step takes as long as a training
-    step."""
-    inside = cluster.nodes == 1
-    share = cluster.memory_gbs if device == "accelerator" else cluster.host_memory_gbs / cluster.accelerators
-    sampled = samples if mode in ("probe", "online") else 0
-    traffic = sampled * elements * (UPDATE_BYTES[device] + READ_BYTES.get(mode, 0))
-    traffic += elements * (MOMENTS_BYTES if mode == "moments" else SUMS_BYTES if sampled else 0)
-    crosses = device == "cpu" and not host_gradients
-    moved = sampled * elements * 4 if crosses else 0
-    sent = 0 if mode == "fixed" else ring("all-reduce", reduced, cluster.ranks)
-    sent += samples * ring("all-reduce", AGREEMENT, cluster.ranks) if mode == "probe" else 0
-    return Times(
-        step=step,
-        messages_of_a_step=message_seconds(cluster, messages),
-        passes=samples * step if mode == "probe" else 0.0,
-        updates=traffic / (share * GB),
-        transfer=moved / (cluster.host_link_gbs * GB),
-        reduction=sent / (bandwidth(cluster, inside) * GB),
-    )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -28,6 +29,9 @@ from mols_ds.core.validation import validation_message
 from mols_ds.engines.deepspeed.compat import module
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 from mols_ds.training.sources import one_line
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 SECTION = "zero_optimization"
 REFUSED = {
@@ -59,11 +63,7 @@ class ZeroPlan:
     reduce_bucket: int
     double_bucket: bool
     contiguous: bool
-    sub_group: int
-    persistence: int
-    prefetch: int
-    live: int
-    reuse: int
+    section: DeepSpeedZeroConfig
     offload_optimizer: str
     offload_param: str
     checkpointing: bool
@@ -105,11 +105,7 @@ class ZeroPlan:
             reduce_bucket=int(zero.reduce_bucket_size),
             double_bucket=bool(zero.overlap_comm) and stage in (1, 2),
             contiguous=bool(zero.contiguous_gradients),
-            sub_group=int(zero.sub_group_size),
-            persistence=int(zero.param_persistence_threshold),
-            prefetch=int(zero.prefetch_bucket_size),
-            live=int(zero.max_live_parameters),
-            reuse=int(zero.max_reuse_distance),
+            section=zero,
             offload_optimizer=_device(zero.offload_optimizer),
             offload_param=_device(zero.offload_param),
             checkpointing=checkpointing,
@@ -266,17 +262,17 @@ def _bf16_optimizer(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passi
 
 def split_persistent(zero: ZeroPlan, weights: Sequence[Weight]) -> tuple[list[Weight], list[Weight]]:
     """Split into (persistent, other) parameters. Every rank keeps those up to `param_persistence_threshold` in full."""
-    small = [weight for weight in weights if weight.numel <= zero.persistence]
-    return small, [weight for weight in weights if weight.numel > zero.persistence]
+    small = [weight for weight in weights if weight.numel <= zero.section.param_persistence_threshold]
+    return small, [weight for weight in weights if weight.numel > zero.section.param_persistence_threshold]
 
 
 def gathers(zero: ZeroPlan, weights: Sequence[Weight], layers: int) -> Gathered:
     """Simulate the gathers of one micro-step at stage 3."""
     return gathered(
         split_persistent(zero, weights)[1],
-        reuse=zero.reuse,
-        prefetch=zero.prefetch,
-        most=zero.live,
+        reuse=zero.section.max_reuse_distance,
+        prefetch=zero.section.prefetch_bucket_size,
+        most=zero.section.max_live_parameters,
         checkpointing=zero.checkpointing,
         layers=layers,
     )
@@ -296,7 +292,7 @@ def _stage3(zero: ZeroPlan, weights: Sequence[Weight], ranks: int, passing: Byte
     passing["gradients"] = max(weight.numel for weight in weights) * zero.weight_bytes
     state = 4 * part + _state(zero, weights, part)
     gradient = part * zero.accumulation_bytes
-    sub_group = min(part, zero.sub_group)
+    sub_group = min(part, zero.section.sub_group_size)
     resident: Bytes = {"buffers": bucket}
     host: Bytes = {}
     nvme = 0

@@ -11,6 +11,8 @@ same study; they train its runs one after the other:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib
 import json
 import math
@@ -22,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mols_ds.apps.study.runs import Chosen, Store, StudyResults, StudyRun, collect, needed, setting_text
+from mols_ds.apps.study.runs import Store, StudyResults, StudyRun, collect, needed, setting_text
 from mols_ds.apps.study.spec import Study, load_study
 from mols_ds.core.files import write_whole
 from mols_ds.core.json_types import JsonObject
@@ -57,18 +59,27 @@ def compare(args: argparse.Namespace) -> int:
     if args.arms:
         study = _only(study, args.arms)
     if args.seeds:
-        study = reseeded(study, args.seeds)
+        if len(set(args.seeds)) < len(args.seeds):
+            raise MolsConfigError(f"--seeds {' '.join(map(str, args.seeds))}: each seed once")
+        study = study.model_copy(update={"seeds": tuple(args.seeds)})
     out = args.out or Path("runs") / study.name
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if args.jobs is not None and (args.jobs < 1 or launched):
-        raise MolsConfigError("--jobs: at least 1; not in a launched job, whose ranks train one run at a time")
+    if args.jobs is not None and launched:
+        raise MolsConfigError("--jobs: not in a launched job, whose ranks train one run at a time")
     _can_report()
     _prepare(study, out)
     store = Store(study, out)
     command = f"mols-ds compare {args.study}" + ("" if args.out is None else f" --out {args.out}")
     failures: list[Failure] = []
+    if args.rerun is not None and launched:
+        raise MolsConfigError("--rerun: not in a launched job")
     if args.rerun is not None:
-        return _again(study, store, args.rerun, launched)
+        from mols_ds.apps.study.rerun import rerun
+
+        failures = rerun(study, store, args.rerun)
+        for failure in failures:
+            tell(f"mols-ds: {failure.run.label} was not repeated: {failure.why}", sys.stderr)
+        return FAILED if failures else 0
     if not args.report_only:
         failures = _launched(study, store) if launched else _here(study, store, args.jobs or default_jobs())
     if int(os.environ.get("RANK", "0")) == 0:
@@ -76,7 +87,12 @@ def compare(args: argparse.Namespace) -> int:
         for failure in failures:
             tell(f"mols-ds: {failure.run.label} failed: {failure.why}", sys.stderr)  # may be a traceback
     if launched and not args.report_only:
-        _leave()
+        import torch.distributed
+
+        from mols_ds.training.ranks import leave_ranks
+
+        torch.distributed.barrier()  # if one rank exits while another works, the launcher ends the job
+        leave_ranks()
     return FAILED if failures else 0
 
 
@@ -115,13 +131,6 @@ def _only_models(study: Study, models: Sequence[str]) -> Study:
     return study.model_copy(update={"models": {name: study.models[name] for name in study.models if name in kept}})
 
 
-def reseeded(study: Study, seeds: Sequence[int]) -> Study:
-    """Replace the evaluation seeds. Raises MolsConfigError for a negative or repeated seed."""
-    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise MolsConfigError(f"--seeds {' '.join(map(str, seeds))}: each seed once, none negative")
-    return study.model_copy(update={"seeds": tuple(seeds)})
-
-
 def _can_report() -> None:
     """Import the packages of the report now, not after hours. Raises MolsConfigError if one is missing."""
     try:
@@ -146,19 +155,16 @@ PACKAGES = ("deepspeed", "transformers", "pytorch-optimizer", "bitsandbytes")
 
 def machine() -> JsonObject:
     """Describe the machine of the runs, without its name."""
+    import torch
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    name = accelerator.device_name()
-    device = name if name == "cpu" else f"{accelerator.device_count()} x {_device(name)}"
+    name = device = accelerator.device_name()
+    if name != "cpu":
+        device = torch.cuda.get_device_name(0) if name == "cuda" else name
+        device = f"{accelerator.device_count()} x {device}"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return {"device": device, "cores": os.cpu_count(), "processor": platform.machine(), "ranks": world}
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(0) if name == "cuda" else name
 
 
 # ---------------------------------------------------------------------- training
@@ -173,7 +179,7 @@ class _Lines:
         self.began = time.monotonic()
 
     def __call__(self, task: Task, result: JsonObject) -> None:
-        if not isinstance(task, StudyRun):
+        if task.baseline is not None:
             self.store.save_cost(task.run, result)
             ratio, memory = result["step_ratio"][0], result["memory_ratio"]
             tell(f"cost of {task.run.model} {task.run.arm}: step x {ratio:.3f}, memory x {memory:.3f}")
@@ -185,14 +191,14 @@ class _Lines:
         left = len(needed(self.study, self.store)[0])
         minutes = (time.monotonic() - self.began) / 60
         tell(
-            f"[{minutes:5.1f} min, {self.finished} done, {left} or more to come] {task.label:44s} "
+            f"[{minutes:5.1f} min, {self.finished} done, {left} or more to come] {task.run.label:44s} "
             f"{outcome}  {result['seconds']:.0f} s  {alphas if len(alphas) < 80 else ''}"
         )
 
 
 def _costs_wanted(study: Study, store: Store) -> list[Task]:
     """List the arms without a cost measurement at their chosen settings, once all runs are finished."""
-    from mols_ds.apps.study.workers import CostTask
+    from mols_ds.apps.study.workers import Task
 
     if not study.costs:
         return []
@@ -207,7 +213,7 @@ def _costs_wanted(study: Study, store: Store) -> list[Task]:
         base = chosen.get((model, study.baseline))
         done = known.get(model, {}).get(arm, {}).get("run") == store.key(run)
         if base is not None and store.load(run) is not None and not done:
-            wanted.append(CostTask(StudyRun(model, study.baseline, base.values, seed), run))
+            wanted.append(Task(run, StudyRun(model, study.baseline, base.values, seed)))
     return wanted
 
 
@@ -217,55 +223,26 @@ def _here(study: Study, store: Store, jobs: int) -> list[Failure]:
 
     lines = _Lines(study, store)
     failures: list[Failure] = []
-    if runs_wanted(study, store):
-        pool = Pool(study, store, jobs)
-        try:
-            failures = pool.run(lambda: runs_wanted(study, store), lines)
-        finally:
-            pool.close()
-    if _costs_wanted(study, store):
-        pool = Pool(study, store, 1)
-        try:
-            failures += pool.run(lambda: _costs_wanted(study, store), lines)
-        finally:
-            pool.close()
+    for tasks, processes in ((runs_wanted, jobs), (_costs_wanted, 1)):
+        wanted = functools.partial(tasks, study, store)
+        if wanted():
+            with contextlib.closing(Pool(study, store, processes)) as pool:
+                failures += pool.run(wanted, lines)
     return failures
 
 
 def _launched(study: Study, store: Store) -> list[Failure]:
     """Execute all runs on all ranks of this job together."""
-    from mols_ds.apps.study.work import RankInfo, Worker
+    from mols_ds.apps.study.work import Worker
     from mols_ds.apps.study.workers import quiet_engines, runs_wanted, together
     from mols_ds.training.ranks import start_ranks
 
-    rank, world = start_ranks()
+    ranks = start_ranks()
     quiet_engines()
-    worker = Worker(study, store, RankInfo(rank, world))
+    worker = Worker(study, store, *ranks)
     lines = _Lines(study, store)
     failures = together(worker, lambda: runs_wanted(study, store), lines)
     return failures + together(worker, lambda: _costs_wanted(study, store), lines)
-
-
-def _again(study: Study, store: Store, number: int, launched: bool) -> int:
-    """Run `--rerun`. Return 1 if the bits of a run differ."""
-    from mols_ds.apps.study.rerun import rerun
-
-    if launched:
-        raise MolsConfigError("--rerun: not in a launched job")
-    failures = rerun(study, store, number)
-    for failure in failures:
-        tell(f"mols-ds: {failure.run.label} was not repeated: {failure.why}", sys.stderr)
-    return FAILED if failures else 0
-
-
-def _leave() -> None:
-    """End all ranks together. If one exits while another works, the launcher ends the job."""
-    import torch.distributed
-
-    from mols_ds.training.ranks import leave_ranks
-
-    torch.distributed.barrier()
-    leave_ranks()
 
 
 # ---------------------------------------------------------------------- the report
@@ -274,13 +251,10 @@ def _leave() -> None:
 def report(results: StudyResults, out: Path, command: str) -> None:
     """Print the chosen settings, write the report and print its files."""
     for (model, arm), best in results.chosen.items():
-        tell(f"{model} {arm}: {_chosen_text(best)}")
+        edge = " (at the edge of its grid)" if best.edge else ""
+        loss = best.losses[best.values]
+        tell(f"{model} {arm}: {setting_text(dict(best.values))}{edge}, tuning loss {loss:.4f}")
     from mols_ds.apps.study.report import write_report
 
     for path in write_report(results, out, command):
         tell(f"  {path}")
-
-
-def _chosen_text(best: Chosen) -> str:
-    values = setting_text(dict(best.values))
-    return f"{values}{' (at the edge of its grid)' if best.edge else ''}, tuning loss {best.losses[best.values]:.4f}"

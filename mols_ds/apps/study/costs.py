@@ -36,14 +36,12 @@ def measure(worker: Worker, baseline: StudyRun, run: StudyRun) -> JsonObject:
     engines = [_engine(worker, one) for one in runs]
     job = worker.job(baseline, worker.store.out / "running" / "costs")
     seconds: list[list[float]] = [[], []]
-    memory = [0, 0]
     for round_ in range(WARM_UP + ROUNDS):
         batches = [ids.to(engines[0].device) for ids in job.batches.step("train", round_)]
         order = (0, 1) if round_ % 2 == 0 else (1, 0)
         for i in order:
             seconds[i].append(_step(engines[i], batches))
-    for i, engine in enumerate(engines):
-        memory[i] = live_bytes(engine, batches)
+    memory = [live_bytes(engine, batches) for engine in engines]
     ratios = [b / a for a, b in zip(*seconds, strict=True)][WARM_UP:]
     low, _, high = statistics.quantiles(ratios, n=4)
     for engine in engines:
@@ -118,9 +116,7 @@ def _accumulators(worker: Worker, run: StudyRun) -> int:
 def live_bytes(engine: DeepSpeedEngine, batches: list[torch.Tensor]) -> int:
     """Return the bytes of this rank's weights, gradients (after backward) and optimizer state, each storage once."""
     *head, last = batches
-    for ids in head:
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
-        engine.step()
+    _step(engine, head)
     engine.backward(engine(input_ids=last, labels=last).loss)
     outer = engine.optimizer
     inner = getattr(outer, "optimizer", outer)

@@ -6,7 +6,7 @@ import math
 import statistics
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 from mols_ds.apps.study.curves import Band
 from mols_ds.apps.study.document import Picture
 from mols_ds.apps.study.summary import AlphaRow, ArmRow, Summary, group_order
-from mols_ds.report.plot import FAINT, INK, _log_ticks, colour_of
+from mols_ds.report.plot import INK, colour_of, frame, log_ticks
 
 # Palette of Okabe and Ito, without black (the baseline's) and yellow (too light for lines).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
@@ -129,7 +129,7 @@ def _forest_panel(axes: Axes, model: str, arms: Sequence[str], rows: Mapping[str
         axes.plot(difference.mean, place, "o", color=colour, markersize=6)
     _title(axes, model)
     axes.set_xlabel("loss minus the baseline's (nats per token)", fontsize=9)
-    _frame(axes, "x")
+    frame(axes, "x")
 
 
 def _reach(rows: Sequence[ArmRow]) -> float:
@@ -171,7 +171,7 @@ def _curves(summary: Summary, model: str, styles: Mapping[str, Style]) -> Drawn:
         _title(axes, title)
         axes.set_xlabel("tokens trained on", fontsize=9.5)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        _frame(axes, "both")
+        frame(axes, "both")
     whole.set_ylabel("validation loss, mean of seeds (nats per token)", fontsize=9.5)
     _legend(figure, [row.arm for row in rows], styles, markers=False)
     whose = "" if len(rows) <= MAX_BANDS else f" (only for {summary.baseline}, because there are many arms)"
@@ -210,11 +210,11 @@ def _sensitivity(summary: Summary, model: str, styles: Mapping[str, Style]) -> D
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     else:
-        _log_ticks(axes.xaxis, rates[-1] / rates[0])
+        log_ticks(axes.xaxis, rates[-1] / rates[0])
     axes.set_ylim(low - 0.06 * max(top - low, 1e-3), top)
     axes.set_xlabel("base learning rate", fontsize=9.5)
     axes.set_ylabel("final loss, mean of tuning seeds (nats per token)", fontsize=9.5)
-    _frame(axes, "both")
+    frame(axes, "both")
     _legend(figure, list(found), styles, markers=True)
     caption = (
         "Final loss over the base rate, mean of the tuning seeds, with the best of the arm's other tuned settings. "
@@ -246,15 +246,17 @@ def _snr(summary: Summary, model: str) -> Drawn:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             axes.set_yscale("log")
             _title(axes, f"{arm}: {name}")
-            _frame(axes, "both")
+            frame(axes, "both")
         line[0].set_ylabel("SNR, geometric mean", fontsize=9.5)
     for axes in grid[-1]:
         axes.set_xlabel("step", fontsize=9.5)
     handles = [Line2D([], [], color=colour_of(group), linewidth=2.2, label=group) for group in groups]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    marked = "moving weights\ncount as noise;\nrows of unseen\ntokens included"
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, title=marked, title_fontsize=8)
     caption = (
         "SNR of the gradient by kind of module over training, geometric mean and range over the evaluation seeds. "
-        "Read from Adam's moments while the weights move: what this changes in the gradient counts as noise."
+        "Read from Adam's moments while the weights move: what this changes in the gradient counts as noise. "
+        "Rows of tokens that do not occur are included."
     )
     dropped = [
         f"{arm} {name} {group} {share:.0%}"
@@ -283,7 +285,7 @@ def _alphas(summary: Summary) -> Drawn:
         axes.set_visible(False)
     ends = [end for row in summary.alphas for band in row.alphas.values() for end in (band.low, band.high)]
     grid[0, 0].set_yscale("log")
-    _log_ticks(grid[0, 0].yaxis, max(ends) / min(ends))
+    log_ticks(grid[0, 0].yaxis, max(ends) / min(ends))
     for axes in grid[:, 0]:
         axes.set_ylabel("alpha, geometric mean", fontsize=9.5)
     handles = [
@@ -300,21 +302,14 @@ def _alpha_panel(axes: Axes, rows: Sequence[AlphaRow], models: Sequence[str], gr
     for row in rows:
         index = models.index(row.model)
         shift = 0.16 * (index - (len(models) - 1) / 2)
-        places = [(i + shift, row.alphas[group]) for i, group in enumerate(groups) if group in row.alphas]
-        colour = PALETTE[index % len(PALETTE)]
-        for x, value in places:
-            axes.plot([x, x], [value.low, value.high], color=colour, linewidth=1.6)
-        axes.plot(
-            [x for x, _ in places],
-            [value.mean for _, value in places],
-            color=colour,
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=5,
-            linestyle="none",
-        )
+        places = [i + shift for i, group in enumerate(groups) if group in row.alphas]
+        values = [row.alphas[group] for group in groups if group in row.alphas]
+        marker, colour = MARKERS[index % len(MARKERS)], PALETTE[index % len(PALETTE)]
+        axes.vlines(places, [v.low for v in values], [v.high for v in values], color=colour, linewidth=1.6)
+        axes.plot(places, [v.mean for v in values], marker, color=colour, markersize=5)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlim(-0.6, len(groups) - 0.4)
-    _frame(axes, "y")
+    frame(axes, "y")
 
 
 # ---------------------------------------------------------------------- shared
@@ -327,14 +322,6 @@ def _figure(width: float, height: float) -> Figure:
 
 def _title(axes: Axes, text: str) -> None:
     axes.set_title(textwrap.fill(text, TITLE), fontsize=10, color=INK)
-
-
-def _frame(axes: Axes, lines: Literal["x", "y", "both"]) -> None:
-    axes.grid(axis=lines, which="major", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis="both", labelsize=9)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 def _legend(figure: Figure, arms: Sequence[str], styles: Mapping[str, Style], markers: bool) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 from mols_ds.apps.study.rows import difference
 from mols_ds.apps.study.runs import Store, StudyRun
 from mols_ds.apps.study.spec import Study
-from mols_ds.apps.study.workers import Failure, Pool
+from mols_ds.apps.study.workers import Failure, Pool, Task
 from mols_ds.core.json_types import JsonMapping
 from mols_ds.core.log import tell
 from mols_ds.errors import MolsConfigError
@@ -28,17 +29,14 @@ def rerun(study: Study, store: Store, number: int) -> list[Failure]:
     path = store.out / AGAIN
     path.unlink(missing_ok=True)
     again = Store(study.model_copy(update={"rows": str(path)}), store.out)
-    pool = Pool(again.study, again, 1)
-    try:
-        failures = pool.run(lambda: [run for run in wanted.values() if again.load(run) is None], lambda *_: None)
-    finally:
-        pool.close()
+    with contextlib.closing(Pool(again.study, again, 1)) as pool:
+        failures = pool.run(lambda: [Task(run) for run in wanted.values() if again.load(run) is None], lambda *_: None)
     for run in wanted.values():
         old, new = store.load(run), again.load(run)
         if old is not None and new is not None:
             why = difference(old, new)
             tell(f"{run.label}: {why or 'the same bits'}")
-            failures += [Failure(run, why, True)] if why else []
+            failures += [Failure(run, why)] if why else []
     return failures
 
 

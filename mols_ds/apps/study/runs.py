@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from mols_ds.apps.study.curves import final_loss
 from mols_ds.apps.study.rows import Rows
 from mols_ds.apps.study.search import PREFIX, search
 from mols_ds.apps.study.spec import Study, Value, Values
@@ -190,9 +191,7 @@ class Store:
     def loss(self, run: StudyRun) -> float | None:
         """Return the final validation loss: infinite if the run diverged, None if it is not finished."""
         result = self.load(run)
-        if result is None:
-            return None
-        return math.inf if result["val_loss"] is None else float(result["val_loss"])
+        return None if result is None else final_loss(result)
 
 
 def _read(file: Path, then: str) -> JsonObject:
@@ -326,16 +325,13 @@ def collect(study: Study, store: Store) -> StudyResults:
     """Collect every finished run of the study."""
     missing, chosen = needed(study, store)
     runs: dict[StudyRun, JsonObject] = {}
+    known, costs = store.costs(), dict[str, dict[str, JsonObject]]()
     for (model, arm), best in chosen.items():
-        every = [StudyRun(model, arm, values, seed) for values in best.losses for seed in study.tune_seeds]
-        every += [StudyRun(model, arm, best.values, seed) for seed in study.at(model).seeds]
-        for run in every:
-            result = store.load(run)
-            if result is not None:
-                runs[run] = result
-    costs: dict[str, dict[str, JsonObject]] = {}
-    for (model, arm), best in chosen.items():
-        known = store.costs().get(model, {}).get(arm, {})
-        if known.get("run") == store.key(StudyRun(model, arm, best.values, study.at(model).seeds[0])):
-            costs.setdefault(model, {})[arm] = known
+        tuned = [StudyRun(model, arm, values, seed) for values in best.losses for seed in study.tune_seeds]
+        evaluated = [StudyRun(model, arm, best.values, seed) for seed in study.at(model).seeds]
+        found = {run: store.load(run) for run in (*tuned, *evaluated)}
+        runs |= {run: result for run, result in found.items() if result is not None}
+        cost = known.get(model, {}).get(arm, {})
+        if cost.get("run") == store.key(evaluated[0]):
+            costs.setdefault(model, {})[arm] = cost
     return StudyResults(study.model_dump(mode="json"), study.baseline, runs, chosen, costs, missing)

@@ -113,8 +113,8 @@ class Summary:
 def summarise(results: StudyResults) -> Summary:
     """Compute the report. `absent`: arms whose tuning is not finished; `missing`: runs that can start now."""
     study = results.study
-    models = _ordered(list(study.get("models", ())), (model for model, _ in results.chosen))
-    arms = _ordered([results.baseline, *study.get("arms", ())], (arm for _, arm in results.chosen))
+    models = list(dict.fromkeys([*study.get("models", ()), *(model for model, _ in results.chosen)]))
+    arms = list(dict.fromkeys([results.baseline, *study.get("arms", ()), *(arm for _, arm in results.chosen)]))
     found = [_row(results, model, arm) for model in models for arm in arms]
     asked = [(study[name], name) for name in ("primary", "secondary") if study.get(name)]
     asked += [(pair, "") for pair in study.get("pairs", ())]
@@ -158,10 +158,6 @@ def to_json(summary: Summary) -> JsonObject:
         record["diverged"] = row.diverged
     clean: JsonObject = finite({"schema": SCHEMA, **content})
     return clean
-
-
-def _ordered(first: Iterable[str], more: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys([*first, *more]))
 
 
 def _planned(study: JsonMapping, model: str, arm: str) -> bool:
@@ -210,8 +206,7 @@ def _perplexity(losses: list[float]) -> Band | None:
     """Compute exp of the mean loss, and of the smallest and largest seed's."""
     if not losses:
         return None
-    mean = math.fsum(losses) / len(losses)
-    return Band(*(math.exp(value) if value < 700 else math.inf for value in (mean, min(losses), max(losses))))
+    return Band(*(math.exp(value) if value < 700 else math.inf for value in curves.band(losses)))
 
 
 def _speed_up(runs: Runs, baseline: Runs) -> tuple[float | None, float | None, float | None]:
@@ -278,13 +273,9 @@ def _adjust(rows: list[ArmRow], pairs: list[PairRow], study: JsonMapping) -> tup
 
 
 def _sensitivities(results: StudyResults, model: str, arms: Iterable[str]) -> dict[str, Sensitivity]:
-    found = {}
-    for arm in arms:
-        chosen = results.chosen.get((model, arm))
-        curve = curves.sensitivity(chosen.losses, dict(chosen.values)) if chosen else None
-        if curve is not None:
-            found[arm] = curve
-    return found
+    chosen = {arm: results.chosen[model, arm] for arm in arms if (model, arm) in results.chosen}
+    found = {arm: curves.sensitivity(best.losses, dict(best.values)) for arm, best in chosen.items()}
+    return {arm: curve for arm, curve in found.items() if curve is not None}
 
 
 def _tuning(results: StudyResults, model: str, arms: Iterable[str]) -> dict[str, dict[str, float]]:

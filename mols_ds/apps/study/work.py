@@ -9,7 +9,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -19,6 +18,7 @@ import torch
 from mols_ds.apps.study.runs import SCHEMA, Store, StudyRun, arm_config
 from mols_ds.apps.study.spec import Study
 from mols_ds.core.files import append, write_whole
+from mols_ds.core.groups import group_table
 from mols_ds.core.json_text import read_json
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import GuardedWriter
@@ -43,19 +43,14 @@ CURVE_POINTS = 200
 """Largest number of training loss points in a result; each is the mean of the steps since the one before."""
 
 
-@dataclass
-class RankInfo:
-    """Rank of this process in a job of `world` ranks that executes one run at a time."""
-
-    rank: int = 0
-    world: int = 1
-
-
 class Worker:
-    """Executes runs of one study. Keeps tokenizers and token files open between runs."""
+    """Executes runs of one study. Keeps tokenizers and token files open between runs.
 
-    def __init__(self, study: Study, store: Store, rank_info: RankInfo) -> None:
-        self.study, self.store, self.rank_info = study, store, rank_info
+    rank: of this process in a job of `world` ranks that executes one run at a time.
+    """
+
+    def __init__(self, study: Study, store: Store, rank: int = 0, world: int = 1) -> None:
+        self.study, self.store, self.rank, self.world = study, store, rank, world
         self.tokens = lru_cache(maxsize=None)(self._prepare)
 
     def model_source(self, model: str) -> str:
@@ -90,21 +85,21 @@ class Worker:
         config = arm_config(study, run.arm, run.values)
         if "mols" in config:
             config["mols"].setdefault("report_dir", str(out / "mols_report"))
-        config = resolve(config, world=self.rank_info.world, steps=study.steps, out=out)
+        config = resolve(config, world=self.world, steps=study.steps, out=out)
         check_with_deepspeed(config, f"of arm {run.arm}")
         return config
 
     def job(self, run: StudyRun, out: Path, watch: Callable[[DeepSpeedEngine], None] | None = None) -> TrainJob:
         """Return the job of a run for `mols_ds.training.trainer.train`. `watch` is called after every update."""
-        study, ranks = self.study.at(run.model), self.rank_info
+        study = self.study.at(run.model)
         spec, tokenizer, tokens = self.tokens(run.model)
         config = self.config(run, out)
         shape = BatchShape(
             study.batch.length,
             config["train_micro_batch_size_per_gpu"],
             config["gradient_accumulation_steps"],
-            ranks.rank,
-            ranks.world,
+            self.rank,
+            self.world,
         )
         batches = build_batches(spec, tokenizer, tokens, shape, run.seed)
         setup = DeepSpeedSetup(
@@ -118,7 +113,7 @@ class Worker:
             setup=setup,
             batches=batches,
             shape=shape,
-            rank=ranks.rank,
+            rank=self.rank,
             steps=study.steps,
             out=out,
             seed=run.seed,
@@ -153,19 +148,20 @@ class Worker:
         over. Raises MolsError on all ranks if the result cannot be saved.
         """
         out = self.store.folder(run)
-        first = self.rank_info.rank == 0
+        first = self.rank == 0
         if first and not has_checkpoint(out):
             shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
-        facts, watch = Facts(), None
+        watch, elements = None, dict[str, int]()
         study = self.study.at(run.model)
         snr = study.snr
         if snr is not None and run.arm in snr.arms and run.seed in study.seeds:
             watch = KeptWatch(snr.every, out / READINGS, first)
 
         def after_update(engine: DeepSpeedEngine) -> None:
-            facts(engine)
+            if not elements:
+                elements.update(group_table(engine.module).elements)
             if watch is not None:
                 watch(engine)
 
@@ -175,7 +171,7 @@ class Worker:
         result: JsonObject = {"schema": SCHEMA, "model": run.model, "arm": run.arm, "values": dict(run.values)}
         result |= {"seed": run.seed, "steps": study.steps, "tokens": outcome.tokens}
         result |= {"tokens_per_step": study.tokens_per_step, "probe_passes": outcome.probe_steps}
-        result |= {"weights": facts.weights, "groups": facts.groups, "alphas": outcome.alphas}
+        result |= {"weights": sum(elements.values()), "groups": elements, "alphas": outcome.alphas}
         result["val_loss"] = outcome.val_loss if math.isfinite(outcome.val_loss) else None
         result["snr"] = {} if watch is None else {"step": watch.steps, "groups": watch.as_snr(), **watch.curves}
         result["seconds"], result["cpu_seconds"] = outcome.seconds, time.process_time() - began
@@ -217,23 +213,6 @@ class KeptWatch(SnrWatch):
         if self.writes and len(self.steps) > known:
             line = json.dumps(self.reading()) + "\n"
             self.guarded(self.path.name, lambda: append(self.path, line))
-
-
-class Facts:
-    """Constants of an engine: number of weights, elements of each group."""
-
-    def __init__(self) -> None:
-        self.weights = 0
-        self.groups: dict[str, int] = {}
-
-    def __call__(self, engine: DeepSpeedEngine) -> None:
-        if self.weights:
-            return
-        from mols_ds.core.groups import group_table
-
-        table = group_table(engine.module)
-        self.groups = dict(table.elements)
-        self.weights = sum(self.groups.values())
 
 
 def curves(path: Path, tokens_per_step: int) -> JsonObject:

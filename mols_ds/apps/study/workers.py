@@ -23,7 +23,7 @@ import torch
 from mols_ds.apps.study.costs import measure
 from mols_ds.apps.study.runs import Store, StudyRun, needed
 from mols_ds.apps.study.spec import Study
-from mols_ds.apps.study.work import RankInfo, Worker
+from mols_ds.apps.study.work import Worker
 from mols_ds.core.json_types import JsonObject
 from mols_ds.engines.deepspeed.compat import skip_shm_kernel
 from mols_ds.errors import MolsError
@@ -41,29 +41,23 @@ class Failure:
 
     run: StudyRun
     why: str
-    mistake: bool
-    """True for a user error (MolsError), printed in one line; otherwise `why` is a traceback."""
+    """One line for a user error (MolsError), otherwise a traceback."""
 
 
 @dataclass(frozen=True)
-class CostTask:
-    """Measure the cost of an arm relative to the baseline, both at these tuned settings."""
+class Task:
+    """Train a run; with `baseline`, measure the cost of its arm relative to that, both at these tuned settings."""
 
-    baseline: StudyRun
     run: StudyRun
-
-
-Task = StudyRun | CostTask
-Done = Callable[[StudyRun, JsonObject], None]
+    baseline: StudyRun | None = None
 
 
 def perform(worker: Worker, task: Task) -> JsonObject:
     """Execute one task. Redirect its output to OUT/logs."""
-    run = task if isinstance(task, StudyRun) else task.run
-    kind = "" if isinstance(task, StudyRun) else "cost-"
-    with _logged(worker.store.out / "logs" / f"{kind}{worker.store.key(run)}.log", worker.rank_info.rank):
-        if isinstance(task, StudyRun):
-            return worker.execute(task)
+    kind = "cost-" if task.baseline else ""
+    with _logged(worker.store.out / "logs" / f"{kind}{worker.store.key(task.run)}.log", worker.rank):
+        if task.baseline is None:
+            return worker.execute(task.run)
         return measure(worker, task.baseline, task.run)
 
 
@@ -103,12 +97,12 @@ def start_alone() -> None:
     from deepspeed.accelerator import get_accelerator
 
     check_kernel_caches()
+    backend = get_accelerator().communication_backend_name()
     if get_accelerator().device_name() == "cpu":
         skip_shm_kernel()
+        backend = "gloo"
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        backend = get_accelerator().communication_backend_name()
-        backend = "gloo" if get_accelerator().device_name() == "cpu" else backend
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(backend)
     quiet_engines()
@@ -122,7 +116,7 @@ def _serve(connection: Connection, study: Study, out: Path, threads: int, parent
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     start_alone()
-    worker = Worker(study, Store(study, out), RankInfo())
+    worker = Worker(study, Store(study, out))
     while True:
         try:
             task = connection.recv()
@@ -131,9 +125,9 @@ def _serve(connection: Connection, study: Study, out: Path, threads: int, parent
         try:
             connection.send((task, perform(worker, task), None))
         except MolsError as error:
-            connection.send((task, None, (" ".join(str(error).split()), True)))
+            connection.send((task, None, " ".join(str(error).split())))
         except Exception:  # the study continues with other arms and reports the failure at the end
-            connection.send((task, None, (traceback.format_exc(), False)))
+            connection.send((task, None, traceback.format_exc()))
 
 
 def _end_with(parent: int) -> None:
@@ -144,7 +138,7 @@ def _end_with(parent: int) -> None:
 
 
 class Pool:
-    """`jobs` processes that execute runs."""
+    """`jobs` processes that execute runs, until `close`."""
 
     def __init__(self, study: Study, store: Store, jobs: int) -> None:
         self.study, self.store = study, store
@@ -187,21 +181,18 @@ class Pool:
                 try:
                     task, result, failed = ready.recv()
                 except EOFError as error:
+                    lost = self.busy[ready]
+                    name = f"the costs of {lost.run.label}" if lost.baseline else lost.run.label
                     raise MolsError(
-                        f"the process that trained {_name(self.busy[ready])} was killed (out of memory?); finished "
+                        f"the process that trained {name} was killed (out of memory?); finished "
                         "runs are kept: start the study again, with fewer --jobs if memory was short"
                     ) from error
                 del self.busy[ready]
                 self.free.append(ready)
                 if failed is not None:
-                    run = task if isinstance(task, StudyRun) else task.run
-                    failures[task] = Failure(run, *failed)
+                    failures[task] = Failure(task.run, failed)
                 else:
                     done(task, result)
-
-
-def _name(task: Task) -> str:
-    return task.label if isinstance(task, StudyRun) else f"the costs of {task.run.label}"
 
 
 # ---------------------------------------------------------------------- all ranks of a launched job
@@ -217,7 +208,7 @@ def together(
     failures: dict[Task, Failure] = {}
     while True:
         box: list[Any] = [None]
-        if worker.rank_info.rank == 0:
+        if worker.rank == 0:
             box[0] = next((task for task in wanted() if task not in failures), None)
         torch.distributed.broadcast_object_list(box, src=0)
         task: Task | None = box[0]
@@ -226,13 +217,12 @@ def together(
         try:
             result = perform(worker, task)
         except MolsError as error:
-            run = task if isinstance(task, StudyRun) else task.run
-            failures[task] = Failure(run, " ".join(str(error).split()), True)
+            failures[task] = Failure(task.run, " ".join(str(error).split()))
             continue
-        if worker.rank_info.rank == 0:
+        if worker.rank == 0:
             done(task, result)
 
 
 def runs_wanted(study: Study, store: Store) -> list[Task]:
     """Return the runs that can start now."""
-    return list(needed(study, store)[0])
+    return [Task(run) for run in needed(study, store)[0]]

@@ -25,7 +25,7 @@ from mols_ds.engines.torch.shards import TorchShards
 from mols_ds.errors import MolsCheckpointError
 
 COMMON, STEPS = "common", "steps"
-TENSORS = ("mean", "m2", "block_mean", "block_m2", "block_sums", "exponents")
+TENSORS = ("mean", "m2", "exponents", "cells", "cell_squares")
 """Accumulators in a rank's part, beside "ids" (tokens), "window" (a saved window as bytes) and "rest" (JSON)."""
 
 
@@ -87,7 +87,7 @@ class TorchCheckpoints:
             moments: Mapping[str, Any] = samples["moments"]
             part |= {key: moments[key] for key in TENSORS}
             part |= {} if samples["ids"] is None else {"ids": samples["ids"]}
-            rest = {key: moments[key] for key in ("numel", "count", "block_length")}
+            rest = {key: moments[key] for key in ("numel", "count")}
             part["rest"] = json.dumps({"owned": samples["owned"], "moments": rest, "placements": self._placements()})
         return part
 

@@ -15,7 +15,7 @@ import torch
 from megatron_patches import machine as machines
 from megatron_patches.checks import check_classes, decay_refusal
 from megatron_patches.machine import RECIPES, Machine
-from megatron_patches.precision import as_versions, check, describe, optimizer_refusals
+from megatron_patches.precision import check, describe, optimizer_refusals
 from mols_ds.errors import MolsConfigError, MolsUnsupportedError
 
 NONE = Machine(None, "the package transformer_engine is not installed", None)
@@ -179,13 +179,11 @@ def test_the_other_package_called_apex_is_none(shadowed: Any) -> None:
     ],
 )
 def test_what_the_statistics_read_is_stated(settings: dict[str, Any], words: str) -> None:
-    found = describe(config(**settings), machine=HOPPER)
-    assert found.statistics == words
-    versions = as_versions(found)
+    versions = describe(config(**settings), machine=HOPPER)
     assert versions["statistics"] == words
     assert versions["transformer_engine"] == "2.9.0"
     assert versions["low_precision"].startswith("fp8/" if "fp8" in settings else "none")
-    assert "not installed" in as_versions(describe(machine=NONE))["transformer_engine"]
+    assert "not installed" in describe(machine=NONE)["transformer_engine"]
 
 
 def optimizers() -> dict[str, Any]:
@@ -294,8 +292,8 @@ def found() -> dict[str, Any]:
 def test_ordinary_optimizers_are_described_and_none_is_refused(
     found: dict[str, Any], name: str, statistics: str
 ) -> None:
-    assert found[name].statistics == statistics
-    assert found[name].optimizer == "torch.optim.AdamW"
+    assert found[name]["statistics"] == statistics
+    assert found[name]["optimizer"] == "torch.optim.AdamW"
     assert found[f"{name} refused"] == []
 
 

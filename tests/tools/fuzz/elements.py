@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from hypothesis import strategies as st
 
-from mols_ds.core.accumulators import STRIDE
 from mols_ds.core.groups import build_layouts, is_scaled, order_groups
 from mols_ds.core.layout import ElementLayout
 from mols_ds.core.local_stats import LocalStats, group_index
 from mols_ds.core.lr_scaler import LRScaler, make_plan
 from mols_ds.core.ranges import ShardRange
+from mols_ds.core.sample_blocks import STRIDE
 from mols_ds.errors import MolsConfigError
 from tests.tools.fuzz.common import ACCEPTED, JSON, REFUSED, Target, refused_by
 
