@@ -88,8 +88,8 @@ class StreamedBatches(RowBatches):
         """Continue the training stream from a place.
 
         Args:
-            place: the fields of a `StreamPosition`; None: a checkpoint of release 0.4.0. Its streams are read again from their
-                start.
+            place: the fields of a `StreamPosition`; None: a checkpoint of release 0.4.0. Its streams are read again
+                from their start.
         """
         self.place = StreamPosition(buffered=True) if place is None else StreamPosition(**place)
         self._rows = {"train": self._packed("train", self.place)}
