@@ -343,8 +343,9 @@ class LocalStats:
         ranges = [saved["owned"]] if not isinstance(saved["owned"], Sequence) else saved["owned"]
         if [tuple(item) if isinstance(item, Sequence) else item for item in ranges] != self.ranges:
             raise MolsCheckpointError("the saved accumulators belong to other elements than this rank owns")
-        accumulators = self._new(of_0_4_0="block_sums" in saved["moments"])
-        accumulators.load_state_dict(saved["moments"])
+        moments = saved["moments"]
+        accumulators = self._new(of_0_4_0=isinstance(moments, Mapping) and "block_sums" in moments)
+        accumulators.load_state_dict(moments)
         ids = saved.get("ids")
         rows = 0 if self.vocabulary is None else self.vocabulary.rows
         if ids is not None and not (isinstance(ids, Tensor) and ids.dtype == torch.uint8 and ids.shape == (rows + 1,)):

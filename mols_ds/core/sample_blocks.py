@@ -8,6 +8,7 @@ noise of elements, and a block more noise than all samples. `replicates` has wha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class SampleBlocks:
             saved, dtype = state[key], torch.float64 if key == "block_sums" else self.mean.dtype
             if not isinstance(saved, Tensor) or saved.shape != shape or saved.dtype != dtype:
                 raise MolsCheckpointError(f"the accumulators' {key!r} is no {dtype} tensor of shape {shape}")
-        mean, m2, sums = (torch.as_tensor(state[key]) for key in shapes)
+        mean, m2, sums = (cast(Tensor, state[key]) for key in shapes)
         self.mean.copy_(mean)
         self.m2.copy_(m2)
         self.sums = [table.clone() for table in sums.cpu()]

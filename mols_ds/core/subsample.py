@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ class Subsample:
             if not isinstance(saved, Tensor) or saved.shape != shape or saved.dtype != self.dtype:
                 raise MolsCheckpointError(f"the accumulators' {key!r} is no {self.dtype} tensor of shape {shape}")
         self.means, self.squares = (
-            [row.clone() for row in torch.as_tensor(state[key]).to(self._places.device)]
+            [row.clone() for row in cast(Tensor, state[key]).to(self._places.device)]
             for key in ("cells", "cell_squares")
         )
 

@@ -94,7 +94,8 @@ class Tokenizing:
             tell(f"tokenizing {self.name}: {self.done / 1e6:,.0f} MB of text, of {self.total / 1e6:,.0f} MB on disk")
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._bar.console.is_terminal:  # elsewhere it prints an empty line
+            self._bar.stop()
         seconds = time.monotonic() - self._began
         if seconds > SECONDS_BETWEEN_LINES:
             rate = self.done / 1e6 / seconds

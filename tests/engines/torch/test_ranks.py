@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mols_ds
 from mols_ds.errors import MolsError
-from tests.engines.torch.life import SETTINGS, adamw
+from tests.engines.torch.calibration_run import SETTINGS, adamw
 from tests.engines.torch.models import EMPTY, Tiny, masks, sharded_by_rows, tokens
 from tests.engines.torch.parallel import full_weights
 from tests.helpers.harness import Results, run_cases, run_ranks

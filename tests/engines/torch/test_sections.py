@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mols_ds
-from tests.engines.torch.life import SETTINGS, adamw, clipped
+from tests.engines.torch.calibration_run import SETTINGS, adamw, clipped
 from tests.engines.torch.parallel import DATA, MICROS, backward, full_weights, tiny, wrapped
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle.adamw import ElementwiseAdamW, ramp
