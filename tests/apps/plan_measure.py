@@ -353,7 +353,8 @@ def planned(case: Case) -> dict[str, Any]:
     held["activations"] = activations.kept(zero.checkpointing)
     if zero.checkpointing:
         held["activations"] -= activations.layer  # of the layer that the backward pass recomputes
-    held["accumulators"] = accumulators(footprint.measured, "cpu").total
+    own = accumulators(footprint.measured, "cpu")
+    held["accumulators"] = own.kept + own.scratch  # tests/apps/test_plan.py has the kept samples
     return {"held": held, "sent": dict(sent)}
 
 

@@ -153,7 +153,8 @@ def planned(name: str, stage: int) -> dict[str, Any]:
     for message in grid.messages(plan, stage, WORLD):
         sent[message.operation] += message.bytes
     held = dict(footprint.resident) | {"activations": footprint.moments["backward"]["activations"]}
-    held["accumulators"] = accumulators(footprint.measured, "cpu").total
+    own = accumulators(footprint.measured, "cpu")
+    held["accumulators"] = own.kept + own.scratch  # tests/apps/test_plan.py has the kept samples
     return {"held": held, "sent": dict(sent), "names": [(w.name, w.shape) for w in gpt.weights(stage)]}
 
 

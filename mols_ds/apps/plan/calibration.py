@@ -18,14 +18,16 @@ AGREEMENT = 8
 
 
 class AccumulatorBytes(NamedTuple):
-    """Bytes on one rank during a calibration. kept: `engine.mols.accumulator_bytes`; scratch: the rest."""
+    """Bytes on one rank during a calibration. kept: `engine.mols.accumulator_bytes`; scratch: of one update;
+    samples: at most, for the intervals (`mols_ds.core.subsample`)."""
 
     kept: int
     scratch: int
+    samples: int
 
     @property
     def total(self) -> int:
-        return self.kept + self.scratch
+        return self.kept + self.scratch + self.samples
 
 
 def accumulators(
@@ -33,14 +35,13 @@ def accumulators(
 ) -> AccumulatorBytes:
     """Compute the accumulator bytes of a rank that measures `elements` elements (`mols_ds.core.accumulators`).
 
-    kept: fp32 mean and squared deviations. scratch: of one update; and for the intervals at most ELEMENTS elements with
-    all samples, positions and groups (`mols_ds.core.subsample`).
+    kept: fp32 mean and squared deviations. samples: at most ELEMENTS elements with all samples, positions and groups.
     crosses: gradients go from the accelerator to the host, through the buffers of `mols_ds.core.host_copies`.
     """
-    subsample = min(elements, ELEMENTS) * (4 * min(samples, 2 * CELLS) + 10)
+    kept_samples = min(elements, ELEMENTS) * (4 * min(samples, 2 * CELLS) + 10)
     chunk = CPU_CHUNK * max(1, min(threads, 8) // 2) if device == "cpu" else DEVICE_CHUNK
     scratch = 4 * min(chunk, elements) + (2 * CHUNK_BYTES if crosses else 0)
-    return AccumulatorBytes(8 * elements, scratch + subsample)
+    return AccumulatorBytes(8 * elements, scratch, kept_samples)
 
 
 def sums_bytes(groups: tuple[str, ...], samples: int) -> int:

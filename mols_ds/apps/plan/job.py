@@ -112,7 +112,7 @@ class PlanJob(ABC):
     def accumulators(self, footprint: Footprint) -> AccumulatorBytes:
         """Return the accumulator bytes; 0 if no gradient is accumulated."""
         if self.mode not in ("probe", "online"):
-            return AccumulatorBytes(0, 0)
+            return AccumulatorBytes(0, 0, 0)
         crosses = self.device == "cpu" and self.cluster.device == "cuda" and "gradients" not in footprint.host
         return accumulators(footprint.measured, self.device, self.samples, THREADS, crosses=crosses)
 

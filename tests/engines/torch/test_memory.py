@@ -11,6 +11,7 @@ from torch import nn
 
 import mols_ds
 from mols_ds.core.accumulators import CPU_CHUNK
+from mols_ds.core.subsample import ELEMENTS
 from tests.helpers.live_bytes import LiveBytes
 
 WIDTH = 2048
@@ -51,5 +52,6 @@ def test_a_sample_takes_chunks_and_a_scaled_step_nothing() -> None:
     stock = peaks(None)[-1]
     probe, online = (peaks({**SECTION, "mode": mode}) for mode in ("probe", "online"))
     assert max(probe[2:5]) < 32 * CPU_CHUNK < WIDTH**2 * 4  # 8 MiB, of a gradient of 16 MiB
-    for scaled in (probe[5:], online[2:]):  # in mode "online" a sample is over before the step's own peak
+    assert max(online[2:5]) < stock + 4 * ELEMENTS + 1024  # a sample's elements that the intervals keep
+    for scaled in (probe[5:], online[5:]):
         assert max(scaled) < stock + 1024
