@@ -1,5 +1,5 @@
 # make train   set up .venv and train a small LLaMA on real text, Adam against Adam+MoLS
-# make test    set up .venv and run the quick tests: every engine, stage, mode and main command once (six minutes)
+# make test    set up .venv and run the quick tests: every engine, stage, mode and main command once (ten minutes)
 # make test-all    all tests but the exhaustive tables; .ci/run runs these
 # make test-full   with the exhaustive tables, before a release (half an hour); tests/README.md has the tiers
 # make train-megatron   the same training on Megatron-core, tensor x pipeline parallel
