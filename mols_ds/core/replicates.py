@@ -56,39 +56,22 @@ def replicate(
     Returns:
         float64 on the CPU: replicates (REPLICATES, len(VALUES)) and spreads (SPREADS,), both sums over elements.
     """
-    device, number = mean.device, cells.shape[0]
-    of_a = halves(number).to(device)
-    sizes = torch.tensor([len(range(c, samples, number)) for c in range(number)], dtype=torch.float64, device=device)
-    n_a = (of_a @ sizes)[:, None]
-    n_b = samples - n_a
-    root = (n_a * n_b).sqrt() / samples
+    device = mean.device
+    split = _Halves(cells, squares, mean, samples)
     size = 1.0 / (mean * mean + (1.0 - floor.floor) * s2)  # of a mean square; makes sums independent of units
 
-    def split() -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Yield (elements, difference of the halves, variance in A, in B), the last three (REPLICATES, elements)."""
-        for at in range(0, mean.numel(), CHUNK):
-            where = slice(at, at + CHUNK)
-            apart = cells[:, where].to(torch.float64) - mean[where]
-            square = sizes[:, None] * apart * apart
-            if squares is not None:
-                square[: squares.shape[0]] += squares[:, where]
-            sum_a, sum_b = of_a @ (sizes[:, None] * apart), (1.0 - of_a) @ (sizes[:, None] * apart)
-            var_a = ((of_a @ square - sum_a * sum_a / n_a) / (n_a - 1)).clamp_(min=0.0)
-            var_b = (((1.0 - of_a) @ square - sum_b * sum_b / n_b) / (n_b - 1)).clamp_(min=0.0)
-            yield where, (sum_a / n_a - sum_b / n_b) * root, var_a, var_b
-
     shares_a, shares_b, larger, along = (torch.zeros(REPLICATES, dtype=torch.float64, device=device) for _ in range(4))
-    for where, _, var_a, var_b in split():
+    for where, _, var_a, var_b in split:
         shares_a += (var_a / s2[where]).sum(1)
         shares_b += (var_b / s2[where]).sum(1)
         larger += (var_a - var_b).sum(1)
         along += ((var_a - var_b) * size[where]).sum(1)
     common = (1.0 + (shares_a - shares_b)[:, None] / (2 * mean.numel())).clamp_(min=0.05)
     summed = (1.0 + larger[:, None] / (2 * s2.sum())).clamp_(min=0.05)
-    tilt = (root / samples)[:, 0] * along / (mean * mean * size).sum().clamp(min=1e-300)
+    tilt = (split.root / samples)[:, 0] * along / (mean * mean * size).sum().clamp(min=1e-300)
     shift = (shares_a / shares_b.clamp(min=1e-300)).clamp(1e-3, 1e3).log()[:, None]
     signal = _shrunk(mean, s2, size, samples)
-    width = _log_width(n_a, n_b)
+    width = _log_width(split.n_a, split.n_b)
 
     mu2 = mean * mean
     pilot = (mu2 / s2).median()
@@ -96,7 +79,7 @@ def replicate(
     totals = torch.zeros(REPLICATES, len(VALUES), dtype=torch.float64, device=device)
     spreads = torch.zeros(SPREADS, dtype=torch.float64, device=device)
     levels = pilot * torch.tensor(CURVE, dtype=torch.float64, device=device).exp()
-    for where, difference, var_a, var_b in split():
+    for where, difference, var_a, var_b in split:
         difference = difference - tilt[:, None] * mean[where]
         z = ((var_a + EPSILON * s2[where]) / (var_b + EPSILON * s2[where])).log().sub_(shift) / width
         var = s2[where] * common * _wilson_hilferty(z, samples - 1)
@@ -111,6 +94,41 @@ def replicate(
     spreads[WEIGHT] = mean.numel()
     spreads[KEPT] = spreads[ALL] * weight
     return (totals * weight).cpu(), (spreads * weight).cpu()
+
+
+class _Halves:
+    """The two halves of each replicate. Iterates over chunks of elements, arguments as of `replicate`.
+
+    Attributes:
+        n_a, n_b: samples in half A and B, (REPLICATES, 1).
+        root: sqrt(n_a n_b) / K, which scales the difference of the halves' means to the error of the mean of all.
+    """
+
+    def __init__(self, cells: Tensor, squares: Tensor | None, mean: Tensor, samples: int) -> None:
+        number = cells.shape[0]
+        counts = [len(range(cell, samples, number)) for cell in range(number)]
+        self._cells, self._squares, self._mean = cells, squares, mean
+        self._of_a = halves(number).to(mean.device)
+        self._sizes = torch.tensor(counts, dtype=torch.float64, device=mean.device)[:, None]
+        self.n_a = self._of_a @ self._sizes
+        self.n_b = samples - self.n_a
+        self.root = (self.n_a * self.n_b).sqrt() / samples
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Yield (elements, difference of the halves, variance in A, in B), the last three (REPLICATES, elements)."""
+        for at in range(0, self._mean.numel(), CHUNK):
+            where = slice(at, at + CHUNK)
+            apart = self._cells[:, where].to(torch.float64) - self._mean[where]
+            square = self._sizes * apart * apart
+            if self._squares is not None:
+                square[: self._squares.shape[0]] += self._squares[:, where]
+            mean_a, var_a = self._moments(self._of_a, self.n_a, apart, square)
+            mean_b, var_b = self._moments(1.0 - self._of_a, self.n_b, apart, square)
+            yield where, (mean_a - mean_b) * self.root, var_a, var_b
+
+    def _moments(self, chosen: Tensor, count: Tensor, apart: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        total = chosen @ (self._sizes * apart)
+        return total / count, ((chosen @ square - total * total / count) / (count - 1)).clamp_(min=0.0)
 
 
 def _values(mu2: Tensor, s2: Tensor, sum_mu2: Tensor, sum_s2: Tensor, floor: NoiseFloor, pilot: Tensor) -> Tensor:

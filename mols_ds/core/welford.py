@@ -18,5 +18,5 @@ def welford(mean: Tensor, m2: Tensor, value: Tensor, k: int, scratch: Tensor | N
 
 
 def squares_of_one(mean: Tensor, m2: Tensor, k: int) -> None:
-    """Set M2 of k samples of which the last is g and the others are 0: mean = g / k, M2 = g^2 (k - 1) / k."""
+    """Set M2 of k samples, g the last and 0 the others: mean = g / k, M2 = g^2 (k - 1) / k."""
     torch.mul(mean, mean, out=m2).mul_(k * (k - 1))

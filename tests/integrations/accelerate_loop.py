@@ -129,7 +129,7 @@ class Loop:
 
     @property
     def engine(self) -> Any:
-        """DeepSpeed's engine, or what stands for it."""
+        """DeepSpeed's engine; without DeepSpeed an object with the same attributes."""
         return Plain(self.net, self.mols, self.progress.updates) if self.plain else self.net
 
     def train(self) -> None:

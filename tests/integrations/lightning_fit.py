@@ -143,7 +143,7 @@ class Watch(pl.Callback):  # type: ignore[misc]
         self.updates, self.ours = 0, ours
 
     def engine(self, trainer: Any) -> Any:
-        """DeepSpeed's engine, or what stands for it."""
+        """DeepSpeed's engine; without DeepSpeed an object with the same attributes."""
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             return trainer.strategy.model
         return Plain(trainer.lightning_module, self.ours and self.ours.mols, trainer.global_step)

@@ -94,7 +94,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     @property
     def engine(self) -> Any:
-        """DeepSpeed's engine, or what stands for it."""
+        """DeepSpeed's engine; without DeepSpeed an object with the same attributes."""
         trainer = self.trainer
         if trainer.is_deepspeed_enabled:
             return trainer.model_wrapped

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import mols_ds
 from mols_ds.errors import MolsError, MolsWarning
 from tests.engines.deepspeed.engines import OFFLOAD, config
-from tests.engines.deepspeed.state import full_weights, inner_optimizer
+from tests.engines.deepspeed.state import full_weights, inner_optimizer, step_first_group_only
 from tests.helpers.digests import digest
 from tests.scenarios.model import batch, random_state, tiny
 from tests.scenarios.reference import VECTOR_FACTOR, schedule
@@ -125,7 +125,7 @@ class DeepSpeedRun:
                     group["lr"] *= factor
             case BreakOptimizer(rank):
                 if rank == self.rank:
-                    self._break()
+                    step_first_group_only(inner_optimizer(self.engine))
         return []
 
     def _step(self, step: Step) -> None:
@@ -155,21 +155,6 @@ class DeepSpeedRun:
         self.engine.load_checkpoint(str(self.folder), load.tag)
         self.expected_micro_steps += self.engine.micro_steps - micros
         self._reseed()
-
-    def _break(self) -> None:
-        """From now on the optimizer steps only its first parameter group."""
-        inner: Any = inner_optimizer(self.engine)
-        original = type(inner).step
-
-        def first_group_only(optimizer: Any, closure: Any = None) -> Any:
-            groups = optimizer.param_groups
-            optimizer.param_groups = groups[:1]
-            try:
-                return original.__wrapped__(optimizer, closure)
-            finally:
-                optimizer.param_groups = groups
-
-        inner.step = torch.optim.Optimizer.profile_hook_step(first_group_only).__get__(inner)
 
     # ------------------------------------------------------------------ snapshot
 

@@ -10,17 +10,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.oracle.models import ROTARY_GROUPS
+
 TOKENS, WIDTH, INNER, LAYERS, LENGTH, SEQUENCES = 31, 12, 19, 2, 9, 2  # odd sizes: shard boundaries are inside tensors
-ENDINGS = {
-    "embed_tokens": "embedding",
-    "lm_head": "head",
-    "q_proj": "qk",
-    "k_proj": "qk",
-    "v_proj": "vo",
-    "o_proj": "vo",
-    "up_proj": "mlp",
-    "down_proj": "mlp",
-}
 
 
 class Tiny(nn.Module):
@@ -83,7 +75,7 @@ def batch(seed: int, number: int, micro: int, rank: int) -> Tensor:
 
 def group_of(name: str, by_layer: bool = False) -> str:
     """The module group of a parameter (docs/method.md). With `by_layer`, one group for each layer and type."""
-    group = next((group for ending, group in ENDINGS.items() if name.endswith(f"{ending}.weight")), "other")
+    group = next((group for ending, group in ROTARY_GROUPS.items() if name.endswith(f"{ending}.weight")), "other")
     if by_layer and name.startswith("layers.") and group != "other":
         return f"{group}.{name.split('.')[1]}"
     return group

@@ -28,25 +28,12 @@ from mols_ds.core.group_stats import (
     noise_floor,
 )
 from mols_ds.core.intervals import t_quantile
-from mols_ds.core.layout import ElementLayout
-from mols_ds.core.local_stats import LocalStats
-from mols_ds.core.ranges import ShardRange
 from mols_ds.errors import MolsConfigError, MolsError
+from tests.unit.group_sums import sums_of
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def sums_of(samples: Tensor) -> GroupSums:
-    """The sums of one group "vo" with all elements of (K, n) samples."""
-    n = samples.shape[1]
-    stats = LocalStats([ShardRange("w", 0, 0, n)], {"w": ElementLayout.whole("vo")}, ("vo",), torch.device("cpu"))
-    for sample in samples:
-        stats.open()
-        stats.add(0, sample, 1.0)
-        stats.close()
-    return stats.gradient_sums()
 
 
 def test_bins_are_at_most_1_percent_wide() -> None:

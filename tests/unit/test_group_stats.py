@@ -17,10 +17,9 @@ from mols_ds.core.adam_moments import adam_moments
 from mols_ds.core.estimators import ESTIMATORS, estimate, intervals
 from mols_ds.core.group_stats import COLUMN, COLUMNS, GroupSums, NoiseFloor, bin_edges, find_bins, noise_floor
 from mols_ds.core.groups import ElementLayout
-from mols_ds.core.local_stats import LocalStats
-from mols_ds.core.ranges import ShardRange
 from mols_ds.core.replicates import REPLICATES
 from mols_ds.errors import MolsConfigError, MolsError, MolsWarning
+from tests.unit.group_sums import sums_of
 
 GROUPS = ("embedding", "head", "qk", "vo", "mlp", "other")
 
@@ -37,17 +36,6 @@ def accumulate(samples: Tensor) -> Accumulators:
         moments.update(0, sample)
         moments.close()
     return moments
-
-
-def sums_of(samples: Tensor) -> GroupSums:
-    """The sums of one group "vo" with all elements of (K, n) samples."""
-    n = samples.shape[1]
-    stats = LocalStats([ShardRange("w", 0, 0, n)], {"w": ElementLayout.whole("vo")}, ("vo",), torch.device("cpu"))
-    for sample in samples:
-        stats.open()
-        stats.add(0, sample, 1.0)
-        stats.close()
-    return stats.gradient_sums()
 
 
 def oracle(samples: Tensor, correction: bool) -> dict[str, float]:

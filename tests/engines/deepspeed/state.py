@@ -18,6 +18,21 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
+def step_first_group_only(inner: Any) -> None:
+    """From now on the optimizer steps its first parameter group alone."""
+    stock = type(inner).step
+
+    def first_group_only(optimizer: Any, closure: Any = None) -> Any:
+        groups = optimizer.param_groups
+        optimizer.param_groups = groups[:1]
+        try:
+            return stock.__wrapped__(optimizer, closure)
+        finally:
+            optimizer.param_groups = groups
+
+    inner.step = torch.optim.Optimizer.profile_hook_step(first_group_only).__get__(inner)
+
+
 def full_weights(engine: Any) -> dict[str, Tensor]:
     """Copies of the whole parameters, float32, on every rank."""
     result = {}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.distributed as dist
 
 from mols_ds.errors import MolsError
 from tests.engines.deepspeed.engines import config, engine_of
 from tests.engines.deepspeed.loops import iterate
+from tests.engines.deepspeed.state import step_first_group_only
 from tests.helpers.harness import run_ranks
 from tests.helpers.oracle.adamw import AdamSettings
 
@@ -20,20 +18,8 @@ STEPS = 8
 def train(stage: int, broken_rank: int | None) -> tuple[int, str]:
     """On each rank: steps until the error, and its text; `broken_rank` steps its first parameter group alone."""
     engine = engine_of(config(stage, SECTION), "llama", AdamSettings(lr=1e-3))
-    inner: Any = engine.mols.shards.inner
-    stock = type(inner).step
-
-    def first_group_only(self: Any, closure: Any = None) -> Any:
-        groups = self.param_groups
-        self.param_groups = groups[:1]
-        try:
-            return stock.__wrapped__(self, closure)
-        finally:
-            self.param_groups = groups
-
     if dist.get_rank() == broken_rank:
-        hooked = torch.optim.Optimizer.profile_hook_step(first_group_only)
-        inner.step = hooked.__get__(inner)
+        step_first_group_only(engine.mols.shards.inner)
     for iteration in range(STEPS):
         try:
             iterate(engine, iteration)

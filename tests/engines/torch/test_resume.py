@@ -64,7 +64,7 @@ class Run:
         self.model: nn.Module = Tiny(0.2) if how in ("one", "ddp") else tiny("llama")
         if how == "empty rank":
             self.model = Tiny(0.2, *EMPTY)
-            self.model.batch_norm.momentum = 0.0  # FSDP2 leaves each rank its own buffers, of which DCP saves rank 0's
+            self.model.batch_norm.momentum = 0.0  # each rank of FSDP2 has its own buffers; DCP saves rank 0's
             self.run = sharded_by_rows(self.model)
         else:
             self.run = DistributedDataParallel(self.model) if how == "ddp" else wrapped(how, self.model)

@@ -150,21 +150,24 @@ def masks(name: str, model: nn.Module) -> dict[str, Tensor]:
     return result
 
 
+ROTARY_GROUPS = {
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+    "q_proj": "qk",
+    "k_proj": "qk",
+    "v_proj": "vo",
+    "o_proj": "vo",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+    "down_proj": "mlp",
+}
+"""Module of models with LLaMA's names -> module group."""
+
+
 def _rotary_group(name: str) -> str:
     if name.endswith("bias") or "norm" in name:
         return "other"
-    table = {
-        "embed_tokens": "embedding",
-        "lm_head": "head",
-        "q_proj": "qk",
-        "k_proj": "qk",
-        "v_proj": "vo",
-        "o_proj": "vo",
-        "gate_proj": "mlp",
-        "up_proj": "mlp",
-        "down_proj": "mlp",
-    }
-    return table[name.split(".")[-2]]
+    return ROTARY_GROUPS[name.split(".")[-2]]
 
 
 def _gpt2_group(name: str) -> str:
