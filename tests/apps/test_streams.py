@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from mols_ds.core.json_types import JsonObject
 from mols_ds.errors import MolsConfigError, MolsWarning
@@ -28,8 +29,9 @@ from mols_ds.training.sources import (
     stream_texts,
 )
 from mols_ds.training.streams import StreamedBatches, build_batches, load_places, save_places
-from mols_ds.training.tokens import Tokenizer, prepare
+from mols_ds.training.tokens import TokenData, Tokenizer, prepare
 from tests.apps.small_batches import letters, shape
+from tests.helpers.harness import run_ranks
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, rows: Sequence[object], shards: int) -> list[object]:
@@ -138,6 +140,23 @@ def test_a_part_without_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     hub(monkeypatch, ["only one"], 1)
     with pytest.raises(MolsConfigError, match="for rank 1 of 2 has no text: use fewer ranks or more data"):
         streamed(1, 2, DataSpec("owner/name", eval_split="test")).check()
+
+
+def built_on_ranks() -> str:
+    """On each rank: the error where rank 1 gets no text."""
+    with pytest.MonkeyPatch.context() as patch:
+        hub(patch, ["only one"], 1)
+        spec, tokenizer = DataSpec("owner/name", eval_split="test"), Tokenizer(letters, 0, 200, "letters")
+        try:
+            build_batches(spec, tokenizer, TokenData((), np.zeros(0, "<u2")), shape(dist.get_rank(), 2), 0)
+        except MolsConfigError as error:
+            return str(error)
+    return ""
+
+
+def test_all_ranks_refuse_a_stream_that_gives_one_no_text() -> None:
+    first, second = run_ranks(built_on_ranks, 2)
+    assert first == second and "for rank 1 of 2 has no text: use fewer ranks or more data" in first
 
 
 def mixture(folder: Path, *weights: float) -> Path:

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.tier("all"), pytest.mark.time
 
 START, SAMPLES, UPDATES = 1, 6, 11  # 10 of the updates are scaled
 SECTION = {"start": START, "samples": SAMPLES, "ramp_end": 4, "alpha_min": 0.05, "alpha_max": 20.0}
-SETUP = Setup(distributed=True, lr=1e-3, clip=0.05)  # clipping always acts
+SETUP = Setup(distributed=True, lr=1e-3, clip=0.05, layers=3)  # clipping always acts; a weight lies on both ranks
 EPS = 1e-4  # well above the float noise, which Adam's first steps would turn into full steps
 ADAM = AdamSettings(lr=SETUP.lr, beta2=0.95, eps=EPS, weight_decay=SETUP.weight_decay, clip=SETUP.clip)
 ENGINES = {"torch": 1, "ddp": 2, "fsdp2": 2, "zero3": 2, "megatron": 2}
@@ -151,17 +151,33 @@ def run(engine: str) -> dict[str, Any]:
             mols, weights = by_megatron()
         else:
             mols, weights = by_deepspeed() if engine == "zero3" else by_torch(engine)
-    return {"report": mols.report(), "alphas": mols.alphas, "weights": weights, "phase": mols.phase}
+    owned = [tuple(item) for item in mols.controller.elements.ranges]
+    return {"report": mols.report(), "alphas": mols.alphas, "weights": weights, "phase": mols.phase, "owned": owned}
 
 
-def everything() -> dict[str, dict[str, Any]]:
+def everything() -> dict[str, list[dict[str, Any]]]:
+    """Engine -> of each rank."""
     found: Results = run_cases(run, 1, [("torch",)], timeout=300)
     more = run_cases(run, 2, [(engine,) for engine, ranks in ENGINES.items() if ranks == 2], timeout=300)
-    return {engine: (found if ranks == 1 else more)[(engine,)][0] for engine, ranks in ENGINES.items()}
+    return {engine: (found if ranks == 1 else more)[(engine,)] for engine, ranks in ENGINES.items()}
+
+
+def check_sharing(ranks: dict[str, list[dict[str, Any]]]) -> None:
+    """Each of two ranks measures a part of the elements, and a weight lies on both."""
+    (alone,) = ranks["torch"]
+    total = sum(item[3] for item in alone["owned"])
+    for engine in ("ddp", "fsdp2", "zero3", "megatron"):
+        first, second = (rank["owned"] for rank in ranks[engine])
+        counts = [sum(item[3] for item in owned) for owned in (first, second)]
+        assert 0 < min(counts) < total and sum(counts) == total, (engine, counts)
+        assert {item[0] for item in first} & {item[0] for item in second}, engine
+    assert any("linear_qkv" in item[0] for rank in ranks["megatron"] for item in rank["owned"]), "a fused weight"
 
 
 def test_statistics_alphas_and_weights_are_the_same() -> None:
-    seen = everything()
+    ranks = everything()
+    seen = {engine: every[0] for engine, every in ranks.items()}
+    check_sharing(ranks)
     expected = seen.pop("torch")
     rows = expected["report"]["groups"]
     assert max(expected["alphas"].values()) / min(expected["alphas"].values()) > 1.5
