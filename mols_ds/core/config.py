@@ -6,7 +6,7 @@ The only source of defaults and key descriptions; docs/config.md is generated fr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
@@ -187,6 +187,32 @@ class MolsConfig(Documented):
     def measures(self) -> Mode | None:
         """The calibration mode; None with `fixed_alphas`."""
         return None if self.fixed_alphas is not None else self.mode
+
+    def without_effect(self) -> Iterator[str]:
+        """One line for each reason why keys that the section has, not its preset, change nothing."""
+        preset = PRESETS[self.preset]
+        written = {key for key in self.model_fields_set if key not in preset or getattr(self, key) != preset[key]}
+        measured = (
+            "samples",
+            "mode",
+            "estimator",
+            "noise_floor_correction",
+            "unseen_rows",
+            "reference",
+            "accumulators",
+        )
+        found: list[tuple[tuple[str, ...], str]] = []
+        if self.fixed_alphas is not None:
+            bounds = ("max_samples", "alpha_rtol", "alpha_min", "alpha_max")
+            found.append(((*measured, *bounds), 'beside "fixed_alphas": nothing is measured'))
+        else:
+            if self.samples != "auto":
+                found.append((("max_samples", "alpha_rtol"), 'without "samples": "auto"'))
+            if self.mode == "moments":
+                found.append((("accumulators",), 'in mode "moments": there are none'))
+        for keys, why in found:
+            if names := ", ".join(f'"mols.{key}"' for key in keys if key in written):
+                yield f"{names}: no effect {why}"
 
     @classmethod
     def parse(cls, section: JsonMapping | MolsConfig) -> MolsConfig:

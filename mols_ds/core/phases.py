@@ -87,7 +87,7 @@ def resolve_schedule(
         return round(value * total)
 
     summed: float | None = None
-    remarks: list[str] = []
+    remarks = list(config.without_effect())
     if isinstance(config.start, SummedRate):
         rates = curve(config.start.summed_rate) if curve is not None else None
         start, summed = summed_rate_step(config.start.summed_rate, rates, warmup_steps)

@@ -104,6 +104,28 @@ def test_accepted_forms() -> None:
     assert MolsConfig.parse({"samples": "auto"}).samples == "auto"
 
 
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({}, []),
+        ({"samples": "auto", "max_samples": 64, "alpha_rtol": 0.2}, []),
+        ({"preset": "paper", "fixed_alphas": {"qk": 2.0}, "start": 0.1, "ramp_end": 0.2}, []),
+        ({"samples": 40, "alpha_rtol": 0.2}, ['"mols.alpha_rtol": no effect without "samples": "auto"']),
+        ({"mode": "moments", "accumulators": {}}, ['"mols.accumulators": no effect in mode "moments": there are none']),
+        (
+            {"preset": "paper", "fixed_alphas": {"qk": 2.0}, "samples": 4, "mode": "online", "alpha_rtol": 0.2},
+            ['"mols.samples", "mols.mode", "mols.alpha_rtol": no effect beside "fixed_alphas": nothing is measured'],
+        ),
+        (
+            {"fixed_alphas": {"qk": 2.0}, "mode": "online", "max_samples": 20, "reference": "max"},
+            ['"mols.mode", "mols.reference", "mols.max_samples": no effect beside "fixed_alphas": nothing is measured'],
+        ),
+    ],
+)
+def test_written_keys_without_effect(section: dict[str, Any], expected: list[str]) -> None:
+    assert list(MolsConfig.parse(section).without_effect()) == expected
+
+
 def test_frozen() -> None:
     config = MolsConfig.parse({})
     with pytest.raises(ValidationError):
