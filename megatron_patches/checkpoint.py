@@ -229,7 +229,7 @@ class MegatronCheckpoints:
         if saved == mine and not mixed:
             return
         raise MolsCheckpointError(
-            f"this checkpoint holds the state of {'another number' if mixed else saved} of optimizers than this run "
+            f"this checkpoint has the state of {'another number' if mixed else saved} of optimizers than this run "
             f"has ({mine}): Megatron-core does not move an optimizer between expert_model_parallel_size 1 and more; "
             "resume with size 1, or above 1, as in the checkpoint, or load the weights alone"
         )

@@ -10,19 +10,19 @@ from mols_ds.errors import MolsError
 Shapes = dict[str, tuple[int, ...]]
 
 
-def merge_shapes(told: Sequence[Mapping[str, Sequence[int]]]) -> Shapes:
+def merge_shapes(gathered: Sequence[Mapping[str, Sequence[int]]]) -> Shapes:
     """Merge the names and shapes of all ranks into the logical model. Raises `MolsError` where two ranks differ."""
     shapes: Shapes = {}
-    teller: dict[str, int] = {}
-    for rank, theirs in enumerate(told):
+    sender: dict[str, int] = {}
+    for rank, theirs in enumerate(gathered):
         for name, sizes in theirs.items():
             shape = tuple(sizes)
             if shapes.setdefault(name, shape) != shape:
                 raise MolsError(
                     f"parameter {name!r} has the unsharded shape {list(shape)} on rank {rank} and "
-                    f"{list(shapes[name])} on rank {teller[name]}: the ranks were built from different model configs"
+                    f"{list(shapes[name])} on rank {sender[name]}: the ranks were built from different model configs"
                 )
-            teller.setdefault(name, rank)
+            sender.setdefault(name, rank)
     return shapes
 
 

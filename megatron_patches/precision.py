@@ -61,9 +61,9 @@ def check(
     asked = _asked(model_config)
     if asked is not None:
         _check_low_precision(*asked, machine)
-        told = getattr(optimizer_config, "fp8_recipe", None)
-        if asked[0] == "fp8" and told is not None and str(getattr(told, "value", told)) != asked[1]:
-            raise MolsConfigError(f"fp8_recipe: the model has {asked[1]!r}, the optimizer {told!r}; give both the same")
+        recipe = getattr(optimizer_config, "fp8_recipe", None)
+        if asked[0] == "fp8" and recipe is not None and str(getattr(recipe, "value", recipe)) != asked[1]:
+            raise MolsConfigError(f"fp8_recipe: the model has {asked[1]!r}, the optimizer {recipe!r}; give both the same")
     if getattr(model_config, "gradient_accumulation_fusion", False) and not machine.wgrad_kernel:
         raise MolsUnsupportedError(
             "gradient_accumulation_fusion needs apex's fused_weight_gradient_mlp_cuda, which is missing (the output "

@@ -95,7 +95,5 @@ def use_own_inductor_cache() -> None:
         raise MolsConfigError(f"{root}: {error.strerror or error}; name another folder by {INDUCTOR}") from error
     problem = "is a link" if root.is_symlink() else foreign_problem(root)
     if problem is not None:
-        raise MolsConfigError(
-            f"{root} {problem}, and it would hold compiled kernels: name another folder by {INDUCTOR}"
-        )
+        raise MolsConfigError(f"{root} {problem}: compiled kernels in it are not safe; name another folder by {INDUCTOR}")
     os.environ[INDUCTOR] = str(root / "inductor")

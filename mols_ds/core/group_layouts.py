@@ -81,7 +81,7 @@ def need(name: str, config: object | None, *keys: str) -> int:
     number = whole(value, *keys)
     if number < 1:
         raise LayoutError(
-            f"parameter {name!r} is a fused projection, but the model's config says {keys[0]}={value!r}; "
+            f"parameter {name!r} is a fused projection, but the model's config has {keys[0]}={value!r}; "
             "correct it or add a rule for this parameter"
         )
     return number
@@ -93,14 +93,14 @@ def whole(value: Any, *keys: str) -> int:
         return int(value)
     except (TypeError, ValueError, OverflowError):
         raise LayoutError(
-            f"the model's config says {' / '.join(keys)}={value!r}, which is not a whole number; correct it"
+            f"the model's config has {' / '.join(keys)}={value!r}, which is not a whole number; correct it"
         ) from None
 
 
 def _checked(name: str, features: int, expected: int, pattern: Pattern) -> Pattern:
     if features != expected:
         raise LayoutError(
-            f"parameter {name!r} has {features} output features where the model's config says {expected}; "
+            f"parameter {name!r} has {features} output features, but the model's config gives {expected}; "
             "give the config of this model or add a rule for this parameter"
         )
     return pattern

@@ -40,9 +40,9 @@ def together(build: Callable[[], T]) -> list[T]:
         mine = build()
     except Exception as caught:  # any type: all ranks need the error
         error = caught
-    told = None if error is None else [type(error).__name__, _text(error)]
+    failure = None if error is None else [type(error).__name__, _text(error)]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, zlib.compress(json.dumps([mine, told]).encode()))
+    dist.all_gather_object(everyone, zlib.compress(json.dumps([mine, failure]).encode()))
     if error is not None:
         raise error
     values, problems = [], []

@@ -67,7 +67,7 @@ def attach(
     """
     engine = engine_or_optimizer
     if isinstance(engine, AcceleratedOptimizer | torch.optim.Optimizer):
-        raise MolsConfigError("attach: an optimizer does not know its engine; pass the model that prepare() returned")
+        raise MolsConfigError("attach: an optimizer has no reference to its engine; pass the model that prepare() returned")
     total, warmup = _lengths(scheduler)
     if accelerator is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:
         filled = fill_section(resolve_section(section, None, WHO), total_steps or total, warmup)

@@ -171,7 +171,7 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise if the engine has no MoLS."""
         if self.trainer is None:
-            raise MolsError(f"{WHO} does not know its trainer: call callback.bind(trainer) before trainer.train()")
+            raise MolsError(f"{WHO} has no trainer: call callback.bind(trainer) before trainer.train()")
         if type(self.mols) is Handle:
             raise MolsError(
                 f"{WHO}: the Trainer's model ({type(self.trainer.model_wrapped).__name__}) has no MoLS: its engine was "

@@ -37,7 +37,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     """Add --out, --resume and --overwrite. default: of --out, in words."""
     parser.add_argument("--out", type=Path, help=f"output folder (default: {default})")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run that --out holds and start a new one")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in --out and start a new one")
 
 
 def holds_run(out: Path) -> bool:
@@ -66,7 +66,7 @@ def check_out(out: Path, *, resume: bool, overwrite: bool, compared: bool) -> No
         raise MolsConfigError(f"--resume: there is no checkpoint below {out}{more}")
     if not resume and not overwrite and holds_run(out):
         raise MolsConfigError(
-            f"--out {out} holds a run: --resume continues it, --overwrite deletes it; or give another --out"
+            f"--out {out} contains a run: --resume continues it, --overwrite deletes it; or give another --out"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def settle(out: Path, settings: Settings, *, resume: bool, rank: int) -> bool:
     Raises:
         MolsConfigError: on every rank, if the run cannot go on with these settings.
     """
-    told: list[str] = []
+    changes: list[str] = []
 
     def work() -> None:
         path = out / RUN
@@ -156,13 +156,13 @@ def settle(out: Path, settings: Settings, *, resume: bool, rank: int) -> bool:
             saved = read_json(path, f"--resume: {path}")
             if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
                 raise MolsCheckpointError(f"--resume: {path} is not a file of this program; delete it to go on")
-            told.extend(compare(saved["settings"], json.loads(json.dumps(settings))))
-            for line in told:
+            changes.extend(compare(saved["settings"], json.loads(json.dumps(settings))))
+            for line in changes:
                 tell(f"--resume: {line}")
         write_whole(path, json.dumps({"schema": 1, "settings": dict(settings)}, indent=1) + "\n")
 
     on_first_rank(rank, work)
-    return agreed(bool(told))
+    return agreed(bool(changes))
 
 
 def agreed(value: bool) -> bool:

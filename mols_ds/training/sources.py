@@ -91,7 +91,7 @@ class DataSpec:
         if len(rows) < 2 or not all(isinstance(row, dict) and "source" in row for row in rows):
             raise MolsConfigError(f'{value}: "mixture" needs a list of two or more objects with "source" and "weight"')
         if settings:
-            raise MolsConfigError(f'{value}: key {next(iter(settings))!r} belongs into the sources of "mixture"')
+            raise MolsConfigError(f'{value}: key {next(iter(settings))!r} belongs in the sources of "mixture"')
         mixture = tuple(cls._one(value, part, overrides) for part in rows)
         if len({part.streaming for part in mixture}) > 1:
             raise MolsConfigError(f"{value}: a mixture has local sources or data sets of the hub, not both")

@@ -78,7 +78,7 @@ def test_biases_go_with_their_weights_also_where_these_are_norms() -> None:
             "h.0.query_key_value.weight",
             (32, 8),
             {"model_type": "gpt_neox", "num_attention_heads": 2, "hidden_size": 8},
-            "32 output features where the model's config says 24",
+            "32 output features, but the model's config gives 24",
         ),
         ("h.0.qkv_proj.weight", (24, 8), None, "no model config was given"),
         ("h.0.qkv_proj.weight", (24, 8), {"model_type": "unheard_of"}, "unheard_of"),

@@ -200,7 +200,7 @@ def _initialize_ours(below: Initialize, arguments: Config, request: Request) -> 
         )
     if request.entry.reads == "tensors" and arguments.get("mpu") is not None:
         raise MolsUnsupportedError(
-            f"optimizer {request.entry.name} works on whole tensors, but with the argument `mpu` ranks have parts "
+            f"optimizer {request.entry.name} needs whole tensors, but with the argument `mpu` ranks have parts "
             "of them: use an elementwise optimizer"
         )
     optimizer = build(request, arguments["model"], arguments.get("model_parameters"))
