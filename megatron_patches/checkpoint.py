@@ -63,7 +63,7 @@ def layout_problem(names: Sequence[str], *, distributed: bool, model_ranks: int)
 
 
 def state_host(optimizer: Any, state: Any) -> dict[Any, Any]:
-    """Return the dict, in the chained optimizers' state, that holds the MoLS state.
+    """Return the dict, in the chained optimizers' state, that has the MoLS state.
 
     With several optimizers it is the first one's dict: Megatron compares the number of entries of the outer dict with
     the number of optimizers.
@@ -73,7 +73,15 @@ def state_host(optimizer: Any, state: Any) -> dict[Any, Any]:
 
 
 def split_state(optimizer: Any, state_dict: Any) -> tuple[Any, Any, Any]:
-    """Return (stock state, our common state, our accumulators). Does not modify `state_dict`."""
+    """Separate MoLS' state from a state dict, without modifying it.
+
+    Args:
+        optimizer: the ChainedOptimizer.
+        state_dict: its state dict, or the one that is loaded.
+
+    Returns:
+        (stock state, common state of MoLS, accumulators of this rank).
+    """
     if len(optimizer.chained_optimizers) > 1:
         state = dict(state_dict) if isinstance(state_dict, Mapping) else list(state_dict)
         state[0] = host = dict(state[0])

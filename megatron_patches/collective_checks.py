@@ -11,7 +11,17 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def merge_shapes(gathered: Sequence[Mapping[str, Sequence[int]]]) -> Shapes:
-    """Merge the names and shapes of all ranks into the logical model. Raises `MolsError` where two ranks differ."""
+    """Merge the names and shapes of all ranks into the logical model.
+
+    Args:
+        gathered: parameter name -> unsharded shape, of each rank.
+
+    Returns:
+        parameter name -> unsharded shape.
+
+    Raises:
+        MolsError: two ranks have different shapes of one parameter.
+    """
     shapes: Shapes = {}
     sender: dict[str, int] = {}
     for rank, theirs in enumerate(gathered):
@@ -27,7 +37,15 @@ def merge_shapes(gathered: Sequence[Mapping[str, Sequence[int]]]) -> Shapes:
 
 
 def check_locals(locals_: Sequence[LocalParameter], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `MolsError` where a parameter's shape differs from the shape on the rank that counts it."""
+    """Compare this rank's parameters with the logical model.
+
+    Args:
+        locals_: of this rank.
+        shapes: from `merge_shapes`.
+
+    Raises:
+        MolsError: a shape differs from the shape on the rank that counts the parameter.
+    """
     for local in locals_:
         if shapes.get(local.name) == local.shape:
             continue

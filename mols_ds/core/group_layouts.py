@@ -14,8 +14,19 @@ from typing import Any
 Pattern = tuple[tuple[int, str], ...]
 """(number of output features, group) in order. The pattern repeats over the output features of the parameter."""
 PatternOf = Callable[[str, int, object | None], Pattern]
-"""(parameter name, number of output features, model config or None) -> pattern. Raises LayoutError for a missing
-config key or a wrong number of features."""
+"""The functions below, from `thirds` to `mla_kv_b`, have these arguments and result.
+
+Args:
+    name: of the parameter, for messages.
+    features: number of output features, its size in the dimension that is fused.
+    config: of the model (object or mapping), or None.
+
+Returns:
+    The pattern; its lengths divide `features`.
+
+Raises:
+    LayoutError: the config lacks a key, or gives another number of features.
+"""
 
 
 class LayoutError(ValueError):
@@ -70,7 +81,16 @@ def layer_config(config: object | None, layer: int | None) -> object | None:
 
 
 def need(name: str, config: object | None, *keys: str) -> int:
-    """Return an integer of the model's config. Raises LayoutError (parameter and key) where it is missing."""
+    """Return an integer of the model's config.
+
+    Args:
+        name: the parameter that needs it, for the message.
+        config: object or mapping, or None.
+        keys: names of the value, in order of preference.
+
+    Raises:
+        LayoutError: no key is set, or the value is not a whole number of at least 1.
+    """
     value = config_value(config, *keys)
     if value is None:
         state = "no model config was given" if config is None else f"the model's config has no {' / '.join(keys)}"
@@ -179,7 +199,7 @@ def qkv(name: str, features: int, config: object | None) -> Pattern:
     if kv_heads is None or heads is None or kv_heads == whole(heads, "num_attention_heads"):
         return thirds(name, features, config)
     heads, size = _heads(name, config)
-    # GPT-2 has no grouped queries, whatever its config says
+    # GPT-2 has no grouped queries, also if its config has another number
     return (thirds if features == 3 * heads * size else grouped)(name, features, config)
 
 

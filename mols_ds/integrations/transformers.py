@@ -54,6 +54,9 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
     def bind(self, trainer: Any) -> MolsCallback:
         """Bind this callback to a trainer, and add it to the trainer. Call it before `trainer.train()`.
 
+        Args:
+            trainer: a transformers Trainer, or a subclass such as TRL's.
+
         Returns:
             This callback.
 

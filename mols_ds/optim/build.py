@@ -1,6 +1,6 @@
 """Build the optimizer that a DeepSpeed config names, if the catalog has it.
 
-DeepSpeed builds the names that it knows, unless the section says `"source": "library"`. Everything else in "optimizer"
+DeepSpeed builds the names that it has, unless the section has `"source": "library"`. Everything else in "optimizer"
 is DeepSpeed's own format: "type" and "params".
 """
 

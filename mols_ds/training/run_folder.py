@@ -30,7 +30,7 @@ _REPLACED = (METRICS, CHECKPOINTS, RUN, REPORT, BOARD, BASE, "compare.json", "co
 
 
 class MistakeEverywhere(MolsConfigError):
-    """A mistake that every rank knows, so that rank 0 alone prints it."""
+    """A mistake that is found on every rank, so that rank 0 alone prints it."""
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, default: str) -> None:
@@ -126,7 +126,7 @@ def _lock(out: Path) -> list[int]:
 
 
 def _delete_run(out: Path) -> None:
-    """Delete what a run has written, by name: the folder may hold other files of the user."""
+    """Delete what a run has written, by name: the folder may contain other files of the user."""
     for place in (out, out / ADAM, out / MOLS):
         for name in _REPLACED:
             path = place / name
@@ -146,7 +146,7 @@ def settle(out: Path, settings: Settings, *, resume: bool, rank: int) -> bool:
         Whether some differ, on every rank. False for a run of a release that saved none.
 
     Raises:
-        MolsConfigError: on every rank, if the run cannot go on with these settings.
+        MolsConfigError: on every rank, if the run cannot continue with these settings.
     """
     changes: list[str] = []
 
@@ -155,7 +155,7 @@ def settle(out: Path, settings: Settings, *, resume: bool, rank: int) -> bool:
         if resume and path.is_file():
             saved = read_json(path, f"--resume: {path}")
             if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
-                raise MolsCheckpointError(f"--resume: {path} is not a file of this program; delete it to go on")
+                raise MolsCheckpointError(f"--resume: {path} is not a file of this program; delete it to continue")
             changes.extend(compare(saved["settings"], json.loads(json.dumps(settings))))
             for line in changes:
                 tell(f"--resume: {line}")

@@ -33,7 +33,7 @@ ROWS = 100
 BLOCK_CHARACTERS = 1 << 20
 """Characters of a text file to read at once."""
 HUGE_CHARACTERS = 1 << 24
-"""Longer documents are skipped: they are no text for a model, and one is held in memory whole."""
+"""Longer documents are skipped: they are no text for a model, and a document must fit in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +246,7 @@ def _text(row: JsonObject, key: str, where: str) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return type and first line of an error's message that says what is wrong, or its type alone.
+    """Return type and first line of an error's message that names the problem, or its type alone.
 
     Skips headings: lines that end with a colon, as those of transformers' validators and of torch's `load_state_dict`.
     Follows `datasets`' wrapper to its cause.
@@ -265,7 +265,7 @@ def document_hash(text: str, seed: int) -> int:
 
 
 def hash_threshold(share: float) -> int:
-    """Return the threshold below which a document's hash holds it out: `share` of them on average."""
+    """Return the threshold of the hash below which a document is held out: `share` of them on average."""
     return int(share * 2**64)
 
 

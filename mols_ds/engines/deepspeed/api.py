@@ -80,9 +80,15 @@ def check_is_engine(engine: object) -> None:
 def initialize(*args: Any, **kwargs: Any) -> Initialized:
     """Run `deepspeed.initialize` with the "mols" section of the DeepSpeed config, and with optimizers by name.
 
-    Same arguments and results as DeepSpeed's function (deepspeed/__init__.py). `mols_ds.optim` builds an "optimizer"
-    whose "type" DeepSpeed does not know, or with `"source": "library"`. With neither such a section nor a "mols"
-    section (or with `"enabled": false`), the result is bit for bit that of `deepspeed.initialize`.
+    `mols_ds.optim` builds an "optimizer" whose "type" DeepSpeed does not know, or with `"source": "library"`. With
+    neither such an optimizer nor a "mols" section (or with `"enabled": false`), the result is bit for bit that of
+    `deepspeed.initialize`.
+
+    Args:
+        args, kwargs: those of `deepspeed.initialize` (deepspeed/__init__.py).
+
+    Returns:
+        Its four results: engine, optimizer, data loader, scheduler. `engine.mols` is the handle.
 
     Raises:
         MolsConfigError, MolsUnsupportedError: as `attach` and `mols_ds.optim.build.split_config`. A wrong section is an

@@ -1,6 +1,6 @@
 """Which `"auto"` of a DeepSpeed config who replaces by a value.
 
-DeepSpeed itself knows the word in a few sections only; it comes from transformers' Trainer and accelerate.
+DeepSpeed accepts the word in a few sections only; transformers' Trainer and accelerate introduced it.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ class TorchShards:
             same = sorted({tuple(sets[number]) for sets in gathered if number < len(sets)})
             if sum(map(len, same)) != len(gathered):
                 raise MolsUnsupportedError(
-                    f"MoLS does not support parameter {names[0]!r}, which {sum(map(len, same))} of {len(gathered)} ranks "
-                    "have: every rank must have a part or a copy of each parameter (no pipeline or expert parallelism)"
+                    f"MoLS does not support parameter {names[0]!r}, which {sum(map(len, same))} of {len(gathered)} "
+                    "ranks have: each rank needs a part or a copy of each parameter (no pipeline or expert parallelism)"
                 )
             held: dict[tuple[bool, ...], list[str]] = {}
             for name in names:
