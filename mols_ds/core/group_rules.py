@@ -158,7 +158,7 @@ _OTHER: tuple[Rule, ...] = (
     _rule(r"v_proj|o_proj", "vo", inside="mixer"),
     _rule(r"(?:experts\.|shared_experts\.)?(?:up_proj|down_proj|gate_proj|gate_up_proj)", "mlp", inside="mixer"),
     _rule(r"fc[12]_latent_proj", "mlp", inside="mixer"),
-    # State-space and recurrent mixers as a whole, and short convolutions that mix; not modules with attention, an MLP or
+    # State-space and recurrent mixers as a whole, and short convolutions; not what contains attention, an MLP or
     # whole layers, and not flash-attn's attention, which it calls `mixer`.
     Rule(
         re.compile(
