@@ -83,7 +83,7 @@ def test_biases_go_with_their_weights_also_where_these_are_norms() -> None:
         ("h.0.qkv_proj.weight", (24, 8), None, "no model config was given"),
         ("h.0.qkv_proj.weight", (24, 8), {"model_type": "unheard_of"}, "unheard_of"),
         ("h.0.kv_b_proj.weight", (24, 8), {"num_attention_heads": 2}, "qk_nope_head_dim"),
-        ("h.0.kv_a_proj_with_mqa.weight", (24, 8), {"kv_lora_rank": 16, "qk_rope_head_dim": 4}, "says 20"),
+        ("h.0.kv_a_proj_with_mqa.weight", (24, 8), {"kv_lora_rank": 16, "qk_rope_head_dim": 4}, "gives 20"),
         ("h.0.kv_a_proj_with_mqa.weight", (24, 8), {"kv_lora_rank": 0, "qk_rope_head_dim": 4}, "kv_lora_rank=0"),
         ("h.0.attn.c_attn.weight", (8, 25), None, "not queries, keys and values of equal size"),
     ],
