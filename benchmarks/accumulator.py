@@ -6,7 +6,7 @@ One update reads the gradient and reads and writes the mean and the squared devi
 (18 with a 16-bit gradient, which is what is counted then). The yardstick is torch's copy_ of an array that no cache
 holds, 8 bytes an element. Each repetition times a copy, an update as in training, and an update that is not split
 into cache-sized chunks, one after the other. As STREAM does, bandwidths are those of the fastest repetition, which
-another process on the machine slows least; the median of the ratios within the repetitions stands beside them.
+another process on the machine slows least; the median of the ratios within the repetitions is next to them.
 Target: 0.8 or more. More threads than idle cores measure the waiting of threads for each other.
 """
 

@@ -109,12 +109,12 @@ class Row(NamedTuple):
     def line(self) -> str:
         """Return the row of the page's tables."""
         if self.groups:
-            told = ", ".join(f"{group} {count:,}" for group, count in self.groups.items())
+            cell = ", ".join(f"{group} {count:,}" for group, count in self.groups.items())
         elif self.rules:
-            told = f"`{self.rules}`"
+            cell = f"`{self.rules}`"
         else:
-            told = self.problem
-        return f"| `{self.model_type}` | {self.model} | {told} |"
+            cell = self.problem
+        return f"| `{self.model_type}` | {self.model} | {cell} |"
 
 
 def _parts(config: Any, seen: set[int]) -> Iterator[Any]:
@@ -207,10 +207,10 @@ def rows(model_type: str) -> list[Row]:
         if found[-1].groups or found[-1].rules:
             break
     classifier = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(model_type)
-    told = [one for one in found if one.groups or one.rules] or found[:1]
-    if isinstance(classifier, str) and classifier != told[0].model:
-        told.append(row(model_type, classifier))
-    return told
+    kept = [one for one in found if one.groups or one.rules] or found[:1]
+    if isinstance(classifier, str) and classifier != kept[0].model:
+        kept.append(row(model_type, classifier))
+    return kept
 
 
 def sweep(model_types: Iterable[str]) -> list[Row]:

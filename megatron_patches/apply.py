@@ -201,7 +201,7 @@ def apply(
         raise MolsError("megatron_patches.apply() was called already; call megatron_patches.undo() first")
     if _optimizer_exists():
         raise MolsError(
-            "megatron_patches.apply() comes too late: a Megatron optimizer exists already. Call it before "
+            "megatron_patches.apply() was called too late: a Megatron optimizer exists already. Call it before "
             "get_megatron_optimizer (before pretrain()), or call megatron_patches.attach(model, optimizer, ...)"
         )
     applied = _Applied(section, samples_per_step, force)
@@ -240,7 +240,7 @@ def current() -> Handle:
 def _optimizer_exists() -> bool:
     chained, _ = optimizer_classes()
     # Ignore optimizers without references, and those that had MoLS: the model config outlives them and holds
-    # `optimizer.scale_loss` (Megatron-LM's training.py), so optimizers of an earlier run would look alive.
+    # `optimizer.scale_loss` (Megatron-LM's training.py), so optimizers of an earlier run would seem to exist.
     gc.collect()
     found = [thing for thing in gc.get_objects() if issubclass(type(thing), chained)]
     return any(not hasattr(optimizer, _CHUNKS) and optimizer not in _ours for optimizer in found)

@@ -63,7 +63,7 @@ def layout_problem(names: Sequence[str], *, distributed: bool, model_ranks: int)
 
 
 def state_host(optimizer: Any, state: Any) -> dict[Any, Any]:
-    """Return the dict, in the chained optimizers' state, that holds the MoLS state.
+    """Return the dict, in the chained optimizers' state, that has the MoLS state.
 
     With several optimizers it is the first one's dict: Megatron compares the number of entries of the outer dict with
     the number of optimizers.
@@ -73,7 +73,15 @@ def state_host(optimizer: Any, state: Any) -> dict[Any, Any]:
 
 
 def split_state(optimizer: Any, state_dict: Any) -> tuple[Any, Any, Any]:
-    """Return (stock state, our common state, our accumulators). Does not modify `state_dict`."""
+    """Separate MoLS' state from a state dict, without modifying it.
+
+    Args:
+        optimizer: the ChainedOptimizer.
+        state_dict: its state dict, or the one that is loaded.
+
+    Returns:
+        (stock state, common state of MoLS, accumulators of this rank).
+    """
     if len(optimizer.chained_optimizers) > 1:
         state = dict(state_dict) if isinstance(state_dict, Mapping) else list(state_dict)
         state[0] = host = dict(state[0])
@@ -229,7 +237,7 @@ class MegatronCheckpoints:
         if saved == mine and not mixed:
             return
         raise MolsCheckpointError(
-            f"this checkpoint holds the state of {'another number' if mixed else saved} of optimizers than this run "
+            f"this checkpoint has the state of {'another number' if mixed else saved} of optimizers than this run "
             f"has ({mine}): Megatron-core does not move an optimizer between expert_model_parallel_size 1 and more; "
             "resume with size 1, or above 1, as in the checkpoint, or load the weights alone"
         )

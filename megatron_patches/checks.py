@@ -14,7 +14,17 @@ from mols_ds.optim.step_trial import class_refusal, decay_in_moments
 
 
 def check_supported(optimizer: object, model_config: object, config: MolsConfig, *, fused: bool) -> None:
-    """Raise `MolsUnsupportedError` for settings that would train wrong. fused: some parameter has several groups."""
+    """Check that MoLS can scale this optimizer.
+
+    Args:
+        optimizer: Megatron's ChainedOptimizer.
+        model_config: TransformerConfig of the model.
+        config: the "mols" section.
+        fused: some parameter has elements of several groups.
+
+    Raises:
+        MolsUnsupportedError: a setting that would train wrong weights.
+    """
     compat.check_optimizer(optimizer)
     precision.check(model_config, getattr(optimizer, "config", None))
     unscaled = config.weight_decay == "unscaled"
@@ -42,7 +52,14 @@ def check_classes(optimizer: object) -> None:
 
 
 def find_config(model_chunks: Sequence[nn.Module]) -> TransformerConfig:
-    """Return the TransformerConfig of the chunks. Raises `MolsConfigError` without one."""
+    """Find the TransformerConfig of a model.
+
+    Args:
+        model_chunks: this rank's part of the model, as for the optimizer.
+
+    Raises:
+        MolsConfigError: no chunk, or no module has one.
+    """
     if not model_chunks:
         raise MolsConfigError("no model chunk was given: pass the list of modules that the optimizer was built from")
     for module in model_chunks[0].modules():

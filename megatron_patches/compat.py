@@ -144,7 +144,14 @@ FLAGS: dict[str, tuple[str, ...]] = {
 
 
 def check_version(force: bool) -> None:
-    """Raise `MolsUnsupportedError` for a missing or untested megatron-core. `force` accepts an untested one."""
+    """Check the release of megatron-core.
+
+    Args:
+        force: accept an untested one.
+
+    Raises:
+        MolsUnsupportedError: it is missing or untested.
+    """
     version = _installed()
     number = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if force or TESTED[0] <= number <= TESTED[1]:
@@ -161,7 +168,14 @@ def tested() -> str:
 
 
 def check_modules(table: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise `MolsUnsupportedError` where megatron.core lacks a module or name of `table`."""
+    """Check that megatron.core has what MoLS uses.
+
+    Args:
+        table: module -> names in it.
+
+    Raises:
+        MolsUnsupportedError: the first module or name that is missing.
+    """
     for name, names in table.items():
         try:
             found = importlib.import_module(name)

@@ -86,12 +86,12 @@ class MegatronMols(Session):
             frozen = [name for chunk in model_chunks for name in frozen_names(chunk)]
             return [names, optimizer_steps(optimizer), configs_of(model_chunks), frozen]
 
-        told = together(collect)
+        gathered = together(collect)
         # This rank's own configs last: where ranks disagree, the checksums of their layouts differ.
-        modules = {name: config for rank in told for name, config in rank[2].items()} | configs_of(model_chunks)
-        frozen = list(dict.fromkeys(name for rank in told for name in rank[3]))
-        model = LogicalModel(merge_shapes([rank[0] for rank in told]), modules, frozen)
-        self._updates = max(int(rank[1]) for rank in told)
+        modules = {name: config for rank in gathered for name, config in rank[2].items()} | configs_of(model_chunks)
+        frozen = list(dict.fromkeys(name for rank in gathered for name in rank[3]))
+        model = LogicalModel(merge_shapes([rank[0] for rank in gathered]), modules, frozen)
+        self._updates = max(int(rank[1]) for rank in gathered)
 
         def build() -> list[Any]:
             curve = partial(rate_curve, scheduler, increment=increment_of(samples_per_step))

@@ -150,7 +150,7 @@ def _checked(name: str, rows: int, periods: int, pattern: Pattern, formula: str)
     expected = periods * sum(length for length, _ in pattern)
     if rows != expected:
         raise MolsConfigError(
-            f"parameter {name!r} has {rows} rows where the TransformerConfig says {expected} = {formula}; "
+            f"parameter {name!r} has {rows} rows, but the TransformerConfig gives {expected} = {formula}; "
             "give the config that the model was built with and the unsharded shape, or add a rule for this parameter"
         )
     return pattern

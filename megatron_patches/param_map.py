@@ -110,6 +110,10 @@ def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
 def local_parameters(model_chunks: Sequence[nn.Module], grid: ProcessGrid) -> list[LocalParameter]:
     """Return this rank's trainable parameters in the order of the chunks, each once, under its first name.
 
+    Args:
+        model_chunks: this rank's part of the model, as for the optimizer.
+        grid: the process groups.
+
     Raises:
         MolsUnsupportedError: generalised tensor parallelism (gtp): its shards differ from the TP rank's.
     """
@@ -257,7 +261,15 @@ def _experts_of(owner: nn.Module, parameter: nn.Parameter) -> int:
 
 
 def local_layout(local: LocalParameter, layouts: dict[str, ElementLayout]) -> ElementLayout:
-    """Return the logical parameter's layout. Raises `MolsUnsupportedError` for a fused one not sharded by rows."""
+    """Return the layout of the logical parameter.
+
+    Args:
+        local: a parameter of this rank.
+        layouts: name of a logical parameter -> layout.
+
+    Raises:
+        MolsUnsupportedError: a fused parameter that is not sharded by rows.
+    """
     layout = layouts[local.name]
     if len(layout.groups) > 1 and shape_of(local.parameter)[1:] != local.shape[1:]:
         raise MolsUnsupportedError(

@@ -47,9 +47,11 @@ def check(
     *,
     machine: Machine | None = None,
 ) -> None:
-    """Raise for a precision that this machine does not support, before anything is built.
+    """Check that this machine supports a precision, before anything is built.
 
-    Takes Megatron's TransformerConfig and OptimizerConfig.
+    Args:
+        model_config, optimizer_config: Megatron's TransformerConfig and OptimizerConfig, or None.
+        machine: what is installed; None: looks for it.
 
     Raises:
         MolsUnsupportedError: FP8 or FP4 without Transformer Engine, on an unsupported device, or with a version that
@@ -61,9 +63,11 @@ def check(
     asked = _asked(model_config)
     if asked is not None:
         _check_low_precision(*asked, machine)
-        told = getattr(optimizer_config, "fp8_recipe", None)
-        if asked[0] == "fp8" and told is not None and str(getattr(told, "value", told)) != asked[1]:
-            raise MolsConfigError(f"fp8_recipe: the model has {asked[1]!r}, the optimizer {told!r}; give both the same")
+        recipe = getattr(optimizer_config, "fp8_recipe", None)
+        if asked[0] == "fp8" and recipe is not None and str(getattr(recipe, "value", recipe)) != asked[1]:
+            raise MolsConfigError(
+                f"fp8_recipe: the model has {asked[1]!r}, the optimizer {recipe!r}; give both the same"
+            )
     if getattr(model_config, "gradient_accumulation_fusion", False) and not machine.wgrad_kernel:
         raise MolsUnsupportedError(
             "gradient_accumulation_fusion needs apex's fused_weight_gradient_mlp_cuda, which is missing (the output "
@@ -139,6 +143,7 @@ def describe(
     Args:
         model_config: TransformerConfig.
         optimizer: a built MegatronOptimizer (or ChainedOptimizer).
+        machine: as in `check`.
 
     Returns:
         Entries of the report's "versions": "transformer_engine"; "low_precision": format and recipe of the matrix

@@ -17,11 +17,18 @@ def optimizer_steps(optimizer: object) -> int:
 
 
 def scheduler_hints(scheduler: object, samples_per_step: int | None) -> tuple[int | None, int | None]:
-    """Return (total steps, warm-up steps) from an OptimizerParamScheduler; None for an unknown number.
+    """Return (total steps, warm-up steps) of a scheduler; None for an unknown number.
 
     The scheduler counts the increments of `scheduler.step(increment)`: samples in Megatron-LM and Megatron-Bridge.
-    samples_per_step: this increment. None: the constant global batch size of Megatron's num_microbatches_calculator.
-    Without either both numbers are None, and a share such as "start": 0.01 needs "mols.total_steps".
+
+    Args:
+        scheduler: an OptimizerParamScheduler, or None.
+        samples_per_step: this increment. None: the constant global batch size of Megatron's
+            num_microbatches_calculator. Without either both numbers are None, and a share such as "start": 0.01 needs
+            "mols.total_steps".
+
+    Raises:
+        MolsConfigError: samples_per_step is below 1.
     """
     if samples_per_step is not None and samples_per_step < 1:
         raise MolsConfigError(

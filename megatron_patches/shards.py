@@ -161,7 +161,7 @@ def _distributed(outer: MegatronOptimizer, by_parameter: Mapping[int, LocalParam
         tensor = outer.optimizer.param_groups[index]["params"][order]
         if tensor is None or tensor.numel() != where.size:
             raise MolsUnsupportedError(
-                f"the distributed optimizer holds no tensor of its own for {local.name!r}: unknown layout"
+                f"the distributed optimizer has no tensor of its own for {local.name!r}: unknown layout"
             )
         yield Shard(local, tensor, local.range.part(int(where.start), int(where.end)).at(0), index)
 
@@ -188,7 +188,7 @@ def _local(by_parameter: Mapping[int, LocalParameter], parameter: nn.Parameter) 
     local = by_parameter.get(id(parameter))
     if local is None:
         raise MolsUnsupportedError(
-            f"the optimizer holds a parameter of shape {list(parameter.shape)} that no given model chunk has: "
+            f"the optimizer has a parameter of shape {list(parameter.shape)} that no given model chunk has: "
             "pass all chunks of this rank, as to get_megatron_optimizer"
         )
     return local

@@ -1,1 +1,1 @@
-"""Tests of mols_ds. The slow single-process twin is in `oracle`, the launcher of gloo ranks in `harness`."""
+"""Tests of mols_ds. The slow single-process reference is in `oracle`, the launcher of gloo ranks in `harness`."""

@@ -120,7 +120,14 @@ def _is_no_noise(record: logging.LogRecord) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return 0, or 2 for a user's mistake, with one line on stderr."""
+    """Run the command.
+
+    Args:
+        argv: arguments; None: those of the process.
+
+    Returns:
+        0, or 2 for a user's mistake, with one line on stderr.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     fused_adam = arguments[:1] == [FUSED_ADAM]
     script, *rest = arguments[fused_adam:] or [""]

@@ -78,7 +78,16 @@ def adam_moments(
 def moment_pieces(
     exp_avg: Tensor, exp_avg_sq: Tensor, step: int, beta1: float, beta2: float
 ) -> Iterator[tuple[int, Tensor, Tensor, float]]:
-    """Yield (offset, mu2_plain, s2, c) of 1-D moments, `PIECE` elements at a time. See `adam_moments`."""
+    """Compute `adam_moments` piece by piece, so that temporary tensors stay small.
+
+    Args:
+        exp_avg, exp_avg_sq: Adam's m and v, 1-D fp32 of equal length, biased.
+        step: number of updates so far, at least 1.
+        beta1, beta2: Adam's betas.
+
+    Yields:
+        (offset, mu2_plain, s2, c) of at most `PIECE` elements.
+    """
     for at in range(0, exp_avg.numel(), PIECE):
         yield at, *adam_moments(exp_avg[at : at + PIECE], exp_avg_sq[at : at + PIECE], step, beta1, beta2)
 
@@ -114,7 +123,14 @@ class SteadyBetas:
 
 
 def moments_of(optimizer: Optimizer, tensor: Tensor) -> Mapping[str, Any]:
-    """Return the state of a tensor with both of Adam's moments per element; empty if it was never stepped.
+    """Return the state of a tensor with both of Adam's moments per element.
+
+    Args:
+        optimizer: the inner optimizer.
+        tensor: one of its parameters or flat shards.
+
+    Returns:
+        Its entry of `optimizer.state`; empty if it was never stepped.
 
     Raises:
         MolsUnsupportedError: another kind of state, from an optimizer class that is not in the catalog.

@@ -58,7 +58,7 @@ def foreign_problem(folder: Path) -> str | None:
 
 
 def _is_private(group: int) -> bool:
-    """Whether a group holds this user alone. Many systems create such a group for each user (umask 002)."""
+    """Whether this user is the only member of a group. Many systems create such a group for each user (umask 002)."""
     try:
         user, found = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(group)
     except KeyError:
@@ -96,6 +96,6 @@ def use_own_inductor_cache() -> None:
     problem = "is a link" if root.is_symlink() else foreign_problem(root)
     if problem is not None:
         raise MolsConfigError(
-            f"{root} {problem}, and it would hold compiled kernels: name another folder by {INDUCTOR}"
+            f"{root} {problem}: compiled kernels in it are not safe; name another folder by {INDUCTOR}"
         )
     os.environ[INDUCTOR] = str(root / "inductor")

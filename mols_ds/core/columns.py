@@ -18,5 +18,5 @@ KEPT, ALL, BETWEEN = (slice(i * (PAIR + 1), (i + 1) * (PAIR + 1)) for i in range
 between the replicates, summed over the subsample with squared weights; ALL: the same for all elements; BETWEEN: squared
 deviations of the elements from their mean."""
 WEIGHT, CURVE_AT = 3 * (PAIR + 1), 3 * (PAIR + 1) + 1
-"""The number of elements that the subsample stands for, and the first of the values at `CURVE`."""
+"""The number of elements that the subsample represents, and the first of the values at `CURVE`."""
 SPREADS = CURVE_AT + len(CURVE)

@@ -221,6 +221,9 @@ class MolsConfig(Documented):
         Args:
             section: the "mols" section as a mapping, or a config that is returned unchanged.
 
+        Returns:
+            The config, with the values of its preset and all defaults.
+
         Raises:
             MolsConfigError: one line that names every wrong key.
         """

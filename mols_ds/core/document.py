@@ -40,8 +40,16 @@ def measured_rows(
 ) -> dict[str, ReportGroup]:
     """Build one row per group: "snr" from the chosen estimator, the others uncorrected, from the same sums.
 
-    seen_known: rows of tokens that did not occur are left out; else "unseen_share" is null. Undefined values (a group
-    without moving elements, an interval from too few samples) are null.
+    Args:
+        table: the groups of the parameters.
+        sums: of all ranks.
+        alphas: group -> multiplier with its interval.
+        estimator, correction: of "snr" and the alphas.
+        mode: in "moments" no element is known to have moved once.
+        seen_known: rows of tokens that did not occur are left out; else "unseen_share" is null.
+
+    Returns:
+        group -> row. Undefined values (a group without moving elements, an interval from too few samples) are null.
     """
     chosen = estimate(sums, estimator, correction)
     plain = {name: estimate(sums, name, False) for name in ESTIMATORS}

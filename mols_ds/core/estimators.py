@@ -93,6 +93,10 @@ def intervals(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[s
     They cover the error from K samples at these weights: the value that `estimate` has on average over other samples.
     They do not cover its bias, nor drift. Coverage: docs/evidence/estimators.md.
 
+    Args:
+        sums: of all ranks.
+        estimator, correction: as in `estimate`.
+
     Returns:
         group -> (low, high); (NaN, NaN) with too few samples, or for a group without a counted element.
     """
@@ -182,16 +186,28 @@ def compute_alphas(
 
 
 def narrow(alpha: Alpha, rtol: float) -> bool:
-    """Return whether half the 95 % interval of a multiplier is at most this share of it."""
+    """Check the precision of a multiplier, for `"samples": "auto"`.
+
+    Args:
+        alpha: a multiplier with its interval.
+        rtol: largest half width of the interval, as a share of the multiplier.
+
+    Returns:
+        True if the interval is finite and that narrow.
+    """
     if not (math.isfinite(alpha.low) and math.isfinite(alpha.high)):
         return False
     return (alpha.high - alpha.low) / 2.0 <= rtol * alpha.alpha
 
 
 def histogram_median(histogram: Tensor) -> float:
-    """Compute the median (mean of the two middle values) of a 1-D histogram with `N_BINS` bins, by interpolation.
+    """Compute the median (mean of the two middle values) by interpolation.
 
-    The two open bins give their finite edge, 9e-10 or 1e9. NaN for an empty histogram.
+    Args:
+        histogram: number of elements in each bin, 1-D with `N_BINS` entries.
+
+    Returns:
+        The median; 9e-10 or 1e9 in the two open bins, NaN for an empty histogram.
     """
     cumulative = histogram.cumsum(0)
     total = int(cumulative[-1])

@@ -104,7 +104,13 @@ def _placed(target: str, name: str, table: GroupTable) -> ElementLayout | None:
 
 
 def advice(table: GroupTable, rules: Sequence[Sequence[str]], saved: Mapping[str, object]) -> str:
-    """Return advice, in one line, for resuming from a checkpoint with other module groups."""
+    """Return advice, in one line, for resuming from a checkpoint with other module groups.
+
+    Args:
+        table: the groups of this run.
+        rules: the user's rules of this run.
+        saved: group -> elements in the checkpoint.
+    """
     found = former_rules(table, rules, saved)
     if not found:
         return "use the model, mols.rules and mols.granularity of the run that saved it"

@@ -14,8 +14,19 @@ from typing import Any
 Pattern = tuple[tuple[int, str], ...]
 """(number of output features, group) in order. The pattern repeats over the output features of the parameter."""
 PatternOf = Callable[[str, int, object | None], Pattern]
-"""(parameter name, number of output features, model config or None) -> pattern. Raises LayoutError for a missing
-config key or a wrong number of features."""
+"""The functions below, from `thirds` to `mla_kv_b`, have these arguments and result.
+
+Args:
+    name: of the parameter, for messages.
+    features: number of output features, its size in the dimension that is fused.
+    config: of the model (object or mapping), or None.
+
+Returns:
+    The pattern; its lengths divide `features`.
+
+Raises:
+    LayoutError: the config lacks a key, or gives another number of features.
+"""
 
 
 class LayoutError(ValueError):
@@ -70,7 +81,16 @@ def layer_config(config: object | None, layer: int | None) -> object | None:
 
 
 def need(name: str, config: object | None, *keys: str) -> int:
-    """Return an integer of the model's config. Raises LayoutError (parameter and key) where it is missing."""
+    """Return an integer of the model's config.
+
+    Args:
+        name: the parameter that needs it, for the message.
+        config: object or mapping, or None.
+        keys: names of the value, in order of preference.
+
+    Raises:
+        LayoutError: no key is set, or the value is not a whole number of at least 1.
+    """
     value = config_value(config, *keys)
     if value is None:
         state = "no model config was given" if config is None else f"the model's config has no {' / '.join(keys)}"
@@ -81,7 +101,7 @@ def need(name: str, config: object | None, *keys: str) -> int:
     number = whole(value, *keys)
     if number < 1:
         raise LayoutError(
-            f"parameter {name!r} is a fused projection, but the model's config says {keys[0]}={value!r}; "
+            f"parameter {name!r} is a fused projection, but the model's config has {keys[0]}={value!r}; "
             "correct it or add a rule for this parameter"
         )
     return number
@@ -93,14 +113,14 @@ def whole(value: Any, *keys: str) -> int:
         return int(value)
     except (TypeError, ValueError, OverflowError):
         raise LayoutError(
-            f"the model's config says {' / '.join(keys)}={value!r}, which is not a whole number; correct it"
+            f"the model's config has {' / '.join(keys)}={value!r}, which is not a whole number; correct it"
         ) from None
 
 
 def _checked(name: str, features: int, expected: int, pattern: Pattern) -> Pattern:
     if features != expected:
         raise LayoutError(
-            f"parameter {name!r} has {features} output features where the model's config says {expected}; "
+            f"parameter {name!r} has {features} output features, but the model's config gives {expected}; "
             "give the config of this model or add a rule for this parameter"
         )
     return pattern
@@ -179,7 +199,7 @@ def qkv(name: str, features: int, config: object | None) -> Pattern:
     if kv_heads is None or heads is None or kv_heads == whole(heads, "num_attention_heads"):
         return thirds(name, features, config)
     heads, size = _heads(name, config)
-    # GPT-2 has no grouped queries, whatever its config says
+    # GPT-2 has no grouped queries, also if its config has another number
     return (thirds if features == 3 * heads * size else grouped)(name, features, config)
 
 

@@ -1,7 +1,7 @@
 """Rules that map the weights of a transformers model (or a plain nanoGPT-like one) to module groups.
 
 A rule matches the full path of a parameter, without wrapper prefixes and adapters (`canonical_name`). The first match
-wins. In a module that no rule knows, queries, keys and values are recognized by each other (`_sibling_group` in
+wins. In a module that no rule matches, queries, keys and values are recognized by each other (`_sibling_group` in
 groups.py). Without a match a vector (norm, bias) is `other` and a weight matrix raises: a leaf name such as `out_proj`
 does not identify a module.
 
@@ -123,7 +123,7 @@ def _is_router(shape: tuple[int, ...], config: object | None) -> bool:
     return len(shape) == 2 and any(count is not None and shape[0] == whole(count, *keys) for count in counts)
 
 
-# Parent modules in the path. An attention module may hold its projections in a submodule.
+# Parent modules in the path. An attention module may have its projections in a submodule.
 _ATTENTION = (
     r"(?:\w*_)?(?:(?:self|cross|co|x|enc|inter|intra|temporal|spatial|window)?_?attn|\w*attentions?|\w*Attention|self_att)"
     r"(?:_layers?|_block)?(?:_?\d+)?(?:\.(?:self|attention|attn|output|self_attention|multihead_attn|\d+|qkv_proj|"
@@ -158,7 +158,7 @@ _OTHER: tuple[Rule, ...] = (
     _rule(r"v_proj|o_proj", "vo", inside="mixer"),
     _rule(r"(?:experts\.|shared_experts\.)?(?:up_proj|down_proj|gate_proj|gate_up_proj)", "mlp", inside="mixer"),
     _rule(r"fc[12]_latent_proj", "mlp", inside="mixer"),
-    # State-space and recurrent mixers as a whole, and short convolutions that mix; not what holds attention, an MLP or
+    # State-space and recurrent mixers as a whole, and short convolutions; not what contains attention, an MLP or
     # whole layers, and not flash-attn's attention, which it calls `mixer`.
     Rule(
         re.compile(

@@ -58,9 +58,14 @@ class NoiseFloor(NamedTuple):
 
 
 def noise_floor(samples: int) -> NoiseFloor:
-    """Return the noise floor of K samples: ((K-3)/(K-1), 1/K). For Gaussian noise K * ratio is noncentral F(1, K-1).
+    """Return the noise floor of K samples: for Gaussian noise, K * ratio is noncentral F(1, K-1).
 
-    The expectation exists only for K > 3. For K <= 3 shrink is 0, and `estimators` refuses to correct.
+    Args:
+        samples: K.
+
+    Returns:
+        shrink (K-3)/(K-1), floor 1/K. The expectation exists for K > 3: else shrink is 0, and `estimators` refuses to
+        correct.
 
     Raises:
         MolsConfigError: K < 1.
@@ -80,7 +85,7 @@ def bin_edge(position: float) -> float:
 
 
 def bin_edges() -> Tensor:
-    """The `N_EDGES` edges, float64 on the CPU. Bin j holds edges[j-1] <= SNR_i < edges[j]. Same bits on every rank."""
+    """The `N_EDGES` edges, float64 on the CPU. Bin j is edges[j-1] <= SNR_i < edges[j]. Same bits on every rank."""
     return torch.tensor([bin_edge(j) for j in range(N_EDGES)], dtype=torch.float64, device="cpu")
 
 
@@ -138,7 +143,14 @@ class GroupSums:
 
     @classmethod
     def zeros(cls, groups: Sequence[str], floor: NoiseFloor, replicates: int = 0, blocks: int = 0) -> GroupSums:
-        """Create sums of zero for these groups, and for so many replicates and blocks."""
+        """Create sums of zero.
+
+        Args:
+            groups: names, each once.
+            floor: `noise_floor` of the samples.
+            replicates: number of results from half samples; 0: no intervals.
+            blocks: number of sample blocks (release 0.4.0's intervals).
+        """
         size, f64 = len(groups), torch.float64
         return cls(
             groups,
@@ -231,7 +243,7 @@ class GroupSums:
         return self.table, self.histogram, self.replicates, self.spreads, self.blocks
 
     def pack(self) -> Tensor:
-        """Flatten all sums into one 1-D float64 CPU tensor for a SUM all-reduce: 218 kB for 6 groups."""
+        """Flatten all sums into one 1-D float64 CPU tensor for a SUM all-reduce: 217 kB for 6 groups."""
         return torch.cat([tensor.flatten() for tensor in self._tensors()])
 
     def load_packed(self, packed: Tensor) -> None:
@@ -289,16 +301,24 @@ class GroupSums:
 
 
 def unscaled(mean: Tensor, exponent: int) -> Tensor:
-    """2^-exponent times the means, float64."""
+    """Return 2^-exponent times the means, float64, in the shape of `mean`."""
     wide = mean.to(torch.float64)
     return wide * 2.0**-exponent if exponent else wide
 
 
 def variance(m2: Tensor, samples: int, exponent: int) -> Tensor:
-    """s_i^2 in float64, from 4^exponent times the sum of squared deviations; 0 where fp32 lost the squares.
+    """Compute s_i^2; 0 where fp32 lost the squares.
 
     Below its normal range fp32 rounds each square to a multiple of 2^-149. K squares are accurate to 0.1 % from
     K 2^-140 on.
+
+    Args:
+        m2: 4^exponent times the sum of squared deviations, any float dtype.
+        samples: K, at least 2.
+        exponent: power of two that the gradients were multiplied by.
+
+    Returns:
+        float64, in the shape of `m2`.
     """
     s2 = m2.to(torch.float64)
     if m2.dtype == torch.float32:
@@ -307,16 +327,31 @@ def variance(m2: Tensor, samples: int, exponent: int) -> Tensor:
 
 
 def dampings(mu2: Tensor, s2: Tensor, ratio: Tensor, floor: NoiseFloor) -> tuple[Tensor, Tensor]:
-    """(d_i, corrected d_i): sqrt(mu^2/(mu^2 + s^2)) and sqrt(c/(1 + c)) with c = max(0, corrected SNR_i)."""
+    """Compute the share of a full Adam step: sqrt(mu^2/(mu^2 + s^2)), and corrected sqrt(c/(1 + c)), c = max(0, SNR_i).
+
+    Args:
+        mu2, s2, ratio: mu_i^2, s_i^2 and mu_i^2/s_i^2, float64, equal shapes.
+        floor: with which SNR_i = shrink * ratio - floor.
+
+    Returns:
+        (d_i, corrected d_i) in [0, 1], in the same shape.
+    """
     c = (ratio * floor.shrink - floor.floor).clamp_(min=0.0)
     return (mu2 / (mu2 + s2)).sqrt_(), (c / (1.0 + c)).sqrt_()
 
 
 def squared_steps(mu2: Tensor, s2: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """(d_i^2, corrected d_i^2): mu^2 / (mu^2 + s^2), and 1 - s^2 / (mu^2 + (1 - floor) s^2), which may be negative.
+    """Compute the square of the effective step: mu^2 / (mu^2 + s^2), and corrected 1 - s^2 / (mu^2 + (1 - floor) s^2).
 
     With K samples, floor = 1/K, the denominator is the mean of g_k^2: the corrected value is the adjusted R^2 of the
     K gradients against a constant (Ezekiel 1930). It is exactly 0 for an element that moved in one sample.
+
+    Args:
+        mu2, s2: mu_i^2 and s_i^2, float64, equal shapes.
+        floor: 1/K.
+
+    Returns:
+        (d_i^2, corrected d_i^2) in the same shape. The second may be negative.
     """
     return mu2 / (mu2 + s2), (mu2 - floor * s2) / (mu2 + (1.0 - floor) * s2)
 

@@ -180,7 +180,7 @@ def _beside(name: str, leaves: Iterable[str], names: Collection[str]) -> set[str
 
 
 def _sibling_group(name: str, names: Collection[str]) -> str | None:
-    """Return the group of a projection in a module that no rule knows, by its siblings in the model's `names`.
+    """Return the group of a projection in a module that no rule matches, by its siblings in the model's `names`.
 
     Queries, keys and values are known by each other. Attention gates are called `gate_proj` too: it needs both others.
     """
@@ -225,6 +225,9 @@ def parameter_kinds(layouts: Mapping[str, ElementLayout]) -> dict[str, list[str]
 
     The layer number becomes `{layer}`, other numbers become `*`: `model.layers.{layer}.mlp.experts.*.w1.weight`. Names
     of one kind in different groups (a user's rule for the first layer) keep their numbers.
+
+    Args:
+        layouts: parameter name -> layout.
     """
     found: dict[str, dict[str, list[str]]] = {}
     for name, layout in layouts.items():

@@ -51,8 +51,10 @@ class Handle:
 
     @property
     def accumulator_bytes(self) -> int:
-        """Bytes of this rank's accumulators now, 8 an element; 0 outside a calibration. Samples that are kept for the
-        intervals are not in it (docs/planning_model.md)."""
+        """Bytes of this rank's accumulators now, 8 per element; 0 outside a calibration.
+
+        Without the samples that are kept for the intervals (docs/planning_model.md).
+        """
         return 0 if self._controller is None else self._controller.accumulator_bytes
 
     @property
@@ -61,23 +63,37 @@ class Handle:
         return 0
 
     def report(self) -> dict[str, Any]:
-        """The content of mols_report.json as a dict; empty before the first calibration ends."""
+        """Return a copy of the content of mols_report.json; empty before the first calibration ends."""
         return {} if self._controller is None else self._controller.report()
 
     def read_gradients(self) -> None:
         """Read the gradients of this step, before the loop clips them. Only plain torch needs this call."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint. Only for plain torch: other engines' checkpoints carry it themselves."""
+        """Return this rank's state for a checkpoint. Only plain torch: other engines' checkpoints contain it.
+
+        Raises:
+            MolsUnsupportedError: the engine is another one, or MoLS is off.
+        """
         raise MolsUnsupportedError("the checkpoints of this engine carry the state of MoLS: save with the engine")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`. Only for plain torch."""
+        """Continue from a state. Only plain torch.
+
+        Args:
+            state: from `state_dict`.
+
+        Raises:
+            MolsUnsupportedError: the engine is another one, or MoLS is off.
+        """
         raise MolsUnsupportedError("the checkpoints of this engine carry the state of MoLS: load with the engine")
 
     def resume_from(self, checkpoint_dir: str) -> None:
-        """Make the next load read the accumulators of a partial calibration. Only Megatron-core, and plain torch with
-        torch.distributed.checkpoint, need this call."""
+        """Make the next load read the accumulators of a partial calibration, for the two cases below.
+
+        Args:
+            checkpoint_dir: a checkpoint folder of Megatron-core, or of torch.distributed.checkpoint (plain torch).
+        """
 
     def detach(self) -> None:
         """Detach MoLS: from now on the engine runs as a stock one."""

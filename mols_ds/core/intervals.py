@@ -13,7 +13,7 @@ from mols_ds.core.schema import STEPS, Estimator
 
 
 def t_quantile(degrees: float) -> float:
-    """Two-sided 95 % quantile of Student's t."""
+    """Return the two-sided 95 % quantile of Student's t for `degrees` degrees of freedom (may be fractional)."""
     return float(stdtrit(degrees, 0.975))
 
 

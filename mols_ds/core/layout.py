@@ -76,9 +76,13 @@ class ElementLayout:
         return ElementLayout(self.inner, tuple((length, rename(group)) for length, group in self.pattern))
 
     def counts(self, start: int, numel: int) -> dict[str, int]:
-        """Count the elements [start, start + numel) of each group, without empty groups.
+        """Count the elements [start, start + numel) of each group, exactly, in O(len(pattern)) and without a tensor.
 
-        Exact integer arithmetic in O(len(pattern)), no tensor. Raises ValueError for a negative argument.
+        Returns:
+            group -> elements, without empty groups.
+
+        Raises:
+            ValueError: an argument is negative.
         """
         _check_range(start, numel)
         period, result = self.period, dict[str, int]()
@@ -95,10 +99,15 @@ class ElementLayout:
         return result
 
     def runs(self, start: int, numel: int) -> Iterator[tuple[str, int, int]]:
-        """Yield the contiguous runs (group, offset relative to start, length) of [start, start + numel), in order.
+        """Yield the contiguous runs of the elements [start, start + numel), in order.
 
-        Raises ValueError for a negative argument. A column layout has about two runs per row of the parameter:
-        prefer `views` for arithmetic.
+        A column layout has about two runs per row of the parameter: prefer `views` for arithmetic.
+
+        Yields:
+            (group, offset from start, length).
+
+        Raises:
+            ValueError: an argument is negative.
         """
         _check_range(start, numel)
         segments, period, stop = self._segments(), self.period, start + numel
@@ -182,9 +191,14 @@ def _check_range(start: int, numel: int) -> None:
 
 
 def largest_holder(layout_counts: Iterable[tuple[Key, Mapping[str, int]]], groups: Iterable[str]) -> dict[str, Key]:
-    """Return module group -> the parameter group with most of its elements; absent if it has none.
+    """Find the parameter group with most elements of each module group.
 
-    `layout_counts`: (parameter group, elements of each module group) per parameter.
+    Args:
+        layout_counts: (parameter group, elements of each module group) per parameter.
+        groups: module groups.
+
+    Returns:
+        module group -> parameter group; absent if no parameter has elements of it.
     """
     held: dict[str, dict[Key, int]] = {group: {} for group in groups}
     for key, counts in layout_counts:

@@ -22,7 +22,16 @@ from mols_ds.errors import MolsCheckpointError
 
 
 def group_index(owned: Sequence[ShardRange], layouts: Mapping[str, ElementLayout], groups: Sequence[str]) -> Tensor:
-    """Return the group number of every STRIDE-th owned element, for `SampleBlocks`; 1-D uint8 (int16 past 255)."""
+    """Return the group number of every STRIDE-th owned element, for `SampleBlocks`.
+
+    Args:
+        owned: this rank's ranges, in the order of the accumulators.
+        layouts: parameter name -> layout.
+        groups: names; their position is the number.
+
+    Returns:
+        1-D on the CPU, uint8 (int16 for more than 255 groups).
+    """
     number = {group: i for i, group in enumerate(groups)}
     dtype = torch.uint8 if len(groups) <= 255 else torch.int16
     size = sum(item.numel for item in owned)

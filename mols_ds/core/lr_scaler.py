@@ -82,6 +82,8 @@ def make_plan(
     """Cut a tensor of `numel` elements into segments. Elements in no range are padding and keep the base rate.
 
     Args:
+        ranges: of the parameters in the tensor.
+        layouts: parameter name -> layout.
         elementwise: the optimizer may step views, so long segments are never interleaved.
     """
     segments: list[Segment] = []

@@ -17,7 +17,7 @@ FP8_TENSORS = ("scale", "scale_inv", "amax_history")
 """Attributes of each entry of `module.fp8_meta` (transformer_engine/pytorch/module/base.py)."""
 
 LocalTensor = Callable[[nn.Parameter], Tensor | None]
-"""Parameter -> the tensor that this rank holds of it."""
+"""Parameter -> the tensor that this rank has of it."""
 Tracker = dict[str, Any]
 """Sums for logging: name -> a tensor, or an entry with the tensor `values`."""
 
@@ -43,7 +43,7 @@ class ModuleState:
         roots: modules, with all their submodules.
         leave: name prefixes of attributes that the engine sets.
         trackers: returns the current sums for logging.
-        held: returns the tensor that this rank holds of a parameter.
+        held: returns the tensor that this rank has of a parameter.
     """
 
     def __init__(

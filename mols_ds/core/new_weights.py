@@ -65,9 +65,12 @@ class NewWeights:
 
 
 def without_untrained(table: GroupTable, held: Container[str], rank: int) -> GroupTable:
-    """Return the table without the parameters of no optimizer. Rank 0 warns about them.
+    """Leave the parameters out of the table that are in no optimizer. Rank 0 warns about them.
 
-    held: names of the parameters in this rank's optimizers.
+    Args:
+        table: the groups of all trainable parameters.
+        held: names of the parameters in this rank's optimizers.
+        rank: of this process.
     """
     left_out = [name for name in table.layouts if name not in held]
     if left_out and rank == 0:

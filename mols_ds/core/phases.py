@@ -43,10 +43,16 @@ class Schedule:
 
 
 def summed_rate_step(summed: float, rates: Sequence[float] | None, warmup_steps: int | None) -> tuple[int, float]:
-    """Return (the first step where the rates before it sum up to `summed` times the peak rate; their sum there).
+    """Find the first step where the rates of the steps before it sum up to `summed` times the peak rate.
 
-    Unknown rates: a linear warm-up, (i + 1) / warmup_steps of the peak in step i, then the peak. Without a known
-    warm-up every step has the peak rate.
+    Args:
+        summed: multiple of the peak rate, above 0.
+        rates: rate of each step from the scheduler. None: a linear warm-up, (i + 1) / warmup_steps of the peak in step
+            i, then the peak.
+        warmup_steps: length of this warm-up; None: every step has the peak rate.
+
+    Returns:
+        (the step, the sum of the rates before it in units of the peak rate).
     """
     if rates is None:
         reached = max(1, warmup_steps or 1)

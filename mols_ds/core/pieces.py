@@ -84,7 +84,15 @@ class FlatList:
 
 
 def zero_pieces(numel: int, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
-    """Yield (offset, 1-D fp32 zeros) for a zero gradient, from one small tensor."""
+    """Yield a zero gradient from one small tensor.
+
+    Args:
+        numel: elements in all.
+        device: of the pieces.
+
+    Yields:
+        (offset, 1-D fp32 zeros).
+    """
     zeros = torch.zeros(min(numel, ZEROS), device=device)
     for at in range(0, numel, ZEROS):
         yield at, zeros[: numel - at]
@@ -92,10 +100,16 @@ def zero_pieces(numel: int, device: torch.device | str = "cpu") -> Iterator[tupl
 
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every element is finite. Reads each element once; allocates nothing of that size.
+    """Check whether every element is finite. Reads each element once; allocates nothing of that size.
 
     `torch.aminmax` returns NaN if any element is NaN, and x - x is 0 only for finite x. Adds one number per device and
     reads it at the end: one synchronization per device.
+
+    Args:
+        tensors: any shapes, float dtypes and devices.
+
+    Returns:
+        True also for no element.
     """
     found: dict[torch.device, Tensor] = {}
     for tensor in tensors:

@@ -28,7 +28,13 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def together(build: Callable[[], T]) -> list[T]:
-    """Call `build` on every rank and return all results (converted by JSON), in rank order. Collective.
+    """Call a function on every rank and exchange the results. Collective.
+
+    Args:
+        build: returns plain JSON data, which may differ between ranks. May raise on some ranks only.
+
+    Returns:
+        The results of all ranks in rank order, converted by JSON (tuples become lists).
 
     Raises:
         MolsError: `build` raised on some rank. That rank raises its own error. The others raise the same class
@@ -41,9 +47,9 @@ def together(build: Callable[[], T]) -> list[T]:
         mine = build()
     except Exception as caught:  # any type: all ranks need the error
         error = caught
-    told = None if error is None else [type(error).__name__, _text(error)]
+    failure = None if error is None else [type(error).__name__, _text(error)]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, zlib.compress(json.dumps([mine, told]).encode()))
+    dist.all_gather_object(everyone, zlib.compress(json.dumps([mine, failure]).encode()))
     if error is not None:
         raise error
     values, problems = [], []
@@ -68,7 +74,15 @@ def _class_of(kind: str) -> type[MolsError]:
 
 
 def same_everywhere(values: Sequence[Sequence[object]], what: Sequence[str]) -> None:
-    """Raise `MolsError` on every rank unless item i of each rank, named `what[i]`, equals rank 0's."""
+    """Check that all ranks have the same values.
+
+    Args:
+        values: the values of each rank, as from `together`.
+        what: name of each value, for the message.
+
+    Raises:
+        MolsError: on every rank, for the first value that differs from rank 0's.
+    """
     for rank, value in enumerate(values):
         for name, first, here in zip(what, values[0], value, strict=True):
             if first != here:
@@ -95,7 +109,12 @@ def check_section(config: MolsConfig, schedule: Schedule, reduce: Reduce) -> Non
 
 
 def alike(number: int, reduce: Reduce) -> bool:
-    """Whether a number below 2^32 is the same on every rank. One reduction of 72 bytes."""
+    """Check whether a number is the same on every rank. Collective: one reduction of 72 bytes.
+
+    Args:
+        number: from 0 to 2^32 - 1.
+        reduce: SUM over the ranks, as `GradientSource.reduce`.
+    """
     mark = torch.tensor(list(number.to_bytes(4, "big")), dtype=torch.float64, device="cpu")
     ranks, *sums = reduce(torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), mark, mark.square()])).tolist()
     # n * sum(b^2) = (sum b)^2 only if all n values are equal; integers below 2^53, so this is exact

@@ -35,7 +35,14 @@ EPSILON = 0.01  # share of s^2 that is added to those of the halves: an element 
 
 
 def halves(cells: int) -> Tensor:
-    """Return which cells of samples are in half A: float64 (REPLICATES, cells), the same on every rank."""
+    """Choose the half samples, the same on every rank.
+
+    Args:
+        cells: number of cells that the samples are divided into.
+
+    Returns:
+        float64 on the CPU, (REPLICATES, cells): 1 for a cell in half A, else 0.
+    """
     draws = torch.rand(REPLICATES, cells, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
     return (draws.argsort(1) < cells // 2).to(torch.float64)
 

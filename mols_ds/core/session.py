@@ -214,7 +214,7 @@ class Session(Handle, ABC):
         if not self.window.passed and not self._warned_no_forward:
             self._warned_no_forward = True
             self.controller.warn(
-                "no forward pass of the whole model was seen in a batch of the probe window (only of parts of it?): "
+                "no forward pass of the model ran in a batch of the probe window (only of parts of it?): "
                 'random numbers and buffers cannot be restored; call the model, or set "mode": "online"',
                 every_rank=True,
             )

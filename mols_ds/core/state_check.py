@@ -1,4 +1,4 @@
-"""Check whether the MoLS state of a checkpoint fits this run. Changes nothing; knows no engine."""
+"""Check whether the MoLS state of a checkpoint fits this run. Changes nothing; independent of the engine."""
 
 from __future__ import annotations
 

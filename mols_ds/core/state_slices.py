@@ -34,7 +34,16 @@ def sliceable(value: object, tensor: Tensor) -> bool:
 
 
 def slices_of(value: object, tensor: Tensor, lengths: list[int]) -> Sequence[object]:
-    """Return the part of a state entry for each view: a slice, a copy of a counter, or a plain number."""
+    """Divide an entry of a tensor's optimizer state among views of the tensor.
+
+    Args:
+        value: the entry, `sliceable`.
+        tensor: the whole tensor.
+        lengths: elements of each view, in order; their sum is `tensor.numel()`.
+
+    Returns:
+        One item per view: a 1-D slice (shares memory), a copy of a tensor counter, or the plain number.
+    """
     if not isinstance(value, Tensor):
         return [value] * len(lengths)
     if value.numel() == tensor.numel():

@@ -68,7 +68,7 @@ class StepGuard:
         if still and stepped:
             return (
                 f"optimizer {name} left out {still} of {still + stepped} tensors with a gradient in a scaled step "
-                "(does it keep a list beside its parameter groups?): use Adam, AdamW, SGD, Lion, ..."
+                "(does it keep a list in addition to its parameter groups?): use Adam, AdamW, SGD, Lion, ..."
             )
         if twice:
             return (

@@ -105,6 +105,12 @@ def choose(
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Choose elements: the same number of each group, or all of a smaller group; spread evenly over its elements.
 
+    Args:
+        owned: this rank's ranges, in the order of the accumulators.
+        layouts: parameter name -> layout.
+        groups: names; their position is the row.
+        limit: largest number of elements in all.
+
     Returns:
         positions, rows and weights of `Subsample`.
     """

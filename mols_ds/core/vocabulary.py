@@ -151,7 +151,12 @@ def _embeddings(model: nn.Module, rows: int) -> Iterator[nn.Module]:
 
 
 def mark_ids(flags: Tensor, ids: Tensor) -> None:
-    """Set flags[id] = 1 in place. flags: uint8 (rows + 1,); the last one takes ids out of range. No synchronization."""
+    """Set flags[id] = 1 in place, without a synchronization.
+
+    Args:
+        flags: uint8, (rows + 1,). The last entry is for ids outside of 0 to rows - 1.
+        ids: integers of any shape, on the device of `flags`.
+    """
     rows = flags.numel() - 1
     flat = ids.reshape(-1).long()
     flags.index_fill_(0, torch.where((flat >= 0) & (flat < rows), flat, rows), 1)

@@ -67,7 +67,9 @@ def attach(
     """
     engine = engine_or_optimizer
     if isinstance(engine, AcceleratedOptimizer | torch.optim.Optimizer):
-        raise MolsConfigError("attach: an optimizer does not know its engine; pass the model that prepare() returned")
+        raise MolsConfigError(
+            "attach: an optimizer has no reference to its engine; pass the model that prepare() returned"
+        )
     total, warmup = _lengths(scheduler)
     total = total if total_steps is None else total_steps
     if accelerator is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -89,8 +91,22 @@ def attach(
 def attach_optimizer(
     accelerator: Accelerator, model: Any, optimizer: Any, section: MolsConfig, announce: Callable[[int], str]
 ) -> Handle:
-    """Attach MoLS to torch optimizers that Accelerate prepared, without DeepSpeed. Reads gradients before
-    `accelerator.clip_grad_norm_` and `clip_grad_value_`. The Trainer of transformers uses it too."""
+    """Attach MoLS to torch optimizers that Accelerate prepared, without DeepSpeed.
+
+    transformers' Trainer uses it too. Reads gradients before `accelerator.clip_grad_norm_` and `clip_grad_value_`.
+
+    Args:
+        accelerator: that prepared them.
+        model, optimizer: the results of `accelerator.prepare`; `optimizer` may be a list.
+        section: with `total_steps`.
+        announce: number of samples -> the message at the start of a probe window.
+
+    Returns:
+        The handle.
+
+    Raises:
+        MolsConfigError: `optimizer` is not what `prepare` returned.
+    """
     optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     if not optimizers or not all(isinstance(one, AcceleratedOptimizer) for one in optimizers):
         raise MolsConfigError(f"{WHO}: optimizer={type(optimizer).__name__} is not what accelerator.prepare returned")

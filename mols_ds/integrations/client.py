@@ -32,7 +32,10 @@ def log_values(handle: Handle) -> dict[str, float]:
     """Return the values to log: `mols/KIND/GROUP` -> value.
 
     Kinds: `multiplier` and `lr` (of the last step); after a calibration `alpha`, and `snr`, `snr_low` and `snr_high` of
-    the measured groups. Empty if MoLS is off.
+    the measured groups.
+
+    Args:
+        handle: of the engine or optimizer; the result is empty if MoLS is off.
     """
     found: dict[str, float] = {}
     for group, multiplier in handle.multipliers.items():
@@ -70,8 +73,19 @@ def resolve_section(argument: Mapping[str, Any] | None, config: Mapping[str, Any
 
 
 def fill_section(section: Mapping[str, Any], total_steps: int | None, warmup_steps: int | None = None) -> MolsConfig:
-    """Fill in the number of steps, and what the linear warm-up gives (`ramp_end`, a `start` by the summed rate), and
-    validate the section."""
+    """Fill in what the client's schedule gives, and validate the section.
+
+    Args:
+        section: a "mols" section. Values in it are kept, except "auto".
+        total_steps: updates of the whole run; None: unknown.
+        warmup_steps: of a linear warm-up, for `"ramp_end": "auto"` and a `start` by the summed rate; None: unknown.
+
+    Returns:
+        The config.
+
+    Raises:
+        MolsConfigError: a wrong section.
+    """
     filled = dict(section)
     if filled.get("total_steps") in (None, AUTO):
         filled["total_steps"] = total_steps
@@ -85,7 +99,12 @@ def fill_section(section: Mapping[str, Any], total_steps: int | None, warmup_ste
 
 
 def save_state(mols: Handle, folder: str | Path) -> None:
-    """Save this rank's state of a handle of plain torch into a checkpoint folder of the client. No communication."""
+    """Save this rank's state into a checkpoint folder of the client. No communication.
+
+    Args:
+        mols: a handle of plain torch.
+        folder: of the checkpoint, the same on all ranks.
+    """
     path = _state_file(folder, this_rank())
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(mols.state_dict(), path)
@@ -96,6 +115,10 @@ def load_state(mols: Handle, folder: str | Path) -> None:
 
     A rank without a file of its own (the checkpoint is of fewer ranks) reads rank 0's. Without any file, the run
     continues as from a checkpoint without MoLS, with a warning.
+
+    Args:
+        mols: a handle of plain torch.
+        folder: of the checkpoint.
 
     Raises:
         MolsCheckpointError: on every rank, if only some ranks find a file, or one cannot read its own.
@@ -146,8 +169,13 @@ def preserved_rng_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserved_attributes(owner: object) -> Iterator[None]:
-    """Undo assignments to attributes of `owner`, and additions to its private containers of numbers (`_metrics` of
-    TRL's trainers), which are replaced by copies within the context."""
+    """Undo assignments to attributes of an object, and additions to its private containers of numbers.
+
+    Such a container (`_metrics` of TRL's trainers) is a copy within the context.
+
+    Args:
+        owner: the object.
+    """
     saved = dict(vars(owner))
     for name, value in saved.items():
         if name.startswith("_") and isinstance(value, (dict, list, set)) and _is_plain(value):
@@ -162,8 +190,11 @@ def preserved_attributes(owner: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserved_loader(loader: object) -> Iterator[None]:
-    """Iterators that the code inside makes leave no trace in a loader: its attributes, those of its samplers, and the
-    state of their generators are put back."""
+    """Restore a loader after iterators of it were used: its attributes, those of its samplers, and their generators.
+
+    Args:
+        loader: a DataLoader, or a wrapper of one.
+    """
     holders: dict[int, object] = {}
     found = [loader]
     while found:

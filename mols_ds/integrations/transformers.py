@@ -54,6 +54,9 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
     def bind(self, trainer: Any) -> MolsCallback:
         """Bind this callback to a trainer, and add it to the trainer. Call it before `trainer.train()`.
 
+        Args:
+            trainer: a transformers Trainer, or a subclass such as TRL's.
+
         Returns:
             This callback.
 
@@ -171,7 +174,7 @@ class MolsCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise if the engine has no MoLS."""
         if self.trainer is None:
-            raise MolsError(f"{WHO} does not know its trainer: call callback.bind(trainer) before trainer.train()")
+            raise MolsError(f"{WHO} has no trainer: call callback.bind(trainer) before trainer.train()")
         if type(self.mols) is Handle:
             raise MolsError(
                 f"{WHO}: the Trainer's model ({type(self.trainer.model_wrapped).__name__}) has no MoLS: its engine was "

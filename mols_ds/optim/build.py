@@ -1,6 +1,6 @@
 """Build the optimizer that a DeepSpeed config names, if the catalog has it.
 
-DeepSpeed builds the names that it knows, unless the section says `"source": "library"`. Everything else in "optimizer"
+DeepSpeed builds the names that it has, unless the section has `"source": "library"`. Everything else in "optimizer"
 is DeepSpeed's own format: "type" and "params".
 """
 
@@ -165,13 +165,13 @@ def _check_stage(entry: Entry, config: JsonMapping) -> None:
     if entry.reads == "tensors" and stage >= 1:
         stock = ', or DeepSpeed\'s own on stages 1 and 2 ("source": "deepspeed")' if entry.deepspeed is not None else ""
         raise MolsUnsupportedError(
-            f"optimizer {entry.name} works on whole tensors and ZeRO stage {stage} cuts them into flat shards: "
+            f"optimizer {entry.name} needs whole tensors, but ZeRO stage {stage} splits them into flat shards: "
             f'set "zero_optimization.stage": 0{stock}'
         )
     parallel = section_of(config, "tensor_parallel").get("autotp_size") or 0
     if entry.reads == "tensors" and parallel not in (0, 1):
         raise MolsUnsupportedError(
-            f"optimizer {entry.name} works on whole tensors and AutoTP cuts them: remove "
+            f"optimizer {entry.name} needs whole tensors, but AutoTP splits them: remove "
             '"tensor_parallel", or use an optimizer that works element by element'
         )
 

@@ -1,4 +1,4 @@
-"""The catalog of optimizers: one row each, with every fact that this project knows about it.
+"""The catalog of optimizers: one row each, with every fact about it.
 
 To add an optimizer, add a row to `ENTRIES`. Readers: `build` and `choose` (names and settings), `traits` (how to scale
 its step), the engines' checks (what is refused) and `mols-ds plan` (bytes of state).

@@ -136,8 +136,8 @@ class SharedSums:
             expected = parameter.sizes(math.prod(shapes[name]))
             if not torch.equal(counted[at : at + parameter.count], expected):
                 raise MolsUnsupportedError(
-                    f"the ranks' shards hold {int(counted[at : at + parameter.count].sum())} elements of {name!r}, "
-                    f"which has {math.prod(shapes[name])}, or hold some twice: optimizers that sum over the shards "
+                    f"the ranks' shards have {int(counted[at : at + parameter.count].sum())} elements of {name!r}, "
+                    f"which has {math.prod(shapes[name])}, or have some twice: optimizers that sum over the shards "
                     "need ZeRO over all data-parallel ranks (no hpZ, MiCS or expert groups)"
                 )
             at += parameter.count

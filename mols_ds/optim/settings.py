@@ -1,4 +1,4 @@
-"""Types of optimizer settings, Adam's defaults, and the settings that survive a change of the optimizer."""
+"""Types of optimizer settings, Adam's defaults, and the settings that are kept when the optimizer changes."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class ShardedOptimizer(Optimizer, ABC):
 
     Attributes:
         kinds: number of sums per block.
-        moves: DeepSpeed's universal checkpoint carries the whole state (it only knows Adam's keys).
+        moves: DeepSpeed's universal checkpoint carries the whole state (it carries Adam's keys only).
         settings: names of attributes that a copy of the object needs.
     """
 

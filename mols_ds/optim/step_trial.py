@@ -53,8 +53,8 @@ def refusal(optimizer: Optimizer) -> tuple[str, str] | None:
     error = _distance(optimizer)
     if error is None:
         warnings.warn(
-            f"MoLS does not know optimizer {name} and could not try it out: it multiplies its steps, which is right "
-            "only if they are proportional to lr; compare a run with all fixed_alphas 2 to one with twice the lr",
+            f"optimizer {name} is not in MoLS' catalog and could not be tested: scaled steps are right only if they "
+            "are proportional to lr; compare a run with all fixed_alphas 2 to one with twice the lr",
             MolsWarning,
             stacklevel=2,
         )

@@ -91,7 +91,7 @@ def _decay_problem(optimizer: object, group: Mapping[str, Any]) -> str:
     added = adds_decay(optimizer, group)
     if added is None or _settings_by_index(optimizer):
         return "it is not known to subtract lr x weight_decay x w in every step"
-    return "its decay is added to the gradient, so it cannot be told from the update" if added else ""
+    return "its decay is added to the gradient, so it cannot be separated from the update" if added else ""
 
 
 def adds_decay(optimizer: object, group: Mapping[str, Any]) -> bool | None:

@@ -76,12 +76,18 @@ def draw_no_plots() -> None:
 
 
 def write_report(report: Report, report_dir: str | os.PathLike[str]) -> Path:
-    """Write `mols_report.json` and `mols_report.png` into `report_dir`; create it if needed. Call on one rank.
+    """Write `mols_report.json` and `mols_report.png` atomically. Call on one rank.
 
-    Writes are atomic. Non-finite numbers become null. Without matplotlib there is no plot, but a `MolsWarning`.
+    Args:
+        report: as `Handle.report`. Numbers that are not finite become null in the file.
+        report_dir: folder, created if needed.
 
-    Returns the path of the JSON file. Raises `MolsConfigError` if `report_dir` cannot be written, `MolsError` if
-    `report` violates the schema of `mols_ds.core.schema`.
+    Returns:
+        The path of the JSON file.
+
+    Raises:
+        MolsConfigError: `report_dir` cannot be written. Without matplotlib there is no picture, but a `MolsWarning`.
+        MolsError: `report` violates the schema of `mols_ds.core.schema`.
     """
     clean = finite(report)
     problem = schema_problem(clean)
@@ -103,9 +109,13 @@ def write_report(report: Report, report_dir: str | os.PathLike[str]) -> Path:
 
 
 def load_report(path: str | os.PathLike[str]) -> Report:
-    """Read and check a `mols_report.json`. `path`: the file, its folder, or a run's `--out`.
+    """Read and check a report.
 
-    Raises `MolsConfigError` with one line if the file is missing, not JSON, or not a report of this schema.
+    Args:
+        path: a `mols_report.json`, its folder, or a run's `--out`.
+
+    Raises:
+        MolsConfigError: one line, if the file is missing, not JSON, or not a report of this schema.
     """
     file = Path(path)
     if file.is_dir():

@@ -43,7 +43,7 @@ def format_report(report: Report) -> str:
 
 
 def headline(report: Report) -> str:
-    """Return one line that says what was measured, when and how."""
+    """Return one line about what was measured, when and how."""
     moved = " (weights moved: counted as noise)" if report.get("weights_moved") else ""
     what = (
         f"{report['samples']} gradient samples, mode {report['mode']}{moved}, estimator {report['estimator']}, "

@@ -130,7 +130,7 @@ class Checkpointer:
             if isinstance(error, dist.DistError) or "Connection" in str(error):
                 raise
             line = next(iter(str(error).splitlines()), type(error).__name__)
-            if shutil.disk_usage(self.folder).free < ALMOST_FULL:  # torch's writer does not say so
+            if shutil.disk_usage(self.folder).free < ALMOST_FULL:  # torch's writer does not report it
                 line = "no space left on this disk"
             raise MolsCheckpointError(
                 f"checkpoint {tag} cannot be saved in {self.folder}: {line}; the earlier checkpoints are unchanged"

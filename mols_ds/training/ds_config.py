@@ -1,4 +1,4 @@
-"""The DeepSpeed config of the main job: read, "auto" values replaced by numbers, handed to DeepSpeed as a dict."""
+"""The DeepSpeed config of the main job: read it, replace "auto" values by numbers, pass it to DeepSpeed as a dict."""
 
 import copy
 import warnings
@@ -35,7 +35,7 @@ def read_config(given: str) -> JsonObject:
         given: the path of a file or a base64 text, as `mols_ds.engines.deepspeed.config_reader.read_config` takes it.
 
     Returns:
-        The config. `"total_steps": "auto"` in its "mols" section is left out: the job knows the number.
+        The config. `"total_steps": "auto"` in its "mols" section is removed: the job has the number.
 
     Raises:
         MolsConfigError: it cannot be read, misspells "mols" or holds a wrong "mols" section.
@@ -107,7 +107,7 @@ def resolve(
     fill(config, lr)
     if config.get("gradient_clipping", AUTO) == AUTO:
         config["gradient_clipping"] = PAPER_CLIPPING
-    config.setdefault("steps_per_print", None)  # the progress bar and metrics.jsonl say it
+    config.setdefault("steps_per_print", None)  # the progress bar and metrics.jsonl show it
     zero = config.get("zero_optimization", {})
     for key in [key for key, value in zero.items() if value == AUTO]:
         del zero[key]  # DeepSpeed's own default

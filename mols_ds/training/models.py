@@ -32,7 +32,7 @@ def load_model_config(source: str) -> PretrainedConfig:
         raise MolsConfigError(f"model {source}: no such model file or checkpoint folder (see configs/models/)")
     settings = read_json(file, f"model {file}")
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
-        raise MolsConfigError(f'model {file}: needs a "model_type" that transformers knows, such as "llama"')
+        raise MolsConfigError(f'model {file}: needs a "model_type" that transformers has, such as "llama"')
     from transformers import AutoConfig, AutoModelForCausalLM
 
     given = dict(settings)
@@ -172,7 +172,7 @@ def check_compiler(backend: str, device: torch.device | str, config: JsonObject)
         )
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
-        raise MolsConfigError(f"--compile {backend}: torch.compile knows {', '.join(known)}")
+        raise MolsConfigError(f"--compile {backend}: torch.compile has {', '.join(known)}")
     try:
         torch.compile(torch.sin, backend=backend)(torch.zeros(2, device=device))
     except Exception as error:  # compilers raise dozens of unrelated types

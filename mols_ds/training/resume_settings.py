@@ -144,7 +144,7 @@ def compare(saved: Settings, now: Settings) -> list[str]:
         One line for each setting where another value than before applies, or where the checkpoint's stays.
 
     Raises:
-        MolsCheckpointError: settings with which the run cannot go on, all in one line.
+        MolsCheckpointError: settings with which the run cannot continue, all in one line.
     """
     refused: list[str] = []
     said: list[str] = []

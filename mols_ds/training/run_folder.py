@@ -30,14 +30,14 @@ _REPLACED = (METRICS, CHECKPOINTS, RUN, REPORT, BOARD, BASE, "compare.json", "co
 
 
 class MistakeEverywhere(MolsConfigError):
-    """A mistake that every rank knows, so that rank 0 alone prints it."""
+    """A mistake that is found on every rank, so that rank 0 alone prints it."""
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     """Add --out, --resume and --overwrite. default: of --out, in words."""
     parser.add_argument("--out", type=Path, help=f"output folder (default: {default})")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run that --out holds and start a new one")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in --out and start a new one")
 
 
 def holds_run(out: Path) -> bool:
@@ -66,7 +66,7 @@ def check_out(out: Path, *, resume: bool, overwrite: bool, compared: bool) -> No
         raise MolsConfigError(f"--resume: there is no checkpoint below {out}{more}")
     if not resume and not overwrite and holds_run(out):
         raise MolsConfigError(
-            f"--out {out} holds a run: --resume continues it, --overwrite deletes it; or give another --out"
+            f"--out {out} contains a run: --resume continues it, --overwrite deletes it; or give another --out"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def _lock(out: Path) -> list[int]:
 
 
 def _delete_run(out: Path) -> None:
-    """Delete what a run has written, by name: the folder may hold other files of the user."""
+    """Delete what a run has written, by name: the folder may contain other files of the user."""
     for place in (out, out / ADAM, out / MOLS):
         for name in _REPLACED:
             path = place / name
@@ -146,23 +146,23 @@ def settle(out: Path, settings: Settings, *, resume: bool, rank: int) -> bool:
         Whether some differ, on every rank. False for a run of a release that saved none.
 
     Raises:
-        MolsConfigError: on every rank, if the run cannot go on with these settings.
+        MolsConfigError: on every rank, if the run cannot continue with these settings.
     """
-    told: list[str] = []
+    changes: list[str] = []
 
     def work() -> None:
         path = out / RUN
         if resume and path.is_file():
             saved = read_json(path, f"--resume: {path}")
             if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
-                raise MolsCheckpointError(f"--resume: {path} is not a file of this program; delete it to go on")
-            told.extend(compare(saved["settings"], json.loads(json.dumps(settings))))
-            for line in told:
+                raise MolsCheckpointError(f"--resume: {path} is not a file of this program; delete it to continue")
+            changes.extend(compare(saved["settings"], json.loads(json.dumps(settings))))
+            for line in changes:
                 tell(f"--resume: {line}")
         write_whole(path, json.dumps({"schema": 1, "settings": dict(settings)}, indent=1) + "\n")
 
     on_first_rank(rank, work)
-    return agreed(bool(told))
+    return agreed(bool(changes))
 
 
 def agreed(value: bool) -> bool:

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped_root() -> Path:
-    """Return the folder that holds `SHIPPED`: `mols_ds/shipped` in an installed wheel, else the checkout."""
+    """Return the folder with `SHIPPED`: `mols_ds/shipped` in an installed wheel, else the checkout."""
     inside = PACKAGE / "shipped"
     return inside if inside.is_dir() else PACKAGE.parent
 

@@ -34,7 +34,7 @@ ROWS = 100
 BLOCK_CHARACTERS = 1 << 20
 """Characters of a text file to read at once."""
 HUGE_CHARACTERS = 1 << 24
-"""Longer documents are skipped: they are no text for a model, and one is held in memory whole."""
+"""Longer documents are skipped: they are no text for a model, and a document must fit in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class DataSpec:
         if len(rows) < 2 or not all(isinstance(row, dict) and "source" in row for row in rows):
             raise MolsConfigError(f'{value}: "mixture" needs a list of two or more objects with "source" and "weight"')
         if settings:
-            raise MolsConfigError(f'{value}: key {next(iter(settings))!r} belongs into the sources of "mixture"')
+            raise MolsConfigError(f'{value}: key {next(iter(settings))!r} belongs in the sources of "mixture"')
         mixture = tuple(cls._one(value, part, overrides) for part in rows)
         if len({part.streaming for part in mixture}) > 1:
             raise MolsConfigError(f"{value}: a mixture has local sources or data sets of the hub, not both")
@@ -259,7 +259,7 @@ def _text(row: JsonObject, key: str, where: str) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return type and first line of an error's message that says what is wrong, or its type alone.
+    """Return type and first line of an error's message that names the problem, or its type alone.
 
     Skips headings: lines that end with a colon, as those of transformers' validators and of torch's `load_state_dict`.
     Follows `datasets`' wrapper to its cause.
@@ -278,7 +278,7 @@ def document_hash(text: str, seed: int) -> int:
 
 
 def hash_threshold(share: float) -> int:
-    """Return the threshold below which a document's hash holds it out: `share` of them on average."""
+    """Return the threshold of the hash below which a document is held out: `share` of them on average."""
     return int(share * 2**64)
 
 

@@ -147,7 +147,7 @@ class Trainer:
         tag = None if backend.universal else self.checkpointer.newest()
         counted = backend.load_checkpoint(self.folder, tag)
         if counted is None:
-            raise MolsCheckpointError(f"--resume: {self.folder} holds no checkpoint of this program")
+            raise MolsCheckpointError(f"--resume: {self.folder} contains no checkpoint of this program")
         steps = int(counted["steps"])
         for key, now in self.identity.items():
             longer = key == "steps" and backend.extendable and self.job.steps > steps

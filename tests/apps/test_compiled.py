@@ -54,5 +54,5 @@ def test_a_compiled_model_trains_the_same(tmp_path: Path) -> None:
     assert found["plain"] == 0 < found["compiled"]
     assert "broken: torch.compile fails on this machine, train without it: " in one_line(found["broken"])
     assert "no compiler" in one_line(found["broken"])
-    assert "train.py: --compile unknown: torch.compile knows " in one_line(found["unknown"])
+    assert "train.py: --compile unknown: torch.compile has " in one_line(found["unknown"])
     assert "no matrix product would be compiled: use stage 0, 1 or 2" in one_line(found["stage 3"])

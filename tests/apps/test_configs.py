@@ -106,9 +106,9 @@ def test_deepspeed_reads_every_json(name: str, tmp_path: Path, monkeypatch: pyte
     names = {field.alias or key for key, field in known.items()} | set(known)
     for key, value in config["zero_optimization"].items():
         assert key in names, f"DeepSpeed has no zero_optimization.{key}: it would be ignored"
-        told = read_back.zero_config.model_dump(by_alias=True).get(key)
+        parsed = read_back.zero_config.model_dump(by_alias=True).get(key)
         if not isinstance(value, dict):
-            assert told == value
+            assert parsed == value
     section = MolsConfig.parse(config["mols"])
     schedule = resolve_schedule(section, STEPS, STEPS // 10)
     assert 0 < schedule.start < schedule.ramp_end <= STEPS
@@ -130,14 +130,14 @@ def test_megatron_takes_every_yaml(name: str, monkeypatch: pytest.MonkeyPatch) -
     model, optimizer, ddp = transformer_config(chosen, GPU), optimizer_config(chosen), ddp_config(chosen)
     assert type(model).__name__ == "TransformerConfig"
     parallel, precision = chosen.parallel, chosen.precision
-    told = (
+    parsed = (
         model.tensor_model_parallel_size,
         model.pipeline_model_parallel_size,
         model.virtual_pipeline_model_parallel_size,
         model.expert_model_parallel_size,
         model.sequence_parallel,
     )
-    assert told == (parallel.tp, parallel.pp, parallel.vp, parallel.ep, parallel.sp), ranks_of(chosen)
+    assert parsed == (parallel.tp, parallel.pp, parallel.vp, parallel.ep, parallel.sp), ranks_of(chosen)
     assert model.num_layers % (parallel.pp * (parallel.vp or 1)) == 0
     assert (model.fp8, model.fp8_recipe) == (precision.fp8, precision.fp8_recipe)
     assert model.params_dtype == (torch.bfloat16 if precision.dtype == "bf16" else torch.float32)

@@ -225,7 +225,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     ),
     "whole tensors under ZeRO": (
         *({"optimizer": {"type": "SOAP", "params": {"lr": 1e-3}}}, "problem", "config.values"),
-        *("works on whole tensors", '"zero_optimization.stage": 0'),
+        *("needs whole tensors", '"zero_optimization.stage": 0'),
     ),
     "no norm": ({"compute_grad_norm": False, "mols": {"mode": "online"}}, "problem", "config.engine", "norm", "remove"),
     "offload ratio": (

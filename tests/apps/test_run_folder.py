@@ -120,7 +120,7 @@ def test_the_settings_and_the_names_of_a_run_are_saved() -> None:
 def test_a_folder_that_holds_a_run_is_not_lost() -> None:
     out = base() / "held"
     assert one_line(results()["held"]) == (
-        f"train.py: --out {out} holds a run: --resume continues it, --overwrite deletes it; or give another --out"
+        f"train.py: --out {out} contains a run: --resume continues it, --overwrite deletes it; or give another --out"
     )
     assert results()["overwritten"].status == 0, results()["overwritten"].stderr
     assert sorted(path.name for path in (out / "checkpoints").glob("step*")) == ["step3"]

@@ -24,14 +24,14 @@ WIDTH = 1200
 FIRST = "<script>window.found = []; addEventListener('error', e => found.push(String(e.message)), true);</script>"
 LAST = """<script>addEventListener('load', () => {
   const wide = [...document.querySelectorAll('body, .scroll')].filter(e => e.scrollWidth > e.clientWidth);
-  const told = document.createElement('pre');
-  told.id = 'told';
-  told.textContent = JSON.stringify({
+  const measured = document.createElement('pre');
+  measured.id = 'measured';
+  measured.textContent = JSON.stringify({
     page: document.documentElement.scrollWidth, width: innerWidth,
     wide: wide.map(e => `${e.scrollWidth} of ${e.clientWidth}: ${e.textContent.slice(0, 80)}`),
     images: [...document.images].map(i => [i.alt, i.complete, i.naturalWidth, i.getBoundingClientRect().right]),
     errors: window.found});
-  document.body.append(told);
+  document.body.append(measured);
 });</script>"""
 """What measures the page; it is put into a copy, since the page itself has no script."""
 
@@ -77,9 +77,9 @@ def measured(page: Path, folder: Path) -> dict[str, Any]:
     command += [f"--window-size={WIDTH},900", "--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"]
     done = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     assert ":CONSOLE" not in done.stderr, "the page logged something"
-    told = re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert told, done.stderr
-    return {**json.loads(html.unescape(told[1]))}
+    block = re.search(r'<pre id="measured">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert block, done.stderr
+    return {**json.loads(html.unescape(block[1]))}
 
 
 @pytest.mark.tier("all")

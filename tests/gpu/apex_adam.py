@@ -1,4 +1,4 @@
-"""python -m tests.gpu.apex_adam OPTIMIZER PORT: MoLS with apex's Adam, against torch's AdamW on a twin.
+"""python -m tests.gpu.apex_adam OPTIMIZER PORT: MoLS with apex's Adam, against torch's AdamW on a reference.
 
 OPTIMIZER: "apex" (needs a CUDA device), or "torch", which checks this file itself anywhere. Prints one line of JSON:
 the largest differences of weights after STEPS steps, relative to the largest weight of each tensor.
@@ -41,14 +41,14 @@ def largest_difference(one: nn.Module, other: nn.Module) -> float:
 
 
 def train(kind: str) -> dict[str, Any]:
-    """The largest differences from the twin, and from a twin without multipliers; the multipliers at the end."""
+    """The largest differences from the references with and without multipliers; the multipliers at the end."""
     import mols_ds
     from mols_ds.core.groups import group_table
     from tests.helpers.oracle.models import batch, build, loss_of
 
     model = build("llama")
     device = torch.device("cuda" if kind == "apex" else "cpu")
-    twins = [copy.deepcopy(model).to(device) for _ in range(2)]
+    references = [copy.deepcopy(model).to(device) for _ in range(2)]
     layouts = group_table(model).layouts
     config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
     config |= {"zero_allow_untested_optimizer": True, "gradient_clipping": 0.0, "mols": SECTION}
@@ -58,33 +58,33 @@ def train(kind: str) -> dict[str, Any]:
     )
     adams = [
         torch.optim.AdamW(
-            [{"params": [p], "name": name} for name, p in twin.named_parameters()],
+            [{"params": [p], "name": name} for name, p in reference.named_parameters()],
             lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY,
         )
-        for twin in twins
+        for reference in references
     ]  # fmt: skip
     for step in range(STEPS):
         ids: Tensor = batch(step, 0, 0).to(device)
         engine.backward(loss_of(engine, ids))
         engine.step()
-        for scaled, (twin, adam) in enumerate(zip(twins, adams, strict=True)):
+        for scaled, (reference, adam) in enumerate(zip(references, adams, strict=True)):
             adam.zero_grad()
-            loss_of(twin, ids).backward()
+            loss_of(reference, ids).backward()
             for group in adam.param_groups:
                 (of,) = layouts[group["name"]].groups
                 group["lr"] = LR * (engine.mols.multipliers[of] if scaled else 1.0)
             adam.step()
-    plain, scaled_twin = twins
+    plain, scaled_reference = references
     return {
         "steps": engine.global_steps,
         "multipliers": engine.mols.multipliers,
-        "scaled": largest_difference(engine.module, scaled_twin),
+        "scaled": largest_difference(engine.module, scaled_reference),
         "plain": largest_difference(engine.module, plain),
     }
 
 
 def check(kind: str, rtol: float) -> None:
-    """Run this file in a process of its own. The engine must be within `rtol` of its twin, and far from one without
+    """Run this file in a process of its own. The engine must be within `rtol` of its reference, far from one without
     multipliers: the comparison sees them."""
     done = run(sys.executable, "-m", "tests.gpu.apex_adam", kind, str(free_port()), cwd=ROOT)
     assert done.status == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

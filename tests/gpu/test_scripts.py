@@ -1,4 +1,4 @@
-"""What this folder's tests are made of, without a GPU: the comparison with a twin, and the reasons for skipping."""
+"""What this folder's tests are made of, without a GPU: comparisons with a reference, reasons for skipping."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.gpu.conftest import missing
 
 @pytest.mark.jobs
 @pytest.mark.tier("all")
-def test_the_twin_of_torchs_adam_is_the_same() -> None:
+def test_the_reference_of_torchs_adam_is_the_same() -> None:
     check("torch", 0.0)
 
 

@@ -53,5 +53,8 @@ def test_patch_does_the_same_and_attach_adopts_its_engine(world: int, name: str,
 def test_what_is_no_engine_is_refused_by_what_to_pass() -> None:
     (seen,) = results(1)[REFUSALS[1:]]
     assert 'no "mols" section' in seen["engine"]
-    assert seen["optimizer"] == "attach: an optimizer does not know its engine; pass the model that prepare() returned"
+    assert (
+        seen["optimizer"]
+        == "attach: an optimizer has no reference to its engine; pass the model that prepare() returned"
+    )
     assert "LlamaForCausalLM is not a DeepSpeed engine; pass what deepspeed.initialize returned" in seen["model"]

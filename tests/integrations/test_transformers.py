@@ -128,7 +128,7 @@ def test_the_section_comes_from_the_config_or_an_argument_and_patch_serves_as_we
 def test_a_section_is_never_silently_ignored() -> None:
     (seen,) = results(1)[REFUSALS[1:]]
     assert seen["unbound"] == (
-        "MolsError: MolsCallback does not know its trainer: call callback.bind(trainer) before trainer.train()"
+        "MolsError: MolsCallback has no trainer: call callback.bind(trainer) before trainer.train()"
     )
     assert 'no "mols" section' in seen["no section"]
     assert 'the "mols" sections of the argument and of the DeepSpeed config differ' in seen["two sections"]

@@ -308,9 +308,9 @@ def test_adam_moments_recover_the_statistics(step: int, beta1: float, beta2: flo
     assert float((mu2 - c * plain_s2).mean()) == pytest.approx(float(mu.double().square().mean()), abs=0.005)
     # s2 is what a few roundings leave of v - m^2, up to 256 times as large as they are where there is a ratio.
     ratio = mu2.double() / (plain_s2 * (1 - c))
-    told = (plain_s2 > 0) & (ratio < 256)
+    has_noise = (plain_s2 > 0) & (ratio < 256)
     near_the_cut = (ratio / 256 - 1).abs() < 1e-4
-    assert torch.equal((s2 > 0)[~near_the_cut], told[~near_the_cut]) and float(near_the_cut.float().mean()) < 1e-3
+    assert torch.equal((s2 > 0)[~near_the_cut], has_noise[~near_the_cut]) and float(near_the_cut.float().mean()) < 1e-3
     torch.testing.assert_close(s2[s2 > 0].double(), plain_s2[s2 > 0], rtol=2e-4, atol=0)
     if step > 100:
         sums = GroupSums.zeros(("vo",), NoiseFloor(1.0, c))

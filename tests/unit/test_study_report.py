@@ -200,7 +200,7 @@ def test_a_partial_study_answers_what_it_can_and_names_what_is_missing(tmp_path:
     text = (tmp_path / "report.md").read_text("utf-8")
     first = text[: text.index("## In short")]
     assert "- `constant` on b: 0 runs, its tuning is not finished\n" in first and "not complete" in first
-    assert "- every arm on long: it takes the best arms of a, where not every arm is finished\n" in first
+    assert "- every arm on long: it trains the best arms of a, where not every arm is finished\n" in first
     asked = text[text.index("## The questions") : text.index("## Share of")]
     assert "| primary | a | mols | constant | **-0.1" in asked and "| yes |" in asked
     assert "| primary | b | mols | constant | no result yet | - | - | - |" in asked

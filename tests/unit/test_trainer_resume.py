@@ -118,7 +118,7 @@ def test_another_program_s_checkpoint_is_refused(tmp_path: Path) -> None:
     state = tmp_path / "checkpoints" / "step8" / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "counted": None}))
     (state.parent / "manifest.json").unlink()
-    with pytest.raises(MolsCheckpointError, match="holds no checkpoint of this program"):
+    with pytest.raises(MolsCheckpointError, match="contains no checkpoint of this program"):
         train(job_of(tmp_path, resume=True))
 
 

@@ -1,6 +1,6 @@
 """Tokenize examples, mark the answer tokens to train on, and build batches.
 
-Every process has all examples. So each knows the number of answer tokens in a step's global batch without
+Every process has all examples. So each can compute the number of answer tokens in a step's global batch without
 communication; the loss is divided by it (`AnswerBatch.weight`).
 """
 

@@ -1,4 +1,4 @@
-"""Read and check instructions and answers of files or data sets. Each example knows its place.
+"""Read and check instructions and answers of files or data sets. Each example has its place in the source.
 
 A row is {"prompt", "completion"}, Alpaca's {"instruction", "input", "output"} (input may be missing or empty), or
 {"messages": [{"role", "content"}, ...]}. Other keys are ignored. Rows of one source may differ.

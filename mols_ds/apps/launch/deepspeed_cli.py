@@ -7,7 +7,7 @@ variables do not reach other nodes. Every rank runs the script through run_scrip
 
 SIGTERM, SIGUSR1 and Ctrl-C go to the ranks on all nodes: they save a checkpoint and exit with 0, then the launcher
 exits. A second Ctrl-C kills the ranks of this machine.
-mols_ds/apps/launch/signals.py describes what DeepSpeed's launcher does by itself.
+mols_ds/apps/launch/signals.py describes what DeepSpeed's launcher does without it.
 """
 
 from __future__ import annotations

@@ -153,8 +153,8 @@ class Supervisor:
                 if number == signal.SIGINT and self._interrupted:
                     return self._kill(process)
                 self._interrupted |= number == signal.SIGINT
-                told = self._forward(process.pid, number)
-                patience = self.grace if told else min(self.grace, IDLE_SECONDS)
+                forwarded = self._forward(process.pid, number)
+                patience = self.grace if forwarded else min(self.grace, IDLE_SECONDS)
                 limit = min(limit or float("inf"), time.monotonic() + patience)
             elif limit is not None:
                 # New ranks after the signal: the launcher mistook the exit for a failure.

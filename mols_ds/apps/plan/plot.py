@@ -32,7 +32,7 @@ def save(plan: JsonMapping, path: str) -> None:
 
 
 def draw(plan: JsonMapping) -> Figure:
-    """Draw one panel for the accelerator, and one for the host if it holds anything. Raises ImportError."""
+    """Draw one panel for the accelerator, and one for the host if anything is there. Raises ImportError."""
     from matplotlib.figure import Figure  # without pyplot, which reads MPLBACKEND
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

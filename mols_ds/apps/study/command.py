@@ -117,7 +117,7 @@ def _only(study: Study, arms: Sequence[str]) -> Study:
             raise MolsConfigError(f'--arms: "{arm}" is not one of {", ".join(study.arms)}')
     for model in study.models:
         if (change := study.changes.get(model)) is not None and change.best is not None:
-            raise MolsConfigError(f"--arms: {model} takes the best of all arms; leave it out with --models")
+            raise MolsConfigError(f"--arms: {model} trains the best of all arms; leave it out with --models")
     started = {search.start for name in arms if (search := study.arms[name].search) is not None}
     kept = {name: arm for name, arm in study.arms.items() if name in {*arms, *started, study.baseline}}
     return study.model_copy(update={"arms": kept})

@@ -120,7 +120,7 @@ def _missing(summary: Summary, study: JsonMapping) -> list[str]:
         text += f" ({'; '.join(named)})" if 0 < len(named) <= MAX_LISTED else ""
         items.append(text + (", its tuning is not finished" if (model, arm) in summary.absent else ""))
     items += [
-        f"every arm on {model}: it takes the best arms of {change['settings_of']}, where not every arm is finished"
+        f"every arm on {model}: it trains the best arms of {change['settings_of']}, where not every arm is finished"
         for model, change in (study.get("changes") or {}).items()
         if change.get("best") and model in summary.models and not summary.of(model)
     ]

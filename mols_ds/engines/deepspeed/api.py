@@ -80,9 +80,15 @@ def check_is_engine(engine: object) -> None:
 def initialize(*args: Any, **kwargs: Any) -> Initialized:
     """Run `deepspeed.initialize` with the "mols" section of the DeepSpeed config, and with optimizers by name.
 
-    Same arguments and results as DeepSpeed's function (deepspeed/__init__.py). `mols_ds.optim` builds an "optimizer"
-    whose "type" DeepSpeed does not know, or with `"source": "library"`. With neither such a section nor a "mols"
-    section (or with `"enabled": false`), the result is bit for bit that of `deepspeed.initialize`.
+    `mols_ds.optim` builds an "optimizer" whose "type" DeepSpeed does not know, or with `"source": "library"`. With
+    neither such an optimizer nor a "mols" section (or with `"enabled": false`), the result is bit for bit that of
+    `deepspeed.initialize`.
+
+    Args:
+        args, kwargs: those of `deepspeed.initialize` (deepspeed/__init__.py).
+
+    Returns:
+        Its four results: engine, optimizer, data loader, scheduler. `engine.mols` is the handle.
 
     Raises:
         MolsConfigError, MolsUnsupportedError: as `attach` and `mols_ds.optim.build.split_config`. A wrong section is an
@@ -200,7 +206,7 @@ def _initialize_ours(below: Initialize, arguments: Config, request: Request) -> 
         )
     if request.entry.reads == "tensors" and arguments.get("mpu") is not None:
         raise MolsUnsupportedError(
-            f"optimizer {request.entry.name} works on whole tensors, but with the argument `mpu` ranks have parts "
+            f"optimizer {request.entry.name} needs whole tensors, but with the argument `mpu` ranks have parts "
             "of them: use an elementwise optimizer"
         )
     optimizer = build(request, arguments["model"], arguments.get("model_parameters"))

@@ -1,6 +1,6 @@
 """Which `"auto"` of a DeepSpeed config who replaces by a value.
 
-DeepSpeed itself knows the word in a few sections only; it comes from transformers' Trainer and accelerate.
+DeepSpeed accepts the word in a few sections only; transformers' Trainer and accelerate introduced it.
 """
 
 from __future__ import annotations
@@ -76,6 +76,6 @@ def check_no_auto(config: Mapping[str, Any]) -> None:
     keys = [key for key in auto_keys(config) if refused_by_deepspeed(key)]
     if keys:
         raise MolsConfigError(
-            f'DeepSpeed config: "auto" in {", ".join(keys)}, which DeepSpeed does not know; give values, or use what '
+            f'DeepSpeed config: "auto" in {", ".join(keys)}, which DeepSpeed does not accept; give values, or use what '
             "fills them in: transformers' Trainer, or this package's train.py and finetune.py"
         )

@@ -118,7 +118,7 @@ class EngineCheckpoints:
             problem = f"{path} could not be written: {error}"
         if failed := self._failed(problem):
             controller.warn(
-                f"rank {failed[0]} could not write its accumulators (its log says why): a run that resumes from this "
+                f"rank {failed[0]} could not write its accumulators (see its log): a run that resumes from this "
                 "checkpoint starts the calibration over"
             )
             return number  # no complete set of files has this number, so a resumed run detects the loss

@@ -62,7 +62,7 @@ def _engine_refusals(engine: Engine, config: MolsConfig) -> list[Refusal]:
         ),
         (
             measures == "online" and engine.zero_optimization() and not engine.zero_compute_grad_norm(),
-            '"compute_grad_norm": false in mode "online" (without the norm, clipping and bad gradients cannot be seen)',
+            '"compute_grad_norm": false in mode "online" (only the norm shows clipping and bad gradients)',
             'remove it, or use "mode": "probe"',
         ),
     ]

@@ -15,7 +15,7 @@ SECTIONS = {
 
 
 def misspelt_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Return the top-level keys that DeepSpeed does not know and that resemble one of its own -> that one."""
+    """Return the top-level keys that DeepSpeed does not have and that resemble one of its keys -> that key."""
     known = known_keys()
     found: dict[str, str] = {}
     for key in keys:

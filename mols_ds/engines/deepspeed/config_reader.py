@@ -34,7 +34,7 @@ def read_config(given: object) -> JsonObject:
 
     Args:
         given: a dict, which is returned as it is; the path of an HJSON file; or such a text in url-safe base64. A key
-            that stands twice is refused in a file; in base64 the last one counts, as in DeepSpeed.
+            that occurs twice is refused in a file; in base64 the last one counts, as in DeepSpeed.
 
     Raises:
         MolsConfigError: there is no such file, it is not HJSON or no object, or `check_plain`; one line.

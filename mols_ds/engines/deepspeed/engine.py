@@ -87,7 +87,7 @@ class EngineMols(Session):
         self.checkpoints = EngineCheckpoints(self, engine, self.grid, self.window)
         seen = batch_observers(engine) if config.mode == "probe" and config.fixed_alphas is None else []
         if seen:
-            self.controller.warn(f'the batches that "mode": "probe" discards are seen: {"; ".join(seen)}')
+            self.controller.warn(f'"mode": "probe" discards batches that DeepSpeed still counts: {"; ".join(seen)}')
         if late is not None:
             self.controller.warn(late)
         self.controller.advance(engine.global_steps)

@@ -70,7 +70,7 @@ def check_order(engine: Engine, schedule: Schedule, measures: bool) -> str | Non
         raise MolsCheckpointError(f"this engine loaded a checkpoint with MoLS state before MoLS was attached: {order}")
     if held is None:
         raise MolsCheckpointError(
-            f"this engine loaded a checkpoint before MoLS could see whether it has MoLS state: {order}"
+            f"this engine loaded a checkpoint before MoLS could check whether it has MoLS state: {order}"
         )
     if t == schedule.start:
         return None

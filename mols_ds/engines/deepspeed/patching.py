@@ -26,9 +26,10 @@ def patch() -> None:
     """Replace `deepspeed.initialize`: with a "mols" section in its config it is `mols_ds.initialize`.
 
     Without a section the result is bit for bit the same as before. Replacements nest: ours calls an earlier one, and a
-    later one may call ours. A second call does nothing. A module that has imported the function by name
-    (`from deepspeed import initialize`) keeps the stock one: with a section that is a MolsError, also where somebody
-    has put an older function back.
+    later one may call ours. A second call does nothing.
+
+    An engine with a section that another function builds raises a MolsError: a module has imported the stock function
+    by name (`from deepspeed import initialize`), or an older function was put back.
     """
     global _on
     _on = True
@@ -49,7 +50,7 @@ def unpatch() -> None:
 
 
 def _watch_engines() -> None:
-    """No engine leaves out a "mols" section in silence: one that was built past `deepspeed.initialize` is refused."""
+    """Refuse engines with a "mols" section that are built without our `deepspeed.initialize`."""
     stock = deepspeed.DeepSpeedEngine.__init__
     if hasattr(stock, "below_mols"):
         return
@@ -58,9 +59,9 @@ def _watch_engines() -> None:
     def init(engine: Any, *args: Any, **kwargs: Any) -> None:
         if _on and is_left_out(inspect.signature(stock).bind(engine, *args, **kwargs).arguments):
             raise MolsError(
-                'the "mols" section would be left out: this engine is not built by the deepspeed.initialize that '
-                "mols_ds.patch() put there, but by one that was imported by its name before (from deepspeed import "
-                "initialize) or put back since; call mols_ds.patch() before that import, or mols_ds.initialize"
+                'the "mols" section would be left out: this engine is not built by the deepspeed.initialize of '
+                "mols_ds.patch(), but by one that was imported by name earlier (from deepspeed import initialize) or "
+                "put back later; call mols_ds.patch() before that import, or mols_ds.initialize"
             )
         stock(engine, *args, **kwargs)
 

@@ -1,6 +1,6 @@
 """Shards of each ZeRO layout. The only file that reads DeepSpeed's optimizers (names: compat.py).
 
-One class per layout knows: the inner tensors that the inner optimizer steps, the parameter elements in them, how to
+One class per layout has: the inner tensors that the inner optimizer steps, the parameter elements in them, how to
 read and discard this rank's reduced gradient at an accumulation boundary, and the factor from an inner `.grad` to the
 unscaled, unclipped gradient.
 """

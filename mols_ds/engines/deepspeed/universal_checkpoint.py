@@ -72,7 +72,7 @@ def refuse(engine: Engine, folder: Path | None, with_optimizer: bool) -> None:
         return
     if universal != (folder / "zero" / "optimizer_state.pt").is_file():
         raise MolsCheckpointError(
-            f'{folder} is not a universal checkpoint, as the config\'s "load_universal" says: {conversion_hint(folder)}'
+            f'{folder} is not a universal checkpoint, but the config has "load_universal": {conversion_hint(folder)}'
             if universal
             else f'{folder} is a universal checkpoint: set "checkpoint": {{"load_universal": true}} in the config'
         )
@@ -121,14 +121,14 @@ def _refuse_universal(engine: Engine) -> None:
         )
     if engine.zero_nvme_offload_optimizer():
         raise MolsUnsupportedError(
-            "a universal checkpoint with the optimizer on NVMe: DeepSpeed loads the swap files of the same layout "
-            "alone; resume with offload_optimizer on the CPU"
+            "a universal checkpoint with the optimizer on NVMe: DeepSpeed loads swap files of the same layout "
+            "only; resume with offload_optimizer on the CPU"
         )
     if getattr(engine.optimizer, "round_robin_gradients", False):
         raise round_robin_error("this run")
     if is_megatron(engine.module) and tensor_parallel_size(engine) > 1:
         raise MolsUnsupportedError(
-            "a universal checkpoint of a tensor-parallel Megatron-core model: DeepSpeed does not know how its "
+            "a universal checkpoint of a tensor-parallel Megatron-core model: DeepSpeed does not record how its "
             "parameters are split; resume with the same number of ranks and tensor-parallel size, without "
             '"load_universal", or train with Megatron\'s own optimizer, whose checkpoints move'
         )

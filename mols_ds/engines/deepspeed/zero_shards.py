@@ -147,8 +147,8 @@ class ZeroShards(ABC):
         norm = getattr(self.outer, "_global_grad_norm", None)
         if norm is None:
             raise MolsUnsupportedError(
-                "zero_optimization.compute_grad_norm=false: without the norm, clipping cannot be undone and bad "
-                'gradients cannot be seen; remove it, or use "mode": "probe"'
+                "zero_optimization.compute_grad_norm=false: without the norm, clipping cannot be undone and "
+                'non-finite gradients cannot be detected; remove it, or use "mode": "probe"'
             )
         norm = float(norm)
         if not math.isfinite(norm) or norm < 0:

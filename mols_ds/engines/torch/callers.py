@@ -1,4 +1,4 @@
-"""Who calls `optimizer.step()`, where the arguments do not say it."""
+"""Find who calls `optimizer.step()`, where the arguments do not show it."""
 
 from __future__ import annotations
 

@@ -127,8 +127,8 @@ class TorchCheckpoints:
         """Continue a partial calibration. Returns an error, the same on every rank, or None."""
         if started and self.mols.config.mode == "moments":
             return None  # its state is the optimizer's
-        told = together(lambda: self._part_problem(state.get(rank_key())))
-        problem = next((f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None), None)
+        problems = together(lambda: self._part_problem(state.get(rank_key())))
+        problem = next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text is not None), None)
         return problem if started else None
 
     def _part_problem(self, part: Mapping[str, Any] | None) -> str | None:

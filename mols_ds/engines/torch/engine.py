@@ -51,7 +51,7 @@ class TorchMols(Session):
 
     In mode "probe", during the calibration, `optimizer.step()` measures the gradient of the loop's batch and does not
     update. Weights, buffers, optimizer state and the random numbers of the model end as if those batches had never run
-    (docs/method.md, "What a probe restores"). A scheduler, a counter or a loader of the loop goes on.
+    (docs/method.md, "What a probe restores"). A scheduler, a counter or a loader of the loop continues.
 
     With several optimizers, one step is one call of each one's `step()`.
     """

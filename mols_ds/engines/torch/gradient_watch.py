@@ -56,7 +56,7 @@ class GradientWatch:
     def problem(self, params: Iterable[Tensor] | None = None) -> str:
         """Describe what happened to gradients since the last `record`; "": nothing. `params`: None: all."""
         if self._seen is None:
-            return "no backward pass was seen since the last step"
+            return "no backward pass ran since the last step"
         among = None if params is None else {id(p) for p in params}
         now = self._versions()
         for key in now.keys() | self._seen.keys():

@@ -1,4 +1,4 @@
-"""Which elements of a logical parameter this rank holds.
+"""Which elements of a logical parameter this rank has.
 
 A plain tensor is the whole parameter, copied on every rank (DDP). A DTensor is this rank's block of it: for each
 dimension the indices that its placements leave on this rank. Statistics and rates only need to know the module group of
@@ -23,7 +23,7 @@ from mols_ds.core.ranges import ParamRange
 from mols_ds.errors import MolsUnsupportedError
 
 Indices = Sequence[int]
-"""Indices of one dimension of a logical parameter that a rank holds, ascending within one mesh dimension's cut."""
+"""Indices of one dimension of a logical parameter that a rank has, ascending within one mesh dimension's cut."""
 
 
 class Block(NamedTuple):
@@ -67,7 +67,7 @@ def describe(parameter: Tensor) -> str:
 
 
 def _held(name: str, parameter: DTensor) -> list[Indices]:
-    """Return the indices of each dimension that this rank holds. No communication."""
+    """Return the indices of each dimension that this rank has. No communication."""
     for placement in parameter.placements:
         if not (placement.is_replicate() or hasattr(placement, "dim")):
             raise MolsUnsupportedError(

@@ -29,7 +29,7 @@ class TorchShards:
         layouts: parameter name -> layout of its local elements (`placement.Block`).
         ranges: parameter name -> its local elements, at the start of its flat local tensor.
         columns: as in `protocols.Context`, the same parameters on every rank.
-        owned: (name, range) of the elements that this rank measures, its share of those that several ranks hold.
+        owned: (name, range) of the elements that this rank measures, its share of those that several ranks have.
         accumulated: the ranges of `owned` in the accumulators.
     """
 
@@ -47,15 +47,15 @@ class TorchShards:
             unknown = [name for name, columns in self.columns.items() if not columns]
             return [list(mesh) for mesh in self._meshes()], unknown
 
-        told = together(place)
-        self.columns |= {name: 0 for _, unknown in told for name in unknown}
-        self.owned = self._split([meshes for meshes, _ in told])
+        gathered = together(place)
+        self.columns |= {name: 0 for _, unknown in gathered for name in unknown}
+        self.owned = self._split([meshes for meshes, _ in gathered])
         self.accumulated = pack(item for _, item in self.owned)
 
     def _meshes(self) -> dict[tuple[int, ...], list[str]]:
-        """The distinct sets of ranks that hold a copy of a parameter together -> names of the parameters.
+        """The distinct sets of ranks that share a parameter -> names of the parameters.
 
-        A plain tensor is held by one rank: (its number,).
+        A plain tensor is on one rank: (its number,).
         """
         found: dict[tuple[int, ...], list[str]] = {}
         for name, parameter in self.params.items():
@@ -65,15 +65,15 @@ class TorchShards:
             found.setdefault(ranks, []).append(name)
         return found
 
-    def _split(self, told: Sequence[Sequence[Sequence[int]]]) -> list[tuple[str, ShardRange]]:
-        """Return this rank's share of the elements. told: `_meshes` of every rank."""
+    def _split(self, gathered: Sequence[Sequence[Sequence[int]]]) -> list[tuple[str, ShardRange]]:
+        """Return this rank's share of the elements. gathered: `_meshes` of every rank."""
         owned: list[tuple[str, ShardRange]] = []
         for number, (mesh, names) in enumerate(self._meshes().items()):
-            same = sorted({tuple(sets[number]) for sets in told if number < len(sets)})
-            if sum(map(len, same)) != len(told):
+            same = sorted({tuple(sets[number]) for sets in gathered if number < len(sets)})
+            if sum(map(len, same)) != len(gathered):
                 raise MolsUnsupportedError(
-                    f"MoLS does not support parameter {names[0]!r}, which {sum(map(len, same))} of {len(told)} ranks "
-                    "hold: every rank must have a part or a copy of each parameter (no pipeline or expert parallelism)"
+                    f"MoLS does not support parameter {names[0]!r}, which {sum(map(len, same))} of {len(gathered)} "
+                    "ranks have: each rank needs a part or a copy of each parameter (no pipeline or expert parallelism)"
                 )
             held: dict[tuple[bool, ...], list[str]] = {}
             for name in names:

@@ -15,7 +15,7 @@ from mols_ds.core.session import Session
 
 
 class TorchWindow(ProbeWindow):
-    """Also restores the generator of the accelerator that holds the model."""
+    """Also restores the generator of the accelerator that has the model."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__(ModuleState([model], held=local_part))

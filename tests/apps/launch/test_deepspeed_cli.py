@@ -118,7 +118,7 @@ def cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "first", "told"),
+    ("name", "first", "part"),
     [
         ("pdsh", ["pdsh", "-S", "-f", "1024", "-w", "node01,node02"], "--master_addr=10.0.0.1"),
         ("openmpi", ["mpirun", "-n", "4", "-hostfile", "hosts"], "MASTER_ADDR=10.0.0.1"),
@@ -126,7 +126,7 @@ def cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("slurm", ["srun", "-n", "4"], "MASTER_ADDR=10.0.0.1,MASTER_PORT=29777"),
     ],
 )
-def test_the_launchers_of_several_nodes(cluster: Path, name: str, first: list[str], told: str) -> None:
+def test_the_launchers_of_several_nodes(cluster: Path, name: str, first: list[str], part: str) -> None:
     """DeepSpeed's own runners build the command: the script, its arguments and the config come through, the config by
     its absolute path, and every rank can find rank 0."""
     expected = ["train.py", "--steps", "5", "--deepspeed", "--deepspeed_config", str(cluster / "ds.json")]
@@ -134,7 +134,7 @@ def test_the_launchers_of_several_nodes(cluster: Path, name: str, first: list[st
     assert found == expected
     (command,) = FakeProcess.commands
     assert command[: len(first)] == first
-    assert told in " ".join(command)
+    assert part in " ".join(command)
     assert sys.executable in command
 
 

@@ -30,8 +30,8 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("prefix", ["OMPI_COMM_WORLD_", "MV2_COMM_WORLD_"])
 def test_mpirun(prefix: str) -> None:
-    told = {f"{prefix}{name}": value for name, value in MPI.items()}
-    assert rank_environment.rank_environment(told) == RANK
+    given = {f"{prefix}{name}": value for name, value in MPI.items()}
+    assert rank_environment.rank_environment(given) == RANK
 
 
 def test_srun() -> None:

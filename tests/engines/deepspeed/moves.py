@@ -258,7 +258,7 @@ def load(base: str, source: Run, target: Run, tags: tuple[str, ...]) -> dict[str
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 
-def told(base: str, run: Run, folder: str, tag: str, universal: bool, how: str) -> str:
+def refusal(base: str, run: Run, folder: str, tag: str, universal: bool, how: str) -> str:
     """Message of a load: a MolsError's text, or the warnings. `how`: "", "gain", "robin", "nvme", "weights"."""
     robin = {"round_robin_gradients": True} if how == "robin" else {}
     engine = run_engine(run, universal=universal, model=WithGain if how == "gain" else Tiny, **robin)
@@ -287,4 +287,4 @@ def save_odd(base: str, run: Run, how: str) -> None:
 
 def work(kind: str, *arguments: Any) -> Any:
     """One case of a launch."""
-    return {"save": save, "load": load, "told": told, "save_odd": save_odd}[kind](*arguments)
+    return {"save": save, "load": load, "refusal": refusal, "save_odd": save_odd}[kind](*arguments)

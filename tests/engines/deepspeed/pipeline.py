@@ -1,6 +1,6 @@
-"""A small language model as a DeepSpeed PipelineModule, and its twin in one process.
+"""A small language model as a DeepSpeed PipelineModule, and its reference in one process.
 
-Each layer is built from a seed of its number, so that a stage, another number of stages and the twin have the same
+Each layer is built from a seed of its number, so that a stage, another number of stages and the reference have the same
 weights.
 """
 
@@ -26,7 +26,7 @@ SETTINGS = AdamSettings(lr=2e-3, eps=1e-4, weight_decay=0.1, vector_lr_factor=2.
 UNCLIPPED = AdamSettings(lr=2e-3, eps=1e-4, weight_decay=0.1, vector_lr_factor=2.0)
 
 
-# ------------------------------------------------------------------------------------------------- layers and the twin
+# -------------------------------------------------------------------------------------------- layers and the reference
 
 
 class Block(nn.Module):
@@ -60,7 +60,7 @@ def loss_fn(logits: Tensor, tokens: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY).float(), tokens[:, 1:].reshape(-1))
 
 
-class Twin(nn.Module):
+class Reference(nn.Module):
     """All stages in one process, with the names that PipelineModule gives."""
 
     def __init__(self, tied: bool) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of LAMB, Adam-mini and SGG do on the ranks of an engine, and their single-process twins."""
+"""What the tests of LAMB, Adam-mini and SGG do on the ranks of an engine, and their single-process references."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ REFUSED = {  # what -> a part of the message
 }
 
 
-# ------------------------------------------------------------------------------------------------------- the twins
+# ------------------------------------------------------------------------------------------------------- the references
 
 
 def make(kind: str, model: nn.Module) -> Any:
@@ -64,7 +64,7 @@ def make(kind: str, model: nn.Module) -> Any:
 
 
 def slow(kind: str, model: nn.Module) -> Callable[[Mapping[str, Tensor]], Any]:
-    """A step of the twin, given gradients by name: LAMB is pytorch_optimizer's."""
+    """A step of the reference, given gradients by name: LAMB is pytorch_optimizer's."""
     s = SETTINGS[kind]
     if kind == "adam_mini":
         return SlowAdamMini(model, s).step

@@ -127,8 +127,8 @@ def loaded(base: str, saved: Mapping[Run, Any]) -> Mapping[int, Results]:
     for world, move in TIERS.wanted:
         cases[world].append(("load", base, *move))
     if TOLD.wanted:
-        cases[2] += [("told", base, *odd) for odd in ODD.values()]
-        cases[3].append(("told", base, *OTHER_WORLD))
+        cases[2] += [("refusal", base, *odd) for odd in ODD.values()]
+        cases[3].append(("refusal", base, *OTHER_WORLD))
     return {world: run_cases(work, world, of, timeout=60) for world, of in cases.items()}
 
 
@@ -224,7 +224,7 @@ def test_stock_checkpoints_get_a_calibration(base: str, loaded: Any, world: int,
 
 @TOLD.reads("odd", "other world")
 def test_what_cannot_move_is_refused_with_the_way_out(base: str, loaded: Any) -> None:
-    said = {name: loaded[2]["told", base, *odd] for name, odd in ODD.items()}
+    said = {name: loaded[2]["refusal", base, *odd] for name, odd in ODD.items()}
     parts = {
         "stage 1 to 3": ("MolsCheckpointError", "saved at ZeRO stage 1 or 2, this run is at 3", "ds_to_universal"),
         "stage 3 to 2": ("MolsCheckpointError", "saved at ZeRO stage 3, this run is at 2", '"load_universal": true'),
@@ -244,11 +244,11 @@ def test_what_cannot_move_is_refused_with_the_way_out(base: str, loaded: Any) ->
             assert "\n" not in text and all(part in text for part in expected), (name, text)
     for name in ("stage 1 to 0, weights", "stage 1 to 2", "stage 2 to 1"):
         assert said[name] == ["", ""], name
-    for text in loaded[3]["told", base, *OTHER_WORLD]:
+    for text in loaded[3]["refusal", base, *OTHER_WORLD]:
         assert text.startswith("MolsCheckpointError") and "ds_to_universal" in text
 
 
 @TOLD.reads("odd")
 def test_frozen_weights_and_buffers_are_named(base: str, loaded: Any) -> None:
-    first, second = loaded[2]["told", base, *ODD["gain at stage 3"]]
+    first, second = loaded[2]["refusal", base, *ODD["gain at stage 3"]]
     assert second == "" and "1 frozen parameters and 1 buffers (embed_tokens.weight, seen)" in first

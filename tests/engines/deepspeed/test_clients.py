@@ -169,23 +169,23 @@ def results(*case: str) -> list[dict[str, Any]]:
 @functools.cache
 def reference(optimizer: str, grouped: bool, model: str = "llama") -> dict[str, Tensor]:
     """Plain torch: one group per parameter, with the user's rate times the alpha of its module group."""
-    twin = model_of(model)
-    names = {name: GROUPS[int(mask.flatten()[0])] for name, mask in masks("llama", twin).items()}
-    inner = OPTIMIZERS[optimizer](list(twin.parameters()))
+    single = model_of(model)
+    names = {name: GROUPS[int(mask.flatten()[0])] for name, mask in masks("llama", single).items()}
+    inner = OPTIMIZERS[optimizer](list(single.parameters()))
     defaults, groups = inner.defaults, []
-    for name, p in twin.named_parameters():
+    for name, p in single.named_parameters():
         own = {"lr": 3 * LR, "weight_decay": 0.0} if grouped and p.ndim < 2 else {}
         lr = own.get("lr", defaults["lr"]) * ALPHAS[names[name]]
         groups.append({"params": [p], **own, "lr": lr})
     inner = OPTIMIZERS[optimizer](groups)
     for step in range(STEPS):
-        gradients = gradient_sample(twin, step, WORLD, 1)
+        gradients = gradient_sample(single, step, WORLD, 1)
         norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
         assert norm > CLIP  # clipping acts
-        for name, p in twin.named_parameters():
+        for name, p in single.named_parameters():
             p.grad = gradients[name] * (CLIP / (norm + 1e-6))
         inner.step()
-    return {name: p.detach().clone() for name, p in twin.named_parameters()}
+    return {name: p.detach().clone() for name, p in single.named_parameters()}
 
 
 @CASES.parametrize("name", SPECS, reads=lambda name: [("train", name)])

@@ -1,6 +1,6 @@
 """Optimizers by name on the real engine: each alone, and each with a rate per module against a library's own object.
 
-Two ranks, gradients of both averaged. The twin is one process with whole tensors (tests/helpers/oracle/optimizers.py).
+Two ranks, gradients of both averaged. The reference has one process and whole tensors (helpers/oracle/optimizers.py).
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def test_each_alone_trains(name: str, precision: str) -> None:
 
 
 def train_with_rates(name: str, model: str, stage: int) -> dict[str, Any]:
-    """No clipping: gradients are those of the twin bit for bit in the first step, of which bases are made."""
+    """No clipping: gradients are those of the reference bit for bit in the first step, of which bases are made."""
     engine = engine_with(name, model_of(model), stage, fixed(model), gradient_clipping=0.0)
     for step in range(STEPS):
         iterate(engine, step, 1)
@@ -134,7 +134,7 @@ def train_with_rates(name: str, model: str, stage: int) -> dict[str, Any]:
     return seen
 
 
-def twin_of(name: str, model: nn.Module, mask: dict[str, Tensor]) -> torch.optim.Optimizer:
+def reference_of(name: str, model: nn.Module, mask: dict[str, Tensor]) -> torch.optim.Optimizer:
     """The library's optimizer over whole tensors; this package's classes where no library has the optimizer."""
     matrices, rest = halves(model, mask)
     if name in LIBRARY:
@@ -151,16 +151,16 @@ def twin_of(name: str, model: nn.Module, mask: dict[str, Tensor]) -> torch.optim
 
 
 @functools.cache
-def twin_weights(name: str, model: str) -> dict[str, Tensor]:
-    twin = model_of(model)
-    mask = masks(model, twin)
-    optimizer, rates = twin_of(name, twin, mask), rates_of(twin, mask, fixed(model)["fixed_alphas"])
+def reference_weights(name: str, model: str) -> dict[str, Tensor]:
+    reference = model_of(model)
+    mask = masks(model, reference)
+    optimizer, rates = reference_of(name, reference, mask), rates_of(reference, mask, fixed(model)["fixed_alphas"])
     for step in range(STEPS):
-        gradients = gradient_sample(twin, step, WORLD, 1)
-        for key, p in twin.named_parameters():
+        gradients = gradient_sample(reference, step, WORLD, 1)
+        for key, p in reference.named_parameters():
             p.grad = gradients[key].clone()
         by_element(optimizer, rates)
-    return {key: p.detach().clone() for key, p in twin.named_parameters()}
+    return {key: p.detach().clone() for key, p in reference.named_parameters()}
 
 
 @functools.cache
@@ -170,7 +170,7 @@ def with_rates() -> Results:
 
 @RATES.parametrize(("name", "model", "stage"))
 def test_rates_are_those_of_every_element(name: str, model: str, stage: int) -> None:
-    truth = twin_weights(name, model)
+    truth = reference_weights(name, model)
     start = {key: p.detach() for key, p in model_of(model).named_parameters()}
     for seen in with_rates()[name, model, stage]:
         assert seen["multipliers"]["qk"] == ALPHAS["qk"]
@@ -191,7 +191,7 @@ def test_rates_are_those_of_every_element(name: str, model: str, stage: int) -> 
 def train_eight_bit(model: str, stage: int) -> dict[str, Any]:
     """Beside the engine, bitsandbytes' own optimizer on copies of the same flat shards, given the same gradients.
 
-    Its blocks of 256 elements cross the borders of parameters there, so whole tensors are no twin.
+    Its blocks of 256 elements cross the borders of parameters there, so whole tensors are no reference.
     """
     from bitsandbytes.optim import AdamW8bit
 
@@ -211,10 +211,10 @@ def train_eight_bit(model: str, stage: int) -> dict[str, Any]:
                 copies[numbers[id(tensor)]].grad = tensor.grad.clone()
 
     shards.inner.register_step_pre_hook(take_gradients)
-    twin = AdamW8bit(copies, **PARAMS["Adam8bit"])
+    reference = AdamW8bit(copies, **PARAMS["Adam8bit"])
     for step in range(STEPS):
         iterate(engine, step, 1)
-        by_element(twin, rates)
+        by_element(reference, rates)
     error = bits = crossing = 0.0
     for tensor, copy, pieces in zip(shards.tensors, copies, shards.ranges, strict=True):
         bits = max(bits, 8.0 * shards.inner.state[tensor]["state1"].element_size()) if tensor.numel() >= BLOCK else bits
@@ -310,9 +310,9 @@ def probed() -> Results:
 @functools.cache
 def statistics_of(model: str) -> dict[str, GroupValues]:
     """Of the initial weights: a probe that starts at once measures them for any optimizer."""
-    twin = lora() if model == "LoRA" else model_of("llama")
-    mask = lora_masks(twin) if model == "LoRA" else masks("llama", twin)
-    samples = [gradient_sample(twin, i, WORLD, 1) for i in range(SAMPLES)]
+    reference = lora() if model == "LoRA" else model_of("llama")
+    mask = lora_masks(reference) if model == "LoRA" else masks("llama", reference)
+    samples = [gradient_sample(reference, i, WORLD, 1) for i in range(SAMPLES)]
     return group_values(samples, mask, tokens_of(range(SAMPLES), WORLD, 1, VOCABULARY))
 
 

@@ -319,7 +319,7 @@ def test_an_engine_without_an_optimizer_is_left_alone_and_that_is_said() -> None
 @CASES.reads("unreached")
 def test_an_engine_that_the_patch_does_not_reach_is_refused() -> None:
     (seen,) = results()["unreached",]
-    refused = 'the "mols" section would be left out: this engine is not built by the deepspeed.initialize that'
+    refused = 'the "mols" section would be left out: this engine is not built by the deepspeed.initialize of'
     assert seen["imported before"].startswith(refused) and seen["swift put its own back"].startswith(refused)
     assert (seen["no section"], seen["off"], seen["undone"]) == ("stock",) * 3
     assert seen["ours"] == seen["below ours"] == "waiting"

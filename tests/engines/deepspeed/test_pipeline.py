@@ -1,4 +1,4 @@
-"""DeepSpeed's PipelineModule: statistics and weights against the single-process twin, and a probe without a trace."""
+"""DeepSpeed's PipelineModule: statistics and weights against the single-process reference, and a probe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.engines.deepspeed.pipeline import (
     BLOCKS,
     SETTINGS,
     UNCLIPPED,
-    Twin,
+    Reference,
     feed,
     pipeline_engine,
     pipeline_masks,
@@ -85,13 +85,13 @@ def results(world: int) -> Results:
 
 @functools.cache
 def oracle(tied: bool, mode: str, ranks: int, clip: bool) -> dict[str, Any]:
-    """Statistics of the twin on its own trajectory; mode "moments" has a trajectory only."""
-    twin = Twin(tied)
-    mask = pipeline_masks(twin)
-    optimizer = ElementwiseAdamW(twin, mask, SETTINGS if clip else UNCLIPPED)
+    """Statistics of the reference on its own trajectory; mode "moments" has a trajectory only."""
+    reference = Reference(tied)
+    mask = pipeline_masks(reference)
+    optimizer = ElementwiseAdamW(reference, mask, SETTINGS if clip else UNCLIPPED)
     samples = []
     for iteration in range(START + SAMPLES):
-        sample = gradient_sample(twin, iteration, ranks, MICROS)
+        sample = gradient_sample(reference, iteration, ranks, MICROS)
         if iteration >= START:
             samples.append(sample)
         if iteration < START or mode != "probe":
@@ -101,23 +101,23 @@ def oracle(tied: bool, mode: str, ranks: int, clip: bool) -> dict[str, Any]:
     tokens = tokens_of(range(START, START + SAMPLES), ranks, MICROS, VOCABULARY)
     state = {name: (optimizer.m[name].clone(), optimizer.v[name].clone()) for name in mask}
     values = group_values(samples, mask, tokens)
-    return {"values": values, "optimizer": optimizer, "twin": twin, "moments": state, "before": before}
+    return {"values": values, "optimizer": optimizer, "reference": reference, "moments": state, "before": before}
 
 
 def continued(case: Case, ranks: int, alphas: dict[str, float]) -> dict[str, Tensor]:
-    """The twin's weights at the end of the same loop, with these alphas."""
+    """The reference's weights at the end of the same loop, with these alphas."""
     tied, stage, mode, dtype = case
     clip = settings_of(stage, dtype).clip > 0
-    twin = Twin(tied)
-    optimizer = ElementwiseAdamW(twin, pipeline_masks(twin), SETTINGS if clip else UNCLIPPED)
+    reference = Reference(tied)
+    optimizer = ElementwiseAdamW(reference, pipeline_masks(reference), SETTINGS if clip else UNCLIPPED)
     begin, step = (START if mode == "probe" else START + SAMPLES), 0
     for iteration in range(STEPS + SAMPLES):
         if mode == "probe" and START <= iteration < START + SAMPLES:
             continue
         factor = ramp(step, begin, START + SAMPLES + RAMP_END, "linear") if step >= begin else 0.0
-        optimizer.step(gradient_sample(twin, iteration, ranks, MICROS), 1.0, multipliers(alphas, factor))
+        optimizer.step(gradient_sample(reference, iteration, ranks, MICROS), 1.0, multipliers(alphas, factor))
         step += 1
-    return {name: p.detach() for name, p in twin.named_parameters()}
+    return {name: p.detach() for name, p in reference.named_parameters()}
 
 
 def name_of(entry: tuple[int, Case]) -> str:
@@ -167,7 +167,7 @@ def test_every_stage_has_the_same_alphas_and_rates(world: int, case: Case) -> No
 def test_weights_equal_per_element_adamw(world: int, case: Case) -> None:
     outcomes = results(world)[case]
     alphas = {group: float.fromhex(alpha) for group, alpha in outcomes[0]["alphas"].items()}
-    truth, start = continued(case, world // 2, alphas), Twin(case[0]).state_dict()
+    truth, start = continued(case, world // 2, alphas), Reference(case[0]).state_dict()
     seen = set()
     for outcome in outcomes:
         for name, weight in outcome["weights"].items():
@@ -179,13 +179,13 @@ def test_weights_equal_per_element_adamw(world: int, case: Case) -> None:
 
 @CASES.parametrize("case", [case for case in TWO if case[2] == "moments"], reads=lambda case: [(2, case)], ids=str)
 def test_moments_equal_adams_own(case: Case) -> None:
-    """Statistics of the twin's m and v, as METHOD has them."""
+    """Statistics of the reference's m and v, as METHOD has them."""
     tied, stage, mode, dtype = case
     truth = oracle(tied, mode, 1, settings_of(stage, dtype).clip > 0)
     optimizer = truth["optimizer"]
     betas = (optimizer.settings.beta1, optimizer.settings.beta2)
     tokens = truth["before"]
-    values = moments.moment_values(truth["moments"], pipeline_masks(truth["twin"]), optimizer.steps, betas, tokens)
+    values = moments.moment_values(truth["moments"], pipeline_masks(truth["reference"]), optimizer.steps, betas, tokens)
     for outcome in results(2)[case]:
         moments.check_rows(outcome["report"]["groups"], values)
 
@@ -199,7 +199,7 @@ def test_the_cases_are_what_they_say(case: Case) -> None:
         "BF16_Optimizer" if case[3] == "bfloat16" and case[1] == 0 else
         "AdamW" if case[1] == 0 else "DeepSpeedZeroOptimizer"
     }  # fmt: skip
-    total = sum(p.numel() for p in Twin(case[0]).parameters())
+    total = sum(p.numel() for p in Reference(case[0]).parameters())
     assert sum(outcome["owned"] for outcome in outcomes) == total
 
 

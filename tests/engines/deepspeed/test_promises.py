@@ -150,7 +150,7 @@ def test_attach_comes_before_the_load() -> None:
     assert "MoLS is attached at step 3, past mols.start (step 2). In a resumed run, attach MoLS before" in seen["late"]
     assert seen["stock"].startswith("calibrating | MoLS is attached at step 3")
     assert seen["ours"].startswith("MolsCheckpointError: this engine loaded a checkpoint with MoLS state")
-    assert "before MoLS could see whether it has MoLS state" in seen["nobody looked"]
+    assert "before MoLS could check whether it has MoLS state" in seen["nobody looked"]
     assert all(advice in seen[name] for name in ("ours", "nobody looked", "stock"))
     assert seen["ours, start later"] == seen["ours, weights alone"] == "waiting"
     assert seen["ours, given alphas"].startswith(("ramping", "fixed"))

@@ -107,16 +107,16 @@ def off() -> Results:
 
 @functools.cache
 def oracle(model: str, shape: str) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """The twin's weights after STEPS steps, and its multipliers."""
-    twin = build(model)
-    optimizer = ElementwiseAdamW(twin, masks(model, twin), SETTINGS)
+    """The reference's weights after STEPS steps, and its multipliers."""
+    reference = build(model)
+    optimizer = ElementwiseAdamW(reference, masks(model, reference), SETTINGS)
     applied = []
     for step in range(STEPS):
         applied.append(multipliers(alphas_of(model), ramp(step, START, RAMP_END, shape)))
-        optimizer.step(gradient_sample(twin, step, WORLD, MICROS), schedule(step), applied[-1])
+        optimizer.step(gradient_sample(reference, step, WORLD, MICROS), schedule(step), applied[-1])
         if step == 0:
             assert optimizer.norm > CLIP, "clipping must act"
-    return {name: p.detach().clone() for name, p in twin.named_parameters()}, applied
+    return {name: p.detach().clone() for name, p in reference.named_parameters()}, applied
 
 
 @TRAINED.parametrize(("model", "stage", "shape"))
@@ -144,13 +144,13 @@ def test_multipliers_follow_the_ramp(model: str, stage: int, shape: str) -> None
 def test_the_oracle_sees_a_wrong_rate() -> None:
     """The comparison is sharp: a rate wrong by one percent in one group is far beyond ATOL."""
     truth, applied = oracle("gpt2", "linear")
-    twin = build("gpt2")
-    optimizer = ElementwiseAdamW(twin, masks("gpt2", twin), SETTINGS)
+    reference = build("gpt2")
+    optimizer = ElementwiseAdamW(reference, masks("gpt2", reference), SETTINGS)
     for step in range(STEPS):
         wrong = {**applied[step], "vo": 1.01 * applied[step]["vo"]}
-        optimizer.step(gradient_sample(twin, step, WORLD, MICROS), schedule(step), wrong)
+        optimizer.step(gradient_sample(reference, step, WORLD, MICROS), schedule(step), wrong)
     fused = "transformer.h.0.attn.c_attn.weight"
-    assert float((dict(twin.named_parameters())[fused].detach() - truth[fused]).abs().max()) > 50 * ATOL
+    assert float((dict(reference.named_parameters())[fused].detach() - truth[fused]).abs().max()) > 50 * ATOL
 
 
 @OFF.parametrize(("stage", "way"), [(stage, way) for way in OFF_WAYS for stage in STAGES])

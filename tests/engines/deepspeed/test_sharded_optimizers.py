@@ -1,4 +1,4 @@
-"""LAMB, Adam-mini and SGG on real engines against single-process twins on whole parameters, with and without MoLS."""
+"""LAMB, Adam-mini and SGG on real engines against single-process references, with and without MoLS."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def assert_equal(kind: str, got: Mapping[str, Tensor], expected: Mapping[str, Te
 
 
 def assert_trained(world: int, kind: str, name: str, stage: int, mols: bool) -> None:
-    """Every rank has the twin's weights, and the shards were cut as this test needs it."""
+    """Every rank has the reference's weights, and the shards were cut as this test needs it."""
     expected, before = truth(kind, name, world, mols), build(name).state_dict()
     assert all(float((before[n] - w).abs().max()) > MOVED for n, w in expected.items())
     results = outcomes(world, "train", kind, name, stage, mols)
@@ -126,7 +126,7 @@ def assert_trained(world: int, kind: str, name: str, stage: int, mols: bool) -> 
 
 
 @TRAINED.parametrize(("kind", "name", "stage", "mols"))
-def test_weights_equal_the_single_process_twin(kind: str, name: str, stage: int, mols: bool) -> None:
+def test_weights_equal_the_single_process_reference(kind: str, name: str, stage: int, mols: bool) -> None:
     """The shards' sums are those of whole parameters, and MoLS scales each element's step."""
     assert_trained(WORLD, kind, name, stage, mols)
 
@@ -153,18 +153,18 @@ def test_a_step_sends_one_small_sum_of_one_length(kind: str, stage: int) -> None
 
 
 @OTHERS.parametrize(("kind", "odd"), REPLAYED, reads=lambda case: [("replay", *case)])
-def test_odd_engines_step_their_masters_as_the_twin_does(kind: str, odd: str) -> None:
-    """The twin gets the gradients that the inner optimizer got, so that the rounding of bf16 is in both."""
+def test_odd_engines_step_their_masters_as_the_reference_does(kind: str, odd: str) -> None:
+    """The reference gets the gradients that the inner optimizer got, so that the rounding of bf16 is in both."""
     for outcome in outcomes(WORLD, "replay", kind, odd):
-        twin = build("gpt2")
-        parameters = dict(twin.named_parameters())
+        reference = build("gpt2")
+        parameters = dict(reference.named_parameters())
         if odd == "stage 0 bf16":  # its constructor steps once, with gradients of zero
             for p in parameters.values():
                 p.data.copy_(p.data.bfloat16())
         else:
             for name, p in parameters.items():
                 p.data.copy_(outcome["before"][name])
-        step = slow(kind, twin)
+        step = slow(kind, reference)
         if odd == "stage 0 bf16":
             step({name: torch.zeros_like(p) for name, p in parameters.items()})
             assert_equal(kind, outcome["before"], {name: p.detach() for name, p in parameters.items()})
@@ -185,7 +185,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(kind: str, stage: int) -> None:
 
 
 @WIDE.parametrize(("kind", "name", "stage", "mols"), WIDE_TRAINED, reads=lambda case: [("train", *case)])
-def test_weights_on_four_ranks_equal_the_single_process_twin(kind: str, name: str, stage: int, mols: bool) -> None:
+def test_weights_on_four_ranks_equal_the_single_process_reference(kind: str, name: str, stage: int, mols: bool) -> None:
     assert_trained(WIDE_WORLD, kind, name, stage, mols)
 
 

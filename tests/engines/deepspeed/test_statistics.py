@@ -134,19 +134,19 @@ def results(world: int) -> Results:
 def oracle(
     model: str, mode: str, dtype: str, world: int, gradient_dtype: str, stage: int = 0
 ) -> dict[str, GroupValues]:
-    """The twin's statistics. dtype: of the engine's weights; gradient_dtype: of forward, backward and sums.
+    """The reference's statistics. dtype: of the engine's weights; gradient_dtype: of forward, backward and sums.
 
     Where that is bf16, the order of the stage's roundings matters: 2 and 3 reduce every micro-batch, and 3 has a linear
     of its own.
     """
-    twin = cast_parameters(build(model, dtype=getattr(torch, dtype)), torch.float32)
-    mask = masks(model, twin)
-    optimizer = ElementwiseAdamW(twin, mask, SETTINGS)
+    reference = cast_parameters(build(model, dtype=getattr(torch, dtype)), torch.float32)
+    mask = masks(model, reference)
+    optimizer = ElementwiseAdamW(reference, mask, SETTINGS)
     samples = []
     start = start_of(dtype)
     for iteration in range(start + SAMPLES):
         runner = build(model, dtype=getattr(torch, gradient_dtype))
-        runner.load_state_dict(twin.state_dict())
+        runner.load_state_dict(reference.state_dict())
         with bias_added_after_rounding() if stage == 3 else contextlib.nullcontext():
             sample = gradient_sample(runner, iteration, world, MICROS, ranks_first=stage >= 2)
         if iteration >= start:

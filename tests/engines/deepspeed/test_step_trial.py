@@ -93,7 +93,7 @@ def test_wrappers_are_refused_by_name(name: str) -> None:
 
 
 def test_what_cannot_be_tried_is_named() -> None:
-    with pytest.warns(MolsWarning, match="does not know optimizer NeedsMore and could not try it out"):
+    with pytest.warns(MolsWarning, match="optimizer NeedsMore is not in MoLS' catalog and could not be tested"):
         assert step_trial.refusal(NeedsMore(weights(), object())) is None
 
 

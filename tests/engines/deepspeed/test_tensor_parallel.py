@@ -1,4 +1,4 @@
-"""DeepSpeed's engine with a tensor-parallel Megatron-core model, and with AutoTP, against single-process twins."""
+"""DeepSpeed's engine with a tensor-parallel Megatron-core model, and with AutoTP, against single-process references."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.engines.deepspeed.models import model_of
 from tests.engines.deepspeed.state import full_weights
 from tests.engines.megatron.building import SEQUENCES, Setup, tokens
 from tests.engines.megatron.grids import Plan
-from tests.engines.megatron.oracle import Truth, rate, twin
+from tests.engines.megatron.oracle import Truth, rate, reference
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle import histogram, moments
 from tests.helpers.oracle.models import batch, groups_of, loss_of
@@ -158,13 +158,13 @@ def results(world: int) -> Results:
 
 
 @functools.cache
-def twins() -> Results:
+def references() -> Results:
     models = {(case[0], case[3]) for _, case in CASES.wanted}
-    return run_cases(twin, 1, [(SHAPES[model], plan_of(mode)) for model, mode in sorted(models)], timeout=150)
+    return run_cases(reference, 1, [(SHAPES[model], plan_of(mode)) for model, mode in sorted(models)], timeout=150)
 
 
 def truth_of(case: Case) -> Truth:
-    return twins()[SHAPES[case[0]], plan_of(case[3])][0]
+    return references()[SHAPES[case[0]], plan_of(case[3])][0]
 
 
 def name_of(entry: tuple[int, Case]) -> str:

@@ -253,4 +253,4 @@ def test_what_is_not_given_back_is_named_once() -> None:
         late, moved = found["untidy"]
         assert "Untidy.late" in late and "changed 1 parameters (momentum)" in moved
         (around,) = found["around"]
-        assert "no forward pass of the whole model was seen" in around
+        assert "no forward pass of the model ran in a batch" in around

@@ -1,6 +1,6 @@
 """`"unseen_rows"` on ZeRO: what it leaves out, in each mode and stage, with shards that cut a row in two.
 
-tests/engines/deepspeed/test_statistics.py compares the values with the twin's.
+tests/engines/deepspeed/test_statistics.py compares the values with the reference's.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ def copies(stage: int) -> tuple[int, bool]:
     engine = engine_of(config(stage, SECTION, micros=1), PlainLM())
     for iteration in range(2):
         iterate(engine, iteration, 1)
-    twin = copy.deepcopy(engine.module)
-    twin.train()
-    twin(batch(0, 0, 0), batch(0, 0, 0))
+    copied = copy.deepcopy(engine.module)
+    copied.train()
+    copied(batch(0, 0, 0), batch(0, 0, 0))
     samples, phase = engine.mols.samples, engine.mols.phase
     engine.destroy()
     return samples, phase == "calibrating"

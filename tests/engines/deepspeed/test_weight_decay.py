@@ -103,13 +103,13 @@ def results() -> Results:
 
 
 def oracle(value: str, applied: list[tuple[int, dict[str, float]]]) -> dict[str, Tensor]:
-    """The twin's weights after these updates."""
-    twin = build(MODEL)
-    optimizer = ElementwiseAdamW(twin, masks(MODEL, twin), settings(value))
+    """The reference's weights after these updates."""
+    reference = build(MODEL)
+    optimizer = ElementwiseAdamW(reference, masks(MODEL, reference), settings(value))
     for number, multipliers in applied:
         factor = schedule(optimizer.steps)
-        optimizer.step(gradient_sample(twin, number, WORLD, MICROS), factor, multipliers)
-    return {name: p.detach().clone() for name, p in twin.named_parameters()}
+        optimizer.step(gradient_sample(reference, number, WORLD, MICROS), factor, multipliers)
+    return {name: p.detach().clone() for name, p in reference.named_parameters()}
 
 
 @CASES.parametrize(("kind", "stage", "value", "mode", "variant"), [("train", *case) for case in TRAINED])

@@ -1,4 +1,4 @@
-"""The grids that are compared with the single-process twin, launched once for all test files that read them."""
+"""The grids that are compared with the single-process reference, launched once for all test files that read them."""
 
 from __future__ import annotations
 
@@ -138,23 +138,23 @@ OFF = Cases(
     needs=lambda case: [(case[0], "stock")],
 )
 LATENTS = Cases([LATENT])
-TWINS: dict[str, tuple[Setup, Plan]] = {
+REFERENCE_RUNS: dict[str, tuple[Setup, Plan]] = {
     "mean": (tiny(), MEAN),
     "tilted": (tiny(), MEAN._replace(tilt=1.01)),  # the rate of `vo` is one percent off
     "fp32 at the start": (dealt(), BF16),
 }
-"""Twins that a test compares with each other."""
-TWIN_NAMES = Cases(TWINS, quick=["mean", "tilted"])
+"""References that a test compares with each other."""
+REFERENCE_NAMES = Cases(REFERENCE_RUNS, quick=["mean", "tilted"])
 
 
 @functools.cache
 def _single() -> Results:
-    """The twins, and the grids of one rank."""
+    """The references, and the grids of one rank."""
     wanted = [ALL[name] for name in NAMES.wanted]
-    twins = {("twin", oracle.plain(case.setup), case.plan): None for case in wanted}
-    twins |= {("twin", *TWINS[name]): None for name in TWIN_NAMES.wanted}
+    references = {("reference", oracle.plain(case.setup), case.plan): None for case in wanted}
+    references |= {("reference", *REFERENCE_RUNS[name]): None for name in REFERENCE_NAMES.wanted}
     ours = [("grid", case.setup, case.plan) for case in wanted if case.world == 1]
-    return run_cases(oracle.work, 1, [*twins, *ours], timeout=TIMEOUT)
+    return run_cases(oracle.work, 1, [*references, *ours], timeout=TIMEOUT)
 
 
 @functools.cache
@@ -181,6 +181,6 @@ def others(kind: str, *arguments: Any) -> list[Any]:
 
 
 def truth(setup: Setup, plan: Plan) -> Truth:
-    """The twin of a setup on any grid."""
-    found: Truth = _single()["twin", oracle.plain(setup), plan][0]
+    """The reference of a setup on any grid."""
+    found: Truth = _single()["reference", oracle.plain(setup), plan][0]
     return found

@@ -250,8 +250,8 @@ def counted_here(name: str) -> dict[str, Any]:
         model_parallel_cuda_manual_seed(1)
         chunks = [megatron_model(name, ranks)]
         found = local_parameters(chunks, current_grid())
-        told = together(lambda: {local.name: local.shape for local in found if local.names_it})
-        table = LogicalModel(merge_shapes(told), configs_of(chunks)).table(None, (), "type")
+        gathered = together(lambda: {local.name: local.shape for local in found if local.names_it})
+        table = LogicalModel(merge_shapes(gathered), configs_of(chunks)).table(None, (), "type")
         mine: Counter[str] = Counter()
         for local in found:
             if local.counted:

@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     low: float = 0.1
     high: float = 10.0
     decay: str = "scaled"  # "weight_decay" of the section
-    tilt: float = 1.0  # factor on the rate of `vo` in the twin alone
+    tilt: float = 1.0  # factor on the rate of `vo` in the reference alone
 
     @property
     def section(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The single-process twin of a Megatron run: the real GPTModel, plain autograd, AdamW with a rate for every element.
+"""The single-process reference of a Megatron run: the real GPTModel, plain autograd, AdamW with a rate per element.
 
 No DistributedDataParallel, no Megatron optimizer or scheduler and nothing of the product. Which rows of a fused
 projection are query, key and value is found by autograd, every other group by plain names.
@@ -28,7 +28,7 @@ ROW_GROUPS = ("qk", "qk", "vo", "vo")  # query, key, value, output gate: what ge
 
 
 class Truth(NamedTuple):
-    """Results of the twin. weights: after all updates, by logical name; norms, multipliers: of each update."""
+    """Results of the reference. weights: after all updates, by logical name; norms, multipliers: of each update."""
 
     values: Mapping[str, Any]  # GroupValues, MomentValues in mode "moments"
     alphas: dict[str, float]
@@ -60,7 +60,7 @@ def plain(setup: Setup) -> Setup:
     )
 
 
-def build_twin(setup: Setup) -> tuple[nn.Module, nn.Module]:
+def build_reference(setup: Setup) -> tuple[nn.Module, nn.Module]:
     """(GPTModel, the module to call: the same, or Megatron's wrapper that casts it to 16 bits)."""
     from megatron.core.transformer.module import Float16Module
 
@@ -177,17 +177,17 @@ class _Rates:
 
 
 def work(kind: str, setup: Setup, plan: Plan) -> Any:
-    """On one rank: the twin, or the product on a grid of one rank."""
-    return twin(setup, plan) if kind == "twin" else run(setup, plan)
+    """On one rank: the reference, or the product on a grid of one rank."""
+    return reference(setup, plan) if kind == "reference" else run(setup, plan)
 
 
-def twin(setup: Setup, plan: Plan) -> Truth:
-    """The twin's run of `plan`. In 16 bits it has no fp32 masters, so it measures at the initial weights alone."""
+def reference(setup: Setup, plan: Plan) -> Truth:
+    """The reference's run of `plan`. In 16 bits it has no fp32 masters, so it measures at the initial weights alone."""
     half = setup.dtype != "float32"
     assert not half or plan.start == 0
     with cpu_megatron():
         start(setup)
-        model, outer = build_twin(setup)
+        model, outer = build_reference(setup)
         masks = masks_of(model)
         settings = AdamSettings(
             lr=setup.lr,

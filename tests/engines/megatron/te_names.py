@@ -21,7 +21,7 @@ def te_shapes(
     experts: Literal["sequential", "grouped", "single"] = "grouped",
     fused_down: bool = False,
 ) -> Shapes:
-    """Name -> shape of the Transformer Engine twin of a vanilla-spec model (name -> shape)."""
+    """Name -> shape of the Transformer Engine counterpart of a vanilla-spec model (name -> shape)."""
     shapes: Shapes = {}
     stacks: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in vanilla.items():

@@ -272,7 +272,7 @@ def test_misuse_is_refused() -> None:
         assert "apply() was not called" in found["undo before apply"][1]
         assert found["section"] == ("MolsConfigError", found["section"][1]) and '"samples"' in found["section"][1]
         assert "was called already" in found["twice"][1]
-        assert "comes too late" in found["late"][1] and "attach" in found["late"][1]
+        assert "was called too late" in found["late"][1] and "attach" in found["late"][1]
         for way in ("version, apply", "version, attach"):
             kind, text = found[way]
             assert kind == "MolsUnsupportedError" and "0.99.1" in text and "0.15 to 0.19" in text and "force" in text

@@ -150,7 +150,7 @@ def load(base: str, name: str, setup: Setup, points: tuple[str, ...], followed: 
     return found
 
 
-def told(base: str, name: str, way: str, setup: Setup) -> str:
+def refusal(base: str, name: str, way: str, setup: Setup) -> str:
     """Message of an impossible load."""
     with cpu_megatron(fused_adam=setup.distributed), Run(setup, SHORT, way) as run:
         try:
@@ -162,7 +162,7 @@ def told(base: str, name: str, way: str, setup: Setup) -> str:
 
 def work(what: str, *arguments: Any) -> Any:
     """One case of a launch."""
-    return {"save": save, "load": load, "told": told}[what](*arguments)
+    return {"save": save, "load": load, "refusal": refusal}[what](*arguments)
 
 
 Found = tuple[Mapping[str, Any], Mapping[int, Results], str]
@@ -179,7 +179,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         world, source, _ = move
         cases[world].append(("load", base, source, *MOVES[move], move in COMPARED_LATER))
     for source, way, setup, _ in (REFUSED[name] for name in REFUSALS.wanted):
-        cases[WORLD].append(("told", base, source, way, setup))
+        cases[WORLD].append(("refusal", base, source, way, setup))
     results = {world: run_cases(work, world, of, timeout=90) for world, of in cases.items()}
     saved = {name: results[WORLD]["save", base, name][0] for name in sources}
     return saved, results, base
@@ -232,5 +232,5 @@ def test_phase_alphas_and_ramp_go_on(found: Found, move: tuple[int, str, str]) -
 def test_what_cannot_move_is_refused_with_the_way_out(found: Found, name: str) -> None:
     _, results, base = found
     source, way, setup, part = REFUSED[name]
-    for text in results[WORLD]["told", base, source, way, setup]:
+    for text in results[WORLD]["refusal", base, source, way, setup]:
         assert part in text and ("resume with" in text or "load the weights alone" in text) and "\n" not in text, text

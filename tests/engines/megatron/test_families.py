@@ -41,8 +41,8 @@ def test_encoders_have_the_matrices_of_transformers(name: str) -> None:
     with one_rank():
         table = tag_table(make_t5() if name == "t5" else make_bert())
     with torch.device("meta"):
-        twin = t5_of_transformers() if name == "t5" else bert_of_transformers()
-    assert matrices(table) == matrices(group_table(twin))
+        theirs = t5_of_transformers() if name == "t5" else bert_of_transformers()
+    assert matrices(table) == matrices(group_table(theirs))
 
 
 def matrices(table: GroupTable) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Per-group statistics and alphas of one model and its data on every grid, against the single-process twin.
+"""Per-group statistics and alphas of one model and its data on every grid, against the single-process reference.
 
 Clipping acts and several micro-batches are accumulated throughout, so a statistic of clipped, of partly accumulated or
 of unreduced gradients fails here; some tokens never occur in the samples and some in one of them.
@@ -19,8 +19,8 @@ from tests.engines.megatron.cases import (
     LATENTS,
     NAMES,
     OWN_TRAJECTORY,
-    TWIN_NAMES,
-    TWINS,
+    REFERENCE_NAMES,
+    REFERENCE_RUNS,
     VARIANTS,
     WITHOUT,
     Case,
@@ -99,12 +99,12 @@ def test_training_modes_equal_the_oracle_on_its_own_trajectory(name: str) -> Non
 
 
 @NAMES.parametrize("name", HALF)
-@TWIN_NAMES.reads("fp32 at the start")
+@REFERENCE_NAMES.reads("fp32 at the start")
 def test_bf16_with_fp32_main_gradients(name: str) -> None:
-    """Against a twin whose forward and backward passes are bf16 too, and whose micro-batches are summed in fp32."""
+    """Against a reference whose forward and backward passes are bf16 too and whose micro-batches are summed in fp32."""
     case = HALF[name]
     values = truth(case.setup, case.plan).values
-    exact = truth(*TWINS["fp32 at the start"]).values
+    exact = truth(*REFERENCE_RUNS["fp32 at the start"]).values
     for outcome in outcomes(name):
         rows = outcome["report"]["groups"]
         for group, expected in values.items():
@@ -113,7 +113,7 @@ def test_bf16_with_fp32_main_gradients(name: str) -> None:
                 value = expected.estimate(estimator, corrected=False)
                 assert row_of(rows, group, estimator) == pytest.approx(value, rel=BF16_RTOL[name]), (group, estimator)
     rounding = max(abs(values[g].estimate("pooled", False) / exact[g].estimate("pooled", False) - 1) for g in values)
-    assert rounding > 10 * RTOL, "the twin's passes were rounded to bf16"
+    assert rounding > 10 * RTOL, "the reference's passes were rounded to bf16"
 
 
 @NAMES.parametrize("name", VARIANTS)
@@ -155,9 +155,9 @@ def test_a_probe_takes_no_step(name: str) -> None:
         ]
 
 
-@TWIN_NAMES.reads("mean")
+@REFERENCE_NAMES.reads("mean")
 def test_some_tokens_never_occur_and_some_once() -> None:
-    values = truth(*TWINS["mean"]).values
+    values = truth(*REFERENCE_RUNS["mean"]).values
     assert values["embedding"].never_moved > 0 and values["embedding"].moved_once > 0
 
 

@@ -1,4 +1,4 @@
-"""Group tables of well-known models on the meta device, and of their Transformer Engine twins, against hand counts."""
+"""Group tables of well-known models on the meta device, with Transformer Engine's names too, against hand counts."""
 
 from __future__ import annotations
 
@@ -140,9 +140,9 @@ def test_tables_of_known_models_equal_counts_by_hand(name: str) -> None:
     table = tag_table(model)
     assert table.elements == expected
     # The same config with the names of Transformer Engine's spec: other parameters, the same groups.
-    twin = te_shapes(table.shapes)
-    assert twin.keys() != table.shapes.keys()
-    assert _elements(twin, model.config) == expected
+    counterpart = te_shapes(table.shapes)
+    assert counterpart.keys() != table.shapes.keys()
+    assert _elements(counterpart, model.config) == expected
     if name == "deepseek_v3":
         newest = te_shapes(table.shapes, experts="single", fused_down=True)
         assert "decoder.layers.0.self_attention.linear_qkv_down_proj.layer_norm_weight" in newest

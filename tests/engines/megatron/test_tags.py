@@ -214,14 +214,14 @@ def test_a_heterogeneous_model_has_a_config_for_each_layer() -> None:
 QKV = "decoder.layers.7.self_attention.linear_qkv.weight"
 BAD: list[tuple[str, tuple[int, int], dict[str, Any] | None, str]] = [
     (QKV, (72, 24), {**SMALL, "num_query_groups": 3}, "num_query_groups=3 does not divide num_attention_heads=4"),
-    (QKV, (70, 24), {**SMALL, "num_query_groups": 4}, "70 rows where the TransformerConfig says 72"),
-    (QKV, (36, 24), {**SMALL}, "36 rows where the TransformerConfig says 72"),  # a TP shard is not the logical shape
-    (QKV, (72, 24), {**SMALL, "attention_output_gate": True}, "says 96"),
+    (QKV, (70, 24), {**SMALL, "num_query_groups": 4}, "70 rows, but the TransformerConfig gives 72"),
+    (QKV, (36, 24), {**SMALL}, "36 rows, but the TransformerConfig gives 72"),  # a TP shard is not the logical shape
+    (QKV, (72, 24), {**SMALL, "attention_output_gate": True}, "gives 96"),
     (QKV, (72, 24), None, "no TransformerConfig was given"),
     (QKV, (72, 24), {"hidden_size": 24}, "num_attention_heads"),
-    (QKV.replace("qkv", "kv"), (72, 24), SMALL, "says 48 = 4 heads"),
-    (QKV.replace("qkv", "kv_up_proj"), (48, 10), {**SMALL, **MLA}, "says 44"),
-    (QKV.replace("qkv", "kv_down_proj"), (10, 24), {**SMALL, **MLA}, "says 14"),
+    (QKV.replace("qkv", "kv"), (72, 24), SMALL, "gives 48 = 4 heads"),
+    (QKV.replace("qkv", "kv_up_proj"), (48, 10), {**SMALL, **MLA}, "gives 44"),
+    (QKV.replace("qkv", "kv_down_proj"), (10, 24), {**SMALL, **MLA}, "gives 14"),
     (QKV.replace("qkv", "qkv_down_proj"), (14, 24), {**SMALL, **MLA}, "q_lora_rank"),
     (
         QKV.replace("qkv", "qkv_down_proj"),

@@ -1,4 +1,4 @@
-"""Scaled and unscaled weight decay under Megatron-core against a twin that writes the decay out."""
+"""Scaled and unscaled weight decay under Megatron-core against a reference that writes the decay out."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def outcomes() -> Results:
 
 @functools.cache
 def truth(setup: Setup, decay: str, plan: Plan) -> oracle.Truth:
-    """The twin, in a separate process."""
-    case = ("twin", oracle.plain(setup), plan._replace(decay=decay))
+    """The reference, in a separate process."""
+    case = ("reference", oracle.plain(setup), plan._replace(decay=decay))
     found: oracle.Truth = run_cases(oracle.work, 1, [case], timeout=90)[case][0]
     return found
 
@@ -69,13 +69,15 @@ def truth(setup: Setup, decay: str, plan: Plan) -> oracle.Truth:
 @CASES.parametrize("name", list(GRIDS))
 def test_weights_equal_per_element_adamw(name: str) -> None:
     setup, plan = GRIDS[name]
-    twin, other = (truth(setup, decay, plan) for decay in sorted(("scaled", "unscaled"), key=lambda d: d != plan.decay))
+    reference, other = (
+        truth(setup, decay, plan) for decay in sorted(("scaled", "unscaled"), key=lambda d: d != plan.decay)
+    )
     farthest = 0.0
     for outcome in outcomes()[name,]:
         assert outcome["report"]["weight_decay"] == plan.decay
         for key, part in outcome["weights"].items():
-            logical = key if key in twin.weights else EMBEDDING
-            expected, wrong = (part.of(key, whole[logical]) for whole in (twin.weights, other.weights))
+            logical = key if key in reference.weights else EMBEDDING
+            expected, wrong = (part.of(key, whole[logical]) for whole in (reference.weights, other.weights))
             assert float((part.values - expected).abs().max()) <= ATOL, key
             farthest = max(farthest, float((part.values - wrong).abs().max()))
     assert farthest > DIFFERENCE, "the two values differ far beyond the tolerance"

@@ -11,8 +11,8 @@ from tests.engines.megatron.cases import (
     OFF,
     OFF_GRIDS,
     OWN_TRAJECTORY,
-    TWIN_NAMES,
-    TWINS,
+    REFERENCE_NAMES,
+    REFERENCE_RUNS,
     VARIANTS,
     Case,
     others,
@@ -33,31 +33,31 @@ TIED = [name for name, case in TRAINED.items() if case.setup.tied and case.setup
 @NAMES.parametrize("name", TRAINED)
 def test_weights_equal_per_element_adamw(name: str) -> None:
     case = TRAINED[name]
-    twin = truth(case.setup, case.plan)
+    reference = truth(case.setup, case.plan)
     assert case.plan.updates == 20
     covered: set[str] = set()
     for outcome in outcomes(name):
         for key, part in outcome["weights"].items():
-            logical = key if key in twin.weights else EMBEDDING
+            logical = key if key in reference.weights else EMBEDDING
             assert logical == key or (key == OUTPUT and case.setup.tied)
-            expected, initial = (part.of(key, whole[logical]) for whole in (twin.weights, twin.initial))
+            expected, initial = (part.of(key, whole[logical]) for whole in (reference.weights, reference.initial))
             error = float((part.values - expected).abs().max())
             assert error <= ATOL, (key, error)
             assert float((part.values - initial).abs().max()) > MOVEMENT, key
             covered.add(logical)
-    assert covered == set(twin.weights)
+    assert covered == set(reference.weights)
 
 
 @NAMES.parametrize("name", TRAINED)
 def test_clipping_acts_and_multipliers_follow_the_ramp(name: str) -> None:
     case = TRAINED[name]
-    twin = truth(case.setup, case.plan)
-    assert min(twin.norms) > case.setup.clip
+    reference = truth(case.setup, case.plan)
+    assert min(reference.norms) > case.setup.clip
     for outcome in outcomes(name):
         assert outcome["phases"][-1] == "fixed"
-        assert outcome["norms"] == pytest.approx(twin.norms, rel=1e-4)
+        assert outcome["norms"] == pytest.approx(reference.norms, rel=1e-4)
         rtol = 0.01 if case.plan.estimator == "median" else MULTIPLIER_RTOL
-        for update, (seen, expected) in enumerate(zip(outcome["multipliers"], twin.multipliers, strict=True)):
+        for update, (seen, expected) in enumerate(zip(outcome["multipliers"], reference.multipliers, strict=True)):
             for group, multiplier in seen.items():
                 assert multiplier == pytest.approx(expected.get(group, 1.0), rel=rtol), (update, group)
                 assert group != "other" or multiplier == 1.0
@@ -82,10 +82,10 @@ def test_replicas_stay_the_same_bits(name: str) -> None:
             assert torch.equal(seen.setdefault((key, part.rank), part.values), part.values), key
 
 
-@TWIN_NAMES.reads("mean", "tilted")
+@REFERENCE_NAMES.reads("mean", "tilted")
 def test_the_oracle_sees_a_wrong_rate() -> None:
     """The comparison is sharp: a rate of one group that is one percent off is far beyond ATOL, in fused rows too."""
-    right, wrong = truth(*TWINS["mean"]).weights, truth(*TWINS["tilted"]).weights
+    right, wrong = truth(*REFERENCE_RUNS["mean"]).weights, truth(*REFERENCE_RUNS["tilted"]).weights
     for key in (
         "decoder.layers.0.self_attention.linear_qkv.weight",
         "decoder.layers.1.self_attention.linear_proj.weight",

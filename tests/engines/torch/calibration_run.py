@@ -1,4 +1,4 @@
-"""A run with a calibration on plain torch, and its single-process twin."""
+"""A run with a calibration on plain torch, and its single-process reference."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
-def twin(
+def reference(
     how: str, model: str, mode: str, alphas: Mapping[str, float]
 ) -> tuple[dict[str, GroupValues], dict[str, Tensor], Tensor | None]:
     """Statistics of the samples, the weights after UPDATES updates with these alphas, and the tokens of mode "moments".

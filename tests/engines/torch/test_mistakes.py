@@ -59,7 +59,7 @@ def test_gradients_of_no_backward_pass_are_an_error() -> None:
             p.grad = torch.ones_like(p)
         optimizer.step()
 
-    assert "no backward pass was seen since the last step" in window(by_hand)
+    assert "no backward pass ran since the last step" in window(by_hand)
 
 
 def test_reading_twice_or_too_early_is_an_error() -> None:

@@ -87,7 +87,7 @@ def results() -> Results:
     return run_cases(train, WORLD, CASES.wanted, timeout=60)
 
 
-def twin(how: str, mode: str, unseen: str, found: dict[str, float]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def reference(how: str, mode: str, unseen: str, found: dict[str, float]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """In one process: the values of each group, and the weights after UPDATES updates with these alphas."""
     model = made(how)
     optimizer, mask = ElementwiseAdamW(model, masks(model), ADAM), masks(model)
@@ -122,12 +122,12 @@ def twin(how: str, mode: str, unseen: str, found: dict[str, float]) -> tuple[dic
 
 
 @CASES.parametrize("case", ids="-".join)
-def test_equals_the_twin(case: Case) -> None:
+def test_equals_the_reference(case: Case) -> None:
     how, mode, unseen = case
     ranks = results()[case]
     first = ranks[0]
     rows = first["report"]["groups"]
-    values, weights = twin(*case, first["alphas"])
+    values, weights = reference(*case, first["alphas"])
     if mode == "moments":
         moments.check_rows(rows, values)
     else:

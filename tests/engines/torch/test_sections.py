@@ -1,4 +1,4 @@
-"""`weight_decay`, `fixed_alphas` and `recalibrate` on plain torch have the effect that the twin writes out."""
+"""`weight_decay`, `fixed_alphas` and `recalibrate` on plain torch have the effect that the reference writes out."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def results() -> Results:
     return run_cases(train, 2, CASES.wanted, timeout=60)
 
 
-def twin(
+def reference(
     how: str, name: str, applied: list[dict[str, float]]
 ) -> tuple[list[dict[str, GroupValues]], dict[str, Tensor]]:
     """The values of each calibration of "recalibrate", and the weights after updates with these multipliers."""
@@ -103,8 +103,8 @@ def check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 def test_fixed_alphas_and_the_decay_they_scale(how: str, name: str) -> None:
     every = {**FIXED, "other": 1.0}
     expected = [{g: 1 + (a - 1) * ramp(t, START, RAMP_END, "linear") for g, a in every.items()} for t in range(UPDATES)]
-    _, weights = twin(how, name, expected)
-    _, other = twin(how, "scaled" if name == "unscaled" else "unscaled", expected)
+    _, weights = reference(how, name, expected)
+    _, other = reference(how, "scaled" if name == "unscaled" else "unscaled", expected)
     for rank in results()[how, name]:
         assert "calibrating" not in rank["phases"]
         assert [report["mode"] for report in rank["reports"]] == ["fixed"]
@@ -135,7 +135,7 @@ def test_a_second_calibration_measures_anew_and_its_ramp_begins_at_the_first_alp
         }
         for t in range(UPDATES)
     ]
-    values, weights = twin(how, name, expected)
+    values, weights = reference(how, name, expected)
     for report, truth in zip(reports, values, strict=True):
         check_rows(report["groups"], truth, "damping", RTOL)
         snr = {group: row["snr"] for group, row in report["groups"].items()}

@@ -1,4 +1,4 @@
-"""Statistics, alphas and weights on plain torch against the single-process twin: every mode, estimator and sharding.
+"""Statistics, alphas and weights on plain torch against the single-process reference: modes, estimators, shardings.
 
 Clipping acts and two micro-batches are accumulated throughout: a statistic of clipped or partly accumulated gradients
 fails here.
@@ -10,7 +10,7 @@ import functools
 
 import pytest
 
-from tests.engines.torch.calibration_run import RAMP_END, REFERENCE, SAMPLES, SETTINGS, START, UPDATES, train, twin
+from tests.engines.torch.calibration_run import RAMP_END, REFERENCE, SAMPLES, SETTINGS, START, UPDATES, reference, train
 from tests.engines.torch.parallel import WORLD
 from tests.helpers.harness import Results, run_cases
 from tests.helpers.oracle import moments
@@ -85,14 +85,14 @@ def name_of(case: Case) -> str:
 
 
 @CASES.parametrize("case", ids=name_of)
-def test_equals_the_twin(case: Case) -> None:
+def test_equals_the_reference(case: Case) -> None:
     how, model, mode, estimator = case
     bf16 = how == "fsdp2 bf16"
     rtol = BF16_RTOL if bf16 else RTOL
     first = outcomes(case)[0]
     rows = first["report"]["groups"]
     found = {group: float.fromhex(alpha) for group, alpha in first["alphas"].items()}
-    truth, weights, before = twin(how, model, mode, found)
+    truth, weights, before = reference(how, model, mode, found)
     if mode == "moments":
         betas = SETTINGS.beta1, SETTINGS.beta2
         values = moments.moment_values(first["moments"], _masks(model), START + SAMPLES, betas, before)

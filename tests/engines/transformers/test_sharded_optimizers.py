@@ -1,4 +1,4 @@
-"""LAMB, Adam-mini and SGG on whole parameters of tiny models: other people's implementations and slow twins."""
+"""LAMB, Adam-mini and SGG on whole parameters of tiny models: other people's implementations and slow references."""
 
 from __future__ import annotations
 
@@ -95,26 +95,26 @@ def test_adam_mini_is_the_authors() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_adam_mini_is_the_slow_twin(name: str) -> None:
+def test_adam_mini_is_the_slow_reference(name: str) -> None:
     mine, slow = build(name), build(name)
     optimizer = ShardedAdamMini(groups(mine), **adam_options())
     optimizer.bind_model(mine)
-    twin = SlowAdamMini(slow, SLOW)
+    reference = SlowAdamMini(slow, SLOW)
     train(mine, optimizer.step)
-    train(slow, lambda: twin.step(gradients(slow)))
+    train(slow, lambda: reference.step(gradients(slow)))
     assert_same(mine, slow, build(name))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_sgg_is_the_slow_twin(name: str) -> None:
+def test_sgg_is_the_slow_reference(name: str) -> None:
     mine, slow = build(name), build(name)
     optimizer = SGG(groups(mine), **adam_options(), **SGG_SETTINGS)
-    twin = SlowSGG(slow, SLOW, **SGG_SETTINGS)
+    reference = SlowSGG(slow, SLOW, **SGG_SETTINGS)
     train(mine, optimizer.step)
-    train(slow, lambda: twin.step(gradients(slow)))
+    train(slow, lambda: reference.step(gradients(slow)))
     assert_same(mine, slow, build(name), FLIPS)
     scales = {name: optimizer.state[p]["scales"][0] for name, p in mine.named_parameters()}
-    for name, expected in twin.scales.items():
+    for name, expected in reference.scales.items():
         np.testing.assert_allclose(scales[name].numpy(), expected, rtol=1e-3)
     assert max(float(s.max()) for s in scales.values()) > 1.5  # factors far from 1, either way
     assert min(float(s.min()) for s in scales.values()) < 0.5

@@ -1,4 +1,4 @@
-"""A report's groups against the statistics of the twin."""
+"""A report's groups against the statistics of the reference."""
 
 from __future__ import annotations
 

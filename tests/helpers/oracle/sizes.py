@@ -1,4 +1,4 @@
-"""Names and sizes of the tiny models (tests/helpers/oracle/models.py), for twins that need no model class.
+"""Names and sizes of the tiny models (tests/helpers/oracle/models.py), for references that need no model class.
 
 The sizes are chosen so that shards straddle tensors and elements do not divide evenly: 97 tokens, 67 inner features.
 """

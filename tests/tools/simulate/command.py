@@ -145,8 +145,8 @@ def _child(texts: Sequence[str]) -> int:
             result = walk(_job_from(text))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
         spent = time.perf_counter() - start
-        told = result.model_copy(update={"seconds": spent, "peak_gib": peak}).model_dump_json()
-        print(f"\n{MARK}{told}", flush=True)
+        row = result.model_copy(update={"seconds": spent, "peak_gib": peak}).model_dump_json()
+        print(f"\n{MARK}{row}", flush=True)
     return 0
 
 

@@ -1,15 +1,16 @@
 """The ranges of every rank under Megatron-core: its own model, buffers and DistributedOptimizer on the meta device.
 
-What is Megatron's: the process grid (`parallel_state.initialize_model_parallel` over a fake world, `RankGenerator` for
-the place of each rank), `GPTModel` of each pipeline stage, `DistributedDataParallel` with its padded buckets, and
-`get_megatron_optimizer` for each data-parallel rank. What is this package's: `local_parameters`, `MegatronShards` and
-the logical table, for every rank. What one build serves several ranks by: the tensor-parallel ranks of a stage hold
-shapes that are alike, and the expert-parallel ones too, so that Megatron's ranges are the same for them; which part of
-the logical parameter that is, is told by `local_parameters` from each rank's own place. `MegatronWorld.built` builds
-another rank whole, to be compared with that.
+From Megatron: the process grid (`parallel_state.initialize_model_parallel` over a fake world, `RankGenerator` for each
+rank), the `GPTModel` of each pipeline stage, `DistributedDataParallel` with its padded buckets, and
+`get_megatron_optimizer` for each data-parallel rank. From this package, for every rank: `local_parameters`,
+`MegatronShards` and the logical table.
 
-Without Transformer Engine, Megatron's local modules are built: norms are modules of their own and experts are not
-grouped; the elements are the same.
+One build serves several ranks. The tensor-parallel ranks of a stage have equal shapes, and so have the expert-parallel
+ones, so Megatron's ranges are the same for them. `local_parameters` finds the part of the logical parameter from the
+position of each rank. `MegatronWorld.built` builds another rank separately, for a comparison.
+
+Without Transformer Engine, Megatron's local modules are built: norms are separate modules and experts are not grouped.
+The elements are the same.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class MegatronWorld:
         from megatron_patches.shards import MegatronShards
 
         owned: dict[int, RankRanges] = {}
-        told, found = [], []
+        gathered, found = [], []
         for stage, members in self._stages().items():
             first = min(members, key=lambda rank: (members[rank].data_rank, members[rank].tensor_rank, rank))
             with self._stage(first) as built:
@@ -102,12 +103,12 @@ class MegatronWorld:
                     optimizer = built.optimizer()
                     for rank in ranks:
                         locals_ = local_parameters(built.chunks, members[rank])
-                        told.append({local.name: local.shape for local in locals_ if local.names_it})
+                        gathered.append({local.name: local.shape for local in locals_ if local.names_it})
                         ranges = MegatronShards(optimizer, locals_, members[rank]).accumulated
                         owned[rank] = RankRanges(ranges, _tiles(locals_, members[rank]), stage)
                         found += locals_ if rank == ranks[0] else []
                 config = built.config
-        shapes = merge_shapes(told)
+        shapes = merge_shapes(gathered)
         check_locals(found, shapes)
         return LogicalModel(shapes).table(config, (), "type"), [owned[rank] for rank in range(self.ranks)]
 

@@ -139,9 +139,9 @@ def test_swapped_halves_keep_the_sums_and_are_caught_all_the_same() -> None:
     half = at.numel // 2
     cut = third.index(at)
     broken = [*third[:cut], at._replace(numel=half), at._replace(numel=at.numel - half), *third[cut + 1 :]]
-    told = faults_of([first, second, renumbered(broken)])
-    assert "group " not in told
-    assert "counted more than once" in told or "counted by no rank" in told
+    output = faults_of([first, second, renumbered(broken)])
+    assert "group " not in output
+    assert "counted more than once" in output or "counted by no rank" in output
 
 
 def test_the_sums_of_a_rank_are_those_of_the_layouts() -> None:
@@ -229,9 +229,9 @@ def test_a_row_that_does_not_hold_is_status_1(
     )  # fmt: skip
     monkeypatch.setattr("tests.tools.simulate.command.simulate", lambda job: [bad])
     assert main([SEVEN]) == 1
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for words in ("NO", "counted by no rank", "1.200 of its stage's mean", "built whole", "GroupSums counted"):
-        assert words in told
+        assert words in output
 
 
 def test_without_a_checkout_both_commands_say_what_to_do_in_one_line(

@@ -79,7 +79,7 @@ class PipelineGrid(ParallelGrid):
         presets = (*PRESETS, *_rules_by_type(every))
         layouts = build_layouts(shapes, model_config, config.rules, config.granularity, presets=presets)
         held = {name: p.lr_group for name, p in every.items() if p.lr_group is not None}
-        # Stages whose optimizers have other groups number them differently: then each knows only its own rates
+        # Stages whose optimizers have other groups number them differently: then each has only its own rates
         self.lr_groups = held if len({count for _, _, count in records}) == 1 else dict(param_group)
         return without_untrained(GroupTable(layouts, shapes), held, self.engine.global_rank)
 
