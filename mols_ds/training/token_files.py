@@ -54,7 +54,7 @@ class IndexedWriter:
 
     def add(self, documents: Sequence[Sequence[int]], end: int) -> int:
         """Write documents, each followed by `end`. Returns the number of tokens."""
-        flat = np.concatenate([np.array((*ids, end), self._dtype) for ids in documents])
+        flat = np.concatenate([np.fromiter((*ids, end), self._dtype, len(ids) + 1) for ids in documents])
         self._file.write(flat.tobytes())
         # `end` within a text ends a document too, as in Megatron's own preprocessing of such text
         self._lengths.extend(np.diff(np.flatnonzero(flat == end), prepend=-1).tolist())
