@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import re
 import runpy
 import sys
@@ -11,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.apps.command import ROOT, Done, run
+from tests.apps.command import ROOT, run
+from tests.helpers.harness import pictures_allowed, run_ranks
 
 EXAMPLES = ROOT / "examples"
+COMMAND = "trainer.py"
+"""The example that `make test-all` starts by torchrun."""
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "tiny.py")
 NEEDS = {"sft.py": ("trl", "peft"), "accelerate_loop.py": ("accelerate",), "lightning_module.py": ("lightning",)}
 ON_CPU = """
@@ -31,12 +36,22 @@ runpy.run_path({script!r}, run_name="__main__")
 """Lightning's checks of a CPU, put aside as in lightning_fit.py; `devices="auto"` is one device on a CPU."""
 
 
-def start(name: str, cwd: Path) -> Done:
+def script_of(name: str, cwd: Path) -> Path:
+    """The file that every rank runs."""
     script = EXAMPLES / name
     if name == "lightning_module.py":
         (cwd / "on_cpu.py").write_text(ON_CPU.format(folder=str(EXAMPLES), script=str(script)), "utf-8")
         script = cwd / "on_cpu.py"
-    return run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, cwd=cwd)
+    return script
+
+
+def printed_by(name: str) -> str:
+    """On a rank that has imported torch and DeepSpeed already: what the example prints."""
+    script, text = script_of(name, Path.cwd()), io.StringIO()
+    sys.argv, sys.path[:0] = [str(script)], [str(EXAMPLES)]
+    with pictures_allowed(), contextlib.redirect_stdout(text):
+        runpy.run_path(str(script), run_name="__main__")
+    return text.getvalue()
 
 
 def page_of(name: str) -> str:
@@ -51,16 +66,33 @@ def alphas_in(text: str) -> dict[str, float]:
     return alphas
 
 
-@pytest.mark.jobs
-@pytest.mark.tier("all")
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_it_ends_with_alphas(name: str, tmp_path: Path) -> None:
+def need(name: str) -> None:
+    """Skip an example whose libraries are not there."""
     missing = [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} is not installed")
-    done = start(name, tmp_path)
+
+
+@pytest.mark.jobs
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.tier("all" if name == COMMAND else "full")) for name in SCRIPTS]
+)
+def test_it_ends_with_alphas(name: str, tmp_path: Path) -> None:
+    """As its first lines say: by torchrun."""
+    need(name)
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = run(*launch, script_of(name, tmp_path), cwd=tmp_path)
     assert done.status == 0, done.stderr[-3000:]
     assert set(alphas_in(done.stdout)) == set(alphas_in(page_of(name))), done.stdout[-2000:]
+
+
+@pytest.mark.distributed
+@pytest.mark.tier("all")
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != COMMAND])
+def test_it_ends_with_alphas_on_forked_ranks(name: str) -> None:
+    need(name)
+    first, _ = run_ranks(printed_by, 2, name, environment={"RANKS_JOIN": "0"})
+    assert set(alphas_in(first)) == set(alphas_in(page_of(name))), first[-2000:]
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "tiny.py"])

@@ -47,9 +47,16 @@ PLACEMENTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
     "strided rows": ((2, 2), (_StridedShard(0, split_factor=2), Shard(0))),
     "strided columns": ((2, 2), (_StridedShard(1, split_factor=2), Shard(1))),
 }
+QUICK = [("gpt2", "columns"), ("neox", "columns"), ("phi3", "strided rows"), ("gpt2", "copies of rows")]
 CASES = Cases(
     [(model, name) for model in MODELS for name in PLACEMENTS],
-    quick=[("gpt2", "columns"), ("neox", "columns"), ("phi3", "strided rows"), ("gpt2", "copies of rows")],
+    quick=QUICK,
+    full=[
+        (model, name)
+        for turn, name in enumerate(PLACEMENTS)
+        for model in MODELS
+        if model != MODELS[turn % 3] and (model, name) not in QUICK
+    ],
 )
 
 

@@ -52,6 +52,11 @@ CASES = Cases(
         ("fsdp2", "online", "calibrating", "dcp"),
         ("empty rank", "online", "calibrating", "dcp"),
     ],
+    full=[
+        *(("one", mode, phase, "file") for mode in MODES[1:] for phase in ("waiting", "no sample yet", "fixed")),
+        *(("fsdp2", mode, "ramping", "dcp") for mode in ("probe", "moments")),
+        *(("ddp", "moments", "calibrating", "file"), ("empty rank", "online", "calibrating", "file")),
+    ],
 )
 
 

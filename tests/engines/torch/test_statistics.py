@@ -61,6 +61,13 @@ CASES = Cases(
         ("tp", "llama", "probe", "median"),
         ("2d", "llama", "probe", "damping"),
     ],
+    full=[
+        *(("one", "llama", "online", e) for e in ESTIMATORS[1:]),
+        *(("one", "llama", "moments", e) for e in ESTIMATORS if e not in ("damping", "median")),
+        *(("ddp", model, "probe", e) for model, e in (("llama", ESTIMATORS[0]), ("gpt2", ESTIMATORS[3]))),
+        *(("fsdp2", "gpt2", "probe", ESTIMATORS[0]), ("fsdp2 columns", "llama", "online", "mean")),
+        *(("tp", "llama", "online", "damping"), ("hsdp", "llama", "online", "median")),
+    ],
 )
 
 
