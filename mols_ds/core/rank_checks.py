@@ -18,6 +18,7 @@ from mols_ds import errors
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.groups import GroupTable
 from mols_ds.core.local_stats import LocalStats
+from mols_ds.core.phases import Schedule
 from mols_ds.core.resume_rules import section_of
 from mols_ds.errors import MolsError
 
@@ -74,20 +75,22 @@ def same_everywhere(values: Sequence[Sequence[object]], what: Sequence[str]) -> 
                 raise MolsError(f"{name}: {here} on rank {rank}, but {first} on rank 0; all ranks need the same")
 
 
-def check_section(config: MolsConfig, reduce: Reduce) -> None:
-    """Check that the section is the same on all ranks, except for `report_dir`. One reduction of 72 bytes.
+def check_section(config: MolsConfig, schedule: Schedule, reduce: Reduce) -> None:
+    """Check that the section, except for `report_dir`, and the schedule are the same on all ranks. One reduction of
+    72 bytes.
 
     Args:
-        config: of this rank.
+        config, schedule: of this rank.
         reduce: see `Reduce`.
 
     Raises:
         MolsError: on every rank.
     """
     compared = {key: value for key, value in section_of(config).items() if key != "report_dir"}
-    if not alike(zlib.crc32(repr(sorted(compared.items())).encode()), reduce):
+    if not alike(zlib.crc32(repr((sorted(compared.items()), schedule.start, schedule.ramp_end)).encode()), reduce):
         raise MolsError(
-            'the "mols" section is not the same on every rank (an old config on one machine?): use one config on all'
+            'the "mols" section is not the same on every rank, or the number of steps of the scheduler is not (an old '
+            "config on one machine, a loader of another length?): use the same on all"
         )
 
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.handle import Handle
+from mols_ds.errors import MolsConfigError
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -47,6 +49,16 @@ def attach(
         from mols_ds.engines.torch.api import attach as attach_optimizer
 
         return attach_optimizer(engine, config, section, total_steps, grad_scaler)
+    if isinstance(engine, Optimizer):
+        raise MolsConfigError(
+            "mols_ds.attach: an optimizer needs its model too: mols_ds.attach(optimizer, model, section, "
+            "total_steps=N); under DeepSpeed pass the engine instead of its optimizer"
+        )
+    if total_steps is not None or grad_scaler is not None:
+        raise MolsConfigError(
+            "mols_ds.attach: total_steps and grad_scaler are for torch optimizers; leave them out for an engine, and "
+            'put "total_steps" into its section'
+        )
     from mols_ds.engines.deepspeed.api import attach as attach_engine
 
     return attach_engine(engine, config)

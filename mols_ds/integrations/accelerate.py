@@ -69,8 +69,9 @@ def attach(
     if isinstance(engine, AcceleratedOptimizer | torch.optim.Optimizer):
         raise MolsConfigError("attach: an optimizer does not know its engine; pass the model that prepare() returned")
     total, warmup = _lengths(scheduler)
+    total = total if total_steps is None else total_steps
     if accelerator is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        filled = fill_section(resolve_section(section, None, WHO), total_steps or total, warmup)
+        filled = fill_section(resolve_section(section, None, WHO), total, warmup)
         mols = attach_optimizer(accelerator, engine, optimizer, filled, _announce)
         _follow_checkpoints(accelerator, mols)
         return mols
@@ -82,7 +83,7 @@ def attach(
     if isinstance(getattr(engine, "mols", None), Session):
         return engine.mols  # type: ignore[no-any-return]
     found = resolve_section(section, engine.config, WHO)
-    return attach_to(engine, fill_section(found, total_steps or total, warmup), "client")
+    return attach_to(engine, fill_section(found, total, warmup), "client")
 
 
 def attach_optimizer(

@@ -98,7 +98,7 @@ def load_state(mols: Handle, folder: str | Path) -> None:
     continues as from a checkpoint without MoLS, with a warning.
 
     Raises:
-        MolsCheckpointError: only some ranks find a file.
+        MolsCheckpointError: on every rank, if only some ranks find a file, or one cannot read its own.
     """
     path = next((p for p in (_state_file(folder, rank) for rank in (this_rank(), 0)) if p.exists()), None)
     found = together(lambda: path is not None)
@@ -108,9 +108,22 @@ def load_state(mols: Handle, folder: str | Path) -> None:
             "does: all ranks need the folder of the checkpoint"
         )
     if path is not None:
-        mols.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        state: dict[str, Any] = {}
+        together(functools.partial(_read_state, path, state))
+        mols.load_state_dict(state)
     elif isinstance(mols, TorchMols):
         mols.resume_stock()
+
+
+def _read_state(path: Path, into: dict[str, Any]) -> None:
+    try:
+        into.update(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises a dozen types for a damaged file
+        reason = str(error).partition("\n")[0]
+        raise MolsCheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {reason}): resume from another checkpoint; to calibrate "
+            "again delete this file on all ranks"
+        ) from error
 
 
 def _state_file(folder: str | Path, rank: int) -> Path:

@@ -46,10 +46,14 @@ def export_run(out: Path, folder: Path, *, step: int | None = None, dtype: str |
         What was written, in one line.
 
     Raises:
-        MolsConfigError: no run of train.py, no such checkpoint, or one that cannot be converted.
+        MolsConfigError: no run of train.py, no such checkpoint, one that cannot be converted, or `folder` has other
+            files than those of a model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name} if folder.exists() else set()
+    if files and (RUN in files or "config.json" not in files or not folder.is_dir()):
+        raise MolsConfigError(f"export: {folder} has other files than a model's: name a new folder")
     base = next((place / BASE for place in (out, out.parent) if (place / BASE).is_dir()), None)
     if base is None:
         raise MolsConfigError(f"export: {out} {_not_exported(out)}")

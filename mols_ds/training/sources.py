@@ -25,6 +25,7 @@ from mols_ds.errors import MolsConfigError
 STDLIB = "stdlib"
 READERS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 """Suffix of a local file -> reader of HF `datasets`."""
+HUB_KEYS = ("subset", "train_split", "eval_split", "shuffle_buffer")
 HUB_SECONDS = 20.0
 PIECE_CHARACTERS = 16384
 """Longer text files are split at blank lines, so that one big file has documents to hold out."""
@@ -53,6 +54,14 @@ class DataSpec:
     mixture: tuple["DataSpec", ...] = ()
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            kinds: Any = float | int if kind is float else kind
+            if field.name != "mixture" and (isinstance(value, bool) or not isinstance(value, kinds)):
+                what = kind.__name__ if isinstance(kind, type) else kind
+                raise MolsConfigError(f"data {self.source}: {field.name} is {value!r}, which is not {what}")
+        if not self.source.strip():  # Path("") is the current folder
+            raise MolsConfigError("data: the source is empty; name a file, a folder or a data set")
         if not 0.0 < self.weight < math.inf:
             raise MolsConfigError(f"weight of {self.source} is {self.weight!r}: give a number above 0")
         if not 0.0 < self.eval_share < 1.0:
@@ -104,13 +113,15 @@ class DataSpec:
         for key in settings:
             if key not in known:
                 raise MolsConfigError(f"{value}: unknown key {key!r}; known keys: {', '.join(known)}")
-        try:
-            spec = cls(**settings)
-        except TypeError as error:
-            raise MolsConfigError(f"{value}: {error}") from None
+        spec = cls(**settings)
         looks_local = Path(spec.source).suffix in READERS or spec.source.startswith((".", "/", "~"))
         if spec.streaming and (looks_local or spec.source.count("/") > 1):
             raise MolsConfigError(f"data {spec.source}: no such file or folder")
+        unused = [] if spec.streaming else [key for key in HUB_KEYS if settings.get(key) is not None]
+        if unused:
+            raise MolsConfigError(
+                f"data {spec.source}: {', '.join(unused)} would do nothing for a local source: leave out"
+            )
         return spec
 
 
@@ -241,6 +252,8 @@ def _text(row: JsonObject, key: str, where: str) -> str | None:
     text = row.get(key)
     if isinstance(text, str) or (text is None and key in row):
         return text
+    if key in row:
+        raise MolsConfigError(f"data {where}: column {key!r} has {type(text).__name__}, not text (set --text-key)")
     columns = ", ".join(map(str, row))
     raise MolsConfigError(f"data {where}: no text in column {key!r}; its columns are {columns} (set --text-key)")
 

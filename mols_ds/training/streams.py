@@ -161,6 +161,12 @@ def build_batches(spec: DataSpec, tokenizer: Tokenizer, tokens: TokenData, shape
         batches = [*streams]
     else:
         batches = [PackedBatches(part, shape, seed) for part in tokens.train]
+        count = sum(len(part) // shape.length for part in tokens.train)
+        if count < shape.sequences:
+            warn_here(
+                f"data {spec.source}: {count} sequences of {shape.length} tokens, fewer than a global batch of "
+                f"{shape.sequences}: each batch has some of them several times", stacklevel=2,
+            )  # fmt: skip
     return batches[0] if len(batches) == 1 else MixedBatches(batches, tokens.weights, shape, seed)
 
 

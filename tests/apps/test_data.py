@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from mols_ds.errors import MolsConfigError
 from mols_ds.training import sources
 from mols_ds.training.batches import (
+    BatchShape,
     PackedBatches,
     SequenceOrder,
     held_out_batches,
@@ -27,10 +29,12 @@ from mols_ds.training.sources import (
     local_files,
     local_threshold,
 )
+from mols_ds.training.streams import build_batches
 from mols_ds.training.token_files import IndexedWriter, token_dtype
-from mols_ds.training.tokens import load_tokenizer, prepare, train_tokenizer
+from mols_ds.training.tokens import TokenData, Tokenizer, load_tokenizer, prepare, train_tokenizer
 from tests.apps.command import ROOT, write_text
 from tests.apps.small_batches import shape
+from tests.helpers.digests import caught
 
 
 def test_default_is_the_standard_library_in_a_fixed_order() -> None:
@@ -189,6 +193,25 @@ def test_held_out_sequences_count_once_in_equally_many_batches(world: int) -> No
     assert sum(valid for batch, valid in held_out_batches(tokens, shape(), 5)) == 5
 
 
+@pytest.mark.parametrize("key", [field.name for field in fields(DataSpec) if field.name != "mixture"])
+def test_every_key_of_the_wrong_type_is_named(tmp_path: Path, key: str) -> None:
+    for wrong in (True, 2.5, [1], {}, "x", 7):
+        if isinstance(wrong, type(getattr(DataSpec(), key) or "")) or (key in ("weight", "eval_share") and wrong == 7):
+            continue
+        path = write(tmp_path / "data.json", json.dumps({"source": "owner/name", key: wrong}))
+        with pytest.raises(MolsConfigError, match=f": {key} is .*, which is not"):
+            DataSpec.parse(str(path))
+
+
+def test_fewer_sequences_than_a_global_batch_are_a_warning() -> None:
+    tokens = TokenData((np.zeros(8 * shape().length, dtype="<u2"),), np.zeros(0, dtype="<u2"))
+    tokenizer = Tokenizer(lambda texts: [], 0, 300, "none")
+    for length, warned in ((shape().length, False), (2 * shape().length, True)):
+        with caught() as said:
+            build_batches(DataSpec(), tokenizer, tokens, BatchShape(length, 4, 2, 0, 1), seed=0)
+        assert any("data stdlib: 4 sequences of" in line for line in said) is warned
+
+
 def test_too_little_text_is_named() -> None:
     with pytest.raises(MolsConfigError, match="shorter than one sequence"):
         PackedBatches(np.zeros(3, dtype="<u2"), shape(), seed=0)
@@ -258,6 +281,9 @@ def test_mistakes_in_the_data_are_named(tmp_path: Path) -> None:
         "suffix '.bin'": str(write(tmp_path / "data.bin", "x")),
         "unknown key 'sourcee'": str(write(tmp_path / "typo.json", '{"source": "stdlib", "sourcee": 1}')),
         "eval_share is 2": str(write(tmp_path / "share.json", '{"source": "stdlib", "eval_share": 2}')),
+        "column 'text' has int, not text": str(write(tmp_path / "numbers.jsonl", '{"text": 1}')),
+        "the source is empty": str(write(tmp_path / "empty.json", '{"source": " "}')),
+        "subset would do nothing": str(write(tmp_path / "hub.json", '{"source": "stdlib", "subset": "en"}')),
     }
     (tmp_path / "nothing").mkdir()
     for message, source in cases.items():

@@ -96,6 +96,17 @@ def test_the_exported_folder_has_the_engine_s_logits(
     assert "it is not a run of train.py" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["file", "run", "other"])
+def test_an_export_writes_over_models_only(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers writes nothing at all where a file has the folder's name, and only logs it."""
+    for folder in ("run", "other"):
+        (tmp_path / folder).mkdir()
+    for file in ("file", "run/run.json", "run/config.json", "other/notes.txt"):
+        (tmp_path / file).write_text("{}", "utf-8")
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / name)]) == 2
+    assert capsys.readouterr().err.endswith(f"{tmp_path / name} has other files than a model's: name a new folder\n")
+
+
 @pytest.mark.parametrize(
     ("program", "message"),
     [

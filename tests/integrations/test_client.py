@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mols_ds import MolsConfigError
+from mols_ds import MolsCheckpointError, MolsConfigError
 from mols_ds.core.handle import Handle
 from mols_ds.integrations.client import (
     fill_section,
+    load_state,
     log_values,
     preserved_attributes,
     preserved_loader,
@@ -144,3 +146,9 @@ def test_attributes_are_put_back_and_containers_of_others_keep_their_identity() 
         assert owner._data is data
     assert vars(owner) == {"_metrics": metrics, "_tokens": 3, "_data": data, "model": model}
     assert owner._metrics is metrics and metrics == {"train": {}}
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mols_0.pt").write_bytes(b"junk")
+    with pytest.raises(MolsCheckpointError, match=r"mols_0\.pt cannot be read .*: resume from another checkpoint"):
+        load_state(Handle(), tmp_path)

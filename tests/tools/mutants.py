@@ -406,7 +406,7 @@ MUTANTS = (
     Mutant(
         "attach: sections of ranks are not compared",
         "mols_ds/engines/deepspeed/engine.py",
-        "        check_section(config, self.reduce)\n",
+        "        check_section(config, schedule, self.reduce)\n",
         "",
         (f"{ZERO}/test_unusual_use.py", "-k", "differs"),
     ),

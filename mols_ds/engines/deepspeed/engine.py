@@ -79,7 +79,7 @@ class EngineMols(Session):
         late = check_order(engine, schedule, config.fixed_alphas is None)
         table = self.grid.table(config, self.shards.param_group)
         self._controller = Controller(config, table, self.shards.accumulated, schedule, self._context())
-        check_section(config, self.reduce)
+        check_section(config, schedule, self.reduce)
         check_counts(table, self.controller.elements, self.reduce)
         self._lr_group = self._groups_of_lr(table)
         self._scale_before = 1.0

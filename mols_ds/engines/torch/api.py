@@ -37,6 +37,13 @@ def attach(
     if section is None:
         raise MolsConfigError('mols_ds.attach: no "mols" section; pass one after the model, {} for the defaults')
     config = MolsConfig.parse(section)
+    total_steps = MolsConfig.parse({"total_steps": total_steps}).total_steps
+    if total_steps is not None and config.total_steps not in (None, total_steps):
+        raise MolsConfigError(
+            f'mols_ds.attach: total_steps is {total_steps}, and "mols.total_steps" {config.total_steps}: give one'
+        )
+    if not isinstance(grad_scaler, torch.amp.GradScaler | None):
+        raise MolsConfigError(f"mols_ds.attach: grad_scaler is a {type(grad_scaler).__name__}, not a GradScaler")
     optimizers = optimizers_of(optimizer)
     if any(isinstance(getattr(one, "mols", None), TorchMols) for one in optimizers):
         raise MolsError("this optimizer has MoLS already; call optimizer.mols.detach() first")

@@ -31,7 +31,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def check_supported(optimizers: Sequence[Optimizer], model: nn.Module, config: MolsConfig) -> None:
     """Raise `MolsUnsupportedError` for a model or optimizer with which training would be silently wrong."""
-    every = _model_refusals(model)
+    held = [{id(p) for group in one.param_groups for p in group["params"]} for one in optimizers]
+    twice = (
+        sum(map(len, held)) > len(set().union(*held)),
+        "a parameter in several of the optimizers, which would step it twice",
+        "give each parameter to one optimizer, and each optimizer once",
+    )
+    every = [twice, *_model_refusals(model)]
     for optimizer in optimizers:
         every += [*_refusals(optimizer), *optimizer_refusals(optimizer, config)]
     for refuse, what, way_out in every:
@@ -55,6 +61,11 @@ def _model_refusals(model: nn.Module) -> list[Refusal]:
             any(isinstance(one, nn.Embedding | nn.EmbeddingBag) and one.sparse for one in model.modules()),
             "sparse gradients (an embedding with sparse=True)",
             "set sparse=False there",
+        ),
+        (
+            any(p.is_meta for p in model.parameters()),
+            "parameters without values (on the device meta)",
+            "call attach after to_empty and the initialization, and build the optimizer after them too",
         ),
     ]
 

@@ -34,7 +34,7 @@ from mols_ds.core.session import Session
 from mols_ds.engines.torch.callers import by_grad_scaler, by_state_dict
 from mols_ds.engines.torch.checkpoint import TorchCheckpoints
 from mols_ds.engines.torch.checks import check_supported, unwrapped
-from mols_ds.engines.torch.gradient_watch import GradientWatch
+from mols_ds.engines.torch.gradient_watch import CHANGED, SCALED, GradientWatch
 from mols_ds.engines.torch.loss_scaler import LossScaler
 from mols_ds.engines.torch.shards import TorchShards, tensor_parallel, this_rank
 from mols_ds.engines.torch.window import TorchWindow
@@ -42,6 +42,8 @@ from mols_ds.errors import MolsConfigError, MolsError
 from mols_ds.optim.scaling import lr_scaler
 from mols_ds.optim.traits import is_elementwise
 from mols_ds.report.files import Publisher
+
+END = "start and end of the ramp (total_steps)"
 
 
 class TorchMols(Session):
@@ -71,6 +73,7 @@ class TorchMols(Session):
         self._round: set[int] = set()  # optimizers that have stepped in the current step
         self._discarding = self._updated = False
         self._opened: OpenStep | None = None
+        self._loaded: set[str] = set()  # since the last step: "optimizer", "mols"
         self._early: bool | None = None  # result of `read_gradients` for the current step
         self._read_after = 0  # backward passes before it
 
@@ -80,10 +83,11 @@ class TorchMols(Session):
                 repr(sorted((n, s, self._table.layouts[n]) for n, s in self._table.shapes.items())).encode()
             )
             section = {key: value for key, value in section_of(config).items() if key != "report_dir"}
-            return [section, shapes, self._updates]
+            return [section, shapes, self._updates, [self._schedule.start, self._schedule.ramp_end]]
 
         same_everywhere(
-            together(build), ['the "mols" section', "the checksum of the model's parameters", "the optimizer's steps"]
+            together(build),
+            ['the "mols" section', "the checksum of the model's parameters", "the optimizer's steps", END],
         )
         params = {name: p for name, p in self._named() if name in self._table.layouts}
         self.source = self.shards = TorchShards(params, self._table, self.optimizers)
@@ -180,6 +184,7 @@ class TorchMols(Session):
                 lr_scaler(optimizer, plans, lambda: self.controller.rates(self.steps), self.config.weight_decay)
             )
             self._hooks.append(optimizer.register_step_post_hook(self._read_moments))
+            self._hooks.append(optimizer.register_load_state_dict_post_hook(lambda _: self._loaded.add("optimizer")))
             methods = ReplacedMethods(optimizer)
             self._stock.append(methods.set("step", functools.partial(self._step, number)))
             self._methods.append(methods)
@@ -239,7 +244,7 @@ class TorchMols(Session):
         if not self._round:
             self._open_round()
         elif self._measures and not self.agree(self._early is not None or not self._changed(number)):
-            raise MolsError(_CHANGED.format("the gradients of a later optimizer changed after an earlier one stepped"))
+            raise MolsError(CHANGED.format("the gradients of a later optimizer changed after an earlier one stepped"))
         self._round.add(number)
         if not self._discarding:
             self._take_own_step(number)
@@ -252,7 +257,7 @@ class TorchMols(Session):
         self._measures = self.controller.measuring and self.config.mode != "moments"
         self._discarding, self._updated = self.controller.discards_steps, False
         if self._measures and self._early is not None and self.loss_scaler is None and by_grad_scaler():
-            raise MolsError(_SCALED)
+            raise MolsError(SCALED)
         if self._discarding:
             self._probe()
         else:
@@ -281,6 +286,9 @@ class TorchMols(Session):
         self._opened = self._early = None
         if self.watch.passes == self._passes_before:  # else the gradients are of the next step already
             self.watch.forget()
+        if self._loaded == {"optimizer"} and max(self._adam_steps(), default=self._updates) != self._updates:
+            self.resume_stock()
+        self._loaded.clear()
         self._follow()
 
     def _follow(self) -> None:
@@ -323,6 +331,7 @@ class TorchMols(Session):
         self._opened = self._early = None
         self.watch.stop()
         self.checkpoints.load(state)
+        self._loaded.add("mols")
         self._follow()
 
     def resume_from(self, checkpoint_dir: str) -> None:
@@ -334,6 +343,7 @@ class TorchMols(Session):
         """Continue from a checkpoint without MoLS state, whose optimizers are loaded. Collective."""
         self._updates = max(self._adam_steps(), default=0)
         self.resume_without_state(self._updates)
+        self._loaded.add("mols")
         self._follow()
 
     # ------------------------------------------------------------------ gradients
@@ -362,7 +372,7 @@ class TorchMols(Session):
             return self._early
         problem = self.watch.problem()
         if not self.agree(not problem):
-            raise MolsError(_CHANGED.format(problem or "the gradients of another rank changed before optimizer.step()"))
+            raise MolsError(CHANGED.format(problem or "the gradients of another rank changed before optimizer.step()"))
         return self._read()
 
     def _read(self, scale: float = 1.0) -> bool:
@@ -387,13 +397,3 @@ class TorchMols(Session):
     def _after_discard(self, usable: bool) -> None:
         if self.loss_scaler is not None:
             self.loss_scaler.hold()
-
-
-_SCALED = (
-    "a GradScaler calls optimizer.step(), and mols.read_gradients() may have read scaled gradients: pass it to "
-    "mols_ds.attach(..., grad_scaler=scaler)"
-)
-_CHANGED = (
-    "{}, and MoLS measures unclipped gradients: call mols.read_gradients() after the backward pass and before you clip "
-    "(with a GradScaler: pass it to mols_ds.attach)"
-)

@@ -17,6 +17,15 @@ from mols_ds.core.pieces import local_part
 Versions = dict[int, tuple[int, int]]
 """id of a parameter -> (address, version counter) of its gradient's local part."""
 
+SCALED = (
+    "a GradScaler calls optimizer.step(), and mols.read_gradients() may have read scaled gradients: pass it to "
+    "mols_ds.attach(..., grad_scaler=scaler)"
+)
+CHANGED = (
+    "{}, and MoLS measures unclipped gradients: call mols.read_gradients() after the backward pass and before you clip "
+    "(with a GradScaler: pass it to mols_ds.attach)"
+)
+
 
 class GradientWatch:
     """Watch the gradients of `params` between `start()` and `stop()`."""

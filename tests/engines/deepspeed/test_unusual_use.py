@@ -316,16 +316,20 @@ def test_a_default_device_of_the_users(mode: str) -> None:
     assert ours == stock and ours[0] and ours[1:] == ("calibrating", 4)
 
 
-def other_section() -> str:
-    section = {**SECTION, "ramp_end": 9 + dist.get_rank(), "report_dir": f"report{dist.get_rank()}"}
-    with pytest.raises(MolsError) as error:
-        engine_of(config(0, section), PlainLM())
-    return str(error.value)
+def other_sections() -> list[str]:
+    """What attach says of another section on a rank, and of a scheduler of another length."""
+    rank, found = dist.get_rank(), []
+    for section, total in (({**SECTION, "ramp_end": 9 + rank}, 20), ({**SECTION, "ramp_end": "auto"}, 9 + rank)):
+        scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": total}}
+        with pytest.raises(MolsError) as error:
+            engine_of(config(0, {**section, "report_dir": f"report{rank}"}, scheduler=scheduler), PlainLM())
+        found.append(str(error.value))
+    return found
 
 
 def test_a_section_that_differs_between_ranks() -> None:
-    for said in run_ranks(other_section, 2):
-        assert said.startswith('the "mols" section is not the same on every rank')
+    for said in run_ranks(other_sections, 2):
+        assert all(line.startswith('the "mols" section is not the same on every rank') for line in said)
 
 
 def weights_alone() -> tuple[int, int, list[str]]:

@@ -122,6 +122,16 @@ REFUSED: list[tuple[Callable[[], tuple[Any, Any]], type[Exception], str]] = [
     (lambda: _with(lamb), MolsUnsupportedError, "use it with mols_ds.initialize"),
     (lambda: (adamw((model := _sparse()).parameters()), model), MolsUnsupportedError, "sparse=True"),
     (lambda: (adamw((model := tiny()).parameters()), nn.DataParallel(model)), MolsUnsupportedError, "nn.DataParallel"),
+    (
+        lambda: (adamw((model := tiny().to("meta")).parameters()), model),
+        MolsUnsupportedError,
+        "call attach after to_emp",
+    ),
+    (
+        lambda: ([one := adamw((model := tiny()).parameters()), one], model),
+        MolsUnsupportedError,
+        "in several of the op",
+    ),
 ]
 
 
@@ -154,6 +164,18 @@ def test_arguments_that_are_mixed_up() -> None:
         mols_ds.attach(optimizer, model)
     with pytest.raises(MolsConfigError, match="total_steps"):
         mols_ds.attach(optimizer, model, {"start": 0.1})
+    with pytest.raises(MolsConfigError, match="an optimizer needs its model too"):
+        mols_ds.attach(optimizer, SECTION, total_steps=STEPS)
+    with pytest.raises(MolsConfigError, match="total_steps and grad_scaler are for torch optimizers"):
+        mols_ds.attach(model, SECTION, total_steps=STEPS)
+    for wrong in (0, -1, "10", 1.5, True, float("nan"), 10**400):
+        with pytest.raises(MolsConfigError, match="total_steps"):
+            mols_ds.attach(optimizer, model, SECTION, total_steps=wrong)  # type: ignore[arg-type]
+    with pytest.raises(MolsConfigError, match=r'total_steps is 8, and "mols.total_steps" 9: give one'):
+        mols_ds.attach(optimizer, model, {**SECTION, "total_steps": 9}, total_steps=STEPS)
+    with pytest.raises(MolsConfigError, match="grad_scaler is a str"):
+        mols_ds.attach(optimizer, model, SECTION, total_steps=STEPS, grad_scaler="on")  # type: ignore[arg-type]
+    assert not hasattr(optimizer, "mols")
 
 
 def test_a_decay_that_cannot_be_unscaled_is_refused() -> None:

@@ -188,12 +188,21 @@ def without_ddp(differ: bool) -> str:
     return ""
 
 
+def other_lengths() -> str:
+    """What attach says where loaders of another length gave the number of steps."""
+    model = made("empty")
+    with pytest.raises(MolsError) as error:
+        mols_ds.attach(adamw(model, ADAM), model, {"start": 0.1}, total_steps=100 + 20 * dist.get_rank())
+    return str(error.value)
+
+
 def both() -> list[str]:
-    return [without_ddp(differ) for differ in (False, True)]
+    return [*(without_ddp(differ) for differ in (False, True)), other_lengths()]
 
 
-def test_different_gradients_of_plain_parameters_are_an_error_on_every_rank() -> None:
-    for alike, different in run_ranks(both, 2, timeout=60):
+def test_what_differs_between_ranks_is_an_error_on_every_rank() -> None:
+    for alike, different, lengths in run_ranks(both, 2, timeout=60):
+        assert lengths.startswith("start and end of the ramp (total_steps): [12, 12] on rank 1, but [10, 10] on rank 0")
         assert alike == ""
         assert "the ranks have different gradients of the same parameters" in different
         assert "wrap the model in DistributedDataParallel, or average the gradients" in different

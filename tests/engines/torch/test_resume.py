@@ -263,3 +263,24 @@ def test_what_is_no_state_is_refused(state: Any) -> None:
     run = Run("one", "online")
     with pytest.raises(mols_ds.MolsCheckpointError, match=r"not the result of mols\.state_dict"):
         run.mols.load_state_dict(state)
+
+
+@pytest.mark.parametrize("order", ["optimizer alone", "optimizer, mols", "mols, optimizer"])
+def test_an_optimizer_that_is_loaded_without_mols_counts_its_steps(order: str) -> None:
+    first = Run("one", "online")
+    for iteration in range(8):
+        first.iterate(iteration)
+    optimizer, mols = first.optimizer.state_dict(), first.mols.state_dict()
+    first.mols.detach()
+    second = Run("one", "online")
+    if order == "mols, optimizer":
+        second.mols.load_state_dict(mols)
+    second.optimizer.load_state_dict(optimizer)
+    if order == "optimizer, mols":
+        second.mols.load_state_dict(mols)
+    with caught() as said:
+        second.iterate(8)
+        second.iterate(9)  # a calibration that begins has seen its backward pass
+    alone = order == "optimizer alone"
+    assert any("the checkpoint at step 9 has no MoLS state" in line for line in said) is alone
+    assert second.mols.steps == 10 and second.mols.phase == ("calibrating" if alone else "fixed")
