@@ -25,7 +25,7 @@ from mols_ds.training.export_weights import save_base
 from mols_ds.training.models import build_model, check_compiler, load_model_config, tokenizer_of, zero_init
 from mols_ds.training.ranks import check_run, run_command, silence_output, start_ranks
 from mols_ds.training.resume_settings import job_settings
-from mols_ds.training.run_folder import BASE, add_output_arguments, claim, settle
+from mols_ds.training.run_folder import BASE, add_output_arguments, claim, save_settings, settle
 from mols_ds.training.shipped import shipped_root
 from mols_ds.training.sources import DataSpec, check_hub
 from mols_ds.training.streams import build_batches
@@ -151,7 +151,8 @@ def _train(
     settings = job_settings(PROGRAM, args, config, model=model_config.to_diff_dict(), text=text, processes=world)
     changed = settle(args.out, settings, resume=args.resume, rank=rank)
     about = {"model": args.model, "data": spec.source, "tokenizer": tokenizer.name}
-    _arms(args, config, partial(_model, args, config, tokenizer), batches, held_out, shape, about, changed)
+    begin = partial(save_settings, args.out, settings, rank)
+    _arms(args, config, partial(_model, args, config, tokenizer), batches, held_out, shape, about, changed, begin)
 
 
 def _model(args: argparse.Namespace, config: JsonObject, tokenizer: Tokenizer) -> torch.nn.Module:
@@ -182,6 +183,7 @@ def _arms(
     shape: BatchShape,
     about: JsonObject,
     changed: bool,
+    begin: Callable[[], None],
 ) -> None:
     """Train the one arm, or first Adam's, and print the results."""
     from mols_ds.engines.deepspeed.snr_monitor import SnrWatch  # here: it imports DeepSpeed, which `patch` must precede
@@ -191,7 +193,8 @@ def _arms(
         setup=DeepSpeedSetup(config, model, held_out, NextTokens(shape), watch, args.compile), batches=batches,
         shape=shape, rank=shape.rank, steps=args.steps, out=args.out, seed=args.seed, eval_every=args.eval_every,
         save_every=args.save_every, log_every=args.log_every, resume=args.resume, preemptible=True,
-        changed=changed, about=about, profile=args.profile, keep=Retention(args.keep_last, args.keep_every),
+        changed=changed, begin=begin, about=about, profile=args.profile,
+        keep=Retention(args.keep_last, args.keep_every),
     )  # fmt: skip
     run_arms(job, compare=bool(args.compare))
 

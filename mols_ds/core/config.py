@@ -43,6 +43,11 @@ PRESETS: dict[str, JsonObject] = {
         "samples": 32,
     },
 }
+OF_MEASURING = (
+    *("samples", "max_samples", "alpha_rtol", "mode", "estimator", "noise_floor_correction", "unseen_rows"),
+    *("reference", "alpha_min", "alpha_max", "accumulators"),
+)
+"""Keys that say how to measure."""
 MIN_SAMPLES_CORRECTED = 4
 """The correction divides by K - 3 degrees of freedom (noncentral F), so it needs K > 3."""
 
@@ -192,19 +197,9 @@ class MolsConfig(Documented):
         """One line for each reason why keys that the section has, not its preset, change nothing."""
         preset = PRESETS[self.preset]
         written = {key for key in self.model_fields_set if key not in preset or getattr(self, key) != preset[key]}
-        measured = (
-            "samples",
-            "mode",
-            "estimator",
-            "noise_floor_correction",
-            "unseen_rows",
-            "reference",
-            "accumulators",
-        )
         found: list[tuple[tuple[str, ...], str]] = []
         if self.fixed_alphas is not None:
-            bounds = ("max_samples", "alpha_rtol", "alpha_min", "alpha_max")
-            found.append(((*measured, *bounds), 'beside "fixed_alphas": nothing is measured'))
+            found.append((OF_MEASURING, 'beside "fixed_alphas": nothing is measured'))
         else:
             if self.samples != "auto":
                 found.append((("max_samples", "alpha_rtol"), 'without "samples": "auto"'))

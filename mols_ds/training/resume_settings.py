@@ -73,7 +73,7 @@ RULES: tuple[tuple[str, Rule, str], ...] = (
     ("memory_breakdown", "free", ""),
     ("dump_state", "free", ""),
     # train_megatron.py
-    ("run.steps", "refused", "Megatron's data set is shuffled for a number of steps"),
+    ("run.steps", "longer", "a run can be extended, not cut"),
     ("run.seed", "refused", ORDER),
     ("run.seq_len", "refused", ORDER),
     ("run.eval_*", "applies", ""),

@@ -137,7 +137,7 @@ def _delete_run(out: Path) -> None:
 
 
 def settle(out: Path, settings: Settings, *, resume: bool, rank: int) -> bool:
-    """Compare the settings with those in OUT/run.json, if the run resumes, and save them there. Collective.
+    """Compare the settings with those in OUT/run.json, if the run resumes. Collective.
 
     Args:
         settings: every resolved setting, flat (`resume_settings`).
@@ -159,10 +159,16 @@ def settle(out: Path, settings: Settings, *, resume: bool, rank: int) -> bool:
             changes.extend(compare(saved["settings"], json.loads(json.dumps(settings))))
             for line in changes:
                 tell(f"--resume: {line}")
-        write_whole(path, json.dumps({"schema": 1, "settings": dict(settings)}, indent=1) + "\n")
 
     on_first_rank(rank, work)
     return agreed(bool(changes))
+
+
+def save_settings(out: Path, settings: Settings, rank: int) -> None:
+    """Save the settings in OUT/run.json. Call it when the checkpoint is loaded: a refused one must not change the file.
+    Collective. Raises MolsConfigError on every rank, if they cannot be written."""
+    text = json.dumps({"schema": 1, "settings": dict(settings)}, indent=1) + "\n"
+    on_first_rank(rank, lambda: write_whole(out / RUN, text))
 
 
 def agreed(value: bool) -> bool:

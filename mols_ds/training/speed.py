@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+
+from mols_ds.training.batches import MicroBatch
+
+END = object()
 
 PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     ("H100 PCIe", 756.0),
@@ -53,3 +60,26 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclass
+class Waiting:
+    """Time that this rank waits for batches, of the time of its steps."""
+
+    seconds: float = 0.0
+    seconds_of_steps: float = 0.0
+
+    def timed(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """Yield the batches, and add the time that each takes."""
+        while True:
+            began = time.monotonic()
+            batch = next(batches, END)
+            self.seconds += time.monotonic() - began
+            if batch is END:
+                return
+            yield batch
+
+    @property
+    def share(self) -> float | None:
+        """Seconds of waiting of all; None before the first step."""
+        return self.seconds / self.seconds_of_steps if self.seconds_of_steps else None

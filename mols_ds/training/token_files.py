@@ -54,8 +54,8 @@ class IndexedWriter:
 
     def add(self, documents: Sequence[Sequence[int]], end: int) -> int:
         """Write documents, each followed by `end`. Returns the number of tokens."""
-        flat = np.concatenate([np.array((*ids, end), self._dtype) for ids in documents])
-        self._file.write(flat.tobytes())
+        flat = np.concatenate([np.fromiter((*ids, end), self._dtype, len(ids) + 1) for ids in documents])
+        self._file.write(flat.data)
         # `end` within a text ends a document too, as in Megatron's own preprocessing of such text
         self._lengths.extend(np.diff(np.flatnonzero(flat == end), prepend=-1).tolist())
         return len(flat)
@@ -64,12 +64,15 @@ class IndexedWriter:
         """Write the index."""
         self._file.close()
         lengths = np.frombuffer(self._lengths, np.int32)
-        starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * self._dtype.itemsize
         code = {"<u2": 8, "<i4": 4}[self._dtype.str]
         with self._prefix.with_suffix(".idx").open("wb") as file:
             file.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(lengths) + 1))
-            for part in (lengths, starts, np.arange(len(lengths) + 1, dtype=np.int64)):
-                file.write(part.tobytes())
+            file.write(lengths.data)
+            starts = np.cumsum(lengths, dtype=np.int64)
+            starts -= lengths
+            starts *= self._dtype.itemsize
+            file.write(starts.data)
+            file.write(np.arange(len(lengths) + 1, dtype=np.int64).data)
 
 
 def write_tokens(

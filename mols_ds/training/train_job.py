@@ -37,6 +37,7 @@ class TrainJob:
         log_every: updates between lines of the metrics file.
         resume: continue from the newest checkpoint in `out`.
         changed: the resumed run has other settings than its checkpoint, which apply.
+        begin: called on all ranks before the first step, after the checkpoint is loaded.
         about: the names of model, data and tokenizer, for the first line of the metrics.
         probe_ahead: mode "probe" measures the batches that training uses next, not those of the probe stream. So no arm
             of a comparison sees more text than another.
@@ -60,6 +61,7 @@ class TrainJob:
     log_every: int = 1
     resume: bool = False
     changed: bool = False
+    begin: Callable[[], None] = lambda: None
     about: JsonObject = field(default_factory=dict)
     probe_ahead: bool = False
     save_at_end: bool = True
@@ -130,7 +132,7 @@ class TrainBackend(ABC):
         device: of tensors in collectives.
         node_local: each node has the checkpoint files of its own ranks.
         universal: load the checkpoint that the engine's own file names, not the loop's newest.
-        extendable: a resumed run may have more steps than its checkpoint's.
+        fixed_steps: why a resumed run cannot have more steps than its checkpoint, and what to do; empty: it can.
         option: format of a setting for users, such as "--{}".
     """
 
@@ -141,7 +143,7 @@ class TrainBackend(ABC):
     device: torch.device
     node_local: bool = False
     universal: bool = False
-    extendable: bool = True
+    fixed_steps: str = ""
 
     @property
     def identity(self) -> Mapping[str, object]:

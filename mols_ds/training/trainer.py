@@ -10,7 +10,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +24,13 @@ from mols_ds.core.json_text import parse_json
 from mols_ds.core.json_types import JsonObject
 from mols_ds.core.log import GuardedWriter, tell
 from mols_ds.errors import MolsCheckpointError, MolsConfigError
-from mols_ds.training.batches import MicroBatch, Stream
+from mols_ds.training.batches import Stream
 from mols_ds.training.checkpointer import Checkpointer, check_finite, step_of
 from mols_ds.training.checkpointer import has_checkpoint as saved_in
 from mols_ds.training.preemption import Preempted, StopRequest
 from mols_ds.training.profiling import Trace
 from mols_ds.training.progress import Progress
-from mols_ds.training.speed import peak_memory
+from mols_ds.training.speed import Waiting, peak_memory
 from mols_ds.training.streams import load_places, save_places
 from mols_ds.training.train_job import Outcome, TrainBackend, TrainJob
 
@@ -67,6 +67,7 @@ def train(job: TrainJob) -> Outcome:
     try:
         if job.resume:
             trainer.load()
+        job.begin()
         with trainer.stop if job.preemptible else nullcontext():
             outcome = trainer.run()
     finally:
@@ -150,10 +151,11 @@ class Trainer:
             raise MolsCheckpointError(f"--resume: {self.folder} contains no checkpoint of this program")
         steps = int(counted["steps"])
         for key, now in self.identity.items():
-            longer = key == "steps" and backend.extendable and self.job.steps > steps
-            if counted.get(key) != now and not longer:
-                made = f"{backend.option.format(key)} {counted.get(key)}"
-                raise MolsCheckpointError(f"--resume: the checkpoint was made with {made}, not {now}")
+            longer = key == "steps" and self.job.steps > steps
+            if counted.get(key) != now and not (longer and not backend.fixed_steps):
+                made = f"{backend.option.format(key)} {counted.get(key)}, not {now}"
+                why = f": {backend.fixed_steps}" if longer else ""
+                raise MolsCheckpointError(f"--resume: the checkpoint was made with {made}{why}")
         self.updates, self.probe_steps = int(counted["step"]), int(counted["probe_steps"])
         if self.job.changed or self.job.steps != steps:
             self.use_settings(steps)
@@ -312,32 +314,6 @@ class Interval:
 
     updates: int = 0
     seconds: float = 0.0
-
-
-@dataclass
-class Waiting:
-    """Time that this rank waits for batches, of the time of its steps."""
-
-    seconds: float = 0.0
-    seconds_of_steps: float = 0.0
-
-    def timed(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        """Yield the batches, and add the time that each takes."""
-        while True:
-            began = time.monotonic()
-            batch = next(batches, END)
-            self.seconds += time.monotonic() - began
-            if batch is END:
-                return
-            yield batch
-
-    @property
-    def share(self) -> float | None:
-        """Seconds of waiting of all; None before the first step."""
-        return self.seconds / self.seconds_of_steps if self.seconds_of_steps else None
-
-
-END = object()
 
 
 def peak_rate(backend: TrainBackend) -> float | None:

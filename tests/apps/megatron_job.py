@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,3 +65,17 @@ def whole_and_resumed(config: str, folder: str, middle: int) -> tuple[int, ...]:
     resumed = ["--config", config, "--out", str(slower), "--resume"]
     refused = main([*resumed, "--set", "run.seed=7"])
     return first, second, third, main([*resumed, "--set", "optimizer.lr=5e-3"]), refused
+
+
+def extended(config: str, folder: str) -> tuple[list[int], str]:
+    """On one rank: six steps at once; four, then six; and 200, which take several passes over the text, after six.
+    Returns the statuses, and what the last run prints to stderr."""
+    from mols_ds.apps.train_megatron.main import main
+
+    def call(name: str, steps: int, *more: str) -> int:
+        return main(["--config", config, "--out", str(Path(folder) / name), "--set", f"run.steps={steps}", *more])
+
+    found = [call("whole", 6), call("part", 4), call("part", 6, "--resume")]
+    with contextlib.redirect_stderr(io.StringIO()) as text:
+        found.append(call("part", 200, "--resume"))
+    return [*found, call("part", 6, "--resume")], text.getvalue()

@@ -247,5 +247,5 @@ def test_a_run_of_train_py_ends_on_signals(tmp_path: Path, monkeypatch: pytest.M
     jobs: list[Any] = []
     monkeypatch.setattr(job, "run_arms", lambda made, compare: jobs.append(made))
     args = job.parse_arguments(["--deepspeed_config", "x.json", "--out", str(tmp_path)])
-    job._arms(args, {}, None, None, [], BatchShape(32, 1, 1, 0, 1), {}, False)  # type: ignore[arg-type]
+    job._arms(args, {}, None, None, [], BatchShape(32, 1, 1, 0, 1), {}, False, lambda: None)  # type: ignore[arg-type]
     assert jobs[0].preemptible

@@ -73,6 +73,9 @@ def work(folder: str) -> dict[str, Done]:
     more = {**paths, "data": base / "more.jsonl"}
     more["data"].write_text(f"{rows}\n{json.dumps({'text': 'one more document'})}", "utf-8")
     found["text"] = train(more, copy_run(whole, base / "text-out", 2), "--steps", "4", "--resume", *SAVED)
+    unsaved = copy_run(whole, base / "unsaved-out", 2)  # as release 0.4.0 left it
+    (unsaved / "run.json").unlink()
+    found["unsaved"] = train(paths, unsaved, "--steps", "4", "--resume", "--seed", "1", *SAVED)
     pretrained = {**paths, "model": write_checkpoint(base / "pretrained")}
     found["pretrained"] = train(pretrained, base / "pretrained-out", "--steps", "1", "--cache-dir", str(base / "own"))
     found["vocab-size"] = train(pretrained, base / "no-out", "--vocab-size", "300")
@@ -136,6 +139,12 @@ def test_settings_with_which_a_run_cannot_go_on(name: str) -> None:
 
 def test_another_text_is_refused() -> None:
     assert "(it is not the text of this run)" in one_line(results()["text"])
+
+
+def test_a_refused_checkpoint_leaves_no_settings() -> None:
+    """Else the next --resume, with the run's own settings, would be refused."""
+    assert one_line(results()["unsaved"]).endswith("--resume: the checkpoint was made with --seed 0, not 1")
+    assert not (base() / "unsaved-out" / "run.json").exists()
 
 
 def test_a_run_is_extended_at_another_rate_from_a_text_elsewhere() -> None:

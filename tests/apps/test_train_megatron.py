@@ -33,7 +33,7 @@ from mols_ds.training.tokens import Tokenizer
 from mols_ds.training.train_job import TrainJob
 from mols_ds.training.trainer import TIMED
 from tests.apps.command import ROOT, events_of, read_metrics, run
-from tests.apps.megatron_job import STEPS, TINY, TRAIN, whole_and_resumed, write_job
+from tests.apps.megatron_job import STEPS, TINY, TRAIN, extended, whole_and_resumed, write_job
 from tests.helpers.harness import run_ranks
 
 CONTRACT = {"step", "tokens", "loss", "lr", "multipliers", "phase", "step_seconds"}
@@ -170,8 +170,19 @@ def test_batches_are_addressed_by_step_and_dealt_over_ranks(tmp_path: Path) -> N
     assert any(bytes(row.numpy())[: 8 * 8] in window for row in first for window in windows)
 
 
-def blended(folder: str) -> list[list[int]]:
-    """The sequences of 20 steps of two sources, one of odd and one of even tokens."""
+@pytest.mark.parametrize("steps", [24, 40])
+def test_only_within_one_epoch_the_order_does_not_depend_on_the_steps(steps: int, tmp_path: Path) -> None:
+    """So only within one epoch a run can be extended."""
+    text, tokens = text_of(tmp_path, 200)
+    shape = BatchShape(16, 4, 2, 0, 1)
+    short, long = (IndexedBatches(text, shape, steps=number, probes=0, seed=1) for number in (10, steps))
+    assert (short.epochs, long.epochs) == (1, -(-steps * shape.tokens // (len(tokens) - 1)))
+    rows = [torch.cat([b["tokens"] for step in range(10) for b in data.step("train", step)]) for data in (short, long)]
+    assert torch.equal(*rows) == (long.epochs == 1) == (steps == 24)
+
+
+def blended(folder: str, steps: int = 20) -> tuple[int, list[list[int]]]:
+    """(epochs, the sequences of 20 steps) of two sources, one of odd and one of even tokens."""
     parts = [str(Path(folder) / name) for name in ("even", "odd")]
     for part, odd in zip(parts, (0, 1), strict=True):
         writer = IndexedWriter(Path(part), token_dtype(300))
@@ -179,15 +190,22 @@ def blended(folder: str) -> list[list[int]]:
         writer.close()
     tokenizer = Tokenizer(lambda _: [], 0, 300, "test")
     text = Text(parts, [0.75, 0.25], str(Path(folder) / "samples"), np.zeros(0, np.uint16), tokenizer)
-    batches = IndexedBatches(text, BatchShape(16, 4, 1, 0, 1), steps=20, probes=0, seed=1)
+    batches = IndexedBatches(text, BatchShape(16, 4, 1, 0, 1), steps=steps, probes=0, seed=1)
     found = torch.cat([batch["tokens"] for step in range(20) for batch in batches.step("train", step)])
     rows: list[list[int]] = found.tolist()
-    return rows
+    return batches.epochs, rows
+
+
+def blends(folder: str) -> list[tuple[int, list[list[int]]]]:
+    """For 20 steps, for more of the same epoch, and for many epochs."""
+    return [blended(folder, steps) for steps in (20, 40, 400)]
 
 
 def test_a_mixture_is_megatron_s_blend(tmp_path: Path) -> None:
-    (rows,) = run_ranks(blended, 1, str(tmp_path))
+    ((one, longer, many),) = run_ranks(blends, 1, str(tmp_path))
+    rows = one[1]
     assert len(rows) == 80 and sum(any(token % 2 for token in row) for row in rows) == 20
+    assert one == longer and one[0] == 1 and many[0] > 1 and many[1] != rows
 
 
 def test_evaluation_has_the_targets_of_train_py(tmp_path: Path) -> None:
@@ -307,3 +325,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert slower == pytest.approx([1.0] * 3 + [0.5] * 3)
     latest = tmp_path / "part" / "checkpoints" / "latest"
     assert latest.read_text("utf-8") == f"step{STEPS}"
+
+
+@pytest.mark.jobs
+@pytest.mark.tier("all")
+def test_a_run_is_extended_within_one_epoch(tmp_path: Path) -> None:
+    """It is the longer run, by a schedule that does not depend on the steps. A refused extension changes nothing."""
+    path = write_job(tmp_path, scheduler={"style": "constant", "warmup": 0.0}, run={"eval_every": 0},
+                     mols={"total_steps": 6})  # fmt: skip
+    ((statuses, text),) = run_ranks(extended, 1, str(path), str(tmp_path), timeout=240)
+    assert statuses == [0, 0, 0, 2, 0], text
+    (line,) = text.splitlines()
+    assert line.startswith("train_megatron.py: --resume: the checkpoint was made with run.steps 6, not 200: 200 steps")
+    whole, part = (
+        [{key: value for key, value in line.items() if key not in TIMED} for line in read_metrics(tmp_path / name)]
+        for name in ("whole", "part")
+    )
+    assert [line.get("step") for line in part] == [1, 2, 3, 4, 5, 6, None]
+    assert part[-1] == whole[-1]
+    assert [{**line, "val_loss": 0} for line in part[:-1]] == [{**line, "val_loss": 0} for line in whole[:-1]]

@@ -14,7 +14,8 @@ import numpy as np
 from mols_ds.training.sources import DataSpec
 from mols_ds.training.tokens import prepare
 
-WORDS = 2000
+WORDS = [f"word{number:08d}" for number in range(2000)]
+"""Long ones: a tokenizer takes its time for each word."""
 PER_DOCUMENT = 500
 BLOCK = 1_000_000
 
@@ -24,7 +25,7 @@ def generate(path: Path, size: int) -> None:
     random = np.random.default_rng(0)
     block = ""
     while len(block) < min(size, BLOCK):
-        text = " ".join(f"w{n}" for n in random.integers(0, WORDS, PER_DOCUMENT))
+        text = " ".join(random.choice(WORDS, PER_DOCUMENT))
         block += json.dumps({"text": text}) + "\n" if path.suffix == ".jsonl" else text + "\n\n"
     with path.open("w", encoding="utf-8") as file:
         for _ in range(max(1, round(size / len(block)))):
@@ -35,7 +36,7 @@ def word_tokenizer(folder: Path) -> Path:
     """Write a tokenizer folder with one token a word, which is fast."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["<|endoftext|>", "<unk>", *(f"w{n}" for n in range(WORDS))]
+    words = ["<|endoftext|>", "<unk>", *WORDS]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     folder.mkdir(exist_ok=True)
@@ -52,7 +53,7 @@ def main(folder: Path, suffix: str, *sizes: str) -> None:
         path = folder / f"{size}{suffix}"
         generate(path, int(float(size) * 1e6))
         began = time.monotonic()
-        given = {"vocab_size": WORDS, "seed": 0, "held_out_tokens": 0}
+        given = {"vocab_size": len(WORDS), "seed": 0, "held_out_tokens": 0}
         _, tokens = prepare(DataSpec(str(path)), folder / "cache", tokenizer=tokenizer, **given)  # type: ignore[arg-type]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         count = sum(map(len, (*tokens.train, tokens.held_out)))

@@ -114,11 +114,11 @@ def test_accepted_forms() -> None:
         ({"mode": "moments", "accumulators": {}}, ['"mols.accumulators": no effect in mode "moments": there are none']),
         (
             {"preset": "paper", "fixed_alphas": {"qk": 2.0}, "samples": 4, "mode": "online", "alpha_rtol": 0.2},
-            ['"mols.samples", "mols.mode", "mols.alpha_rtol": no effect beside "fixed_alphas": nothing is measured'],
+            ['"mols.samples", "mols.alpha_rtol", "mols.mode": no effect beside "fixed_alphas": nothing is measured'],
         ),
         (
             {"fixed_alphas": {"qk": 2.0}, "mode": "online", "max_samples": 20, "reference": "max"},
-            ['"mols.mode", "mols.reference", "mols.max_samples": no effect beside "fixed_alphas": nothing is measured'],
+            ['"mols.max_samples", "mols.mode", "mols.reference": no effect beside "fixed_alphas": nothing is measured'],
         ),
     ],
 )

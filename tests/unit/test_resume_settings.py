@@ -33,7 +33,7 @@ EXPECTED: dict[str, Rule] = {
     "fp16.initial_scale_power": "checkpoint",
     "zero_optimization.stage": "free",
     "tensorboard.enabled": "free",
-    "run.steps": "refused",
+    "run.steps": "longer",
     "run.log_every": "free",
     "parallel.tp": "free",
     "mols.samples": "free",

@@ -122,7 +122,8 @@ def test_the_share_of_time_spent_waiting_for_data(
                 spend(3)
                 yield value
 
-    monkeypatch.setattr("mols_ds.training.trainer.time", SimpleNamespace(monotonic=lambda: now))
+    for module in ("trainer", "speed"):
+        monkeypatch.setattr(f"mols_ds.training.{module}.time", SimpleNamespace(monotonic=lambda: now))
     train(job_of(tmp_path / "out", batches=Slow(), before_update=lambda _: spend(2), shown=True))
     assert "out: 75.0% of the steps' time was spent waiting for data" in capsys.readouterr().out.splitlines()
 

@@ -108,9 +108,11 @@ def test_a_finished_run_is_extended(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_an_engine_that_cannot_be_extended_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(job_of(tmp_path))
-    monkeypatch.setattr(Backend, "extendable", False)
-    with pytest.raises(MolsCheckpointError, match=r"--steps 8, not 9$"):
+    monkeypatch.setattr(Backend, "fixed_steps", "the reason")
+    with pytest.raises(MolsCheckpointError, match=r"--steps 8, not 9: the reason$"):
         train(job_of(tmp_path, steps=9, resume=True))
+    with pytest.raises(MolsCheckpointError, match=r"--steps 8, not 7$"):
+        train(job_of(tmp_path, steps=7, resume=True))
 
 
 def test_another_program_s_checkpoint_is_refused(tmp_path: Path) -> None:

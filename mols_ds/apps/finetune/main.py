@@ -53,7 +53,7 @@ from mols_ds.training.ds_config import (
 from mols_ds.training.models import zero_init
 from mols_ds.training.ranks import check_run, run_command, silence_output, start_ranks
 from mols_ds.training.resume_settings import job_settings
-from mols_ds.training.run_folder import add_output_arguments, claim, settle
+from mols_ds.training.run_folder import add_output_arguments, claim, save_settings, settle
 from mols_ds.training.sources import DataSpec, check_hub
 from mols_ds.training.train_job import TrainJob
 
@@ -222,7 +222,8 @@ def _train(
         setup=setup, batches=batches, shape=shape, rank=rank, steps=steps, out=args.out, seed=args.seed,
         eval_every=max(1, steps // 5) if args.eval_every is None else args.eval_every,
         save_every=args.save_every, log_every=args.log_every, resume=args.resume, preemptible=True,
-        changed=changed, about=about, keep=Retention(args.keep_last, args.keep_every),
+        changed=changed, begin=partial(save_settings, args.out, settings, rank), about=about,
+        keep=Retention(args.keep_last, args.keep_every),
     )  # fmt: skip
     return run_arms(job, compare=bool(args.compare)), model_dtype(config)
 

@@ -44,6 +44,7 @@ class MegatronSetup:
         held_out: held-out micro-batches of this data-parallel rank.
         vocab_size: of the tokenizer, before padding.
         engine: use Transformer Engine's layers.
+        epochs: of the training samples (`IndexedBatches.epochs`).
     """
 
     settings: Settings
@@ -52,6 +53,7 @@ class MegatronSetup:
     held_out: list[Batch]
     vocab_size: int
     engine: bool
+    epochs: int = 1
 
     @property
     def section(self) -> JsonObject | None:
@@ -90,11 +92,15 @@ class MegatronBackend(TrainBackend):
     """
 
     option = "run.{}"
-    extendable = False  # Megatron's data set is shuffled for a number of steps
 
     def __init__(self, job: TrainJob, setup: MegatronSetup, built: Built, mols: Handle) -> None:
         self.job, self.setup, self.built, self.mols = job, setup, built, mols
         self.rank, self.world, self.device = job.rank, setup.grid.world, _device()
+        if setup.epochs > 1:
+            self.fixed_steps = (
+                f"{job.steps} steps take {setup.epochs} passes over the text, which Megatron shuffles together, so the "
+                "order of all samples depends on run.steps; keep this run's, or start a new run in another --out"
+            )
         self.skipped = self._number = 0
         self._norm: float | None = None
         self._writers: Writers | None = None

@@ -101,6 +101,13 @@ class IndexedBatches:
         if probes:
             self._sets["probe"] = _gpt_dataset(text, shape, probes, seed + PROBE_SEED)
 
+    @property
+    def epochs(self) -> int:
+        """Passes over the text, of a mixture the most over one source. Megatron shuffles the samples of all of them
+        together: with more than one, their order depends on the number of steps."""
+        train = self._sets["train"]
+        return max(len(part.document_index) // len(part.indices) for part in getattr(train, "datasets", [train]))
+
     def step(self, stream: Stream, step: int) -> Iterator[Batch]:
         """Yield this rank's micro-batches of global batch `step`: "tokens" and "labels" int64, "loss_mask" float32,
         each of shape (micro, length), and "position_ids".

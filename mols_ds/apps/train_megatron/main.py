@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from mols_ds.training.megatron_config import (
 from mols_ds.training.megatron_settings import Settings, read
 from mols_ds.training.ranks import check_run, run_command
 from mols_ds.training.resume_settings import flatten
-from mols_ds.training.run_folder import add_output_arguments, claim, settle
+from mols_ds.training.run_folder import add_output_arguments, claim, save_settings, settle
 from mols_ds.training.sources import DataSpec
 from mols_ds.training.train_job import TrainJob
 from mols_ds.training.writers import check_writers
@@ -143,13 +144,15 @@ def _train(
     settled = {"program": PROGRAM, "processes": grid.world, **plain}
     changed = settle(args.out, settled, resume=args.resume, rank=rank)
     setup = MegatronSetup(
-        settings=settings, machine=machine, grid=grid, held_out=held_out, vocab_size=text.tokenizer.size, engine=engine
-    )
+        settings=settings, machine=machine, grid=grid, held_out=held_out, vocab_size=text.tokenizer.size, engine=engine,
+        epochs=batches.epochs,
+    )  # fmt: skip
     job = TrainJob(
         setup=setup, batches=batches, shape=shape, rank=rank, steps=plan.steps, out=args.out, seed=plan.seed,
         eval_every=max(1, plan.steps // 5) if plan.eval_every is None else plan.eval_every,
         save_every=plan.save_every, log_every=plan.log_every, resume=args.resume, preemptible=True,
-        changed=changed, keep=Retention(plan.keep_last, plan.keep_every),
+        changed=changed, begin=partial(save_settings, args.out, settled, rank),
+        keep=Retention(plan.keep_last, plan.keep_every),
         about={"model": args.config, "data": spec.source, "tokenizer": text.tokenizer.name},
     )  # fmt: skip
     run_arms(job, compare=bool(args.compare))
