@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.apps.command import ROOT, run
+from tests.apps.command import ROOT, Done, run
 from tests.helpers.harness import pictures_allowed, run_ranks
 
 EXAMPLES = ROOT / "examples"
@@ -43,6 +43,12 @@ def script_of(name: str, cwd: Path) -> Path:
         (cwd / "on_cpu.py").write_text(ON_CPU.format(folder=str(EXAMPLES), script=str(script)), "utf-8")
         script = cwd / "on_cpu.py"
     return script
+
+
+def start(name: str, cwd: Path) -> Done:
+    """Run the example as its first lines say: two processes of torchrun."""
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    return run(*launch, script_of(name, cwd), cwd=cwd)
 
 
 def printed_by(name: str) -> str:
@@ -78,10 +84,8 @@ def need(name: str) -> None:
     "name", [pytest.param(name, marks=pytest.mark.tier("all" if name == COMMAND else "full")) for name in SCRIPTS]
 )
 def test_it_ends_with_alphas(name: str, tmp_path: Path) -> None:
-    """As its first lines say: by torchrun."""
     need(name)
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = run(*launch, script_of(name, tmp_path), cwd=tmp_path)
+    done = start(name, tmp_path)
     assert done.status == 0, done.stderr[-3000:]
     assert set(alphas_in(done.stdout)) == set(alphas_in(page_of(name))), done.stdout[-2000:]
 
