@@ -42,6 +42,8 @@ PRESETS: dict[str, JsonObject] = {
         "mode": "probe",
         "samples": 32,
     },
+    # No measurement: the simple rule that a measurement has to beat (docs/evidence/comparison.md).
+    "constant": {"fixed_alphas": {"embedding": 8.0}},
 }
 OF_MEASURING = (
     *("samples", "max_samples", "alpha_rtol", "mode", "estimator", "noise_floor_correction", "unseen_rows"),
@@ -91,8 +93,9 @@ class MolsConfig(Documented):
 
     enabled: StrictBool = True
     """`false`: stock DeepSpeed or Megatron-core, bit for bit."""
-    preset: Literal["robust", "paper"] = "robust"
-    """Defaults of the other keys. Keys that you write override the preset."""
+    preset: Literal["robust", "paper", "constant"] = "robust"
+    """Defaults of the other keys. Keys that you write override the preset. `"constant"` measures nothing: the embedding
+    has 8 times the rate, every other group the base rate."""
     start: StepOrShare | SummedRate = 0.01
     """Where the calibration starts. A float in [0, 1] is a share of all steps, an integer is a step: `1.0` is the end
     of the run, `1` is its second step. `{"summed_rate": 4}`: where the rates of the steps before add up to 4 times the

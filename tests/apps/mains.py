@@ -49,5 +49,6 @@ def changed_file(source: Path, target: Path, **changes: Any) -> Path:
 def one_line(done: Done) -> str:
     """The line that a user's mistake prints."""
     assert done.status == 2, f"{done.status}\n{done.stdout}\n{done.stderr}"
-    (line,) = done.stderr.splitlines()
-    return line
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]

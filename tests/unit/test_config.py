@@ -95,6 +95,15 @@ def test_paper_preset_to_the_letter_and_overridable() -> None:
     assert MolsConfig.parse({"preset": "paper", "samples": 2}).samples == 2  # no correction: two are enough
 
 
+def test_constant_preset_measures_nothing_and_is_overridable() -> None:
+    config = MolsConfig.parse({"preset": "constant"})
+    assert config.fixed_alphas == {"embedding": 8.0} and config.measures is None
+    assert not list(config.without_effect())
+    assert MolsConfig.parse({"preset": "constant", "fixed_alphas": {"embedding": 32}}).fixed_alphas == {"embedding": 32}
+    (remark,) = MolsConfig.parse({"preset": "constant", "samples": 8}).without_effect()
+    assert remark.startswith('"mols.samples": no effect beside "fixed_alphas"')
+
+
 def test_accepted_forms() -> None:
     """JSON has lists and integers; both kinds of `start` may be mixed with "auto"."""
     config = MolsConfig.parse({"rules": [["a.*", "mlp"]], "fixed_alphas": {"qk": 2}, "alpha_max": 5, "start": 3})

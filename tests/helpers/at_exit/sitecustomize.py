@@ -1,6 +1,7 @@
 """First on PYTHONPATH of the commands that tests start (`tests.apps.command.run`): names a process group left alive."""
 
 import atexit
+import os
 import sys
 
 LEFT = "the process group is alive at exit: a thread of gloo may abort the process"
@@ -9,7 +10,7 @@ LEFT = "the process group is alive at exit: a thread of gloo may abort the proce
 def _look() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
-        print(LEFT, file=sys.stderr, flush=True)
+        os.write(2, f"{LEFT}\n".encode())  # at once: another rank may write its line
 
 
 if __name__ == "sitecustomize":
