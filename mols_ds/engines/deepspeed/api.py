@@ -85,7 +85,8 @@ def initialize(*args: Any, **kwargs: Any) -> Initialized:
     `deepspeed.initialize`.
 
     Args:
-        args, kwargs: those of `deepspeed.initialize` (deepspeed/__init__.py).
+        *args: those of `deepspeed.initialize` (deepspeed/__init__.py).
+        **kwargs: likewise.
 
     Returns:
         Its four results: engine, optimizer, data loader, scheduler. `engine.mols` is the handle.
