@@ -45,11 +45,11 @@ PRESETS: dict[str, JsonObject] = {
     # No measurement: the simple rule that a measurement has to beat (docs/evidence/comparison.md).
     "constant": {"fixed_alphas": {"embedding": 8.0}},
 }
-OF_MEASURING = (
+MEASUREMENT_KEYS = (
     *("samples", "max_samples", "alpha_rtol", "mode", "estimator", "noise_floor_correction", "unseen_rows"),
     *("reference", "alpha_min", "alpha_max", "accumulators"),
 )
-"""Keys that say how to measure."""
+"""Keys without effect where nothing is measured."""
 MIN_SAMPLES_CORRECTED = 4
 """The correction divides by K - 3 degrees of freedom (noncentral F), so it needs K > 3."""
 
@@ -202,7 +202,7 @@ class MolsConfig(Documented):
         written = {key for key in self.model_fields_set if key not in preset or getattr(self, key) != preset[key]}
         found: list[tuple[tuple[str, ...], str]] = []
         if self.fixed_alphas is not None:
-            found.append((OF_MEASURING, 'beside "fixed_alphas": nothing is measured'))
+            found.append((MEASUREMENT_KEYS, 'beside "fixed_alphas": nothing is measured'))
         else:
             if self.samples != "auto":
                 found.append((("max_samples", "alpha_rtol"), 'without "samples": "auto"'))

@@ -25,7 +25,7 @@ def welford(mean: Tensor, m2: Tensor, value: Tensor, k: int, scratch: Tensor | N
 
 
 def squares_of_one(mean: Tensor, m2: Tensor, k: int) -> None:
-    """Set M2 of k samples of which the last is g and the others are 0: mean = g / k, M2 = g^2 (k - 1) / k.
+    """Set M2 for k samples. The last one is g, the others are 0, so mean = g / k and M2 = g^2 (k - 1) / k.
 
     Args:
         mean: g / k.

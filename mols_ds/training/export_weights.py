@@ -51,8 +51,8 @@ def export_run(out: Path, folder: Path, *, step: int | None = None, dtype: str |
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    files = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name} if folder.exists() else set()
-    if files and (RUN in files or "config.json" not in files or not folder.is_dir()):
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if (folder.exists() and not folder.is_dir()) or RUN in names or (names and "config.json" not in names):
         raise MolsConfigError(f"export: {folder} has other files than a model's: name a new folder")
     base = next((place / BASE for place in (out, out.parent) if (place / BASE).is_dir()), None)
     if base is None:

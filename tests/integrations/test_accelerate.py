@@ -29,7 +29,9 @@ def refusals() -> dict[str, str]:
         with pytest.raises(mols_ds.MolsConfigError) as raised:
             attach(thing, None if name == "engine" else SECTION)
         found[name] = str(raised.value)
-    return found
+    with pytest.raises(mols_ds.MolsConfigError) as raised:
+        attach(loop.engine, SECTION, total_steps=0)
+    return {**found, "no steps": str(raised.value)}
 
 
 WAYS: list[Case] = [(world, f"{HERE}:ways", stage) for world, stage in ((1, 0), (2, 2), (1, 3))]
@@ -57,4 +59,5 @@ def test_what_is_no_engine_is_refused_by_what_to_pass() -> None:
         seen["optimizer"]
         == "attach: an optimizer has no reference to its engine; pass the model that prepare() returned"
     )
+    assert "total_steps" in seen["no steps"] and "greater than or equal to 1" in seen["no steps"]
     assert "LlamaForCausalLM is not a DeepSpeed engine; pass what deepspeed.initialize returned" in seen["model"]

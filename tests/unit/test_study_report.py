@@ -132,12 +132,12 @@ def test_users_words_are_escaped(tmp_path: Path) -> None:
     results = study(ARMS)
     results.study["about"] = '<script>alert("x")</script>'
     results.study["arms"]["lion"]["about"] = "a | b\nc <b>"
-    results.study["data"] = {"source": "/home/somebody/texts", "tokenizer": None}
+    results.study["data"] = {"source": "/corpora/private/texts", "tokenizer": None}
     write_report(results, tmp_path)
     page, text = ((tmp_path / name).read_text("utf-8") for name in ("report.html", "report.md"))
     assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
     assert "a \\| b c <b>" in text
-    assert "/home/somebody" not in page + text, "of a path, the name alone"
+    assert "/corpora/private" not in page + text, "of a path, the name alone"
     assert COMMAND in text
 
 

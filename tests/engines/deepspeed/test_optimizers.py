@@ -125,7 +125,7 @@ def test_each_alone_trains(name: str, precision: str) -> None:
 
 
 def train_with_rates(name: str, model: str, stage: int) -> dict[str, Any]:
-    """No clipping: gradients are those of the reference bit for bit in the first step, of which bases are made."""
+    """Without clipping. The bases are computed in the first step, whose gradients equal the reference's bit for bit."""
     engine = engine_with(name, model_of(model), stage, fixed(model), gradient_clipping=0.0)
     for step in range(STEPS):
         iterate(engine, step, 1)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_patches.cpu.emulation import cpu_megatron
-from tests.engines.megatron.building import DTYPES, SEQUENCES, Setup, stage_model, start, tokens, transformer_config
+from tests.engines.megatron.building import SEQUENCES, Setup, stage_model, start, tokens
 from tests.engines.megatron.grids import REFERENCE, Plan, run
+from tests.engines.megatron.model_config import DTYPES, transformer_config
 from tests.engines.megatron.weights import fill
 from tests.helpers.oracle.adamw import AdamSettings, ElementwiseAdamW, multipliers, ramp
 from tests.helpers.oracle.histogram import histogram_median

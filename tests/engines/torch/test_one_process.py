@@ -122,6 +122,26 @@ LOOP_CASES = [
 ]
 
 
+def test_the_constant_preset_steps_the_embedding_at_8_times_the_rate() -> None:
+    """As Adam with a parameter group of its own for the embedding."""
+    weights = []
+    for preset in (True, False):
+        model = tiny()
+        first, *others = model.parameters()
+        assert first is model.embed_tokens.weight
+        optimizer = adamw([{"params": [first], "lr": 1e-3 if preset else 8e-3}, {"params": others, "lr": 1e-3}])
+        if preset:
+            section = {"preset": "constant", "start": 0, "ramp_end": 0}
+            mols = mols_ds.attach(optimizer, model, section, total_steps=STEPS)
+        for iteration in range(3):
+            model(tokens(iteration)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append({name: digest(p) for name, p in model.named_parameters()})
+    assert mols.samples == 0 and mols.alphas["embedding"] == 8.0
+    assert not differing(*weights)
+
+
 @pytest.mark.parametrize(("loop", "mode"), LOOP_CASES)
 def test_every_loop_gives_the_same(loop: str, mode: str) -> None:
     """Kernels round differently; 1e-5 is far below what a wrong gradient or rate moves."""
