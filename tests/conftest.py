@@ -18,6 +18,8 @@ apply_environment(RANK_ENVIRONMENT)
 import torch  # noqa: E402  (reads the environment above when it is imported)
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from mols_ds.core.compile_locks import lock_problem, stale_locks  # noqa: E402
+
 torch.set_num_threads(1)
 # A shell ignores Ctrl-C for what it starts in the background, and nohup a closed terminal. Commands that tests start
 # would inherit that.
@@ -47,6 +49,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="which tests: quick (make test), all (make test-all), rest (all without quick), full (the default here), "
         "exhaustive (full without all)",
     )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput") and (problem := lock_problem(stale_locks())):
+        raise pytest.UsageError("; ".join(problem))
 
 
 @pytest.hookimpl(trylast=True)
