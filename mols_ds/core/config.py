@@ -144,6 +144,9 @@ class MolsConfig(Documented):
     fixed_alphas: dict[str, Number] | None = None
     """`{"embedding": 3.9}`: no calibration, these multipliers (1 for groups that are not named). The ramp still
     applies."""
+    factors: dict[str, Number] | None = None
+    """`{"embedding": 32}`: constants beside the measurement. The measured multiplier of a group, after its bounds, is
+    multiplied by the group's constant (1 for groups that are not named). Not with `fixed_alphas`."""
     weight_decay: Literal["scaled", "unscaled"] = "scaled"
     """Whether multipliers act on decoupled weight decay too. `"unscaled"`: every group decays at the base rate."""
     total_steps: Count | None = None
@@ -180,13 +183,16 @@ class MolsConfig(Documented):
             raise ValueError('samples: "auto" needs gradient samples; use mode "probe" or "online", or a number')
         if not self.report_dir or "\0" in self.report_dir:
             raise ValueError(f"report_dir: must be the name of a folder, got {self.report_dir!r}")
-        for group, alpha in (self.fixed_alphas or {}).items():
-            if not 0 < alpha < math.inf:
-                raise ValueError(f"fixed_alphas.{group}: must be a finite number > 0, got {alpha}")
-            if not LOWEST <= alpha <= HIGHEST:
-                raise ValueError(f"fixed_alphas.{group}: must be from {LOWEST:g} to {HIGHEST:g}, got {alpha}")
-        if self.fixed_alphas is not None and not self.fixed_alphas:
-            raise ValueError("fixed_alphas: is empty; name at least one group or use null")
+        for key, given in (("fixed_alphas", self.fixed_alphas), ("factors", self.factors)):
+            for group, number in (given or {}).items():
+                if not 0 < number < math.inf:
+                    raise ValueError(f"{key}.{group}: must be a finite number > 0, got {number}")
+                if not LOWEST <= number <= HIGHEST:
+                    raise ValueError(f"{key}.{group}: must be from {LOWEST:g} to {HIGHEST:g}, got {number}")
+            if given is not None and not given:
+                raise ValueError(f"{key}: is empty; name at least one group or use null")
+        if self.fixed_alphas is not None and self.factors is not None:
+            raise ValueError("factors: cannot go with fixed_alphas (nothing is measured); write the products there")
         if self.fixed_alphas is not None and self.recalibrate is not None:
             raise ValueError("recalibrate: cannot go with fixed_alphas (nothing is ever calibrated); drop one of them")
         return self

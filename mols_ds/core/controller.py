@@ -45,7 +45,7 @@ class Controller:
         context: rank, device, reduction and output of the engine.
 
     Raises:
-        MolsConfigError: the reference group or a group of `fixed_alphas` does not exist in this model.
+        MolsConfigError: the reference group or a group of `fixed_alphas` or `factors` does not exist in this model.
     """
 
     def __init__(
@@ -76,11 +76,12 @@ class Controller:
         reference = self.config.reference
         if reference != "max" and reference not in bases | set(self.groups) and self.config.fixed_alphas is None:
             raise MolsConfigError(f'"mols.reference": no group "{reference}" in this model; groups: {known}, or "max"')
-        for group, alpha in (self.config.fixed_alphas or {}).items():
-            if group not in self.groups:
-                raise MolsConfigError(f'"mols.fixed_alphas": no group "{group}" in this model; groups: {known}')
-            if not is_scaled(group) and alpha != 1.0:
-                raise MolsConfigError(f'"mols.fixed_alphas": group "{group}" is measured but never scaled; remove it')
+        for key, given in (("fixed_alphas", self.config.fixed_alphas), ("factors", self.config.factors)):
+            for group, number in (given or {}).items():
+                if group not in self.groups:
+                    raise MolsConfigError(f'"mols.{key}": no group "{group}" in this model; groups: {known}')
+                if not is_scaled(group) and number != 1.0:
+                    raise MolsConfigError(f'"mols.{key}": group "{group}" is measured but never scaled; remove it')
 
     # ------------------------------------------------------------------ what users read
 
@@ -256,7 +257,7 @@ class Controller:
 
     def _compute(self, sums: GroupSums, correction: bool) -> tuple[str, dict[str, estimators.Alpha]]:
         config = self.config
-        return estimators.compute_alphas(
+        reference, found = estimators.compute_alphas(
             sums,
             estimator=config.estimator,
             correction=correction,
@@ -264,6 +265,10 @@ class Controller:
             alpha_min=config.alpha_min,
             alpha_max=config.alpha_max,
         )
+        return reference, {group: alpha.times(self._factor(group)) for group, alpha in found.items()}
+
+    def _factor(self, group: str) -> float:
+        return (self.config.factors or {}).get(group, 1.0)
 
     def _alphas(self, sums: GroupSums) -> tuple[bool, str, dict[str, estimators.Alpha]]:
         """Return (whether the noise floor was corrected, reference, alphas).
@@ -305,8 +310,10 @@ class Controller:
 
     def give_up(self, t: int, why: str) -> None:
         """End a failed calibration with a warning. Keeps the former multipliers (1 the first time)."""
-        keep = {group: self.state.old.get(group, 1.0) for group in self.groups}
+        keep = {group: self.state.old.get(group, self._factor(group)) for group in self.groups}
         former = "the former alphas" if self.state.old else "alpha = 1 for every group"
+        if not self.state.old and self.config.factors:
+            former += ", times mols.factors"
         self.warn(f"the calibration failed at step {t}: {why}. Training continues with {former}")
         self._report = self._new_report(t, self.config.reference, unmeasured_rows(self.table, keep))
         self._report["failed"] = why

@@ -86,9 +86,10 @@ def measured_rows(
 def remarks(config: MolsConfig, rows: Mapping[str, ReportGroup]) -> Iterator[str]:
     """Yield warnings about groups: multipliers at a bound, elements without noise or without a gradient."""
     for group, row in rows.items():
-        if row["clamped"]:
+        if row["clamped"] and row["alpha"] is not None:
+            bound = row["alpha"] / (config.factors or {}).get(group, 1.0)
             yield (
-                f'alpha of group "{group}" hit its bound: {row["alpha"]:g} '
+                f'alpha of group "{group}" hit its bound: {bound:g} '
                 f"(alpha_min {config.alpha_min}, alpha_max {config.alpha_max})"
             )
         without = row["constant_share"] or 0.0
@@ -146,4 +147,6 @@ def build_report(
     }
     if summed_rate is not None:
         report["start_summed_rate"] = summed_rate
+    if config.factors is not None:
+        report["factors"] = config.factors
     return report

@@ -31,6 +31,10 @@ class Alpha(NamedTuple):
     low: float
     high: float
 
+    def times(self, factor: float) -> Alpha:
+        """Return the multiplier and its interval times a constant."""
+        return Alpha(self.alpha * factor, self.clamped, self.low * factor, self.high * factor)
+
 
 def estimate(sums: GroupSums, estimator: Estimator, correction: bool) -> dict[str, float]:
     """Compute SNR_m of every group, or its effective signal step d_m in [0, 1] (`STEPS`).

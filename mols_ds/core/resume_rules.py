@@ -26,6 +26,7 @@ RULES: dict[str, Rule] = {
     "reference": "alphas",
     "alpha_min": "alphas",
     "alpha_max": "alphas",
+    "factors": "alphas",
     "ramp": "config",
     "ramp_end": "alphas",
     "granularity": "elsewhere",  # `state_check` refuses other module groups

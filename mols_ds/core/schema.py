@@ -11,7 +11,8 @@ The controller adds "noise_floor_correction", "weight_decay" ("scaled" or "unsca
 "weights_moved" (modes "online" and "moments"), and for each group "step_rms", "alpha_low", "alpha_high", "unseen_share"
 (rows of tokens that did not occur) and "constant_share" (elements without noise, which no estimator counts). "mode" is
 "fixed" for given alphas. "parameters": see `groups.parameter_kinds`. "failed" is the reason of a failed calibration.
-"start_summed_rate": see `Schedule.summed_rate`. Readers must work without these keys.
+"start_summed_rate": see `Schedule.summed_rate`. "factors": those of the section, already in each "alpha". Readers must
+work without these keys.
 
 `snr` is the value of the chosen estimator (for `STEPS` the effective step d in [0, 1]). An undefined value is
 null, such as the SNR of a group in which nothing moved. `document.py` builds reports; `mols_ds.report` writes and
@@ -93,6 +94,7 @@ class Report(TypedDict):
     skipped_samples: NotRequired[int]
     weight_decay: NotRequired[str]
     start_summed_rate: NotRequired[float]
+    factors: NotRequired[dict[str, float]]
     weights_moved: NotRequired[bool]
     parameters: NotRequired[dict[str, list[str]]]
     failed: NotRequired[str]

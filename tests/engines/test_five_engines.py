@@ -33,7 +33,8 @@ from tests.helpers.oracle.adamw import AdamSettings
 pytestmark = [pytest.mark.distributed, pytest.mark.tier("all"), pytest.mark.timeout(900)]
 
 START, SAMPLES, UPDATES = 1, 6, 11  # 10 of the updates are scaled
-SECTION = {"start": START, "samples": SAMPLES, "ramp_end": 4, "alpha_min": 0.05, "alpha_max": 20.0}
+BOUNDS = {"alpha_min": 0.05, "alpha_max": 20.0, "factors": {"embedding": 2.0}}
+SECTION = {"start": START, "samples": SAMPLES, "ramp_end": 4, **BOUNDS}
 SETUP = Setup(distributed=True, lr=1e-3, clip=0.05, layers=3)  # clipping always acts; a weight lies on both ranks
 EPS = 1e-4  # well above the float noise, which Adam's first steps would turn into full steps
 ADAM = AdamSettings(lr=SETUP.lr, beta2=0.95, eps=EPS, weight_decay=SETUP.weight_decay, clip=SETUP.clip)

@@ -20,6 +20,7 @@ CHANGES: dict[str, tuple[Any, Outcome]] = {
     "reference": ("mlp", "kept"),
     "alpha_min": (0.2, "kept"),
     "alpha_max": (20.0, "kept"),
+    "factors": ({"embedding": 4.0}, "kept"),
     "ramp": ("cosine", "applied"),
     "ramp_end": (30, "kept"),
     "granularity": ("layer_type", "refused"),

@@ -41,7 +41,7 @@ ENGINES: tuple[dict[str, Any], ...] = (
 )
 MIN_ACTIONS = 16
 CHANGEABLE = (
-    "alpha_max", "estimator", "unseen_rows", "reference", "mode",
+    "alpha_max", "factors", "estimator", "unseen_rows", "reference", "mode",
     "samples", "ramp", "ramp_end", "recalibrate", "fixed_alphas", "start"
 )  # fmt: skip
 FREEZABLE = ("lm_head.weight", "layers.0.q_proj.weight", "layers.1.up_proj.weight")
@@ -135,7 +135,12 @@ class _ScenarioGenerator:
             section["fixed_alphas"] = self.fixed_alphas()
         elif draw < 0.35:
             section["recalibrate"] = {"every": rng.choice((1, 2, 4))}
+        with_factors = random.Random(str(section)).random() < 0.3  # a draw of its own: the rest of a seed stays
+        section["factors"] = self.factors() if with_factors and "fixed_alphas" not in section else None
         return section
+
+    def factors(self) -> dict[str, float]:
+        return {"embedding": 3.0, "mlp.1" if self.granularity == "layer_type" else "mlp": 0.5}
 
     def fixed_alphas(self) -> dict[str, float]:
         last = ".1" if self.granularity == "layer_type" else ""
@@ -162,7 +167,7 @@ class _ScenarioGenerator:
             else:
                 changed[key] = fresh[key]
         if changed.get("fixed_alphas"):
-            changed["recalibrate"] = None
+            changed["recalibrate"] = changed["factors"] = None
         return changed
 
     # ------------------------------------------------------------------ actions
@@ -205,7 +210,8 @@ class _ScenarioGenerator:
                 actions.append(EditRate(rng.choice((0.5, 2.0))))
         if settings.stage == 0 and settings.precision == "fp32" and settings.split and settings.optimizer == "adamw":
             last = self.section()
-            last |= {"fixed_alphas": self.fixed_alphas(), "recalibrate": None, "start": 0, "ramp_end": 1}
+            last |= {"fixed_alphas": self.fixed_alphas(), "recalibrate": None, "factors": None}
+            last |= {"start": 0, "ramp_end": 1}
             actions += [Detach(), Attach(last), Step(), BreakOptimizer(rng.randrange(settings.ranks))]
             actions.append(Step())
         return tuple(actions)

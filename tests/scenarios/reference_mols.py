@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {  # from docs/config.md
     "reference": "vo",
     "alpha_min": 0.1,
     "alpha_max": 10.0,
+    "factors": None,
     "ramp": "linear",
     "granularity": "type",
     "recalibrate": None,
@@ -30,7 +31,8 @@ DEFAULTS: dict[str, Any] = {  # from docs/config.md
 }
 MIN_VARIANCE_SHARE = 1 / 256  # mode "moments": s2 below this share of m^2 is rounding error (docs/method.md)
 ALPHA_KEYS = (
-    "samples", "mode", "estimator", "unseen_rows", "noise_floor_correction", "reference", "alpha_min", "alpha_max"
+    "samples", "mode", "estimator", "unseen_rows", "noise_floor_correction", "reference", "alpha_min", "alpha_max",
+    "factors",
 )  # fmt: skip
 """Keys of the measurement. A resumed run keeps the checkpoint's alphas, and warns if one of these keys differs."""
 ROWS = ("embed_tokens", "lm_head", "word_embeddings", "output_layer")
@@ -304,7 +306,12 @@ class ReferenceMols:
     def _fail(self, t: int) -> None:
         self.warnings.append("the calibration failed")
         self.from_fixed_alphas = False
-        self._end(t, {g: self.previous_alphas.get(g, 1.0) for g in set(self.groups.values())})
+        self._end(t, self._factors if self.ended_at is None else self.rates(t))
+
+    @property
+    def _factors(self) -> dict[str, float]:
+        given = self.section["factors"] or {}
+        return {group: given.get(group, 1.0) for group in set(self.groups.values())}
 
     def _measure(self, t: int, statistics: Mapping[str, Statistics]) -> None:
         corrected = self.section["noise_floor_correction"]
@@ -322,7 +329,7 @@ class ReferenceMols:
         self.warnings += ["hit its bound" for alpha in found.values() if alpha in bounds]
         self.warnings += ["had a gradient in any sample" for one in statistics.values() if one.nonzero == 0]
         self.from_fixed_alphas = False
-        self._end(t, found)
+        self._end(t, {group: alpha * self._factors.get(group, 1.0) for group, alpha in found.items()})
         return None
 
     # ------------------------------------------------------------------ checkpoints

@@ -23,6 +23,7 @@ CHANGES: dict[str, Any] = {
     "reference": "mlp",
     "alpha_min": 0.5,
     "alpha_max": 1.01,
+    "factors": {"embedding": 2.0},
     "ramp": "cosine",
     "ramp_end": 90,
     "accumulators": {"device": "accelerator"},
