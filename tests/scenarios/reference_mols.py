@@ -190,6 +190,8 @@ class ReferenceMols:
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.section.get("fixed_alphas") and self.section.keys() & {*ALPHA_KEYS, "max_samples", "accumulators"}:
+            self.warnings.append('no effect beside "fixed_alphas"')
         self.section = {**DEFAULTS, **self.section}
 
     @property
