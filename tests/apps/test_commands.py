@@ -18,13 +18,13 @@ from tests.apps.command import (
     TRAIN,
     Done,
     events_of,
-    free_port,
     job_arguments,
     read_metrics,
     run,
     write_job,
 )
 from tests.helpers.harness import run_ranks
+from tests.helpers.ports import free_port
 
 pytestmark = pytest.mark.jobs
 STEPS = 6

@@ -20,8 +20,9 @@ import pytest
 import yaml
 
 from mols_ds import cli
-from tests.apps.command import free_port, run
+from tests.apps.command import run
 from tests.helpers.harness import RANK_ENVIRONMENT, ROOT
+from tests.helpers.ports import free_port
 
 pytestmark = [pytest.mark.jobs, pytest.mark.timeout(700), pytest.mark.tier("all")]  # quick: test_study_ranks.py
 SECONDS = 300  # a bound for a busy machine; alone it takes 40

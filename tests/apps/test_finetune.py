@@ -19,7 +19,7 @@ from mols_ds.errors import MolsConfigError, MolsWarning
 from mols_ds.training.batches import BatchShape
 from mols_ds.training.sources import DataSpec
 from mols_ds.training.trainer import TIMED
-from tests.apps.command import ROOT, free_port, read_metrics, run
+from tests.apps.command import ROOT, read_metrics, run
 from tests.apps.finetuning import (
     CONFIG,
     DATA,
@@ -32,6 +32,7 @@ from tests.apps.finetuning import (
     write_config,
 )
 from tests.helpers.harness import Results, run_cases
+from tests.helpers.ports import free_port
 from tests.helpers.tiers import Cases
 
 METHODS = ("full", "lora", "dora")

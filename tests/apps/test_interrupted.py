@@ -19,10 +19,11 @@ import pytest
 import torch
 
 from mols_ds.training.trainer import TIMED
-from tests.apps.command import SHIM, TRAIN, free_port, job_arguments, read_metrics, write_job
+from tests.apps.command import SHIM, TRAIN, job_arguments, read_metrics, write_job
 from tests.apps.launch.running import TIME_LIMIT, started, variables
 from tests.apps.mains import call
 from tests.helpers.harness import run_ranks
+from tests.helpers.ports import free_port
 
 pytestmark = [pytest.mark.jobs, pytest.mark.tier("all")]
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.apps.command import TRAIN, Done, free_port, job_arguments, read_metrics, run, write_job
+from tests.apps.command import TRAIN, Done, job_arguments, read_metrics, run, write_job
 from tests.apps.finetuning import write_checkpoint
 from tests.apps.launch.running import started
 from tests.apps.mains import changed_file, copy_run, one_line, train
 from tests.helpers.harness import run_ranks
+from tests.helpers.ports import free_port
 
 pytestmark = pytest.mark.jobs
 PLAIN = {"train_batch_size": 2, "mols": {"enabled": False}}

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.apps.command import ROOT, free_port, run
+from tests.apps.command import ROOT, run
+from tests.helpers.ports import free_port
 
 STEPS, LR, DECAY, BETAS = 8, 1e-2, 0.1, (0.9, 0.95)
 EPS = 1e-3

@@ -14,9 +14,7 @@ import functools
 import multiprocessing
 import os
 import pickle
-import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +23,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK_ENVIRONMENT = {
@@ -296,7 +296,7 @@ class _Launch:
             pickle.dump((fn.__module__, fn.__qualname__, list(cases)), file)
 
     def _start(self) -> None:
-        port = _free_port()
+        port = free_port()
         for rank, server in enumerate(_servers().of(self.world_size, self.environment)):
             named = {
                 "RANK": str(rank),
@@ -364,12 +364,3 @@ class _Launch:
             text = error.read_text() if error.exists() else log.read_text(errors="replace")
             lines += [f"[rank {number}, status {rank.status}] {line}" for line in text.splitlines()[-LOG_LINES:]]
         return "\n".join(lines)
-
-
-def _free_port() -> int:
-    """Return a port below the kernel's ephemeral ports, which gloo's sockets could take before rank 0 listens."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)  # hypothesis seeds the module's own
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port

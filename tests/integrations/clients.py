@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import mols_ds
-from tests.apps.command import SHIM, free_port, run
+from tests.apps.command import SHIM, run
+from tests.helpers.ports import free_port
 from tests.integrations import own_loop
 from tests.integrations.places import Seen, Train, runs_of
 from tests.integrations.runs import ONLINE, Run

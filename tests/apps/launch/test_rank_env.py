@@ -12,7 +12,7 @@ from mols_ds.training import rank_env as rank_environment
 from mols_ds.training.cli_utils import USER_MISTAKE
 from mols_ds.training.rank_env import tasks_on_node
 from mols_ds.training.ranks import run_command
-from tests.apps.command import free_port
+from tests.helpers.ports import free_port
 
 SRUN = {
     "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NTASKS": "8",

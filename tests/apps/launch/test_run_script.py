@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from mols_ds.apps.launch.deepspeed_cli import RUN_SCRIPT
-from tests.apps.command import ROOT, SHIM, free_port, run
+from tests.apps.command import ROOT, SHIM, run
+from tests.helpers.ports import free_port
 
 SCRIPT = """
 import argparse, importlib.util, json, os, sys

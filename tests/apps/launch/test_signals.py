@@ -17,9 +17,10 @@ import pytest
 
 from mols_ds.apps.launch import signals
 from mols_ds.training.cli_utils import COMMAND_NOT_FOUND, FAILED
-from tests.apps.command import ROOT, free_port
+from tests.apps.command import ROOT
 from tests.apps.launch.network import NAMES, Hosts, two_hosts
 from tests.apps.launch.running import LAUNCH, Running, finish, started
+from tests.helpers.ports import free_port
 
 STUB = ROOT / "tests" / "apps" / "launch" / "stub.py"
 RUN = [sys.executable, "-m", "mols_ds.signals", "run"]
