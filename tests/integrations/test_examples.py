@@ -17,7 +17,7 @@ from tests.apps.command import ROOT, Done, run
 from tests.helpers.harness import pictures_allowed, run_ranks
 
 EXAMPLES = ROOT / "examples"
-COMMAND = "trainer.py"
+COMMAND = "plain_loop.py"
 """The example that `make test-all` starts by torchrun."""
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "tiny.py")
 NEEDS = {"sft.py": ("trl", "peft"), "accelerate_loop.py": ("accelerate",), "lightning_module.py": ("lightning",)}
