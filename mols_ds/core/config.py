@@ -6,13 +6,13 @@ The only source of defaults and key descriptions; docs/config.md is generated fr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
 
 from mols_ds.core.json_types import JsonMapping, JsonObject
-from mols_ds.core.layout import Granularity
+from mols_ds.core.layout import Granularity, base_group, is_scaled
 from mols_ds.core.plain_data import check_plain
 from mols_ds.core.schema import Estimator
 from mols_ds.core.validation import Frozen, validation_message
@@ -217,6 +217,21 @@ class MolsConfig(Documented):
         for keys, why in found:
             if names := ", ".join(f'"mols.{key}"' for key in keys if key in written):
                 yield f"{names}: no effect {why}"
+
+    def check_groups(self, groups: Sequence[str]) -> None:
+        """Raise MolsConfigError if the reference, or a group of `fixed_alphas` or `factors`, is none of `groups`."""
+        known = ", ".join(groups)
+        names = {*groups, *map(base_group, groups), "max"}
+        if self.reference not in names and self.fixed_alphas is None:
+            raise MolsConfigError(
+                f'"mols.reference": no group "{self.reference}" in this model; groups: {known}, or "max"'
+            )
+        for key, given in (("fixed_alphas", self.fixed_alphas), ("factors", self.factors)):
+            for group, number in (given or {}).items():
+                if group not in groups:
+                    raise MolsConfigError(f'"mols.{key}": no group "{group}" in this model; groups: {known}')
+                if not is_scaled(group) and number != 1.0:
+                    raise MolsConfigError(f'"mols.{key}": group "{group}" is measured but never scaled; remove it')
 
     @classmethod
     def parse(cls, section: JsonMapping | MolsConfig) -> MolsConfig:

@@ -22,7 +22,7 @@ from mols_ds.core.config import MolsConfig
 from mols_ds.core.document import build_report, measured_rows, remarks, unmeasured_rows
 from mols_ds.core.former_groups import advice
 from mols_ds.core.group_stats import GroupSums
-from mols_ds.core.groups import GroupTable, base_group, format_group_table, is_scaled
+from mols_ds.core.groups import GroupTable, format_group_table, is_scaled
 from mols_ds.core.local_stats import LocalStats
 from mols_ds.core.log import warn_here
 from mols_ds.core.phases import Calibration, Phase, Schedule
@@ -65,23 +65,10 @@ class Controller:
         self.applied_lrs: dict[str, float] = {}
         self._report: Report | None = None
         self._said_unseen = ""
-        self._check_names()
+        config.check_groups(self.groups)
         self.log(f"MoLS module groups\n{format_group_table(table)}")
         for remark in schedule.remarks:
             self.warn(remark)
-
-    def _check_names(self) -> None:
-        known = ", ".join(self.groups)
-        bases = {base_group(g) for g in self.groups}
-        reference = self.config.reference
-        if reference != "max" and reference not in bases | set(self.groups) and self.config.fixed_alphas is None:
-            raise MolsConfigError(f'"mols.reference": no group "{reference}" in this model; groups: {known}, or "max"')
-        for key, given in (("fixed_alphas", self.config.fixed_alphas), ("factors", self.config.factors)):
-            for group, number in (given or {}).items():
-                if group not in self.groups:
-                    raise MolsConfigError(f'"mols.{key}": no group "{group}" in this model; groups: {known}')
-                if not is_scaled(group) and number != 1.0:
-                    raise MolsConfigError(f'"mols.{key}": group "{group}" is measured but never scaled; remove it')
 
     # ------------------------------------------------------------------ what users read
 

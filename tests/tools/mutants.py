@@ -738,6 +738,13 @@ MUTANTS = (
         (f"{ZERO}/test_unused_parameters.py", "-k", "offload"),
     ),
     Mutant(
+        "factors: the measured multiplier alone",
+        "mols_ds/core/controller.py",
+        "alpha.times(self._factor(group))",
+        "alpha",
+        ("tests/unit/test_factors.py",),
+    ),
+    Mutant(
         "numbers: true is a number",
         "mols_ds/core/config.py",
         "Field(strict=True)]\nLOWEST",
@@ -747,7 +754,7 @@ MUTANTS = (
     Mutant(
         "numbers: a multiplier may be as large as can be",
         "mols_ds/core/config.py",
-        "if not LOWEST <= alpha <= HIGHEST:",
+        "if not LOWEST <= number <= HIGHEST:",
         "if False:",
         BAD_NUMBERS,
     ),

@@ -144,12 +144,14 @@ ALLOWED: dict[str, Callable[[Any], bool]] = {
     "alpha_rtol": lambda v: v in (1e300, 5e-324, 2**63),
     "reference": lambda v: v == "1e-3",
     "fixed_alphas": lambda v: v == {"a": 1},
+    "factors": lambda v: v == {"a": 1},
     "report_dir": lambda v: v == "1e-3",
 }
 """Key -> which of them are valid anyway: a name, a tiny share, a loose tolerance."""
 PLACES: dict[str, Callable[[Any], dict[str, Any]]] = {
     **{key: (lambda v, key=key: {key: v}) for key in MolsConfig.model_fields},
     "fixed_alphas.vo": lambda v: {"fixed_alphas": {"vo": v}},
+    "factors.vo": lambda v: {"factors": {"vo": v}},
     "recalibrate.every": lambda v: {"recalibrate": {"every": v}},
     "accumulators.device": lambda v: {"accumulators": {"device": v}},
 }
