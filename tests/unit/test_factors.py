@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from mols_ds.core.groups import ElementLayout, GroupTable
 from mols_ds.core.phases import Schedule
 from mols_ds.core.protocols import Context
 from mols_ds.core.ranges import ShardRange
-from mols_ds.core.schema import schema_problem
+from mols_ds.core.schema import Report, schema_problem
 from mols_ds.errors import MolsConfigError, MolsWarning
+from mols_ds.report.table import headline
 
 ELEMENTS, SAMPLES = 400, 16
 NOISE = {"embedding": 3.0, "qk": 1.0, "vo": 0.5, "mlp": 0.4, "other": 1.0}
@@ -54,6 +55,7 @@ def test_they_multiply_the_measured_alpha_and_its_interval() -> None:
         assert row == {**former, **scaled}
     assert made.report()["factors"] == factors and "factors" not in plain.report()
     assert schema_problem(made.report()) is None
+    assert headline(cast(Report, made.report())).endswith("reference vo, alphas times 32 (embedding), 0.5 (vo)")
     assert made.rates(0)["embedding"] == 1.0 and made.rates(10)["embedding"] == 80.0
 
 
