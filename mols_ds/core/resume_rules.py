@@ -44,6 +44,10 @@ config: this run's config. begun: the checkpoint, if its calibration has started
 alphas, until a recalibration. elsewhere: other code handles it."""
 
 
+ADDED: JsonObject = {"factors": None}
+"""Keys that checkpoints of 0.4.0 lack -> the value that describes what it did."""
+
+
 def section_of(config: MolsConfig) -> JsonObject:
     """Return the section as plain JSON values with every key, for a checkpoint."""
     return config.model_dump(mode="json")
@@ -53,7 +57,7 @@ def changed(saved: object, config: MolsConfig, phase: Phase) -> tuple[list[str],
     """Describe the settings that differ from the checkpoint's.
 
     Args:
-        saved: `section_of` at the time of saving; None in checkpoints of 0.4.0 and before.
+        saved: `section_of` at the time of saving; None in checkpoints of 0.4.0 and before: compared by `ADDED`.
         config: of this run.
         phase: of the checkpoint.
 
@@ -62,17 +66,16 @@ def changed(saved: object, config: MolsConfig, phase: Phase) -> tuple[list[str],
     """
     kept: list[str] = []
     applied: list[str] = []
-    if not isinstance(saved, Mapping):
-        return kept, applied
+    before = {**ADDED, **saved} if isinstance(saved, Mapping) else ADDED
     begun, over = phase != "waiting", phase in ("ramping", "fixed")
-    given = config.fixed_alphas is not None or saved.get("fixed_alphas") is not None
+    given = config.fixed_alphas is not None or before.get("fixed_alphas") is not None
     for key, now in section_of(config).items():
         rule = RULES[key]
-        if rule == "elsewhere" or key not in saved or saved[key] == now:
+        if rule == "elsewhere" or key not in before or before[key] == now:
             continue
         if given and rule != "config":  # `Controller.follow_config` warns
             continue
-        differs = f"mols.{key} is {now!r} and was {saved[key]!r} when the checkpoint was saved"
+        differs = f"mols.{key} is {now!r} and was {before[key]!r} when the checkpoint was saved"
         if rule == "alphas" and over:
             kept.append(f"{differs}: the checkpoint's alphas stay until a recalibration")
         elif rule == "begun" and begun:

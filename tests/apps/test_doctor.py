@@ -268,10 +268,13 @@ def test_rules_and_groups_need_the_model(tmp_path: Path) -> None:
         ({"rules": [["nothing", "qk"]]}, "matches no trainable parameter"),
         ({"reference": "qkv"}, 'no group "qkv" in this model'),
         ({"fixed_alphas": {"other": 2.0}}, "never scaled"),
+        ({"factors": {"embeding": 2.0}}, 'no group "embeding" in this model'),
     ):
         findings = examined(changed({"mols": section}), tmp_path, model=model)
         assert found in only(findings, "config.groups", "problem")[0].found
-        assert found not in str(examined(changed({"mols": section}), tmp_path).items)
+        without = examined(changed({"mols": section}), tmp_path)
+        assert found not in str(without.items)
+        assert "reference" in section or only(without, "config.groups", "note")
 
 
 def test_shares_without_a_length(tmp_path: Path) -> None:

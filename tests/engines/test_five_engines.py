@@ -182,6 +182,8 @@ def test_statistics_alphas_and_weights_are_the_same() -> None:
     expected = seen.pop("torch")
     rows = expected["report"]["groups"]
     assert max(expected["alphas"].values()) / min(expected["alphas"].values()) > 1.5
+    steps = {group: row["snr"] for group, row in rows.items()}
+    assert expected["alphas"]["embedding"] == pytest.approx(2.0 * steps["vo"] / steps["embedding"]), "factors"
     untouched = as_llama(logical)
     for engine, one in seen.items():
         assert one["phase"] == "fixed" and one["alphas"] == pytest.approx(expected["alphas"], rel=TOLERANCE), engine

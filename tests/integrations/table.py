@@ -47,7 +47,7 @@ PLAIN_IN_ALL = {
 }
 """Without DeepSpeed: part -> places of `make test-all`."""
 TURNS = ("waiting", "due", "ramp", "fixed")
-"""Parts of which `make test-all` runs one per client, in turn: what is saved there does not depend on the client."""
+"""`make test-all` runs one of these parts for each client: the saved state does not depend on the client."""
 COUNTS_ONLY = "SFTTrainer, LoRA"
 """SFTTrainer and the LoRA variant of DPOTrainer have the other parts."""
 

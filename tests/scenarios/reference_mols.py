@@ -35,6 +35,8 @@ ALPHA_KEYS = (
     "factors",
 )  # fmt: skip
 """Keys of the measurement. A resumed run keeps the checkpoint's alphas, and warns if one of these keys differs."""
+MEASUREMENT_KEYS = {*ALPHA_KEYS, "max_samples", "alpha_rtol", "accumulators"} - {"factors"}
+"""Keys without effect beside "fixed_alphas", with which `factors` are refused."""
 ROWS = ("embed_tokens", "lm_head", "word_embeddings", "output_layer")
 """Parameters with a row for each token."""
 
@@ -190,7 +192,7 @@ class ReferenceMols:
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.section.get("fixed_alphas") and self.section.keys() & {*ALPHA_KEYS, "max_samples", "accumulators"}:
+        if self.section.get("fixed_alphas") and self.section.keys() & MEASUREMENT_KEYS:
             self.warnings.append('no effect beside "fixed_alphas"')
         self.section = {**DEFAULTS, **self.section}
 

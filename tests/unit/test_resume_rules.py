@@ -51,6 +51,12 @@ def test_each_key_that_differs_is_said_once(key: str, phase: Phase) -> None:
     assert bool(kept) is wins[RULES[key]]
 
 
+@pytest.mark.parametrize("saved", [None, {}, {"samples": 32}])
+def test_factors_are_new_to_checkpoints_that_lack_the_key(saved: object) -> None:
+    kept, applied = changed(saved, MolsConfig.parse({**BASE, "factors": {"embedding": 2.0}}), "fixed")
+    assert applied == [] and len(kept) == 1 and kept[0].startswith("mols.factors is {'embedding': 2.0} and was None")
+
+
 @pytest.mark.parametrize("saved", [None, {}, [], section_of(MolsConfig.parse(BASE))])
 def test_nothing_to_say(saved: object) -> None:
     """Checkpoints of 0.4.0 have no section."""

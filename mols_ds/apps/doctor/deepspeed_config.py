@@ -85,7 +85,7 @@ def check_config(
 
 def _model(findings: Findings, model: str | None, section: MolsConfig, ranks: int) -> int | None:
     if model is None:
-        if section.rules or section.fixed_alphas or section.granularity != "type":
+        if section.rules or section.fixed_alphas or section.factors or section.granularity != "type":
             found = "rules and group names can be checked only against a model"
             findings.add("note", "config.groups", found, "mols-ds doctor --model FILE")
         return None

@@ -41,7 +41,7 @@ def check_yaml(findings: Findings, path: str, *, steps: int | None, world: int |
         warmup = round(settings.scheduler.warmup * settings.run.steps)
         power = 32 if settings.precision.dtype == "fp16" else None  # OptimizerConfig.initial_loss_scale: 2 ** 32
         check_schedule(findings, section, RunFacts(settings.run.steps, warmup, settings.batch.total, passes, power))
-    if section.rules or section.fixed_alphas:
+    if section.rules or section.fixed_alphas or section.factors:
         found = "rules and group names are checked when training starts, before its first step"
         findings.add("note", "config.groups", found)
 
