@@ -192,7 +192,10 @@ class MolsConfig(Documented):
             if given is not None and not given:
                 raise ValueError(f"{key}: is empty; name at least one group or use null")
         if self.fixed_alphas is not None and self.factors is not None:
-            raise ValueError("factors: cannot go with fixed_alphas (nothing is measured); write the products there")
+            raise ValueError(
+                'factors: cannot go with fixed_alphas, which preset "constant" has too (nothing is measured); '
+                "write the products there"
+            )
         if self.fixed_alphas is not None and self.recalibrate is not None:
             raise ValueError("recalibrate: cannot go with fixed_alphas (nothing is ever calibrated); drop one of them")
         return self

@@ -289,7 +289,7 @@ class Controller:
             return
         known = self.elements.seen is not None
         rows = measured_rows(self.table, sums, found, self.config.estimator, corrected, self.config.mode, known)
-        self._report = self._new_report(t, reference, rows)
+        self._report = self._new_report(t, reference, rows, self.config.factors)
         self._report["noise_floor_correction"] = corrected
         for remark in remarks(self.config, rows):
             self.warn(remark)
@@ -298,11 +298,14 @@ class Controller:
     def give_up(self, t: int, why: str) -> None:
         """End a failed calibration with a warning. Keeps the former multipliers (1 the first time)."""
         keep = {group: self.state.old.get(group, self._factor(group)) for group in self.groups}
-        former = "the former alphas" if self.state.old else "alpha = 1 for every group"
-        if not self.state.old and self.config.factors:
-            former += ", times mols.factors"
+        factors = self.config.factors
+        if self.state.old:
+            former, factors = "the former alphas", self._report.get("factors") if self._report else None
+            former += ", without the new mols.factors" if factors != self.config.factors else ""
+        else:
+            former = "alpha = 1 for every group" + (", times mols.factors" if factors else "")
         self.warn(f"the calibration failed at step {t}: {why}. Training continues with {former}")
-        self._report = self._new_report(t, self.config.reference, unmeasured_rows(self.table, keep))
+        self._report = self._new_report(t, self.config.reference, unmeasured_rows(self.table, keep), factors)
         self._report["failed"] = why
         self._finish(t, keep)
 
@@ -324,7 +327,9 @@ class Controller:
         except Exception as error:
             self.warn(f"the report could not be written: {str(error) or type(error).__name__}")
 
-    def _new_report(self, t: int, reference: str, rows: dict[str, ReportGroup]) -> Report:
+    def _new_report(
+        self, t: int, reference: str, rows: dict[str, ReportGroup], factors: Mapping[str, float] | None = None
+    ) -> Report:
         return build_report(
             self.config,
             self.table,
@@ -333,6 +338,7 @@ class Controller:
             samples=self.state.samples,
             skipped=self.state.skipped,
             reference=reference,
+            factors=factors,
             summed_rate=self.state.schedule.summed_rate,
             world=self.context.world,
             versions=self.context.versions,

@@ -100,7 +100,7 @@ def remarks(config: MolsConfig, rows: Mapping[str, ReportGroup]) -> Iterator[str
                 'in mode "moments" below 3e-18) that fp32 loses their squares; increase the loss scale'
             )
         if row["never_moved_share"] == 1.0:
-            yield f'no element of group "{group}" had a gradient in any sample; its alpha stays 1'
+            yield f'no element of group "{group}" had a gradient in any sample; its alpha stays {row["alpha"]:g}'
 
 
 def build_report(
@@ -112,6 +112,7 @@ def build_report(
     samples: int,
     skipped: int,
     reference: str,
+    factors: Mapping[str, float] | None,
     summed_rate: float | None,
     world: Mapping[str, int],
     versions: Mapping[str, str],
@@ -125,6 +126,7 @@ def build_report(
         step: the alphas were set before this optimizer step.
         samples, skipped: number of gradient samples used and skipped.
         reference: the reference group.
+        factors: constants that are in the alphas.
         summed_rate: `Schedule.summed_rate`.
         world: parallelism -> number of ranks.
         versions: package -> version.
@@ -147,6 +149,6 @@ def build_report(
     }
     if summed_rate is not None:
         report["start_summed_rate"] = summed_rate
-    if config.factors is not None:
-        report["factors"] = config.factors
+    if factors is not None:
+        report["factors"] = dict(factors)
     return report

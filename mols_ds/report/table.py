@@ -49,12 +49,12 @@ def headline(report: Report) -> str:
         f"{report['samples']} gradient samples, mode {report['mode']}{moved}, estimator {report['estimator']}, "
         f"reference {report['reference']}"
     )
-    if factors := report.get("factors"):
-        what += f", alphas times {', '.join(f'{number:g} ({group})' for group, number in factors.items())}"
     if report["mode"] == "fixed":
         what = "alphas from fixed_alphas, no measurement"
     elif report.get("failed"):
         what = f"calibration FAILED, {report['failed']}"
+    if factors := report.get("factors"):
+        what += f", alphas times {', '.join(f'{number:g} ({group})' for group, number in factors.items())}"
     return printable(f"MoLS at step {report['step']}: {what}")
 
 

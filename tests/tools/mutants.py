@@ -670,8 +670,8 @@ MUTANTS = (
     Mutant(
         "resume: a key that differs is not said",
         RULES,
-        'if rule == "elsewhere" or key not in saved or saved[key] == now:',
-        'if rule == "elsewhere" or key not in saved or key == "ramp" or saved[key] == now:',
+        'if rule == "elsewhere" or key not in before or before[key] == now:',
+        'if rule == "elsewhere" or key not in before or key == "ramp" or before[key] == now:',
         RESUME_TESTS,
     ),
     Mutant(

@@ -31,14 +31,15 @@ def controller(section: Mapping[str, Any]) -> Controller:
     return Controller(MolsConfig.parse({**SECTION, **section}), table, owned, Schedule(0, 10), context)
 
 
-def measured(section: Mapping[str, Any], signal: float = 0.5) -> Controller:
+def measured(section: Mapping[str, Any], dead: str = "") -> Controller:
     """A controller after its calibration on seeded samples."""
     made, draws = controller(section), torch.Generator().manual_seed(0)
     made.advance(0)
     for _ in range(SAMPLES):
         made.elements.open()
-        for number, deviation in enumerate(NOISE.values()):
-            made.elements.add(number * ELEMENTS, signal + deviation * torch.randn(ELEMENTS, generator=draws), 1.0)
+        for number, (group, deviation) in enumerate(NOISE.items()):
+            gradient = 0.5 + deviation * torch.randn(ELEMENTS, generator=draws)
+            made.elements.add(number * ELEMENTS, gradient * (group != dead), 1.0)
         made.close_sample(0, usable=True)
     return made
 
@@ -70,6 +71,26 @@ def test_a_failed_calibration_keeps_them() -> None:
     with pytest.warns(MolsWarning, match="alpha = 1 for every group, times mols.factors"):
         made.give_up(0, "no reason")
     assert made.alphas == {"embedding": 32.0, "qk": 1.0, "vo": 1.0, "mlp": 1.0, "other": 1.0}
+
+
+@pytest.mark.filterwarnings("ignore:alpha of group")
+@pytest.mark.parametrize(("former", "now"), [({}, {"vo": 2.0}), ({"vo": 2.0}, {})])
+def test_a_failed_recalibration_keeps_the_former_ones(former: dict[str, float], now: dict[str, float]) -> None:
+    made = measured({"factors": former or None})
+    kept = made.alphas
+    made.config = MolsConfig.parse({**SECTION, "factors": now or None})  # as in a resumed run
+    made.advance(10)
+    made.state.begin(20)
+    with pytest.warns(MolsWarning, match="with the former alphas, without the new mols.factors"):
+        made.give_up(20, "no reason")
+    assert made.alphas == kept and made.report().get("factors", {}) == former
+    assert ("alphas times" in headline(cast(Report, made.report()))) is bool(former)
+
+
+def test_a_group_without_a_gradient_has_its_factor() -> None:
+    with pytest.warns(MolsWarning, match='no element of group "embedding".*its alpha stays 4'):
+        made = measured({"factors": {"embedding": 4.0}}, dead="embedding")
+    assert made.alphas["embedding"] == 4.0
 
 
 @pytest.mark.parametrize(
