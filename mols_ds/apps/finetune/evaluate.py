@@ -40,6 +40,8 @@ SETS: dict[str, tuple[str, ...]] = {
 """Our set names -> tasks of lm-eval. The mean accuracy of each set is reported too."""
 SHOTS = {"mmlu": 5}
 """Default number of shots: the paper's for MMLU (table 11). Other tasks: their own."""
+BOOTSTRAP = 1000
+"""Draws for the standard error of metrics without a formula for it (F1). With 0, lm-eval gives none for accuracies."""
 FILE = "evaluation.json"
 
 
@@ -146,13 +148,14 @@ def _one(model: HFLM, manager: TaskManager, asked: TaskRequest, limit: int | Non
         limit=limit,
         task_manager=manager,
         log_samples=False,
-        bootstrap_iters=0,
+        bootstrap_iters=BOOTSTRAP,
     )
     values: JsonObject = {}
     for name, metrics in {**found["results"], **found.get("groups", {})}.items():
         if name == asked.task or asked.task not in found["results"]:  # a tag lists tasks and has no result itself
             prefix = "" if name == asked.task else f"{name}/"
-            values |= {prefix + key.removesuffix(",none"): value for key, value in metrics.items()}
+            # "acc,none" is a metric and its filter; other keys ("alias", "sample_len") describe the task
+            values |= {prefix + key.removesuffix(",none"): value for key, value in metrics.items() if "," in key}
     return {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
 
 
