@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from mols_ds.core.config import MolsConfig
 from mols_ds.core.json_types import JsonObject
+from mols_ds.core.log import warn_here
 from mols_ds.core.validation import validation_message
 from mols_ds.engines.deepspeed import config_reader
 from mols_ds.engines.deepspeed.auto_values import auto_keys
@@ -105,6 +106,7 @@ def resolve(
     if optimizer is not None:
         config["optimizer"] = rename(section, optimizer)
     fill(config, lr)
+    _warn_of_plain_adam(config["optimizer"], steps)
     if config.get("gradient_clipping", AUTO) == AUTO:
         config["gradient_clipping"] = PAPER_CLIPPING
     config.setdefault("steps_per_print", None)  # the progress bar and metrics.jsonl show it
@@ -124,6 +126,16 @@ def resolve(
         raise MolsConfigError(f'config: "{key}" is "auto", which is not known for this key: give a value')
     split_config(config)
     return config
+
+
+def _warn_of_plain_adam(section: JsonObject, steps: int) -> None:
+    """Warn if SGG would end before its first clusters have an effect."""
+    interval = section["params"].get("interval", 0)
+    if section["type"] == "SGG" and interval >= steps:
+        warn_here(
+            f'SGG clusters every {interval} steps and this run has {steps}: it is plain Adam. Set a smaller "interval"',
+            stacklevel=3,
+        )
 
 
 def _batch_sizes(config: JsonObject, world: int) -> None:

@@ -219,6 +219,14 @@ def resolved(section: dict[str, Any] | None, stage: int = 0, **more: Any) -> dic
 ADAMW = {"type": "AdamW", "params": {"lr": 4e-3, "betas": [0.9, 0.9], "eps": 1e-7, "torch_adam": True}}
 
 
+def test_sgg_without_a_clustering_is_said(recwarn: pytest.WarningsRecorder) -> None:
+    """Its default interval is 500 steps: a shorter run is Adam's."""
+    resolved({"type": "SGG", "params": {"interval": 9}})
+    assert not recwarn.list
+    with pytest.warns(MolsWarning, match="every 10 steps and this run has 10: it is plain Adam"):
+        resolved({"type": "SGG", "params": {"interval": 10}})
+
+
 def test_another_name_keeps_what_both_have() -> None:
     lion = resolved(ADAMW, optimizer="SOAP", lr=1e-2)
     assert (lion["type"], lion["params"]["lr"], lion["params"]["betas"]) == ("SOAP", 1e-2, (0.9, 0.9))
